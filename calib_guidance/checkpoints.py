@@ -1,0 +1,106 @@
+"""Reading and writing weights. Nothing here executes what a file contains."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+_NESTS = ("state_dict", "model", "model_state_dict", "ema")
+
+
+class CheckpointError(RuntimeError):
+    """A weights file that is missing, unreadable or made for another architecture."""
+
+
+def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Tensors of a weights file by name.
+
+    Reads ``.safetensors``, and ``.pt``/``.pth``/``.ckpt`` files of torch.save without executing anything in them. Weights
+    nested under ``state_dict`` or ``model`` are found, and a ``module.`` prefix of DataParallel is taken off.
+
+    Raises:
+        CheckpointError: no such file, not a weights file, or a file that holds more than tensors and plain containers.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such weights file; name an existing one (see checkpoints/README.md)")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{path}: not a weights file that torch can read without executing code ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else 'no detail'})"
+        ) from error
+    for nest in _NESTS:
+        if isinstance(content, Mapping) and isinstance(content.get(nest), Mapping):
+            content = content[nest]
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise CheckpointError(f"{path}: expected a mapping of names to tensors, found {type(content).__name__}")
+    if all(name.startswith("module.") for name in content):
+        content = {name.removeprefix("module."): value for name, value in content.items()}
+    return dict(content)
+
+
+def _some(names: list[str], limit: int = 8) -> str:
+    return ", ".join(names[:limit]) + (f" … and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def load_weights(module: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load a weights file into a module, every name and shape of which must fit.
+
+    Raises:
+        CheckpointError: naming the file, and each missing or unexpected name and wrong shape.
+    """
+    state = read_state_dict(path)
+    expected = module.state_dict()
+    missing = sorted(expected.keys() - state.keys())
+    unexpected = sorted(state.keys() - expected.keys())
+    shapes = sorted(
+        f"{name} (file {tuple(state[name].shape)}, network {tuple(expected[name].shape)})"
+        for name in expected.keys() & state.keys()
+        if state[name].shape != expected[name].shape
+    )
+    problems = [
+        f"{what}: {_some(names)}"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{path} does not fit {type(module).__name__}; " + "; ".join(problems) + ". Name the file that belongs to "
+            "this architecture, or the architecture that belongs to this file"
+        )
+    module.load_state_dict(state)
+
+
+def save_weights(module: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the weights of a module as safetensors, complete or not at all (temporary file, then rename).
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file(state, temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,123 @@
+"""Classifiers of clean images, used as they come (arXiv 2310.11311)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, fx, nn
+from torch.fx.experimental.optimization import fuse
+
+from calib_guidance.checkpoints import load_weights
+from calib_guidance.classifiers.base import Classifier
+from calib_guidance.classifiers.smoothing import smooth_activations
+
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def build_network(name: str, num_classes: int, weights: str | None) -> nn.Module:
+    """A torchvision or timm classifier by name.
+
+    Args:
+        name: ``torchvision/resnet50``, ``timm/convnext_tiny`` …
+        num_classes: width of the last layer.
+        weights: None for random ones, a name that the library knows (``IMAGENET1K_V2``; ``pretrained`` for timm), or a
+            local file.
+
+    Raises:
+        ValueError: an unknown library or model.
+        CheckpointError: the file does not fit.
+    """
+    library, _, model = name.partition("/")
+    local = weights is not None and ("/" in weights or "." in weights)
+    if library == "torchvision" and model in torchvision.models.list_models(torchvision.models):
+        # transform_input and auxiliary heads of the Inception family belong to training on ImageNet, not to guidance.
+        network = torchvision.models.get_model(model, weights=None if local else weights, num_classes=num_classes)
+    elif library == "timm" and timm.is_model(model):
+        network = timm.create_model(model, pretrained=weights is not None and not local, num_classes=num_classes)
+    else:
+        raise ValueError(
+            f"network: unknown {name!r}; expected torchvision/NAME or timm/NAME with a NAME of "
+            "torchvision.models.list_models() or timm.list_models()"
+        )
+    if local:
+        load_weights(network, weights)
+    return network
+
+
+def fold_batch_norm(network: nn.Module) -> nn.Module:
+    """Fold each BatchNorm into the convolution before it, for inference: same function, fewer passes over memory.
+
+    A network that torch.fx cannot trace is returned unchanged.
+    """
+    try:
+        return fuse(copy.deepcopy(network).eval(), no_trace=False)
+    except (fx.proxy.TraceError, TypeError, NotImplementedError, RuntimeError, ValueError):
+        return network
+
+
+class OffTheShelfClassifier(Classifier):
+    """Any image classifier, shown clean images or their estimates x̂0.
+
+    Args:
+        network: ``torchvision/NAME``, ``timm/NAME``, or a module (``class_path``) that maps images to logits.
+        num_classes: number of classes.
+        weights: for a named network, see :func:`build_network`; for a module, its weights file; None keeps it as it is.
+        normalize: ``none`` feeds [-1, 1] as the published numbers do; ``imagenet`` maps to the mean and standard deviation
+            that torchvision's and most timm weights were trained with.
+        resize: side in pixels to which images are resized (bilinear, antialiased), or None.
+        softplus_beta: β of the Softplus that replaces every ReLU (3 for DDPM, 5 for EDM in the paper); None keeps ReLU.
+        activations: what Softplus replaces, class names of torch.nn.
+
+    Raises:
+        ValueError: unknown names or values out of range.
+        CheckpointError: the weights do not fit.
+    """
+
+    def __init__(
+        self,
+        network: str | nn.Module,
+        num_classes: int = 1000,
+        weights: str | None = None,
+        normalize: str = "none",
+        resize: int | None = None,
+        softplus_beta: float | None = None,
+        activations: Sequence[str] = ("ReLU",),
+    ):
+        super().__init__()
+        if normalize not in ("none", "imagenet"):
+            raise ValueError(f"normalize: unknown {normalize!r}; known: none, imagenet")
+        if resize is not None and resize < 1:
+            raise ValueError(f"resize must be a number of pixels or null, got {resize}")
+        if isinstance(network, str):
+            network = build_network(network, num_classes, weights)
+        elif weights is not None:
+            load_weights(network, weights)
+        self.network, self.num_classes, self.normalize, self.resize = network, num_classes, normalize, resize
+        self.softplus_beta, self.activations = softplus_beta, tuple(activations)
+        self._frozen = False
+        mean, std = torch.tensor(_IMAGENET_MEAN), torch.tensor(_IMAGENET_STD)
+        # (x + 1)/2 followed by (x − mean)/std, as one multiplication and one addition.
+        self.register_buffer("scale", (0.5 / std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("offset", ((0.5 - mean) / std).view(1, 3, 1, 1), persistent=False)
+        if softplus_beta is not None:
+            self.network = smooth_activations(self.network, softplus_beta, self.activations)
+
+    def freeze(self) -> Classifier:
+        """Also folds BatchNorm into the convolutions and lays the weights out channels-last, once."""
+        super().freeze()
+        if not self._frozen:
+            self.network = fold_batch_norm(self.network).to(memory_format=torch.channels_last)
+            self._frozen = True
+        return super().freeze()
+
+    def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
+        if self.resize is not None and x.shape[-2:] != (self.resize, self.resize):
+            x = F.interpolate(x, (self.resize, self.resize), mode="bilinear", antialias=True, align_corners=False)
+        if self.normalize == "imagenet":
+            x = x * self.scale + self.offset
+        return self.network(x)

@@ -1,0 +1,6 @@
+"""Lightning modules: two that fit, one that predicts."""
+
+from calib_guidance.modules.calibrate_classifier import CalibrateClassifier
+from calib_guidance.modules.train_diffusion import TrainDiffusion
+
+__all__ = ["CalibrateClassifier", "TrainDiffusion"]

@@ -1,0 +1,503 @@
+"""The UNet and the noise-aware classifier of ADM (Dhariwal & Nichol 2021, https://arxiv.org/abs/2105.05233).
+
+Parameter names and shapes are those of the published guided-diffusion checkpoints, which therefore load without
+conversion. What differs is how they run: channels-last, fused attention, no gradient checkpointing, and embeddings that
+can be computed once per trajectory (:meth:`UNet.embed`) instead of once per step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_GROUPS = 32
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoidal embedding, cosines first.
+
+    Args:
+        timesteps: ``(N,)`` on the 0 … 999 scale, fractional values allowed.
+        dim: width of the embedding.
+        max_period: the longest wavelength is ``2π·max_period``.
+
+    Returns:
+        ``(N, dim)`` float32.
+    """
+    half = dim // 2
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32) / half)
+    angles = timesteps[:, None].float() * frequencies.to(timesteps.device)
+    embedding = torch.cat([angles.cos(), angles.sin()], dim=1)
+    return F.pad(embedding, (0, dim % 2))
+
+
+class GroupNorm(nn.GroupNorm):
+    """32 groups, always computed in float32, returned in the type of the input."""
+
+    def __init__(self, channels: int):
+        if channels % _GROUPS:
+            raise ValueError(
+                f"every layer width of this network must be a multiple of {_GROUPS} (its GroupNorm has {_GROUPS} "
+                f"groups), got {channels}: change model_channels or channel_mult"
+            )
+        super().__init__(_GROUPS, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).to(x.dtype)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, then a 3×3 convolution where ``with_conv``."""
+
+    def __init__(self, channels: int, with_conv: bool):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if with_conv else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Downsample(nn.Module):
+    """Halving by a strided 3×3 convolution where ``with_conv``, by 2×2 averaging otherwise."""
+
+    def __init__(self, channels: int, with_conv: bool):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if with_conv else nn.AvgPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class ResBlock(nn.Module):
+    """GroupNorm–SiLU–convolution twice, with the embedding between, around a skip connection.
+
+    Args:
+        channels: input channels.
+        emb_channels: width of the time (and class) embedding.
+        dropout: rate before the second convolution.
+        out_channels: output channels; None keeps ``channels``.
+        use_scale_shift_norm: the embedding scales and shifts the second normalisation; otherwise it is added before it.
+        up: double the resolution inside the block.
+        down: halve the resolution inside the block.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        emb_channels: int,
+        dropout: float = 0.0,
+        out_channels: int | None = None,
+        use_scale_shift_norm: bool = False,
+        up: bool = False,
+        down: bool = False,
+    ):
+        super().__init__()
+        out_channels = out_channels or channels
+        self.use_scale_shift_norm = use_scale_shift_norm
+        self.in_layers = nn.Sequential(
+            GroupNorm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        resample = Upsample if up else Downsample if down else None
+        self.h_upd = resample(channels, with_conv=False) if resample else nn.Identity()
+        self.x_upd = resample(channels, with_conv=False) if resample else nn.Identity()
+        emb_width = 2 * out_channels if use_scale_shift_norm else out_channels
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, emb_width))
+        self.out_layers = nn.Sequential(
+            GroupNorm(out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+        )
+        nn.init.zeros_(self.out_layers[-1].weight)
+        nn.init.zeros_(self.out_layers[-1].bias)
+        self.skip_connection = nn.Identity() if out_channels == channels else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        norm, act, conv = self.in_layers
+        h = conv(self.h_upd(act(norm(x))))
+        x = self.x_upd(x)
+        emb = self.emb_layers(emb).to(h.dtype)[:, :, None, None]
+        if self.use_scale_shift_norm:
+            scale, shift = emb.chunk(2, dim=1)
+            h = torch.addcmul(shift, self.out_layers[0](h), 1 + scale)
+            h = self.out_layers[1:](h)
+        else:
+            h = self.out_layers(h + emb)
+        return self.skip_connection(x) + h
+
+
+def _attend(qkv: Tensor, heads: int, new_order: bool) -> Tensor:
+    """Multi-head attention over tokens: ``(N, T, 3C)`` to ``(N, T, C)``.
+
+    The channels of ``qkv`` are [head][q,k,v][channel] in the legacy order and [q,k,v][head][channel] in the new one.
+    """
+    n, tokens, width = qkv.shape
+    channels = width // (3 * heads)
+    if new_order:
+        q, k, v = qkv.view(n, tokens, 3, heads, channels).permute(2, 0, 3, 1, 4)
+    else:
+        q, k, v = qkv.view(n, tokens, heads, 3, channels).permute(3, 0, 2, 1, 4)
+    # Strided inputs make scaled_dot_product_attention fall back to its slow path.
+    out = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())
+    return out.transpose(1, 2).reshape(n, tokens, heads * channels)
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the pixels, around a skip connection.
+
+    Args:
+        channels: input and output channels.
+        num_heads: number of heads, used where ``num_head_channels`` is -1.
+        num_head_channels: channels of each head, or -1.
+        use_new_attention_order: order of the qkv channels; the published 64×64 model uses the new one, the larger ones
+            the legacy one, and the wrong one loads without complaint and changes every output.
+    """
+
+    def __init__(
+        self, channels: int, num_heads: int = 1, num_head_channels: int = -1, use_new_attention_order: bool = False
+    ):
+        super().__init__()
+        self.num_heads = num_heads if num_head_channels == -1 else channels // num_head_channels
+        if self.num_heads < 1 or channels % self.num_heads or num_head_channels not in (-1, channels // self.num_heads):
+            raise ValueError(
+                f"{channels} channels cannot be split in heads by num_heads={num_heads}, "
+                f"num_head_channels={num_head_channels}"
+            )
+        self.use_new_attention_order = use_new_attention_order
+        self.norm = GroupNorm(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = nn.Conv1d(channels, channels, 1)
+        nn.init.zeros_(self.proj_out.weight)
+        nn.init.zeros_(self.proj_out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, height, width = x.shape
+        # In channels-last memory these two are views, and a 1×1 convolution is a matrix product over them.
+        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(n, height * width, c)
+        qkv = F.linear(tokens, self.qkv.weight.squeeze(-1), self.qkv.bias)
+        out = _attend(qkv, self.num_heads, self.use_new_attention_order)
+        out = F.linear(out, self.proj_out.weight.squeeze(-1), self.proj_out.bias)
+        return x + out.view(n, height, width, c).permute(0, 3, 1, 2)
+
+
+class AttentionPool2d(nn.Module):
+    """Attention pooling: a mean token attends to the pixels and becomes the output.
+
+    Args:
+        spatial_size: height (= width) of the feature map, in pixels.
+        channels: input channels.
+        num_head_channels: channels of each head.
+        output_dim: output width.
+    """
+
+    def __init__(self, spatial_size: int, channels: int, num_head_channels: int, output_dim: int):
+        super().__init__()
+        self.num_heads = channels // num_head_channels
+        self.positional_embedding = nn.Parameter(torch.randn(channels, spatial_size**2 + 1) / channels**0.5)
+        self.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
+        self.c_proj = nn.Conv1d(channels, output_dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
+        tokens = tokens + self.positional_embedding.t().to(x.dtype)
+        qkv = F.linear(tokens, self.qkv_proj.weight.squeeze(-1), self.qkv_proj.bias)
+        pooled = _attend(qkv, self.num_heads, new_order=True)[:, 0]  # new order whatever the other blocks use
+        return F.linear(pooled, self.c_proj.weight.squeeze(-1), self.c_proj.bias)
+
+
+class _EmbedSequential(nn.Sequential):
+    """A Sequential that hands the embedding to the layers that take one."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+        return x
+
+
+class _Encoder(nn.Module):
+    """What the UNet and the classifier share: embedding, downward path and middle block."""
+
+    def __init__(
+        self,
+        image_size: int,
+        in_channels: int,
+        model_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        dropout: float,
+        channel_mult: Sequence[float],
+        conv_resample: bool,
+        num_heads: int,
+        num_head_channels: int,
+        use_scale_shift_norm: bool,
+        resblock_updown: bool,
+        use_new_attention_order: bool,
+        dtype: str,
+    ):
+        super().__init__()
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: unknown {dtype!r}; known: {', '.join(DTYPES)}")
+        self.image_size = image_size
+        self.in_channels = in_channels
+        self.model_channels = model_channels
+        self.dtype = DTYPES[dtype]
+        # The coarsest level halves once per level after the first, and skip connections need whole pixels.
+        self.size_multiple = 2 ** (len(channel_mult) - 1)
+        emb_channels = 4 * model_channels
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
+
+        def res(channels: int, out_channels: int | None = None, **kwargs: bool) -> ResBlock:
+            return ResBlock(channels, emb_channels, dropout, out_channels, use_scale_shift_norm, **kwargs)
+
+        def attention(channels: int, heads: int = num_heads) -> AttentionBlock:
+            return AttentionBlock(channels, heads, num_head_channels, use_new_attention_order)
+
+        self._res, self._attention = res, attention
+        channels = int(channel_mult[0] * model_channels)
+        self.input_blocks = nn.ModuleList([_EmbedSequential(nn.Conv2d(in_channels, channels, 3, padding=1))])
+        skips, downsampling = [channels], 1
+        for level, mult in enumerate(channel_mult):
+            for _ in range(num_res_blocks):
+                layers: list[nn.Module] = [res(channels, int(mult * model_channels))]
+                channels = int(mult * model_channels)
+                if downsampling in attention_resolutions:
+                    layers.append(attention(channels))
+                self.input_blocks.append(_EmbedSequential(*layers))
+                skips.append(channels)
+            if level < len(channel_mult) - 1:
+                down = res(channels, down=True) if resblock_updown else Downsample(channels, conv_resample)
+                self.input_blocks.append(_EmbedSequential(down))
+                skips.append(channels)
+                downsampling *= 2
+        self.middle_block = _EmbedSequential(res(channels), attention(channels), res(channels))
+        self._skips, self._channels, self._downsampling = skips, channels, downsampling
+
+    def _finish(self) -> None:
+        """Drop the builders and set the number formats, once every block exists."""
+        del self._res, self._attention
+        # As in the published half-precision models: convolutions of the body are half, norms and linear layers are not.
+        for name in ("input_blocks", "middle_block", "output_blocks"):
+            for module in getattr(self, name, nn.Module()).modules():
+                if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+                    module.to(self.dtype)
+        self.to(memory_format=torch.channels_last)
+
+    def check_image(self, shape: Sequence[int]) -> None:
+        """Raise ValueError if images of ``(C, H, W)`` do not fit the network."""
+        channels, height, width = shape
+        if channels != self.in_channels or height % self.size_multiple or width % self.size_multiple:
+            raise ValueError(
+                f"images of {channels}×{height}×{width} do not fit the network, which takes {self.in_channels} "
+                f"channels and sides that are multiples of {self.size_multiple}"
+            )
+
+    def _encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
+        h = x.to(self.dtype, memory_format=torch.channels_last)
+        states = []
+        for block in self.input_blocks:
+            h = block(h, emb)
+            states.append(h)
+        states.append(self.middle_block(h, emb))
+        return states
+
+
+class UNet(_Encoder):
+    """The diffusion network of ADM.
+
+    Args:
+        image_size: height (= width) that the network was made for, in pixels; others work where the halvings do.
+        in_channels: image channels.
+        model_channels: base width.
+        out_channels: ``in_channels``, or twice that where the variance is learned.
+        num_res_blocks: residual blocks per level.
+        attention_resolutions: downsampling factors at which there is attention (1 = full resolution).
+        dropout: rate, while training.
+        channel_mult: width of each level over ``model_channels``.
+        conv_resample: resampling has a convolution where it is not done by residual blocks.
+        num_classes: number of classes, or None for a network without labels.
+        num_heads: attention heads, where ``num_head_channels`` is -1.
+        num_head_channels: channels per attention head, or -1.
+        num_heads_upsample: heads on the upward path, or -1 for ``num_heads``.
+        use_scale_shift_norm: the embedding scales and shifts the normalisation instead of being added.
+        resblock_updown: residual blocks do the resampling.
+        use_new_attention_order: order of the qkv channels, see :class:`AttentionBlock`.
+        dtype: ``float32``, ``float16`` or ``bfloat16``, of the convolutions of the body.
+
+    Raises:
+        ValueError: widths, heads or ``dtype`` that cannot be.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        in_channels: int = 3,
+        model_channels: int = 128,
+        out_channels: int = 6,
+        num_res_blocks: int = 2,
+        attention_resolutions: Sequence[int] = (),
+        dropout: float = 0.0,
+        channel_mult: Sequence[float] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        num_classes: int | None = None,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        dtype: str = "float32",
+    ):
+        super().__init__(
+            image_size,
+            in_channels,
+            model_channels,
+            num_res_blocks,
+            attention_resolutions,
+            dropout,
+            channel_mult,
+            conv_resample,
+            num_heads,
+            num_head_channels,
+            use_scale_shift_norm,
+            resblock_updown,
+            use_new_attention_order,
+            dtype,
+        )
+        self.out_channels = out_channels
+        self.num_classes = num_classes
+        if num_classes is not None:
+            self.label_emb = nn.Embedding(num_classes, 4 * model_channels)
+        channels, skips, downsampling = self._channels, self._skips, self._downsampling
+        heads = num_heads if num_heads_upsample == -1 else num_heads_upsample
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            for block in range(num_res_blocks + 1):
+                layers = [self._res(channels + skips.pop(), int(mult * model_channels))]
+                channels = int(mult * model_channels)
+                if downsampling in attention_resolutions:
+                    layers.append(self._attention(channels, heads))
+                if level and block == num_res_blocks:
+                    up = self._res(channels, up=True) if resblock_updown else Upsample(channels, conv_resample)
+                    layers.append(up)
+                    downsampling //= 2
+                self.output_blocks.append(_EmbedSequential(*layers))
+        self.out = nn.Sequential(GroupNorm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+        nn.init.zeros_(self.out[-1].weight)
+        nn.init.zeros_(self.out[-1].bias)
+        self._finish()
+
+    def embed_time(self, timesteps: Tensor) -> Tensor:
+        """Time part of the embedding: ``(N,)`` to ``(N, 4·model_channels)``."""
+        return self.time_embed(timestep_embedding(timesteps, self.model_channels))
+
+    def embed_labels(self, y: Tensor) -> Tensor:
+        """Class part of the embedding: ``(N,)`` to ``(N, 4·model_channels)``; a label of -1 means no class, all zeros.
+
+        Raises:
+            ValueError: the network knows no classes.
+        """
+        if self.num_classes is None:
+            raise ValueError("labels were given to a network without classes (num_classes: null)")
+        return self.label_emb(y.clamp(min=0)) * (y >= 0)[:, None]
+
+    def decode(self, x: Tensor, emb: Tensor) -> Tensor:
+        """The network on ``x`` ``(N, C, H, W)`` with a ready embedding ``(N, 4·model_channels)``."""
+        *states, h = self._encode(x, emb)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, states.pop()], dim=1), emb)
+        return self.out(h.float())
+
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        """Network output.
+
+        Args:
+            x: ``(N, in_channels, H, W)`` noisy images.
+            timesteps: ``(N,)`` on the 0 … 999 scale.
+            y: ``(N,)`` classes, -1 for none; None for all none.
+
+        Returns:
+            ``(N, out_channels, H, W)`` float32.
+        """
+        emb = self.embed_time(timesteps)
+        if y is not None:
+            emb = emb + self.embed_labels(y)
+        return self.decode(x, emb)
+
+
+class EncoderUNet(_Encoder):
+    """The noise-aware classifier of ADM: the downward half of the UNet and attention pooling.
+
+    Args:
+        image_size: height (= width) of the images, in pixels, fixed by the pooling's positional table.
+        out_channels: number of classes.
+
+    The others are those of :class:`UNet`. The published classifiers have ``num_head_channels: 64``,
+    ``use_scale_shift_norm`` and ``resblock_updown``.
+
+    Raises:
+        ValueError: widths, heads or ``dtype`` that cannot be.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        in_channels: int = 3,
+        model_channels: int = 128,
+        out_channels: int = 1000,
+        num_res_blocks: int = 2,
+        attention_resolutions: Sequence[int] = (),
+        dropout: float = 0.0,
+        channel_mult: Sequence[float] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        num_heads: int = 1,
+        num_head_channels: int = 64,
+        use_scale_shift_norm: bool = True,
+        resblock_updown: bool = True,
+        use_new_attention_order: bool = False,
+        dtype: str = "float32",
+    ):
+        super().__init__(
+            image_size,
+            in_channels,
+            model_channels,
+            num_res_blocks,
+            attention_resolutions,
+            dropout,
+            channel_mult,
+            conv_resample,
+            num_heads,
+            num_head_channels,
+            use_scale_shift_norm,
+            resblock_updown,
+            use_new_attention_order,
+            dtype,
+        )
+        self.num_classes = out_channels
+        head = num_head_channels if num_head_channels != -1 else self._channels // num_heads
+        self.out = nn.Sequential(
+            GroupNorm(self._channels),
+            nn.SiLU(),
+            AttentionPool2d(image_size // self._downsampling, self._channels, head, out_channels),
+        )
+        self._finish()
+
+    def check_image(self, shape: Sequence[int]) -> None:
+        super().check_image(shape)
+        if tuple(shape[1:]) != (self.image_size, self.image_size):
+            raise ValueError(
+                f"images of {shape[1]}×{shape[2]} do not fit this classifier, whose positional table is made for "
+                f"{self.image_size}×{self.image_size}"
+            )
+
+    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        """Class logits ``(N, out_channels)``, float32, of noisy images ``(N, C, H, W)`` at ``timesteps`` ``(N,)``."""
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))
+        return self.out(self._encode(x, emb)[-1].float())

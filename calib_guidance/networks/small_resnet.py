@@ -1,0 +1,53 @@
+"""A residual network for images too small for torchvision's stem."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
+
+
+class SmallResNet(nn.Module):
+    """ReLU/BatchNorm ResNet (He et al. 2015) with a stem that keeps the resolution.
+
+    Args:
+        num_classes: number of classes.
+        in_channels: image channels.
+        widths: channels of each stage; every stage after the first halves the resolution.
+        blocks: residual blocks per stage.
+
+    ``num_features`` is the width of :meth:`forward_features`, the pooled features before the last layer.
+    """
+
+    def __init__(
+        self, num_classes: int = 10, in_channels: int = 1, widths: Sequence[int] = (32, 64, 64), blocks: int = 1
+    ):
+        super().__init__()
+        self.num_classes, self.num_features = num_classes, widths[-1]
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
+        )
+        layers: list[nn.Module] = []
+        previous = widths[0]
+        for stage, width in enumerate(widths):
+            for block in range(blocks):
+                stride = 2 if stage and not block else 1
+                shortcut = None
+                if stride != 1 or previous != width:
+                    shortcut = nn.Sequential(
+                        nn.Conv2d(previous, width, 1, stride=stride, bias=False), nn.BatchNorm2d(width)
+                    )
+                layers.append(BasicBlock(previous, width, stride, shortcut))
+                previous = width
+        self.stages = nn.Sequential(*layers)
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.fc = nn.Linear(previous, num_classes)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Pooled features ``(N, num_features)`` of images ``(N, C, H, W)``."""
+        return self.pool(self.stages(self.stem(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class logits ``(N, num_classes)``."""
+        return self.fc(self.forward_features(x))

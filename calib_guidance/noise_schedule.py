@@ -1,0 +1,106 @@
+"""Discrete noise schedules of DDPM and their respacing (Ho et al. 2020; Nichol & Dhariwal 2021)."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+
+SCHEDULES = ("linear", "cosine")
+
+
+def named_betas(name: str, num_steps: int = 1000) -> np.ndarray:
+    """β of the forward process, ``(num_steps,)`` float64.
+
+    ``linear`` runs from 1e-4 to 0.02 (scaled by 1000/num_steps); ``cosine`` follows
+    ᾱ(u) = cos²((u + 0.008)/1.008·π/2), with β capped at 0.999.
+
+    Raises:
+        ValueError: another name.
+    """
+    if name == "linear":
+        scale = 1000 / num_steps
+        return np.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=np.float64)
+    if name == "cosine":
+
+        def alphas_cumprod(u: float) -> float:
+            return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+        steps = range(num_steps)
+        return np.array([min(1 - alphas_cumprod((i + 1) / num_steps) / alphas_cumprod(i / num_steps), 0.999) for i in steps])
+    raise ValueError(f"noise schedule: unknown {name!r}; known: {', '.join(SCHEDULES)}")
+
+
+def respaced_timesteps(num_steps: int, respacing: str | int) -> np.ndarray:
+    """Which of ``num_steps`` steps a shorter process uses, ascending.
+
+    Args:
+        num_steps: length of the full process.
+        respacing: ``"250"`` spreads 250 steps from the first to the last; ``"10,10,5"`` cuts the process in equal
+            sections with so many steps each; ``"ddim25"`` strides by the first integer that gives 25 steps, from 0.
+
+    Raises:
+        ValueError: a text of another form, or more steps than there are.
+    """
+    text = str(respacing).replace(" ", "")
+    if match := re.fullmatch(r"ddim(\d+)", text):
+        count = int(match[1])
+        for stride in range(1, num_steps):
+            if len(range(0, num_steps, stride)) == count:
+                return np.arange(0, num_steps, stride)
+        raise ValueError(f"steps: no integer stride over {num_steps} steps gives {count} of them ({respacing!r})")
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise ValueError(f"steps: expected something like '250', '10,10,5' or 'ddim25', got {respacing!r}")
+    counts = [int(c) for c in text.split(",")]
+    base, extra = divmod(num_steps, len(counts))
+    used, start = [], 0
+    for section, count in enumerate(counts):
+        size = base + (section < extra)
+        if not 1 <= count <= size:
+            raise ValueError(f"steps: cannot take {count} of the {size} steps of section {section + 1} ({respacing!r})")
+        stride = (size - 1) / (count - 1) if count > 1 else 1.0
+        # The position is accumulated in floating point and rounded half to even, as the published models were sampled.
+        position = 0.0
+        for _ in range(count):
+            used.append(start + round(position))
+            position += stride
+        start += size
+    return np.array(used)
+
+
+class NoiseSchedule:
+    """Tables of a (respaced) discrete process, float64, index 0 the least noisy step.
+
+    Args:
+        betas: ``(T,)`` β of the full process.
+        timesteps: ``(N,)`` ascending steps of the full process to keep; None keeps all.
+
+    Attributes:
+        timesteps: ``(N,)`` what the network is given at each step.
+        betas, alphas_cumprod, alphas_cumprod_prev: ``(N,)``; ᾱ before the first step counts as 1.
+        posterior_variance, posterior_log_variance_clipped, posterior_mean_coef1, posterior_mean_coef2: of
+            q(x_{t-1} | x_t, x_0), Ho et al. 2020 Eq. 7; the log of entry 0, whose variance is 0, is that of entry 1.
+    """
+
+    def __init__(self, betas: np.ndarray, timesteps: np.ndarray | None = None):
+        full = np.cumprod(1.0 - np.asarray(betas, dtype=np.float64))
+        self.timesteps = np.arange(len(full)) if timesteps is None else np.asarray(timesteps)
+        kept = full[self.timesteps]
+        self.betas = np.asarray(betas) if timesteps is None else 1.0 - kept / np.append(1.0, kept[:-1])
+        self.alphas_cumprod = np.cumprod(1.0 - self.betas)
+        self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
+        remaining = 1.0 - self.alphas_cumprod
+        self.posterior_variance = self.betas * (1.0 - self.alphas_cumprod_prev) / remaining
+        clipped = self.posterior_variance.copy()
+        clipped[0] = clipped[1] if len(clipped) > 1 else self.betas[0]
+        self.posterior_log_variance_clipped = np.log(clipped)
+        self.posterior_mean_coef1 = self.betas * np.sqrt(self.alphas_cumprod_prev) / remaining
+        self.posterior_mean_coef2 = (1.0 - self.alphas_cumprod_prev) * np.sqrt(1.0 - self.betas) / remaining
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def respace(self, respacing: str | int) -> NoiseSchedule:
+        """The process that uses only the steps of ``respacing``, see :func:`respaced_timesteps`."""
+        return NoiseSchedule(self.betas, respaced_timesteps(len(self), respacing))
