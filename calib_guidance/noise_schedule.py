@@ -38,7 +38,8 @@ def respaced_timesteps(num_steps: int, respacing: str | int) -> np.ndarray:
     Args:
         num_steps: length of the full process.
         respacing: ``"250"`` spreads 250 steps from the first to the last; ``"10,10,5"`` cuts the process in equal
-            sections with so many steps each; ``"ddim25"`` strides by the first integer that gives 25 steps, from 0.
+            sections with so many steps each (0 skips a section); ``"ddim25"`` strides by the first integer that gives 25
+            steps, from 0.
 
     Raises:
         ValueError: a text of another form, or more steps than there are.
@@ -57,7 +58,7 @@ def respaced_timesteps(num_steps: int, respacing: str | int) -> np.ndarray:
     used, start = [], 0
     for section, count in enumerate(counts):
         size = base + (section < extra)
-        if not 1 <= count <= size:
+        if count > size:
             raise ValueError(f"steps: cannot take {count} of the {size} steps of section {section + 1} ({respacing!r})")
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
         # The position is accumulated in floating point and rounded half to even, as the published models were sampled.
@@ -66,6 +67,8 @@ def respaced_timesteps(num_steps: int, respacing: str | int) -> np.ndarray:
             used.append(start + round(position))
             position += stride
         start += size
+    if not used:
+        raise ValueError(f"steps: at least one step is needed, got {respacing!r}")
     return np.array(used)
 
 

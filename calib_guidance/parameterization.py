@@ -1,10 +1,8 @@
-"""The forward process x_t = √ᾱ·x0 + √(1−ᾱ)·ε and the conversions between what networks predict.
-
-``alphas_cumprod`` broadcasts against the images everywhere.
-"""
+"""The forward process x_t = √ᾱ·x0 + √(1−ᾱ)·ε and the conversions between what networks predict."""
 
 from __future__ import annotations
 
+import numpy as np
 from torch import Tensor
 
 PREDICTIONS = ("epsilon", "v")
@@ -15,21 +13,21 @@ def diffuse(x0: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
     return alphas_cumprod.sqrt() * x0 + (1 - alphas_cumprod).sqrt() * noise
 
 
-def x0_from_epsilon(x_t: Tensor, epsilon: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """The clean image that ``x_t`` and its noise imply."""
-    return (1 / alphas_cumprod).sqrt() * x_t - (1 / alphas_cumprod - 1).sqrt() * epsilon
-
-
-def epsilon_from_x0(x_t: Tensor, x0: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """The noise that ``x_t`` and its clean image imply."""
-    return ((1 / alphas_cumprod).sqrt() * x_t - x0) / (1 / alphas_cumprod - 1).sqrt()
-
-
 def v_target(x0: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
     """v = √ᾱ·ε − √(1−ᾱ)·x0 (Salimans & Ho 2022)."""
     return alphas_cumprod.sqrt() * noise - (1 - alphas_cumprod).sqrt() * x0
 
 
-def x0_from_v(x_t: Tensor, v: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """The clean image that ``x_t`` and v imply."""
-    return alphas_cumprod.sqrt() * x_t - (1 - alphas_cumprod).sqrt() * v
+def x0_coefficients(prediction: str, alphas_cumprod: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """a and b of x̂0 = a·x_t + b·output, for a network that predicts ε or v.
+
+    In float64, since 1/ᾱ − 1 loses most of its digits in float32 where there is little noise.
+
+    Raises:
+        ValueError: another prediction.
+    """
+    if prediction == "epsilon":
+        return np.sqrt(1 / alphas_cumprod), -np.sqrt(1 / alphas_cumprod - 1)
+    if prediction == "v":
+        return np.sqrt(alphas_cumprod), -np.sqrt(1 - alphas_cumprod)
+    raise ValueError(f"prediction: unknown {prediction!r}; known: {', '.join(PREDICTIONS)}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from calib_guidance.losses.diffusion import variational_bound_term
 from calib_guidance.noise_schedule import NoiseSchedule, named_betas
-from calib_guidance.parameterization import PREDICTIONS, diffuse, v_target, x0_from_epsilon, x0_from_v
+from calib_guidance.parameterization import diffuse, v_target, x0_coefficients
 
 VARIANCES = ("fixed", "learned_range")
 
@@ -48,9 +48,8 @@ class TrainDiffusion(L.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ):
         super().__init__()
-        for name, value, known in (("prediction", prediction, PREDICTIONS), ("variance", variance, VARIANCES)):
-            if value not in known:
-                raise ValueError(f"{name}: unknown {value!r}; known: {', '.join(known)}")
+        if variance not in VARIANCES:
+            raise ValueError(f"variance: unknown {variance!r}; known: {', '.join(VARIANCES)}")
         if not 0 <= label_dropout <= 1:
             raise ValueError(f"label_dropout must lie in [0, 1], got {label_dropout}")
         self.network = network
@@ -65,6 +64,8 @@ class TrainDiffusion(L.LightningModule):
             "posterior_mean_coef2",
         ):
             self.register_buffer(name, torch.tensor(getattr(tables, name)).float(), persistent=False)
+        for name, table in zip(("x0_from_x", "x0_from_output"), x0_coefficients(prediction, tables.alphas_cumprod)):
+            self.register_buffer(name, torch.tensor(table).float(), persistent=False)
 
     def loss(self, x0: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Loss per sample ``(N,)`` of images ``(N, C, H, W)`` with labels and steps ``(N,)`` and their noise."""
@@ -80,14 +81,14 @@ class TrainDiffusion(L.LightningModule):
             return F.mse_loss(output, target, reduction="none").flatten(1).mean(1)
         output, interpolation = output.chunk(2, dim=1)
         mse = F.mse_loss(output, target, reduction="none").flatten(1).mean(1)
-        to_x0 = x0_from_epsilon if self.prediction == "epsilon" else x0_from_v
+        x0_hat = at(self.x0_from_x) * x_t + at(self.x0_from_output) * output.detach()
         coef1, coef2 = at(self.posterior_mean_coef1), at(self.posterior_mean_coef2)
         low, high = at(self.posterior_log_variance_clipped), at(self.betas).log()
         bound = variational_bound_term(
             x0,
             true_mean=coef1 * x0 + coef2 * x_t,
             true_log_variance=low,
-            mean=coef1 * to_x0(x_t, output.detach(), abar) + coef2 * x_t,
+            mean=coef1 * x0_hat + coef2 * x_t,
             log_variance=low + (interpolation + 1) / 2 * (high - low),
             is_first_step=t == 0,
         )

@@ -1,0 +1,7 @@
+"""Diffusion models behind one interface."""
+
+from calib_guidance.denoisers.adm import ADMDenoiser
+from calib_guidance.denoisers.analytic import GaussianMixture, GaussianMixtureClassifier
+from calib_guidance.denoisers.base import Denoiser, Prediction
+
+__all__ = ["ADMDenoiser", "Denoiser", "GaussianMixture", "GaussianMixtureClassifier", "Prediction"]

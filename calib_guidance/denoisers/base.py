@@ -1,0 +1,64 @@
+"""One interface over every diffusion model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from calib_guidance.noise_schedule import NoiseSchedule
+
+
+class Prediction(NamedTuple):
+    """What a denoiser says of x_t.
+
+    Attributes:
+        x0: ``(N, C, H, W)`` estimate of the clean image, not clipped.
+        variance_fraction: ``(N, C, H, W)`` place of the reverse step's log-variance between the posterior's (0) and that of
+            β (1), not clamped; None where the variance is not learned.
+        noise_difference: ``(N, C, H, W)`` conditional minus unconditional noise prediction, times the guidance weight; only
+            of classifier-free guidance.
+    """
+
+    x0: Tensor
+    variance_fraction: Tensor | None = None
+    noise_difference: Tensor | None = None
+
+
+Predict = Callable[[Tensor, int], Prediction]
+
+
+class Denoiser(nn.Module, ABC):
+    """A diffusion model in the coordinates x_t = √ᾱ·x0 + √(1−ᾱ)·ε of a discrete schedule.
+
+    Attributes:
+        schedule: of the full process; samplers respace it.
+        image_shape: ``(C, H, W)`` of x_t.
+        num_classes: number of labels that it understands, or None where it understands none.
+        clip: whether x̂0 is an image, which samplers may clip to [-1, 1].
+        has_learned_variance: whether predictions carry a ``variance_fraction``.
+    """
+
+    schedule: NoiseSchedule
+    image_shape: tuple[int, int, int]
+    num_classes: int | None
+    clip: bool = True
+    has_learned_variance: bool = False
+
+    @abstractmethod
+    def trajectory(self, timesteps: Sequence[int], y: Tensor | None) -> Predict:
+        """The model along one trajectory, with all that does not depend on x_t computed here, once.
+
+        Args:
+            timesteps: steps of the full process, in any order.
+            y: ``(N,)`` labels, -1 for none; None for none at all.
+
+        Returns:
+            ``predict(x_t, i)``, the prediction for ``x_t`` ``(N, C, H, W)`` at ``timesteps[i]``.
+        """
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Images of what the model denoises; the same, outside latent models."""
+        return x0

@@ -1,0 +1,34 @@
+"""Between images in [-1, 1] and 8-bit images. The only place that converts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+UINT8_RULES = ("truncate", "round_up_half")
+
+
+def to_uint8(x: Tensor, rule: str = "truncate") -> Tensor:
+    """8-bit images of images in [-1, 1]; what lies outside is clipped.
+
+    The published codes disagree by up to one grey level, which moves FID, so the rule is stored with the samples.
+
+    Args:
+        x: any shape, float.
+        rule: ``truncate``, (x + 1)·127.5 cut off (guided-diffusion); ``round_up_half``, x·127.5 + 128 cut off (EDM, DiT).
+
+    Raises:
+        ValueError: another rule.
+    """
+    if rule == "truncate":
+        scaled = (x.float() + 1) * 127.5
+    elif rule == "round_up_half":
+        scaled = x.float() * 127.5 + 128
+    else:
+        raise ValueError(f"uint8_rule: unknown {rule!r}; known: {', '.join(UINT8_RULES)}")
+    return scaled.clamp(0, 255).to(torch.uint8)
+
+
+def from_uint8(x: Tensor) -> Tensor:
+    """Float images in [-1, 1] of 8-bit images."""
+    return x.float() / 127.5 - 1

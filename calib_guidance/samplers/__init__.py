@@ -1,0 +1,7 @@
+"""Sampling loops, one per file."""
+
+from calib_guidance.samplers.base import Sampler, StepRecord
+from calib_guidance.samplers.ddim import DDIM
+from calib_guidance.samplers.ddpm import DDPM
+
+__all__ = ["DDIM", "DDPM", "Sampler", "StepRecord"]

@@ -1,0 +1,93 @@
+"""What every sampler is, and what observers of one are told."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from calib_guidance.denoisers.base import Denoiser, Predict, Prediction
+from calib_guidance.guidance.base import Guidance, GuidedPrediction, Guide
+from calib_guidance.noise_schedule import NoiseSchedule
+from calib_guidance.rng import Noise
+
+
+class StepRecord(NamedTuple):
+    """One step, as observers see it. Tensors stay on the device; an observer that reads them on the host slows sampling.
+
+    Attributes:
+        i: spaced step, N − 1 … 0.
+        num_steps: N.
+        t: step of the full process.
+        y: ``(N,)`` classes.
+        x_t: ``(N, C, H, W)`` before the step.
+        guided: prediction, gradient and logits.
+        x_next: ``(N, C, H, W)`` after the step.
+    """
+
+    i: int
+    num_steps: int
+    t: int
+    y: Tensor
+    x_t: Tensor
+    guided: GuidedPrediction
+    x_next: Tensor
+
+
+Observer = Callable[[StepRecord], None]
+
+
+class Sampler(ABC):
+    """``sampler(denoiser, noise, y, guidance, observers) -> images``."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        noise: Noise,
+        y: Tensor,
+        guidance: Guidance | None = None,
+        observers: Sequence[Observer] = (),
+    ) -> Tensor:
+        """Sample one batch.
+
+        Args:
+            denoiser: the diffusion model.
+            noise: source of standard normal images; called once for x_T, then once per noise that a step adds.
+            y: ``(N,)`` classes.
+            guidance: None samples the model as it is.
+            observers: each is called once per network evaluation.
+
+        Returns:
+            ``(N, C, H, W)`` float32 images.
+        """
+
+    @abstractmethod
+    def num_evaluations(self, denoiser: Denoiser) -> int:
+        """Network evaluations per sample."""
+
+    def check(self, denoiser: Denoiser, guidance: Guidance | None) -> None:
+        """Raise ValueError where sampler, denoiser and guidance cannot go together."""
+
+
+def start(
+    denoiser: Denoiser, guidance: Guidance | None, schedule: NoiseSchedule, y: Tensor, clip: bool
+) -> tuple[Predict, Guide]:
+    """Denoiser and guidance bound to one trajectory, x̂0 clipped to [-1, 1] where asked and where it is an image."""
+    timesteps = schedule.timesteps.tolist()
+    raw = denoiser.trajectory(timesteps, y)
+    guide = guidance and guidance.trajectory(timesteps, len(denoiser.schedule), y)
+
+    def predict(x_t: Tensor, i: int) -> Prediction:
+        prediction = raw(x_t, i)
+        return prediction._replace(x0=prediction.x0.clamp(-1, 1)) if clip and denoiser.clip else prediction
+
+    return predict, guide or (lambda predict, x_t, i: GuidedPrediction(predict(x_t, i)))
+
+
+def on_device(table: object, like: Tensor) -> Tensor:
+    """A float64 table as float32 on the device of ``like``: uploaded once, before the loop."""
+    return torch.as_tensor(table).float().to(like.device)

@@ -1,0 +1,107 @@
+"""Divergence-regularised score (arXiv 2511.05844).
+
+A divergence is one function of (log q, log p), ``(N, K)`` each, giving D(q, p) = Σ q·φ(p/q), ``(N,)``. To add one, write it
+here under its name in ``DIVERGENCES``. Log space keeps saturated classifiers exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from calib_guidance.scores.base import Score, as_float, check_temperatures
+from calib_guidance.scores.log_prob import tempered_log_prob
+
+
+def _entropy_term(log_p: Tensor) -> Tensor:
+    """p·log p, 0 where p is 0."""
+    p = log_p.exp()
+    return torch.xlogy(p, p) if not log_p.requires_grad else p * log_p
+
+
+def reverse_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """KL(q‖p), φ(u) = −log u: mode covering; its gradient in logit space is p − q."""
+    return (_entropy_term(log_q) - log_q.exp() * log_p).sum(dim=1)
+
+
+def forward_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """KL(p‖q), φ(u) = u·log u: mode seeking, the highest precision and the lowest recall."""
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+
+
+def jensen_shannon(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """½KL(q‖m) + ½KL(p‖m) with m = ½(p + q): balanced, at most log 2."""
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    from_q = _entropy_term(log_q) - log_q.exp() * log_m
+    from_p = log_p.exp() * (log_p - log_m)
+    return 0.5 * (from_q + from_p).sum(dim=1)
+
+
+def hellinger(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """Σ(√p − √q)² = 2 − 2Σ√(pq), φ(u) = (√u − 1)², at most 2."""
+    return 2 - 2 * (0.5 * (log_p + log_q)).exp().sum(dim=1)
+
+
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "rkl": reverse_kl,
+    "fkl": forward_kl,
+    "js": jensen_shannon,
+    "hellinger": hellinger,
+}
+
+
+def smoothed_one_hot_log(y: Tensor, num_classes: int, epsilon: float, dtype: torch.dtype) -> Tensor:
+    """log q_y with q_y(i) = (1−ε)/K + ε·[i = y], ``(N, K)``; ε = 1 gives −∞ off the class."""
+    q = torch.full((len(y), num_classes), (1 - epsilon) / num_classes, dtype=dtype, device=y.device)
+    q.scatter_(1, y[:, None], (1 - epsilon) / num_classes + epsilon)
+    return q.log()
+
+
+def divergence_regularized(
+    logits: Tensor,
+    y: Tensor,
+    divergence: str = "js",
+    alpha: float = 0.1,
+    epsilon: float = 0.1,
+    tau1: float = 1.0,
+    tau2: float = 1.0,
+) -> Tensor:
+    """log p_{τ1,τ2}(y|x) − α·D(q_y, p), with p the softmax at temperature 1; ``(N,)``."""
+    logits = as_float(logits)
+    log_p = logits.log_softmax(dim=1)
+    log_q = smoothed_one_hot_log(y, logits.shape[1], epsilon, logits.dtype)
+    return tempered_log_prob(logits, y, tau1, tau2) - alpha * DIVERGENCES[divergence](log_q, log_p)
+
+
+class DivergenceRegularized(Score):
+    """log p_{τ1,τ2}(y|x) − α·D(q_y, p): pulls the prediction toward a softened one-hot target.
+
+    Args:
+        divergence: ``rkl``, ``fkl``, ``js`` or ``hellinger``.
+        alpha: weight α ≥ 0; 0.05 … 0.15 in the paper.
+        epsilon: how peaked the target is, in (0, 1): near 0 uniform, near 1 one-hot.
+        tau1: joint temperature, > 0.
+        tau2: marginal temperature, ≥ 0.
+
+    Raises:
+        ValueError: an unknown divergence or a value out of range.
+    """
+
+    def __init__(
+        self, divergence: str = "js", alpha: float = 0.1, epsilon: float = 0.1, tau1: float = 1.0, tau2: float = 1.0
+    ):
+        super().__init__()
+        if divergence not in DIVERGENCES:
+            raise ValueError(f"divergence: unknown {divergence!r}; known: {', '.join(DIVERGENCES)}")
+        if not (math.isfinite(alpha) and alpha >= 0):
+            raise ValueError(f"alpha must be a number of at least 0, got {alpha}")
+        if not 0 < epsilon < 1:
+            raise ValueError(f"epsilon must lie strictly between 0 and 1, got {epsilon}")
+        check_temperatures(tau1, tau2)
+        self.divergence, self.alpha, self.epsilon, self.tau1, self.tau2 = divergence, alpha, epsilon, tau1, tau2
+
+    def forward(self, logits: Tensor, y: Tensor, time: Tensor | float = 1.0) -> Tensor:
+        return divergence_regularized(logits, y, self.divergence, self.alpha, self.epsilon, self.tau1, self.tau2)

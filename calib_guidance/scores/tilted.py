@@ -1,0 +1,59 @@
+"""Tilted score over groups of samples (arXiv 2511.05844)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from calib_guidance.scores.base import Score
+from calib_guidance.scores.log_prob import TemperedLogProb
+
+
+def tilted(scores: Tensor, tilt: float, group_size: int) -> Tensor:
+    """(1/t)·log(mean_j exp(t·S_j)) over each group of neighbouring samples.
+
+    Args:
+        scores: ``(N,)``, N a multiple of ``group_size``.
+        tilt: t ≠ 0; negative gives the least likely samples of a group the most weight.
+        group_size: samples per group.
+
+    Returns:
+        ``(N,)``: every sample carries the value of its group. The gradient of the sum with respect to S_i is therefore
+        group_size·softmax_j(t·S_j)_i, which is 1, plain guidance, as t → 0.
+    """
+    groups = scores.view(-1, group_size)
+    value = (torch.logsumexp(tilt * groups, dim=1) - math.log(group_size)) / tilt
+    return value.repeat_interleave(group_size)
+
+
+class Tilted(Score):
+    """Tilts any score over groups fixed by sample index (index // group_size), so that a sample depends on no batch.
+
+    Args:
+        tilt: t ≠ 0, −0.2 in the paper.
+        group_size: samples per group, ≥ 2; the number of samples and the batch size must be multiples of it.
+        score: the S_j; plain log-probability by default.
+
+    Raises:
+        ValueError: t = 0 (use the score itself) or a group of fewer than two.
+    """
+
+    def __init__(self, tilt: float = -0.2, group_size: int = 10, score: Score | None = None):
+        super().__init__()
+        if tilt == 0 or not math.isfinite(tilt):
+            raise ValueError(f"tilt must be a number other than 0, got {tilt}; without tilting, use its `score` alone")
+        if group_size < 2:
+            raise ValueError(f"group_size must be at least 2, got {group_size}; without groups, use its `score` alone")
+        self.tilt, self.group_size, self.score = tilt, group_size, score or TemperedLogProb()
+        if self.score.group_size != 1:
+            raise ValueError("a tilted score cannot be tilted again")
+
+    def forward(self, logits: Tensor, y: Tensor, time: Tensor | float = 1.0) -> Tensor:
+        if len(logits) % self.group_size:
+            raise ValueError(
+                f"a batch of {len(logits)} samples does not hold whole groups of {self.group_size}: make "
+                "data.init_args.batch_size and num_samples multiples of the score's group_size"
+            )
+        return tilted(self.score(logits, y, time), self.tilt, self.group_size)

@@ -1,0 +1,49 @@
+import json
+import os
+from pathlib import Path
+
+# Threads that fight over cores are many times slower than one, and two processes run in some tests.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+torch.set_num_threads(1)
+PARITY = Path(__file__).parent / "parity"
+ROOT = Path(__file__).parent.parent
+
+
+class Golden:
+    """Golden data of one fixture: ``golden["name"]`` is a tensor, ``golden.json`` the description."""
+
+    def __init__(self, name: str):
+        self.json = json.loads((PARITY / f"{name}.json").read_text())
+        self.tensors = load_file(PARITY / f"{name}.safetensors")
+
+    def __getitem__(self, name):
+        return self.tensors[name]
+
+    def weights(self, prefix="weights."):
+        return {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
+
+    def assert_close(self, name, value, expected=None, step=None):
+        """Within the fixture's own tolerance for ``name``, that of one step where ``step`` is given."""
+        tolerance = self.json["tolerance"][name]
+        atol = tolerance["atol"] if step is None else tolerance.get("atol_per_step", {step: tolerance["atol"]})[step]
+        expected = self[name] if expected is None else expected
+        torch.testing.assert_close(
+            value.double(), expected.double(), atol=atol, rtol=tolerance["rtol"], msg=lambda m: f"{name} step {step}: {m}"
+        )
+
+
+@pytest.fixture(scope="session")
+def golden():
+    return Golden
+
+
+@pytest.fixture
+def in_root(monkeypatch):
+    """The repository root as working directory, where the paths of the shipped YAML files lead."""
+    monkeypatch.chdir(ROOT)
+    return ROOT

@@ -1,0 +1,47 @@
+"""Schedules against guided-diffusion's tables."""
+
+import numpy as np
+import pytest
+
+from calib_guidance.noise_schedule import NoiseSchedule, named_betas, respaced_timesteps
+
+TABLES = (
+    "betas",
+    "alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+@pytest.mark.parametrize(
+    ("key", "respacing"), [("full", None), ("r0", "250"), ("r1", "25"), ("r2", "ddim25"), ("r3", "10,10,5")]
+)
+def test_tables_match_the_reference(golden, name, key, respacing):
+    fixture = golden(f"schedule_{name}")
+    schedule = NoiseSchedule(named_betas(name))
+    if respacing:
+        schedule = schedule.respace(respacing)
+    assert schedule.timesteps.tolist() == fixture[f"{key}.timesteps"].tolist()
+    for table in TABLES:
+        np.testing.assert_allclose(getattr(schedule, table), fixture[f"{key}.{table}"].numpy(), rtol=1e-11, atol=0)
+
+
+def test_sections_may_be_empty():
+    assert respaced_timesteps(1000, "6,0,0,0").tolist() == [0, 50, 100, 149, 199, 249]
+
+
+@pytest.mark.parametrize(
+    ("respacing", "message"),
+    [("ddim7x", "expected something like"), ("ddim999", "no integer stride"), ("0", "at least one"), ("600,600", "600 of the 500")],
+)
+def test_impossible_respacings_say_why(respacing, message):
+    with pytest.raises(ValueError, match=message):
+        respaced_timesteps(1000, respacing)
+
+
+def test_unknown_schedule_lists_the_known():
+    with pytest.raises(ValueError, match="linear, cosine"):
+        named_betas("sigmoid")
