@@ -1,6 +1,7 @@
 """Data for ``fit`` and requests for ``predict``."""
 
-from calib_guidance.data.digits import Digits, digits
+from calib_guidance.data.digits import DigitImages, Digits, digits
 from calib_guidance.data.noising import Clean, Noisy
+from calib_guidance.data.sample_requests import SampleRequests
 
-__all__ = ["Clean", "Digits", "Noisy", "digits"]
+__all__ = ["Clean", "DigitImages", "Digits", "Noisy", "SampleRequests", "digits"]

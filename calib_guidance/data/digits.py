@@ -46,6 +46,17 @@ def digits(split: str) -> tuple[Tensor, Tensor]:
     return images[chosen], labels[chosen]
 
 
+class DigitImages(TensorDataset):
+    """One part of the digits as a data set of (image, label), see :func:`digits`.
+
+    Args:
+        split: ``train`` or ``heldout``.
+    """
+
+    def __init__(self, split: str = "heldout"):
+        super().__init__(*digits(split))
+
+
 def random_affine(images: Tensor, generator: torch.Generator | None, degrees: float, shift: float) -> Tensor:
     """Each image turned and moved on its own.
 
@@ -79,10 +90,10 @@ class Digits(L.LightningDataModule):
         self.num_classes, self.image_shape = NUM_CLASSES, (1, 8, 8)
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(TensorDataset(*digits("train")), self.batch_size, shuffle=True, drop_last=True)
+        return DataLoader(DigitImages("train"), self.batch_size, shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(TensorDataset(*digits("heldout")), 250)
+        return DataLoader(DigitImages("heldout"), 250)
 
     def on_after_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:
         if self.trainer.training and (self.rotate or self.shift):

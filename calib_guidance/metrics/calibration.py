@@ -53,3 +53,30 @@ class CalibrationError(Metric):
 
     def compute(self) -> Tensor:
         return calibration_error_from_bins(self.bins)
+
+
+class TrajectoryCalibrationError(Metric):
+    """ECE_t at every step of sampling, against the class being sampled (arXiv 2310.11311 Eq. 1).
+
+    Its mean over the steps at which the classifier ran is the integral ECE.
+
+    Args:
+        num_steps: steps of the trajectory.
+        num_bins: number of bins; 15 in the papers.
+    """
+
+    full_state_update = False
+    higher_is_better = False
+
+    def __init__(self, num_steps: int, num_bins: int = 15, **kwargs: object):
+        super().__init__(**kwargs)
+        self.num_bins = num_bins
+        self.add_state("bins", torch.zeros(num_steps, num_bins, 3, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, step: int, logits: Tensor, y: Tensor) -> None:
+        """Count logits ``(N, K)`` of one step against classes ``(N,)``."""
+        self.bins[step] += calibration_bins(logits, y, self.num_bins)
+
+    def compute(self) -> Tensor:
+        """ECE_t ``(num_steps,)``, NaN where the classifier did not run."""
+        return calibration_error_from_bins(self.bins)

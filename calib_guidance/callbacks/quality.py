@@ -1,0 +1,82 @@
+"""How good the samples are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchmetrics import MeanMetric
+
+from calib_guidance.callbacks.measurement import Measurement, compute
+from calib_guidance.images import to_uint8
+from calib_guidance.metrics import FeatureExtractor, FrechetDistance, PrecisionRecall
+
+
+class SampleQuality(Measurement):
+    """Fréchet distance, precision and recall against reference images, and accuracy where the features come from a judge.
+
+    Measured on 8-bit images, as they are written.
+
+    Args:
+        features: the extractor, :class:`~calib_guidance.metrics.JudgeFeatures` or
+            :class:`~calib_guidance.metrics.InceptionFeatures`.
+        reference: data set of (image in [-1, 1], label) that nothing was trained on.
+        k: neighbours for precision and recall.
+        uint8_rule: see :func:`calib_guidance.images.to_uint8`.
+        batch_size: for the reference.
+    """
+
+    def __init__(
+        self,
+        features: FeatureExtractor,
+        reference: Dataset,
+        k: int = 3,
+        uint8_rule: str = "truncate",
+        batch_size: int = 250,
+    ):
+        self.features, self.reference, self.k = features, reference, k
+        self.uint8_rule, self.batch_size = uint8_rule, batch_size
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "predict":
+            return
+        device = trainer.strategy.root_device
+        self.features.eval().to(device)
+        loader = DataLoader(self.reference, self.batch_size)
+        found = torch.cat([self._extract(images.to(device))[0] for images, *_ in loader])
+        self.frechet = FrechetDistance(found).to(device)
+        self.precision_recall = PrecisionRecall(found, self.k).to(device)
+        self.accuracy = MeanMetric().to(device)
+
+    def _extract(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        with torch.no_grad():
+            return self.features(to_uint8(images, self.uint8_rule))
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Tensor,
+        batch: dict[str, Tensor],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        features, logits = self._extract(outputs)
+        self.frechet.update(features)
+        self.precision_recall.update(features)
+        if logits is not None:
+            self.accuracy.update((logits.argmax(1) == batch["label"]).float())
+
+    def results(self, trainer: L.Trainer) -> dict[str, Any]:
+        values = {"frechet_distance": compute(self.frechet, trainer), **compute(self.precision_recall, trainer)}
+        accuracy = compute(self.accuracy, trainer)
+        if not accuracy.isnan():
+            values["judge_accuracy"] = accuracy
+        return {
+            **{name: float(value) for name, value in values.items()},
+            "features": self.features.name,
+            "num_reference": len(self.reference),
+        }

@@ -1,0 +1,106 @@
+"""Guided sampling as a Lightning predict loop."""
+
+from __future__ import annotations
+
+import time
+
+import lightning as L
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from calib_guidance.denoisers.base import Denoiser
+from calib_guidance.errors import ConfigurationError
+from calib_guidance.guidance.base import Guidance
+from calib_guidance.rng import SampleStreams
+from calib_guidance.samplers.base import Observer, Sampler
+
+
+class GuidedSampling(L.LightningModule):
+    """Samples the requests of the data module.
+
+    Args:
+        denoiser: the diffusion model, possibly under classifier-free guidance.
+        sampler: the sampling loop.
+        guidance: classifier guidance; None samples the model as it is.
+
+    Callbacks that watch the trajectory append themselves to ``observers``.
+    """
+
+    def __init__(self, denoiser: Denoiser, sampler: Sampler, guidance: Guidance | None = None):
+        super().__init__()
+        self.denoiser, self.sampler, self.guidance = denoiser, sampler, guidance
+        self.observers: list[Observer] = []
+        self.seconds_per_image = MeanMetric()
+        self._checked = False
+
+    def check(self) -> None:
+        """Raise ConfigurationError where the parts of this run cannot go together. Nothing is sampled or written here."""
+        if self._checked:
+            return
+        if self.guidance is not None and self.trainer.predict_loop.inference_mode:
+            raise ConfigurationError(
+                "guidance takes gradients, and PyTorch's inference mode turns them off: set trainer.inference_mode to false"
+            )
+        requests = self.trainer.datamodule
+        try:
+            self.sampler.check(self.denoiser, self.guidance)
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from error
+        self._check_classes(requests.num_classes)
+        group = self.guidance.group_size if self.guidance is not None else 1
+        for name in ("batch_size", "num_samples"):
+            if getattr(requests, name) % group:
+                raise ConfigurationError(
+                    f"the score tilts over groups of {group} samples, so data.init_args.{name} must be a multiple of {group}, "
+                    f"got {getattr(requests, name)}"
+                )
+        self._checked = True
+
+    def _check_classes(self, num_classes: int) -> None:
+        if self.denoiser.num_classes not in (None, num_classes):
+            raise ConfigurationError(
+                f"the requests have {num_classes} classes, the denoiser {self.denoiser.num_classes}: set "
+                "data.init_args.num_classes to the denoiser's, or its class_conditional to false"
+            )
+        for part in self.guidance.parts() if self.guidance is not None else ():
+            if part.scale == 0:
+                continue
+            if part.enters == "noise_difference" and not hasattr(self.denoiser, "weight"):
+                raise ConfigurationError(
+                    "enters: noise_difference needs classifier-free guidance: wrap the denoiser in "
+                    "calib_guidance.guidance.ClassifierFreeGuidance, or set enters to score"
+                )
+            image = self.denoiser.decode(torch.zeros(1, *self.denoiser.image_shape, device=self.device))
+            if hasattr(part.classifier, "check_image"):
+                try:
+                    part.classifier.check_image(tuple(image.shape[1:]))
+                except ValueError as error:
+                    raise ConfigurationError(f"classifier: {error}") from error
+            try:
+                with torch.no_grad():
+                    logits = part.classifier(image, torch.zeros(1, dtype=torch.long, device=self.device))
+            except RuntimeError as error:
+                raise ConfigurationError(
+                    f"the classifier cannot take images of {'×'.join(map(str, image.shape[1:]))}: {error}"
+                ) from error
+            if logits.shape != (1, num_classes):
+                raise ConfigurationError(
+                    f"the requests have {num_classes} classes, the classifier {logits.shape[-1]}: name a classifier of these "
+                    "classes, or set data.init_args.num_classes"
+                )
+
+    def setup(self, stage: str) -> None:
+        if stage == "predict":
+            self.check()
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Images ``(N, C, H, W)`` in [-1, 1] for requests ``{index, label, seed}``, ``(N,)`` each."""
+        started = time.perf_counter()
+        noise = SampleStreams(batch["seed"].tolist(), batch["index"].tolist(), self.denoiser.image_shape, self.device)
+        x0 = self.sampler(self.denoiser, noise, batch["label"], self.guidance, self.observers)
+        images = self.denoiser.decode(x0)
+        if images.is_cuda:
+            torch.cuda.synchronize()  # once per batch, whose images go to the host next anyway
+        self.seconds_per_image.update((time.perf_counter() - started) / len(images), weight=len(images))
+        return images
