@@ -1,0 +1,167 @@
+"""Off-the-shelf classifiers: names, weights, preprocessing, smoothing and folding."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torchvision.transforms import v2
+
+from calib_guidance.checkpoints import CheckpointError, load_weights, read_state_dict, save_weights
+from calib_guidance.classifiers import NoiseAwareClassifier, OffTheShelfClassifier
+from calib_guidance.classifiers.smoothing import smooth_activations
+from calib_guidance.networks import EncoderUNet, SmallResNet
+
+
+class CountReLU(TorchFunctionMode):
+    """Counts the ReLUs that run, as modules or as functions."""
+
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += func in (F.relu, F.relu_, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_)
+        return func(*args, **(kwargs or {}))
+
+
+def relus_run(model, x):
+    with CountReLU() as counter, torch.no_grad():
+        model.eval()(x)
+    return counter.count
+
+
+MODELS = [
+    ("torchvision", "resnet18", 64),
+    ("torchvision", "densenet121", 64),
+    ("torchvision", "googlenet", 64),
+    ("torchvision", "squeezenet1_0", 64),
+    ("torchvision", "shufflenet_v2_x0_5", 64),
+    ("torchvision", "vgg11_bn", 32),
+    ("timm", "resnet18", 64),
+    ("timm", "regnetx_002", 64),
+]
+
+
+@pytest.mark.parametrize(("library", "name", "size"), MODELS)
+def test_softplus_replaces_every_relu_that_runs(library, name, size):
+    torch.manual_seed(0)
+    if library == "timm":
+        model = timm.create_model(name, num_classes=7)
+    else:
+        options = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
+        model = torchvision.models.get_model(name, weights=None, num_classes=7, **options)
+    x = torch.randn(1, 3, size, size)
+    assert relus_run(model, x) > 0
+    before = model(x)
+    sharp, soft = smooth_activations(model, 1e4)(x), None
+    assert relus_run(model, x) == 0
+    torch.testing.assert_close(sharp, before, atol=1e-3, rtol=1e-2)  # β → ∞ is ReLU
+    if library == "torchvision" and name == "resnet18":
+        soft = smooth_activations(torchvision.models.resnet18(num_classes=7), 3.0)
+        assert {type(m) for m in soft.modules() if isinstance(m, (nn.ReLU, nn.Softplus))} == {nn.Softplus}
+
+
+def test_other_activations_are_left_alone_unless_named():
+    model = nn.Sequential(nn.Linear(3, 3), nn.GELU(), nn.ReLU())
+    smooth_activations(model, 3.0)
+    assert [type(m) for m in model] == [nn.Linear, nn.GELU, nn.Softplus]
+    assert isinstance(smooth_activations(model, 3.0, ["GELU"])[1], nn.Softplus)
+    with pytest.raises(ValueError, match="has none of the activations"):
+        smooth_activations(nn.Sequential(nn.Linear(3, 3)), 3.0)
+    with pytest.raises(ValueError, match="above 0"):
+        smooth_activations(model, 0.0)
+    with pytest.raises(ValueError, match="class names of torch.nn"):
+        smooth_activations(model, 1.0, ["relu6x"])
+
+
+@pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/resnet18", "timm/vit_tiny_patch16_224"])
+def test_freezing_folds_batch_norm_and_changes_no_output(name):
+    torch.manual_seed(0)
+    classifier = OffTheShelfClassifier(name, 5, resize=224 if "vit" in name else None)
+    for module in classifier.modules():  # statistics that folding must not ignore
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2.0)
+    x = torch.randn(2, 3, 64, 64, requires_grad=True)
+    before = classifier.eval()(x)
+    (expected,) = torch.autograd.grad(before[:, 0].sum(), x)
+    classifier.freeze()
+    after = classifier(x)
+    torch.testing.assert_close(after, before, atol=2e-4, rtol=1e-3)
+    (gradient,) = torch.autograd.grad(after[:, 0].sum(), x)
+    torch.testing.assert_close(gradient, expected, atol=2e-4, rtol=1e-3)
+    assert not any(p.requires_grad for p in classifier.parameters())
+    if name == "torchvision/resnet18":
+        assert not any(isinstance(m, nn.BatchNorm2d) for m in classifier.modules())
+
+
+def test_normalisation_and_resize_are_what_torchvision_does():
+    torch.manual_seed(0)
+    image = torch.rand(2, 3, 48, 48)
+    expected = v2.functional.resize(image, [32, 32], antialias=True)
+    expected = v2.functional.normalize(expected, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    classifier = OffTheShelfClassifier(nn.Flatten(), 5, normalize="imagenet", resize=32)
+    torch.testing.assert_close(classifier(image * 2 - 1), expected.flatten(1), atol=1e-5, rtol=1e-5)
+    raw = OffTheShelfClassifier(nn.Flatten(), 5)
+    torch.testing.assert_close(raw(image), image.flatten(1))
+
+
+def test_wrong_names_and_values_say_what_is_allowed():
+    with pytest.raises(ValueError, match="torchvision/NAME or timm/NAME"):
+        OffTheShelfClassifier("resnet50")
+    with pytest.raises(ValueError, match="known: none, imagenet"):
+        OffTheShelfClassifier(nn.Identity(), normalize="auto")
+    with pytest.raises(ValueError, match="resize"):
+        OffTheShelfClassifier(nn.Identity(), resize=0)
+    with pytest.raises(ValueError, match="needs the step t"):
+        NoiseAwareClassifier(EncoderUNet(8, 1, 32, 10, 1, channel_mult=(1,), num_head_channels=32))(torch.zeros(1, 1, 8, 8))
+
+
+class TestWeights:
+    def test_every_format_gives_the_same_network(self, tmp_path):
+        torch.manual_seed(0)
+        network = SmallResNet()
+        save_weights(network, tmp_path / "a.safetensors")
+        torch.save(network.state_dict(), tmp_path / "b.pt")
+        torch.save({"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}}, tmp_path / "c.pth")
+        torch.save({"model": network.state_dict()}, tmp_path / "d.pth")
+        x = torch.randn(2, 1, 8, 8)
+        for name in ("a.safetensors", "b.pt", "c.pth", "d.pth"):
+            other = SmallResNet()
+            load_weights(other, tmp_path / name)
+            torch.testing.assert_close(other.eval()(x), network.eval()(x), atol=0, rtol=0)
+
+    def test_a_named_network_reads_a_local_file(self, tmp_path):
+        torch.manual_seed(0)
+        network = torchvision.models.resnet18(num_classes=4)
+        torch.save(network.state_dict(), tmp_path / "resnet18.pth")
+        x = torch.randn(1, 3, 32, 32)
+        classifier = OffTheShelfClassifier("torchvision/resnet18", 4, weights=str(tmp_path / "resnet18.pth"))
+        torch.testing.assert_close(classifier.eval()(x), network.eval()(x))
+
+    def test_missing_file_and_wrong_architecture_name_the_cause(self, tmp_path):
+        with pytest.raises(CheckpointError, match=r"nothing\.pt: no such weights file"):
+            read_state_dict(tmp_path / "nothing.pt")
+        save_weights(SmallResNet(widths=(32, 64)), tmp_path / "small.safetensors")
+        with pytest.raises(CheckpointError, match=r"missing: stages\.2.*of another shape: "):
+            load_weights(SmallResNet(widths=(32, 48, 64)), tmp_path / "small.safetensors")
+        save_weights(SmallResNet(blocks=2), tmp_path / "deep.safetensors")
+        with pytest.raises(CheckpointError, match=r"unexpected: .*stages"):
+            load_weights(SmallResNet(), tmp_path / "deep.safetensors")
+
+    def test_truncated_and_malicious_files_are_refused(self, tmp_path):
+        whole = tmp_path / "whole.safetensors"
+        save_weights(SmallResNet(), whole)
+        (tmp_path / "cut.safetensors").write_bytes(whole.read_bytes()[:1000])
+        with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+            read_state_dict(tmp_path / "cut.safetensors")
+
+        class Evil:
+            def __reduce__(self):
+                return (open, (str(tmp_path / "owned"), "w"))
+
+        torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
+        with pytest.raises(CheckpointError, match="without executing code"):
+            read_state_dict(tmp_path / "evil.pt")
+        assert not (tmp_path / "owned").exists()

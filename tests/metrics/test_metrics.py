@@ -1,0 +1,129 @@
+"""Metrics against golden data, torchmetrics and torch-fidelity."""
+
+import numpy as np
+import pytest
+import torch
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+from torchmetrics.image.fid import _compute_fid
+
+from calib_guidance.classifiers import OffTheShelfClassifier
+from calib_guidance.metrics import (
+    CalibrationError,
+    FrechetDistance,
+    InceptionFeatures,
+    JudgeFeatures,
+    PrecisionRecall,
+    TrajectoryCalibrationError,
+    frechet_distance,
+    mean_and_covariance,
+    precision_recall,
+)
+from calib_guidance.networks import SmallResNet
+
+
+def test_frechet_distance(golden):
+    fixture = golden("metrics_features")
+    reference, generated = fixture["features_1"], fixture["features_2"]
+    expected = fixture.json["values"]["frechet_distance"]
+    moments = (*mean_and_covariance(reference), *mean_and_covariance(generated))
+    assert float(frechet_distance(*moments)) == pytest.approx(expected, rel=1e-8)
+    metric = FrechetDistance(reference)
+    for batch in generated.split(400):
+        metric.update(batch)
+    assert float(metric.compute()) == pytest.approx(expected, rel=1e-8)
+    statistics = [fid_features_to_statistics(f) for f in (reference, generated)]
+    fidelity = next(iter(fid_statistics_to_metric(*statistics, verbose=False).values()))
+    assert float(metric.compute()) == pytest.approx(fidelity, rel=1e-4)
+    assert float(metric.compute()) == pytest.approx(float(_compute_fid(*moments)), rel=1e-6)
+
+
+def test_frechet_distance_of_normals_in_closed_form():
+    mean, a, b = torch.tensor([1.0, -2.0]), torch.diag(torch.tensor([4.0, 9.0])), torch.diag(torch.tensor([1.0, 25.0]))
+    # ‖μ‖² + Σ(√a − √b)²
+    assert float(frechet_distance(mean, a, torch.zeros(2), b)) == pytest.approx(5 + (2 - 1) ** 2 + (3 - 5) ** 2)
+
+
+def test_precision_and_recall(golden):
+    fixture = golden("metrics_features")
+    reference, generated = fixture["features_1"], fixture["features_2"]
+    precision, recall = precision_recall(reference, generated, k=3)
+    assert float(precision) == pytest.approx(fixture.json["values"]["precision_k3"], abs=1e-12)
+    assert float(recall) == pytest.approx(fixture.json["values"]["recall_k3"], abs=1e-12)
+    metric = PrecisionRecall(reference)
+    for batch in generated.split(700):
+        metric.update(batch)
+    assert {k: float(v) for k, v in metric.compute().items()} == {"precision": float(precision), "recall": float(recall)}
+    fidelity = prc_features_to_metric(generated, reference, prc_neighborhood=3, prc_batch_size=500, verbose=False)
+    assert float(precision) == pytest.approx(fidelity["precision"], abs=1e-3)
+    assert float(recall) == pytest.approx(fidelity["recall"], abs=1e-3)
+    with pytest.raises(ValueError, match="more than 3 points"):
+        precision_recall(reference, generated[:3])
+
+
+def test_calibration_error(golden):
+    fixture = golden("metrics_ece")
+    metric = CalibrationError()
+    for logits, y in zip(fixture["logits"].split(300), fixture["labels"].split(300), strict=True):
+        metric.update(logits, y)
+    assert float(metric.compute()) == pytest.approx(float(fixture["ece"]), abs=1e-6)
+    count, confidence, correct = metric.bins.unbind(1)
+    assert count.tolist() == fixture["bin_count"].tolist()
+    filled = count > 0
+    np.testing.assert_allclose((correct / count)[filled], fixture["bin_accuracy"][filled], atol=1e-6)
+    np.testing.assert_allclose((confidence / count)[filled], fixture["bin_confidence"][filled], atol=1e-6)
+
+
+def test_trajectory_calibration_is_the_error_of_each_step(golden):
+    fixture = golden("metrics_ece")
+    metric = TrajectoryCalibrationError(num_steps=3)
+    parts = {0: slice(0, 900), 2: slice(900, 2000)}
+    for step, rows in parts.items():
+        metric.update(step, fixture["logits"][rows], fixture["labels"][rows])
+    found = metric.compute()
+    assert found[1].isnan()
+    for step, rows in parts.items():
+        single = CalibrationError()
+        single.update(fixture["logits"][rows], fixture["labels"][rows])
+        assert float(found[step]) == pytest.approx(float(single.compute()), abs=1e-12)
+
+
+@pytest.mark.parametrize("build", [lambda f: FrechetDistance(f), lambda f: PrecisionRecall(f)], ids=["frechet", "precision"])
+def test_too_few_samples_give_nan_not_a_crash(build):
+    metric = build(torch.randn(20, 4))
+    metric._update_count = 1
+    values = metric.compute()
+    values = values.values() if isinstance(values, dict) else [values]
+    assert all(v.isnan() for v in values)
+
+
+def test_judge_features_are_the_input_of_the_last_layer():
+    torch.manual_seed(0)
+    network = SmallResNet()
+    images = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)
+    network.eval()
+    expected = network.forward_features(images / 127.5 - 1)
+    features, logits = JudgeFeatures(OffTheShelfClassifier(network, 10))(images)
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(logits, network.fc(expected), atol=1e-5, rtol=1e-4)
+
+
+def test_inception_features_read_a_local_file_in_the_published_format(tmp_path):
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    torch.manual_seed(0)
+    path = tmp_path / "pt_inception-2015-12-05-6726825d.pth"
+    plain = FeatureExtractorInceptionV3.__new__(FeatureExtractorInceptionV3)
+    monkey = torch.nn.Module.load_state_dict
+    torch.nn.Module.load_state_dict = lambda self, state, *a, **k: None  # build the network without weights once
+    try:
+        torch.save({}, path)
+        plain.__init__("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
+    finally:
+        torch.nn.Module.load_state_dict = monkey
+    torch.save(plain.state_dict(), path)
+    images = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8)
+    features, logits = InceptionFeatures(str(path))(images)
+    assert features.shape == (2, 2048)
+    assert logits is None
+    torch.testing.assert_close(features, plain.eval()(images)[0].float(), atol=1e-5, rtol=1e-4)
