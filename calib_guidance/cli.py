@@ -45,10 +45,21 @@ class CalibGuidanceCLI(LightningCLI):
                 raise ConfigurationError(_PREDICT_CKPT)
             config.return_predictions = False  # the writer has them; in memory they would grow with the run
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (ValueError, RuntimeError, ImportError, OSError) as error:
+            # jsonargparse wraps what a constructor says in pages of unions and types; the innermost error is the message.
+            cause: BaseException = error
+            while deeper := cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__):
+                cause = deeper
+            raise ConfigurationError(str(cause)) from error
+
 
 def run_lightning(args: Sequence[str] | None) -> None:
     """One Lightning subcommand; None takes the words of the process."""
     for message in (
+        ".*LightningCLI's args parameter is intended.*",  # main(args) is for that
         ".*does not have many workers.*",  # requests and in-memory digits need none
         ".*`IterableDataset` has `__len__` defined.*",  # and with none, that length is exact
         ".*LeafSpec.*is deprecated.*",  # Lightning's own
@@ -73,7 +84,8 @@ def main(args: Sequence[str] | None = None) -> None:
         args: the words after ``calib-guidance``; None takes those of the process.
 
     Raises:
-        SystemExit: with status 2 and a message, for a configuration that cannot run.
+        SystemExit: with status 2 and a message, for a configuration that cannot run. With CALIB_GUIDANCE_TRACEBACK set in the
+            environment the error itself is raised instead.
     """
     words = list(sys.argv[1:] if args is None else args)
     try:

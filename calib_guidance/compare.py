@@ -30,38 +30,45 @@ _COLUMNS = {
     "judge_accuracy": ("accuracy ↑", 3),
     "integral_ece": ("integral ECE ↓", 3),
 }
-_KEYS = {"configs", "arguments", "seeds", "rows"}
-_ROW_KEYS = {"group", "name", "overlays", "arguments"}
+_KEYS = {"configs", "arguments", "seeds", "groups", "rows"}
+_ROW_KEYS = {"name", "overlays", "arguments", "groups"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One sampling run of a comparison."""
+    """One sampling run of a comparison.
+
+    Attributes:
+        row: index of its row.
+        seed: of its samples.
+        arguments: words for the command line.
+        folder: where it writes.
+        fingerprint: hash of all that changes its result.
+    """
 
     row: int
     seed: int
     arguments: tuple[str, ...]
     folder: Path
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of all that changes the result: arguments, configurations, the weights that they name, and this package."""
-        digest = hashlib.sha256(json.dumps(self.arguments).encode())
-        configs = [Path(a) for a in self.arguments if a.endswith(".yaml")]
-        weights = sorted({w for c in configs for w in re.findall(r"[\w./-]+\.(?:safetensors|pth?|ckpt)", c.read_text())})
-        sources = sorted(Path(__file__).parent.rglob("*.py"))
-        for path in (*configs, *map(Path, weights), *sources):
-            if path.is_file():
-                digest.update(path.read_bytes())
-        return digest.hexdigest()
+    fingerprint: str
 
     def result(self) -> dict[str, Any] | None:
         """What an earlier run with the same fingerprint measured."""
-        path = self.folder / "metrics.json"
-        mark = self.folder / "fingerprint"
+        path, mark = self.folder / "metrics.json", self.folder / "fingerprint"
         if path.is_file() and mark.is_file() and mark.read_text() == self.fingerprint:
             return json.loads(path.read_text())
         return None
+
+
+def _fingerprint(arguments: Sequence[str], sources: bytes) -> str:
+    """Hash of the arguments, the configurations and the weights that they name, and the package's own sources."""
+    digest = hashlib.sha256(json.dumps(arguments).encode() + sources)
+    configs = [Path(a) for a in arguments if a.endswith(".yaml")]
+    weights = sorted({w for c in configs for w in re.findall(r"[\w./-]+\.(?:safetensors|pth?|ckpt)", c.read_text())})
+    for path in (*configs, *map(Path, weights)):
+        if path.is_file():
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _work(run: Run, threads: int) -> None:
@@ -80,8 +87,16 @@ def _work(run: Run, threads: int) -> None:
     (run.folder / "fingerprint").write_text(run.fingerprint)
 
 
-def read_comparison(path: Path, output: Path) -> tuple[list[dict[str, Any]], list[Run]]:
-    """Rows and runs of a comparison file.
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def read_comparison(path: Path, output: Path) -> tuple[list[tuple[str, str]], list[Run]]:
+    """Rows, as (group, name), and runs of a comparison file.
+
+    The file has the keys ``configs`` (base configurations), ``arguments`` (further words for ``predict``), ``seeds``,
+    ``groups`` (name to overlays, applied first) and ``rows`` (``name``, ``overlays``, and optionally ``arguments`` and the
+    ``groups`` that the row is for). Overlays are files of lightning_configs/, without the ending.
 
     Raises:
         ConfigurationError: no such file, unknown keys or missing overlays.
@@ -91,21 +106,31 @@ def read_comparison(path: Path, output: Path) -> tuple[list[dict[str, Any]], lis
     content = yaml.safe_load(path.read_text())
     if unknown := content.keys() - _KEYS:
         raise ConfigurationError(f"{path}: unknown keys {sorted(unknown)}; known: {sorted(_KEYS)}")
+    # A change of the code may change the samples, so it makes old runs stale.
+    sources = b"".join(source.read_bytes() for source in sorted(Path(__file__).parent.rglob("*.py")))
+    rows: list[tuple[str, str]] = []
     runs = []
-    for number, row in enumerate(content["rows"]):
-        if unknown := row.keys() - _ROW_KEYS:
-            raise ConfigurationError(f"{path}, row {number}: unknown keys {sorted(unknown)}; known: {sorted(_ROW_KEYS)}")
-        configs = [*content["configs"], *(str(_OVERLAYS / f"{name}.yaml") for name in row.get("overlays", []))]
-        if missing := [c for c in configs if not Path(c).is_file()]:
-            raise ConfigurationError(f"{path}, row {number}: no such files: {', '.join(missing)}")
-        for seed in content["seeds"]:
-            folder = output / f"{number:02d}-{re.sub(r'[^a-z0-9]+', '-', row['name'].lower()).strip('-')}" / f"seed{seed}"
-            arguments = ["predict", *(a for c in configs for a in ("--config", c))]
-            arguments += [*content.get("arguments", []), *row.get("arguments", [])]
-            arguments += [f"--data.init_args.seed={seed}", f"--trainer.default_root_dir={folder}"]
-            arguments += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
-            runs.append(Run(number, seed, tuple(arguments), folder))
-    return content["rows"], runs
+    for group, group_overlays in content["groups"].items():
+        for row in content["rows"]:
+            if unknown := row.keys() - _ROW_KEYS:
+                raise ConfigurationError(f"{path}: row with unknown keys {sorted(unknown)}; known: {sorted(_ROW_KEYS)}")
+            if group not in row.get("groups", [group]):
+                continue
+            overlays = [str(_OVERLAYS / f"{name}.yaml") for name in (*group_overlays, *row.get("overlays", []))]
+            configs = [*content["configs"], *overlays]
+            if missing := [c for c in configs if not Path(c).is_file()]:
+                raise ConfigurationError(f"{path}, row {row['name']!r}: no such files: {', '.join(missing)}")
+            for seed in content["seeds"]:
+                folder = output / _slug(group) / _slug(row["name"]) / f"seed{seed}"
+                arguments = ["predict", *(a for c in configs for a in ("--config", c))]
+                arguments += [*content.get("arguments", []), *row.get("arguments", [])]
+                arguments += [f"--data.init_args.seed={seed}", f"--trainer.default_root_dir={folder}"]
+                arguments += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+                runs.append(Run(len(rows), seed, tuple(arguments), folder, _fingerprint(arguments, sources)))
+            rows.append((group, row["name"]))
+    if len({run.folder for run in runs}) != len(runs):
+        raise ConfigurationError(f"{path}: two rows of a group have the same name, or a seed occurs twice")
+    return rows, runs
 
 
 def _cell(values: Sequence[float | None], digits: int) -> str:
@@ -117,16 +142,17 @@ def _cell(values: Sequence[float | None], digits: int) -> str:
     return f"{statistics.mean(known):.{digits}f}{spread}"
 
 
-def markdown_table(rows: Sequence[dict[str, Any]], results: Sequence[Sequence[dict[str, Any]]]) -> str:
-    """One line per row: mean ± standard deviation over its seeds of each figure."""
-    lines = ["| guidance | " + " | ".join(title for title, _ in _COLUMNS.values()) + " |", "|---|" + "---:|" * len(_COLUMNS)]
-    group = None
-    for row, measured in zip(rows, results, strict=True):
-        if row.get("group") != group:
-            group = row.get("group")
-            lines.append(f"| **{group}** |" + " |" * len(_COLUMNS))
+def markdown_table(rows: Sequence[tuple[str, str]], results: Sequence[Sequence[dict[str, Any]]]) -> str:
+    """One line per (group, name): mean ± standard deviation over its seeds of each figure."""
+    titles = [title for title, _ in _COLUMNS.values()]
+    lines = [f"| guidance | {' | '.join(titles)} |", "|---|" + "---:|" * len(titles)]
+    previous = None
+    for (group, name), measured in zip(rows, results, strict=True):
+        if group != previous:
+            lines.append(f"| **{group}** |" + " |" * len(titles))
+        previous = group
         cells = [_cell([m.get(key) for m in measured], digits) for key, (_, digits) in _COLUMNS.items()]
-        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -143,9 +169,13 @@ def compare(args: Sequence[str]) -> None:
         SystemExit: with status 1 where runs failed, naming their logs.
     """
     parser = argparse.ArgumentParser(prog="calib-guidance compare", description="Many sampling runs as one table.")
-    parser.add_argument("--config", type=Path, required=True, help="comparison file, e.g. lightning_configs/compare/digits.yaml")
+    parser.add_argument(
+        "--config", type=Path, required=True, help="comparison file, e.g. lightning_configs/compare/digits.yaml"
+    )
     parser.add_argument("--output", type=Path, default=Path("outputs/compare"), help="folder of the runs (%(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time, the cores are shared (%(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="runs at a time, the cores are shared (%(default)s)"
+    )
     options = parser.parse_args(list(args))
     rows, runs = read_comparison(options.config, options.output)
     todo = [run for run in runs if run.result() is None]
@@ -156,20 +186,24 @@ def compare(args: Sequence[str]) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         jobs = {pool.submit(_work, run, threads): run for run in todo}
-        for job in tqdm(as_completed(jobs), total=len(todo), desc=f"{len(runs) - len(todo)} runs done before", unit="run"):
+        for job in tqdm(
+            as_completed(jobs), total=len(todo), desc=f"{len(runs) - len(todo)} runs done before", unit="run"
+        ):
             if error := job.exception():
                 failed.append(jobs[job])
                 tqdm.write(f"failed: {jobs[job].folder / 'log.txt'}: {error}")
     if failed:
-        raise SystemExit(f"{len(failed)} of {len(runs)} runs failed; their logs say why, and the same command does what is left")
+        raise SystemExit(
+            f"{len(failed)} of {len(runs)} runs failed; their logs say why, and the same command does what is left"
+        )
     results: list[list[dict[str, Any]]] = [[] for _ in rows]
     with open(options.output / "runs.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["group", "name", "seed", *_COLUMNS, "seconds_per_image"])
         for run in runs:
-            result, row = run.result(), rows[run.row]
+            result = run.result()
             results[run.row].append(result)
-            writer.writerow([row.get("group"), row["name"], run.seed, *(result.get(k) for k in [*_COLUMNS, "seconds_per_image"])])
+            writer.writerow([*rows[run.row], run.seed, *(result.get(k) for k in (*_COLUMNS, "seconds_per_image"))])
     table = markdown_table(rows, results)
     (options.output / "table.md").write_text(table + "\n")
     print(f"\n{table}\n\n{len(todo)} runs in {(time.monotonic() - started) / 60:.1f} minutes")

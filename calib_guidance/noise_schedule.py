@@ -28,7 +28,9 @@ def named_betas(name: str, num_steps: int = 1000) -> np.ndarray:
             return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
 
         steps = range(num_steps)
-        return np.array([min(1 - alphas_cumprod((i + 1) / num_steps) / alphas_cumprod(i / num_steps), 0.999) for i in steps])
+        return np.array(
+            [min(1 - alphas_cumprod((i + 1) / num_steps) / alphas_cumprod(i / num_steps), 0.999) for i in steps]
+        )
     raise ValueError(f"noise schedule: unknown {name!r}; known: {', '.join(SCHEDULES)}")
 
 

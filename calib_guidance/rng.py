@@ -13,7 +13,9 @@ _LABEL_STREAM = 1  # the counter's top word keeps labels and noise apart, so tha
 
 
 def _bit_generator(seed: int, index: int, stream: int = 0) -> np.random.Philox:
-    return np.random.Philox(key=np.array([seed, index], dtype=np.uint64), counter=np.array([0, 0, 0, stream], np.uint64))
+    return np.random.Philox(
+        key=np.array([seed, index], dtype=np.uint64), counter=np.array([0, 0, 0, stream], np.uint64)
+    )
 
 
 class Noise(Protocol):

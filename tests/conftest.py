@@ -5,9 +5,9 @@ from pathlib import Path
 # Threads that fight over cores are many times slower than one, and two processes run in some tests.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+import pytest
+import torch
+from safetensors.torch import load_file
 
 torch.set_num_threads(1)
 PARITY = Path(__file__).parent / "parity"
@@ -33,7 +33,11 @@ class Golden:
         atol = tolerance["atol"] if step is None else tolerance.get("atol_per_step", {step: tolerance["atol"]})[step]
         expected = self[name] if expected is None else expected
         torch.testing.assert_close(
-            value.double(), expected.double(), atol=atol, rtol=tolerance["rtol"], msg=lambda m: f"{name} step {step}: {m}"
+            value.double(),
+            expected.double(),
+            atol=atol,
+            rtol=tolerance["rtol"],
+            msg=lambda m: f"{name} step {step}: {m}",
         )
 
 

@@ -35,7 +35,12 @@ def test_sections_may_be_empty():
 
 @pytest.mark.parametrize(
     ("respacing", "message"),
-    [("ddim7x", "expected something like"), ("ddim999", "no integer stride"), ("0", "at least one"), ("600,600", "600 of the 500")],
+    [
+        ("ddim7x", "expected something like"),
+        ("ddim999", "no integer stride"),
+        ("0", "at least one"),
+        ("600,600", "600 of the 500"),
+    ],
 )
 def test_impossible_respacings_say_why(respacing, message):
     with pytest.raises(ValueError, match=message):

@@ -40,7 +40,11 @@ def _png(image: np.ndarray) -> bytes:
 
 
 def read_samples(folder: str | os.PathLike[str]) -> Iterator[dict[str, Tensor]]:
-    """Written samples, file by file in order of index: ``index``, ``label``, ``seed`` ``(N,)``, ``image`` uint8 ``(N, C, H, W)``."""
+    """Written samples, file by file in order of index.
+
+    Yields:
+        ``index``, ``label`` and ``seed`` ``(N,)``, ``image`` uint8 ``(N, C, H, W)``.
+    """
     for path in sorted(Path(folder).glob("*.parquet")):
         table = pq.read_table(path).to_pydict()
         images = [np.asarray(Image.open(io.BytesIO(image["bytes"]))) for image in table["image"]]
@@ -115,4 +119,3 @@ class SampleWriter(Measurement):
 
     def draw(self, folder: Path, trainer: L.Trainer) -> list[Path]:
         return [draw_grid(read_samples(self.path), folder / "samples.png")]
-

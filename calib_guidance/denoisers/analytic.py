@@ -56,7 +56,12 @@ class GaussianMixture(Denoiser):
         variances, axes = torch.linalg.eigh(sigma)
         if not (variances > 0).all() or not (w > 0).all():
             raise ValueError("covariances must be positive definite and weights positive")
-        for name, value in (("means", mu), ("variances", variances), ("axes", axes), ("log_weights", (w / w.sum()).log())):
+        for name, value in (
+            ("means", mu),
+            ("variances", variances),
+            ("axes", axes),
+            ("log_weights", (w / w.sum()).log()),
+        ):
             self.register_buffer(name, value, persistent=False)
         self.schedule = NoiseSchedule(named_betas(noise_schedule, num_steps))
         self.image_shape = (d, 1, 1)
@@ -85,7 +90,9 @@ class GaussianMixture(Denoiser):
         else:
             component = torch.full((n,), y)
         z = torch.randn(n, self.means.shape[1], generator=generator, dtype=torch.float64)
-        x = self.means[component] + torch.einsum("nij,nj->ni", self.axes[component], self.variances[component].sqrt() * z)
+        x = self.means[component] + torch.einsum(
+            "nij,nj->ni", self.axes[component], self.variances[component].sqrt() * z
+        )
         return x[:, :, None, None].float()
 
     def posterior_mean(self, x_t: Tensor, alphas_cumprod: float, y: Tensor | None = None) -> Tensor:

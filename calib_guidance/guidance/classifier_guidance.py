@@ -10,7 +10,7 @@ from torch import Tensor
 
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.denoisers.base import Predict
-from calib_guidance.guidance.base import Guidance, GuidedPrediction, Guide
+from calib_guidance.guidance.base import Guidance, Guide, GuidedPrediction
 from calib_guidance.guidance.schedules import GuidanceSchedule
 from calib_guidance.scores.base import Score
 from calib_guidance.scores.log_prob import TemperedLogProb
@@ -100,7 +100,9 @@ class ClassifierGuidance(Guidance):
             prediction = type(prediction)(*(None if p is None else p.detach() for p in prediction))
             sine = self.schedule.sine(i, len(active))
             if self.enters == "noise_difference" and prediction.noise_difference is None:
-                return GuidedPrediction(prediction, logits=logits, step_gradient=gradient)  # classifier-free is off here
+                return GuidedPrediction(
+                    prediction, logits=logits, step_gradient=gradient
+                )  # classifier-free is off here
             if self.enters == "score":
                 return GuidedPrediction(prediction, self.scale * gradient, None, sine, logits, gradient)
             shift = self.scale * (1 + sine) * match_norm(gradient, prediction.noise_difference)

@@ -68,8 +68,12 @@ class InceptionFeatures(FeatureExtractor):
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
-            raise ImportError("InceptionFeatures needs torch-fidelity: pip install 'calib_guidance[inception]'") from error
-        self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights)
+            raise ImportError(
+                "InceptionFeatures needs torch-fidelity: pip install 'calib_guidance[inception]'"
+            ) from error
+        self.network = FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048"], feature_extractor_weights_path=weights
+        )
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:

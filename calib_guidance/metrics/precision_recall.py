@@ -35,7 +35,9 @@ def precision_recall(reference: Tensor, generated: Tensor, k: int = 3) -> tuple[
         ValueError: k or fewer points in one of the sets.
     """
     if min(len(reference), len(generated)) <= k:
-        raise ValueError(f"precision and recall with k = {k} need more than {k} points, got {len(reference)} and {len(generated)}")
+        raise ValueError(
+            f"precision and recall with k = {k} need more than {k} points, got {len(reference)} and {len(generated)}"
+        )
     precision = share_inside(generated, reference, knn_radii(reference, k))
     return precision, share_inside(reference, generated, knn_radii(generated, k))
 
@@ -61,9 +63,16 @@ class PrecisionRecall(Metric):
         """Add generated features ``(N, D)``."""
         self.features.append(features.float())
 
+    def sync(self, *args: object, **kwargs: object) -> None:
+        if not self.features:  # torchmetrics cannot gather an empty list
+            self.features.append(self.reference[:0])
+        super().sync(*args, **kwargs)
+
     def compute(self) -> dict[str, Tensor]:
         """``precision`` and ``recall``; NaN with k or fewer samples."""
-        features = self.features if isinstance(self.features, Tensor) else torch.cat([self.reference[:0], *self.features])
+        features = (
+            self.features if isinstance(self.features, Tensor) else torch.cat([self.reference[:0], *self.features])
+        )
         if len(features) <= self.k:
             return {"precision": torch.tensor(torch.nan), "recall": torch.tensor(torch.nan)}
         precision, recall = precision_recall(self.reference, features, self.k)

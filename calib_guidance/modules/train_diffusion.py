@@ -64,8 +64,9 @@ class TrainDiffusion(L.LightningModule):
             "posterior_mean_coef2",
         ):
             self.register_buffer(name, torch.tensor(getattr(tables, name)).float(), persistent=False)
-        for name, table in zip(("x0_from_x", "x0_from_output"), x0_coefficients(prediction, tables.alphas_cumprod)):
-            self.register_buffer(name, torch.tensor(table).float(), persistent=False)
+        from_x, from_output = x0_coefficients(prediction, tables.alphas_cumprod)
+        self.register_buffer("x0_from_x", torch.tensor(from_x).float(), persistent=False)
+        self.register_buffer("x0_from_output", torch.tensor(from_output).float(), persistent=False)
 
     def loss(self, x0: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Loss per sample ``(N,)`` of images ``(N, C, H, W)`` with labels and steps ``(N,)`` and their noise."""

@@ -99,9 +99,7 @@ class ResBlock(nn.Module):
         super().__init__()
         out_channels = out_channels or channels
         self.use_scale_shift_norm = use_scale_shift_norm
-        self.in_layers = nn.Sequential(
-            GroupNorm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
-        )
+        self.in_layers = nn.Sequential(GroupNorm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
         resample = Upsample if up else Downsample if down else None
         self.h_upd = resample(channels, with_conv=False) if resample else nn.Identity()
         self.x_upd = resample(channels, with_conv=False) if resample else nn.Identity()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from calib_guidance.denoisers.base import Denoiser, Predict, Prediction
-from calib_guidance.guidance.base import Guidance, GuidedPrediction, Guide
+from calib_guidance.guidance.base import Guidance, Guide, GuidedPrediction
 from calib_guidance.noise_schedule import NoiseSchedule
 from calib_guidance.rng import Noise
 
@@ -69,7 +69,7 @@ class Sampler(ABC):
     def num_evaluations(self, denoiser: Denoiser) -> int:
         """Network evaluations per sample."""
 
-    def check(self, denoiser: Denoiser, guidance: Guidance | None) -> None:
+    def check(self, denoiser: Denoiser, guidance: Guidance | None) -> None:  # noqa: B027, most have nothing to check
         """Raise ValueError where sampler, denoiser and guidance cannot go together."""
 
 

@@ -34,7 +34,9 @@ class DDPM(Sampler):
         ValueError: unknown names or numbers out of range.
     """
 
-    def __init__(self, steps: str | int = "250", variance: str = "auto", clip_denoised: bool = True, recurrence: int = 1):
+    def __init__(
+        self, steps: str | int = "250", variance: str = "auto", clip_denoised: bool = True, recurrence: int = 1
+    ):
         if variance not in VARIANCES:
             raise ValueError(f"variance: unknown {variance!r}; known: {', '.join(VARIANCES)}")
         if recurrence < 1:
@@ -47,7 +49,9 @@ class DDPM(Sampler):
     def check(self, denoiser: Denoiser, guidance: Guidance | None) -> None:
         denoiser.schedule.respace(self.steps)
         if self.variance == "learned_range" and not denoiser.has_learned_variance:
-            raise ValueError("variance: learned_range, but the network has no variance channels; use fixed_small or fixed_large")
+            raise ValueError(
+                "variance: learned_range, but the network has no variance channels; use fixed_small or fixed_large"
+            )
 
     @torch.no_grad()
     def __call__(

@@ -115,7 +115,9 @@ def test_wrong_names_and_values_say_what_is_allowed():
     with pytest.raises(ValueError, match="resize"):
         OffTheShelfClassifier(nn.Identity(), resize=0)
     with pytest.raises(ValueError, match="needs the step t"):
-        NoiseAwareClassifier(EncoderUNet(8, 1, 32, 10, 1, channel_mult=(1,), num_head_channels=32))(torch.zeros(1, 1, 8, 8))
+        NoiseAwareClassifier(EncoderUNet(8, 1, 32, 10, 1, channel_mult=(1,), num_head_channels=32))(
+            torch.zeros(1, 1, 8, 8)
+        )
 
 
 class TestWeights:

@@ -53,7 +53,10 @@ def test_precision_and_recall(golden):
     metric = PrecisionRecall(reference)
     for batch in generated.split(700):
         metric.update(batch)
-    assert {k: float(v) for k, v in metric.compute().items()} == {"precision": float(precision), "recall": float(recall)}
+    assert {k: float(v) for k, v in metric.compute().items()} == {
+        "precision": float(precision),
+        "recall": float(recall),
+    }
     fidelity = prc_features_to_metric(generated, reference, prc_neighborhood=3, prc_batch_size=500, verbose=False)
     assert float(precision) == pytest.approx(fidelity["precision"], abs=1e-3)
     assert float(recall) == pytest.approx(fidelity["recall"], abs=1e-3)
@@ -88,7 +91,9 @@ def test_trajectory_calibration_is_the_error_of_each_step(golden):
         assert float(found[step]) == pytest.approx(float(single.compute()), abs=1e-12)
 
 
-@pytest.mark.parametrize("build", [lambda f: FrechetDistance(f), lambda f: PrecisionRecall(f)], ids=["frechet", "precision"])
+@pytest.mark.parametrize(
+    "build", [lambda f: FrechetDistance(f), lambda f: PrecisionRecall(f)], ids=["frechet", "precision"]
+)
 def test_too_few_samples_give_nan_not_a_crash(build):
     metric = build(torch.randn(20, 4))
     metric._update_count = 1

@@ -11,7 +11,9 @@ IGNORED = {"dims", "use_checkpoint", "use_fp16", "pool", "num_classes", "num_hea
 
 
 def unet(fixture, **changes):
-    config = {k: v for k, v in fixture.json["config"].items() if k not in IGNORED - {"num_classes", "num_heads_upsample"}}
+    config = {
+        k: v for k, v in fixture.json["config"].items() if k not in IGNORED - {"num_classes", "num_heads_upsample"}
+    }
     network = UNet(**config | changes).eval()
     network.load_state_dict(fixture.weights())
     return network

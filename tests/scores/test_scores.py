@@ -55,7 +55,10 @@ def test_values_and_gradients_match_high_precision(golden, fixture_name, dtype):
         (gradient,) = torch.autograd.grad(score.sum(), logits)
         for name, value in (("score", score), ("grad", gradient)):
             torch.testing.assert_close(
-                value.double(), fixture[f"{key}.{name}"], **tolerance[f"*.{name}"], msg=lambda m, k=key, n=name: f"{k}.{n}: {m}"
+                value.double(),
+                fixture[f"{key}.{name}"],
+                **tolerance[f"*.{name}"],
+                msg=lambda m, k=key, n=name: f"{k}.{n}: {m}",
             )
 
 

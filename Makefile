@@ -1,0 +1,44 @@
+# Everything runs in .venv, installed on first use with the versions of constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install demo test lint checkpoints compare figures clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+# 1,000 guided digits, measured and drawn.
+demo: $(INSTALLED)
+	$(BIN)/calib-guidance predict --config lightning_configs/predict/digits.yaml
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# How checkpoints/digits was made. Replaces it.
+checkpoints: $(INSTALLED)
+	$(BIN)/calib-guidance fit --config lightning_configs/fit/digits_classifier.yaml
+	$(BIN)/calib-guidance fit --config lightning_configs/fit/digits_judge.yaml
+	$(BIN)/calib-guidance fit --config lightning_configs/fit/digits_diffusion.yaml
+	$(BIN)/calib-guidance fit --config lightning_configs/fit/digits_noise_aware.yaml
+
+# The table of the README.
+compare: $(INSTALLED)
+	$(BIN)/calib-guidance compare --config lightning_configs/compare/digits.yaml
+
+# The pictures of the README that `make demo` does not draw.
+figures: $(INSTALLED)
+	$(BIN)/python docs/gaussian_mixture.py
+
+clean:
+	rm -rf $(VENV) outputs build *.egg-info

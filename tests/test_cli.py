@@ -1,0 +1,293 @@
+"""What users run: every shipped YAML, through the public interface."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import load_dataset
+from PIL import Image
+
+from calib_guidance.callbacks import read_samples
+from calib_guidance.checkpoints import save_weights
+from calib_guidance.cli import main
+from calib_guidance.networks import SmallResNet
+from tests.conftest import ROOT
+
+PREDICT = ["predict", "--config", "lightning_configs/predict/digits.yaml"]
+QUICK = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
+OVERLAYS = sorted(
+    str(p.relative_to(ROOT)) for f in ("score", "digits") for p in (ROOT / "lightning_configs" / f).glob("*.yaml")
+)
+FITS = sorted(p.name for p in (ROOT / "lightning_configs/fit").glob("*.yaml"))
+
+
+def predict(folder, *arguments, steps=3, samples=20, batch=10):
+    main(
+        [
+            *PREDICT,
+            *(a for a in arguments if a.startswith("--config=")),
+            f"--trainer.default_root_dir={folder}",
+            f"--data.init_args.num_samples={samples}",
+            f"--data.init_args.batch_size={batch}",
+            f"--model.init_args.sampler.init_args.steps={steps}",
+            *QUICK,
+            *(a for a in arguments if not a.startswith("--config=")),
+        ]
+    )
+
+
+def samples_of(folder):
+    parts = list(read_samples(Path(folder) / "samples"))
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def refuse(capsys, *arguments):
+    """The message with which a command ends before it samples anything."""
+    with pytest.raises(SystemExit) as stop:
+        predict(*arguments)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("overlay", [None, *OVERLAYS])
+def test_every_predict_configuration_samples(in_root, tmp_path, capsys, overlay):
+    predict(tmp_path, *([f"--config={overlay}"] if overlay else []))
+    found = samples_of(tmp_path)
+    assert found["index"].tolist() == list(range(20))
+    assert found["label"].tolist() == [i % 10 for i in range(20)]
+    assert found["image"].shape == (20, 1, 8, 8)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    guided = overlay is None or "unguided" not in overlay
+    if overlay == "lightning_configs/digits/classifier_free.yaml":
+        assert metrics["num_evaluations"] == 3
+    assert {"frechet_distance", "precision", "recall", "judge_accuracy", "seconds_per_image"} <= metrics.keys()
+    assert ("integral_ece" in metrics) == guided
+    figures = {p.name for p in (tmp_path / "figures").iterdir()}
+    assert figures == ({"samples.png", "ece_t.png", "gradient_norm.png"} if guided else {"samples.png"})
+    for figure in figures:
+        assert min(Image.open(tmp_path / "figures" / figure).size) > 200
+    resolved = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert resolved["model"]["init_args"]["sampler"]["init_args"]["steps"] == "3"
+    printed = capsys.readouterr().out
+    assert "Fréchet distance" in printed
+    assert str(tmp_path / "metrics.json") in printed
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_every_fit_configuration_trains_and_exports_what_predict_reads(in_root, tmp_path, name):
+    config = yaml.safe_load((ROOT / "lightning_configs/fit" / name).read_text())
+    exported = tmp_path / "weights.safetensors"
+    for callback in config["trainer"]["callbacks"]:
+        if callback["class_path"].endswith("ExportWeights"):
+            shipped = ROOT / callback["init_args"]["path"]
+            callback["init_args"]["path"] = str(exported)
+    config["trainer"] |= {
+        "max_steps": 2,
+        "max_epochs": None,
+        "default_root_dir": str(tmp_path),
+        "check_val_every_n_epoch": 1,
+    }
+    config["trainer"] |= {"limit_val_batches": 1, "logger": False}
+    config["model"]["init_args"]["lr_scheduler"]["init_args"]["total_steps"] = 2
+    path = tmp_path / "fit.yaml"
+    path.write_text(yaml.safe_dump(config))
+    main(["fit", "--config", str(path), *QUICK])
+    from calib_guidance.checkpoints import read_state_dict
+
+    found, expected = read_state_dict(exported), read_state_dict(shipped)
+    assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in expected.items()}
+
+
+def test_the_weights_average_is_what_is_exported(in_root, tmp_path):
+    """With a decay of 1 the average stays what the first step made, whatever training does after it."""
+    from calib_guidance.checkpoints import read_state_dict
+
+    config = yaml.safe_load((ROOT / "lightning_configs/fit/digits_diffusion.yaml").read_text())
+    averaging, export = config["trainer"]["callbacks"]
+    trained = {"class_path": export["class_path"], "init_args": {"path": str(tmp_path / "trained.safetensors")}}
+    export["init_args"]["path"] = str(tmp_path / "average.safetensors")
+    averaging["init_args"]["decay"] = 1.0
+    config["trainer"] |= {"max_steps": 3, "default_root_dir": str(tmp_path), "logger": False, "limit_val_batches": 0}
+    config["trainer"]["callbacks"] = [trained, averaging, export]
+    (tmp_path / "fit.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", str(tmp_path / "fit.yaml"), *QUICK])
+    before, after = (read_state_dict(tmp_path / f"{n}.safetensors") for n in ("average", "trained"))
+    assert any(not torch.equal(before[k], after[k]) for k in before)
+
+
+class TestRequests:
+    @pytest.mark.parametrize("overlay", ["score/js", "score/tilted"])
+    def test_a_sample_depends_on_no_batch_and_the_noise_and_labels_not_at_all(self, in_root, tmp_path, overlay):
+        sizes = (10, 30) if "tilted" in overlay else (1, 7, 30)
+        runs = {}
+        for size in sizes:
+            config = f"--config=lightning_configs/{overlay}.yaml"
+            predict(tmp_path / str(size), config, batch=size, samples=30, steps=4)
+            runs[size] = samples_of(tmp_path / str(size))
+        for size in sizes[:-1]:
+            for key in ("index", "label", "seed"):
+                assert torch.equal(runs[size][key], runs[30][key])
+            # Written as 8-bit integers: images within 1e-4 differ by at most one level, and rarely.
+            difference = (runs[size]["image"].int() - runs[30]["image"].int()).abs()
+            assert difference.max() <= 1
+            assert (difference > 0).float().mean() < 0.01
+
+    def test_the_same_run_gives_the_same_bytes_and_another_seed_others(self, in_root, tmp_path):
+        for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+            predict(tmp_path / name, f"--data.init_args.seed={seed}")
+        a, b, c = ({p.name: p.read_bytes() for p in (tmp_path / n / "samples").iterdir()} for n in "abc")
+        assert a == b
+        assert a.keys() == c.keys()
+        assert a != c
+
+    def test_label_policies(self, in_root, tmp_path):
+        (tmp_path / "labels.txt").write_text("\n".join(str(9 - i % 10) for i in range(20)))
+        predict(tmp_path / "one", "--data.init_args.labels=7")
+        predict(tmp_path / "file", f"--data.init_args.labels={tmp_path / 'labels.txt'}")
+        predict(tmp_path / "random", "--data.init_args.labels=uniform")
+        assert samples_of(tmp_path / "one")["label"].tolist() == [7] * 20
+        assert samples_of(tmp_path / "file")["label"].tolist() == [9 - i % 10 for i in range(20)]
+        assert len(set(samples_of(tmp_path / "random")["label"].tolist())) > 3
+
+    def test_samples_are_a_data_set(self, in_root, tmp_path):
+        predict(tmp_path)
+        rows = load_dataset(
+            "parquet", data_files=str(tmp_path / "samples/*.parquet"), split="train", cache_dir=str(tmp_path)
+        )
+        assert rows.num_rows == 20
+        assert rows[3]["label"] == 3
+        assert rows[3]["image"].size == (8, 8)
+
+
+def run_processes(folder, *arguments, devices):
+    command = [sys.executable, "-m", "calib_guidance", *PREDICT, f"--trainer.default_root_dir={folder}", *QUICK]
+    command += ["--trainer.strategy=ddp", f"--trainer.devices={devices}", "--model.init_args.sampler.init_args.steps=3"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("samples", [25, 8])
+def test_two_processes_write_the_samples_of_one(in_root, tmp_path, samples):
+    """25 does not divide, and of 8 in batches of 10 the second process has none."""
+    arguments = [f"--data.init_args.num_samples={samples}", "--data.init_args.batch_size=10"]
+    run_processes(tmp_path / "two", *arguments, devices=2)
+    predict(tmp_path / "one", samples=samples, batch=10)
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / n / "samples").iterdir()} for n in ("one", "two"))
+    assert one == two
+    found, expected = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("two", "one"))
+    for key in ("frechet_distance", "precision", "recall", "judge_accuracy", "integral_ece"):
+        assert found[key] == pytest.approx(expected[key], rel=1e-6), key
+
+
+class TestRefusals:
+    """Each before any sampling: nothing is written into the output folder."""
+
+    @pytest.fixture
+    def out(self, in_root, tmp_path):
+        yield tmp_path / "out"
+        assert not list((tmp_path / "out").rglob("*.parquet"))
+        assert not (tmp_path / "out/config.yaml").exists()
+
+    def test_inference_mode(self, out, capsys):
+        assert "set trainer.inference_mode to false" in refuse(capsys, out, "--trainer.inference_mode=true")
+
+    def test_a_checkpoint_path(self, out, capsys):
+        assert "predict takes no --ckpt_path" in refuse(capsys, out, "--ckpt_path=some.ckpt")
+
+    @pytest.mark.parametrize("label", [10, -1])
+    def test_a_class_outside(self, out, capsys, label):
+        assert f"class {label}, outside 0 … 9" in refuse(capsys, out, f"--data.init_args.labels={label}")
+
+    def test_a_label_file_that_does_not_fit(self, out, capsys, tmp_path):
+        assert "nor a file" in refuse(capsys, out, "--data.init_args.labels=nothing.txt")
+        (tmp_path / "labels.txt").write_text("1\n2\n")
+        assert "at least 20 class numbers" in refuse(capsys, out, f"--data.init_args.labels={tmp_path / 'labels.txt'}")
+
+    def test_classes_of_requests_and_classifier_differ(self, out, capsys):
+        message = refuse(capsys, out, "--data.init_args.num_classes=11")
+        assert "the requests have 11 classes, the classifier 10" in message
+
+    def test_classes_of_requests_and_denoiser_differ(self, out, capsys):
+        overlay = "--config=lightning_configs/digits/conditional.yaml"
+        assert "11 classes, the denoiser 10" in refuse(capsys, out, overlay, "--data.init_args.num_classes=11")
+
+    def test_an_image_size_that_the_network_cannot_take(self, out, capsys):
+        assert "multiples of 2" in refuse(capsys, out, "--model.init_args.denoiser.init_args.image_size=9")
+
+    def test_an_image_size_that_the_noise_aware_classifier_cannot_take(self, out, capsys):
+        overlay = "--config=lightning_configs/digits/noise_aware.yaml"
+        message = refuse(capsys, out, overlay, "--model.init_args.denoiser.init_args.image_size=16")
+        assert "positional table is made for 8×8" in message
+
+    def test_a_missing_checkpoint(self, out, capsys):
+        message = refuse(capsys, out, "--model.init_args.denoiser.init_args.checkpoint=nothing.safetensors")
+        assert "nothing.safetensors: no such weights file" in message
+
+    def test_a_wrong_checkpoint_names_the_keys(self, out, capsys, tmp_path):
+        save_weights(SmallResNet(), tmp_path / "wrong.safetensors")
+        message = refuse(
+            capsys, out, f"--model.init_args.denoiser.init_args.checkpoint={tmp_path / 'wrong.safetensors'}"
+        )
+        assert "missing: input_blocks.0.0.bias" in message
+        assert "unexpected: fc.bias" in message
+
+    @pytest.mark.parametrize(
+        ("argument", "message"),
+        [
+            ("divergence=kl", "known: rkl, fkl, js, hellinger"),
+            ("alpha=-1", "alpha must be a number of at least 0"),
+            ("epsilon=1.5", "epsilon must lie strictly between 0 and 1"),
+        ],
+    )
+    def test_values_of_the_score(self, out, capsys, argument, message):
+        assert message in refuse(capsys, out, f"--model.init_args.guidance.init_args.score.init_args.{argument}")
+
+    def test_no_tilt(self, out, capsys):
+        overlay = "--config=lightning_configs/score/tilted.yaml"
+        message = refuse(capsys, out, overlay, "--model.init_args.guidance.init_args.score.init_args.tilt=0")
+        assert "tilt must be a number other than 0" in message
+
+    def test_torn_groups(self, out, capsys):
+        overlay = "--config=lightning_configs/score/tilted.yaml"
+        message = refuse(capsys, out, overlay, "--data.init_args.batch_size=4")
+        assert "data.init_args.batch_size must be a multiple of 10, got 4" in message
+
+    def test_a_misspelled_key(self, out, capsys):
+        assert "aplha" in refuse(capsys, out, "--model.init_args.guidance.init_args.score.init_args.aplha=1")
+
+    def test_a_sine_with_ddim(self, out, capsys):
+        message = refuse(capsys, out, "--model.init_args.sampler.class_path=calib_guidance.samplers.DDIM")
+        assert "set the guidance schedule's gamma to 0" in message
+
+    def test_a_noise_difference_without_classifier_free_guidance(self, out, capsys):
+        message = refuse(capsys, out, "--model.init_args.guidance.init_args.enters=noise_difference")
+        assert "needs classifier-free guidance" in message
+
+    def test_a_folder_that_cannot_be_written(self, in_root, tmp_path, capsys):
+        (tmp_path / "file").write_text("")
+        assert "cannot be written" in refuse(capsys, tmp_path / "file" / "out")
+
+    def test_a_folder_with_samples(self, in_root, tmp_path, capsys):
+        predict(tmp_path, samples=10)
+        before = {p.name: p.read_bytes() for p in (tmp_path / "samples").iterdir()}
+        config = yaml.safe_load(Path("lightning_configs/predict/digits.yaml").read_text())
+        config["trainer"]["callbacks"][0]["init_args"]["overwrite"] = False
+        (tmp_path / "keep.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": config["trainer"]["callbacks"]}}))
+        message = refuse(capsys, tmp_path, f"--config={tmp_path / 'keep.yaml'}", "--data.init_args.seed=5")
+        assert "already holds samples" in message
+        assert {p.name: p.read_bytes() for p in (tmp_path / "samples").iterdir()} == before
+
+
+def test_the_module_is_a_command(in_root):
+    done = subprocess.run([sys.executable, "-m", "calib_guidance", "predict", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "--config" in done.stdout
