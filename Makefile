@@ -34,10 +34,12 @@ checkpoints: $(INSTALLED)
 
 # The table of the README.
 compare: $(INSTALLED)
-	$(BIN)/calib-guidance compare --config lightning_configs/compare/digits.yaml
+	$(BIN)/calib-guidance compare --config lightning_configs/compare/digits.yaml --into README.md
 
-# The pictures of the README that `make demo` does not draw.
-figures: $(INSTALLED)
+# The pictures of the README and of docs/.
+figures: demo
+	mkdir -p docs/images
+	cp outputs/digits/figures/*.png docs/images/
 	$(BIN)/python docs/gaussian_mixture.py
 
 clean:

@@ -30,6 +30,11 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         CheckpointError: no such file, not a weights file, or a file that holds more than tensors and plain containers.
     """
     path = Path(path)
+    if path.name == "None":
+        raise CheckpointError(
+            "the weights file is named 'None': jsonargparse reads null on the command line as that text; write null in a YAML "
+            "file and give it as another --config"
+        )
     if not path.is_file():
         raise CheckpointError(f"{path}: no such weights file; name an existing one (see checkpoints/README.md)")
     if path.suffix == ".safetensors":

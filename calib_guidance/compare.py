@@ -30,6 +30,7 @@ _COLUMNS = {
     "judge_accuracy": ("accuracy ↑", 3),
     "integral_ece": ("integral ECE ↓", 3),
 }
+_MARKS = ("<!-- comparison -->", "<!-- /comparison -->")
 _KEYS = {"configs", "arguments", "seeds", "groups", "rows"}
 _ROW_KEYS = {"name", "overlays", "arguments", "groups"}
 
@@ -156,6 +157,17 @@ def markdown_table(rows: Sequence[tuple[str, str]], results: Sequence[Sequence[d
     return "\n".join(lines)
 
 
+def _insert(table: str, path: Path) -> None:
+    """Put the table between the marks of a Markdown file."""
+    before, _, rest = path.read_text().partition(_MARKS[0])
+    _, end, after = rest.partition(_MARKS[1])
+    if not end:
+        raise ConfigurationError(
+            f"{path} has no place for the table: put {_MARKS[0]} and {_MARKS[1]} where it shall stand"
+        )
+    path.write_text(f"{before}{_MARKS[0]}\n{table}\n{_MARKS[1]}{after}")
+
+
 def compare(args: Sequence[str]) -> None:
     """Run a comparison and print its table; runs that are done and unchanged are not repeated.
 
@@ -175,6 +187,9 @@ def compare(args: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/compare"), help="folder of the runs (%(default)s)")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="runs at a time, the cores are shared (%(default)s)"
+    )
+    parser.add_argument(
+        "--into", type=Path, help=f"Markdown file to put the table into, between {' and '.join(_MARKS)}"
     )
     options = parser.parse_args(list(args))
     rows, runs = read_comparison(options.config, options.output)
@@ -206,5 +221,7 @@ def compare(args: Sequence[str]) -> None:
             writer.writerow([*rows[run.row], run.seed, *(result.get(k) for k in (*_COLUMNS, "seconds_per_image"))])
     table = markdown_table(rows, results)
     (options.output / "table.md").write_text(table + "\n")
+    if options.into:
+        _insert(table, options.into)
     print(f"\n{table}\n\n{len(todo)} runs in {(time.monotonic() - started) / 60:.1f} minutes")
     print(f"wrote {options.output / 'table.md'} and {options.output / 'runs.csv'}")

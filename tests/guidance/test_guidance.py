@@ -1,0 +1,252 @@
+"""Where guidance enters, where it is off, and that off means that no classifier runs."""
+
+import pytest
+import torch
+from torch import nn
+
+from calib_guidance.classifiers import Classifier
+from calib_guidance.denoisers import ADMDenoiser, Denoiser, Prediction
+from calib_guidance.denoisers.base import NoiseSchedule
+from calib_guidance.guidance import (
+    ClassifierFreeGuidance,
+    ClassifierGuidance,
+    GuidanceSchedule,
+    SwitchedGuidance,
+    match_norm,
+)
+from calib_guidance.networks import UNet
+from calib_guidance.noise_schedule import named_betas
+from calib_guidance.rng import SampleStreams
+from calib_guidance.samplers import DDIM, DDPM
+from calib_guidance.scores import TemperedLogProb
+
+Y = torch.tensor([0, 1, 2])
+
+
+class Linear(Classifier):
+    """A linear classifier that remembers what it was shown."""
+
+    def __init__(self, weight=1.0):
+        super().__init__()
+        self.num_classes, self.seen = 3, []
+        generator = torch.Generator().manual_seed(3)
+        self.weight = nn.Parameter(weight * torch.randn(3, 16, generator=generator))
+
+    def forward(self, x, t=None):
+        self.seen.append((x.detach().clone(), t))
+        return x.flatten(1) @ self.weight.T
+
+
+@pytest.fixture(scope="module")
+def denoiser():
+    torch.manual_seed(0)
+    network = UNet(4, 1, 32, 2, num_res_blocks=1, channel_mult=(1,), num_classes=3, use_scale_shift_norm=True)
+    for p in network.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.05)
+    return ADMDenoiser(network)
+
+
+def sample(denoiser, guidance=None, sampler=None, y=Y, records=None):
+    noise = SampleStreams([0] * len(y), range(len(y)), denoiser.image_shape)
+    return (sampler or DDPM("8"))(denoiser, noise, y, guidance, [] if records is None else [records.append])
+
+
+@pytest.mark.parametrize("sampler", [DDPM("8"), DDIM("8")], ids=["ddpm", "ddim"])
+@pytest.mark.parametrize(
+    "off", [{"scale": 0.0}, {"schedule": GuidanceSchedule(interval=[5000, 6000])}], ids=["scale", "interval"]
+)
+@pytest.mark.parametrize("at", ["denoised", "x_t", "through_denoiser"])
+def test_switched_off_the_classifier_never_runs_and_samples_are_those_without_guidance(denoiser, sampler, off, at):
+    classifier = Linear()
+    guided = sample(denoiser, ClassifierGuidance(classifier, at=at, **off), sampler)
+    assert not classifier.seen
+    assert torch.equal(guided, sample(denoiser, None, sampler))
+
+
+def test_an_interval_runs_the_classifier_inside_it_only(denoiser):
+    classifier, records = Linear(), []
+    guidance = ClassifierGuidance(classifier, at="x_t", schedule=GuidanceSchedule(interval=[200, 600]))
+    sample(denoiser, guidance, records=records)
+    assert [int(t[0]) for _, t in classifier.seen] == [571, 428, 285]
+    assert [r.t for r in records if r.guided.gradient is not None] == [571, 428, 285]
+
+
+@pytest.mark.parametrize("at", ["denoised", "x_t", "through_denoiser"])
+def test_the_classifier_sees_what_it_should_and_no_parameter_gets_a_gradient(denoiser, at):
+    classifier, records = Linear(), []
+    with torch.enable_grad():  # as in a training loop: nothing may leak into it
+        images = sample(denoiser, ClassifierGuidance(classifier, at=at), records=records)
+    assert not images.requires_grad
+    assert classifier.weight.grad is None
+    for (seen, t), record in zip(classifier.seen, records, strict=True):
+        expected = record.x_t if at == "x_t" else record.guided.prediction.x0
+        assert torch.equal(seen, expected)
+        assert seen.abs().max() <= 1 or at == "x_t"
+        assert t.tolist() == [record.t] * 3
+
+
+def test_input_gradient_is_that_of_the_score(denoiser):
+    classifier, records = Linear(), []
+    sample(denoiser, ClassifierGuidance(classifier, scale=2.0), records=records)
+    for record in records:
+        p = record.guided.logits.softmax(1)
+        expected = (nn.functional.one_hot(Y, 3) - p) @ classifier.weight.detach()
+        torch.testing.assert_close(record.guided.gradient.flatten(1), 2 * expected, atol=1e-5, rtol=1e-4)
+
+
+def test_through_the_denoiser_is_the_chain_rule(denoiser):
+    """Against central differences of S(f(x̂0(x_t))) in float64."""
+    double = ADMDenoiser(
+        UNet(4, 1, 32, 2, num_res_blocks=1, channel_mult=(1,), num_classes=3, use_scale_shift_norm=True)
+    )
+    double.network.load_state_dict(denoiser.network.state_dict())
+    classifier = Linear().double()
+    x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    y, steps = Y[:2], [0, 300, 700]
+    predict = double.trajectory(steps, y)
+    guide = ClassifierGuidance(classifier.float(), at="through_denoiser").trajectory(steps, 1000, y)
+    found = guide(predict, x, 1).gradient
+    score = TemperedLogProb()
+
+    def value(x_t):
+        with torch.no_grad():
+            return score(classifier(predict(x_t, 1).x0).double(), y).sum()
+
+    for place in [(0, 0, 1, 2), (1, 0, 3, 0), (1, 0, 2, 2)]:
+        step = torch.zeros_like(x)
+        step[place] = 3e-2  # float32 network: the best step balances rounding and curvature
+        difference = (value(x + step) - value(x - step)) / (2 * 3e-2)
+        assert float(found[place]) == pytest.approx(float(difference), rel=0.03, abs=0.01)
+
+
+def test_switched_guidance_hands_over_at_its_step(denoiser):
+    early, late = Linear(), Linear()
+    guidance = SwitchedGuidance(ClassifierGuidance(early), ClassifierGuidance(late, at="x_t"), switch_at=428)
+    sample(denoiser, guidance)
+    assert [int(t[0]) for _, t in early.seen] == [999, 856, 714, 571]  # spaced positions round half to even
+    assert [int(t[0]) for _, t in late.seen] == [428, 285, 143, 0]
+
+
+def test_the_sine_factor_adds_in_the_middle_of_the_trajectory():
+    schedule = GuidanceSchedule(0.3)
+    assert schedule.sine(0, 10) == 0
+    assert schedule.sine(5, 10) == pytest.approx(0.3)
+    assert schedule.sine(9, 10) == pytest.approx(0.3 * 0.30901699)
+
+
+class TestClassifierFree:
+    def test_weight_one_is_the_conditional_and_zero_the_unconditional_model(self, denoiser):
+        torch.testing.assert_close(
+            sample(ClassifierFreeGuidance(denoiser, 1.0)), sample(denoiser), atol=2e-5, rtol=1e-4
+        )
+        free = ADMDenoiser(denoiser.network, class_conditional=False)
+        # The variance is learned too, and stays the conditional one's, so DDIM compares the means.
+        torch.testing.assert_close(
+            sample(ClassifierFreeGuidance(denoiser, 0.0), sampler=DDIM("8")),
+            sample(free, sampler=DDIM("8")),
+            atol=2e-5,
+            rtol=1e-4,
+        )
+
+    def test_epsilon_is_extrapolated(self, denoiser):
+        x = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+        t, abar = 500, denoiser.schedule.alphas_cumprod[500]
+        network, steps = denoiser.network, torch.full((3,), 500)
+        with torch.no_grad():
+            conditional, unconditional = (network(x, steps, y)[:, :1] for y in (Y, torch.full_like(Y, -1)))
+            found = ClassifierFreeGuidance(denoiser, 3.0).trajectory([t], Y)(x, 0)
+        epsilon = unconditional + 3 * (conditional - unconditional)
+        expected = x / abar**0.5 - (1 / abar - 1) ** 0.5 * epsilon
+        torch.testing.assert_close(found.x0, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found.noise_difference, 3 * (conditional - unconditional), atol=1e-4, rtol=1e-3)
+
+    def test_outside_the_interval_the_conditional_model_is_used_alone(self, denoiser):
+        off = ClassifierFreeGuidance(denoiser, 3.0, GuidanceSchedule(interval=[5000, 6000]))
+        assert torch.equal(sample(off), sample(denoiser))
+
+    @pytest.mark.parametrize("sampler", [DDPM("8"), DDIM("8")], ids=["ddpm", "ddim"])
+    def test_a_gradient_in_the_noise_difference_raises_the_score(self, denoiser, sampler):
+        free, scores = ClassifierFreeGuidance(denoiser, 2.0), {}
+        for scale in (0.0, 3.0):
+            classifier = Linear()
+            guidance = ClassifierGuidance(classifier, scale=scale, enters="noise_difference")
+            images = sample(free, guidance, sampler)
+            scores[scale] = TemperedLogProb()(classifier(images), Y).mean()
+        assert scores[3.0] > scores[0.0] + 0.1
+
+    def test_the_shift_has_the_norm_of_the_noise_difference(self, denoiser):
+        records = []
+        guidance = ClassifierGuidance(Linear(), scale=0.5, enters="noise_difference", schedule=GuidanceSchedule(0.3))
+        sample(ClassifierFreeGuidance(denoiser, 2.0), guidance, records=records)
+        for record in records:
+            shift, difference = record.guided.noise_shift, record.guided.prediction.noise_difference
+            strength = 0.5 * (1 + GuidanceSchedule(0.3).sine(record.i, 8))
+            torch.testing.assert_close(shift.flatten(1).norm(dim=1), strength * difference.flatten(1).norm(dim=1))
+            torch.testing.assert_close(
+                torch.cosine_similarity(shift.flatten(1), record.guided.step_gradient.flatten(1)), torch.ones(3)
+            )
+
+    def test_a_zero_gradient_gives_no_guidance_not_nan(self, denoiser):
+        free = ClassifierFreeGuidance(denoiser, 2.0)
+        guidance = ClassifierGuidance(Linear(weight=0.0), scale=0.5, enters="noise_difference")
+        assert torch.equal(sample(free, guidance), sample(free))
+        gradient = torch.stack([torch.zeros(1, 2, 2), torch.ones(1, 2, 2)])
+        matched = match_norm(gradient, torch.full((2, 1, 2, 2), 3.0))
+        assert torch.equal(matched, torch.stack([torch.zeros(1, 2, 2), torch.full((1, 2, 2), 3.0)]))
+
+    def test_a_denoiser_without_classes_is_refused(self, denoiser):
+        with pytest.raises(ValueError, match="class_conditional: true"):
+            ClassifierFreeGuidance(ADMDenoiser(denoiser.network, class_conditional=False))
+
+
+@pytest.mark.parametrize("sampler", [DDPM, DDIM])
+def test_recurrence_repeats_each_step(denoiser, sampler):
+    records = []
+    sample(denoiser, sampler=sampler("4", recurrence=3), records=records)
+    assert [r.i for r in records] == [3] * 3 + [2] * 3 + [1] * 3 + [0] * 3
+    assert sampler("4", recurrence=3).num_evaluations(denoiser) == 12
+    with pytest.raises(ValueError, match="recurrence must be at least 1"):
+        sampler(recurrence=0)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_predictions_are_consistent_with_the_forward_process(prediction):
+    """A network that answers exactly gives the clean image back."""
+    from calib_guidance.parameterization import diffuse, v_target, x0_coefficients
+
+    schedule = NoiseSchedule(named_betas("cosine"))
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 64, generator=generator, dtype=torch.float64)
+    for t in (0, 500, 990):
+        abar = torch.tensor(schedule.alphas_cumprod[t])
+        x_t = diffuse(x0, noise, abar)
+        output = noise if prediction == "epsilon" else v_target(x0, noise, abar)
+        a, b = x0_coefficients(prediction, schedule.alphas_cumprod)
+        torch.testing.assert_close(a[t] * x_t + b[t] * output, x0, atol=1e-8, rtol=1e-8)
+
+
+class Constant(Denoiser):
+    """x̂0 = 0 with no variance: what a sampler adds is then all that one sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.schedule, self.image_shape, self.num_classes = NoiseSchedule(named_betas("linear")), (1, 2, 2), None
+
+    def trajectory(self, timesteps, y):
+        return lambda x_t, i: Prediction(torch.zeros_like(x_t))
+
+
+def test_fixed_variances_are_those_of_the_schedule():
+    for variance, last in (("fixed_small", "posterior"), ("fixed_large", "beta")):
+        records = []
+        noise = SampleStreams([0] * 2000, range(2000), (1, 2, 2))
+        DDPM("5", variance)(Constant(), noise, torch.zeros(2000, dtype=torch.long), None, [records.append])
+        schedule = Constant().schedule.respace("5")
+        for record in records[:-1]:
+            expected = schedule.posterior_variance[record.i] if last == "posterior" else schedule.betas[record.i]
+            residual = record.x_next - schedule.posterior_mean_coef2[record.i] * record.x_t
+            # The variance of 8,000 numbers has a relative standard error of √(2/8000).
+            assert float(residual.var()) == pytest.approx(expected, rel=5 * (2 / 8000) ** 0.5)
+    with pytest.raises(ValueError, match="no variance channels"):
+        DDPM(variance="learned_range").check(Constant(), None)

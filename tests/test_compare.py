@@ -1,0 +1,116 @@
+"""The comparison command and the table that it makes."""
+
+import csv
+
+import pytest
+import yaml
+
+from calib_guidance.cli import main
+from calib_guidance.compare import markdown_table, read_comparison
+
+FILE = {
+    "configs": ["lightning_configs/predict/digits.yaml"],
+    "arguments": [
+        "--data.init_args.num_samples=20",
+        "--data.init_args.batch_size=10",
+        "--model.init_args.sampler.init_args.steps=2",
+        "--trainer.accelerator=cpu",
+    ],
+    "seeds": [0, 1],
+    "groups": {"unconditional": [], "conditional": ["digits/conditional"]},
+    "rows": [
+        {"name": "unguided", "overlays": ["digits/unguided"], "groups": ["conditional"]},
+        {"name": "js", "overlays": ["score/js"], "groups": ["unconditional"]},
+    ],
+}
+
+
+@pytest.fixture
+def file(in_root, tmp_path):
+    def write(**changes):
+        path = tmp_path / "compare.yaml"
+        path.write_text(yaml.safe_dump(FILE | changes, sort_keys=False))
+        return path
+
+    return write
+
+
+def test_the_readmes_comparison_has_every_row_that_it_promises(in_root, tmp_path):
+    rows, runs = read_comparison(in_root / "lightning_configs/compare/digits.yaml", tmp_path)
+    assert len(runs) == 3 * len(rows)
+    for group in ("unconditional", "class-conditional"):
+        names = " ".join(name for g, name in rows if g.startswith(group))
+        for word in (
+            "unguided",
+            "plain",
+            "tempered",
+            "entropy",
+            "rkl",
+            "fkl",
+            "js",
+            "hellinger",
+            "tilted",
+            "noise-aware",
+        ):
+            assert word in names
+        assert names.count("ReLU") == 8
+        assert "on x_t instead of x̂0" in names
+        assert "switched" in names
+    assert "classifier-free + js" in names
+    assert len({run.fingerprint for run in runs}) == len(runs)
+
+
+@pytest.mark.slow
+def test_runs_are_made_once_and_put_into_a_table(file, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- comparison -->\nold\n<!-- /comparison -->\nafter\n")
+    command = [
+        "compare",
+        "--config",
+        str(file()),
+        "--output",
+        str(tmp_path / "runs"),
+        "--workers",
+        "1",
+        "--into",
+        str(readme),
+    ]
+    main(command)
+    assert "4 runs in" in capsys.readouterr().out
+    table = (tmp_path / "runs/table.md").read_text()
+    assert "**unconditional**" in table.splitlines()[2]
+    assert table.count("±") == 9  # the unguided row has no classifier to calibrate
+    assert "old" not in readme.read_text()
+    assert readme.read_text() == f"before\n<!-- comparison -->\n{table}<!-- /comparison -->\nafter\n"
+    with open(tmp_path / "runs/runs.csv") as runs:
+        assert [(row["group"], row["name"], row["seed"]) for row in csv.DictReader(runs)] == [
+            ("unconditional", "js", "0"),
+            ("unconditional", "js", "1"),
+            ("conditional", "unguided", "0"),
+            ("conditional", "unguided", "1"),
+        ]
+    main(command)
+    assert "0 runs in" in capsys.readouterr().out
+    assert (tmp_path / "runs/table.md").read_text() == table
+
+
+def test_a_cell_is_mean_and_standard_deviation_over_seeds():
+    measured = [{"frechet_distance": 1.0, "precision": 0.5}, {"frechet_distance": 2.0, "precision": 0.5}]
+    line = markdown_table([("g", "row")], [measured]).splitlines()[-1]
+    assert line == "| row | 1.50 ± 0.71 | 0.500 ± 0.000 | – | – | – |"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": [{"name": "a", "overlays": ["score/kl"]}]}, "no such files: lightning_configs/score/kl.yaml"),
+        ({"rows": [{"name": "a", "overlay": []}]}, "unknown keys ['overlay']"),
+        ({"row": []}, "unknown keys ['row']"),
+        ({"rows": [{"name": "a"}, {"name": "A"}]}, "same name"),
+    ],
+)
+def test_files_that_cannot_run_say_why(file, tmp_path, capsys, changes, message):
+    with pytest.raises(SystemExit):
+        main(["compare", "--config", str(file(**changes)), "--output", str(tmp_path / "runs")])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
