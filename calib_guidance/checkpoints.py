@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -63,13 +63,32 @@ def _some(names: list[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + (f" … and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def load_weights(module: nn.Module, path: str | os.PathLike[str]) -> None:
+def _check_notes(path: Path, expected: Mapping[str, object]) -> None:
+    """Compare what a safetensors file says of its weights, where it says it, with what the configuration says."""
+    with safe_open(path, framework="pt") as file:
+        notes = file.metadata() or {}
+    for name, value in expected.items():
+        if name in notes and notes[name] != str(value):
+            raise CheckpointError(
+                f"{path} was trained with {name}: {notes[name]}, the configuration says {name}: {value}. These weights load "
+                f"either way, and with another {name} give noise: set {name} to {notes[name]}"
+            )
+
+
+def load_weights(module: nn.Module, path: str | os.PathLike[str], **expected: object) -> None:
     """Load a weights file into a module, every name and shape of which must fit.
 
+    Args:
+        module: what to load into.
+        path: weights file.
+        expected: what the weights must have been trained with, where the file says so (see :func:`save_weights`).
+
     Raises:
-        CheckpointError: naming the file, and each missing or unexpected name and wrong shape.
+        CheckpointError: naming the file, and each missing or unexpected name, wrong shape or other note.
     """
     state = read_state_dict(path)
+    if Path(path).suffix == ".safetensors":
+        _check_notes(Path(path), expected)
     expected = module.state_dict()
     missing = sorted(expected.keys() - state.keys())
     unexpected = sorted(state.keys() - expected.keys())
@@ -91,8 +110,13 @@ def load_weights(module: nn.Module, path: str | os.PathLike[str]) -> None:
     module.load_state_dict(state)
 
 
-def save_weights(module: nn.Module, path: str | os.PathLike[str]) -> None:
+def save_weights(module: nn.Module, path: str | os.PathLike[str], **notes: object) -> None:
     """Write the weights of a module as safetensors, complete or not at all (temporary file, then rename).
+
+    Args:
+        module: whose weights.
+        path: file to write.
+        notes: what shapes do not tell, kept as text in the file and checked when it is loaded.
 
     Raises:
         OSError: the folder cannot be written.
@@ -103,7 +127,7 @@ def save_weights(module: nn.Module, path: str | os.PathLike[str]) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     os.close(handle)
     try:
-        save_file(state, temporary)
+        save_file(state, temporary, metadata={name: str(value) for name, value in notes.items()})
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:

@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from tqdm import tqdm
 
 from calib_guidance.errors import ConfigurationError
+from calib_guidance.lightning_cli import run_lightning
 
 _OVERLAYS = Path("lightning_configs")
 _COLUMNS = {
@@ -74,10 +76,6 @@ def _fingerprint(arguments: Sequence[str], sources: bytes) -> str:
 
 def _work(run: Run, threads: int) -> None:
     """Sample one run in a worker process, its output in a file beside the samples."""
-    import torch
-
-    from calib_guidance.cli import run_lightning
-
     torch.set_num_threads(threads)
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "fingerprint").unlink(missing_ok=True)

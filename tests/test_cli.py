@@ -240,6 +240,10 @@ class TestRefusals:
         assert "missing: input_blocks.0.0.bias" in message
         assert "unexpected: fc.bias" in message
 
+    def test_a_checkpoint_trained_otherwise(self, out, capsys):
+        message = refuse(capsys, out, "--model.init_args.denoiser.init_args.prediction=epsilon")
+        assert "was trained with prediction: v, the configuration says prediction: epsilon" in message
+
     @pytest.mark.parametrize(
         ("argument", "message"),
         [

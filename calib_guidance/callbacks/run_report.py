@@ -13,6 +13,7 @@ import torch
 
 from calib_guidance import __version__
 from calib_guidance.callbacks.measurement import Measurement, compute
+from calib_guidance.callbacks.sample_writer import SampleWriter
 
 TABLE = {
     "frechet_distance": ("Fréchet distance", "{:.3f}"),
@@ -65,7 +66,8 @@ class RunReport(Measurement):
         temporary.write_text(json.dumps(_plain(results), indent=1) + "\n")
         os.replace(temporary, path)
         figures = [p for m in measurements for p in m.draw(folder / "figures", trainer)] if self.figures else []
-        self._print(results, [folder / "samples", path, folder / "config.yaml", *figures])
+        samples = [m.path for m in measurements if isinstance(m, SampleWriter)]
+        self._print(results, [*samples, path, folder / "config.yaml", *figures])
 
     @staticmethod
     def _print(results: dict[str, Any], paths: list[Path]) -> None:

@@ -29,7 +29,7 @@ class ADMDenoiser(Denoiser):
         compile: compile the network with torch.compile, for fixed shapes.
 
     Raises:
-        CheckpointError: the file does not fit the network.
+        CheckpointError: the file does not fit the network, or says that it was trained otherwise.
         ValueError: an image size that the network cannot take, or unknown names.
     """
 
@@ -54,7 +54,7 @@ class ADMDenoiser(Denoiser):
                 f"{network.out_channels}"
             )
         if checkpoint is not None:
-            load_weights(network, checkpoint)
+            load_weights(network, checkpoint, prediction=prediction, noise_schedule=noise_schedule, num_steps=num_steps)
         self.network = network.eval().requires_grad_(False)
         self.schedule = NoiseSchedule(named_betas(noise_schedule, num_steps))
         self.prediction = prediction

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from calib_guidance.classifiers.base import Classifier
 from calib_guidance.denoisers.base import Denoiser
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.guidance.base import Guidance
+from calib_guidance.guidance import ClassifierFreeGuidance, Guidance
 from calib_guidance.rng import SampleStreams
 from calib_guidance.samplers.base import Observer, Sampler
 
@@ -63,32 +64,33 @@ class GuidedSampling(L.LightningModule):
                 f"the requests have {num_classes} classes, the denoiser {self.denoiser.num_classes}: set "
                 "data.init_args.num_classes to the denoiser's, or its class_conditional to false"
             )
+        timesteps = self.denoiser.schedule.respace(self.sampler.steps).timesteps.tolist()
+        one = torch.zeros(1, dtype=torch.long, device=self.device)
         for part in self.guidance.parts() if self.guidance is not None else ():
-            if part.scale == 0:
-                continue
-            if part.enters == "noise_difference" and not hasattr(self.denoiser, "weight"):
+            if part.trajectory(timesteps, len(self.denoiser.schedule), one) is None:
+                continue  # switched off: its classifier is not run, not even to look at it
+            if part.enters == "noise_difference" and not isinstance(self.denoiser, ClassifierFreeGuidance):
                 raise ConfigurationError(
                     "enters: noise_difference needs classifier-free guidance: wrap the denoiser in "
                     "calib_guidance.guidance.ClassifierFreeGuidance, or set enters to score"
                 )
-            image = self.denoiser.decode(torch.zeros(1, *self.denoiser.image_shape, device=self.device))
-            if hasattr(part.classifier, "check_image"):
-                try:
-                    part.classifier.check_image(tuple(image.shape[1:]))
-                except ValueError as error:
-                    raise ConfigurationError(f"classifier: {error}") from error
-            try:
-                with torch.no_grad():
-                    logits = part.classifier(image, torch.zeros(1, dtype=torch.long, device=self.device))
-            except RuntimeError as error:
-                raise ConfigurationError(
-                    f"the classifier cannot take images of {'×'.join(map(str, image.shape[1:]))}: {error}"
-                ) from error
-            if logits.shape != (1, num_classes):
-                raise ConfigurationError(
-                    f"the requests have {num_classes} classes, the classifier {logits.shape[-1]}: name a classifier of these "
-                    "classes, or set data.init_args.num_classes"
-                )
+            self._check_classifier(part.classifier, num_classes, one)
+
+    def _check_classifier(self, classifier: Classifier, num_classes: int, step: Tensor) -> None:
+        image = self.denoiser.decode(torch.zeros(1, *self.denoiser.image_shape, device=self.device))
+        size = "×".join(map(str, image.shape[1:]))
+        try:
+            if hasattr(classifier, "check_image"):
+                classifier.check_image(tuple(image.shape[1:]))
+            with torch.no_grad():
+                logits = classifier(image, step)
+        except (ValueError, RuntimeError) as error:
+            raise ConfigurationError(f"the classifier cannot take images of {size}: {error}") from error
+        if logits.shape != (1, num_classes):
+            raise ConfigurationError(
+                f"the requests have {num_classes} classes, the classifier {logits.shape[-1]}: name a classifier of these "
+                "classes, or set data.init_args.num_classes"
+            )
 
     def setup(self, stage: str) -> None:
         if stage == "predict":

@@ -55,6 +55,7 @@ class TrainDiffusion(L.LightningModule):
         self.network = network
         self.prediction, self.variance, self.label_dropout = prediction, variance, label_dropout
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.weights_notes = {"prediction": prediction, "noise_schedule": noise_schedule, "num_steps": num_steps}
         tables = NoiseSchedule(named_betas(noise_schedule, num_steps))
         for name in (
             "alphas_cumprod",

@@ -84,6 +84,14 @@ def central_differences(function, x, step=1e-6):
     return result
 
 
+def check_normal(x, mean, covariance):
+    """Mean and covariance within five standard errors: √(s_ii/n) and √((s_ij² + s_ii·s_jj)/n)."""
+    x, variances = x.flatten(1).double(), covariance.diagonal()
+    assert ((x.mean(0) - torch.tensor(mean)).abs() < 5 * (variances / len(x)).sqrt()).all()
+    standard = ((covariance.square() + variances.outer(variances)) / len(x)).sqrt()
+    assert ((torch.cov(x.T) - covariance).abs() < 5 * standard).all()
+
+
 class TestClosedForms:
     """Against torch.distributions, linear solves, autograd and finite differences, none of which share code with it."""
 
@@ -177,18 +185,20 @@ class TestClosedForms:
         doubled = GaussianMixture(MEANS, COVARIANCES, [2 * w for w in WEIGHTS])
         torch.testing.assert_close(doubled.log_joint(points()), mixture.log_joint(points()))
 
-    def test_other_dimensions(self):
-        """Three dimensions, two classes: density and Tweedie's formula again."""
+    def test_three_dimensions(self):
+        """Density, Tweedie's formula and exact samples; axes of two dimensions may be their own transpose, these are not."""
         means, a = [[0.0, 1.0, -1.0], [1.0, 0.0, 2.0]], np.random.default_rng(0).normal(size=(2, 3, 3))
-        covariances = a @ a.transpose(0, 2, 1) + 0.1 * np.eye(3)
+        covariances = torch.tensor(a @ a.transpose(0, 2, 1) + 0.1 * np.eye(3))
         model = GaussianMixture(means, covariances.tolist(), [1.0, 3.0])
         x = torch.randn(5, 3, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        components = MultivariateNormal(torch.tensor(means, dtype=torch.float64), torch.tensor(covariances))
+        components = MultivariateNormal(torch.tensor(means, dtype=torch.float64), covariances)
         expected = components.log_prob(x.flatten(1)[:, None]) + torch.tensor([0.25, 0.75], dtype=torch.float64).log()
         torch.testing.assert_close(model.log_joint(x), expected)
         abar = float(model.schedule.alphas_cumprod[300])
         tweedie = (x + (1 - abar) * gradient(lambda v: model.log_prob(v, 300), x)) / math.sqrt(abar)
         torch.testing.assert_close(model.posterior_mean(x, abar), tweedie, atol=1e-11, rtol=1e-11)
+        for y in range(2):
+            check_normal(model.sample(20000, y, torch.Generator().manual_seed(y)), means[y], covariances[y])
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -337,13 +347,7 @@ class TestUnguided:
     def test_exact_samples(self, mixture):
         self.check_moments(mixture.sample(50000, generator=torch.Generator().manual_seed(0)), mixture, 0.0)
         for y in range(3):
-            x = mixture.sample(50000, y, torch.Generator().manual_seed(y)).flatten(1).double()
-            error = torch.cov(x.T) - self.covariances[y]
-            # A covariance of n normal numbers has the standard error √((s_ij² + s_ii·s_jj)/n).
-            variances = self.covariances[y].diagonal()
-            standard = (self.covariances[y].square() + variances.outer(variances)).sqrt() / math.sqrt(len(x))
-            assert (error.abs() < 5 * standard).all()
-            assert ((x.mean(0) - self.means[y]).abs() < 5 * (variances / len(x)).sqrt()).all()
+            check_normal(mixture.sample(50000, y, torch.Generator().manual_seed(y)), MEANS[y], self.covariances[y])
 
     @pytest.mark.parametrize(
         "sampler",
@@ -371,6 +375,15 @@ class TestUnguided:
     def test_the_class_conditional_model_reaches_the_floor(self, conditional, sampler, exact, floor):
         """Recurrence too leaves the distribution alone, though it does not leave the samples alone."""
         assert energy_distance(draw(sampler, conditional), exact) < floor
+
+    @pytest.mark.parametrize(
+        "sampler", [DDPM("10", "fixed_small"), DDPM("10", "fixed_large"), DDIM("10"), DDIM("10", eta=1.0)]
+    )
+    def test_the_last_step_adds_no_noise(self, mixture, sampler):
+        """Its variance is too small to show in the moments."""
+        records = []
+        draw(sampler, mixture, n=4, observers=[records.append])
+        torch.testing.assert_close(records[-1].x_next, records[-1].guided.prediction.x0, atol=1e-5, rtol=0)
 
     @pytest.mark.parametrize("sampler", [DDPM, DDIM])
     def test_recurrence_does_every_step_again(self, mixture, sampler):

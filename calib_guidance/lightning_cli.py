@@ -1,0 +1,73 @@
+"""The one LightningCLI: ``fit``, ``validate``, ``test`` and ``predict``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+
+from calib_guidance.errors import ConfigurationError
+
+_PREDICT_CKPT = (
+    "predict takes no --ckpt_path: Lightning would put the training module of that checkpoint in place of the sampling "
+    "one. Name the weights in the YAML instead: the `checkpoint` of the denoiser or the `weights` of the classifier"
+)
+
+
+class SaveResolvedConfig(SaveConfigCallback):
+    """Saves the resolved configuration; for ``predict``, beside the samples and only once sampling starts."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "predict":
+            super().setup(trainer, pl_module, stage)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            path = Path(trainer.default_root_dir, self.config_filename)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, path, skip_none=False, overwrite=True, skip_validation=True)
+
+
+class CalibGuidanceCLI(LightningCLI):
+    """LightningCLI with what sampling needs set: any module and data class, gradients inside predict."""
+
+    def before_instantiate_classes(self) -> None:
+        if self.subcommand == "predict":
+            config = self.config.predict
+            if config.ckpt_path is not None:
+                raise ConfigurationError(_PREDICT_CKPT)
+            config.return_predictions = False  # the writer has them; in memory they would grow with the run
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (ValueError, RuntimeError, ImportError, OSError) as error:
+            # jsonargparse wraps what a constructor says in pages of unions and types; the innermost error is the message.
+            cause: BaseException = error
+            while deeper := cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__):
+                cause = deeper
+            raise ConfigurationError(str(cause)) from error
+
+
+def run_lightning(args: Sequence[str] | None) -> None:
+    """One Lightning subcommand; None takes the words of the process."""
+    for message in (
+        ".*LightningCLI's args parameter is intended.*",  # main(args) is for that
+        ".*does not have many workers.*",  # requests and in-memory digits need none
+        ".*`IterableDataset` has `__len__` defined.*",  # and with none, that length is exact
+        ".*LeafSpec.*is deprecated.*",  # Lightning's own
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    CalibGuidanceCLI(
+        save_config_callback=SaveResolvedConfig,
+        save_config_kwargs={"overwrite": True},
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        # Predict runs under inference mode unless told not to, and guidance takes gradients inside it.
+        trainer_defaults={"inference_mode": False},
+        args=None if args is None else list(args),
+    )

@@ -1,0 +1,78 @@
+"""A sample is a function of configuration, seed and index: neither batch size nor order enters."""
+
+import pytest
+import torch
+
+from calib_guidance.classifiers import OffTheShelfClassifier
+from calib_guidance.denoisers import ADMDenoiser
+from calib_guidance.guidance import ClassifierGuidance, GuidanceSchedule
+from calib_guidance.networks import SmallResNet, UNet
+from calib_guidance.rng import SampleStreams
+from calib_guidance.samplers import DDIM, DDPM
+from calib_guidance.scores import DivergenceRegularized, Tilted
+
+COUNT = 70
+
+
+@pytest.fixture
+def denoiser(in_root):
+    network = UNet(
+        8,
+        1,
+        32,
+        2,
+        1,
+        (2,),
+        channel_mult=(1, 2),
+        num_classes=10,
+        num_head_channels=32,
+        use_scale_shift_norm=True,
+        resblock_updown=True,
+    )
+    return ADMDenoiser(
+        network, "checkpoints/digits/diffusion.safetensors", "cosine", prediction="v", class_conditional=False
+    )
+
+
+def guidance(score):
+    network = SmallResNet()
+    classifier = OffTheShelfClassifier(network, 10, "checkpoints/digits/classifier.safetensors", softplus_beta=3.0)
+    return ClassifierGuidance(classifier, score, schedule=GuidanceSchedule(0.0))
+
+
+def sample(denoiser, sampler, guide, size, order=None):
+    """Images in order of index and the noise of the first step, made in batches of ``size`` of ``order``."""
+    order = torch.arange(COUNT) if order is None else order
+    images, noises = torch.empty(COUNT, 1, 8, 8), torch.empty(COUNT, 1, 8, 8)
+    for rows in order.split(size):
+        streams = SampleStreams([0] * len(rows), rows.tolist(), (1, 8, 8))
+        drawn = []
+
+        def noise(streams=streams, drawn=drawn):
+            drawn.append(streams())
+            return drawn[-1].clone()
+
+        images[rows] = sampler(denoiser, noise, rows % 10, guide)
+        noises[rows] = drawn[-1]
+    return images, noises
+
+
+@pytest.mark.parametrize("sampler", [DDPM("10"), DDIM("10", eta=0.5)], ids=["ddpm", "ddim"])
+def test_batch_size_and_order_change_no_noise_and_images_by_rounding_only(denoiser, sampler):
+    guide = guidance(DivergenceRegularized("js", tau2=0.8))
+    expected, expected_noise = sample(denoiser, sampler, guide, 64)
+    shuffled = torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))
+    for size, order in ((1, None), (7, None), (7, shuffled)):
+        images, noise = sample(denoiser, sampler, guide, size, order)
+        assert torch.equal(noise, expected_noise)
+        torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
+    again, _ = sample(denoiser, sampler, guide, 64)
+    assert torch.equal(again, expected)  # the same batches: the same bytes
+
+
+def test_tilted_groups_depend_on_no_batch_size(denoiser):
+    guide = guidance(Tilted(-0.5, 5))
+    expected, _ = sample(denoiser, DDPM("10"), guide, COUNT)
+    for size in (5, 35):
+        images, _ = sample(denoiser, DDPM("10"), guide, size)
+        torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
