@@ -9,7 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from calib_guidance.checkpoints import load_weights
@@ -35,10 +35,16 @@ def build_network(name: str, num_classes: int, weights: str | None) -> nn.Module
     library, _, model = name.partition("/")
     local = weights is not None and ("/" in weights or "." in weights)
     if library == "torchvision" and model in torchvision.models.list_models(torchvision.models):
-        # transform_input and auxiliary heads of the Inception family belong to training on ImageNet, not to guidance.
+        known = [entry.name for entry in torchvision.models.get_model_weights(model)]
+        if weights is not None and not local and weights not in (*known, "DEFAULT"):
+            raise ValueError(f"weights: {name} has no {weights!r}; known: {', '.join(known)}, or a local file")
         network = torchvision.models.get_model(model, weights=None if local else weights, num_classes=num_classes)
     elif library == "timm" and timm.is_model(model):
-        network = timm.create_model(model, pretrained=weights is not None and not local, num_classes=num_classes)
+        if weights is not None and not local and weights != "pretrained":
+            raise ValueError(
+                f"weights: timm knows 'pretrained' or a local file, got {weights!r}; a tag goes into the name"
+            )
+        network = timm.create_model(model, pretrained=weights == "pretrained", num_classes=num_classes)
     else:
         raise ValueError(
             f"network: unknown {name!r}; expected torchvision/NAME or timm/NAME with a NAME of "
@@ -54,9 +60,11 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
 
     A network that torch.fx cannot trace is returned unchanged.
     """
+    if "forward" in vars(network):  # smoothed around its forward, which a trace would leave out
+        return network
     try:
-        return fuse(copy.deepcopy(network).eval(), no_trace=False)
-    except (fx.proxy.TraceError, TypeError, NotImplementedError, RuntimeError, ValueError):
+        return fuse(copy.deepcopy(network).eval())
+    except Exception:  # tracing runs the model's own code and fails in as many ways as there are models
         return network
 
 

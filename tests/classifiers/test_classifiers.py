@@ -62,6 +62,12 @@ def test_softplus_replaces_every_relu_that_runs(library, name, size):
         assert {type(m) for m in soft.modules() if isinstance(m, (nn.ReLU, nn.Softplus))} == {nn.Softplus}
 
 
+@pytest.mark.parametrize("name", ["torchvision/densenet121", "torchvision/resnet18"])
+def test_freezing_keeps_the_smoothing(name):
+    classifier = OffTheShelfClassifier(name, 5, softplus_beta=3.0).freeze()
+    assert relus_run(classifier, torch.randn(1, 3, 64, 64)) == 0
+
+
 def test_other_activations_are_left_alone_unless_named():
     model = nn.Sequential(nn.Linear(3, 3), nn.GELU(), nn.ReLU())
     smooth_activations(model, 3.0)
@@ -110,6 +116,10 @@ def test_normalisation_and_resize_are_what_torchvision_does():
 def test_wrong_names_and_values_say_what_is_allowed():
     with pytest.raises(ValueError, match="torchvision/NAME or timm/NAME"):
         OffTheShelfClassifier("resnet50")
+    with pytest.raises(ValueError, match="known: IMAGENET1K_V1, IMAGENET1K_V2, or a local file"):
+        OffTheShelfClassifier("torchvision/resnet50", weights="V3")
+    with pytest.raises(ValueError, match="timm knows 'pretrained' or a local file"):
+        OffTheShelfClassifier("timm/resnet18", weights="IMAGENET1K_V2")
     with pytest.raises(ValueError, match="known: none, imagenet"):
         OffTheShelfClassifier(nn.Identity(), normalize="auto")
     with pytest.raises(ValueError, match="resize"):
