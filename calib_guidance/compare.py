@@ -184,7 +184,10 @@ def compare(args: Sequence[str]) -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("outputs/compare"), help="folder of the runs (%(default)s)")
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="runs at a time, the cores are shared (%(default)s)"
+        "--workers",
+        type=int,
+        default=min(os.cpu_count() or 1, 4),
+        help="runs at a time, the cores are shared (%(default)s)",
     )
     parser.add_argument(
         "--into", type=Path, help=f"Markdown file to put the table into, between {' and '.join(_MARKS)}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero
 
 from calib_guidance.errors import ConfigurationError
 
@@ -61,6 +63,8 @@ def run_lightning(args: Sequence[str] | None) -> None:
         ".*LeafSpec.*is deprecated.*",  # Lightning's own
     ):
         warnings.filterwarnings("ignore", message=message)
+    # Advertisements of cloud services among the log lines of a run.
+    logging.getLogger(rank_zero.__name__).addFilter(lambda record: "Tip: For seamless cloud" not in record.getMessage())
     CalibGuidanceCLI(
         save_config_callback=SaveResolvedConfig,
         save_config_kwargs={"overwrite": True},
