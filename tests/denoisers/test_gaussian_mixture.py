@@ -370,7 +370,7 @@ class TestUnguided:
         )
 
     @pytest.mark.parametrize(
-        "sampler", [DDPM("250"), DDIM("100"), DDPM("250", recurrence=2), DDIM("100", recurrence=2)]
+        "sampler", [DDPM("250"), DDIM("250"), DDPM("200", recurrence=2), DDIM("200", recurrence=2)]
     )
     def test_the_class_conditional_model_reaches_the_floor(self, conditional, sampler, exact, floor):
         """Recurrence too leaves the distribution alone, though it does not leave the samples alone."""
@@ -408,12 +408,12 @@ class TestExactGuidance:
         ids=["ddim", "ddpm_large", "ddpm_small"],
     )
     def test_reaches_the_class_as_steps_grow(self, mixture, exact, floor, kind, steps):
-        """Energy distances 0.019 … 0.0003, 0.033 … 0.0001 and 0.38 … 0.0002, with 0.0013 the floor."""
+        """Measured at 10 steps: 0.018, 0.033, 0.39. Floor: 0.0016. Measured at the last: below 0.0006 for any of three seeds."""
         found = [energy_distance(draw(kind(str(n)), mixture, exact_guidance(mixture)), exact) for n in steps]
         assert found[0] > 5 * floor
         assert found[-1] < floor
         for coarse, fine in itertools.pairwise(found):
-            assert fine < max(coarse / 2, 2 * floor)
+            assert fine < max(0.8 * coarse, 2 * floor)
         # Without guidance the samples are those of all three classes.
         assert energy_distance(draw(kind("50"), mixture), exact) > 100 * floor
 
@@ -507,6 +507,21 @@ class TestWhatTheClassifierSees:
         # A covariance, up to a factor: symmetric, positive.
         torch.testing.assert_close(jacobian, jacobian.mT)
         assert (torch.linalg.eigvalsh(jacobian) > 0).all()
+
+    @pytest.mark.parametrize("sampler", [DDPM("10"), DDIM("10")])
+    def test_time_is_a_share_of_the_full_process(self, mixture, sampler):
+        """However few its steps are: from 1 at pure noise to 0 at the image."""
+
+        class Timed(TemperedLogProb):
+            times = ()
+
+            def forward(self, logits, y, time=1.0):
+                self.times += (time,)
+                return super().forward(logits, y, time)
+
+        score = Timed()
+        draw(sampler, mixture, ClassifierGuidance(GaussianMixtureClassifier(mixture), score), n=4)
+        assert score.times == tuple(i * 111 / 999 for i in reversed(range(10)))
 
 
 class TestOff:
