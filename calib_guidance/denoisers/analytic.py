@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,7 +30,8 @@ class GaussianMixture(Denoiser):
     Samples have the shape ``(D, 1, 1)``.
 
     Raises:
-        ValueError: shapes that do not fit, a covariance that is not positive definite, weights that are not positive.
+        ValueError: shapes that do not fit, a covariance that is not symmetric and positive definite, weights that are not
+            positive.
     """
 
     clip = False
@@ -54,6 +55,8 @@ class GaussianMixture(Denoiser):
         if sigma.shape != (k, d, d) or w.shape != (k,):
             raise ValueError(f"{k} means of {d} numbers need {k} covariances and weights, got {sigma.shape}, {w.shape}")
         variances, axes = torch.linalg.eigh(sigma)
+        if not torch.allclose(sigma, sigma.transpose(1, 2)):
+            raise ValueError("covariances must be symmetric")
         if not (variances > 0).all() or not (w > 0).all():
             raise ValueError("covariances must be positive definite and weights positive")
         for name, value in (
@@ -66,6 +69,10 @@ class GaussianMixture(Denoiser):
         self.schedule = NoiseSchedule(named_betas(noise_schedule, num_steps))
         self.image_shape = (d, 1, 1)
         self.num_components, self.num_classes = k, k if class_conditional else None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GaussianMixture:
+        """Moves to a device and stays float64: a cast would round the closed forms."""
+        return super()._apply(lambda buffer: buffer.to(fn(buffer).device), recurse)
 
     def _components(self, x: Tensor, alphas_cumprod: float) -> tuple[Tensor, Tensor, Tensor]:
         """Log of w_k·p_t(x|k) ``(N, K)``, the deviations in each component's axes and their variances ``(N, K, D)``."""
@@ -84,12 +91,12 @@ class GaussianMixture(Denoiser):
         return self.log_joint(x, t).logsumexp(dim=1)
 
     def sample(self, n: int, y: int | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """Exact samples ``(n, D, 1, 1)`` of the mixture, or of its class ``y``."""
-        if y is None:
+        """Exact samples ``(n, D, 1, 1)`` of the mixture, or of its class ``y`` (-1 and None are all classes)."""
+        if y is None or y < 0:
             component = torch.multinomial(self.log_weights.exp(), n, replacement=True, generator=generator)
         else:
-            component = torch.full((n,), y)
-        z = torch.randn(n, self.means.shape[1], generator=generator, dtype=torch.float64)
+            component = torch.full((n,), y, device=self.means.device)
+        z = torch.randn(n, self.means.shape[1], generator=generator, dtype=torch.float64, device=self.means.device)
         x = self.means[component] + torch.einsum(
             "nij,nj->ni", self.axes[component], self.variances[component].sqrt() * z
         )

@@ -207,6 +207,7 @@ class TestClosedForms:
             ((MEANS, [[[1.0]]] * 3), "3 means of 2 numbers need 3 covariances"),
             ((MEANS, COVARIANCES, [1.0, 1.0]), "3 means of 2 numbers need 3 covariances and weights"),
             ((MEANS, [*COVARIANCES[:2], [[1.0, 2.0], [2.0, 1.0]]]), "positive definite"),
+            ((MEANS, [*COVARIANCES[:2], [[1.0, 5.0], [0.0, 1.0]]]), "symmetric"),
             ((MEANS, [1.0, 1.0, 0.0]), "positive definite"),
             ((MEANS, COVARIANCES, [1.0, 0.0, 1.0]), "weights positive"),
         ],
@@ -214,6 +215,12 @@ class TestClosedForms:
     def test_what_is_no_mixture_is_an_error(self, arguments, message):
         with pytest.raises(ValueError, match=message):
             GaussianMixture(*arguments)
+
+
+def test_a_cast_of_the_module_keeps_it_exact():
+    model, cast = GaussianMixture(MEANS, COVARIANCES), GaussianMixture(MEANS, COVARIANCES).half()
+    x = torch.randn(5, 2, 1, 1, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(cast.log_joint(x, 300), model.log_joint(x, 300))
 
 
 class TestProposition:

@@ -57,7 +57,7 @@ def sample(denoiser, sampler, guide, size, order=None):
     return images, noises
 
 
-@pytest.mark.parametrize("sampler", [DDPM("10"), DDIM("10", eta=0.5)], ids=["ddpm", "ddim"])
+@pytest.mark.parametrize("sampler", [DDPM("10"), DDIM("ddim10", eta=0.5)], ids=["ddpm", "ddim"])
 def test_batch_size_and_order_change_no_noise_and_images_by_rounding_only(denoiser, sampler):
     guide = guidance(DivergenceRegularized("js", tau2=0.8))
     expected, expected_noise = sample(denoiser, sampler, guide, 64)
