@@ -63,8 +63,7 @@ def test_every_predict_configuration_samples(in_root, tmp_path, capsys, overlay)
     assert found["image"].shape == (20, 1, 8, 8)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     guided = overlay is None or "unguided" not in overlay
-    if overlay == "lightning_configs/digits/classifier_free.yaml":
-        assert metrics["num_evaluations"] == 3
+    assert metrics["num_evaluations"] == (6 if overlay and "classifier_free" in overlay else 3)
     assert {"frechet_distance", "precision", "recall", "judge_accuracy", "seconds_per_image"} <= metrics.keys()
     assert ("integral_ece" in metrics) == guided
     figures = {p.name for p in (tmp_path / "figures").iterdir()}

@@ -39,6 +39,7 @@ class Denoiser(nn.Module, ABC):
         num_classes: number of labels that it understands, or None where it understands none.
         clip: whether x̂0 is an image, which samplers may clip to [-1, 1].
         has_learned_variance: whether predictions carry a ``variance_fraction``.
+        evaluations: of a network that one prediction takes.
     """
 
     schedule: NoiseSchedule
@@ -46,6 +47,7 @@ class Denoiser(nn.Module, ABC):
     num_classes: int | None
     clip: bool = True
     has_learned_variance: bool = False
+    evaluations: int = 1
 
     @abstractmethod
     def trajectory(self, timesteps: Sequence[int], y: Tensor | None) -> Predict:

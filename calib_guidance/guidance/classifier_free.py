@@ -38,6 +38,7 @@ class ClassifierFreeGuidance(Denoiser):
         self.denoiser, self.weight, self.interval = denoiser, weight, schedule or GuidanceSchedule()
         self.schedule, self.image_shape, self.clip = denoiser.schedule, denoiser.image_shape, denoiser.clip
         self.num_classes, self.has_learned_variance = denoiser.num_classes, denoiser.has_learned_variance
+        self.evaluations = 2 * denoiser.evaluations
 
     def decode(self, x0: Tensor) -> Tensor:
         return self.denoiser.decode(x0)

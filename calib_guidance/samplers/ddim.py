@@ -37,7 +37,7 @@ class DDIM(Sampler):
         self.steps, self.eta, self.clip_denoised, self.recurrence = steps, eta, clip_denoised, recurrence
 
     def num_evaluations(self, denoiser: Denoiser) -> int:
-        return len(denoiser.schedule.respace(self.steps)) * self.recurrence
+        return len(denoiser.schedule.respace(self.steps)) * self.recurrence * denoiser.evaluations
 
     def check(self, denoiser: Denoiser, guidance: Guidance | None) -> None:
         denoiser.schedule.respace(self.steps)

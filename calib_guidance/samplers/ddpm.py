@@ -44,7 +44,7 @@ class DDPM(Sampler):
         self.steps, self.variance, self.clip_denoised, self.recurrence = steps, variance, clip_denoised, recurrence
 
     def num_evaluations(self, denoiser: Denoiser) -> int:
-        return len(denoiser.schedule.respace(self.steps)) * self.recurrence
+        return len(denoiser.schedule.respace(self.steps)) * self.recurrence * denoiser.evaluations
 
     def check(self, denoiser: Denoiser, guidance: Guidance | None) -> None:
         denoiser.schedule.respace(self.steps)

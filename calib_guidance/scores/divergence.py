@@ -103,5 +103,5 @@ class DivergenceRegularized(Score):
         check_temperatures(tau1, tau2)
         self.divergence, self.alpha, self.epsilon, self.tau1, self.tau2 = divergence, alpha, epsilon, tau1, tau2
 
-    def forward(self, logits: Tensor, y: Tensor, time: Tensor | float = 1.0) -> Tensor:
+    def forward(self, logits: Tensor, y: Tensor, time: float = 1.0) -> Tensor:
         return divergence_regularized(logits, y, self.divergence, self.alpha, self.epsilon, self.tau1, self.tau2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from calib_guidance.scores.base import Score, as_float, check_temperatures
@@ -54,15 +53,15 @@ class EntropyRegularized(Score):
         check_temperatures(tau1, tau2)
         self.entropy_weight, self.weighting, self.tau1, self.tau2 = entropy_weight, weighting, tau1, tau2
 
-    def weight(self, logits: Tensor, time: Tensor | float) -> Tensor | float:
+    def weight(self, logits: Tensor, time: float) -> Tensor | float:
         """λ_t: one number, or ``(N,)`` for ``confidence``."""
         if self.weighting == "linear":
             return self.entropy_weight * time
         if self.weighting == "cosine":
-            return self.entropy_weight * (1 - torch.cos(torch.pi * torch.as_tensor(time))) / 2
+            return self.entropy_weight * (1 - math.cos(math.pi * time)) / 2
         if self.weighting == "confidence":
             return self.entropy_weight * (1 - entropy(logits.detach()) / math.log(logits.shape[1]))
         return self.entropy_weight
 
-    def forward(self, logits: Tensor, y: Tensor, time: Tensor | float = 1.0) -> Tensor:
+    def forward(self, logits: Tensor, y: Tensor, time: float = 1.0) -> Tensor:
         return entropy_regularized(logits, y, self.weight(logits, time), self.tau1, self.tau2)

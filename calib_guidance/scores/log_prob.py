@@ -33,5 +33,5 @@ class TemperedLogProb(Score):
         check_temperatures(tau1, tau2)
         self.tau1, self.tau2 = tau1, tau2
 
-    def forward(self, logits: Tensor, y: Tensor, time: Tensor | float = 1.0) -> Tensor:
+    def forward(self, logits: Tensor, y: Tensor, time: float = 1.0) -> Tensor:
         return tempered_log_prob(logits, y, self.tau1, self.tau2)

@@ -50,7 +50,7 @@ class Tilted(Score):
         if self.score.group_size != 1:
             raise ValueError("a tilted score cannot be tilted again")
 
-    def forward(self, logits: Tensor, y: Tensor, time: Tensor | float = 1.0) -> Tensor:
+    def forward(self, logits: Tensor, y: Tensor, time: float = 1.0) -> Tensor:
         if len(logits) % self.group_size:
             raise ValueError(
                 f"a batch of {len(logits)} samples does not hold whole groups of {self.group_size}: make "
