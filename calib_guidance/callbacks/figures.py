@@ -61,32 +61,28 @@ def draw_curve(
     path: Path,
     label: str,
     spread: Sequence[float] | None = None,
-    log: bool = False,
     average: float | None = None,
 ) -> Path:
     """One quantity over the trajectory, from noise on the left to the image on the right.
 
     Args:
         t: step of the full process at each point, ascending.
-        mean: the quantity; NaN where it was not measured.
+        mean: the quantity, ≥ 0; NaN where it was not measured.
         path: PNG to write.
         label: of the quantity, for the axis.
         spread: half-width of a band around it.
-        log: logarithmic axis.
         average: drawn as a horizontal line.
     """
     t, mean = np.asarray(t), np.asarray(mean)
     figure, axis = plt.subplots(figsize=(3.6, 2.5))
     axis.plot(t, mean, color=COLOURS[0], lw=1.4)
     if spread is not None:
-        low, high = mean - np.asarray(spread), mean + np.asarray(spread)
-        # On a logarithmic axis the band must not reach down to 0.
-        axis.fill_between(t, np.maximum(low, mean * 0.05) if log else low, high, color=COLOURS[0], alpha=0.2, lw=0)
+        low, high = np.maximum(mean - np.asarray(spread), 0), mean + np.asarray(spread)
+        axis.fill_between(t, low, high, color=COLOURS[0], alpha=0.2, lw=0)
     if average is not None:
         axis.axhline(average, color=COLOURS[1], lw=1, ls="--", label=f"mean {average:.3f}")
         axis.legend(frameon=False, fontsize=8)
-    if log:
-        axis.set_yscale("log")
+    axis.set_ylim(bottom=0)
     axis.set_xlabel("diffusion step t  (noise → image)")
     axis.set_ylabel(label)
     axis.invert_xaxis()

@@ -110,4 +110,4 @@ class GradientNorm(_TrajectoryMeasurement):
         if self.mean.isnan().all():
             return []
         path, label = folder / "gradient_norm.png", r"$\|\nabla S\|$  (mean ± sd over samples)"
-        return [draw_curve(self.t, self.mean.tolist(), path, label, self.deviation.tolist(), log=True)]
+        return [draw_curve(self.t, self.mean.tolist(), path, label, self.deviation.tolist())]
