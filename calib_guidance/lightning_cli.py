@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
+import importlib
+import inspect
 import logging
+import re
 import warnings
+from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
-from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero
 
 from calib_guidance.errors import ConfigurationError
@@ -33,8 +38,28 @@ class SaveResolvedConfig(SaveConfigCallback):
             self.parser.save(self.config, path, skip_none=False, overwrite=True, skip_validation=True)
 
 
+def _shorten(message: str) -> str:
+    """What a parse error is about, without the pages of union types around it."""
+    where = ".".join(re.findall(r'Parser key "([^"]+)"', message))
+    classes = re.findall(r"Problem with given class_path '([\w.]+)'", message)
+    option = re.search(r"Option '([\w.]+)' is not accepted", message)
+    if option is None or not classes:
+        return message
+    module, _, name = classes[-1].rpartition(".")
+    accepted = list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+    near = difflib.get_close_matches(option[1], accepted, 1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return f"{where}: {name} has no option {option[1]!r}{hint}; it has: {', '.join(accepted)}"
+
+
 class CalibGuidanceCLI(LightningCLI):
     """LightningCLI with what sampling needs set: any module and data class, gradients inside predict."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: object) -> None:
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            raise ConfigurationError(_shorten(str(error))) from error
 
     def before_instantiate_classes(self) -> None:
         if self.subcommand == "predict":
@@ -66,6 +91,11 @@ def run_lightning(args: Sequence[str] | None) -> None:
     # Advertisements of cloud services among the log lines of a run.
     logging.getLogger(rank_zero.__name__).addFilter(lambda record: "Tip: For seamless cloud" not in record.getMessage())
     CalibGuidanceCLI(
+        # Errors as exceptions, not as pages of usage.
+        parser_kwargs={
+            "exit_on_error": False,
+            **{name: {"exit_on_error": False} for name in LightningCLI.subcommands()},
+        },
         save_config_callback=SaveResolvedConfig,
         save_config_kwargs={"overwrite": True},
         subclass_mode_model=True,

@@ -264,8 +264,27 @@ class TestRefusals:
         message = refuse(capsys, out, overlay, "--data.init_args.batch_size=4")
         assert "data.init_args.batch_size must be a multiple of 10, got 4" in message
 
-    def test_a_misspelled_key(self, out, capsys):
-        assert "aplha" in refuse(capsys, out, "--model.init_args.guidance.init_args.score.init_args.aplha=1")
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (
+                {"model": {"init_args": {"guidance": {"init_args": {"score": {"init_args": {"aplha": 1}}}}}}},
+                "DivergenceRegularized has no option 'aplha' (did you mean 'alpha'?); it has: divergence, alpha, epsilon",
+            ),
+            ({"trainer": {"devcies": 2}}, "does not accept option 'trainer.devcies'"),
+            ({"modle": {"init_args": {"x": 1}}}, "does not accept option 'modle.init_args.x'"),
+            ({"data": {"init_args": {"num_samples": "many"}}}, "Expected a <class 'int'>"),
+        ],
+    )
+    def test_a_misspelled_key(self, out, capsys, tmp_path, content, message):
+        (tmp_path / "more.yaml").write_text(yaml.safe_dump(content))
+        main_arguments = [*PREDICT, f"--config={tmp_path / 'more.yaml'}", f"--trainer.default_root_dir={out}"]
+        with pytest.raises(SystemExit) as stop:
+            main(main_arguments)
+        assert stop.value.code == 2
+        found = capsys.readouterr().err
+        assert message in found
+        assert "usage:" not in found
 
     def test_a_sine_with_ddim(self, out, capsys):
         message = refuse(capsys, out, "--model.init_args.sampler.class_path=calib_guidance.samplers.DDIM")
