@@ -1,36 +1,12 @@
-"""Smooth ECE and the diffusion losses against their formulas."""
+"""The diffusion losses against their formulas."""
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from scipy.stats import norm
 
-from calib_guidance.losses import smooth_ece
 from calib_guidance.losses.diffusion import discretised_gaussian_nll, gaussian_kl, variational_bound_term
-
-
-def test_smooth_ece_is_its_formula():
-    logits = torch.randn(50, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    y = torch.arange(50) % 4
-    p = logits.softmax(1).numpy()
-    expected = np.mean([math.sqrt((p[i].max() - (p[i].argmax() == y[i].item())) ** 2 + 0.02) for i in range(50)])
-    assert float(smooth_ece(logits, y, 0.02)) == pytest.approx(expected, rel=1e-6)
-    assert math.sqrt(0.02) <= expected <= math.sqrt(1.02)
-
-
-def test_smooth_ece_gradient_lowers_confidence_where_it_is_wrong_and_raises_it_where_right():
-    logits = torch.tensor([[4.0, 0.0, 0.0], [4.0, 0.0, 0.0]], requires_grad=True)
-    (gradient,) = torch.autograd.grad(smooth_ece(logits, torch.tensor([0, 1])), logits)
-    assert gradient[0, 0] < 0 < gradient[1, 0]  # descent raises the first and lowers the second
-    eps = 1e-3
-    for row, column in [(0, 0), (1, 0), (1, 2)]:
-        step = torch.zeros(2, 3)
-        step[row, column] = eps
-        y = torch.tensor([0, 1])
-        difference = ((smooth_ece(logits + step, y) - smooth_ece(logits - step, y)) / (2 * eps)).detach()
-        assert float(gradient[row, column]) == pytest.approx(float(difference), rel=1e-2, abs=1e-4)
 
 
 def test_kl_of_normals():
