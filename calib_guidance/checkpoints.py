@@ -70,8 +70,8 @@ def _check_notes(path: Path, expected: Mapping[str, object]) -> None:
     for name, value in expected.items():
         if name in notes and notes[name] != str(value):
             raise CheckpointError(
-                f"{path} was trained with {name}: {notes[name]}, the configuration says {name}: {value}. These weights load "
-                f"either way, and with another {name} give noise: set {name} to {notes[name]}"
+                f"{path} was trained with {name}: {notes[name]}, the configuration says {name}: {value}. These weights would "
+                f"load, and with another {name} be something else than was trained: set {name} to {notes[name]}"
             )
 
 
@@ -110,11 +110,11 @@ def load_weights(module: nn.Module, path: str | os.PathLike[str], **expected: ob
     module.load_state_dict(state)
 
 
-def save_weights(module: nn.Module, path: str | os.PathLike[str], **notes: object) -> None:
-    """Write the weights of a module as safetensors, complete or not at all (temporary file, then rename).
+def save_weights(weights: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str], **notes: object) -> None:
+    """Write weights as safetensors, complete or not at all (temporary file, then rename).
 
     Args:
-        module: whose weights.
+        weights: a module, or tensors by name.
         path: file to write.
         notes: what shapes do not tell, kept as text in the file and checked when it is loaded.
 
@@ -123,7 +123,8 @@ def save_weights(module: nn.Module, path: str | os.PathLike[str], **notes: objec
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+    tensors = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    state = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     os.close(handle)
     try:

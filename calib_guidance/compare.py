@@ -1,4 +1,4 @@
-"""``calib-guidance compare --config FILE``: many sampling runs, several seeds each, as one table."""
+"""``calib-guidance compare --config FILE``: many runs, several seeds each, as tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,48 +25,96 @@ from calib_guidance.errors import ConfigurationError
 from calib_guidance.lightning_cli import run_lightning
 
 _OVERLAYS = Path("lightning_configs")
-_COLUMNS = {
-    "frechet_distance": ("Fréchet ↓", 2),
-    "precision": ("precision ↑", 3),
-    "recall": ("recall ↑", 3),
-    "judge_accuracy": ("accuracy ↑", 3),
-    "integral_ece": ("integral ECE ↓", 3),
-}
-_MARKS = ("<!-- comparison -->", "<!-- /comparison -->")
-_KEYS = {"configs", "arguments", "seeds", "groups", "rows"}
+_KEYS = {"stages", "seeds", "tables", "groups", "rows"}
 _ROW_KEYS = {"name", "overlays", "arguments", "groups"}
+_STAGE_KEYS = {"command", "configs", "arguments"}
+_QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One figure of a table.
+
+    Attributes:
+        title: above the column.
+        file: JSON file in the run's folder.
+        key: of the figure in it, with dots into mappings and lists, e.g. ``ece.by_level.3``.
+        digits: after the point.
+    """
+
+    title: str
+    file: str
+    key: str
+    digits: int = 3
+
+    def read(self, folder: Path) -> float | None:
+        """The figure that a run measured, or None where it measured no such thing."""
+        path = folder / self.file
+        value = json.loads(path.read_text()) if path.is_file() else None
+        for word in self.key.split("."):
+            known = dict(enumerate(value)) if isinstance(value, list) else value or {}
+            value = known.get(int(word) if isinstance(value, list) else word)
+        return value
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a comparison.
+
+    Attributes:
+        mark: where ``--into`` puts it, between ``<!-- mark -->`` and ``<!-- /mark -->``.
+        title: above the names of the rows.
+        columns: its figures.
+    """
+
+    mark: str
+    title: str
+    columns: tuple[Column, ...]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One sampling run of a comparison.
+    """One run of a comparison.
 
     Attributes:
         row: index of its row.
-        seed: of its samples.
-        arguments: words for the command line.
+        seed: of what is random in it.
+        commands: words for the command line, one after the other.
         folder: where it writes.
         fingerprint: hash of all that changes its result.
     """
 
     row: int
     seed: int
-    arguments: tuple[str, ...]
+    commands: tuple[tuple[str, ...], ...]
     folder: Path
     fingerprint: str
 
-    def result(self) -> dict[str, Any] | None:
-        """What an earlier run with the same fingerprint measured."""
-        path, mark = self.folder / "metrics.json", self.folder / "fingerprint"
-        if path.is_file() and mark.is_file() and mark.read_text() == self.fingerprint:
-            return json.loads(path.read_text())
-        return None
+    def done(self) -> bool:
+        """Whether an earlier run with the same fingerprint came to its end."""
+        mark = self.folder / "fingerprint"
+        return mark.is_file() and mark.read_text() == self.fingerprint
 
 
-def _fingerprint(arguments: Sequence[str], sources: bytes) -> str:
-    """Hash of the arguments, the configurations and the weights that they name, and the package's own sources."""
-    digest = hashlib.sha256(json.dumps(arguments).encode() + sources)
-    configs = [Path(a) for a in arguments if a.endswith(".yaml")]
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison file asks for.
+
+    Attributes:
+        tables: to make.
+        rows: (group, name) of each row.
+        runs: every row with every seed.
+    """
+
+    tables: tuple[Table, ...]
+    rows: tuple[tuple[str, str], ...]
+    runs: tuple[Run, ...]
+
+
+def _fingerprint(commands: Sequence[Sequence[str]], sources: bytes) -> str:
+    """Hash of the words, the configurations and the weights that they name, and the package's own sources."""
+    digest = hashlib.sha256(json.dumps(commands).encode() + sources)
+    configs = [Path(word) for words in commands for word in words if word.endswith(".yaml")]
     weights = sorted({w for c in configs for w in re.findall(r"[\w./-]+\.(?:safetensors|pth?|ckpt)", c.read_text())})
     for path in (*configs, *map(Path, weights)):
         if path.is_file():
@@ -75,14 +123,15 @@ def _fingerprint(arguments: Sequence[str], sources: bytes) -> str:
 
 
 def _work(run: Run, threads: int) -> None:
-    """Sample one run in a worker process, its output in a file beside the samples."""
+    """Do one run in a worker process, its output in a file beside what it writes."""
     torch.set_num_threads(threads)
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "fingerprint").unlink(missing_ok=True)
     with open(run.folder / "log.txt", "w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-        run_lightning(run.arguments)
+        for words in run.commands:
+            run_lightning(words)
     (run.folder / "fingerprint").write_text(run.fingerprint)
 
 
@@ -90,12 +139,24 @@ def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def read_comparison(path: Path, output: Path) -> tuple[list[tuple[str, str]], list[Run]]:
-    """Rows, as (group, name), and runs of a comparison file.
+def _check_keys(found: Mapping[str, Any], known: set[str], where: str) -> None:
+    if unknown := found.keys() - known:
+        raise ConfigurationError(f"{where}: unknown keys {sorted(unknown)}; known: {sorted(known)}")
 
-    The file has the keys ``configs`` (base configurations), ``arguments`` (further words for ``predict``), ``seeds``,
-    ``groups`` (name to overlays, applied first) and ``rows`` (``name``, ``overlays``, and optionally ``arguments`` and the
-    ``groups`` that the row is for). Overlays are files of lightning_configs/, without the ending.
+
+def _for_stage(words: Sequence[str] | Mapping[str, Sequence[str]] | None, stage: str) -> list[str]:
+    """Overlays or arguments for one stage: of all stages where they are a list."""
+    return list(words.get(stage, ()) if isinstance(words, Mapping) else words or ())
+
+
+def read_comparison(path: Path, output: Path) -> Comparison:
+    """A comparison file.
+
+    It has the keys ``stages`` (the commands of a run, one after the other: ``command``, ``configs``, ``arguments``), ``seeds``,
+    ``tables`` (by mark: ``title`` and ``columns``), ``groups`` (name to overlays, applied first) and ``rows`` (``name``,
+    ``overlays``, and optionally ``arguments`` and the ``groups`` that the row is for). Overlays are files of
+    lightning_configs/, without the ending. Overlays and arguments are a list for all stages, or a mapping of stages to lists.
+    In arguments ``{seed}`` and ``{folder}`` stand for those of the run.
 
     Raises:
         ConfigurationError: no such file, unknown keys or missing overlays.
@@ -103,33 +164,39 @@ def read_comparison(path: Path, output: Path) -> tuple[list[tuple[str, str]], li
     if not path.is_file():
         raise ConfigurationError(f"compare: no such file: {path}")
     content = yaml.safe_load(path.read_text())
-    if unknown := content.keys() - _KEYS:
-        raise ConfigurationError(f"{path}: unknown keys {sorted(unknown)}; known: {sorted(_KEYS)}")
-    # A change of the code may change the samples, so it makes old runs stale.
+    _check_keys(content, _KEYS, str(path))
+    for name, stage in content["stages"].items():
+        _check_keys(stage, _STAGE_KEYS, f"{path}, stage {name!r}")
+    # A change of the code may change what comes out, so it makes old runs stale.
     sources = b"".join(source.read_bytes() for source in sorted(Path(__file__).parent.rglob("*.py")))
     rows: list[tuple[str, str]] = []
     runs = []
     for group, group_overlays in content["groups"].items():
         for row in content["rows"]:
-            if unknown := row.keys() - _ROW_KEYS:
-                raise ConfigurationError(f"{path}: row with unknown keys {sorted(unknown)}; known: {sorted(_ROW_KEYS)}")
+            _check_keys(row, _ROW_KEYS, f"{path}, row {row.get('name')!r}")
             if group not in row.get("groups", [group]):
                 continue
-            overlays = [str(_OVERLAYS / f"{name}.yaml") for name in (*group_overlays, *row.get("overlays", []))]
-            configs = [*content["configs"], *overlays]
-            if missing := [c for c in configs if not Path(c).is_file()]:
-                raise ConfigurationError(f"{path}, row {row['name']!r}: no such files: {', '.join(missing)}")
             for seed in content["seeds"]:
                 folder = output / _slug(group) / _slug(row["name"]) / f"seed{seed}"
-                arguments = ["predict", *(a for c in configs for a in ("--config", c))]
-                arguments += [*content.get("arguments", []), *row.get("arguments", [])]
-                arguments += [f"--data.init_args.seed={seed}", f"--trainer.default_root_dir={folder}"]
-                arguments += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
-                runs.append(Run(len(rows), seed, tuple(arguments), folder, _fingerprint(arguments, sources)))
+                commands = []
+                for stage, settings in content["stages"].items():
+                    names = [*_for_stage(group_overlays, stage), *_for_stage(row.get("overlays"), stage)]
+                    configs = [*settings["configs"], *(str(_OVERLAYS / f"{name}.yaml") for name in names)]
+                    if missing := [c for c in configs if not Path(c).is_file()]:
+                        raise ConfigurationError(f"{path}, row {row['name']!r}: no such files: {', '.join(missing)}")
+                    arguments = [*settings.get("arguments", ()), *_for_stage(row.get("arguments"), stage)]
+                    words = [settings["command"], *(word for config in configs for word in ("--config", config))]
+                    words += [a.replace("{seed}", str(seed)).replace("{folder}", str(folder)) for a in arguments]
+                    commands.append((*words, *_QUIET))
+                runs.append(Run(len(rows), seed, tuple(commands), folder, _fingerprint(commands, sources)))
             rows.append((group, row["name"]))
     if len({run.folder for run in runs}) != len(runs):
         raise ConfigurationError(f"{path}: two rows of a group have the same name, or a seed occurs twice")
-    return rows, runs
+    tables = tuple(
+        Table(mark, table["title"], tuple(Column(**column) for column in table["columns"]))
+        for mark, table in content["tables"].items()
+    )
+    return Comparison(tables, tuple(rows), tuple(runs))
 
 
 def _cell(values: Sequence[float | None], digits: int) -> str:
@@ -141,35 +208,65 @@ def _cell(values: Sequence[float | None], digits: int) -> str:
     return f"{statistics.mean(known):.{digits}f}{spread}"
 
 
-def markdown_table(rows: Sequence[tuple[str, str]], results: Sequence[Sequence[dict[str, Any]]]) -> str:
-    """One line per (group, name): mean ± standard deviation over its seeds of each figure."""
-    titles = [title for title, _ in _COLUMNS.values()]
-    lines = [f"| guidance | {' | '.join(titles)} |", "|---|" + "---:|" * len(titles)]
+def markdown_table(
+    table: Table, rows: Sequence[tuple[str, str]], results: Sequence[Sequence[Sequence[float | None]]]
+) -> str:
+    """One line per (group, name): mean ± standard deviation over seeds of each figure.
+
+    Args:
+        table: its title and columns.
+        rows: (group, name) of each.
+        results: of each row, for each seed, the figure of each column.
+    """
+    titles = [column.title for column in table.columns]
+    lines = [f"| {table.title} | {' | '.join(titles)} |", "|---|" + "---:|" * len(titles)]
     previous = None
     for (group, name), measured in zip(rows, results, strict=True):
         if group != previous:
             lines.append(f"| **{group}** |" + " |" * len(titles))
         previous = group
-        cells = [_cell([m.get(key) for m in measured], digits) for key, (_, digits) in _COLUMNS.items()]
+        cells = [
+            _cell(values, column.digits)
+            for column, values in zip(table.columns, zip(*measured, strict=True), strict=True)
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _insert(table: str, path: Path) -> None:
-    """Put the table between the marks of a Markdown file."""
-    before, _, rest = path.read_text().partition(_MARKS[0])
-    _, end, after = rest.partition(_MARKS[1])
+def _insert(text: str, mark: str, path: Path) -> None:
+    """Put a table between its marks in a Markdown file."""
+    opening, closing = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    before, _, rest = path.read_text().partition(opening)
+    _, end, after = rest.partition(closing)
     if not end:
-        raise ConfigurationError(
-            f"{path} has no place for the table: put {_MARKS[0]} and {_MARKS[1]} where it shall stand"
-        )
-    path.write_text(f"{before}{_MARKS[0]}\n{table}\n{_MARKS[1]}{after}")
+        raise ConfigurationError(f"{path} has no place for the table: put {opening} and {closing} where it shall stand")
+    path.write_text(f"{before}{opening}\n{text}\n{closing}{after}")
+
+
+def _finish(comparison: Comparison, output: Path, into: Path | None) -> None:
+    """Write and print the tables of runs that are done."""
+    with open(output / "runs.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        titles = [f"{table.mark}/{column.title}" for table in comparison.tables for column in table.columns]
+        writer.writerow(["group", "name", "seed", *titles])
+        for run in comparison.runs:
+            values = [column.read(run.folder) for table in comparison.tables for column in table.columns]
+            writer.writerow([*comparison.rows[run.row], run.seed, *values])
+    for table in comparison.tables:
+        results: list[list[list[float | None]]] = [[] for _ in comparison.rows]
+        for run in comparison.runs:
+            results[run.row].append([column.read(run.folder) for column in table.columns])
+        text = markdown_table(table, comparison.rows, results)
+        (output / f"{table.mark}.md").write_text(text + "\n")
+        if into:
+            _insert(text, table.mark, into)
+        print(f"\n{text}")
 
 
 def compare(args: Sequence[str]) -> None:
-    """Run a comparison and print its table; runs that are done and unchanged are not repeated.
+    """Do the runs of a comparison and print its tables; runs that are done and unchanged are not repeated.
 
-    Writes ``table.md`` and ``runs.csv`` beside the runs.
+    Writes each table as Markdown, and ``runs.csv``, beside the runs.
 
     Args:
         args: words of the command line after ``compare``.
@@ -178,7 +275,7 @@ def compare(args: Sequence[str]) -> None:
         ConfigurationError: a comparison file that cannot be run.
         SystemExit: with status 1 where runs failed, naming their logs.
     """
-    parser = argparse.ArgumentParser(prog="calib-guidance compare", description="Many sampling runs as one table.")
+    parser = argparse.ArgumentParser(prog="calib-guidance compare", description="Many runs as tables.")
     parser.add_argument(
         "--config", type=Path, required=True, help="comparison file, e.g. lightning_configs/compare/digits.yaml"
     )
@@ -190,11 +287,11 @@ def compare(args: Sequence[str]) -> None:
         help="runs at a time, the cores are shared (%(default)s)",
     )
     parser.add_argument(
-        "--into", type=Path, help=f"Markdown file to put the table into, between {' and '.join(_MARKS)}"
+        "--into", type=Path, help="Markdown file to put the tables into, between <!-- MARK --> and <!-- /MARK -->"
     )
     options = parser.parse_args(list(args))
-    rows, runs = read_comparison(options.config, options.output)
-    todo = [run for run in runs if run.result() is None]
+    comparison = read_comparison(options.config, options.output)
+    todo = [run for run in comparison.runs if not run.done()]
     workers = max(1, min(options.workers, len(todo) or 1))
     threads = max(1, (os.cpu_count() or 1) // workers)
     started, failed = time.monotonic(), []
@@ -202,27 +299,16 @@ def compare(args: Sequence[str]) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         jobs = {pool.submit(_work, run, threads): run for run in todo}
-        for job in tqdm(
-            as_completed(jobs), total=len(todo), desc=f"{len(runs) - len(todo)} runs done before", unit="run"
-        ):
+        before = f"{len(comparison.runs) - len(todo)} runs done before"
+        for job in tqdm(as_completed(jobs), total=len(todo), desc=before, unit="run"):
             if error := job.exception():
                 failed.append(jobs[job])
                 tqdm.write(f"failed: {jobs[job].folder / 'log.txt'}: {error}")
     if failed:
         raise SystemExit(
-            f"{len(failed)} of {len(runs)} runs failed; their logs say why, and the same command does what is left"
+            f"{len(failed)} of {len(comparison.runs)} runs failed; their logs say why, and the same command does what is left"
         )
-    results: list[list[dict[str, Any]]] = [[] for _ in rows]
-    with open(options.output / "runs.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["group", "name", "seed", *_COLUMNS, "seconds_per_image"])
-        for run in runs:
-            result = run.result()
-            results[run.row].append(result)
-            writer.writerow([*rows[run.row], run.seed, *(result.get(k) for k in (*_COLUMNS, "seconds_per_image"))])
-    table = markdown_table(rows, results)
-    (options.output / "table.md").write_text(table + "\n")
-    if options.into:
-        _insert(table, options.into)
-    print(f"\n{table}\n\n{len(todo)} runs in {(time.monotonic() - started) / 60:.1f} minutes")
-    print(f"wrote {options.output / 'table.md'} and {options.output / 'runs.csv'}")
+    _finish(comparison, options.output, options.into)
+    print(
+        f"\n{len(todo)} runs in {(time.monotonic() - started) / 60:.1f} minutes; tables and runs.csv are in {options.output}"
+    )

@@ -13,9 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero
 
+from calib_guidance.callbacks import StepSeeds
+from calib_guidance.checkpoint_io import AtomicCheckpointIO
 from calib_guidance.errors import ConfigurationError
 
 _PREDICT_CKPT = (
@@ -68,6 +72,34 @@ class CalibGuidanceCLI(LightningCLI):
                 raise ConfigurationError(_PREDICT_CKPT)
             config.return_predictions = False  # the writer has them; in memory they would grow with the run
 
+    def _parse_ckpt_path(self) -> None:
+        """Keeps Lightning from merging a checkpoint's hyper-parameters over the configuration: the YAML says what is run."""
+
+    def instantiate_trainer(self, **kwargs: object) -> L.Trainer:
+        """The trainer, with what makes a run resumable: atomic checkpoints in a place that does not change."""
+        plugins = self._get(self.config_init, "trainer").get("plugins") or []
+        plugins = list(plugins) if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+        trainer = super().instantiate_trainer(**kwargs)
+        for callback in trainer.checkpoint_callbacks:
+            # Lightning's default is in the logger's folder, a new one for every run, where `--ckpt_path last` finds nothing.
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(Path(trainer.default_root_dir, "checkpoints"))
+        return trainer
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, object]:
+        """Also lets ``--ckpt_path last`` find what was written when SLURM took the nodes away, where that is newer."""
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if kwargs.get("ckpt_path") == "last":
+            folders = [Path(callback.dirpath) for callback in self.trainer.checkpoint_callbacks if callback.dirpath]
+            last = [path for folder in folders for path in folder.glob("last*.ckpt")]
+            preempted = list(Path(self.trainer.default_root_dir).glob("hpc_ckpt_*.ckpt"))
+            newest = max([*last, *preempted], key=lambda path: path.stat().st_mtime, default=None)
+            if newest in preempted:
+                kwargs["ckpt_path"] = str(newest)
+        return kwargs
+
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
@@ -102,6 +134,6 @@ def run_lightning(args: Sequence[str] | None) -> None:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         # Predict runs under inference mode unless told not to, and guidance takes gradients inside it.
-        trainer_defaults={"inference_mode": False},
+        trainer_defaults={"inference_mode": False, "callbacks": StepSeeds()},
         args=None if args is None else list(args),
     )

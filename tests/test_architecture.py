@@ -7,19 +7,20 @@ import calib_guidance
 
 ROOT = Path(calib_guidance.__file__).parent
 FLOORS = [
-    {"errors", "images", "rng", "scores", "losses", "noise_schedule", "parameterization"},
+    {"errors", "images", "rng", "scores", "losses", "noise_schedule", "parameterization", "lr_schedules"},
     {"networks", "checkpoints"},
     {"denoisers", "classifiers"},
     {"guidance"},
     {"samplers"},
     {"metrics", "data", "modules", "callbacks"},
+    {"checkpoint_io"},
     {"lightning_cli"},
     {"compare"},
     {"cli"},
     {"__main__"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-KNOW_LIGHTNING = {"modules", "callbacks", "data", "lightning_cli"}
+KNOW_LIGHTNING = {"modules", "callbacks", "data", "checkpoint_io", "lightning_cli"}
 
 
 def imports(path):

@@ -6,17 +6,34 @@ import pytest
 import yaml
 
 from calib_guidance.cli import main
-from calib_guidance.compare import markdown_table, read_comparison
+from calib_guidance.compare import Column, Table, markdown_table, read_comparison
 
 FILE = {
-    "configs": ["lightning_configs/predict/digits.yaml"],
-    "arguments": [
-        "--data.init_args.num_samples=20",
-        "--data.init_args.batch_size=10",
-        "--model.init_args.sampler.init_args.steps=2",
-        "--trainer.accelerator=cpu",
-    ],
+    "stages": {
+        "sample": {
+            "command": "predict",
+            "configs": ["lightning_configs/predict/digits.yaml"],
+            "arguments": [
+                "--data.init_args.num_samples=20",
+                "--data.init_args.batch_size=10",
+                "--data.init_args.seed={seed}",
+                "--model.init_args.sampler.init_args.steps=2",
+                "--trainer.accelerator=cpu",
+                "--trainer.default_root_dir={folder}",
+            ],
+        }
+    },
     "seeds": [0, 1],
+    "tables": {
+        "comparison": {
+            "title": "guidance",
+            "columns": [
+                {"title": "Fréchet ↓", "file": "metrics.json", "key": "frechet_distance", "digits": 2},
+                {"title": "recall ↑", "file": "metrics.json", "key": "recall"},
+                {"title": "integral ECE ↓", "file": "metrics.json", "key": "integral_ece"},
+            ],
+        }
+    },
     "groups": {"unconditional": [], "conditional": ["digits/conditional"]},
     "rows": [
         {"name": "unguided", "overlays": ["digits/unguided"], "groups": ["conditional"]},
@@ -36,7 +53,8 @@ def file(in_root, tmp_path):
 
 
 def test_the_readmes_comparison_has_every_row_that_it_promises(in_root, tmp_path):
-    rows, runs = read_comparison(in_root / "lightning_configs/compare/digits.yaml", tmp_path)
+    comparison = read_comparison(in_root / "lightning_configs/compare/digits.yaml", tmp_path)
+    rows, runs = comparison.rows, comparison.runs
     assert len(runs) == 3 * len(rows)
     for group in ("unconditional", "class-conditional"):
         names = " ".join(name for g, name in rows if g.startswith(group))
@@ -77,9 +95,9 @@ def test_runs_are_made_once_and_put_into_a_table(file, tmp_path, capsys):
     ]
     main(command)
     assert "4 runs in" in capsys.readouterr().out
-    table = (tmp_path / "runs/table.md").read_text()
+    table = (tmp_path / "runs/comparison.md").read_text()
     assert "**unconditional**" in table.splitlines()[2]
-    assert table.count("±") == 9  # the unguided row has no classifier to calibrate
+    assert table.count("±") == 5  # the unguided row has no classifier to calibrate
     assert "old" not in readme.read_text()
     assert readme.read_text() == f"before\n<!-- comparison -->\n{table}<!-- /comparison -->\nafter\n"
     with open(tmp_path / "runs/runs.csv") as runs:
@@ -91,13 +109,38 @@ def test_runs_are_made_once_and_put_into_a_table(file, tmp_path, capsys):
         ]
     main(command)
     assert "0 runs in" in capsys.readouterr().out
-    assert (tmp_path / "runs/table.md").read_text() == table
+    assert (tmp_path / "runs/comparison.md").read_text() == table
 
 
 def test_a_cell_is_mean_and_standard_deviation_over_seeds():
-    measured = [{"frechet_distance": 1.0, "precision": 0.5}, {"frechet_distance": 2.0, "precision": 0.5}]
-    line = markdown_table([("g", "row")], [measured]).splitlines()[-1]
-    assert line == "| row | 1.50 ± 0.71 | 0.500 ± 0.000 | – | – | – |"
+    table = Table("m", "what", (Column("a", "f.json", "a", 2), Column("b", "f.json", "b"), Column("c", "f.json", "c")))
+    lines = markdown_table(table, [("g", "row")], [[[1.0, 0.5, None], [2.0, 0.5, None]]]).splitlines()
+    assert lines[0] == "| what | a | b | c |"
+    assert lines[-1] == "| row | 1.50 ± 0.71 | 0.500 ± 0.000 | – |"
+
+
+def test_a_column_reads_into_mappings_and_lists(tmp_path):
+    (tmp_path / "m.json").write_text('{"ece": {"by_level": [0.1, null, 0.3]}}')
+    read = {
+        key: Column("", "m.json", key).read(tmp_path) for key in ("ece.by_level.2", "ece.by_level.1", "nll.overall")
+    }
+    assert read == {"ece.by_level.2": 0.3, "ece.by_level.1": None, "nll.overall": None}
+    assert Column("", "other.json", "ece").read(tmp_path) is None
+
+
+def test_stages_get_their_own_overlays_and_arguments(file, tmp_path):
+    stages = FILE["stages"] | {"again": {"command": "predict", "configs": ["lightning_configs/predict/digits.yaml"]}}
+    rows = [{"name": "js", "overlays": {"again": ["score/js"]}, "arguments": {"sample": ["--x={folder}/a"]}}]
+    comparison = read_comparison(file(stages=stages, rows=rows, groups={"g": ["digits/conditional"]}), tmp_path)
+    first, second = comparison.runs[1].commands
+    folder = tmp_path / "g/js/seed1"
+    assert "lightning_configs/digits/conditional.yaml" in first
+    assert "lightning_configs/digits/conditional.yaml" in second
+    assert "lightning_configs/score/js.yaml" not in first
+    assert "lightning_configs/score/js.yaml" in second
+    assert f"--x={folder}/a" in first
+    assert "--data.init_args.seed=1" in first
+    assert not any(word.startswith("--x") for word in second)
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,25 @@
 """Lightning callbacks: what is written, measured and drawn."""
 
+from calib_guidance.callbacks.calibration_report import CalibrationReport
+from calib_guidance.callbacks.export_classifier import ExportClassifier
 from calib_guidance.callbacks.export_weights import ExportWeights
 from calib_guidance.callbacks.measurement import Measurement
 from calib_guidance.callbacks.quality import SampleQuality
 from calib_guidance.callbacks.run_report import RunReport
 from calib_guidance.callbacks.sample_writer import SampleWriter, read_samples
+from calib_guidance.callbacks.step_seeds import StepSeeds
 from calib_guidance.callbacks.trajectory import GradientNorm, TrajectoryCalibration
 
 __all__ = [
+    "CalibrationReport",
+    "ExportClassifier",
     "ExportWeights",
     "GradientNorm",
     "Measurement",
     "RunReport",
     "SampleQuality",
     "SampleWriter",
+    "StepSeeds",
     "TrajectoryCalibration",
     "read_samples",
 ]

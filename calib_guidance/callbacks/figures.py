@@ -88,3 +88,63 @@ def draw_curve(
     axis.invert_xaxis()
     axis.spines[["top", "right"]].set_visible(False)
     return _save(figure, path)
+
+
+def draw_reliability(bins: Tensor, titles: Sequence[str], path: Path) -> Path:
+    """Reliability diagrams with their confidence histograms, one panel each.
+
+    Bars are the accuracy of each bin of confidence at its mean confidence, the hatched part the gap to it; a calibrated
+    classifier's bars end on the diagonal. Below, the share of samples in each bin.
+
+    Args:
+        bins: ``(panels, num_bins, 3)`` count, summed confidence and number correct of equal-width bins.
+        titles: of the panels; a panel without samples is left out.
+        path: PNG to write.
+    """
+    panels = [
+        (title, sums) for title, sums in zip(titles, bins.double().cpu().numpy(), strict=True) if sums[:, 0].sum()
+    ]
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = plt.figure(figsize=(1.9 * columns + 0.3, 2.35 * rows + 0.3))
+    outer = figure.add_gridspec(rows, columns, wspace=0.12, hspace=0.3)
+    edges = np.linspace(0, 1, bins.shape[1] + 1)
+    for number, (title, (count, confidence, correct)) in enumerate((title, sums.T) for title, sums in panels):
+        row, column = divmod(number, columns)
+        upper, lower = outer[row, column].subgridspec(2, 1, height_ratios=(3, 1), hspace=0.08)
+        axis = figure.add_subplot(upper)
+        used = count > 0
+        accuracy, mean = correct[used] / count[used], confidence[used] / count[used]
+        left, width = edges[:-1][used], 1 / len(count)
+        axis.bar(left, accuracy, width, align="edge", color=COLOURS[5], edgecolor="white", lw=0.4)
+        axis.bar(
+            left,
+            mean - accuracy,
+            width,
+            bottom=accuracy,
+            align="edge",
+            color="none",
+            edgecolor=COLOURS[1],
+            hatch="//////",
+            lw=0.4,
+        )
+        axis.plot([0, 1], [0, 1], color=COLOURS[6], lw=0.8, ls="--")
+        ece = np.abs(correct - confidence).sum() / count.sum()
+        axis.set_title(title, fontsize=8, pad=3)
+        axis.text(0.04, 0.94, f"ECE {ece:.3f}", transform=axis.transAxes, va="top", fontsize=7)
+        histogram = figure.add_subplot(lower, sharex=axis)
+        histogram.bar(
+            edges[:-1], count / count.sum(), 1 / len(count), align="edge", color=COLOURS[0], edgecolor="white", lw=0.4
+        )
+        histogram.set_ylim(0, 1)
+        axis.set_xlim(0, 1)
+        axis.set_ylim(0, 1)
+        axis.tick_params(labelsize=7, labelbottom=False, labelleft=column == 0)
+        histogram.tick_params(labelsize=7, labelbottom=number + columns >= len(panels), labelleft=column == 0)
+        for part in (axis, histogram):
+            part.spines[["top", "right"]].set_visible(False)
+        if column == 0:
+            axis.set_ylabel("accuracy", fontsize=8)
+            histogram.set_ylabel("share", fontsize=8)
+    figure.supxlabel("confidence", fontsize=8, y=0.0, va="top")
+    return _save(figure, path)

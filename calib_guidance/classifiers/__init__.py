@@ -3,5 +3,6 @@
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.classifiers.noise_aware import NoiseAwareClassifier
 from calib_guidance.classifiers.off_the_shelf import OffTheShelfClassifier
+from calib_guidance.classifiers.temperature import fit_temperature
 
-__all__ = ["Classifier", "NoiseAwareClassifier", "OffTheShelfClassifier"]
+__all__ = ["Classifier", "NoiseAwareClassifier", "OffTheShelfClassifier", "fit_temperature"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 
@@ -12,12 +14,44 @@ class Classifier(nn.Module, ABC):
 
     ``x`` is ``(N, C, H, W)`` in [-1, 1] (a clean image or its estimate) or the noisy x_t, ``t`` ``(N,)`` the diffusion
     step on the 0 … 999 scale, which classifiers of clean images ignore. Logits are ``(N, num_classes)``.
+
+    Args:
+        temperature: T > 0 by which :meth:`temper` divides logits; one for all steps, or one for each of equal ranges of t,
+            the cleanest first (Guo et al. 2017; see :func:`~calib_guidance.classifiers.fit_temperature`).
+        num_steps: length of the diffusion process that t refers to.
+
+    Raises:
+        ValueError: a temperature that is not above 0.
     """
 
     num_classes: int
 
+    def __init__(self, temperature: float | Sequence[float] = 1.0, num_steps: int = 1000):
+        super().__init__()
+        values = torch.tensor(temperature, dtype=torch.float32).reshape(-1)
+        if not values.numel() or not (values > 0).all():
+            raise ValueError(f"temperature must be a number above 0, or one for each range of t; got {temperature}")
+        self.temperature = [float(v) for v in temperature] if isinstance(temperature, Sequence) else float(temperature)
+        self.num_steps = num_steps
+        self.register_buffer("_inverse_temperature", 1 / values, persistent=False)
+
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor: ...
+
+    def temper(self, logits: Tensor, t: Tensor | None) -> Tensor:
+        """Logits ``(N, K)`` divided by the temperature at t ``(N,)``.
+
+        Raises:
+            ValueError: no t, where the temperature depends on it.
+        """
+        if self.temperature == 1.0:
+            return logits
+        if len(self._inverse_temperature) == 1:
+            return logits * self._inverse_temperature
+        if t is None:
+            raise ValueError("this classifier's temperature depends on the diffusion step: call it with t")
+        level = t * len(self._inverse_temperature) // self.num_steps
+        return logits * self._inverse_temperature[level].unsqueeze(1)
 
     def freeze(self) -> Classifier:
         """Make the classifier ready to guide: evaluation mode, no parameter gradients. Input gradients still flow."""

@@ -19,7 +19,7 @@ from calib_guidance.classifiers.smoothing import smooth_activations
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def build_network(name: str, num_classes: int, weights: str | None) -> nn.Module:
+def build_network(name: str, num_classes: int, weights: str | None, **expected: object) -> nn.Module:
     """A torchvision or timm classifier by name.
 
     Args:
@@ -27,6 +27,7 @@ def build_network(name: str, num_classes: int, weights: str | None) -> nn.Module
         num_classes: width of the last layer.
         weights: None for random ones, a name that the library knows (``IMAGENET1K_V2``; ``pretrained`` for timm), or a
             local file.
+        expected: what a local file must say of itself, where it says it (see :func:`~calib_guidance.checkpoints.load_weights`).
 
     Raises:
         ValueError: an unknown library or model.
@@ -51,7 +52,7 @@ def build_network(name: str, num_classes: int, weights: str | None) -> nn.Module
             "torchvision.models.list_models() or timm.list_models()"
         )
     if local:
-        load_weights(network, weights)
+        load_weights(network, weights, **expected)
     return network
 
 
@@ -80,10 +81,11 @@ class OffTheShelfClassifier(Classifier):
         resize: side in pixels to which images are resized (bilinear, antialiased), or None.
         softplus_beta: β of the Softplus that replaces every ReLU (3 for DDPM, 5 for EDM in the paper); None keeps ReLU.
         activations: what Softplus replaces, class names of torch.nn.
+        temperature: of the logits, one or one for each of equal ranges of t, see :class:`~calib_guidance.classifiers.Classifier`.
 
     Raises:
         ValueError: unknown names or values out of range.
-        CheckpointError: the weights do not fit.
+        CheckpointError: the weights do not fit, or say that they were calibrated otherwise.
     """
 
     def __init__(
@@ -95,16 +97,24 @@ class OffTheShelfClassifier(Classifier):
         resize: int | None = None,
         softplus_beta: float | None = None,
         activations: Sequence[str] = ("ReLU",),
+        temperature: float | Sequence[float] = 1.0,
     ):
-        super().__init__()
+        super().__init__(temperature)
         if normalize not in ("none", "imagenet"):
             raise ValueError(f"normalize: unknown {normalize!r}; known: none, imagenet")
         if resize is not None and resize < 1:
             raise ValueError(f"resize must be a number of pixels or null, got {resize}")
+        self.weights_notes = {
+            "architecture": network if isinstance(network, str) else type(network).__name__,
+            "num_classes": num_classes,
+            "normalize": normalize,
+            "resize": resize,
+            "temperature": self.temperature,
+        }
         if isinstance(network, str):
-            network = build_network(network, num_classes, weights)
+            network = build_network(network, num_classes, weights, **self.weights_notes)
         elif weights is not None:
-            load_weights(network, weights)
+            load_weights(network, weights, **self.weights_notes)
         self.network, self.num_classes, self.normalize, self.resize = network, num_classes, normalize, resize
         self.softplus_beta, self.activations = softplus_beta, tuple(activations)
         self._frozen = False
@@ -128,4 +138,4 @@ class OffTheShelfClassifier(Classifier):
             x = F.interpolate(x, (self.resize, self.resize), mode="bilinear", antialias=True, align_corners=False)
         if self.normalize == "imagenet":
             x = x * self.scale + self.offset
-        return self.network(x)
+        return self.temper(self.network(x), t)

@@ -5,17 +5,25 @@ from __future__ import annotations
 import functools
 
 import lightning as L
+import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset
+
+from calib_guidance.data.loading import heldout_loader, run_seed, train_loader
+from calib_guidance.errors import ConfigurationError
 
 NUM_CLASSES = 10
 HELDOUT_PER_CLASS = 50
+FITTING = (
+    1000  # of the training digits, where the others are needed for choosing something: a checkpoint, a temperature
+)
+SPLITS = ("train", "heldout", "fitting", "validation")
 
 
 @functools.cache
-def _digits() -> tuple[Tensor, Tensor, Tensor]:
+def _digits() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
     labels = torch.tensor(data.target, dtype=torch.long)
@@ -25,13 +33,18 @@ def _digits() -> tuple[Tensor, Tensor, Tensor]:
     for label in range(NUM_CLASSES):
         members = (labels == label).nonzero().flatten()
         heldout[members[torch.randperm(len(members), generator=generator)[:HELDOUT_PER_CLASS]]] = True
-    return images, labels, heldout
+    train = (~heldout).nonzero().flatten()
+    shuffled = train[torch.randperm(len(train), generator=generator)]
+    fitting, validation = (part.sort().values for part in (shuffled[:FITTING], shuffled[FITTING:]))
+    rows = {"train": train, "heldout": heldout.nonzero().flatten(), "fitting": fitting, "validation": validation}
+    return images, labels, rows
 
 
 def digits(split: str) -> tuple[Tensor, Tensor]:
-    """One part of the digits: ``train`` (1,297 images) or ``heldout`` (500, 50 of each class), the same on every machine.
+    """One part of the digits, the same on every machine.
 
-    Networks are trained on ``train`` only and evaluations refer to ``heldout`` only.
+    ``train`` (1,297 images) and ``heldout`` (500, 50 of each class): networks are trained on the first only and evaluations
+    refer to the second only. ``fitting`` (1,000) and ``validation`` (297) are the two parts of ``train``.
 
     Returns:
         Images ``(N, 1, 8, 8)`` float32 in [-1, 1] (17 grey levels) and labels ``(N,)``.
@@ -39,22 +52,32 @@ def digits(split: str) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: another name.
     """
-    images, labels, heldout = _digits()
-    if split not in ("train", "heldout"):
-        raise ValueError(f"digits: unknown split {split!r}; known: train, heldout")
-    chosen = heldout if split == "heldout" else ~heldout
-    return images[chosen], labels[chosen]
+    images, labels, rows = _digits()
+    if split not in SPLITS:
+        raise ValueError(f"digits: unknown split {split!r}; known: {', '.join(SPLITS)}")
+    return images[rows[split]], labels[rows[split]]
 
 
-class DigitImages(TensorDataset):
-    """One part of the digits as a data set of (image, label), see :func:`digits`.
+class DigitImages(Dataset):
+    """One part of the digits as a data set of ``{image, label, index}``, see :func:`digits`.
 
     Args:
-        split: ``train`` or ``heldout``.
+        split: ``train``, ``heldout``, ``fitting`` or ``validation``.
+        draws: times that each image occurs; ``index`` goes on counting, and with it the noise that is put on the image.
     """
 
-    def __init__(self, split: str = "heldout"):
-        super().__init__(*digits(split))
+    def __init__(self, split: str = "heldout", draws: int = 1):
+        self.images, self.labels = digits(split)
+        self.draws = draws
+
+    def __len__(self) -> int:
+        return len(self.images) * self.draws
+
+    def __getitem__(self, index: int) -> dict[str, Tensor | int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        row = index % len(self.images)
+        return {"image": self.images[row], "label": self.labels[row], "index": index}
 
 
 def random_affine(images: Tensor, generator: torch.Generator | None, degrees: float, shift: float) -> Tensor:
@@ -74,28 +97,62 @@ def random_affine(images: Tensor, generator: torch.Generator | None, degrees: fl
 
 
 class Digits(L.LightningDataModule):
-    """Training and held-out digits for ``fit``, as batches of (images in [-1, 1], labels).
+    """Digits for ``fit``, ``validate`` and ``test``, as batches of ``{image, label, index}``.
 
     Args:
         batch_size: samples per step and device.
         rotate: largest random rotation while training, in degrees.
         shift: largest random move while training, as a share of the side.
+        train_split: what is trained on, see :func:`digits`.
+        val_split: what is validated on.
+        test_split: what is tested on.
+        heldout_draws: times that each image is validated and tested with, each time with another noise.
+        seed: of order and augmentation; None takes that of ``seed_everything``.
     """
 
-    def __init__(self, batch_size: int = 128, rotate: float = 0.0, shift: float = 0.0):
+    # With fewer batches than ranks some ranks have nothing to do, which is fine here.
+    allow_zero_length_dataloader_with_multiple_devices = True
+
+    def __init__(
+        self,
+        batch_size: int = 128,
+        rotate: float = 0.0,
+        shift: float = 0.0,
+        train_split: str = "train",
+        val_split: str = "heldout",
+        test_split: str = "heldout",
+        heldout_draws: int = 1,
+        seed: int | None = None,
+    ):
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"data.batch_size must be at least 1, got {batch_size}")
-        self.batch_size, self.rotate, self.shift = batch_size, rotate, shift
+        for name, value in (("batch_size", batch_size), ("heldout_draws", heldout_draws)):
+            if value < 1:
+                raise ConfigurationError(f"data.init_args.{name} must be at least 1, got {value}")
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        self.batch_size, self.rotate, self.shift, self.heldout_draws = batch_size, rotate, shift, heldout_draws
+        self.train_split, self.val_split, self.test_split, self.seed = train_split, val_split, test_split, seed
         self.num_classes, self.image_shape = NUM_CLASSES, (1, 8, 8)
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(DigitImages("train"), self.batch_size, shuffle=True, drop_last=True)
+        dataset = DigitImages(self.train_split)
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        return train_loader(dataset, self.batch_size, run_seed(self.seed), rank, world_size)
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(DigitImages("heldout"), 250)
+        return self._heldout(self.val_split)
 
-    def on_after_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:
+    def test_dataloader(self) -> DataLoader:
+        return self._heldout(self.test_split)
+
+    def _heldout(self, split: str) -> DataLoader:
+        dataset = DigitImages(split, self.heldout_draws)
+        return heldout_loader(dataset, 250, self.trainer.global_rank, self.trainer.world_size)
+
+    def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
         if self.trainer.training and (self.rotate or self.shift):
-            batch = [random_affine(batch[0], None, self.rotate, self.shift), *batch[1:]]
+            # A function of seed, epoch and batch, so that a resumed run turns its digits as an uninterrupted one.
+            key = [run_seed(self.seed), self.trainer.current_epoch, int(batch["index"][0])]
+            seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+            generator = torch.Generator().manual_seed(seed)
+            batch["image"] = random_affine(batch["image"], generator, self.rotate, self.shift)
         return batch

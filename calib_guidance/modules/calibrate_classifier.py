@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
 import lightning as L
 import torch
 import torch.nn.functional as F
@@ -10,24 +13,42 @@ from torch import Tensor, nn
 
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.data.noising import Clean
-from calib_guidance.losses import smooth_ece
-from calib_guidance.metrics.calibration import CalibrationError
+from calib_guidance.errors import ConfigurationError
+from calib_guidance.losses import binned_smooth_ece, smooth_ece
+from calib_guidance.metrics import ClassifierMetrics, Levels
+
+SMOOTH_ECE_FORMS = ("per_sample", "binned")
+HELDOUT_SEED = (
+    0  # of the noise on held-out images: the same at every validation, in every run and on any number of ranks
+)
 
 
 class CalibrateClassifier(L.LightningModule):
-    """Cross-entropy + λ·Smooth ECE on clean or noisy images (arXiv 2511.05844 Eq. 1).
+    """Cross-entropy + λ·Smooth ECE on clean, noisy or denoised images (arXiv 2511.05844 Eq. 1).
+
+    Held-out data are measured overall and by noise level: ``val/nll``, ``val/ece`` … and ``val/ece/t=0-99`` …, with the
+    names of :class:`~calib_guidance.metrics.ClassifierMetrics`. The weights' average, where one is wanted, comes from
+    Lightning's ``EMAWeightAveraging`` callback.
 
     Args:
         classifier: what to train, as guidance will use it.
-        noising: makes what the classifier sees from clean images, :class:`~calib_guidance.data.noising.Clean` by default.
+        noising: makes what the classifier sees from a batch of images, see :mod:`calib_guidance.data.noising`; clean images
+            by default.
         smooth_ece_weight: λ ≥ 0; 0 is plain cross-entropy.
         smooth_ece_beta: β > 0 of the Smooth ECE.
+        smooth_ece_form: ``per_sample`` or ``binned`` (over the batches of all devices, see :mod:`calib_guidance.losses`).
+        smooth_ece_warmup_steps: optimizer steps over which λ grows linearly from 0.
         label_smoothing: of the cross-entropy, in [0, 1].
+        freeze: name patterns of the classifier's parameters to keep as they are, e.g. ``network.layer1.*``; layers with
+            nothing left to train (and their BatchNorm statistics) stay in evaluation mode.
+        num_levels: equal ranges of t by which held-out data are measured.
+        channels_last: lay weights and images out channels-last, which is faster for convolutions on most GPUs.
+        compile: compile the classifier with torch.compile.
         optimizer: builds the optimizer.
         lr_scheduler: builds the rate schedule, stepped at every optimizer step; none by default.
 
     Raises:
-        ValueError: λ, β or the smoothing out of range.
+        ValueError: λ, β or the smoothing out of range, an unknown form, or a pattern that fits no parameter.
     """
 
     def __init__(
@@ -36,55 +57,158 @@ class CalibrateClassifier(L.LightningModule):
         noising: nn.Module | None = None,
         smooth_ece_weight: float = 0.0,
         smooth_ece_beta: float = 1e-2,
+        smooth_ece_form: str = "per_sample",
+        smooth_ece_warmup_steps: int = 0,
         label_smoothing: float = 0.0,
+        freeze: Sequence[str] = (),
+        num_levels: int = 10,
+        channels_last: bool = False,
+        compile: bool = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ):
         super().__init__()
-        if smooth_ece_weight < 0:
+        if not smooth_ece_weight >= 0:
             raise ValueError(f"smooth_ece_weight (λ) must be at least 0, got {smooth_ece_weight}")
         if not smooth_ece_beta > 0:
             raise ValueError(f"smooth_ece_beta (β) must be above 0, got {smooth_ece_beta}")
+        if smooth_ece_form not in SMOOTH_ECE_FORMS:
+            raise ValueError(f"smooth_ece_form: unknown {smooth_ece_form!r}; known: {', '.join(SMOOTH_ECE_FORMS)}")
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+        if smooth_ece_warmup_steps < 0 or num_levels < 1:
+            raise ValueError(
+                f"smooth_ece_warmup_steps must be at least 0 and num_levels at least 1, got {smooth_ece_warmup_steps} and "
+                f"{num_levels}"
+            )
         self.classifier, self.noising = classifier, noising or Clean()
         self.smooth_ece_weight, self.smooth_ece_beta = smooth_ece_weight, smooth_ece_beta
+        self.smooth_ece_form, self.smooth_ece_warmup_steps = smooth_ece_form, smooth_ece_warmup_steps
         self.label_smoothing, self.optimizer, self.lr_scheduler = label_smoothing, optimizer, lr_scheduler
-        self.val_ece = CalibrationError()
+        self.num_levels, self.channels_last = num_levels, channels_last
+        self.metrics = ClassifierMetrics(classifier.num_classes, num_levels)
+        self._freeze(freeze)
+        if channels_last:
+            classifier.to(memory_format=torch.channels_last)
+        if compile:
+            classifier.compile()
+
+    def _freeze(self, patterns: Sequence[str]) -> None:
+        names = [name for name, _ in self.classifier.named_parameters()]
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(f"freeze: {pattern!r} fits no parameter; they are named {', '.join(names[:6])} …")
+        frozen = [n for n in names if any(fnmatchcase(n, pattern) for pattern in patterns)]
+        if len(frozen) == len(names):
+            raise ValueError(f"freeze: {list(patterns)} leaves nothing to train")
+        for name in frozen:
+            self.classifier.get_parameter(name).requires_grad_(False)
 
     def setup(self, stage: str) -> None:
-        classes = getattr(self.trainer.datamodule, "num_classes", self.classifier.num_classes)
-        if classes != self.classifier.num_classes:
-            raise ValueError(
+        data = self.trainer.datamodule
+        classes = getattr(data, "num_classes", None)
+        if classes not in (None, self.classifier.num_classes):
+            raise ConfigurationError(
                 f"the data has {classes} classes, the classifier {self.classifier.num_classes}: set "
                 f"model.init_args.classifier.init_args.num_classes (or its network's) to {classes}"
             )
+        if (shape := getattr(data, "image_shape", None)) is not None:
+            try:
+                self.noising.check_image(shape)
+                if hasattr(self.classifier, "check_image"):
+                    self.classifier.check_image(shape)
+            except ValueError as error:
+                raise ConfigurationError(str(error)) from error
+
+    def on_fit_start(self) -> None:
+        for module in self.classifier.modules():
+            own = list(module.parameters(recurse=False))
+            if own and not any(parameter.requires_grad for parameter in own):
+                module.eval()
+
+    def level_range(self, level: int) -> str:
+        """The steps of a noise level as text, e.g. ``0-99``."""
+        steps = self.noising.num_steps
+        low, high = (-(-k * steps // self.num_levels) for k in (level, level + 1))
+        return f"{low}-{high - 1}"
+
+    def score_names(self, stage: str) -> list[str]:
+        """Names under which the scores of held-out data can be logged: overall, and by noise level where t varies."""
+        ranges = [self.level_range(k) for k in range(self.num_levels)] if self.num_levels > 1 else []
+        names = [f"{stage}/{name}" for name in self.metrics.names]
+        return names + [f"{name}/t={text}" for name in names for text in ranges]
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """Scalar objective of logits ``(N, K)`` and classes ``(N,)``."""
         loss = F.cross_entropy(logits.float(), y, label_smoothing=self.label_smoothing)
         if self.smooth_ece_weight:
-            loss = loss + self.smooth_ece_weight * smooth_ece(logits, y, self.smooth_ece_beta)
+            form = smooth_ece if self.smooth_ece_form == "per_sample" else binned_smooth_ece
+            loss = loss + self._smooth_ece_weight_now() * form(logits, y, self.smooth_ece_beta)
         return loss
 
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        x0, y = batch
-        logits = self.classifier(*self.noising(x0))
-        loss = self.loss(logits, y)
+    def _smooth_ece_weight_now(self) -> float:
+        if not self.smooth_ece_warmup_steps:
+            return self.smooth_ece_weight
+        return self.smooth_ece_weight * min(1.0, self.global_step / self.smooth_ece_warmup_steps)
+
+    def _logits(self, batch: dict[str, Tensor], seed: int | None = None) -> tuple[Tensor, Tensor | None]:
+        x, t = self.noising(batch, seed)
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self.classifier(x, t), t
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        logits, _ = self._logits(batch)
+        loss = self.loss(logits, batch["label"])
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        x0, y = batch
-        generator = torch.Generator(x0.device).manual_seed(batch_idx)  # the same noise at every validation
-        logits = self.classifier(*self.noising(x0, generator)).float()
-        self.val_ece.update(logits, y)
-        values = {"val/nll": F.cross_entropy(logits, y), "val/accuracy": (logits.argmax(1) == y).float().mean()}
-        self.log_dict(values, prog_bar=True, sync_dist=True, batch_size=len(y))
-        self.log("val/ece", self.val_ece, prog_bar=True)
+    def _heldout_step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Measures one batch; callbacks get its logits ``(N, K)``, labels and noise levels ``(N,)``."""
+        logits, t = self._logits(batch, HELDOUT_SEED)
+        y = batch["label"]
+        level = torch.zeros_like(y) if t is None else t * self.num_levels // self.noising.num_steps
+        self.metrics.update(logits.float(), y, level)
+        return {"logits": logits.float(), "label": y, "level": level}
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        return self._heldout_step(batch)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        return self._heldout_step(batch)
+
+    def on_validation_epoch_start(self) -> None:
+        self.metrics.reset()
+
+    def on_test_epoch_start(self) -> None:
+        self.metrics.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_measured("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_measured("test")
+
+    def measured(self) -> dict[str, Levels]:
+        """Every measure of the held-out data seen since the last validation or test began, over all ranks."""
+        return self.metrics.compute()
+
+    def _log_measured(self, stage: str) -> None:
+        values = {}
+        for name, (overall, by_level) in self.measured().items():
+            values[f"{stage}/{name}"] = overall
+            known = (~by_level.isnan()).nonzero().flatten().tolist()
+            if len(known) > 1:
+                values |= {f"{stage}/{name}/t={self.level_range(k)}": by_level[k] for k in known}
+        shown = {f"{stage}/{name}" for name in ("nll", "accuracy", "ece")}
+        self.log_dict({k: v for k, v in values.items() if k in shown}, prog_bar=True, sync_dist=True)
+        self.log_dict({k: v for k, v in values.items() if k not in shown}, sync_dist=True)
 
     def configure_optimizers(self) -> object:
-        optimizer = self.optimizer(self.classifier.parameters())
+        optimizer = self.optimizer(parameter for parameter in self.classifier.parameters() if parameter.requires_grad)
         if self.lr_scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
+        scheduler = self.lr_scheduler(optimizer)
+        if getattr(scheduler, "total_steps", 0) is None:
+            scheduler.total_steps = int(self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,0 +1,164 @@
+"""Exports a classifier as ``predict`` configurations name it."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from lightning.pytorch.cli import SaveConfigCallback
+from torch import Tensor
+
+from calib_guidance.checkpoints import save_weights
+from calib_guidance.classifiers import fit_temperature
+from calib_guidance.errors import ConfigurationError
+
+TEMPERATURES = ("none", "scalar", "by_level")
+_WEIGHTS_OPTION = {"OffTheShelfClassifier": "weights", "NoiseAwareClassifier": "checkpoint"}
+
+
+class ExportClassifier(L.Callback):
+    """Writes the classifier with the best validation score, or the last one, as safetensors and a YAML beside it.
+
+    A ``predict`` configuration names the YAML, ``classifier: path/of/it.yaml``. Architecture, number of classes, preprocessing
+    and temperature stand in both files, and loading compares them. With an average of the weights (``EMAWeightAveraging``) the
+    average is what was validated and is exported. ``calib-guidance validate`` exports without training: temperature scaling
+    of a classifier as it is.
+
+    Args:
+        path: safetensors file to write, ``classifier.safetensors`` in the trainer's default_root_dir by default; an existing
+            one is replaced, and only by a complete one.
+        monitor: name of a logged score, e.g. ``val/nll``, ``val/ece``, ``val/ece/t=0-99``; None exports after every
+            validation, so that the last one stays.
+        mode: ``min`` or ``max``: what is best.
+        temperature: ``none``; ``scalar`` or ``by_level`` (one for each of the module's noise levels), fitted on the
+            validation data (Guo et al. 2017).
+
+    Raises:
+        ConfigurationError: unknown names, or a classifier that has a temperature already.
+    """
+
+    def __init__(
+        self, path: str | None = None, monitor: str | None = "val/nll", mode: str = "min", temperature: str = "none"
+    ):
+        if mode not in ("min", "max"):
+            raise ConfigurationError(f"mode: unknown {mode!r}; known: min, max")
+        if temperature not in TEMPERATURES:
+            raise ConfigurationError(f"temperature: unknown {temperature!r}; known: {', '.join(TEMPERATURES)}")
+        if path is not None and not path.endswith(".safetensors"):
+            raise ConfigurationError(f"path: expected a .safetensors file, got {path!r}")
+        self.path, self.monitor, self.mode, self.temperature = path, monitor, mode, temperature
+        self.best = math.inf
+        self._seen: list[dict[str, Tensor]] = []
+        self._weights: dict[str, Tensor] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage not in ("fit", "validate"):
+            return
+        self.target = Path(self.path or os.path.join(trainer.default_root_dir, "classifier.safetensors"))
+        classifier = pl_module.classifier
+        if type(classifier).__name__ not in _WEIGHTS_OPTION:
+            raise ConfigurationError(
+                f"ExportClassifier knows {' and '.join(_WEIGHTS_OPTION)}, not {type(classifier).__name__}"
+            )
+        if self.temperature != "none" and classifier.temperature != 1.0:
+            raise ConfigurationError(
+                f"the classifier already has the temperature {classifier.temperature}: set its temperature to 1 to fit one anew"
+            )
+        if self.monitor is not None and self.monitor not in (known := pl_module.score_names("val")):
+            raise ConfigurationError(
+                f"ExportClassifier's monitor {self.monitor!r} is no score of the validation; known: {', '.join(known)}"
+            )
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx == 0:
+            # While validation runs the module holds the average of the weights, where one is kept, and at its end it may
+            # already hold the trained ones again.
+            state = pl_module.classifier.network.state_dict()
+            self._weights = {name: value.detach().cpu().clone() for name, value in state.items()}
+            self._seen = []
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: dict[str, Tensor],
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self.temperature != "none" and not trainer.sanity_checking:
+            self._seen.append({name: value.detach().cpu() for name, value in outputs.items()})
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        if not self._improved(trainer):
+            return
+        temperature = self._fit_temperature(trainer, pl_module)
+        if trainer.is_global_zero:
+            self._write(trainer, pl_module, temperature)
+
+    def _improved(self, trainer: L.Trainer) -> bool:
+        if self.monitor is None:
+            return True
+        if self.monitor not in trainer.callback_metrics:
+            raise ConfigurationError(f"ExportClassifier's monitor {self.monitor!r}: no validation image has such a t")
+        score = float(trainer.callback_metrics[self.monitor]) * (1 if self.mode == "min" else -1)
+        improved, self.best = score < self.best, min(score, self.best)
+        return improved
+
+    def _fit_temperature(self, trainer: L.Trainer, pl_module: L.LightningModule) -> float | list[float]:
+        if self.temperature == "none":
+            return pl_module.classifier.temperature
+        classes, device = pl_module.classifier.num_classes, trainer.strategy.root_device
+        none = torch.zeros(0, dtype=torch.long)  # of a rank without validation data
+        level = torch.cat([none, *(seen["level"] for seen in self._seen)])
+        fitted = fit_temperature(
+            torch.cat([torch.zeros(0, classes), *(seen["logits"] for seen in self._seen)]),
+            torch.cat([none, *(seen["label"] for seen in self._seen)]),
+            level if self.temperature == "by_level" else torch.zeros_like(level),
+            pl_module.num_levels if self.temperature == "by_level" else 1,
+            lambda sums: trainer.strategy.reduce(sums.to(device), reduce_op="sum"),
+        )
+        values = [round(value, 6) for value in fitted.tolist()]
+        return values[0] if len(values) == 1 else values
+
+    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, temperature: float | list[float]) -> None:
+        classifier = pl_module.classifier
+        notes = classifier.weights_notes | {"temperature": temperature}
+        save_weights(self._weights, self.target, **notes)
+        description = _description(trainer)
+        if description is None:
+            return
+        description.setdefault("init_args", {})
+        description["init_args"] |= {
+            _WEIGHTS_OPTION[type(classifier).__name__]: str(self.target),
+            "temperature": temperature,
+        }
+        text = f"# `classifier:` of a predict configuration, written by calib-guidance {trainer.state.fn.value}.\n"
+        path = self.target.with_suffix(".yaml")
+        temporary = Path(f"{path}.{os.getpid()}.tmp")
+        temporary.write_text(text + yaml.safe_dump(description, sort_keys=False))
+        os.replace(temporary, path)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+
+def _description(trainer: L.Trainer) -> dict[str, Any] | None:
+    """The classifier's part of the configuration; None where the trainer was not set up by the command line."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, SaveConfigCallback):
+            config = yaml.safe_load(callback.parser.dump(callback.config, skip_none=False, skip_validation=True))
+            return config["model"]["init_args"]["classifier"]
+    return None

@@ -1,0 +1,44 @@
+"""Learning-rate schedules that know the length of the run."""
+
+from __future__ import annotations
+
+import math
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+
+class WarmupCosine(LRScheduler):
+    """Linear warm-up to the optimizer's rate, then half a cosine down (Loshchilov & Hutter 2017), stepped at every batch.
+
+    Args:
+        optimizer: whose rates are scaled.
+        warmup_steps: optimizer steps of the warm-up.
+        total_steps: optimizer steps of the run; None lets the training module fill in what the trainer is going to do.
+        final: share of the rate that is left at the end, in [0, 1].
+
+    Raises:
+        ValueError: numbers out of range.
+    """
+
+    def __init__(self, optimizer: Optimizer, warmup_steps: int = 0, total_steps: int | None = None, final: float = 0.0):
+        if warmup_steps < 0 or not 0 <= final <= 1:
+            raise ValueError(f"warmup_steps must be at least 0 and final in [0, 1], got {warmup_steps} and {final}")
+        self.warmup_steps, self.total_steps, self.final = warmup_steps, total_steps, final
+        super().__init__(optimizer)
+
+    def factor(self, step: int) -> float:
+        """Share of the optimizer's rate at a step."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        if self.total_steps is None:
+            return 1.0  # only before training, while the length of the run is not known yet
+        done = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2
+
+    def get_lr(self) -> list[float]:
+        return [rate * self.factor(self.last_epoch) for rate in self.base_lrs]
+
+    def state_dict(self) -> dict[str, object]:
+        # A resumed run may be a longer one: its own length counts, not that of the run that was interrupted.
+        return {key: value for key, value in super().state_dict().items() if key != "total_steps"}

@@ -1,0 +1,32 @@
+"""Callbacks for runs that tests interrupt."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import lightning as L
+
+
+class Record(L.Callback):
+    """Appends epoch, batch number and sample indices of every training batch to a file of its rank."""
+
+    def __init__(self, folder: str):
+        self.folder = Path(folder)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        line = json.dumps([trainer.current_epoch, batch_idx, batch["index"].tolist()])
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / f"rank{trainer.global_rank}.jsonl", "a") as file:
+            file.write(line + "\n")
+
+
+class Interrupt(L.Callback):
+    """Sends a signal to this process before a training batch. List it first, so that nothing has been saved for that batch."""
+
+    def __init__(self, step: int, name: str = "SIGKILL"):
+        self.step, self.signal = step, signal.Signals[name]
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), self.signal)

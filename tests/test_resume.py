@@ -1,0 +1,152 @@
+"""Training that is killed and goes on: the same samples, the same weights."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from calib_guidance.checkpoints import read_state_dict
+from tests.conftest import ROOT
+
+EPOCHS, STEPS, EVERY = 3, 4, 3  # steps an epoch, and steps between checkpoints
+KILLED = 6  # in the second epoch; the last checkpoint is of step 6, in its middle, the one before it of step 3
+
+
+def configuration(folder, *, killed=None, signal="SIGKILL", workers=0):
+    """A short run of the digits' calibration configuration, as a YAML that writes into ``folder``."""
+    config = yaml.safe_load((ROOT / "lightning_configs/fit/digits_calibration.yaml").read_text())
+    init = config["trainer"]["callbacks"][0]["init_args"]
+    init["every_n_train_steps"] = EVERY
+    record = {"class_path": "tests.interruptions.Record", "init_args": {"folder": str(folder / "seen")}}
+    config["trainer"]["callbacks"].append(record)
+    if killed is not None:
+        interrupt = {"class_path": "tests.interruptions.Interrupt", "init_args": {"step": killed, "name": signal}}
+        config["trainer"]["callbacks"].insert(0, interrupt)
+    config["trainer"] |= {"max_epochs": EPOCHS, "default_root_dir": str(folder), "accelerator": "cpu", "logger": False}
+    config["trainer"] |= {"enable_progress_bar": False, "enable_model_summary": False, "check_val_every_n_epoch": 1}
+    config["data"]["init_args"] |= {"batch_size": 250, "heldout_draws": 1, "rotate": 10.0}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "fit.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def fit(folder, *arguments, command=("-m", "calib_guidance"), environment=(), **settings):
+    """One process that fits, and its exit status and output."""
+    words = [sys.executable, *command, "fit", "--config", str(configuration(folder, **settings)), *arguments]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)} | dict(environment)
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+    return done.returncode, done.stdout + done.stderr
+
+
+def seen(folder, rank=0):
+    lines = (folder / f"seen/rank{rank}.jsonl").read_text().splitlines()
+    return [tuple(json.loads(line)) for line in lines]
+
+
+def weights(folder):
+    return read_state_dict(folder / "classifier.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    status, output = fit(folder)
+    assert status == 0, output[-3000:]
+    return folder
+
+
+def assert_continued(folder, whole, first_step, rank=0):
+    """What was seen before and after is what the uninterrupted run saw, with only the steps since the checkpoint twice."""
+    found, expected = seen(folder, rank), seen(whole, rank)
+    assert len(expected) == EPOCHS * STEPS
+    assert found[:KILLED] == expected[:KILLED]
+    assert found[KILLED:] == expected[first_step:]
+    for epoch in range(EPOCHS):
+        rows = [row for number, _, batch in found[KILLED:] if number == epoch for row in batch]
+        assert len(rows) == len(set(rows))  # each remaining sample once
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(whole, tmp_path):
+    status, output = fit(tmp_path, "--ckpt_path=last", killed=KILLED)  # nothing to go on from: it begins
+    assert status == -9, output[-3000:]
+    assert len(seen(tmp_path)) == KILLED
+    status, output = fit(tmp_path, "--ckpt_path=last")
+    assert status == 0, output[-3000:]
+    assert_continued(tmp_path, whole, KILLED)
+    found, expected = weights(tmp_path), weights(whole)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)  # bit for bit
+
+
+def test_a_truncated_checkpoint_falls_back_to_the_one_before(whole, tmp_path):
+    status, _ = fit(tmp_path, killed=KILLED)
+    assert status == -9
+    last = tmp_path / "checkpoints/last.ckpt"
+    last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    status, output = fit(tmp_path, "--ckpt_path=last")
+    assert status == 0, output[-3000:]
+    assert "last.ckpt is truncated or damaged: continuing from the checkpoint before it" in output.replace("\n", " ")
+    assert_continued(tmp_path, whole, EVERY)
+    found, expected = weights(tmp_path), weights(whole)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_nothing_to_fall_back_to_is_an_error(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/last.ckpt").write_bytes(b"PK half a file")
+    status, output = fit(tmp_path, "--ckpt_path=last")
+    assert status == 2
+    assert "is truncated or damaged, and there is no earlier one" in output
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_too(tmp_path):
+    """torchrun, both processes killed; each goes on with its own samples."""
+    command = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "calib_guidance")
+    ddp = ("--trainer.devices=2", "--trainer.strategy=ddp", "--data.init_args.batch_size=125")
+    status, output = fit(tmp_path / "whole", *ddp, command=command)
+    assert status == 0, output[-3000:]
+    status, _ = fit(tmp_path / "killed", *ddp, command=command, killed=KILLED)
+    assert status != 0
+    status, output = fit(tmp_path / "killed", *ddp, "--ckpt_path=last", command=command)
+    assert status == 0, output[-3000:]
+    for rank in (0, 1):
+        assert_continued(tmp_path / "killed", tmp_path / "whole", KILLED, rank)
+    mine, other = ({row for _, _, batch in seen(tmp_path / "whole", r)[:STEPS] for row in batch} for r in (0, 1))
+    assert not mine & other
+    found, expected = weights(tmp_path / "killed"), weights(tmp_path / "whole")
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_slurm_takes_the_nodes_away(whole, tmp_path):
+    """SIGUSR1 under SLURM: Lightning writes a checkpoint and queues the job again, and the same command goes on from it."""
+    (tmp_path / "bin").mkdir()
+    scontrol = tmp_path / "bin/scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/requeued\nkill -9 $PPID\n')
+    scontrol.chmod(0o755)
+    slurm = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_NTASKS": "1",
+        "SLURM_JOB_NAME": "fit",
+        "SLURM_NODEID": "0",
+        "SLURM_PROCID": "0",
+    }
+    slurm |= {"SLURM_LOCALID": "0", "SLURM_NTASKS_PER_NODE": "1", "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    out = tmp_path / "out"
+    status, output = fit(out, "--ckpt_path=last", killed=5, signal="SIGUSR1", environment=slurm)
+    assert (tmp_path / "requeued").read_text().split() == ["requeue", "7"], output[-3000:]
+    assert status != 0
+    stopped = len(seen(out))
+    status, output = fit(out, "--ckpt_path=last", environment=slurm)
+    assert status == 0, output[-3000:]
+    assert seen(out)[:stopped] + seen(out)[stopped:] == seen(whole)[:stopped] + seen(whole)[stopped:]
+    found, expected = weights(out), weights(whole)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
