@@ -1,0 +1,252 @@
+"""Batches for ``fit``: training batches that a killed run continues from, held-out ones that hold each sample once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, distributed
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
+
+from calib_guidance.errors import ConfigurationError
+
+
+def hashed(*key: int) -> int:
+    """A 63-bit number that is a function of ``key`` (integers ≥ 0) and looks random."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@contextlib.contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Inside, torch's global CPU generator starts at a function of ``key``; outside it is as if nothing had happened.
+
+    torchvision's v2 transforms draw from that generator. torch.manual_seed would reset the generators of the GPUs as well.
+    """
+    generator = torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(hashed(*key))
+    try:
+        yield
+    finally:
+        generator.set_state(state)
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """One batch of items ``{"image": (C, H, W), "label": int, "index": int[, "t": int]}``.
+
+    An item ``{"corrupt": path}`` stands for an image that cannot be read and is left out; an item ``{"wrong": message}`` for
+    one that must not be there. :func:`take_reports` takes both out again.
+
+    Returns:
+        ``image (N, C, H, W)`` float32, ``label``, ``index`` and, where items have it, ``t`` ``(N,)`` int64; and, where there are
+        any, ``corrupt``, the paths, and ``wrong``, the messages.
+    """
+    batch: dict[str, Any] = {}
+    for kind in ("corrupt", "wrong"):
+        if reports := [item[kind] for item in items if kind in item]:
+            batch[kind] = reports
+    good = [item for item in items if "image" in item]
+    for key in good[0] if good else ():
+        values = [item[key] for item in good]
+        batch[key] = torch.stack(values) if isinstance(values[0], Tensor) else torch.tensor(values, dtype=torch.int64)
+    return batch
+
+
+def take_reports(batch: dict[str, Any]) -> list[str]:
+    """Takes out of a batch what :func:`collate` reports, and gives the paths of the corrupt images.
+
+    Here rather than in a worker, where an error becomes the text of a traceback.
+
+    Raises:
+        ConfigurationError: an item must not be there, or no image of the batch can be read.
+    """
+    if wrong := batch.pop("wrong", []):
+        raise ConfigurationError(wrong[0])
+    corrupt = batch.pop("corrupt", [])
+    if "image" not in batch:
+        raise ConfigurationError(f"no image of a batch can be read: {', '.join(corrupt)}")
+    return corrupt
+
+
+def _world() -> tuple[int, int]:
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+class ResumableLoader(StatefulDataLoader):
+    """A loader whose place in the epoch is part of every checkpoint that Lightning writes.
+
+    Lightning saves and loads the state by itself. The state holds the place of every device, as each reads its own samples. It
+    is used only in the epoch that it comes from: Lightning tells the epoch to the sampler before it asks for a batch, and the
+    iterator is made at that moment, so that workers never read ahead in the order of another epoch.
+    """
+
+    _pending: dict[str, Any] | None = None  # where to go on from, until iteration starts
+    _place: dict[str, Any] | None = None  # epoch and number of batches taken in it
+
+    @property
+    def epoch(self) -> int:
+        source = self.dataset if isinstance(self.dataset, IterableDataset) else self.sampler
+        return getattr(source, "epoch", 0)
+
+    def _layout(self) -> dict[str, int | None]:
+        source = self.dataset if isinstance(self.dataset, IterableDataset) else self.sampler
+        return {
+            "devices": _world()[1],
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "batches per epoch": len(self),
+            "seed": getattr(source, "seed", None),
+        }
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        pending, self._pending = self._pending, None
+        done, epoch = 0, self.epoch
+        if pending is not None and pending["epoch"] == epoch:
+            super().load_state_dict(pending["loader"])
+            done = pending["batches"]
+        try:
+            # A stream has no end of its own: the numbers, first in the pair, end it before it is asked for one more.
+            for batches, batch in zip(range(done + 1, len(self) + 1), super().__iter__(), strict=False):
+                self._place = {"epoch": epoch, "batches": batches}
+                yield batch
+        finally:
+            # Lightning drops the iterator at the end of fit; the state is still asked for after that.
+            if self._place is not None and "loader" not in self._place:
+                self._place["loader"] = super().state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The places of all devices; every device has to call it."""
+        place = self._pending or self._place
+        if place is not None and "loader" not in place:
+            place = {**place, "loader": super().state_dict()}
+        places = [place]
+        if _world()[1] > 1:
+            places = [None] * _world()[1]
+            distributed.all_gather_object(places, place)
+        return {"layout": self._layout(), "places": places}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from there when iteration starts in the epoch that the state comes from.
+
+        Raises:
+            ConfigurationError: the state is one of the middle of an epoch, and this run deals out its samples differently.
+        """
+        then, now, places = state_dict["layout"], self._layout(), state_dict["places"]
+        in_mid_epoch = any(place is not None and place["batches"] < then["batches per epoch"] for place in places)
+        different = [f"{name} {then[name]}, now {now[name]}" for name in now if then[name] != now[name]]
+        if in_mid_epoch and different:
+            raise ConfigurationError(
+                "the checkpoint was written in the middle of an epoch, which can only go on as it began: "
+                f"{'; '.join(different)}. Resume with what it was, or from a checkpoint written at the end of an epoch"
+            )
+        self._pending = places[_world()[0]] if in_mid_epoch else None
+
+
+class _Shuffled(StatefulDistributedSampler):
+    """Equal shares of a shuffled data set, which is told the epoch too, for what it draws itself."""
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+
+class _Strided(DistributedSampler):
+    """Every num_replicas-th sample in order: each exactly once over all ranks, none repeated to make the shares equal."""
+
+    def __init__(self, dataset: Dataset, num_replicas: int, rank: int):
+        super().__init__(dataset, num_replicas, rank, shuffle=False)
+        self.rows = range(rank, len(dataset), num_replicas)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def train_loader(
+    dataset: Dataset,
+    batch_size: int,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> ResumableLoader:
+    """Batches of one device for training: shuffled by (seed, epoch) alone, all of the same size, as many on every device.
+
+    Args:
+        dataset: items as :func:`collate` takes them. Map-style; or an IterableDataset that is one device's share already, shuffles
+            itself, has ``__len__`` (samples of an epoch on one device), ``epoch``, ``seed``, ``set_epoch``, ``state_dict`` and
+            ``load_state_dict``, and yields at least that many samples. ``set_epoch``, where there is one, is called before an
+            epoch's workers start.
+        batch_size: samples per batch and device.
+        seed: of the order of map-style data.
+        rank: of this device.
+        world_size: how many devices there are.
+        num_workers: processes that read. They start anew in every epoch, so that they know it.
+        pin_memory: see torch's DataLoader.
+
+    Raises:
+        ConfigurationError: not even one batch for every device.
+    """
+    streamed = isinstance(dataset, IterableDataset)
+    sampler = None if streamed else _Shuffled(dataset, world_size, rank, seed=seed, drop_last=True)
+    loader = ResumableLoader(
+        dataset,
+        batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        drop_last=True,
+        generator=torch.Generator(),  # the seed of its workers comes from here, not out of the run's generator
+    )
+    if streamed:
+        loader.sampler.set_epoch = dataset.set_epoch  # Lightning tells the epoch to samplers only
+    if len(loader) == 0:
+        found = len(dataset) * (world_size if streamed else 1)
+        raise ConfigurationError(
+            f"batch_size {batch_size} on {world_size} device(s) needs at least {batch_size * world_size} training images, "
+            f"found {found}; choose a smaller batch_size"
+        )
+    return loader
+
+
+def heldout_loader(
+    dataset: Dataset,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Batches of one device for evaluation, in order: over all devices every sample exactly once.
+
+    Devices may differ by a sample, and have none where there are fewer samples than devices.
+
+    Args:
+        dataset: items as :func:`collate` takes them; an IterableDataset is one device's share already.
+        batch_size: samples per batch and device; the last may be smaller.
+        rank: of this device.
+        world_size: how many devices there are.
+        num_workers: processes that read.
+        pin_memory: see torch's DataLoader.
+    """
+    return DataLoader(
+        dataset,
+        batch_size,
+        sampler=None if isinstance(dataset, IterableDataset) else _Strided(dataset, world_size, rank),
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),
+    )
