@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test lint checkpoints compare figures clean
+.PHONY: install demo test lint checkpoints compare calibrate-table calibrate-sweep figures clean
 
 install: $(INSTALLED)
 
@@ -35,6 +35,13 @@ checkpoints: $(INSTALLED)
 # The table of the README.
 compare: $(INSTALLED)
 	$(BIN)/calib-guidance compare --config lightning_configs/compare/digits.yaml --into README.md
+
+# The tables of the README on calibration, and the sweep over λ and β in docs/.
+calibrate-table: $(INSTALLED)
+	$(BIN)/calib-guidance compare --config lightning_configs/compare/calibration.yaml --output outputs/calibration --into README.md
+calibrate-sweep: $(INSTALLED)
+	$(BIN)/calib-guidance compare --config lightning_configs/compare/calibration_sweep.yaml --output outputs/calibration_sweep
+	$(BIN)/python docs/calibration_sweep.py outputs/calibration_sweep/runs.csv
 
 # The pictures of the README and of docs/.
 figures: demo

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero
 
-from calib_guidance.callbacks import StepSeeds
+from calib_guidance.callbacks import CalibrationReport, StepSeeds
 from calib_guidance.checkpoint_io import AtomicCheckpointIO
 from calib_guidance.errors import ConfigurationError
 
@@ -89,8 +89,10 @@ class CalibGuidanceCLI(LightningCLI):
         return trainer
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, object]:
-        """Also lets ``--ckpt_path last`` find what was written when SLURM took the nodes away, where that is newer."""
+        """Lets ``--ckpt_path last`` also find what was written when SLURM took the nodes away, where that is newer."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if any(isinstance(callback, CalibrationReport) for callback in self.trainer.callbacks) and "verbose" in kwargs:
+            kwargs["verbose"] = False  # it prints the same figures in one table
         if kwargs.get("ckpt_path") == "last":
             folders = [Path(callback.dirpath) for callback in self.trainer.checkpoint_callbacks if callback.dirpath]
             last = [path for folder in folders for path in folder.glob("last*.ckpt")]
@@ -118,6 +120,7 @@ def run_lightning(args: Sequence[str] | None) -> None:
         ".*does not have many workers.*",  # requests and in-memory digits need none
         ".*`IterableDataset` has `__len__` defined.*",  # and with none, that length is exact
         ".*LeafSpec.*is deprecated.*",  # Lightning's own
+        ".*set_vital.*is deprecated.*",  # torchdata's own
     ):
         warnings.filterwarnings("ignore", message=message)
     # Advertisements of cloud services among the log lines of a run.

@@ -12,6 +12,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 
 from calib_guidance.callbacks.figures import draw_reliability
@@ -31,7 +32,7 @@ class CalibrationReport(L.Callback):
 
     ``calibration/val-step00000100.json`` and ``.png`` in the trainer's default_root_dir hold the measures and the diagrams,
     one panel per noise level. The diagrams also go to TensorBoard as an image, and their bins beside a CSV logger's metrics
-    as ``reliability.csv``. A test also prints a table.
+    as ``reliability.csv``. The commands ``validate`` and ``test`` also print a table.
 
     Args:
         figures: draw the diagrams.
@@ -71,7 +72,7 @@ class CalibrationReport(L.Callback):
             panels = bins.sum(0, keepdim=True) if levels == 1 else torch.cat([bins.sum(0, keepdim=True), bins])
             self._log_figure(draw_reliability(panels, titles, path.with_suffix(".png")), stage, trainer)
         self._log_bins(bins, pl_module, stage, trainer)
-        if stage == "test":
+        if trainer.state.fn != TrainerFn.FITTING:
             self._print(content, levels)
             print(f"wrote {path}")
 

@@ -106,45 +106,39 @@ def draw_reliability(bins: Tensor, titles: Sequence[str], path: Path) -> Path:
     ]
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
-    figure = plt.figure(figsize=(1.9 * columns + 0.3, 2.35 * rows + 0.3))
-    outer = figure.add_gridspec(rows, columns, wspace=0.12, hspace=0.3)
+    figure = plt.figure(figsize=(1.8 * columns + 0.4, 2.3 * rows))
+    outer = figure.add_gridspec(rows, columns, wspace=0.14, hspace=0.42)
     edges = np.linspace(0, 1, bins.shape[1] + 1)
-    for number, (title, (count, confidence, correct)) in enumerate((title, sums.T) for title, sums in panels):
+    width = edges[1]
+    for number, (title, sums) in enumerate(panels):
         row, column = divmod(number, columns)
-        upper, lower = outer[row, column].subgridspec(2, 1, height_ratios=(3, 1), hspace=0.08)
-        axis = figure.add_subplot(upper)
+        upper, lower = outer[row, column].subgridspec(2, 1, height_ratios=(3, 1), hspace=0.2)
+        axis, histogram = figure.add_subplot(upper), figure.add_subplot(lower)
+        count, confidence, correct = sums.T
         used = count > 0
-        accuracy, mean = correct[used] / count[used], confidence[used] / count[used]
-        left, width = edges[:-1][used], 1 / len(count)
-        axis.bar(left, accuracy, width, align="edge", color=COLOURS[5], edgecolor="white", lw=0.4)
-        axis.bar(
-            left,
-            mean - accuracy,
-            width,
-            bottom=accuracy,
-            align="edge",
-            color="none",
-            edgecolor=COLOURS[1],
-            hatch="//////",
-            lw=0.4,
-        )
+        accuracy, mean, left = correct[used] / count[used], confidence[used] / count[used], edges[:-1][used]
+        gap = {"color": "none", "edgecolor": COLOURS[1], "hatch": "//////", "lw": 0.4}
+        bars = axis.bar(left, accuracy, width, align="edge", color=COLOURS[5], edgecolor="white", lw=0.4)
+        gaps = axis.bar(left, mean - accuracy, width, bottom=accuracy, align="edge", **gap)
         axis.plot([0, 1], [0, 1], color=COLOURS[6], lw=0.8, ls="--")
         ece = np.abs(correct - confidence).sum() / count.sum()
-        axis.set_title(title, fontsize=8, pad=3)
-        axis.text(0.04, 0.94, f"ECE {ece:.3f}", transform=axis.transAxes, va="top", fontsize=7)
-        histogram = figure.add_subplot(lower, sharex=axis)
-        histogram.bar(
-            edges[:-1], count / count.sum(), 1 / len(count), align="edge", color=COLOURS[0], edgecolor="white", lw=0.4
-        )
-        histogram.set_ylim(0, 1)
-        axis.set_xlim(0, 1)
-        axis.set_ylim(0, 1)
-        axis.tick_params(labelsize=7, labelbottom=False, labelleft=column == 0)
-        histogram.tick_params(labelsize=7, labelbottom=number + columns >= len(panels), labelleft=column == 0)
+        axis.set_title(f"{title}\nECE {ece:.3f}", fontsize=8, pad=3)
+        histogram.bar(edges[:-1], count / count.sum(), width, align="edge", color=COLOURS[0], edgecolor="white", lw=0.4)
         for part in (axis, histogram):
+            part.set_xlim(0, 1)
+            part.set_ylim(0, 1)
+            part.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
             part.spines[["top", "right"]].set_visible(False)
+            part.tick_params(labelsize=7, labelbottom=part is histogram, labelleft=column == 0)
+        axis.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
+        histogram.set_yticks([0, 1], ["0", "1"])
+        if number + columns >= len(panels):
+            histogram.set_xlabel("confidence", fontsize=8)
         if column == 0:
             axis.set_ylabel("accuracy", fontsize=8)
             histogram.set_ylabel("share", fontsize=8)
-    figure.supxlabel("confidence", fontsize=8, y=0.0, va="top")
+    names = ["accuracy", "gap to mean confidence"]
+    figure.legend(
+        [bars[0], gaps[0]], names, loc="lower center", bbox_to_anchor=(0.5, 0.97), ncols=2, frameon=False, fontsize=8
+    )
     return _save(figure, path)

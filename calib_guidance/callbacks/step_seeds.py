@@ -6,8 +6,9 @@ import os
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
+
+from calib_guidance.data.loading import hashed
 
 
 class StepSeeds(L.Callback):
@@ -28,8 +29,7 @@ class StepSeeds(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        key = np.random.SeedSequence([self.seed, trainer.global_rank, trainer.current_epoch, batch_idx])
-        torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
+        torch.manual_seed(hashed(self.seed, trainer.global_rank, trainer.current_epoch, batch_idx))
 
     def state_dict(self) -> dict[str, Any]:
         return {"seed": self.seed}

@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 
 import lightning as L
-import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from calib_guidance.data.loading import heldout_loader, run_seed, train_loader
+from calib_guidance.data.loading import hashed, heldout_loader, run_seed, train_loader
 from calib_guidance.errors import ConfigurationError
 
 NUM_CLASSES = 10
@@ -135,8 +134,7 @@ class Digits(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         dataset = DigitImages(self.train_split)
-        rank, world_size = self.trainer.global_rank, self.trainer.world_size
-        return train_loader(dataset, self.batch_size, run_seed(self.seed), rank, world_size)
+        return train_loader(dataset, self.batch_size, run_seed(self.seed), *self._place())
 
     def val_dataloader(self) -> DataLoader:
         return self._heldout(self.val_split)
@@ -146,13 +144,16 @@ class Digits(L.LightningDataModule):
 
     def _heldout(self, split: str) -> DataLoader:
         dataset = DigitImages(split, self.heldout_draws)
-        return heldout_loader(dataset, 250, self.trainer.global_rank, self.trainer.world_size)
+        return heldout_loader(dataset, 250, *self._place())
+
+    def _place(self) -> tuple[int, int]:
+        """Rank and number of ranks; one alone where there is no trainer."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
         if self.trainer.training and (self.rotate or self.shift):
             # A function of seed, epoch and batch, so that a resumed run turns its digits as an uninterrupted one.
-            key = [run_seed(self.seed), self.trainer.current_epoch, int(batch["index"][0])]
-            seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-            generator = torch.Generator().manual_seed(seed)
+            key = hashed(run_seed(self.seed), self.trainer.current_epoch, int(batch["index"][0]))
+            generator = torch.Generator().manual_seed(key)
             batch["image"] = random_affine(batch["image"], generator, self.rotate, self.shift)
         return batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,11 @@ from calib_guidance.errors import ConfigurationError
 def hashed(*key: int) -> int:
     """A 63-bit number that is a function of ``key`` (integers ≥ 0) and looks random."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def run_seed(seed: int | None) -> int:
+    """The seed that a data module was given, or that of ``seed_everything``, or 0."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
 
 
 @contextlib.contextmanager

@@ -126,6 +126,13 @@ class CalibrateClassifier(L.LightningModule):
             if own and not any(parameter.requires_grad for parameter in own):
                 module.eval()
 
+    def on_train_start(self) -> None:
+        # Not where the scheduler is made: the number of steps asks for the loader, and one that is made before the checkpoint
+        # has been read never learns where in the epoch to go on.
+        for scheduler in filter(None, [self.lr_schedulers()]):
+            if getattr(scheduler, "total_steps", 0) is None:
+                scheduler.total_steps = int(self.trainer.estimated_stepping_batches)
+
     def level_range(self, level: int) -> str:
         """The steps of a noise level as text, e.g. ``0-99``."""
         steps = self.noising.num_steps
@@ -135,7 +142,7 @@ class CalibrateClassifier(L.LightningModule):
     def score_names(self, stage: str) -> list[str]:
         """Names under which the scores of held-out data can be logged: overall, and by noise level where t varies."""
         ranges = [self.level_range(k) for k in range(self.num_levels)] if self.num_levels > 1 else []
-        names = [f"{stage}/{name}" for name in self.metrics.names]
+        names = [f"{stage}/{name}" for name in self.metrics.keys() if name != "bins"]
         return names + [f"{name}/t={text}" for name in names for text in ranges]
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
@@ -191,7 +198,11 @@ class CalibrateClassifier(L.LightningModule):
 
     def measured(self) -> dict[str, Levels]:
         """Every measure of the held-out data seen since the last validation or test began, over all ranks."""
-        return self.metrics.compute()
+        return {name: value for name, value in self.metrics.compute().items() if name != "bins"}
+
+    def reliability(self) -> Tensor:
+        """Bins of confidence ``(num_levels, num_bins, 3)`` of the same data, over all ranks: count, confidence, number correct."""
+        return self.metrics.compute()["bins"].by_level
 
     def _log_measured(self, stage: str) -> None:
         values = {}
@@ -208,7 +219,4 @@ class CalibrateClassifier(L.LightningModule):
         optimizer = self.optimizer(parameter for parameter in self.classifier.parameters() if parameter.requires_grad)
         if self.lr_scheduler is None:
             return optimizer
-        scheduler = self.lr_scheduler(optimizer)
-        if getattr(scheduler, "total_steps", 0) is None:
-            scheduler.total_steps = int(self.trainer.estimated_stepping_batches)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
