@@ -81,7 +81,10 @@ class CalibrateClassifier(L.LightningModule):
         self.val_ece.update(logits, y)
         values = {"val/nll": F.cross_entropy(logits, y), "val/accuracy": (logits.argmax(1) == y).float().mean()}
         self.log_dict(values, prog_bar=True, sync_dist=True, batch_size=len(y))
-        self.log("val/ece", self.val_ece, prog_bar=True)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val/ece", self.val_ece.compute().overall, prog_bar=True)
+        self.val_ece.reset()
 
     def configure_optimizers(self) -> object:
         optimizer = self.optimizer(self.classifier.parameters())
