@@ -21,6 +21,7 @@ from calib_guidance.metrics.classification import (
     brier_score,
     negative_log_likelihood,
 )
+from calib_guidance.metrics.classifier_metrics import ClassifierMetrics
 from calib_guidance.metrics.features import FeatureExtractor, InceptionFeatures, JudgeFeatures
 from calib_guidance.metrics.frechet import FrechetDistance, frechet_distance, mean_and_covariance
 from calib_guidance.metrics.levels import Levels
@@ -32,6 +33,7 @@ __all__ = [
     "AdaptiveCalibrationError",
     "BrierScore",
     "CalibrationError",
+    "ClassifierMetrics",
     "ClasswiseCalibrationError",
     "FeatureExtractor",
     "FrechetDistance",
