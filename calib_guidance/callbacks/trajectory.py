@@ -13,7 +13,7 @@ from torchmetrics import Metric
 
 from calib_guidance.callbacks.figures import draw_curve
 from calib_guidance.callbacks.measurement import Measurement, compute
-from calib_guidance.metrics import TrajectoryCalibrationError
+from calib_guidance.metrics import CalibrationError
 from calib_guidance.samplers import StepRecord
 
 
@@ -49,14 +49,14 @@ class TrajectoryCalibration(_TrajectoryMeasurement):
         self.num_bins = num_bins
 
     def build(self, num_steps: int) -> Metric:
-        return TrajectoryCalibrationError(num_steps, self.num_bins)
+        return CalibrationError(self.num_bins, num_levels=num_steps)
 
     def observe(self, record: StepRecord) -> None:
         if record.guided.logits is not None:
-            self.metric.update(record.i, record.guided.logits, record.y)
+            self.metric.update(record.guided.logits, record.y, record.i)
 
     def results(self, trainer: L.Trainer) -> dict[str, Any]:
-        ece = compute(self.metric, trainer).cpu()
+        ece = compute(self.metric, trainer).by_level.cpu()
         if ece.isnan().all():  # no classifier ran
             self.ece = None
             return {}

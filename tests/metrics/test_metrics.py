@@ -9,12 +9,14 @@ from torchmetrics.image.fid import _compute_fid
 
 from calib_guidance.classifiers import OffTheShelfClassifier
 from calib_guidance.metrics import (
+    Accuracy,
     CalibrationError,
     FrechetDistance,
     InceptionFeatures,
     JudgeFeatures,
+    MaximumCalibrationError,
     PrecisionRecall,
-    TrajectoryCalibrationError,
+    ReliabilityBins,
     frechet_distance,
     mean_and_covariance,
     precision_recall,
@@ -66,29 +68,18 @@ def test_precision_and_recall(golden):
 
 def test_calibration_error(golden):
     fixture = golden("metrics_ece")
-    metric = CalibrationError()
-    for logits, y in zip(fixture["logits"].split(300), fixture["labels"].split(300), strict=True):
-        metric.update(logits, y)
-    assert float(metric.compute()) == pytest.approx(float(fixture["ece"]), abs=1e-6)
-    count, confidence, correct = metric.bins.unbind(1)
+    metrics = ReliabilityBins(), CalibrationError(), MaximumCalibrationError(), Accuracy()
+    for batch in zip(fixture["logits"].split(300), fixture["labels"].split(300), strict=True):
+        for metric in metrics:
+            metric.update(*batch)
+    bins, *values = (metric.compute().overall for metric in metrics)
+    for value, name in zip(values, ("ece", "mce", "accuracy"), strict=True):
+        assert float(value) == pytest.approx(float(fixture[name]), abs=1e-6)
+    count, confidence, correct = bins.unbind(1)
     assert count.tolist() == fixture["bin_count"].tolist()
     filled = count > 0
     np.testing.assert_allclose((correct / count)[filled], fixture["bin_accuracy"][filled], atol=1e-6)
     np.testing.assert_allclose((confidence / count)[filled], fixture["bin_confidence"][filled], atol=1e-6)
-
-
-def test_trajectory_calibration_is_the_error_of_each_step(golden):
-    fixture = golden("metrics_ece")
-    metric = TrajectoryCalibrationError(num_steps=3)
-    parts = {0: slice(0, 900), 2: slice(900, 2000)}
-    for step, rows in parts.items():
-        metric.update(step, fixture["logits"][rows], fixture["labels"][rows])
-    found = metric.compute()
-    assert found[1].isnan()
-    for step, rows in parts.items():
-        single = CalibrationError()
-        single.update(fixture["logits"][rows], fixture["labels"][rows])
-        assert float(found[step]) == pytest.approx(float(single.compute()), abs=1e-12)
 
 
 @pytest.mark.parametrize(
