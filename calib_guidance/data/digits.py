@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
 NUM_CLASSES = 10
 HELDOUT_PER_CLASS = 50
@@ -46,15 +46,21 @@ def digits(split: str) -> tuple[Tensor, Tensor]:
     return images[chosen], labels[chosen]
 
 
-class DigitImages(TensorDataset):
-    """One part of the digits as a data set of (image, label), see :func:`digits`.
+class DigitImages(Dataset):
+    """One part of the digits as a data set of {image, label, index}, see :func:`digits`.
 
     Args:
         split: ``train`` or ``heldout``.
     """
 
     def __init__(self, split: str = "heldout"):
-        super().__init__(*digits(split))
+        self.images, self.labels = digits(split)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"image": self.images[index], "label": self.labels[index], "index": torch.tensor(index)}
 
 
 def random_affine(images: Tensor, generator: torch.Generator | None, degrees: float, shift: float) -> Tensor:
@@ -74,7 +80,7 @@ def random_affine(images: Tensor, generator: torch.Generator | None, degrees: fl
 
 
 class Digits(L.LightningDataModule):
-    """Training and held-out digits for ``fit``, as batches of (images in [-1, 1], labels).
+    """Training and held-out digits for ``fit``, as batches of {image in [-1, 1], label, index}.
 
     Args:
         batch_size: samples per step and device.
@@ -95,7 +101,7 @@ class Digits(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         return DataLoader(DigitImages("heldout"), 250)
 
-    def on_after_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:
+    def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
         if self.trainer.training and (self.rotate or self.shift):
-            batch = [random_affine(batch[0], None, self.rotate, self.shift), *batch[1:]]
+            batch["image"] = random_affine(batch["image"], None, self.rotate, self.shift)
         return batch

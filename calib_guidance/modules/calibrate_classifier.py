@@ -67,17 +67,15 @@ class CalibrateClassifier(L.LightningModule):
             loss = loss + self.smooth_ece_weight * smooth_ece(logits, y, self.smooth_ece_beta)
         return loss
 
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        x0, y = batch
-        logits = self.classifier(*self.noising(x0))
-        loss = self.loss(logits, y)
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        logits = self.classifier(*self.noising(batch))
+        loss = self.loss(logits, batch["label"])
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        x0, y = batch
-        generator = torch.Generator(x0.device).manual_seed(batch_idx)  # the same noise at every validation
-        logits = self.classifier(*self.noising(x0, generator)).float()
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        y = batch["label"]
+        logits = self.classifier(*self.noising(batch, seed=0)).float()  # the same noise at every validation
         self.val_ece.update(logits, y)
         values = {"val/nll": F.cross_entropy(logits, y), "val/accuracy": (logits.argmax(1) == y).float().mean()}
         self.log_dict(values, prog_bar=True, sync_dist=True, batch_size=len(y))

@@ -96,16 +96,16 @@ class TrainDiffusion(L.LightningModule):
         )
         return mse + bound * len(self.betas) / 1000
 
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        x0, y = batch
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        x0, y = batch["image"], batch["label"]
         dropped = torch.rand(len(y), device=y.device) < self.label_dropout
         t = torch.randint(len(self.betas), (len(y),), device=y.device)
         loss = self.loss(x0, y.masked_fill(dropped, -1), t, torch.randn_like(x0)).mean()
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        x0, y = batch
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        x0, y = batch["image"], batch["label"]
         # The same steps and noise every time, spread over the process, so that values can be compared between epochs.
         generator = torch.Generator().manual_seed(batch_idx)
         noise = torch.randn(x0.shape, generator=generator).to(x0)
