@@ -1,7 +1,18 @@
 """Data for ``fit`` and requests for ``predict``."""
 
+from calib_guidance.data.denoise_requests import DenoiseRequests
 from calib_guidance.data.digits import DigitImages, Digits, digits
-from calib_guidance.data.noising import Clean, Noisy
+from calib_guidance.data.noising import Clean, Denoised, Noising, Noisy
 from calib_guidance.data.sample_requests import SampleRequests
 
-__all__ = ["Clean", "DigitImages", "Digits", "Noisy", "SampleRequests", "digits"]
+__all__ = [
+    "Clean",
+    "DenoiseRequests",
+    "Denoised",
+    "DigitImages",
+    "Digits",
+    "Noising",
+    "Noisy",
+    "SampleRequests",
+    "digits",
+]
