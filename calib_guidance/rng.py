@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_LABEL_STREAM = 1  # the counter's top word keeps labels and noise apart, so that a label policy never moves the noise
+# The counter's top word keeps streams apart: a label policy never moves the noise, and what a training image is diffused with
+# is not what the sample of the same number starts from.
+SAMPLING, _LABEL, _STEP, DIFFUSION = range(4)
 
 
-def _bit_generator(seed: int, index: int, stream: int = 0) -> np.random.Philox:
+def _bit_generator(seed: int, index: int, stream: int) -> np.random.Philox:
     return np.random.Philox(
         key=np.array([seed, index], dtype=np.uint64), counter=np.array([0, 0, 0, stream], np.uint64)
     )
@@ -37,6 +39,7 @@ class SampleStreams:
         indices: ``(N,)`` index of each sample, ≥ 0.
         shape: of one sample.
         device: where the numbers go.
+        stream: ``SAMPLING``, the noise of samplers, or ``DIFFUSION``, that of x_t ~ q(x_t | x0).
     """
 
     def __init__(
@@ -45,9 +48,10 @@ class SampleStreams:
         indices: Sequence[int],
         shape: Sequence[int],
         device: torch.device | str = "cpu",
+        stream: int = SAMPLING,
     ):
         pairs = zip(seeds, indices, strict=True)
-        self.generators = [np.random.Generator(_bit_generator(int(s), int(i))) for s, i in pairs]
+        self.generators = [np.random.Generator(_bit_generator(int(s), int(i), stream)) for s, i in pairs]
         self.shape, self.device = tuple(shape), torch.device(device)
 
     def __call__(self) -> Tensor:
@@ -61,4 +65,9 @@ class SampleStreams:
 
 def random_label(seed: int, index: int, num_classes: int) -> int:
     """The uniform random label of sample ``index``, in 0 … num_classes − 1."""
-    return int(np.random.Generator(_bit_generator(seed, index, _LABEL_STREAM)).integers(num_classes))
+    return int(np.random.Generator(_bit_generator(seed, index, _LABEL)).integers(num_classes))
+
+
+def random_steps(seed: int, indices: Sequence[int]) -> np.ndarray:
+    """One uniform number in [0, 1) per sample, ``(N,)`` float64, from which its diffusion step is drawn."""
+    return np.array([np.random.Generator(_bit_generator(seed, int(i), _STEP)).random() for i in indices])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from calib_guidance.images import from_uint8, to_uint8
-from calib_guidance.rng import SampleStreams, random_label
+from calib_guidance.rng import DIFFUSION, SampleStreams, random_label, random_steps
 
 
 def test_the_two_published_roundings():
@@ -51,3 +51,19 @@ def test_labels_are_uniform_and_leave_the_noise_alone():
     first = SampleStreams([0], [3], (1, 2, 2))()
     random_label(0, 3, 10)
     assert torch.equal(first, SampleStreams([0], [3], (1, 2, 2))())
+
+
+def test_the_streams_of_one_sample_are_independent():
+    """Noise of samplers, noise of training images and their steps share no numbers, and none moves another."""
+    n = 500
+    sampling = SampleStreams([0] * n, range(n), (1, 8, 8))()
+    diffusion = SampleStreams([0] * n, range(n), (1, 8, 8), stream=DIFFUSION)()
+    assert torch.equal(diffusion[7], SampleStreams([0], [7], (1, 8, 8), stream=DIFFUSION)()[0])
+    correlation = float((sampling * diffusion).mean())
+    assert abs(correlation) < 5 / sampling.numel() ** 0.5
+    steps = random_steps(0, range(5000))
+    assert steps[7] == random_steps(0, [7])[0] != random_steps(1, [7])[0]
+    # The standard deviation of one number is 1/√12.
+    assert abs(steps.mean() - 0.5) < 5 / (12 * len(steps)) ** 0.5
+    assert np.abs(np.histogram(steps, 10, (0, 1))[0] - 500).max() < 5 * (5000 * 0.1 * 0.9) ** 0.5
+    assert abs(np.corrcoef(steps[:n], sampling.mean((1, 2, 3)).numpy())[0, 1]) < 5 / n**0.5

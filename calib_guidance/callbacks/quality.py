@@ -23,7 +23,7 @@ class SampleQuality(Measurement):
     Args:
         features: the extractor, :class:`~calib_guidance.metrics.JudgeFeatures` or
             :class:`~calib_guidance.metrics.InceptionFeatures`.
-        reference: data set of (image in [-1, 1], label) that nothing was trained on.
+        reference: data set of {image in [-1, 1], label, index} that nothing was trained on.
         k: neighbours for precision and recall.
         uint8_rule: see :func:`calib_guidance.images.to_uint8`.
         batch_size: for the reference.
@@ -46,7 +46,7 @@ class SampleQuality(Measurement):
         device = trainer.strategy.root_device
         self.features.eval().to(device)
         loader = DataLoader(self.reference, self.batch_size)
-        found = torch.cat([self._extract(images.to(device))[0] for images, *_ in loader])
+        found = torch.cat([self._extract(batch["image"].to(device))[0] for batch in loader])
         self.frechet = FrechetDistance(found).to(device)
         self.precision_recall = PrecisionRecall(found, self.k).to(device)
         self.accuracy = MeanMetric().to(device)

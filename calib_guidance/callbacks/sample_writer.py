@@ -22,15 +22,6 @@ from calib_guidance.callbacks.measurement import Measurement
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.images import UINT8_RULES, to_uint8
 
-_FEATURES = datasets.Features(
-    {
-        "index": datasets.Value("int64"),
-        "label": datasets.Value("int64"),
-        "seed": datasets.Value("int64"),
-        "image": datasets.Image(),
-    }
-)
-
 
 def _png(image: np.ndarray) -> bytes:
     """PNG of a uint8 image ``(C, H, W)``, grey or RGB."""
@@ -43,18 +34,19 @@ def read_samples(folder: str | os.PathLike[str]) -> Iterator[dict[str, Tensor]]:
     """Written samples, file by file in order of index.
 
     Yields:
-        ``index``, ``label`` and ``seed`` ``(N,)``, ``image`` uint8 ``(N, C, H, W)``.
+        ``image`` uint8 ``(N, C, H, W)`` and every other column ``(N,)``: ``index``, ``label``, ``seed`` …
     """
     for path in sorted(Path(folder).glob("*.parquet")):
         table = pq.read_table(path).to_pydict()
-        images = [np.asarray(Image.open(io.BytesIO(image["bytes"]))) for image in table["image"]]
+        images = [np.asarray(Image.open(io.BytesIO(image["bytes"]))) for image in table.pop("image")]
         stacked = torch.from_numpy(np.stack([i[None] if i.ndim == 2 else i.transpose(2, 0, 1) for i in images]))
-        yield {"image": stacked, **{key: torch.tensor(table[key]) for key in ("index", "label", "seed")}}
+        yield {"image": stacked, **{key: torch.tensor(column) for key, column in table.items()}}
 
 
 class SampleWriter(Measurement):
-    """Writes every batch at its end as one parquet file of index, label, seed and PNG image.
+    """Writes every batch at its end as one parquet file: its columns of whole numbers (index, label, seed …) and PNG images.
 
+    The images are what the module's predict step returns, alone or as ``image`` beside further columns.
     ``datasets.load_dataset("parquet", data_files="…/samples/*.parquet")`` reads them. A file is there whole or not at all.
 
     Args:
@@ -101,17 +93,19 @@ class SampleWriter(Measurement):
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        outputs: Tensor,
+        outputs: Tensor | dict[str, Tensor],
         batch: dict[str, Tensor],
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        images = to_uint8(outputs, self.uint8_rule).cpu().numpy()
-        columns = {key: batch[key].tolist() for key in ("index", "label", "seed")}
+        rows = batch | (outputs if isinstance(outputs, dict) else {"image": outputs})
+        images = to_uint8(rows.pop("image"), self.uint8_rule).cpu().numpy()
+        columns = {key: column.tolist() for key, column in rows.items()}
+        features = datasets.Features({key: datasets.Value("int64") for key in columns} | {"image": datasets.Image()})
         columns["image"] = [{"bytes": _png(image), "path": None} for image in images]
         name = f"{columns['index'][0]:08d}-{columns['index'][-1]:08d}.parquet"
         temporary = self.path / f".{name}.{os.getpid()}.tmp"
-        pq.write_table(pa.Table.from_pydict(columns, schema=_FEATURES.arrow_schema), temporary)
+        pq.write_table(pa.Table.from_pydict(columns, schema=features.arrow_schema), temporary)
         os.replace(temporary, self.path / name)
 
     def results(self, trainer: L.Trainer) -> dict[str, object]:

@@ -1,8 +1,10 @@
 """Data for ``fit`` and requests for ``predict``."""
 
+from calib_guidance.data.denoise_requests import DenoiseRequests
 from calib_guidance.data.digits import DigitImages, Digits, digits
 from calib_guidance.data.loading import ResumableLoader, heldout_loader, train_loader
 from calib_guidance.data.noising import Clean, Noisy
+from calib_guidance.data.noising import Clean, Denoised, Noising, Noisy
 from calib_guidance.data.sample_requests import SampleRequests
 
 __all__ = [
@@ -15,4 +17,12 @@ __all__ = [
     "digits",
     "heldout_loader",
     "train_loader",
+    "DenoiseRequests",
+    "Denoised",
+    "DigitImages",
+    "Digits",
+    "Noising",
+    "Noisy",
+    "SampleRequests",
+    "digits",
 ]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import lightning as L
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.rng import random_label
@@ -16,21 +16,44 @@ from calib_guidance.rng import random_label
 POLICIES = ("balanced", "uniform")
 
 
-class _Batches(IterableDataset):
-    """The batches of one rank. Their composition depends on the batch size alone, not on the number of ranks."""
+class Requests(Protocol):
+    """Numbered requests: a dict each, with its number as ``index``."""
 
-    def __init__(self, requests: SampleRequests, rank: int, world_size: int):
-        self.requests = requests
-        self.starts = range(0, requests.num_samples, requests.batch_size)[rank::world_size]
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, int | Tensor]: ...
+
+
+class _Batches(IterableDataset):
+    """The batches of one rank. Their composition depends on the batch size alone, not on the number of ranks or workers."""
+
+    def __init__(self, requests: Requests, batch_size: int, rank: int, world_size: int):
+        self.requests, self.batch_size = requests, batch_size
+        self.starts = range(0, len(requests), batch_size)[rank::world_size]
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for start in self.starts:
-            rows = range(start, min(start + self.requests.batch_size, self.requests.num_samples))
-            samples = [self.requests[i] for i in rows]
-            yield {key: torch.tensor([sample[key] for sample in samples]) for key in samples[0]}
+        # The loader takes one batch from each worker in turn, so that strides give the order of a single process.
+        worker = get_worker_info()
+        starts = self.starts if worker is None else self.starts[worker.id :: worker.num_workers]
+        for start in starts:
+            rows = range(start, min(start + self.batch_size, len(self.requests)))
+            yield default_collate([self.requests[i] for i in rows])
+
+
+def request_loader(requests: Requests, batch_size: int, trainer: L.Trainer, num_workers: int = 0) -> DataLoader:
+    """Batches of consecutive requests, which the ranks of ``trainer`` take in turn."""
+    batches = _Batches(requests, batch_size, trainer.global_rank, trainer.world_size)
+    return DataLoader(batches, batch_size=None, num_workers=num_workers)
+
+
+def check_numbers(**values: tuple[int, int]) -> None:
+    """Raise ConfigurationError for the first option of the data module, ``name=(value, least)``, that is below its least."""
+    for name, (value, least) in values.items():
+        if value < least:
+            raise ConfigurationError(f"data.init_args.{name} must be at least {least}, got {value}")
 
 
 class SampleRequests(L.LightningDataModule):
@@ -61,14 +84,9 @@ class SampleRequests(L.LightningDataModule):
     ):
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True
-        for name, value, low in (
-            ("num_samples", num_samples, 1),
-            ("num_classes", num_classes, 1),
-            ("batch_size", batch_size, 1),
-            ("seed", seed, 0),
-        ):
-            if value < low:
-                raise ConfigurationError(f"data.init_args.{name} must be at least {low}, got {value}")
+        check_numbers(
+            num_samples=(num_samples, 1), num_classes=(num_classes, 1), batch_size=(batch_size, 1), seed=(seed, 0)
+        )
         self.num_samples, self.num_classes, self.batch_size, self.seed = num_samples, num_classes, batch_size, seed
         self.labels = labels
         self._fixed = self._fixed_labels(labels)
@@ -112,5 +130,4 @@ class SampleRequests(L.LightningDataModule):
         return {"index": index, "label": label, "seed": self.seed}
 
     def predict_dataloader(self) -> DataLoader:
-        batches = _Batches(self, self.trainer.global_rank, self.trainer.world_size)
-        return DataLoader(batches, batch_size=None)
+        return request_loader(self, self.batch_size, self.trainer)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from calib_guidance.checkpoints import load_weights
-from calib_guidance.denoisers.base import Denoiser, Predict, Prediction
+from calib_guidance.denoisers.base import Denoiser, Predict, Prediction, at_step
 from calib_guidance.networks.adm import UNet
 from calib_guidance.noise_schedule import NoiseSchedule, named_betas
 from calib_guidance.parameterization import x0_coefficients
@@ -70,12 +70,12 @@ class ADMDenoiser(Denoiser):
         label = None if y is None or self.num_classes is None else network.embed_labels(y)
         from_x, from_output = (torch.tensor(c[steps], device=device).float() for c in self.coefficients)
 
-        def predict(x_t: Tensor, i: int) -> Prediction:
+        def predict(x_t: Tensor, i: int | Tensor) -> Prediction:
             emb = time[i].expand(len(x_t), -1) if label is None else time[i] + label
             output, variance = self._decode(x_t, emb), None
             if self.has_learned_variance:
                 output, variance = output.chunk(2, dim=1)
                 variance = (variance + 1) / 2
-            return Prediction(from_x[i] * x_t + from_output[i] * output, variance)
+            return Prediction(at_step(from_x, i) * x_t + at_step(from_output, i) * output, variance)
 
         return predict

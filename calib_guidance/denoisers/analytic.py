@@ -74,19 +74,26 @@ class GaussianMixture(Denoiser):
         """Moves to a device and stays float64: a cast would round the closed forms."""
         return super()._apply(lambda buffer: buffer.to(fn(buffer).device), recurse)
 
-    def _components(self, x: Tensor, alphas_cumprod: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _alphas_cumprod(self, t: int | Tensor | None) -> Tensor:
+        """ᾱ of step ``t``, one number or one per sample ``(N,)``; 1 of clean samples (None)."""
+        if t is None:
+            return self.means.new_ones(())
+        return torch.as_tensor(self.schedule.alphas_cumprod, device=self.means.device)[t]
+
+    def _components(self, x: Tensor, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log of w_k·p_t(x|k) ``(N, K)``, the deviations in each component's axes and their variances ``(N, K, D)``."""
-        deviation = x.flatten(1).double()[:, None] - math.sqrt(alphas_cumprod) * self.means
+        alphas_cumprod = alphas_cumprod.view(-1, 1, 1)
+        deviation = x.flatten(1).double()[:, None] - alphas_cumprod.sqrt() * self.means
         rotated = torch.einsum("nki,kij->nkj", deviation, self.axes)
         variances = alphas_cumprod * self.variances + (1 - alphas_cumprod)
         log_density = -0.5 * (rotated.square() / variances + (2 * math.pi * variances).log()).sum(-1)
         return self.log_weights + log_density, rotated, variances
 
-    def log_joint(self, x: Tensor, t: int | None = None) -> Tensor:
-        """log w_k·p_t(x | k), ``(N, K)`` float64, at step ``t`` or of clean samples (None)."""
-        return self._components(x, 1.0 if t is None else float(self.schedule.alphas_cumprod[t]))[0]
+    def log_joint(self, x: Tensor, t: int | Tensor | None = None) -> Tensor:
+        """log w_k·p_t(x | k), ``(N, K)`` float64, at step ``t`` (one, or one per sample ``(N,)``) or of clean ones (None)."""
+        return self._components(x, self._alphas_cumprod(t))[0]
 
-    def log_prob(self, x: Tensor, t: int | None = None) -> Tensor:
+    def log_prob(self, x: Tensor, t: int | Tensor | None = None) -> Tensor:
         """log p_t(x), ``(N,)`` float64."""
         return self.log_joint(x, t).logsumexp(dim=1)
 
@@ -102,10 +109,14 @@ class GaussianMixture(Denoiser):
         )
         return x[:, :, None, None].float()
 
-    def posterior_mean(self, x_t: Tensor, alphas_cumprod: float, y: Tensor | None = None) -> Tensor:
-        """E[x0 | x_t], or E[x0 | x_t, y] where y is a class (-1 is none); ``(N, D, 1, 1)`` in the type of ``x_t``."""
+    def posterior_mean(self, x_t: Tensor, alphas_cumprod: float | Tensor, y: Tensor | None = None) -> Tensor:
+        """E[x0 | x_t], or E[x0 | x_t, y] where y is a class (-1 is none); ``(N, D, 1, 1)`` in the type of ``x_t``.
+
+        ``alphas_cumprod`` is one number or one per sample ``(N,)``.
+        """
+        alphas_cumprod = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device=x_t.device).view(-1, 1, 1)
         log_joint, rotated, variances = self._components(x_t, alphas_cumprod)
-        gain = math.sqrt(alphas_cumprod) * self.variances / variances
+        gain = alphas_cumprod.sqrt() * self.variances / variances
         means = self.means + torch.einsum("nkj,kij->nki", gain * rotated, self.axes)
         share = log_joint.softmax(dim=1)
         if y is not None:
@@ -114,10 +125,10 @@ class GaussianMixture(Denoiser):
         return (share[..., None] * means).sum(1).view_as(x_t).to(x_t.dtype)
 
     def trajectory(self, timesteps: Sequence[int], y: Tensor | None) -> Predict:
-        alphas_cumprod = [float(self.schedule.alphas_cumprod[t]) for t in timesteps]
+        alphas_cumprod = self._alphas_cumprod(torch.as_tensor(list(timesteps)))
         labels = y if self.num_classes is not None else None
 
-        def predict(x_t: Tensor, i: int) -> Prediction:
+        def predict(x_t: Tensor, i: int | Tensor) -> Prediction:
             return Prediction(self.posterior_mean(x_t, alphas_cumprod[i], labels))
 
         return predict
@@ -136,5 +147,4 @@ class GaussianMixtureClassifier(Classifier):
         self.mixture, self.noise_aware, self.num_classes = mixture, noise_aware, mixture.num_components
 
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
-        # All samples of a batch are at the same step.
-        return self.mixture.log_joint(x, int(t[0]) if self.noise_aware else None)
+        return self.mixture.log_joint(x, t if self.noise_aware else None)

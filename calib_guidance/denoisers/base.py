@@ -27,7 +27,12 @@ class Prediction(NamedTuple):
     noise_difference: Tensor | None = None
 
 
-Predict = Callable[[Tensor, int], Prediction]
+Predict = Callable[[Tensor, int | Tensor], Prediction]
+
+
+def at_step(table: Tensor, i: int | Tensor) -> Tensor:
+    """Entry ``i`` of a table ``(T,)``: one number, or where ``i`` is ``(N,)`` one per sample, ``(N, 1, 1, 1)``."""
+    return table[i].view(-1, 1, 1, 1) if isinstance(i, Tensor) else table[i]
 
 
 class Denoiser(nn.Module, ABC):
@@ -58,7 +63,9 @@ class Denoiser(nn.Module, ABC):
             y: ``(N,)`` labels, -1 for none; None for none at all.
 
         Returns:
-            ``predict(x_t, i)``, the prediction for ``x_t`` ``(N, C, H, W)`` at ``timesteps[i]``.
+            ``predict(x_t, i)``, the prediction for ``x_t`` ``(N, C, H, W)`` at ``timesteps[i]``. Samplers take all samples
+            through the same step and give ``i`` as a number; a long tensor ``(N,)``, on the device of ``x_t``, gives every
+            sample a step of its own (``noise_difference`` is then 0, not None, for samples where it is off).
         """
 
     def decode(self, x0: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calib_guidance.denoisers.base import Denoiser, Predict, Prediction
+from calib_guidance.denoisers.base import Denoiser, Predict, Prediction, at_step
 from calib_guidance.guidance.schedules import GuidanceSchedule
 
 
@@ -49,20 +49,23 @@ class ClassifierFreeGuidance(Denoiser):
         conditional = self.denoiser.trajectory(timesteps, y)
         both = self.denoiser.trajectory(timesteps, torch.cat([y, torch.full_like(y, -1)]))
         active = [self.interval.is_active(t) for t in timesteps]
+        actives = torch.tensor(active, device=y.device)
         # x̂0 is linear in ε with the slope −√(1/ᾱ − 1), so ε_c − ε_u is the difference of the x̂0 over that.
         slope = -np.sqrt(1 / self.schedule.alphas_cumprod[list(timesteps)] - 1)
-        to_noise = [self.weight / s for s in slope.tolist()]
+        to_noise = torch.tensor(self.weight / slope, device=y.device).float().masked_fill(~actives, 0.0)
 
-        def predict(x_t: Tensor, i: int) -> Prediction:
-            if not active[i]:
+        def predict(x_t: Tensor, i: int | Tensor) -> Prediction:
+            each = isinstance(i, Tensor)
+            if not each and not active[i]:
                 return conditional(x_t, i)
-            x0, variance, _ = both(torch.cat([x_t, x_t]), i)
+            x0, variance, _ = both(torch.cat([x_t, x_t]), torch.cat([i, i]) if each else i)
             x0_c, x0_u = x0.chunk(2)
             difference = x0_c - x0_u
+            guided = x0_u + self.weight * difference
             return Prediction(
-                x0_u + self.weight * difference,
+                torch.where(at_step(actives, i), guided, x0_c) if each else guided,
                 None if variance is None else variance.chunk(2)[0],
-                to_noise[i] * difference,
+                at_step(to_noise, i) * difference,
             )
 
         return predict

@@ -81,7 +81,7 @@ def start(
     raw = denoiser.trajectory(timesteps, y)
     guide = guidance and guidance.trajectory(timesteps, len(denoiser.schedule), y)
 
-    def predict(x_t: Tensor, i: int) -> Prediction:
+    def predict(x_t: Tensor, i: int | Tensor) -> Prediction:
         prediction = raw(x_t, i)
         return prediction._replace(x0=prediction.x0.clamp(-1, 1)) if clip and denoiser.clip else prediction
 

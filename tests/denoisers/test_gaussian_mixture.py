@@ -161,6 +161,18 @@ class TestClosedForms:
         assert (mixture.num_classes, conditional.num_classes, mixture.image_shape) == (None, 3, (2, 1, 1))
         assert not torch.allclose(mixture.posterior_mean(x, 0.5), mixture.posterior_mean(x, 0.5, y))
 
+    def test_each_sample_at_a_step_of_its_own(self, conditional):
+        x, y, timesteps = points(), torch.tensor([0, 1, 2, -1, 1, -1]), [20, 300, 700]
+        i = torch.tensor([2, 0, 1, 1, 2, 0])
+        t = torch.tensor(timesteps)[i]
+        predict = conditional.trajectory(timesteps, y)
+        together, joint = predict(x, i).x0, conditional.log_joint(x, t)
+        logits = GaussianMixtureClassifier(conditional, noise_aware=True)(x, t)
+        for n in range(len(x)):
+            torch.testing.assert_close(together[n], predict(x, int(i[n])).x0[n])
+            for found in (joint, logits):
+                torch.testing.assert_close(found[n], conditional.log_joint(x, int(t[n]))[n])
+
     @pytest.mark.parametrize("t", [0, 150, 500, 999])
     def test_the_classifier_is_bayes_rule(self, mixture, t):
         x = points()

@@ -161,6 +161,22 @@ class TestClassifierFree:
         torch.testing.assert_close(found.x0, expected, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(found.noise_difference, 3 * (conditional - unconditional), atol=1e-4, rtol=1e-3)
 
+    def test_each_sample_at_a_step_of_its_own_inside_the_interval_or_outside(self, denoiser):
+        """As the same samples at that step together; where it is off, the difference is 0."""
+        x = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+        free = ClassifierFreeGuidance(denoiser, 3.0, GuidanceSchedule(interval=[200, 600]))
+        with torch.no_grad():
+            predict = free.trajectory([100, 400, 900], Y)
+            found = predict(x, torch.tensor([1, 2, 0]))
+            for n, i in enumerate([1, 2, 0]):
+                expected = predict(x, i)
+                torch.testing.assert_close(found.x0[n], expected.x0[n], atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(found.variance_fraction[n], expected.variance_fraction[n])
+                difference = expected.noise_difference
+                assert (difference is None) == (i != 1)
+                difference = torch.zeros_like(x) if difference is None else difference
+                torch.testing.assert_close(found.noise_difference[n], difference[n], atol=1e-4, rtol=1e-4)
+
     def test_outside_the_interval_the_conditional_model_is_used_alone(self, denoiser):
         off = ClassifierFreeGuidance(denoiser, 3.0, GuidanceSchedule(interval=[5000, 6000]))
         assert torch.equal(sample(off), sample(denoiser))

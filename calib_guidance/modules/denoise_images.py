@@ -1,0 +1,56 @@
+"""Denoised images as a Lightning predict loop: a data set to train classifiers on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import lightning as L
+from torch import Tensor
+
+from calib_guidance.data.denoise_requests import DenoiseRequests
+from calib_guidance.data.noising import Denoised
+from calib_guidance.denoisers.base import Denoiser
+from calib_guidance.errors import ConfigurationError
+
+
+class DenoiseImages(L.LightningModule):
+    """x̂0(x_t) of the images of :class:`~calib_guidance.data.DenoiseRequests`, with t, for SampleWriter to write.
+
+    What ``fit`` computes at every step with :class:`~calib_guidance.data.Denoised` is computed once here. Written as 8-bit
+    images, it is off by half a grey level at most (1/255 on the scale of [-1, 1]), and by nothing on average where the
+    writer's ``uint8_rule`` is ``round_up_half``.
+
+    Args:
+        denoiser: the diffusion model to be guided; a class-conditional one is given the labels.
+        steps, weights, precision: see :class:`~calib_guidance.data.Denoised`.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        steps: str | int | None = None,
+        weights: Sequence[float] | None = None,
+        precision: str = "bf16",
+    ):
+        super().__init__()
+        self.noising = Denoised(denoiser, steps, weights, precision)
+
+    def check(self) -> None:
+        """Raise ConfigurationError where data and denoiser cannot go together. Nothing is denoised or written here."""
+        requests = self.trainer.datamodule
+        if not isinstance(requests, DenoiseRequests):
+            raise ConfigurationError(
+                "DenoiseImages needs images: set data.class_path to calib_guidance.data.DenoiseRequests, got "
+                f"{type(requests).__name__}"
+            )
+        self.noising.check_image(requests.image_shape)
+        self.noising.check_classes(requests.num_classes)
+
+    def setup(self, stage: str) -> None:
+        if stage == "predict":
+            self.check()
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """``image`` ``(N, C, H, W)`` in [-1, 1] and ``t`` ``(N,)`` for requests ``{index, source, label, seed, image}``."""
+        images, t = self.noising(batch, int(batch["seed"][0]))
+        return {"image": images, "t": t}
