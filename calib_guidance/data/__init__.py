@@ -1,6 +1,8 @@
 """Data for ``fit`` and requests for ``predict``."""
 
 from calib_guidance.data.digits import DigitImages, Digits, digits
+from calib_guidance.data.image_data import ImageData
+from calib_guidance.data.imagenet import imagenet_labels, imagenet_names
 from calib_guidance.data.loading import ResumableLoader, heldout_loader, train_loader
 from calib_guidance.data.noising import Clean, Noisy
 from calib_guidance.data.sample_requests import SampleRequests
@@ -9,10 +11,13 @@ __all__ = [
     "Clean",
     "DigitImages",
     "Digits",
+    "ImageData",
     "Noisy",
     "ResumableLoader",
     "SampleRequests",
     "digits",
     "heldout_loader",
+    "imagenet_labels",
+    "imagenet_names",
     "train_loader",
 ]
