@@ -163,20 +163,22 @@ class ImageData(L.LightningDataModule):
 
     def _open(self, split: str) -> Rows:
         rows = self.source.split(split)
-        missing = [
-            f"{key}_column: {name}" for key, name in self.columns.items() if name not in (None, *rows.column_names)
-        ]
-        if missing:
-            raise ConfigurationError(
-                f"{self.source.source}, split {split!r} has no column for data.init_args.{', '.join(missing)}; it has: "
-                f"{', '.join(rows.column_names)}"
-            )
-        label = rows.features[self.columns["label"]]
-        if not isinstance(label, datasets.ClassLabel) and "int" not in getattr(label, "dtype", ""):
-            raise ConfigurationError(
-                f"{self.source.source}, split {split!r}: label_column {self.columns['label']!r} holds {label}; class numbers "
-                "(integers or ClassLabel) are needed"
-            )
+        features = rows.features or {}
+        for use, name in self.columns.items():
+            if name is None:
+                continue
+            where = f"{self.source.source}, split {split!r}: data.init_args.{use}_column {name!r}"
+            if name not in features:
+                raise ConfigurationError(f"{where} is not there; the columns are: {', '.join(features)}")
+            kind = getattr(features[name], "dtype", "")
+            if (
+                use == "image"
+                and not isinstance(features[name], datasets.Image)
+                and kind not in ("binary", "large_binary")
+            ):
+                raise ConfigurationError(f"{where} holds {features[name]}, no images (Image or binary)")
+            if use != "image" and "int" not in kind:
+                raise ConfigurationError(f"{where} holds {features[name]}; integers are needed, or ClassLabel")
         return rows.cast_column(self.columns["image"], datasets.Image(decode=False))
 
     def _names(self, rows: Rows) -> list[str] | None:

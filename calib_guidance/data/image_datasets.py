@@ -93,8 +93,9 @@ class ImageReader:
             with Image.open(io.BytesIO(contents)) as picture:
                 pixels = pil_to_tensor(picture.convert(self.mode))
         except _UNREADABLE as error:
-            # Not PIL's message: it names an address in memory, and the same image has to look the same every time.
-            return {"corrupt": f"{name} ({'not an image' if isinstance(error, UnidentifiedImageError) else error!r})"}
+            # PIL's own message names an address in memory; the same image has to look the same every time.
+            why = "not an image" if isinstance(error, UnidentifiedImageError) else repr(error)
+            return {"corrupt": f"{name} ({why})"}
         if index is None:
             digest = hashlib.blake2b(contents, digest_size=8, salt=draw.to_bytes(8, "little")).digest()
             index = int.from_bytes(digest, "little") % _INDEX_RANGE

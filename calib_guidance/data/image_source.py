@@ -81,13 +81,13 @@ class ImageSource:
             raise ConfigurationError(f"data.init_args.source: no images found in split {name!r} of {self.source}")
         return rows
 
-    def _named(self, splits: dict[str, Rows], name: str, **load: object) -> Rows:
-        if name in splits:
-            return splits[name]
-        if name.partition("[")[0] in splits and load and not self.streaming:
-            return datasets.load_dataset(split=name, **load)
+    def _named(self, splits: dict[str, Rows], split: str, **load: object) -> Rows:
+        if split in splits:
+            return splits[split]
+        if split.partition("[")[0] in splits and load and not self.streaming:
+            return datasets.load_dataset(split=split, **load)
         raise ConfigurationError(
-            f"{self.source} has no split {name!r}; it has: {', '.join(map(str, splits))}. "
+            f"{self.source} has no split {split!r}; it has: {', '.join(map(str, splits))}. "
             "Name them with data.init_args.train_split, val_split and test_split"
         )
 
@@ -100,14 +100,18 @@ class ImageSource:
                 f"{self.source} has no folder {' or '.join(_FOLDERS.get(base, (base,)))} for split {name!r}; it has: "
                 f"{', '.join(there)}. Name them with data.init_args.train_split, val_split and test_split"
             )
+        folder = (self.path / folders[0]).resolve()
+        images = Image.registered_extensions()
+        if not any(file.suffix.lower() in images for file in folder.rglob("*")):
+            raise ConfigurationError(f"data.init_args.source: no images found in {folder}")
         # Each split on its own, so that its class names are those of its own folders.
-        files = {"train": f"{glob.escape(str((self.path / folders[0]).resolve()))}/**"}
-        try:
-            return datasets.load_dataset(
-                "imagefolder", data_files=files, split=f"train{bracket}{part}", drop_labels=False, drop_metadata=True
-            )
-        except FileNotFoundError as error:
-            raise ConfigurationError(f"data.init_args.source: no images found in {self.path / folders[0]}") from error
+        return datasets.load_dataset(
+            "imagefolder",
+            data_files={"train": f"{glob.escape(str(folder))}/**"},
+            split=f"train{bracket}{part}",
+            drop_labels=False,
+            drop_metadata=True,
+        )
 
     def _tables(self, kind: str, name: str) -> Rows:
         if self.path.is_dir():
