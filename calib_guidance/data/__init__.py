@@ -2,6 +2,8 @@
 
 from calib_guidance.data.denoise_requests import DenoiseRequests
 from calib_guidance.data.digits import DigitImages, Digits, digits
+from calib_guidance.data.image_data import ImageData
+from calib_guidance.data.imagenet import imagenet_labels, imagenet_names
 from calib_guidance.data.loading import ResumableLoader, heldout_loader, train_loader
 from calib_guidance.data.noising import Clean, Noisy
 from calib_guidance.data.noising import Clean, Denoised, Noising, Noisy
@@ -11,11 +13,14 @@ __all__ = [
     "Clean",
     "DigitImages",
     "Digits",
+    "ImageData",
     "Noisy",
     "ResumableLoader",
     "SampleRequests",
     "digits",
     "heldout_loader",
+    "imagenet_labels",
+    "imagenet_names",
     "train_loader",
     "DenoiseRequests",
     "Denoised",

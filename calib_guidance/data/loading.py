@@ -122,6 +122,9 @@ class ResumableLoader(StatefulDataLoader):
             for batches, batch in zip(range(done + 1, len(self) + 1), super().__iter__(), strict=False):
                 self._place = {"epoch": epoch, "batches": batches}
                 yield batch
+                done = batches
+            if done < len(self):
+                raise ConfigurationError(f"the training data ended after {done} of the {len(self)} batches of an epoch")
         finally:
             # Lightning drops the iterator at the end of fit; the state is still asked for after that.
             if self._place is not None and "loader" not in self._place:
@@ -190,7 +193,7 @@ def train_loader(
     """Batches of one device for training: shuffled by (seed, epoch) alone, all of the same size, as many on every device.
 
     Args:
-        dataset: items as :func:`collate` takes them. Map-style; or an IterableDataset that is one device's share already, shuffles
+        dataset: items as :func:`collate` takes them. Map-style; or an IterableDataset that is one device's share, shuffles
             itself, has ``__len__`` (samples of an epoch on one device), ``epoch``, ``seed``, ``set_epoch``, ``state_dict`` and
             ``load_state_dict``, and yields at least that many samples. ``set_epoch``, where there is one, is called before an
             epoch's workers start.

@@ -1,0 +1,324 @@
+"""Images of the hub, of a folder or of parquet and arrow files, for ``fit``, ``validate`` and ``test``."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import datasets
+import lightning as L
+import torch
+from datasets.distributed import split_dataset_by_node
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision.transforms import InterpolationMode, v2
+
+from calib_guidance.data.image_datasets import ImageReader, ImageRows, ImageStream, TrainImageStream
+from calib_guidance.data.image_source import ImageSource, Rows
+from calib_guidance.data.imagenet import imagenet_labels, imagenet_names
+from calib_guidance.data.loading import ResumableLoader, heldout_loader, take_reports, train_loader
+from calib_guidance.errors import ConfigurationError
+
+log = logging.getLogger(__name__)
+
+_MODES = {1: "L", 3: "RGB"}
+_STREAM_SHARDS = 8  # of local data, for each process that reads
+_ENOUGH_SEEN = 500  # images of a stream, before a share of them means anything
+_NAMED = 10  # corrupt images in a message
+
+
+class ImageData(L.LightningDataModule):
+    """Images in [-1, 1] with labels, as batches ``{"image", "label", "index"[, "t"]}``.
+
+    Training images go through ``train_transform``. Held-out ones are resized so that the shorter side is ``image_size`` (bicubic,
+    antialiased) and cropped in the middle, as the training images of ADM were. The orientation that EXIF states is ignored, as it
+    was for the published classifiers. What an image is cropped to depends on (seed, epoch, index) alone, and a run that is killed
+    and resumed sees the rest of its epoch.
+
+    Args:
+        source: a hub id (``ILSVRC/imagenet-1k``); a folder with a folder for each split (train, validation or val, test) with a
+            folder of images for each class; a folder or pattern of parquet or arrow files (``data/{split}-*.parquet``); or a
+            folder that ``save_to_disk`` of datasets wrote.
+        image_size: side of the square images.
+        batch_size: images per step and device.
+        num_workers: processes that read, per device.
+        train_split: to train on, such as ``train`` or ``train[:90%]``.
+        val_split: to validate on.
+        test_split: to test on; None takes ``val_split``.
+        subset: of a hub data set that has several.
+        streaming: read from beginning to end, instead of a copy in the cache that is read by row number.
+        shuffle_buffer: images of a stream that are shuffled at a time, in each worker.
+        samples_per_epoch: of a stream, over all devices; None takes the number that the data set states.
+        train_transform: a module of ``torchvision.transforms.v2`` that makes 8-bit images ``(C, H, W)`` into 8-bit images of
+            ``image_size``; None is a random crop of a quarter of the area or more, resized (bicubic, antialiased), and a random
+            flip.
+        classes: ``imagenet`` renumbers labels by name into torchvision's order of ImageNet's 1,000 classes, which any number of
+            them will do for; None keeps the numbers of the training split.
+        num_classes: for data sets whose labels have no names.
+        image_column: name of that column.
+        label_column: name of that column.
+        time_column: of the diffusion step t of denoised images; None where they have none.
+        index_column: of the number that an image keeps for ever; None takes the row number, and for streams a hash of the file.
+        channels: 3 for colour, 1 for grey.
+        max_corrupt: share of images that may be unreadable, in [0, 1]. They are skipped and named. Each device counts those that
+            it has met.
+        seed: of order and crops, ≥ 0; None takes that of ``seed_everything``, or 0.
+        heldout_draws: how often each held-out image comes, with a new index each time, so that it is seen with more noise.
+
+    Raises:
+        ConfigurationError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        image_size: int,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        train_split: str = "train",
+        val_split: str = "validation",
+        test_split: str | None = None,
+        subset: str | None = None,
+        streaming: bool = False,
+        shuffle_buffer: int = 1000,
+        samples_per_epoch: int | None = None,
+        train_transform: nn.Module | None = None,
+        classes: str | None = None,
+        num_classes: int | None = None,
+        image_column: str = "image",
+        label_column: str = "label",
+        time_column: str | None = None,
+        index_column: str | None = None,
+        channels: int = 3,
+        max_corrupt: float = 0.01,
+        seed: int | None = None,
+        heldout_draws: int = 1,
+    ):
+        super().__init__()
+        # With fewer held-out images than devices some devices have nothing to do, which is fine here.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        for name, value, low in (
+            ("image_size", image_size, 1),
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("shuffle_buffer", shuffle_buffer, 1),
+            ("samples_per_epoch", samples_per_epoch, 1),
+            ("num_classes", num_classes, 1),
+            ("seed", seed, 0),
+            ("heldout_draws", heldout_draws, 1),
+        ):
+            if value is not None and value < low:
+                raise ConfigurationError(f"data.init_args.{name} must be at least {low}, got {value}")
+        if channels not in _MODES:
+            raise ConfigurationError(f"data.init_args.channels must be 1 or 3, got {channels}")
+        if classes not in (None, "imagenet"):
+            raise ConfigurationError(f"data.init_args.classes must be imagenet or null, got {classes!r}")
+        if not 0 <= max_corrupt <= 1:
+            raise ConfigurationError(f"data.init_args.max_corrupt must be in [0, 1], got {max_corrupt}")
+        if samples_per_epoch is not None and not streaming:
+            raise ConfigurationError(
+                "data.init_args.samples_per_epoch is for streams: set data.init_args.streaming, or leave it out"
+            )
+        self.source = ImageSource(source, subset, streaming)
+        self.splits = {"train": train_split, "val": val_split, "test": test_split or val_split}
+        self.columns = {"image": image_column, "label": label_column, "time": time_column, "index": index_column}
+        self.image_shape = (channels, image_size, image_size)
+        self.batch_size, self.num_workers, self.heldout_draws = batch_size, num_workers, heldout_draws
+        self.shuffle_buffer, self.samples_per_epoch = shuffle_buffer, samples_per_epoch
+        self.classes, self.max_corrupt = classes, max_corrupt
+        self.num_classes, self.class_names = num_classes, None
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        resize = {"interpolation": InterpolationMode.BICUBIC, "antialias": True}
+        self.train_transform = train_transform or v2.Compose(
+            [v2.RandomResizedCrop(image_size, scale=(0.25, 1.0), **resize), v2.RandomHorizontalFlip()]
+        )
+        self.heldout_transform = v2.Compose([v2.Resize(image_size, **resize), v2.CenterCrop(image_size)])
+        self._data: dict[str, Any] = {}
+        self._seen: dict[str, int] = {}
+        self._corrupt: dict[str, set[str]] = {}
+
+    # -- what there is ------------------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Fills the cache of datasets, once for all devices of a machine."""
+        if not self.source.streaming:
+            for split in dict.fromkeys(self.splits.values()):
+                self.source.split(split)
+
+    def setup(self, stage: str) -> None:
+        """Opens the splits of a stage.
+
+        Raises:
+            ConfigurationError: there are no such images, columns, or classes, or the transform does not fit.
+        """
+        used = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]
+        reference = self._open(self.splits["train"])  # for the class names, whatever the stage
+        names = self._names(reference)
+        self._number_classes(names)
+        for use in used:
+            if use not in self._data:
+                rows = reference if use == "train" else self._open(self.splits[use])
+                self._data[use] = self._dataset(use, rows, names)
+
+    def _open(self, split: str) -> Rows:
+        rows = self.source.split(split)
+        features = rows.features or {}
+        for use, name in self.columns.items():
+            if name is None:
+                continue
+            where = f"{self.source.source}, split {split!r}: data.init_args.{use}_column {name!r}"
+            if name not in features:
+                raise ConfigurationError(f"{where} is not there; the columns are: {', '.join(features)}")
+            kind = getattr(features[name], "dtype", "")
+            if (
+                use == "image"
+                and not isinstance(features[name], datasets.Image)
+                and kind not in ("binary", "large_binary")
+            ):
+                raise ConfigurationError(f"{where} holds {features[name]}, no images (Image or binary)")
+            if use != "image" and "int" not in kind:
+                raise ConfigurationError(f"{where} holds {features[name]}; integers are needed, or ClassLabel")
+        return rows.cast_column(self.columns["image"], datasets.Image(decode=False))
+
+    def _names(self, rows: Rows) -> list[str] | None:
+        return getattr(rows.features[self.columns["label"]], "names", None)
+
+    def _number_classes(self, names: list[str] | None) -> None:
+        if self.classes == "imagenet":
+            self.class_names = imagenet_names()[0]
+        elif names is not None:
+            self.class_names = names
+        elif self.num_classes is None:
+            raise ConfigurationError(
+                f"{self.source.source}: its labels are numbers without names; state data.init_args.num_classes"
+            )
+        if self.class_names is not None:
+            if self.num_classes not in (None, len(self.class_names)):
+                raise ConfigurationError(
+                    f"data.init_args.num_classes is {self.num_classes}, but there are {len(self.class_names)} named classes; "
+                    "leave it out, or set data.init_args.classes to imagenet where the classifier's classes are those"
+                )
+            self.num_classes = len(self.class_names)
+
+    def _labels(self, split: str, names: list[str] | None, reference: list[str] | None) -> list[int] | None:
+        """The number of each class of a split."""
+        where = f"{self.source.source}, split {split!r}"
+        if self.classes == "imagenet":
+            if names is None:
+                raise ConfigurationError(
+                    f"{where}: data.init_args.classes is imagenet, but the labels have no names to order them by. If they are in "
+                    "torchvision's order already, set classes to null and num_classes to 1000"
+                )
+            return imagenet_labels(names, where)
+        if names is None or reference is None:
+            return None
+        if unknown := [name for name in names if name not in reference]:
+            absent = [name for name in reference if name not in names]
+            raise ConfigurationError(
+                f"{where}: its class names do not match those of split {self.splits['train']!r}. Only here: "
+                f"{', '.join(unknown[:_NAMED])}. Only there: {', '.join(absent[:_NAMED]) or 'none'}"
+            )
+        return [reference.index(name) for name in names]
+
+    def _dataset(self, use: str, rows: Rows, reference: list[str] | None) -> ImageRows | ImageStream:
+        transform = self.train_transform if use == "train" else self.heldout_transform
+        self._check(transform)
+        reader = ImageReader(
+            self.splits[use],
+            **self.columns,
+            mode=_MODES[self.image_shape[0]],
+            transform=transform,
+            labels=self._labels(self.splits[use], self._names(rows), reference),
+            num_classes=self.num_classes,
+            seed=self.seed if use == "train" else None,
+        )
+        draws = 1 if use == "train" else self.heldout_draws
+        if not self.source.streaming:
+            return ImageRows(rows, reader, draws)
+        stated = (rows.info.splits or {}).get(self.splits[use])
+        samples = self.samples_per_epoch or getattr(stated, "num_examples", None)
+        rank, world = self._device()
+        if isinstance(rows, datasets.Dataset):
+            samples = self.samples_per_epoch or len(rows)
+            # A folder comes class by class, which blocks of a stream would not mix.
+            rows = rows.shuffle(seed=0) if use == "train" else rows
+            shards = _STREAM_SHARDS * world * max(1, self.num_workers)
+            rows = rows.to_iterable_dataset(num_shards=min(len(rows), shards))
+        share = split_dataset_by_node(rows, rank, world)
+        if use != "train":
+            return ImageStream(share, reader, draws)
+        if samples is None:
+            raise ConfigurationError(
+                f"{self.source.source} does not state how many images split {self.splits[use]!r} has: set "
+                "data.init_args.samples_per_epoch"
+            )
+        return TrainImageStream(share, reader, self.seed, self.shuffle_buffer, samples // world)
+
+    def _check(self, transform: nn.Module) -> None:
+        example = torch.zeros(self.image_shape[0], self.image_shape[1] + 9, self.image_shape[2] + 20, dtype=torch.uint8)
+        result = transform(example)
+        if (
+            not isinstance(result, torch.Tensor)
+            or result.dtype != torch.uint8
+            or tuple(result.shape) != self.image_shape
+        ):
+            raise ConfigurationError(
+                f"data.init_args.train_transform has to make 8-bit images of shape {self.image_shape}; it made "
+                f"{getattr(result, 'dtype', type(result).__name__)} of shape {tuple(getattr(result, 'shape', ()))}"
+            )
+
+    # -- loaders ------------------------------------------------------------------------------------------------------
+
+    def _device(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _reading(self, use: str) -> dict[str, Any]:
+        rank, world = self._device()
+        data, workers = self._data[use], self.num_workers
+        if isinstance(data, ImageStream) and data.rows.num_shards < workers:
+            workers = data.rows.num_shards
+            log.warning(
+                f"split {self.splits[use]!r} comes in {workers} file(s) for this device, so {workers} worker(s) read it"
+            )
+        pin = bool(self.trainer) and self.trainer.strategy.root_device.type == "cuda"
+        return {"rank": rank, "world_size": world, "num_workers": workers, "pin_memory": pin}
+
+    def train_dataloader(self) -> ResumableLoader:
+        return train_loader(self._data["train"], self.batch_size, self.seed, **self._reading("train"))
+
+    def val_dataloader(self) -> DataLoader:
+        return heldout_loader(self._data["val"], self.batch_size, **self._reading("val"))
+
+    def test_dataloader(self) -> DataLoader:
+        return heldout_loader(self._data["test"], self.batch_size, **self._reading("test"))
+
+    # -- corrupt images -----------------------------------------------------------------------------------------------
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        use = "train" if self.trainer.training else "test" if self.trainer.testing else "val"
+        corrupt = self._corrupt.setdefault(use, set())
+        reports = take_reports(batch)
+        self._seen[use] = self._seen.get(use, 0) + len(batch["image"]) + len(reports)
+        for name in set(reports) - corrupt:
+            log.warning(f"skipped a corrupt image: {name}")
+        corrupt.update(reports)
+        data = self._data[use]
+        if isinstance(data, ImageRows):
+            of = len(data.rows)
+        else:
+            of = max(_ENOUGH_SEEN, min(self._seen[use], self.samples_per_epoch or self._seen[use]))
+        if len(corrupt) > self.max_corrupt * of:
+            raise ConfigurationError(
+                f"split {self.splits[use]!r} of {self.source.source}: {len(corrupt)} of {of} images are corrupt, more than "
+                f"data.init_args.max_corrupt ({self.max_corrupt:g}) allows: {', '.join(sorted(corrupt)[:_NAMED])}"
+            )
+        return batch
+
+    def teardown(self, stage: str) -> None:
+        for use, corrupt in self._corrupt.items():
+            if corrupt:
+                log.warning(
+                    f"{len(corrupt)} corrupt images of split {self.splits[use]!r} were skipped: "
+                    f"{', '.join(sorted(corrupt)[:_NAMED])}{' …' if len(corrupt) > _NAMED else ''}"
+                )
