@@ -5,15 +5,17 @@ from calib_guidance.data.digits import DigitImages, Digits, digits
 from calib_guidance.data.image_data import ImageData
 from calib_guidance.data.imagenet import imagenet_labels, imagenet_names
 from calib_guidance.data.loading import ResumableLoader, heldout_loader, train_loader
-from calib_guidance.data.noising import Clean, Noisy
 from calib_guidance.data.noising import Clean, Denoised, Noising, Noisy
 from calib_guidance.data.sample_requests import SampleRequests
 
 __all__ = [
     "Clean",
+    "DenoiseRequests",
+    "Denoised",
     "DigitImages",
     "Digits",
     "ImageData",
+    "Noising",
     "Noisy",
     "ResumableLoader",
     "SampleRequests",
@@ -22,12 +24,4 @@ __all__ = [
     "imagenet_labels",
     "imagenet_names",
     "train_loader",
-    "DenoiseRequests",
-    "Denoised",
-    "DigitImages",
-    "Digits",
-    "Noising",
-    "Noisy",
-    "SampleRequests",
-    "digits",
 ]

@@ -9,10 +9,10 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 
 from calib_guidance.classifiers.base import Classifier
-from calib_guidance.data.noising import Clean
+from calib_guidance.data.noising import Clean, Noising
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.losses import binned_smooth_ece, smooth_ece
 from calib_guidance.metrics import ClassifierMetrics, Levels
@@ -54,7 +54,7 @@ class CalibrateClassifier(L.LightningModule):
     def __init__(
         self,
         classifier: Classifier,
-        noising: nn.Module | None = None,
+        noising: Noising | None = None,
         smooth_ece_weight: float = 0.0,
         smooth_ece_beta: float = 1e-2,
         smooth_ece_form: str = "per_sample",
@@ -112,13 +112,14 @@ class CalibrateClassifier(L.LightningModule):
                 f"the data has {classes} classes, the classifier {self.classifier.num_classes}: set "
                 f"model.init_args.classifier.init_args.num_classes (or its network's) to {classes}"
             )
+        self.noising.check_classes(self.classifier.num_classes)
         if (shape := getattr(data, "image_shape", None)) is not None:
-            try:
-                self.noising.check_image(shape)
-                if hasattr(self.classifier, "check_image"):
+            self.noising.check_image(shape)
+            if hasattr(self.classifier, "check_image"):
+                try:
                     self.classifier.check_image(shape)
-            except ValueError as error:
-                raise ConfigurationError(str(error)) from error
+                except ValueError as error:
+                    raise ConfigurationError(str(error)) from error
 
     def on_fit_start(self) -> None:
         for module in self.classifier.modules():
@@ -142,7 +143,7 @@ class CalibrateClassifier(L.LightningModule):
     def score_names(self, stage: str) -> list[str]:
         """Names under which the scores of held-out data can be logged: overall, and by noise level where t varies."""
         ranges = [self.level_range(k) for k in range(self.num_levels)] if self.num_levels > 1 else []
-        names = [f"{stage}/{name}" for name in self.metrics.keys() if name != "bins"]
+        names = [f"{stage}/{name}" for name in self.metrics if name != "bins"]
         return names + [f"{name}/t={text}" for name in names for text in ranges]
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
@@ -201,7 +202,7 @@ class CalibrateClassifier(L.LightningModule):
         return {name: value for name, value in self.metrics.compute().items() if name != "bins"}
 
     def reliability(self) -> Tensor:
-        """Bins of confidence ``(num_levels, num_bins, 3)`` of the same data, over all ranks: count, confidence, number correct."""
+        """Bins ``(num_levels, num_bins, 3)`` of the same data, over all ranks: count, summed confidence, number correct."""
         return self.metrics.compute()["bins"].by_level
 
     def _log_measured(self, stage: str) -> None:
