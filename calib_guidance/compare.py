@@ -12,7 +12,7 @@ import re
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from calib_guidance.lightning_cli import run_lightning
 
 _OVERLAYS = Path("lightning_configs")
 _KEYS = {"stages", "seeds", "tables", "groups", "rows"}
-_ROW_KEYS = {"name", "overlays", "arguments", "groups"}
+_ROW_KEYS = {"name", "overlays", "arguments", "groups", "needs", "commands"}
 _STAGE_KEYS = {"command", "configs", "arguments"}
 _QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
 
@@ -82,6 +82,7 @@ class Run:
         commands: words for the command line, one after the other.
         folder: where it writes.
         fingerprint: hash of all that changes its result.
+        needs: folder of a run that must be done before it, or None.
     """
 
     row: int
@@ -89,6 +90,7 @@ class Run:
     commands: tuple[tuple[str, ...], ...]
     folder: Path
     fingerprint: str
+    needs: Path | None = None
 
     def done(self) -> bool:
         """Whether an earlier run with the same fingerprint came to its end."""
@@ -114,7 +116,7 @@ class Comparison:
 def _fingerprint(commands: Sequence[Sequence[str]], sources: bytes) -> str:
     """Hash of the words, the configurations and the weights that they name, and the package's own sources."""
     digest = hashlib.sha256(json.dumps(commands).encode() + sources)
-    configs = [Path(word) for words in commands for word in words if word.endswith(".yaml")]
+    configs = [Path(word) for words in commands for word in words if Path(word).is_file()]
     weights = sorted({w for c in configs for w in re.findall(r"[\w./-]+\.(?:safetensors|pth?|ckpt)", c.read_text())})
     for path in (*configs, *map(Path, weights)):
         if path.is_file():
@@ -149,17 +151,24 @@ def _for_stage(words: Sequence[str] | Mapping[str, Sequence[str]] | None, stage:
     return list(words.get(stage, ()) if isinstance(words, Mapping) else words or ())
 
 
+def _fill(text: str, known: Mapping[str, object]) -> str:
+    for place, value in known.items():
+        text = text.replace(place, str(value))
+    return text
+
+
 def read_comparison(path: Path, output: Path) -> Comparison:
     """A comparison file.
 
     It has the keys ``stages`` (the commands of a run, one after the other: ``command``, ``configs``, ``arguments``), ``seeds``,
     ``tables`` (by mark: ``title`` and ``columns``), ``groups`` (name to overlays, applied first) and ``rows`` (``name``,
-    ``overlays``, and optionally ``arguments`` and the ``groups`` that the row is for). Overlays are files of
-    lightning_configs/, without the ending. Overlays and arguments are a list for all stages, or a mapping of stages to lists.
-    In arguments ``{seed}`` and ``{folder}`` stand for those of the run.
+    ``overlays``, and optionally ``arguments``, the ``groups`` that the row is for, ``commands``, which take the place of
+    stages' own, and ``needs``, the name of a row above that must be done before). Overlays are files of lightning_configs/,
+    without the ending. Overlays and arguments are a list for all stages, or a mapping of stages to lists. In arguments
+    ``{seed}`` and ``{folder}`` stand for those of the run, ``{needed}`` for the folder of the needed row's run of that seed.
 
     Raises:
-        ConfigurationError: no such file, unknown keys or missing overlays.
+        ConfigurationError: no such file, unknown keys, missing overlays or no such row above.
     """
     if not path.is_file():
         raise ConfigurationError(f"compare: no such file: {path}")
@@ -178,6 +187,13 @@ def read_comparison(path: Path, output: Path) -> Comparison:
                 continue
             for seed in content["seeds"]:
                 folder = output / _slug(group) / _slug(row["name"]) / f"seed{seed}"
+                needed = None
+                if "needs" in row:
+                    needed = output / _slug(group) / _slug(row["needs"]) / f"seed{seed}"
+                    if (group, row["needs"]) not in rows:
+                        raise ConfigurationError(
+                            f"{path}, row {row['name']!r}: needs {row['needs']!r}, which no row above is"
+                        )
                 commands = []
                 for stage, settings in content["stages"].items():
                     names = [*_for_stage(group_overlays, stage), *_for_stage(row.get("overlays"), stage)]
@@ -185,10 +201,13 @@ def read_comparison(path: Path, output: Path) -> Comparison:
                     if missing := [c for c in configs if not Path(c).is_file()]:
                         raise ConfigurationError(f"{path}, row {row['name']!r}: no such files: {', '.join(missing)}")
                     arguments = [*settings.get("arguments", ()), *_for_stage(row.get("arguments"), stage)]
-                    words = [settings["command"], *(word for config in configs for word in ("--config", config))]
-                    words += [a.replace("{seed}", str(seed)).replace("{folder}", str(folder)) for a in arguments]
+                    command = row.get("commands", {}).get(stage, settings["command"])
+                    words = [command, *(word for config in configs for word in ("--config", config))]
+                    known = {"{seed}": seed, "{folder}": folder, "{needed}": needed}
+                    words += [_fill(argument, known) for argument in arguments]
                     commands.append((*words, *_QUIET))
-                runs.append(Run(len(rows), seed, tuple(commands), folder, _fingerprint(commands, sources)))
+                fingerprint = _fingerprint(commands, sources)
+                runs.append(Run(len(rows), seed, tuple(commands), folder, fingerprint, needed))
             rows.append((group, row["name"]))
     if len({run.folder for run in runs}) != len(runs):
         raise ConfigurationError(f"{path}: two rows of a group have the same name, or a seed occurs twice")
@@ -297,13 +316,24 @@ def compare(args: Sequence[str]) -> None:
     started, failed = time.monotonic(), []
     # Spawned, and without spinning threads, since the workers share the cores.
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        jobs = {pool.submit(_work, run, threads): run for run in todo}
-        before = f"{len(comparison.runs) - len(todo)} runs done before"
-        for job in tqdm(as_completed(jobs), total=len(todo), desc=before, unit="run"):
-            if error := job.exception():
-                failed.append(jobs[job])
-                tqdm.write(f"failed: {jobs[job].folder / 'log.txt'}: {error}")
+    before = f"{len(comparison.runs) - len(todo)} runs done before"
+    with (
+        ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool,
+        tqdm(total=len(todo), desc=before, unit="run") as bar,
+    ):
+        waiting = {run.folder: run for run in todo}
+        jobs: dict[Future, Run] = {}
+        while waiting or jobs:
+            ready = [
+                run for run in waiting.values() if run.needs not in waiting.keys() | {r.folder for r in jobs.values()}
+            ]
+            jobs |= {pool.submit(_work, waiting.pop(run.folder), threads): run for run in ready}
+            for job in wait(jobs, return_when=FIRST_COMPLETED).done:
+                run = jobs.pop(job)
+                bar.update()
+                if error := job.exception():
+                    failed.append(run)
+                    tqdm.write(f"failed: {run.folder / 'log.txt'}: {error}")
     if failed:
         raise SystemExit(
             f"{len(failed)} of {len(comparison.runs)} runs failed; their logs say why, and the same command does what is left"
