@@ -138,8 +138,6 @@ class ImageData(L.LightningDataModule):
         self._seen: dict[str, int] = {}
         self._corrupt: dict[str, set[str]] = {}
 
-    # -- what there is ------------------------------------------------------------------------------------------------
-
     def prepare_data(self) -> None:
         """Fills the cache of datasets, once for all devices of a machine."""
         if not self.source.streaming:
@@ -268,8 +266,6 @@ class ImageData(L.LightningDataModule):
                 f"{getattr(result, 'dtype', type(result).__name__)} of shape {tuple(getattr(result, 'shape', ()))}"
             )
 
-    # -- loaders ------------------------------------------------------------------------------------------------------
-
     def _device(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
@@ -292,8 +288,6 @@ class ImageData(L.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         return heldout_loader(self._data["test"], self.batch_size, **self._reading("test"))
-
-    # -- corrupt images -----------------------------------------------------------------------------------------------
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         use = "train" if self.trainer.training else "test" if self.trainer.testing else "val"

@@ -209,9 +209,10 @@ def train_loader(
     """
     streamed = isinstance(dataset, IterableDataset)
     sampler = None if streamed else _Shuffled(dataset, world_size, rank, seed=seed, drop_last=True)
+    # By keyword: Lightning's overfit_batches makes the loader anew from the arguments it was made with.
     loader = ResumableLoader(
         dataset,
-        batch_size,
+        batch_size=batch_size,
         sampler=sampler,
         num_workers=num_workers,
         collate_fn=collate,
@@ -252,7 +253,7 @@ def heldout_loader(
     """
     return DataLoader(
         dataset,
-        batch_size,
+        batch_size=batch_size,
         sampler=None if isinstance(dataset, IterableDataset) else _Strided(dataset, world_size, rank),
         num_workers=num_workers,
         collate_fn=collate,

@@ -477,3 +477,28 @@ def test_a_hub_data_set_with_the_names_of_imagenet(monkeypatch, streaming):
         "ILSVRC/imagenet-1k", classes="imagenet", streaming=streaming, samples_per_epoch=4 if streaming else None
     )
     assert joined(list(data.val_dataloader()), "label").tolist() == [999, 517, 0, 134]
+
+
+def test_overfit_batches_of_lightning(folder, tmp_path):
+    data = ImageData(str(folder), 8, batch_size=4)
+    assert fit(data, tmp_path, overfit_batches=2, max_epochs=2).trained == [*range(8), *range(8)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_column_of_encoded_images(tmp_path, streaming):
+    rows = {"picture": [encoded(i) for i in range(6)], "class": [i % 2 for i in range(6)]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
+    data = ImageData(
+        str(tmp_path / "*.parquet"),
+        8,
+        batch_size=3,
+        val_split="train",
+        image_column="picture",
+        label_column="class",
+        num_classes=2,
+        streaming=streaming,
+        samples_per_epoch=6 if streaming else None,
+    )
+    data.setup("fit")
+    assert joined(list(data.val_dataloader()), "label").tolist() == [0, 1] * 3
+    assert sorted(joined(epoch(data), "label").tolist()) == [0] * 3 + [1] * 3
