@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from typing import Any
 
 import datasets
@@ -17,7 +16,7 @@ from torchvision.transforms import InterpolationMode, v2
 from calib_guidance.data.image_datasets import ImageReader, ImageRows, ImageStream, TrainImageStream
 from calib_guidance.data.image_source import ImageSource, Rows
 from calib_guidance.data.imagenet import imagenet_labels, imagenet_names
-from calib_guidance.data.loading import ResumableLoader, heldout_loader, take_reports, train_loader
+from calib_guidance.data.loading import ResumableLoader, heldout_loader, run_seed, take_reports, train_loader
 from calib_guidance.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
@@ -128,7 +127,7 @@ class ImageData(L.LightningDataModule):
         self.shuffle_buffer, self.samples_per_epoch = shuffle_buffer, samples_per_epoch
         self.classes, self.max_corrupt = classes, max_corrupt
         self.num_classes, self.class_names = num_classes, None
-        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.seed = run_seed(seed)
         resize = {"interpolation": InterpolationMode.BICUBIC, "antialias": True}
         self.train_transform = train_transform or v2.Compose(
             [v2.RandomResizedCrop(image_size, scale=(0.25, 1.0), **resize), v2.RandomHorizontalFlip()]
