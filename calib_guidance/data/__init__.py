@@ -2,7 +2,7 @@
 
 from calib_guidance.data.denoise_requests import DenoiseRequests
 from calib_guidance.data.digits import DigitImages, Digits, digits
-from calib_guidance.data.image_data import ImageData
+from calib_guidance.data.image_data import ImageData, ImageSplit
 from calib_guidance.data.imagenet import imagenet_labels, imagenet_names
 from calib_guidance.data.loading import ResumableLoader, heldout_loader, train_loader
 from calib_guidance.data.noising import Clean, Denoised, Noising, Noisy
@@ -15,6 +15,7 @@ __all__ = [
     "DigitImages",
     "Digits",
     "ImageData",
+    "ImageSplit",
     "Noising",
     "Noisy",
     "ResumableLoader",

@@ -6,6 +6,7 @@ import lightning as L
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from calib_guidance.data.loading import CorruptImages, take_reports
 from calib_guidance.data.sample_requests import check_numbers, request_loader
 from calib_guidance.errors import ConfigurationError
 
@@ -22,6 +23,8 @@ class _Requests:
     def __getitem__(self, index: int) -> dict[str, int | Tensor]:
         row = index % len(self.images)
         item = self.images[row]
+        if "corrupt" in item:
+            return {"corrupt": item["corrupt"]}
         label = int(item["label"])
         if not 0 <= label < self.num_classes:
             raise ConfigurationError(
@@ -46,6 +49,7 @@ class DenoiseRequests(L.LightningDataModule):
         seed: of every request, ≥ 0; a denoised image is a function of (configuration, seed, index) alone.
         batch_size: images per batch and device.
         num_workers: processes per device that read images; 0 reads in the main one.
+        max_corrupt: share of the images that may be unreadable, in [0, 1]. They are left out, and named.
 
     Raises:
         ConfigurationError: numbers out of range, a data set without images, or, when it is read, a label outside
@@ -60,6 +64,7 @@ class DenoiseRequests(L.LightningDataModule):
         seed: int = 0,
         batch_size: int = 64,
         num_workers: int = 0,
+        max_corrupt: float = 0.01,
     ):
         super().__init__()
         # With fewer batches than ranks some ranks have nothing to do, which is fine here.
@@ -71,20 +76,25 @@ class DenoiseRequests(L.LightningDataModule):
             batch_size=(batch_size, 1),
             num_workers=(num_workers, 0),
         )
+        if not 0 <= max_corrupt <= 1:
+            raise ConfigurationError(f"data.init_args.max_corrupt must be in [0, 1], got {max_corrupt}")
         if not len(images):
             raise ConfigurationError("data.init_args.images: the data set holds no images")
         self.images, self.num_classes, self.draws_per_image, self.seed = images, num_classes, draws_per_image, seed
         self.batch_size, self.num_workers = batch_size, num_workers
         self.requests = _Requests(images, draws_per_image, num_classes, seed)
+        self.corrupt = CorruptImages("data.init_args.images", max_corrupt)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """``(C, H, W)`` of the first image.
+        """``(C, H, W)`` of the first image that can be read.
 
         Raises:
             ConfigurationError: a data set of anything but dicts of image, label and index.
         """
-        item = self.images[0]
+        item = next(
+            (item for item in map(self.images.__getitem__, range(len(self.images))) if "corrupt" not in item), None
+        )
         if not (isinstance(item, dict) and {"image", "label", "index"} <= item.keys()):
             found = sorted(item) if isinstance(item, dict) else type(item).__name__
             raise ConfigurationError(
@@ -100,3 +110,10 @@ class DenoiseRequests(L.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         return request_loader(self.requests, self.batch_size, self.trainer, self.num_workers)
+
+    def on_before_batch_transfer(self, batch: dict[str, object], dataloader_idx: int) -> dict[str, object]:
+        self.corrupt.count(take_reports(batch), len(self.images))
+        return batch
+
+    def teardown(self, stage: str) -> None:
+        self.corrupt.summarise()

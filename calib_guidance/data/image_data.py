@@ -10,13 +10,20 @@ import lightning as L
 import torch
 from datasets.distributed import split_dataset_by_node
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 
 from calib_guidance.data.image_datasets import ImageReader, ImageRows, ImageStream, TrainImageStream
 from calib_guidance.data.image_source import ImageSource, Rows
 from calib_guidance.data.imagenet import imagenet_labels, imagenet_names
-from calib_guidance.data.loading import ResumableLoader, heldout_loader, run_seed, take_reports, train_loader
+from calib_guidance.data.loading import (
+    CorruptImages,
+    ResumableLoader,
+    heldout_loader,
+    run_seed,
+    take_reports,
+    train_loader,
+)
 from calib_guidance.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
@@ -135,7 +142,7 @@ class ImageData(L.LightningDataModule):
         self.heldout_transform = v2.Compose([v2.Resize(image_size, **resize), v2.CenterCrop(image_size)])
         self._data: dict[str, Any] = {}
         self._seen: dict[str, int] = {}
-        self._corrupt: dict[str, set[str]] = {}
+        self._corrupt: dict[str, CorruptImages] = {}
 
     def prepare_data(self) -> None:
         """Fills the cache of datasets, once for all devices of a machine."""
@@ -290,28 +297,57 @@ class ImageData(L.LightningDataModule):
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         use = "train" if self.trainer.training else "test" if self.trainer.testing else "val"
-        corrupt = self._corrupt.setdefault(use, set())
         reports = take_reports(batch)
         self._seen[use] = self._seen.get(use, 0) + len(batch["image"]) + len(reports)
-        for name in set(reports) - corrupt:
-            log.warning(f"skipped a corrupt image: {name}")
-        corrupt.update(reports)
         data = self._data[use]
         if isinstance(data, ImageRows):
-            of = len(data.rows)
+            total = len(data.rows)
         else:
-            of = max(_ENOUGH_SEEN, min(self._seen[use], self.samples_per_epoch or self._seen[use]))
-        if len(corrupt) > self.max_corrupt * of:
-            raise ConfigurationError(
-                f"split {self.splits[use]!r} of {self.source.source}: {len(corrupt)} of {of} images are corrupt, more than "
-                f"data.init_args.max_corrupt ({self.max_corrupt:g}) allows: {', '.join(sorted(corrupt)[:_NAMED])}"
-            )
+            total = max(_ENOUGH_SEEN, min(self._seen[use], self.samples_per_epoch or self._seen[use]))
+        if use not in self._corrupt:
+            self._corrupt[use] = CorruptImages(f"{self.source.source}, split {self.splits[use]!r}", self.max_corrupt)
+        self._corrupt[use].count(reports, total)
         return batch
 
     def teardown(self, stage: str) -> None:
-        for use, corrupt in self._corrupt.items():
-            if corrupt:
-                log.warning(
-                    f"{len(corrupt)} corrupt images of split {self.splits[use]!r} were skipped: "
-                    f"{', '.join(sorted(corrupt)[:_NAMED])}{' …' if len(corrupt) > _NAMED else ''}"
-                )
+        for corrupt in self._corrupt.values():
+            corrupt.summarise()
+
+
+class ImageSplit(Dataset):
+    """One split of images as a map-style data set, resized and cropped as held-out ones, for :class:`DenoiseRequests`.
+
+    Items are ``{"image", "label", "index"}``, or ``{"corrupt": path}`` for an image that cannot be read.
+
+    Args:
+        source, image_size, subset, classes, num_classes, image_column, label_column, channels: see :class:`ImageData`.
+        split: which.
+
+    Raises:
+        ConfigurationError: as :class:`ImageData` does.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        image_size: int,
+        split: str = "train",
+        subset: str | None = None,
+        classes: str | None = None,
+        num_classes: int | None = None,
+        image_column: str = "image",
+        label_column: str = "label",
+        channels: int = 3,
+    ):
+        names = {"image_column": image_column, "label_column": label_column, "channels": channels}
+        classes_of = {"classes": classes, "num_classes": num_classes}
+        data = ImageData(source, image_size, train_split=split, val_split=split, subset=subset, **classes_of, **names)
+        data.prepare_data()
+        data.setup("validate")
+        self.images = data._data["val"]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.images[index]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,10 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from calib_guidance.errors import ConfigurationError
+
+log = logging.getLogger(__name__)
+
+_NAMED = 10  # corrupt images in a message
 
 
 def hashed(*key: int) -> int:
@@ -77,6 +82,47 @@ def take_reports(batch: dict[str, Any]) -> list[str]:
     if "image" not in batch:
         raise ConfigurationError(f"no image of a batch can be read: {', '.join(corrupt)}")
     return corrupt
+
+
+class CorruptImages:
+    """The distinct corrupt images that have been met: warned of once each, and an error when there are too many.
+
+    Args:
+        where: the images, for messages.
+        max_share: how many of them may be corrupt, in [0, 1].
+    """
+
+    def __init__(self, where: str, max_share: float):
+        self.where, self.max_share = where, max_share
+        self.names: set[str] = set()
+
+    def count(self, reports: list[str], total: int) -> None:
+        """Count what a batch reported.
+
+        Args:
+            reports: of :func:`take_reports`.
+            total: number of images that the share is of.
+
+        Raises:
+            ConfigurationError: more than the share is corrupt.
+        """
+        for name in sorted(set(reports) - self.names):
+            log.warning(f"skipped a corrupt image: {name}")
+        self.names.update(reports)
+        if len(self.names) > self.max_share * total:
+            raise ConfigurationError(
+                f"{self.where}: {len(self.names)} of {total} images are corrupt, more than data.init_args.max_corrupt "
+                f"({self.max_share:g}) allows: {self._some()}"
+            )
+
+    def summarise(self) -> None:
+        """Log how many there were, where there were any."""
+        if self.names:
+            log.warning(f"{self.where}: {len(self.names)} corrupt images were skipped: {self._some()}")
+
+    def _some(self) -> str:
+        more = " …" if len(self.names) > _NAMED else ""
+        return f"{', '.join(sorted(self.names)[:_NAMED])}{more}"
 
 
 def _world() -> tuple[int, int]:

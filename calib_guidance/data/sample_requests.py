@@ -17,7 +17,7 @@ POLICIES = ("balanced", "uniform")
 
 
 class Requests(Protocol):
-    """Numbered requests: a dict each, with its number as ``index``."""
+    """Numbered requests: a dict each, with its number as ``index``, or ``{"corrupt": path}`` for one that cannot be read."""
 
     def __len__(self) -> int: ...
 
@@ -40,7 +40,10 @@ class _Batches(IterableDataset):
         starts = self.starts if worker is None else self.starts[worker.id :: worker.num_workers]
         for start in starts:
             rows = range(start, min(start + self.batch_size, len(self.requests)))
-            yield default_collate([self.requests[i] for i in rows])
+            items = [self.requests[i] for i in rows]
+            good = [item for item in items if "corrupt" not in item]
+            corrupt = [item["corrupt"] for item in items if "corrupt" in item]
+            yield (default_collate(good) if good else {}) | ({"corrupt": corrupt} if corrupt else {})
 
 
 def request_loader(requests: Requests, batch_size: int, trainer: L.Trainer, num_workers: int = 0) -> DataLoader:

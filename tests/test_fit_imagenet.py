@@ -1,0 +1,168 @@
+"""Every ImageNet configuration of ``fit``, at full architecture, on a generated image folder."""
+
+import itertools
+import json
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from calib_guidance.cli import main
+from calib_guidance.networks import UNet
+from tests.conftest import ROOT
+
+WNIDS = ("n01440764", "n02123045", "n07753592")  # tench, tabby, banana
+FIT = ROOT / "lightning_configs/fit"
+NOISINGS, OBJECTIVES = ("clean", "noisy", "denoised_imagenet128"), ("cross_entropy", "smooth_ece")
+OFFLINE = {"noising": "denoised_offline", "objective": "smooth_ece_binned"}
+CASES = [
+    *({"fit": f, "noising": n, "objective": o} for f, n, o in itertools.product(("50", "101"), NOISINGS, OBJECTIVES)),
+    *({"fit": name} for name in sorted(p.stem for p in FIT.glob("imagenet*.yaml") if "resnet" not in p.stem)),
+]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Two splits of three of ImageNet's classes, one image of them damaged."""
+    folder = tmp_path_factory.mktemp("imagenet")
+    generator = torch.Generator().manual_seed(0)
+    for split, wnid, number in itertools.product(("train", "val"), WNIDS, range(3)):
+        path = folder / split / wnid / f"{number}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(256, (8, 10, 3), dtype=torch.uint8, generator=generator).numpy()
+        Image.fromarray(pixels).resize((160, 140)).save(path)
+    damaged = folder / "train" / WNIDS[0] / "damaged.JPEG"
+    damaged.write_bytes((folder / "train" / WNIDS[0] / "0.JPEG").read_bytes()[:300])
+    return folder
+
+
+def fit(folder, source, case, tmp_path, **model):
+    """Two steps of a configuration, without weights; its classifier as written."""
+    name = case["fit"] if "_" in case["fit"] else f"imagenet128_resnet{case['fit']}"
+    configs = [FIT / f"{name}.yaml"]
+    configs += [ROOT / f"lightning_configs/{part}/{case[part]}.yaml" for part in ("noising", "objective") if part in case]
+    merged = yaml.safe_load(configs[0].read_text())
+    classifier = merged["model"]["init_args"]["classifier"]["init_args"]
+    changes = {"classifier": {"init_args": {("weights" if "weights" in classifier else "checkpoint"): None}}} | model
+    if case.get("noising") == "denoised_imagenet128":  # the full one is built in a test of its own: 421 million parameters
+        network = {"model_channels": 32, "num_res_blocks": 1, "dtype": "float32"}
+        denoiser = {"init_args": {"checkpoint": None, "network": {"init_args": network}}}
+        changes["noising"] = {"init_args": {"denoiser": denoiser}}
+    callbacks = [c for c in merged["trainer"]["callbacks"] if "ModelCheckpoint" not in c["class_path"]]
+    callbacks[-1]["init_args"]["path"] = None
+    trainer = {"callbacks": callbacks, "max_steps": 2, "max_epochs": -1, "val_check_interval": 2, "limit_val_batches": 1}
+    trainer |= {"num_sanity_val_steps": 0, "precision": "32-true", "logger": False, "enable_checkpointing": False}
+    trainer |= {"default_root_dir": str(folder), "accelerator": "cpu", "enable_progress_bar": False}
+    data = {"source": str(source), "batch_size": 2, "num_workers": 0, "max_corrupt": 0.2}
+    test = tmp_path / "test.yaml"
+    test.write_text(yaml.safe_dump({"trainer": trainer, "model": {"init_args": changes}, "data": {"init_args": data}}))
+    main(["fit", *(f"--config={path}" for path in (*configs, test))])
+    return yaml.safe_load((folder / "classifier.yaml").read_text())
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(case.values()))
+def test_configuration(images, in_root, tmp_path, case):
+    description = fit(tmp_path / "out", images, case, tmp_path)
+    (report,) = (tmp_path / "out/calibration").glob("val-*.json")
+    measured = json.loads(report.read_text())
+    assert measured["nll"]["overall"] > 0
+    assert 0 <= measured["ece"]["overall"] <= 1
+    levels = sum(count > 0 for count in measured["count"])
+    assert levels == 1 if case.get("noising") == "clean" else levels >= 1
+    config = yaml.safe_load((ROOT / f"lightning_configs/fit/{case['fit']}.yaml").read_text()) if "_" in case["fit"] else None
+    network = description["init_args"]["network"]
+    if config is None:
+        assert network == f"torchvision/resnet{case['fit']}"
+    else:
+        expected = config["model"]["init_args"]["classifier"]["init_args"]["network"]
+        assert network == expected if isinstance(expected, str) else network["class_path"] == expected["class_path"]
+
+
+def test_the_denoiser_is_the_published_one():
+    """The network of noising/denoised_imagenet128 is that of the sampling configuration, and of the offline one."""
+
+    def network(path, *keys):
+        node = yaml.safe_load((ROOT / "lightning_configs" / path).read_text())["model"]["init_args"]
+        for key in keys:
+            node = node[key]["init_args"]
+        return node["denoiser"]["init_args"]
+
+    sampled = network("predict/imagenet128_resnet101_js.yaml")
+    for other in (network("noising/denoised_imagenet128.yaml", "noising"), network("predict/imagenet128_denoised.yaml")):
+        assert {key: other[key] for key in sampled} == sampled
+    with torch.device("meta"):
+        parameters = UNet(**sampled["network"]["init_args"]).parameters()
+    assert sum(p.numel() for p in parameters) == 421_529_606
+
+
+def test_denoised_beforehand(images, in_root, tmp_path):
+    """The offline way: predict writes both splits, and fit reads them."""
+    network = {"model_channels": 32, "num_res_blocks": 1, "dtype": "float32"}
+    model = {"denoiser": {"init_args": {"checkpoint": None, "network": {"init_args": network}}}}
+    data = {"images": {"init_args": {"source": str(images)}}, "num_workers": 0, "batch_size": 3, "max_corrupt": 0.2}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump({"model": {"init_args": model}, "data": {"init_args": data}}))
+    for split in ("train", "validation"):
+        main(
+            [
+                "predict",
+                "--config=lightning_configs/predict/imagenet128_denoised.yaml",
+                f"--config={tmp_path / 'small.yaml'}",
+                f"--data.init_args.images.init_args.split={split}",
+                f"--trainer.default_root_dir={tmp_path / 'denoised' / split}",
+                "--trainer.accelerator=cpu",
+                "--trainer.enable_progress_bar=false",
+            ]
+        )
+    written = [len(list((tmp_path / "denoised" / s / "samples").glob("*.parquet"))) for s in ("train", "validation")]
+    assert written == [4, 3]
+    source = tmp_path / "denoised/{split}/samples/*.parquet"
+    description = fit(tmp_path / "out", source, {"fit": "50"} | OFFLINE, tmp_path)
+    assert description["init_args"]["network"] == "torchvision/resnet50"
+    measured = json.loads(next((tmp_path / "out/calibration").glob("val-*.json")).read_text())
+    assert sum(measured["count"]) == 2
+
+
+class TestRefusals:
+    """Before any training, with the cause and the cure."""
+
+    CASE = {"fit": "50"}
+
+    def refuse(self, capsys, *arguments, **keywords):
+        with pytest.raises(SystemExit) as stop:
+            fit(*arguments, **keywords)
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    def test_a_denoiser_of_another_image_size(self, images, in_root, tmp_path, capsys, monkeypatch):
+        config = yaml.safe_load((ROOT / "lightning_configs/noising/denoised_imagenet128.yaml").read_text())
+        network = config["model"]["init_args"]["noising"]["init_args"]["denoiser"]["init_args"]
+        network["network"]["init_args"] |= {"image_size": 64, "model_channels": 32, "dtype": "float32"}
+        network["checkpoint"] = None
+        noising = config["model"]["init_args"]["noising"]
+        message = self.refuse(capsys, tmp_path / "out", images, self.CASE, tmp_path, noising=noising)
+        assert "the data has images of 3×128×128, the denoiser takes 3×64×64" in message
+
+    def test_no_images(self, in_root, tmp_path, capsys):
+        (tmp_path / "empty").mkdir()
+        assert "no images found" in self.refuse(capsys, tmp_path / "out", tmp_path / "empty", self.CASE, tmp_path)
+
+    def test_class_names_that_imagenet_does_not_have(self, images, in_root, tmp_path, capsys):
+        for split in ("train", "val"):
+            folder = tmp_path / "pets" / split / "dog"
+            folder.mkdir(parents=True)
+            Image.new("RGB", (140, 140)).save(folder / "0.png")
+        message = self.refuse(capsys, tmp_path / "out", tmp_path / "pets", self.CASE, tmp_path)
+        assert "dog" in message
+
+    def test_too_many_corrupt_images(self, images, in_root, tmp_path, capsys):
+        broken = tmp_path / "broken"
+        for split, number in itertools.product(("train", "val"), range(4)):
+            path = broken / split / WNIDS[0] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (140, 140)).save(path)
+        for number in range(2):
+            (broken / "train" / WNIDS[0] / f"{number}.png").write_bytes(b"not an image")
+        message = self.refuse(capsys, tmp_path / "out", broken, self.CASE, tmp_path)
+        assert "are corrupt" in message
+        assert "max_corrupt" in message
