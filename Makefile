@@ -48,6 +48,7 @@ figures: demo
 	mkdir -p docs/images
 	cp outputs/digits/figures/*.png docs/images/
 	$(BIN)/python docs/gaussian_mixture.py
+	$(BIN)/python docs/overconfidence.py
 
 clean:
 	rm -rf $(VENV) outputs build *.egg-info

@@ -16,6 +16,7 @@ WNIDS = ("n01440764", "n02123045", "n07753592")  # tench, tabby, banana
 FIT = ROOT / "lightning_configs/fit"
 NOISINGS, OBJECTIVES = ("clean", "noisy", "denoised_imagenet128"), ("cross_entropy", "smooth_ece")
 OFFLINE = {"noising": "denoised_offline", "objective": "smooth_ece_binned"}
+PLAIN = {"fit": "50"}
 CASES = [
     *({"fit": f, "noising": n, "objective": o} for f, n, o in itertools.product(("50", "101"), NOISINGS, OBJECTIVES)),
     *({"fit": name} for name in sorted(p.stem for p in FIT.glob("imagenet*.yaml") if "resnet" not in p.stem)),
@@ -41,17 +42,27 @@ def fit(folder, source, case, tmp_path, **model):
     """Two steps of a configuration, without weights; its classifier as written."""
     name = case["fit"] if "_" in case["fit"] else f"imagenet128_resnet{case['fit']}"
     configs = [FIT / f"{name}.yaml"]
-    configs += [ROOT / f"lightning_configs/{part}/{case[part]}.yaml" for part in ("noising", "objective") if part in case]
+    configs += [
+        ROOT / f"lightning_configs/{part}/{case[part]}.yaml" for part in ("noising", "objective") if part in case
+    ]
     merged = yaml.safe_load(configs[0].read_text())
     classifier = merged["model"]["init_args"]["classifier"]["init_args"]
     changes = {"classifier": {"init_args": {("weights" if "weights" in classifier else "checkpoint"): None}}} | model
-    if case.get("noising") == "denoised_imagenet128":  # the full one is built in a test of its own: 421 million parameters
+    if (
+        case.get("noising") == "denoised_imagenet128"
+    ):  # the full one is built in a test of its own: 421 million parameters
         network = {"model_channels": 32, "num_res_blocks": 1, "dtype": "float32"}
         denoiser = {"init_args": {"checkpoint": None, "network": {"init_args": network}}}
         changes["noising"] = {"init_args": {"denoiser": denoiser}}
     callbacks = [c for c in merged["trainer"]["callbacks"] if "ModelCheckpoint" not in c["class_path"]]
     callbacks[-1]["init_args"]["path"] = None
-    trainer = {"callbacks": callbacks, "max_steps": 2, "max_epochs": -1, "val_check_interval": 2, "limit_val_batches": 1}
+    trainer = {
+        "callbacks": callbacks,
+        "max_steps": 2,
+        "max_epochs": -1,
+        "val_check_interval": 2,
+        "limit_val_batches": 1,
+    }
     trainer |= {"num_sanity_val_steps": 0, "precision": "32-true", "logger": False, "enable_checkpointing": False}
     trainer |= {"default_root_dir": str(folder), "accelerator": "cpu", "enable_progress_bar": False}
     data = {"source": str(source), "batch_size": 2, "num_workers": 0, "max_corrupt": 0.2}
@@ -70,7 +81,9 @@ def test_configuration(images, in_root, tmp_path, case):
     assert 0 <= measured["ece"]["overall"] <= 1
     levels = sum(count > 0 for count in measured["count"])
     assert levels == 1 if case.get("noising") == "clean" else levels >= 1
-    config = yaml.safe_load((ROOT / f"lightning_configs/fit/{case['fit']}.yaml").read_text()) if "_" in case["fit"] else None
+    config = (
+        yaml.safe_load((ROOT / f"lightning_configs/fit/{case['fit']}.yaml").read_text()) if "_" in case["fit"] else None
+    )
     network = description["init_args"]["network"]
     if config is None:
         assert network == f"torchvision/resnet{case['fit']}"
@@ -89,7 +102,10 @@ def test_the_denoiser_is_the_published_one():
         return node["denoiser"]["init_args"]
 
     sampled = network("predict/imagenet128_resnet101_js.yaml")
-    for other in (network("noising/denoised_imagenet128.yaml", "noising"), network("predict/imagenet128_denoised.yaml")):
+    for other in (
+        network("noising/denoised_imagenet128.yaml", "noising"),
+        network("predict/imagenet128_denoised.yaml"),
+    ):
         assert {key: other[key] for key in sampled} == sampled
     with torch.device("meta"):
         parameters = UNet(**sampled["network"]["init_args"]).parameters()
@@ -126,8 +142,6 @@ def test_denoised_beforehand(images, in_root, tmp_path):
 class TestRefusals:
     """Before any training, with the cause and the cure."""
 
-    CASE = {"fit": "50"}
-
     def refuse(self, capsys, *arguments, **keywords):
         with pytest.raises(SystemExit) as stop:
             fit(*arguments, **keywords)
@@ -140,19 +154,19 @@ class TestRefusals:
         network["network"]["init_args"] |= {"image_size": 64, "model_channels": 32, "dtype": "float32"}
         network["checkpoint"] = None
         noising = config["model"]["init_args"]["noising"]
-        message = self.refuse(capsys, tmp_path / "out", images, self.CASE, tmp_path, noising=noising)
+        message = self.refuse(capsys, tmp_path / "out", images, PLAIN, tmp_path, noising=noising)
         assert "the data has images of 3×128×128, the denoiser takes 3×64×64" in message
 
     def test_no_images(self, in_root, tmp_path, capsys):
         (tmp_path / "empty").mkdir()
-        assert "no images found" in self.refuse(capsys, tmp_path / "out", tmp_path / "empty", self.CASE, tmp_path)
+        assert "no images found" in self.refuse(capsys, tmp_path / "out", tmp_path / "empty", PLAIN, tmp_path)
 
     def test_class_names_that_imagenet_does_not_have(self, images, in_root, tmp_path, capsys):
         for split in ("train", "val"):
             folder = tmp_path / "pets" / split / "dog"
             folder.mkdir(parents=True)
             Image.new("RGB", (140, 140)).save(folder / "0.png")
-        message = self.refuse(capsys, tmp_path / "out", tmp_path / "pets", self.CASE, tmp_path)
+        message = self.refuse(capsys, tmp_path / "out", tmp_path / "pets", PLAIN, tmp_path)
         assert "dog" in message
 
     def test_too_many_corrupt_images(self, images, in_root, tmp_path, capsys):
@@ -163,6 +177,6 @@ class TestRefusals:
             Image.new("RGB", (140, 140)).save(path)
         for number in range(2):
             (broken / "train" / WNIDS[0] / f"{number}.png").write_bytes(b"not an image")
-        message = self.refuse(capsys, tmp_path / "out", broken, self.CASE, tmp_path)
+        message = self.refuse(capsys, tmp_path / "out", broken, PLAIN, tmp_path)
         assert "are corrupt" in message
         assert "max_corrupt" in message

@@ -1,0 +1,22 @@
+#!/bin/bash
+# Calibrates a classifier on 2 nodes of 8 GPUs; survives pre-emption and time limits. sbatch docs/slurm_fit.sh
+#SBATCH --job-name=calibrate
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# 120 seconds before the nodes are taken away: Lightning writes a checkpoint and queues the job again.
+#SBATCH --signal=SIGUSR1@120
+
+set -euo pipefail
+cd "$SLURM_SUBMIT_DIR"
+export OMP_NUM_THREADS=1
+# The same command every time: it begins, or goes on from the newest checkpoint that there is.
+srun .venv/bin/calib-guidance fit \
+  --config lightning_configs/fit/imagenet128_resnet50.yaml \
+  --config lightning_configs/noising/denoised_offline.yaml \
+  --trainer.num_nodes "$SLURM_NNODES" --trainer.devices 8 --trainer.strategy ddp \
+  --ckpt_path last
