@@ -17,7 +17,7 @@ from calib_guidance.callbacks.figures import COLOURS
 
 MEASURES = {
     "NLL": ("sweep/NLL ↓",),
-    "ECE, mean over noise levels": tuple(f"sweep/ECE t = {k}00–{k + 1}99" for k in range(0, 10, 2)),
+    "ECE, mean over noise levels": tuple(f"sweep/ECE t = {k}–{k + 199}" for k in range(0, 1000, 200)),
 }
 FORMS = {"per_sample": "per sample", "binned": "binned"}
 
