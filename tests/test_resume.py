@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from calib_guidance.checkpoints import read_state_dict
+from calib_guidance.cli import main
 from tests.conftest import ROOT
 
 EPOCHS, STEPS, EVERY = 3, 4, 3  # steps an epoch, and steps between checkpoints
@@ -27,7 +28,12 @@ def configuration(folder, *, killed=None, signal="SIGKILL", workers=0):
         interrupt = {"class_path": "tests.interruptions.Interrupt", "init_args": {"step": killed, "name": signal}}
         config["trainer"]["callbacks"].insert(0, interrupt)
     config["trainer"] |= {"max_epochs": EPOCHS, "default_root_dir": str(folder), "accelerator": "cpu", "logger": False}
-    config["trainer"] |= {"enable_progress_bar": False, "enable_model_summary": False, "check_val_every_n_epoch": 1}
+    config["trainer"] |= {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "check_val_every_n_epoch": EPOCHS,
+    }
+    config["trainer"]["callbacks"][1]["init_args"] = {"figures": False}
     config["data"]["init_args"] |= {"batch_size": 250, "heldout_draws": 1, "rotate": 10.0}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "fit.yaml"
@@ -56,8 +62,9 @@ def weights(folder):
 def whole(tmp_path_factory):
     """A run that nothing interrupts."""
     folder = tmp_path_factory.mktemp("whole")
-    status, output = fit(folder)
-    assert status == 0, output[-3000:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        main(["fit", "--config", str(configuration(folder))])
     return folder
 
 

@@ -245,7 +245,7 @@ class TestMeasuring:
             export={"temperature": "by_level"},
             callbacks=[ema],
             model={"smooth_ece_weight": 1.0, "smooth_ece_form": "binned"},
-            trainer={"devices": 2, "strategy": "ddp", "max_steps": 3},
+            trainer={"devices": 2, "strategy": "ddp", "sync_batchnorm": True},
         )
         environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         command = [sys.executable, "-m", "calib_guidance", "fit", "--config", path]
