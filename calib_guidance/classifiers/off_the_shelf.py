@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import timm
 import torch
@@ -19,7 +19,9 @@ from calib_guidance.classifiers.smoothing import smooth_activations
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def build_network(name: str, num_classes: int, weights: str | None, **expected: object) -> nn.Module:
+def build_network(
+    name: str, num_classes: int, weights: str | None, notes: Mapping[str, object] | None = None
+) -> nn.Module:
     """A torchvision or timm classifier by name.
 
     Args:
@@ -27,7 +29,7 @@ def build_network(name: str, num_classes: int, weights: str | None, **expected: 
         num_classes: width of the last layer.
         weights: None for random ones, a name that the library knows (``IMAGENET1K_V2``; ``pretrained`` for timm), or a
             local file.
-        expected: what a local file must say of itself, where it says it (see :func:`~calib_guidance.checkpoints.load_weights`).
+        notes: what a local file must say of itself, where it says it (see :func:`~calib_guidance.checkpoints.load_weights`).
 
     Raises:
         ValueError: an unknown library or model.
@@ -52,7 +54,7 @@ def build_network(name: str, num_classes: int, weights: str | None, **expected: 
             "torchvision.models.list_models() or timm.list_models()"
         )
     if local:
-        load_weights(network, weights, **expected)
+        load_weights(network, weights, **(notes or {}))
     return network
 
 
@@ -112,7 +114,7 @@ class OffTheShelfClassifier(Classifier):
             "temperature": self.temperature,
         }
         if isinstance(network, str):
-            network = build_network(network, num_classes, weights, **self.weights_notes)
+            network = build_network(network, num_classes, weights, self.weights_notes)
         elif weights is not None:
             load_weights(network, weights, **self.weights_notes)
         self.network, self.num_classes, self.normalize, self.resize = network, num_classes, normalize, resize

@@ -235,6 +235,7 @@ class ImageData(L.LightningDataModule):
             transform=transform,
             labels=self._labels(self.splits[use], self._names(rows), reference),
             num_classes=self.num_classes,
+            shape=self.image_shape,
             seed=self.seed if use == "train" else None,
         )
         draws = 1 if use == "train" else self.heldout_draws
@@ -260,7 +261,7 @@ class ImageData(L.LightningDataModule):
         return TrainImageStream(share, reader, self.seed, self.shuffle_buffer, samples // world)
 
     def _check(self, transform: nn.Module) -> None:
-        example = torch.zeros(self.image_shape[0], self.image_shape[1] + 9, self.image_shape[2] + 20, dtype=torch.uint8)
+        example = torch.zeros(self.image_shape, dtype=torch.uint8)
         result = transform(example)
         if (
             not isinstance(result, torch.Tensor)

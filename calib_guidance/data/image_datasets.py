@@ -47,6 +47,7 @@ class ImageReader:
         transform: 8-bit image ``(C, H, W)`` to 8-bit image.
         labels: the number of each class of the data set; None where they are right already.
         num_classes: how many there are.
+        shape: ``(C, H, W)`` that the transform has to make.
         seed: of the transform's random numbers, which are a function of (seed, epoch, index); None for one that draws none.
     """
 
@@ -59,6 +60,7 @@ class ImageReader:
     transform: nn.Module
     labels: list[int] | None
     num_classes: int
+    shape: tuple[int, int, int]
     seed: int | None
 
     @property
@@ -101,6 +103,11 @@ class ImageReader:
             index = int.from_bytes(digest, "little") % _INDEX_RANGE
         with contextlib.nullcontext() if self.seed is None else seeded(self.seed, epoch, index):
             pixels = self.transform(pixels)
+        if tuple(pixels.shape) != self.shape:
+            return {
+                "wrong": f"{name}: the transform makes it {tuple(pixels.shape)}, where {self.shape} is expected: give "
+                "data.init_args.train_transform a resize or crop to data.init_args.image_size"
+            }
         label = row[self.label] if self.labels is None else self.labels[row[self.label]]
         item = {"image": from_uint8(pixels), "label": label, "index": index}
         return item if self.time is None else {**item, "t": row[self.time]}

@@ -322,7 +322,7 @@ def test_corrupt_images_are_skipped_and_named(folder, tmp_path, caplog, num_work
     assert set(module.validated) == set(range(6))
     for file in files[:2]:
         assert sum(f"skipped a corrupt image: {file}" in record.message for record in caplog.records) == 1
-    assert any("2 corrupt images of split 'train' were skipped" in record.message for record in caplog.records)
+    assert any("split 'train': 2 corrupt images were skipped" in record.message for record in caplog.records)
     with pytest.raises(
         ConfigurationError, match=r"[12] of 18 images are corrupt, more than data.init_args.max_corrupt \(0.05\)"
     ):
