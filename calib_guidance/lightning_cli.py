@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero
 
-from calib_guidance.callbacks import CalibrationReport, StepSeeds
+from calib_guidance.callbacks import CalibrationReport, RequeueBetweenSteps, StepSeeds
 from calib_guidance.checkpoint_io import AtomicCheckpointIO
 from calib_guidance.errors import ConfigurationError
 
@@ -137,6 +137,6 @@ def run_lightning(args: Sequence[str] | None) -> None:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         # Predict runs under inference mode unless told not to, and guidance takes gradients inside it.
-        trainer_defaults={"inference_mode": False, "callbacks": StepSeeds()},
+        trainer_defaults={"inference_mode": False, "callbacks": [StepSeeds(), RequeueBetweenSteps()]},
         args=None if args is None else list(args),
     )

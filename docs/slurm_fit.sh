@@ -8,8 +8,8 @@
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# 120 seconds before the nodes are taken away: Lightning writes a checkpoint and queues the job again.
-#SBATCH --signal=SIGUSR1@120
+# Five minutes (more than a validation takes) before the nodes are taken away: a checkpoint is written and the job queued again.
+#SBATCH --signal=SIGUSR1@300
 
 set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"

@@ -143,12 +143,26 @@ def test_stages_get_their_own_overlays_and_arguments(file, tmp_path):
     assert not any(word.startswith("--x") for word in second)
 
 
+def test_rows_that_need_others_come_after_them(file, tmp_path):
+    rows = [
+        {"name": "js", "overlays": ["score/js"]},
+        {"name": "again", "needs": "js", "commands": {"sample": "validate"}, "arguments": ["--x={needed}/a.yaml"]},
+    ]
+    runs = read_comparison(file(rows=rows, groups={"g": []}), tmp_path).runs
+    assert [run.needs for run in runs] == [None, None, runs[0].folder, runs[1].folder]
+    (words,) = runs[3].commands
+    assert words[0] == "validate"
+    assert f"--x={tmp_path / 'g/js/seed1'}/a.yaml" in words
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"rows": [{"name": "a", "overlays": ["score/kl"]}]}, "no such files: lightning_configs/score/kl.yaml"),
         ({"rows": [{"name": "a", "overlay": []}]}, "unknown keys ['overlay']"),
         ({"row": []}, "unknown keys ['row']"),
+        ({"rows": [{"name": "a", "needs": "b"}]}, "needs 'b', which no row above is"),
+        ({"stages": {"s": {"comand": "fit"}}}, "stage 's': unknown keys ['comand']"),
         ({"rows": [{"name": "a"}, {"name": "A"}]}, "same name"),
     ],
 )

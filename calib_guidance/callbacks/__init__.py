@@ -5,6 +5,7 @@ from calib_guidance.callbacks.export_classifier import ExportClassifier
 from calib_guidance.callbacks.export_weights import ExportWeights
 from calib_guidance.callbacks.measurement import Measurement
 from calib_guidance.callbacks.quality import SampleQuality
+from calib_guidance.callbacks.requeue import RequeueBetweenSteps
 from calib_guidance.callbacks.run_report import RunReport
 from calib_guidance.callbacks.sample_writer import SampleWriter, read_samples
 from calib_guidance.callbacks.step_seeds import StepSeeds
@@ -16,6 +17,7 @@ __all__ = [
     "ExportWeights",
     "GradientNorm",
     "Measurement",
+    "RequeueBetweenSteps",
     "RunReport",
     "SampleQuality",
     "SampleWriter",
