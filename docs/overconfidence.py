@@ -23,7 +23,7 @@ from calib_guidance.classifiers import Classifier
 from calib_guidance.denoisers.analytic import GaussianMixture, GaussianMixtureClassifier
 from calib_guidance.guidance import ClassifierGuidance
 from calib_guidance.losses import binned_smooth_ece, smooth_ece
-from calib_guidance.metrics import CalibrationError, TrajectoryCalibrationError
+from calib_guidance.metrics import CalibrationError
 from calib_guidance.samplers import DDPM, StepRecord
 
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK, _ = COLOURS
@@ -145,10 +145,10 @@ def train(
 def measure(classifier: Classifier, mixture: GaussianMixture, n: int) -> Measured:
     """On held-out samples, and while it guides ``n`` samples at scale 1, classes in the shares of the mixture."""
     y = (torch.arange(n) >= WEIGHTS[LIKELY] * n).long()
-    calibration, norms = TrajectoryCalibrationError(STEPS), torch.zeros(2, STEPS)
+    calibration, norms = CalibrationError(num_levels=STEPS), torch.zeros(2, STEPS)
 
     def observe(record: StepRecord) -> None:
-        calibration.update(record.i, record.guided.logits, record.y)
+        calibration.update(record.guided.logits, record.y, record.i)
         norm = record.guided.step_gradient.flatten(1).norm(dim=1)
         for k in range(2):
             norms[k, STEPS - 1 - record.i] = norm[record.y == k].mean()
@@ -160,7 +160,7 @@ def measure(classifier: Classifier, mixture: GaussianMixture, n: int) -> Measure
         logits = classifier(x)
     ece.update(logits, y)
     accuracy, nll = float((logits.argmax(1) == y).float().mean()), float(F.cross_entropy(logits, y))
-    return Measured(float(ece.compute()), accuracy, nll, calibration.compute().flip(0), norms)
+    return Measured(float(ece.compute().overall), accuracy, nll, calibration.compute().by_level.flip(0), norms)
 
 
 def run(seed: int, memorising: int, n: int = SAMPLES, objectives: Sequence[Objective] = OBJECTIVES) -> Run:

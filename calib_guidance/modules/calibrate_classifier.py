@@ -16,6 +16,7 @@ from calib_guidance.data.noising import Clean, Noising
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.losses import binned_smooth_ece, smooth_ece
 from calib_guidance.metrics import ClassifierMetrics, Levels
+from calib_guidance.modules.shared import Shared
 
 SMOOTH_ECE_FORMS = ("per_sample", "binned")
 HELDOUT_SEED = (
@@ -84,7 +85,8 @@ class CalibrateClassifier(L.LightningModule):
         self.classifier, self.noising = classifier, noising or Clean()
         self.smooth_ece_weight, self.smooth_ece_beta = smooth_ece_weight, smooth_ece_beta
         self.smooth_ece_form, self.smooth_ece_warmup_steps = smooth_ece_form, smooth_ece_warmup_steps
-        self.label_smoothing, self.optimizer, self.lr_scheduler = label_smoothing, optimizer, lr_scheduler
+        self.label_smoothing, self.optimizer = label_smoothing, Shared(optimizer)
+        self.lr_scheduler = None if lr_scheduler is None else Shared(lr_scheduler)
         self.num_levels, self.channels_last = num_levels, channels_last
         self.metrics = ClassifierMetrics(classifier.num_classes, num_levels)
         self._freeze(freeze)

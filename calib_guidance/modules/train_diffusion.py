@@ -9,6 +9,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from calib_guidance.losses.diffusion import variational_bound_term
+from calib_guidance.modules.shared import Shared
 from calib_guidance.noise_schedule import NoiseSchedule, named_betas
 from calib_guidance.parameterization import diffuse, v_target, x0_coefficients
 
@@ -54,7 +55,7 @@ class TrainDiffusion(L.LightningModule):
             raise ValueError(f"label_dropout must lie in [0, 1], got {label_dropout}")
         self.network = network
         self.prediction, self.variance, self.label_dropout = prediction, variance, label_dropout
-        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.optimizer, self.lr_scheduler = Shared(optimizer), None if lr_scheduler is None else Shared(lr_scheduler)
         self.weights_notes = {"prediction": prediction, "noise_schedule": noise_schedule, "num_steps": num_steps}
         tables = NoiseSchedule(named_betas(noise_schedule, num_steps))
         for name in (

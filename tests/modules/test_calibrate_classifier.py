@@ -129,6 +129,14 @@ class TestTraining:
             torch.testing.assert_close(module.classifier(images), expected)
         assert list(module.classifier.network.state_dict()) == ["1.weight", "1.bias"]  # as predict reads them
 
+    def test_synchronised_batch_norm_keeps_the_names(self):
+        """It needs GPUs to run; what it is exported as must still fit the classifier."""
+        classifier = OffTheShelfClassifier(SmallResNet(), 10)
+        names = list(classifier.network.state_dict())
+        converted = nn.SyncBatchNorm.convert_sync_batchnorm(CalibrateClassifier(classifier))
+        assert any(isinstance(module, nn.SyncBatchNorm) for module in converted.modules())
+        assert list(converted.classifier.network.state_dict()) == names
+
     def test_warm_up_and_cosine(self):
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
         schedule = WarmupCosine(optimizer, warmup_steps=3, total_steps=11, final=0.1)
@@ -238,14 +246,14 @@ class TestMeasuring:
 
     @pytest.mark.slow
     def test_two_processes_train(self, in_root, tmp_path):
-        """SyncBatchNorm, the binned Smooth ECE over both, the average of the weights, and one temperature by level for both."""
+        """The binned Smooth ECE over both, the average of the weights, and one temperature by level for both."""
         ema = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.9}}
         path = configuration(
             tmp_path,
             export={"temperature": "by_level"},
             callbacks=[ema],
             model={"smooth_ece_weight": 1.0, "smooth_ece_form": "binned"},
-            trainer={"devices": 2, "strategy": "ddp", "sync_batchnorm": True},
+            trainer={"devices": 2, "strategy": "ddp"},
         )
         environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         command = [sys.executable, "-m", "calib_guidance", "fit", "--config", path]
