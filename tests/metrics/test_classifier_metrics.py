@@ -136,7 +136,6 @@ def measure_on_rank(rank, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="no gloo")
 def test_two_processes_measure_what_one_does(tmp_path, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     torch.multiprocessing.spawn(measure_on_rank, (str(tmp_path),), nprocs=2)
