@@ -123,7 +123,7 @@ class Nothing(Denoiser):
         self.schedule, self.image_shape, self.num_classes = like.schedule, like.image_shape, None
         self.has_learned_variance = True
 
-    def trajectory(self, timesteps: object, y: object) -> Callable[[Tensor, int], Prediction]:
+    def trajectory(self, levels: object, y: object) -> Callable[[Tensor, int], Prediction]:
         return lambda x_t, i: Prediction(x_t, x_t)
 
 

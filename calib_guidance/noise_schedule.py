@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -74,6 +76,37 @@ def respaced_timesteps(num_steps: int, respacing: str | int) -> np.ndarray:
     return np.array(used)
 
 
+class NoiseLevels(NamedTuple):
+    """The noise levels that one trajectory passes, least noisy first.
+
+    Attributes:
+        times: ``(N,)`` float64, t on the 0 … T − 1 scale of the full process; between two steps where a sampler goes there.
+        alphas_cumprod: ``(N,)`` float64, ᾱ.
+        progress: ``(N,)`` where the sine schedule is at each level, as a share of π: i/N for DDPM.
+        executed: ``(N,)`` steps done before each level's.
+        num_train_steps: T.
+    """
+
+    times: np.ndarray
+    alphas_cumprod: np.ndarray
+    progress: np.ndarray
+    executed: np.ndarray
+    num_train_steps: int
+
+    @property
+    def sigmas(self) -> np.ndarray:
+        """σ = √(1/ᾱ − 1), the noise of x_t/√ᾱ = x0 + σ·ε (Karras et al. 2022)."""
+        return np.sqrt(1 / self.alphas_cumprod - 1)
+
+
+def _levels(times: np.ndarray, alphas_cumprod: np.ndarray, num_train_steps: int) -> NoiseLevels:
+    """Levels that are passed one after the other, the last one first."""
+    n = len(times)
+    return NoiseLevels(
+        np.asarray(times, np.float64), alphas_cumprod, np.arange(n) / n, np.arange(n)[::-1], num_train_steps
+    )
+
+
 class NoiseSchedule:
     """Tables of a (respaced) discrete process, float64, index 0 the least noisy step.
 
@@ -82,6 +115,7 @@ class NoiseSchedule:
         timesteps: ``(N,)`` ascending steps of the full process to keep; None keeps all.
 
     Attributes:
+        num_train_steps: T.
         timesteps: ``(N,)`` what the network is given at each step.
         betas, alphas_cumprod, alphas_cumprod_prev: ``(N,)``; ᾱ before the first step counts as 1.
         posterior_variance, posterior_log_variance_clipped, posterior_mean_coef1, posterior_mean_coef2: of
@@ -90,6 +124,7 @@ class NoiseSchedule:
 
     def __init__(self, betas: np.ndarray, timesteps: np.ndarray | None = None):
         full = np.cumprod(1.0 - np.asarray(betas, dtype=np.float64))
+        self.num_train_steps = len(full)
         self.timesteps = np.arange(len(full)) if timesteps is None else np.asarray(timesteps)
         kept = full[self.timesteps]
         self.betas = np.asarray(betas) if timesteps is None else 1.0 - kept / np.append(1.0, kept[:-1])
@@ -109,3 +144,22 @@ class NoiseSchedule:
     def respace(self, respacing: str | int) -> NoiseSchedule:
         """The process that uses only the steps of ``respacing``, see :func:`respaced_timesteps`."""
         return NoiseSchedule(self.betas, respaced_timesteps(len(self), respacing))
+
+    @property
+    def levels(self) -> NoiseLevels:
+        """All steps of this process."""
+        return _levels(self.timesteps, self.alphas_cumprod, self.num_train_steps)
+
+    def at(self, steps: Sequence[int]) -> NoiseLevels:
+        """Some steps of a process that is not respaced, in the order given."""
+        steps = np.asarray(steps)
+        return _levels(self.timesteps[steps], self.alphas_cumprod[steps], self.num_train_steps)
+
+    def at_sigmas(self, sigmas: Sequence[float]) -> NoiseLevels:
+        """Levels of given σ > 0, in the order given.
+
+        ᾱ = 1/(1 + σ²) is exact; t is interpolated in ln σ between the steps of this process, and stays within them.
+        """
+        sigmas = np.asarray(sigmas, np.float64)
+        times = np.interp(np.log(sigmas), np.log(1 / self.alphas_cumprod - 1) / 2, self.timesteps)
+        return _levels(times, 1 / (1 + sigmas**2), self.num_train_steps)

@@ -18,6 +18,12 @@ def v_target(x0: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
     return alphas_cumprod.sqrt() * noise - (1 - alphas_cumprod).sqrt() * x0
 
 
+def check_prediction(prediction: str) -> None:
+    """Raise ValueError for a prediction that networks here do not make."""
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction: unknown {prediction!r}; known: {', '.join(PREDICTIONS)}")
+
+
 def x0_coefficients(prediction: str, alphas_cumprod: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """a and b of x̂0 = a·x_t + b·output, for a network that predicts ε or v.
 
@@ -26,8 +32,7 @@ def x0_coefficients(prediction: str, alphas_cumprod: np.ndarray) -> tuple[np.nda
     Raises:
         ValueError: another prediction.
     """
+    check_prediction(prediction)
     if prediction == "epsilon":
         return np.sqrt(1 / alphas_cumprod), -np.sqrt(1 / alphas_cumprod - 1)
-    if prediction == "v":
-        return np.sqrt(alphas_cumprod), -np.sqrt(1 - alphas_cumprod)
-    raise ValueError(f"prediction: unknown {prediction!r}; known: {', '.join(PREDICTIONS)}")
+    return np.sqrt(alphas_cumprod), -np.sqrt(1 - alphas_cumprod)

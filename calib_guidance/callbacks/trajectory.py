@@ -29,7 +29,7 @@ class _TrajectoryMeasurement(Measurement, ABC):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "predict":
             pl_module.check()
-            self.t = pl_module.denoiser.schedule.respace(pl_module.sampler.steps).timesteps.tolist()
+            self.t = pl_module.sampler.levels(pl_module.denoiser).times.tolist()
             self.metric = self.build(len(self.t)).to(trainer.strategy.root_device)
             pl_module.observers.append(self.observe)
 

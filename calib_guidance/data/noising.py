@@ -222,7 +222,7 @@ class Denoised(Noising):
         denoiser, dtype = self.frozen.on(x_t.device), PRECISIONS[self.precision]
         # Off where it is not asked for, even inside the autocast of a trainer: embeddings and coefficients stay float32.
         with torch.autocast(x_t.device.type, enabled=False):
-            predict, _ = start(denoiser, None, self.diffusion.schedule, batch["label"], clip=True)
+            predict, _ = start(denoiser, None, self.diffusion.schedule.levels, batch["label"], clip=True)
             with torch.autocast(x_t.device.type, dtype=dtype, enabled=dtype is not None):
                 x0 = denoiser.decode(predict(x_t, i).x0)
         return x0.to(x_t.dtype), self.diffusion.timesteps[i]

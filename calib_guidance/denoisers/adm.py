@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from calib_guidance.checkpoints import load_weights
 from calib_guidance.denoisers.base import Denoiser, Predict, Prediction, at_step
 from calib_guidance.networks.adm import UNet
-from calib_guidance.noise_schedule import NoiseSchedule, named_betas
-from calib_guidance.parameterization import x0_coefficients
+from calib_guidance.noise_schedule import NoiseLevels, NoiseSchedule, named_betas
+from calib_guidance.parameterization import check_prediction, x0_coefficients
 
 
 class ADMDenoiser(Denoiser):
@@ -57,18 +55,19 @@ class ADMDenoiser(Denoiser):
             load_weights(network, checkpoint, prediction=prediction, noise_schedule=noise_schedule, num_steps=num_steps)
         self.network = network.eval().requires_grad_(False)
         self.schedule = NoiseSchedule(named_betas(noise_schedule, num_steps))
+        check_prediction(prediction)
         self.prediction = prediction
-        self.coefficients = x0_coefficients(prediction, self.schedule.alphas_cumprod)
         self.num_classes = network.num_classes if class_conditional else None
         self.has_learned_variance = network.out_channels == 2 * network.in_channels
         self._decode = torch.compile(network.decode, dynamic=False) if compile else network.decode
 
-    def trajectory(self, timesteps: Sequence[int], y: Tensor | None) -> Predict:
-        network, steps = self.network, list(timesteps)
+    def trajectory(self, levels: NoiseLevels, y: Tensor | None) -> Predict:
+        network = self.network
         device = network.time_embed[0].weight.device
-        time = network.embed_time(torch.tensor(steps, device=device))
+        time = network.embed_time(torch.tensor(levels.times, device=device))
         label = None if y is None or self.num_classes is None else network.embed_labels(y)
-        from_x, from_output = (torch.tensor(c[steps], device=device).float() for c in self.coefficients)
+        coefficients = x0_coefficients(self.prediction, levels.alphas_cumprod)
+        from_x, from_output = (torch.tensor(c, device=device).float() for c in coefficients)
 
         def predict(x_t: Tensor, i: int | Tensor) -> Prediction:
             emb = time[i].expand(len(x_t), -1) if label is None else time[i] + label

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.denoisers.base import Denoiser, Predict, Prediction
-from calib_guidance.noise_schedule import NoiseSchedule, named_betas
+from calib_guidance.noise_schedule import NoiseLevels, NoiseSchedule, named_betas
 
 
 class GaussianMixture(Denoiser):
@@ -124,8 +124,8 @@ class GaussianMixture(Denoiser):
             share = torch.where((y >= 0)[:, None], own, share)
         return (share[..., None] * means).sum(1).view_as(x_t).to(x_t.dtype)
 
-    def trajectory(self, timesteps: Sequence[int], y: Tensor | None) -> Predict:
-        alphas_cumprod = self._alphas_cumprod(torch.as_tensor(list(timesteps)))
+    def trajectory(self, levels: NoiseLevels, y: Tensor | None) -> Predict:
+        alphas_cumprod = torch.as_tensor(levels.alphas_cumprod, device=self.means.device)
         labels = y if self.num_classes is not None else None
 
         def predict(x_t: Tensor, i: int | Tensor) -> Prediction:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from calib_guidance.noise_schedule import NoiseSchedule
+from calib_guidance.noise_schedule import NoiseLevels, NoiseSchedule
 
 
 class Prediction(NamedTuple):
@@ -36,10 +36,10 @@ def at_step(table: Tensor, i: int | Tensor) -> Tensor:
 
 
 class Denoiser(nn.Module, ABC):
-    """A diffusion model in the coordinates x_t = √ᾱ·x0 + √(1−ᾱ)·ε of a discrete schedule.
+    """A diffusion model in the coordinates x_t = √ᾱ·x0 + √(1−ᾱ)·ε, whatever its network's own are.
 
     Attributes:
-        schedule: of the full process; samplers respace it.
+        schedule: of the full process, which says what t means; discrete samplers respace it.
         image_shape: ``(C, H, W)`` of x_t.
         num_classes: number of labels that it understands, or None where it understands none.
         clip: whether x̂0 is an image, which samplers may clip to [-1, 1].
@@ -55,15 +55,15 @@ class Denoiser(nn.Module, ABC):
     evaluations: int = 1
 
     @abstractmethod
-    def trajectory(self, timesteps: Sequence[int], y: Tensor | None) -> Predict:
+    def trajectory(self, levels: NoiseLevels, y: Tensor | None) -> Predict:
         """The model along one trajectory, with all that does not depend on x_t computed here, once.
 
         Args:
-            timesteps: steps of the full process, in any order.
+            levels: noise levels, in any order.
             y: ``(N,)`` labels, -1 for none; None for none at all.
 
         Returns:
-            ``predict(x_t, i)``, the prediction for ``x_t`` ``(N, C, H, W)`` at ``timesteps[i]``. Samplers take all samples
+            ``predict(x_t, i)``, the prediction for ``x_t`` ``(N, C, H, W)`` at level ``i``. Samplers take all samples
             through the same step and give ``i`` as a number; a long tensor ``(N,)``, on the device of ``x_t``, gives every
             sample a step of its own (``noise_difference`` is then 0, not None, for samples where it is off).
         """

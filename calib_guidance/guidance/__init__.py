@@ -2,7 +2,7 @@
 
 from calib_guidance.guidance.base import Guidance, GuidedPrediction
 from calib_guidance.guidance.classifier_free import ClassifierFreeGuidance
-from calib_guidance.guidance.classifier_guidance import ClassifierGuidance, SwitchedGuidance, match_norm
+from calib_guidance.guidance.classifier_guidance import ClassifierGuidance, SwitchedGuidance, match_norm, rms
 from calib_guidance.guidance.schedules import GuidanceSchedule
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "GuidedPrediction",
     "SwitchedGuidance",
     "match_norm",
+    "rms",
 ]

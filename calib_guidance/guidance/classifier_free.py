@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from calib_guidance.denoisers.base import Denoiser, Predict, Prediction, at_step
 from calib_guidance.guidance.schedules import GuidanceSchedule
+from calib_guidance.noise_schedule import NoiseLevels
 
 
 class ClassifierFreeGuidance(Denoiser):
@@ -43,16 +42,15 @@ class ClassifierFreeGuidance(Denoiser):
     def decode(self, x0: Tensor) -> Tensor:
         return self.denoiser.decode(x0)
 
-    def trajectory(self, timesteps: Sequence[int], y: Tensor | None) -> Predict:
+    def trajectory(self, levels: NoiseLevels, y: Tensor | None) -> Predict:
         if y is None:
             raise ValueError("classifier-free guidance needs labels")
-        conditional = self.denoiser.trajectory(timesteps, y)
-        both = self.denoiser.trajectory(timesteps, torch.cat([y, torch.full_like(y, -1)]))
-        active = [self.interval.is_active(t) for t in timesteps]
+        conditional = self.denoiser.trajectory(levels, y)
+        both = self.denoiser.trajectory(levels, torch.cat([y, torch.full_like(y, -1)]))
+        active = self.interval.active(levels)
         actives = torch.tensor(active, device=y.device)
-        # x̂0 is linear in ε with the slope −√(1/ᾱ − 1), so ε_c − ε_u is the difference of the x̂0 over that.
-        slope = -np.sqrt(1 / self.schedule.alphas_cumprod[list(timesteps)] - 1)
-        to_noise = torch.tensor(self.weight / slope, device=y.device).float().masked_fill(~actives, 0.0)
+        # x̂0 is linear in ε with the slope −σ, so ε_c − ε_u is the difference of the x̂0 over that.
+        to_noise = torch.tensor(-self.weight / levels.sigmas, device=y.device).float().masked_fill(~actives, 0.0)
 
         def predict(x_t: Tensor, i: int | Tensor) -> Prediction:
             each = isinstance(i, Tensor)

@@ -5,18 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.denoisers.base import Predict
-from calib_guidance.guidance.base import Guidance, Guide, GuidedPrediction
+from calib_guidance.guidance.base import Decode, Guidance, Guide, GuidedPrediction, identity
 from calib_guidance.guidance.schedules import GuidanceSchedule
+from calib_guidance.noise_schedule import NoiseLevels
 from calib_guidance.scores.base import Score
 from calib_guidance.scores.log_prob import TemperedLogProb
 
-AT = ("denoised", "x_t", "through_denoiser")
-ENTERS = ("score", "noise_difference")
+AT = ("denoised", "x_t", "normalized", "through_denoiser")
+ENTERS = ("score", "noise_difference", "sample")
+
+
+def rms(x: Tensor) -> Tensor:
+    """Root mean square of each sample, ``(N, C, H, W)`` to ``(N, 1, 1, 1)``."""
+    return x.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
 
 
 def match_norm(gradient: Tensor, reference: Tensor) -> Tensor:
@@ -38,13 +45,17 @@ class ClassifierGuidance(Guidance):
         score: what to climb; plain log-probability by default.
         scale: s; 0 switches guidance off, and the classifier is then never run.
         at: what the classifier sees. ``denoised``: x̂0 (better calibrated, the default), with the gradient taken there and not
-            carried through the diffusion network; ``x_t``: the noisy sample and t, for noise-aware classifiers;
-            ``through_denoiser``: x̂0, with the gradient carried back to x_t (Bansal et al. 2023), which costs a backward pass of
-            the diffusion network.
+            carried through the diffusion network; ``x_t``: the noisy sample and t, for noise-aware classifiers; ``normalized``:
+            x_t/√ᾱ over its root mean square where that exceeds 1 (arXiv 2310.11311, Algorithm 2), with the gradient taken
+            there; ``through_denoiser``: x̂0, with the gradient carried back to x_t (Bansal et al. 2023), which costs a
+            backward pass of the diffusion network.
         schedule: sine factor and interval; constant everywhere by default.
         enters: ``score`` adds to the score of the diffusion model, as the sampler's algorithm says; ``noise_difference`` gives
             the gradient the norm of classifier-free guidance's noise difference and adds it there (arXiv 2310.11311,
-            Algorithm 3), with strength scale·(1 + γ·sin(π·i/N)).
+            Algorithm 3), with strength scale·(1 + γ·sin(π·progress)); ``sample`` moves the sample itself along the gradient,
+            whose size is left out (Algorithm 2), which the Heun sampler does.
+        decoder: what makes images of x̂0 for the classifier, in place of the denoiser's own decoder: a cheaper one for latent
+            models. Frozen here.
 
     Raises:
         ValueError: unknown names or a scale that is not a finite number.
@@ -58,6 +69,7 @@ class ClassifierGuidance(Guidance):
         at: str = "denoised",
         schedule: GuidanceSchedule | None = None,
         enters: str = "score",
+        decoder: nn.Module | None = None,
     ):
         super().__init__()
         if at not in AT:
@@ -69,44 +81,63 @@ class ClassifierGuidance(Guidance):
         self.classifier, self.score = classifier.freeze(), score or TemperedLogProb()
         self.scale, self.at, self.enters = scale, at, enters
         self.schedule = schedule or GuidanceSchedule()
+        self.decoder = decoder and decoder.eval().requires_grad_(False)
         self.group_size = self.score.group_size
 
     def parts(self) -> Sequence[Guidance]:
         return [self]
 
-    def trajectory(self, timesteps: Sequence[int], num_train_steps: int, y: Tensor) -> Guide | None:
-        active = [self.scale != 0 and self.schedule.is_active(t) for t in timesteps]
+    def trajectory(self, levels: NoiseLevels, y: Tensor, decode: Decode = identity) -> Guide | None:
+        active = [self.scale != 0 and on for on in self.schedule.active(levels)]
         if not any(active):
             return None
-        table = torch.tensor(list(timesteps), device=y.device)[:, None].expand(-1, len(y))
-        times = [t / (num_train_steps - 1) for t in timesteps]
+        # Classifiers were trained on whole steps.
+        table = torch.tensor(np.rint(levels.times), device=y.device).long()[:, None].expand(-1, len(y))
+        fractions = (levels.times / (levels.num_train_steps - 1)).tolist()
+        sines = [self.schedule.sine(progress) for progress in levels.progress.tolist()]
+        to_ve = (1 / np.sqrt(levels.alphas_cumprod)).tolist()
+        decode = self.decoder or decode
+        dtype = next((p.dtype for p in self.classifier.parameters() if p.is_floating_point()), None)
 
-        def guide(predict: Predict, x_t: Tensor, i: int) -> GuidedPrediction:
+        def guide(predict: Predict, x_t: Tensor, i: int, gradient_only: bool = False) -> GuidedPrediction:
             if not active[i]:
-                return GuidedPrediction(predict(x_t, i))
+                return GuidedPrediction(None if gradient_only else predict(x_t, i))
             with torch.enable_grad():
+                prediction = None
                 if self.at == "through_denoiser":
                     source = x_t.detach().requires_grad_()
                     prediction = predict(source, i)
                     shown = prediction.x0
                 else:
-                    with torch.no_grad():
-                        prediction = predict(x_t, i)
-                    source = shown = (prediction.x0 if self.at == "denoised" else x_t).detach().requires_grad_()
-                logits = self.classifier(shown, table[i])
-                value = self.score(logits, y, times[i]).sum()
+                    if self.at == "denoised" or not gradient_only:
+                        with torch.no_grad():
+                            prediction = predict(x_t, i)
+                    if self.at == "denoised":
+                        seen = prediction.x0
+                    else:
+                        seen = x_t if self.at == "x_t" else x_t * to_ve[i]
+                        if self.at == "normalized":
+                            seen = seen / rms(seen).clamp(min=1)
+                    source = shown = seen.detach().to(dtype or seen.dtype).requires_grad_()
+                if self.at in ("denoised", "through_denoiser"):
+                    shown = decode(shown)
+                logits = self.classifier(shown.to(dtype or shown.dtype), table[i])
+                value = self.score(logits, y, fractions[i]).sum()
                 (gradient,) = torch.autograd.grad(value, source)
             gradient, logits = gradient.to(x_t.dtype), logits.detach()
-            prediction = type(prediction)(*(None if p is None else p.detach() for p in prediction))
-            sine = self.schedule.sine(i, len(active))
-            if self.enters == "noise_difference" and prediction.noise_difference is None:
-                return GuidedPrediction(
-                    prediction, logits=logits, step_gradient=gradient
-                )  # classifier-free is off here
+            if prediction is not None:
+                prediction = type(prediction)(*(None if p is None else p.detach() for p in prediction))
+            seen_by = {"logits": logits, "step_gradient": gradient}
             if self.enters == "score":
-                return GuidedPrediction(prediction, self.scale * gradient, None, sine, logits, gradient)
-            shift = self.scale * (1 + sine) * match_norm(gradient, prediction.noise_difference)
-            return GuidedPrediction(prediction, None, shift, 0.0, logits, gradient)
+                return GuidedPrediction(prediction, self.scale * gradient, sine=sines[i], **seen_by)
+            if self.enters == "sample":
+                size = rms(gradient)
+                direction = gradient * torch.where(size > 0, 1 / size, 0.0)
+                return GuidedPrediction(prediction, direction=direction, scale=self.scale, sine=sines[i], **seen_by)
+            if prediction.noise_difference is None:  # classifier-free guidance is off here
+                return GuidedPrediction(prediction, **seen_by)
+            shift = self.scale * (1 + sines[i]) * match_norm(gradient, prediction.noise_difference)
+            return GuidedPrediction(prediction, noise_shift=shift, **seen_by)
 
         return guide
 
@@ -134,13 +165,15 @@ class SwitchedGuidance(Guidance):
     def parts(self) -> Sequence[Guidance]:
         return [self.early, self.late]
 
-    def trajectory(self, timesteps: Sequence[int], num_train_steps: int, y: Tensor) -> Guide | None:
-        early, late = (part.trajectory(timesteps, num_train_steps, y) for part in (self.early, self.late))
-        chosen = [early if t > self.switch_at else late for t in timesteps]
+    def trajectory(self, levels: NoiseLevels, y: Tensor, decode: Decode = identity) -> Guide | None:
+        early, late = (part.trajectory(levels, y, decode) for part in (self.early, self.late))
+        chosen = [early if t > self.switch_at else late for t in levels.times]
         if not any(chosen):
             return None
 
-        def guide(predict: Predict, x_t: Tensor, i: int) -> GuidedPrediction:
-            return chosen[i](predict, x_t, i) if chosen[i] else GuidedPrediction(predict(x_t, i))
+        def guide(predict: Predict, x_t: Tensor, i: int, gradient_only: bool = False) -> GuidedPrediction:
+            if chosen[i] is None:
+                return GuidedPrediction(None if gradient_only else predict(x_t, i))
+            return chosen[i](predict, x_t, i, gradient_only)
 
         return guide

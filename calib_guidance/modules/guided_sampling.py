@@ -64,20 +64,23 @@ class GuidedSampling(L.LightningModule):
                 f"the requests have {num_classes} classes, the denoiser {self.denoiser.num_classes}: set "
                 "data.init_args.num_classes to the denoiser's, or its class_conditional to false"
             )
-        timesteps = self.denoiser.schedule.respace(self.sampler.steps).timesteps.tolist()
+        levels = self.sampler.levels(self.denoiser)
         one = torch.zeros(1, dtype=torch.long, device=self.device)
         for part in self.guidance.parts() if self.guidance is not None else ():
-            if part.trajectory(timesteps, len(self.denoiser.schedule), one) is None:
+            if part.trajectory(levels, one) is None:
                 continue  # switched off: its classifier is not run, not even to look at it
             if part.enters == "noise_difference" and not isinstance(self.denoiser, ClassifierFreeGuidance):
                 raise ConfigurationError(
                     "enters: noise_difference needs classifier-free guidance: wrap the denoiser in "
                     "calib_guidance.guidance.ClassifierFreeGuidance, or set enters to score"
                 )
-            self._check_classifier(part.classifier, num_classes, one)
+            image = torch.zeros(1, *self.denoiser.image_shape, device=self.device)
+            if part.at in ("denoised", "through_denoiser"):
+                with torch.no_grad():
+                    image = (part.decoder or self.denoiser.decode)(image)
+            self._check_classifier(part.classifier, image, num_classes, one)
 
-    def _check_classifier(self, classifier: Classifier, num_classes: int, step: Tensor) -> None:
-        image = self.denoiser.decode(torch.zeros(1, *self.denoiser.image_shape, device=self.device))
+    def _check_classifier(self, classifier: Classifier, image: Tensor, num_classes: int, step: Tensor) -> None:
         size = "×".join(map(str, image.shape[1:]))
         try:
             if hasattr(classifier, "check_image"):

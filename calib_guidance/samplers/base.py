@@ -11,7 +11,7 @@ from torch import Tensor
 
 from calib_guidance.denoisers.base import Denoiser, Predict, Prediction
 from calib_guidance.guidance.base import Guidance, Guide, GuidedPrediction
-from calib_guidance.noise_schedule import NoiseSchedule
+from calib_guidance.noise_schedule import NoiseLevels
 from calib_guidance.rng import Noise
 
 
@@ -19,9 +19,9 @@ class StepRecord(NamedTuple):
     """One step, as observers see it. Tensors stay on the device; an observer that reads them on the host slows sampling.
 
     Attributes:
-        i: spaced step, N − 1 … 0.
+        i: level of :meth:`Sampler.levels`, N − 1 … 0.
         num_steps: N.
-        t: step of the full process.
+        t: step of the full process; between two of them where the sampler goes there.
         y: ``(N,)`` classes.
         x_t: ``(N, C, H, W)`` before the step.
         guided: prediction, gradient and logits.
@@ -30,7 +30,7 @@ class StepRecord(NamedTuple):
 
     i: int
     num_steps: int
-    t: int
+    t: float
     y: Tensor
     x_t: Tensor
     guided: GuidedPrediction
@@ -66,6 +66,10 @@ class Sampler(ABC):
         """
 
     @abstractmethod
+    def levels(self, denoiser: Denoiser) -> NoiseLevels:
+        """Noise levels of the N steps, least noisy first."""
+
+    @abstractmethod
     def num_evaluations(self, denoiser: Denoiser) -> int:
         """Network evaluations per sample."""
 
@@ -73,19 +77,31 @@ class Sampler(ABC):
         """Raise ValueError where sampler, denoiser and guidance cannot go together."""
 
 
+def refuse_sample_shift(sampler: str, guidance: Guidance | None) -> None:
+    """Raise ValueError where guidance is to move the sample itself, which is defined for Heun steps."""
+    for part in guidance.parts() if guidance else ():
+        if part.enters == "sample":
+            raise ValueError(
+                f"enters: sample is arXiv 2310.11311's Algorithm 2, a step of the Heun sampler, and {sampler} has none: set the "
+                "guidance's enters to score, or the sampler to calib_guidance.samplers.Heun"
+            )
+
+
 def start(
-    denoiser: Denoiser, guidance: Guidance | None, schedule: NoiseSchedule, y: Tensor, clip: bool
+    denoiser: Denoiser, guidance: Guidance | None, levels: NoiseLevels, y: Tensor, clip: bool
 ) -> tuple[Predict, Guide]:
     """Denoiser and guidance bound to one trajectory, x̂0 clipped to [-1, 1] where asked and where it is an image."""
-    timesteps = schedule.timesteps.tolist()
-    raw = denoiser.trajectory(timesteps, y)
-    guide = guidance and guidance.trajectory(timesteps, len(denoiser.schedule), y)
+    raw = denoiser.trajectory(levels, y)
+    guide = guidance and guidance.trajectory(levels, y, denoiser.decode)
 
     def predict(x_t: Tensor, i: int | Tensor) -> Prediction:
         prediction = raw(x_t, i)
         return prediction._replace(x0=prediction.x0.clamp(-1, 1)) if clip and denoiser.clip else prediction
 
-    return predict, guide or (lambda predict, x_t, i: GuidedPrediction(predict(x_t, i)))
+    def unguided(predict: Predict, x_t: Tensor, i: int, gradient_only: bool = False) -> GuidedPrediction:
+        return GuidedPrediction(None if gradient_only else predict(x_t, i))
+
+    return predict, guide or unguided
 
 
 def on_device(table: object, like: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from calib_guidance.denoisers.base import Denoiser
 from calib_guidance.guidance.base import Guidance
+from calib_guidance.noise_schedule import NoiseLevels
 from calib_guidance.rng import Noise
-from calib_guidance.samplers.base import Observer, Sampler, StepRecord, on_device, start
+from calib_guidance.samplers.base import Observer, Sampler, StepRecord, on_device, refuse_sample_shift, start
 
 
 class DDIM(Sampler):
@@ -36,11 +37,15 @@ class DDIM(Sampler):
             raise ValueError(f"recurrence must be at least 1, got {recurrence}")
         self.steps, self.eta, self.clip_denoised, self.recurrence = steps, eta, clip_denoised, recurrence
 
+    def levels(self, denoiser: Denoiser) -> NoiseLevels:
+        return denoiser.schedule.respace(self.steps).levels
+
     def num_evaluations(self, denoiser: Denoiser) -> int:
         return len(denoiser.schedule.respace(self.steps)) * self.recurrence * denoiser.evaluations
 
     def check(self, denoiser: Denoiser, guidance: Guidance | None) -> None:
         denoiser.schedule.respace(self.steps)
+        refuse_sample_shift(type(self).__name__, guidance)
         for part in guidance.parts() if guidance else ():
             if part.enters == "score" and part.schedule.gamma:
                 raise ValueError(
@@ -60,7 +65,7 @@ class DDIM(Sampler):
         x = noise()
         schedule = denoiser.schedule.respace(self.steps)
         num_steps, timesteps = len(schedule), schedule.timesteps.tolist()
-        predict, guide = start(denoiser, guidance, schedule, y, self.clip_denoised)
+        predict, guide = start(denoiser, guidance, schedule.levels, y, self.clip_denoised)
         abar, previous = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
         sigmas = self.eta * np.sqrt((1 - previous) / (1 - abar) * (1 - abar / previous))
         from_x, from_noise = on_device(np.sqrt(1 / abar), x), on_device(np.sqrt(1 / abar - 1), x)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from calib_guidance.denoisers.base import Denoiser
 from calib_guidance.guidance.base import Guidance
+from calib_guidance.noise_schedule import NoiseLevels
 from calib_guidance.rng import Noise
-from calib_guidance.samplers.base import Observer, Sampler, StepRecord, on_device, start
+from calib_guidance.samplers.base import Observer, Sampler, StepRecord, on_device, refuse_sample_shift, start
 
 VARIANCES = ("auto", "learned_range", "fixed_small", "fixed_large")
 
@@ -43,11 +44,15 @@ class DDPM(Sampler):
             raise ValueError(f"recurrence must be at least 1, got {recurrence}")
         self.steps, self.variance, self.clip_denoised, self.recurrence = steps, variance, clip_denoised, recurrence
 
+    def levels(self, denoiser: Denoiser) -> NoiseLevels:
+        return denoiser.schedule.respace(self.steps).levels
+
     def num_evaluations(self, denoiser: Denoiser) -> int:
         return len(denoiser.schedule.respace(self.steps)) * self.recurrence * denoiser.evaluations
 
     def check(self, denoiser: Denoiser, guidance: Guidance | None) -> None:
         denoiser.schedule.respace(self.steps)
+        refuse_sample_shift(type(self).__name__, guidance)
         if self.variance == "learned_range" and not denoiser.has_learned_variance:
             raise ValueError(
                 "variance: learned_range, but the network has no variance channels; use fixed_small or fixed_large"
@@ -65,7 +70,7 @@ class DDPM(Sampler):
         x = noise()
         schedule = denoiser.schedule.respace(self.steps)
         num_steps, timesteps = len(schedule), schedule.timesteps.tolist()
-        predict, guide = start(denoiser, guidance, schedule, y, self.clip_denoised)
+        predict, guide = start(denoiser, guidance, schedule.levels, y, self.clip_denoised)
         from_x0, from_x = on_device(schedule.posterior_mean_coef1, x), on_device(schedule.posterior_mean_coef2, x)
         small, large = schedule.posterior_log_variance_clipped, np.log(schedule.betas)
         learned = denoiser.has_learned_variance and self.variance in ("auto", "learned_range")

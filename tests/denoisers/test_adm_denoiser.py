@@ -21,7 +21,7 @@ def test_each_sample_at_a_step_of_its_own(prediction, class_conditional):
     x = torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     y, timesteps, i = torch.tensor([2, -1, 0, 1]), [10, 400, 700], torch.tensor([1, 2, 0, 1])
     with torch.no_grad():
-        predict = denoiser.trajectory(timesteps, y)
+        predict = denoiser.trajectory(denoiser.schedule.at(timesteps), y)
         x0, fraction, _ = predict(x, i)
         for n in range(len(x)):
             expected = predict(x, int(i[n]))

@@ -155,7 +155,7 @@ class TestClosedForms:
                 (conditional, None, plain),
                 (conditional, y, mixture.posterior_mean(x, abar, y)),
             ):
-                prediction = model.trajectory(timesteps, labels)(x, i)
+                prediction = model.trajectory(mixture.schedule.at(timesteps), labels)(x, i)
                 assert torch.equal(prediction.x0, expected)
                 assert prediction.variance_fraction is None
         assert (mixture.num_classes, conditional.num_classes, mixture.image_shape) == (None, 3, (2, 1, 1))
@@ -165,7 +165,7 @@ class TestClosedForms:
         x, y, timesteps = points(), torch.tensor([0, 1, 2, -1, 1, -1]), [20, 300, 700]
         i = torch.tensor([2, 0, 1, 1, 2, 0])
         t = torch.tensor(timesteps)[i]
-        predict = conditional.trajectory(timesteps, y)
+        predict = conditional.trajectory(conditional.schedule.at(timesteps), y)
         together, joint = predict(x, i).x0, conditional.log_joint(x, t)
         logits = GaussianMixtureClassifier(conditional, noise_aware=True)(x, t)
         for n in range(len(x)):
@@ -488,8 +488,8 @@ class TestWhatTheClassifierSees:
         """At x̂0 the denoiser is left out; through it, S(f(x̂0(x_t))) is differentiated in x_t; all in float64."""
         y, timesteps, scale = torch.tensor([0, 1, 2, 2, 1, 0]), [30, 400, 800], 1.7
         classifier = GaussianMixtureClassifier(mixture, noise_aware=at == "x_t")
-        guide = ClassifierGuidance(classifier, score, scale=scale, at=at).trajectory(timesteps, 1000, y)
-        predict = mixture.trajectory(timesteps, y)
+        guide = ClassifierGuidance(classifier, score, scale=scale, at=at).trajectory(mixture.schedule.at(timesteps), y)
+        predict = mixture.trajectory(mixture.schedule.at(timesteps), y)
         for i, t in enumerate(timesteps):
             x_t, time = points(), t / 999
             x0 = predict(x_t, i).x0
@@ -512,9 +512,9 @@ class TestWhatTheClassifierSees:
         """∂x̂0/∂x_t = √ᾱ/(1−ᾱ)·Cov[x0 | x_t], which the gradient at x̂0 leaves out."""
         x_t, y, timesteps = points(), torch.full((6,), Y), [200]
         abar = float(mixture.schedule.alphas_cumprod[200])
-        predict = mixture.trajectory(timesteps, y)
+        predict = mixture.trajectory(mixture.schedule.at(timesteps), y)
         plain, through = (
-            ClassifierGuidance(GaussianMixtureClassifier(mixture), at=at).trajectory(timesteps, 1000, y)(
+            ClassifierGuidance(GaussianMixtureClassifier(mixture), at=at).trajectory(mixture.schedule.at(timesteps), y)(
                 predict, x_t, 0
             )
             for at in ("denoised", "through_denoiser")

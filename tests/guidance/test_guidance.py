@@ -103,9 +103,9 @@ def test_through_the_denoiser_is_the_chain_rule(denoiser):
     double.network.load_state_dict(denoiser.network.state_dict())
     classifier = Linear().double()
     x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(1))
-    y, steps = Y[:2], [0, 300, 700]
+    y, steps = Y[:2], double.schedule.at([0, 300, 700])
     predict = double.trajectory(steps, y)
-    guide = ClassifierGuidance(classifier.float(), at="through_denoiser").trajectory(steps, 1000, y)
+    guide = ClassifierGuidance(classifier.float(), at="through_denoiser").trajectory(steps, y)
     found = guide(predict, x, 1).gradient
     score = TemperedLogProb()
 
@@ -130,9 +130,9 @@ def test_switched_guidance_hands_over_at_its_step(denoiser):
 
 def test_the_sine_factor_adds_in_the_middle_of_the_trajectory():
     schedule = GuidanceSchedule(0.3)
-    assert schedule.sine(0, 10) == 0
-    assert schedule.sine(5, 10) == pytest.approx(0.3)
-    assert schedule.sine(9, 10) == pytest.approx(0.3 * 0.30901699)
+    assert schedule.sine(0.0) == 0
+    assert schedule.sine(0.5) == pytest.approx(0.3)
+    assert schedule.sine(0.9) == pytest.approx(0.3 * 0.30901699)
 
 
 class TestClassifierFree:
@@ -155,7 +155,7 @@ class TestClassifierFree:
         network, steps = denoiser.network, torch.full((3,), 500)
         with torch.no_grad():
             conditional, unconditional = (network(x, steps, y)[:, :1] for y in (Y, torch.full_like(Y, -1)))
-            found = ClassifierFreeGuidance(denoiser, 3.0).trajectory([t], Y)(x, 0)
+            found = ClassifierFreeGuidance(denoiser, 3.0).trajectory(denoiser.schedule.at([t]), Y)(x, 0)
         epsilon = unconditional + 3 * (conditional - unconditional)
         expected = x / abar**0.5 - (1 / abar - 1) ** 0.5 * epsilon
         torch.testing.assert_close(found.x0, expected, atol=1e-4, rtol=1e-4)
@@ -166,7 +166,7 @@ class TestClassifierFree:
         x = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
         free = ClassifierFreeGuidance(denoiser, 3.0, GuidanceSchedule(interval=[200, 600]))
         with torch.no_grad():
-            predict = free.trajectory([100, 400, 900], Y)
+            predict = free.trajectory(denoiser.schedule.at([100, 400, 900]), Y)
             found = predict(x, torch.tensor([1, 2, 0]))
             for n, i in enumerate([1, 2, 0]):
                 expected = predict(x, i)
@@ -197,7 +197,7 @@ class TestClassifierFree:
         sample(ClassifierFreeGuidance(denoiser, 2.0), guidance, records=records)
         for record in records:
             shift, difference = record.guided.noise_shift, record.guided.prediction.noise_difference
-            strength = 0.5 * (1 + GuidanceSchedule(0.3).sine(record.i, 8))
+            strength = 0.5 * (1 + GuidanceSchedule(0.3).sine(record.i / 8))
             torch.testing.assert_close(shift.flatten(1).norm(dim=1), strength * difference.flatten(1).norm(dim=1))
             torch.testing.assert_close(
                 torch.cosine_similarity(shift.flatten(1), record.guided.step_gradient.flatten(1)), torch.ones(3)
@@ -249,7 +249,7 @@ class Constant(Denoiser):
         super().__init__()
         self.schedule, self.image_shape, self.num_classes = NoiseSchedule(named_betas("linear")), (1, 2, 2), None
 
-    def trajectory(self, timesteps, y):
+    def trajectory(self, levels, y):
         return lambda x_t, i: Prediction(torch.zeros_like(x_t))
 
 
