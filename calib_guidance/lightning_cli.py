@@ -7,6 +7,7 @@ import importlib
 import inspect
 import logging
 import re
+import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero
 
 from calib_guidance.callbacks import CalibrationReport, RequeueBetweenSteps, StepSeeds
 from calib_guidance.checkpoint_io import AtomicCheckpointIO
+from calib_guidance.configurations import expand_bases
 from calib_guidance.errors import ConfigurationError
 
 _PREDICT_CKPT = (
@@ -138,5 +140,5 @@ def run_lightning(args: Sequence[str] | None) -> None:
         auto_configure_optimizers=False,
         # Predict runs under inference mode unless told not to, and guidance takes gradients inside it.
         trainer_defaults={"inference_mode": False, "callbacks": [StepSeeds(), RequeueBetweenSteps()]},
-        args=None if args is None else list(args),
+        args=expand_bases(sys.argv[1:] if args is None else args),
     )

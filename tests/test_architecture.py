@@ -7,7 +7,17 @@ import calib_guidance
 
 ROOT = Path(calib_guidance.__file__).parent
 FLOORS = [
-    {"errors", "images", "rng", "scores", "losses", "noise_schedule", "parameterization", "lr_schedules"},
+    {
+        "configurations",
+        "errors",
+        "images",
+        "rng",
+        "scores",
+        "losses",
+        "noise_schedule",
+        "parameterization",
+        "lr_schedules",
+    },
     {"networks", "checkpoints"},
     {"denoisers", "classifiers"},
     {"guidance"},
