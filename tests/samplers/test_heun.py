@@ -112,10 +112,10 @@ def test_second_order_along_the_closed_form_of_one_gaussian():
     mean, variance = mean.double().view(3, 1, 1), variance.double().view(3, 1, 1)
     exact = mean + (x_t - mean) * (variance / (variance + 80**2)).sqrt()
     errors = []
-    for n in (16, 32, 64):
+    for n in (32, 64, 128):
         images = Heun(n)(denoiser, streams(16, denoiser), y)
         errors.append(float((images - exact).abs().max()))
-    assert errors[2] < 2e-3
+    assert errors[2] < 2.5e-3
     assert 3.3 < errors[0] / errors[1] < 5
     assert 3.3 < errors[1] / errors[2] < 5
 
@@ -126,14 +126,14 @@ MIXTURE = {"means": [[0.7, 0.0], [-0.5, 0.4], [0.0, -0.8]], "covariances": [0.04
 def test_churn_keeps_the_distribution():
     denoiser, n = GaussianMixture([[0.5, -0.3]], [[[0.3, 0.1], [0.1, 0.2]]]), 6000
     y = torch.zeros(n, dtype=torch.long)
-    ode = Heun(24)(denoiser, streams(n, denoiser), y).flatten(1)
-    sde = Heun(24, s_churn=30.0)(denoiser, streams(n, denoiser), y).flatten(1)
+    ode = Heun(96)(denoiser, streams(n, denoiser), y).flatten(1)
+    sde = Heun(96, s_churn=40.0)(denoiser, streams(n, denoiser), y).flatten(1)
     assert (ode - sde).abs().mean() > 0.1
     torch.testing.assert_close(sde.mean(0), torch.tensor([0.5, -0.3]), atol=0.02, rtol=0)
     torch.testing.assert_close(sde.T.cov(), torch.tensor([[0.3, 0.1], [0.1, 0.2]]), atol=0.02, rtol=0)
     between = Heun(24, s_churn=30.0, s_min=0.5, s_max=10.0).sigmas()
     assert ((between[1] > between[0]) == ((between[0] >= 0.5) & (between[0] <= 10))).all()
-    smaller = Heun(24, s_churn=30.0, s_noise=0.5)(denoiser, streams(n, denoiser), y).flatten(1)
+    smaller = Heun(96, s_churn=40.0, s_noise=0.9)(denoiser, streams(n, denoiser), y).flatten(1)
     assert smaller.var(0).sum() < 0.9 * sde.var(0).sum()
 
 
@@ -249,7 +249,9 @@ def test_where_guidance_is_off_the_classifier_does_not_run(correction, enters):
     assert guided == [5, 3, 1]  # and the correction of those steps, not of the others
     assert calls == 3 * (1 + correction)
     images, calls, guided = run(sigma_interval=[0.5, 20.0])
-    assert guided == [4, 3, 2] or guided == [3, 2]
+    at = sampler.sigmas()[enters == "score"]  # where the gradient is taken: before churn, or after it
+    assert guided == [i for i in (5, 4, 3, 2, 1, 0) if 0.5 <= at[i] <= 20.0]
+    assert 2 <= len(guided) <= 4
     assert not torch.equal(images, plain)
 
 
@@ -274,16 +276,19 @@ def test_a_sample_does_not_depend_on_its_batch(golden, edm):
 def test_discrete_samplers_and_heun_solve_the_same_ode(edm):
     """An EDM network under DDIM, from the same noise at the same level, ends where it does under Heun."""
     y, top = torch.arange(4), edm.schedule.levels.sigmas[-1]
-    heun = Heun(40, 0.01, top)(edm, streams(4, edm), y)
-    ddim = DDIM("250", clip_denoised=False)(edm, streams(4, edm), y)
-    assert (heun - ddim).abs().max() < 0.05 * heun.std()
-    ancestral = DDPM("10")(edm, streams(4, edm), y)
+    heun = Heun(60, 0.01, top)(edm, streams(4, edm), y)
+    coarse, fine = (
+        float((DDIM(steps, clip_denoised=False)(edm, streams(4, edm), y) - heun).abs().max()) for steps in ("50", "200")
+    )
+    assert fine < 0.1 * heun.std()
+    assert coarse / fine > 2.5  # DDIM is of first order
+    ancestral = DDPM("20")(edm, streams(4, edm), y)
     assert ancestral.isfinite().all()
-    assert (ancestral - ddim).abs().max() > 0.1
+    assert (ancestral - heun).abs().max() > 0.1
 
 
 def test_a_network_of_discrete_steps_goes_between_them(in_root):
-    """The shipped digits model under 20 Heun steps and under 250 of DDIM, guided through nothing: the same digits."""
+    """The shipped digits model under 20 Heun steps and under 250 of DDIM, the same digits."""
     network = UNet(
         8,
         1,
@@ -302,7 +307,6 @@ def test_a_network_of_discrete_steps_goes_between_them(in_root):
     assert (levels.times % 1 > 0).sum() > 10
     heun = Heun(20)(denoiser, streams(5, denoiser), y)
     ddim = DDIM("250", clip_denoised=False)(denoiser, streams(5, denoiser), y)
-    print((heun - ddim).abs().max(), (heun - ddim).abs().mean(), heun.std())
     assert (heun - ddim).abs().mean() < 0.1 * heun.std()
 
 
