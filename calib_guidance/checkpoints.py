@@ -89,6 +89,20 @@ def load_weights(module: nn.Module, path: str | os.PathLike[str], **expected: ob
     state = read_state_dict(path)
     if Path(path).suffix == ".safetensors":
         _check_notes(Path(path), expected)
+    load_state(module, state, path)
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Load weights by name into a module, every name and shape of which must fit.
+
+    Args:
+        module: what to load into.
+        state: the weights, by the module's names.
+        path: where they come from, for the message.
+
+    Raises:
+        CheckpointError: naming the file, and each missing or unexpected name or wrong shape.
+    """
     expected = module.state_dict()
     missing = sorted(expected.keys() - state.keys())
     unexpected = sorted(state.keys() - expected.keys())
