@@ -53,8 +53,8 @@ class ClassifierFreeGuidance(Denoiser):
             raise ValueError(f"the negative samples {negative.image_shape}, the denoiser {denoiser.image_shape}")
         if negative_labels and negative.num_classes != denoiser.num_classes:
             raise ValueError(
-                f"the negative knows {negative.num_classes} classes, the denoiser {denoiser.num_classes}: their labels differ, so "
-                "set negative_labels to false, or name a negative of the same classes"
+                f"the negative knows {negative.num_classes} classes, the denoiser {denoiser.num_classes}: their labels "
+                "differ, so set negative_labels to false, or name a negative of the same classes"
             )
         if channels is not None and not 1 <= channels <= denoiser.image_shape[0]:
             raise ValueError(f"channels must be 1 … {denoiser.image_shape[0]}, or null for all, got {channels}")

@@ -119,8 +119,12 @@ def test_half_precision_stays_close_and_returns_float32(fixture, dtype, largest)
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"num_heads": 5}, "multiple of num_heads"), ({"patch_size": 3}, "multiple of patch_size")]
-    + [({"out_channels": 6}, "twice that"), ({"dtype": "int8"}, "float16")],
+    [
+        ({"num_heads": 5}, "multiple of num_heads"),
+        ({"patch_size": 3}, "multiple of patch_size"),
+        ({"out_channels": 6}, "twice that"),
+        ({"dtype": "int8"}, "float16"),
+    ],
 )
 def test_impossible_architectures_name_the_cause(arguments, message):
     with pytest.raises(ValueError, match=message):
