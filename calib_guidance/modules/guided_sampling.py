@@ -15,6 +15,20 @@ from calib_guidance.errors import ConfigurationError
 from calib_guidance.guidance import ClassifierFreeGuidance, Guidance
 from calib_guidance.rng import SampleStreams
 from calib_guidance.samplers.base import Observer, Sampler
+from calib_guidance.scores.base import Score
+
+
+def _check_guides_to_one_class(score: Score) -> None:
+    """Raise ConfigurationError where a score of one class, whose probability is 1 whatever the logit, has no gradient."""
+    with torch.enable_grad():
+        logits = torch.zeros(score.group_size, 1, requires_grad=True)
+        value = score(logits, torch.zeros(score.group_size, dtype=torch.long)).sum()
+        (gradient,) = torch.autograd.grad(value, logits)
+    if not (gradient > 0).all():
+        raise ConfigurationError(
+            f"the requests have one class, of which {type(score).__name__} is always equally certain, so that it cannot guide: "
+            "set the score to TemperedLogProb with tau2: 0, which climbs the logit itself, or give classes to choose from"
+        )
 
 
 class GuidedSampling(L.LightningModule):
@@ -79,6 +93,8 @@ class GuidedSampling(L.LightningModule):
                 with torch.no_grad():
                     image = (part.decoder or self.denoiser.decode)(image)
             self._check_classifier(part.classifier, image, num_classes, one)
+            if num_classes == 1:
+                _check_guides_to_one_class(part.score)
 
     def _check_classifier(self, classifier: Classifier, image: Tensor, num_classes: int, step: Tensor) -> None:
         size = "×".join(map(str, image.shape[1:]))
