@@ -56,7 +56,7 @@ def test_members_are_frozen_checked_and_told_the_step():
 
 
 def test_refused():
-    a, b = members()
+    a, _ = members()
     with pytest.raises(ValueError, match="at least two classifiers, got 1"):
         Ensemble([a])
     with pytest.raises(ValueError, match=r"theirs number \[4, 10\]"):
