@@ -6,6 +6,7 @@ from calib_guidance.denoisers.base import Denoiser, Prediction
 from calib_guidance.denoisers.decoders import LinearDecoder, TinyDecoder, VAEDecoder, fit_linear_decoder
 from calib_guidance.denoisers.dit import DiTDenoiser
 from calib_guidance.denoisers.edm import EDMDenoiser
+from calib_guidance.denoisers.relabelled import Relabelled
 
 __all__ = [
     "ADMDenoiser",
@@ -16,6 +17,7 @@ __all__ = [
     "GaussianMixtureClassifier",
     "LinearDecoder",
     "Prediction",
+    "Relabelled",
     "TinyDecoder",
     "VAEDecoder",
     "fit_linear_decoder",

@@ -16,6 +16,20 @@ from calib_guidance.errors import ConfigurationError
 from calib_guidance.guidance import ClassifierFreeGuidance, Guidance
 from calib_guidance.rng import SampleStreams
 from calib_guidance.samplers.base import Observer, Sampler
+from calib_guidance.scores.base import Score
+
+
+def _one_class_problems(score: Score) -> Iterator[str]:
+    """Of one class, whose probability is 1 whatever the logit, most scores have no gradient."""
+    with torch.enable_grad():
+        logits = torch.zeros(score.group_size, 1, requires_grad=True)
+        value = score(logits, torch.zeros(score.group_size, dtype=torch.long)).sum()
+        (gradient,) = torch.autograd.grad(value, logits)
+    if not (gradient > 0).all():
+        yield (
+            f"the requests have one class, of which {type(score).__name__} is always equally certain, so that it cannot guide: "
+            "set the score to TemperedLogProb with tau2: 0, which climbs the logit itself, or give classes to choose from"
+        )
 
 
 class GuidedSampling(L.LightningModule):
@@ -84,6 +98,8 @@ class GuidedSampling(L.LightningModule):
                 with torch.no_grad():
                     image = (part.decoder or self.denoiser.decode)(image)
             yield from self._classifier_problems(part.classifier, image, num_classes, one)
+            if num_classes == 1:
+                yield from _one_class_problems(part.score)
 
     def _classifier_problems(
         self, classifier: Classifier, image: Tensor, num_classes: int, step: Tensor
