@@ -80,6 +80,7 @@ def sampling_work(module: GuidedSampling) -> list[Work]:
     levels, guidance = module.sampler.levels(module.denoiser), module.guidance
     active = [False] * len(levels.times) if guidance is None else guidance.active(levels)
     total = module.sampler.num_evaluations(module.denoiser) / module.denoiser.evaluations
+    made: dict[str, Tensor] = {}  # of the step, for the decoder after it
 
     def step(guided: bool) -> Trial:
         # Half signal, half noise: where mistakes in weights, ε and v show most.
@@ -92,16 +93,15 @@ def sampling_work(module: GuidedSampling) -> list[Work]:
             noise = torch.randn(count, *module.denoiser.image_shape, device=module.device)
             with torch.no_grad():
                 found = guide(predict, noise * math.sqrt(1 - levels.alphas_cumprod[i]), i)
-            named = {"x̂0": found.prediction.x0, "logits": found.logits, "gradient": found.step_gradient}
+            made["x̂0"] = found.prediction.x0
+            named = made | {"logits": found.logits, "gradient": found.step_gradient}
             return {name: value for name, value in named.items() if value is not None}
 
         return do
 
     def decode(module: L.LightningModule, count: int) -> dict[str, Tensor]:
         with torch.no_grad():
-            return {
-                "image": module.denoiser.decode(torch.zeros(count, *module.denoiser.image_shape, device=module.device))
-            }
+            return {"image": module.denoiser.decode(made.pop("x̂0"))}
 
     share = sum(active) / len(active)
     works = [("guided step", total * share, True), ("step", total * (1 - share), False)]
@@ -126,7 +126,7 @@ def batch_work(module: L.LightningModule, batch: dict[str, Tensor]) -> list[Work
         gradients = [p.grad.detach().flatten() for p in module.parameters() if p.grad is not None]
         optimizer.step()
         optimizer.zero_grad()
-        return {"loss": loss.detach(), "gradient": torch.stack([g.norm() for g in gradients])}
+        return {"loss": loss.detach(), "gradient norms": torch.stack([g.norm() for g in gradients])}
 
     if isinstance(module, DenoiseImages):
         return [Work("denoised batch", 1, denoise)]

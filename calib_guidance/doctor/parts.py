@@ -79,7 +79,8 @@ def check_parts(cli: Unbuilt, found: Found, report: Report) -> Parts:
         _describe(twin, report)
         if data is not None:
             _check_together(parts, found.has_images, workers, report)
-    _check_output(parts, report)
+    with report.attempt("output"):
+        _check_output(parts, report)
     return parts
 
 
@@ -175,6 +176,10 @@ def _describe(twin: L.LightningModule, report: Report) -> None:
                 classes and f"{classes} classes",
             ]
             report.add("ok", f"{name}: {type(child).__name__}, {', '.join(filter(None, words))}")
+    if isinstance(twin, GuidedSampling):
+        with report.attempt("sampler"):
+            count = twin.sampler.num_evaluations(twin.denoiser)
+            report.add("ok", f"sampler: {type(twin.sampler).__name__}, {count} network evaluations per image")
 
 
 def _check_together(parts: Parts, has_images: bool, workers: int, report: Report) -> None:
@@ -187,18 +192,21 @@ def _check_together(parts: Parts, has_images: bool, workers: int, report: Report
         elif isinstance(module, DenoiseImages):
             module.check()
             parts.batch = next(iter(data.predict_dataloader()))
-        elif has_images:
-            data.prepare_data()
-            data.setup("fit")
+        else:
+            if has_images:
+                data.prepare_data()
+                data.setup("fit")
             module.setup("fit")
             for callback in parts.callbacks:
                 if isinstance(callback, ExportClassifier):
                     callback.setup(parts.trainer, module, "fit")
-            _read_batch(parts, workers, report)
+            if has_images:
+                _read_batch(parts, workers, report)
         if report.counts["wrong"] == before:
-            classes = getattr(data, "num_classes", None)
+            classes, name = getattr(data, "num_classes", None), type(data).__name__
             count = "" if parts.trains else f"{len(data):,} requests, "
-            report.add("ok", f"{type(data).__name__}: {count}{classes} classes, which fit the model")
+            known = f"{count}{classes} classes, which fit the model" if classes else "images of this size fit the model"
+            report.add("ok", f"{name}: {known}")
 
 
 def _read_batch(parts: Parts, workers: int, report: Report) -> None:
@@ -213,7 +221,8 @@ def _read_batch(parts: Parts, workers: int, report: Report) -> None:
         "ok",
         f"images: {parts.epoch:,} batches of {len(image)} per epoch and device, {_shape(image.shape[1:])} in "
         f"[{image.min():.2f}, {image.max():.2f}], labels {label.min()} … {label.max()}",
-        f"the first batch was read in {duration(reading)} by one process; the run has {workers or 1}",
+        f"the first batch was read in {duration(reading)} by one process"
+        + (f"; the run has {workers}" if workers else ""),
     )
     if image.abs().max() > 1.01 or not image.isfinite().all():
         report.add("wrong", "images must lie in [-1, 1]: let data.init_args.train_transform make 8-bit images")

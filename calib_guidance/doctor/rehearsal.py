@@ -35,12 +35,11 @@ def rehearse(parts: Parts, found: Found, report: Report) -> None:
         module.on_fit_start()
     plugin = parts.trainer.precision_plugin
     with report.attempt("one step"), plugin.train_step_context() if parts.trains else plugin.predict_step_context():
-        (_, small), (operations, full) = (count_cost(works, twin, count) for count in (least, size))
-        fits = _check_memory(parts, least, size, small, full, report)
-        each = "training step" if parts.trains else "image, all steps together"
-        report.add("ok", f"operations: {operations / size / 1e9:,.3g} GFLOP per {each}")
+        fits = _count(works, parts, least, size, report)
         if parts.module is None:
             return
+        if parts.module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(parts.module.device)
         first, values = _time(works, parts.module, least)
         if found.untrained:
             report.add("note", "values are not looked at: weights that are not here were drawn at random")
@@ -53,18 +52,22 @@ def rehearse(parts: Parts, found: Found, report: Report) -> None:
                 count = size
                 seconds, _ = _time(works, parts.module, size)
         steps = ", ".join(f"{work.name} {duration(s)}" for work, s in zip(works, seconds, strict=True))
+        if parts.module.device.type == "cuda":
+            steps += f", at most {amount(torch.cuda.max_memory_allocated(parts.module.device))} of memory"
         report.add("ok", f"measured on this {_device_name(parts)} at batch size {count}: {steps}")
         per_image = sum(work.times * s for work, s in zip(works, seconds, strict=True)) / count
         _report_time(parts, per_image, size, report)
 
 
 def _works(parts: Parts) -> list[Work] | None:
+    if parts.twin is None:
+        return None
     if isinstance(parts.twin, GuidedSampling):
         return sampling_work(parts.twin)
     batch = parts.batch
     if batch is None:  # images that are not here yet
         shaped = parts.twin.noising.frozen.module if isinstance(parts.twin, DenoiseImages) else parts.data
-        if parts.twin is None or getattr(shaped, "image_shape", None) is None:
+        if getattr(shaped, "image_shape", None) is None:
             return None
         batch = {"image": torch.randn(1, *shaped.image_shape).clamp(-1, 1), "label": torch.zeros(1, dtype=torch.long)}
     return batch_work(parts.twin, {key: batch[key] for key in ("image", "label", "t") if key in batch})
@@ -73,6 +76,20 @@ def _works(parts: Parts) -> list[Work] | None:
 def _device_name(parts: Parts) -> str:
     device = parts.trainer.strategy.root_device
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _count(works: list[Work], parts: Parts, least: int, size: int, report: Report) -> bool:
+    """Reports memory and operations; whether a batch of the run fits."""
+    try:
+        (_, small), (operations, full) = (count_cost(works, parts.twin, count) for count in (least, size))
+    except Exception as error:  # a module that looks at its numbers, of which there are none on the meta device
+        report.add("note", f"memory and operations cannot be counted for these parts ({error})")
+        return True
+    fits = _check_memory(parts, least, size, small, full, report)
+    each, number = "image and training step" if parts.trains else "image, all steps together", operations / size
+    unit, scale = next((u, s) for u, s in (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 0)) if number >= s)
+    report.add("ok", f"operations: {number / (scale or 1e6):,.3g} {unit} per {each}")
+    return fits
 
 
 def _check_memory(parts: Parts, least: int, size: int, small: int, full: int, report: Report) -> bool:
@@ -134,7 +151,7 @@ def _check_values(values: dict[str, Tensor], parts: Parts, report: Report) -> No
             report.add(
                 "wrong", f"{name} is not finite: set the network's dtype, or trainer.precision, to bfloat16 or 32 bits"
             )
-    if "gradient" in values and not values["gradient"].any():
+    if any(name.startswith("gradient") and not value.any() for name, value in values.items()):
         report.add("wrong", "the gradient is zero everywhere: nothing would be guided or trained")
     if (image := values.get("image")) is not None:
         _check_images(image, parts, report)
