@@ -25,12 +25,12 @@ FLOORS = [
     {"metrics", "data", "modules", "callbacks"},
     {"checkpoint_io"},
     {"lightning_cli"},
-    {"compare"},
+    {"compare", "doctor"},
     {"cli"},
     {"__main__"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-KNOW_LIGHTNING = {"modules", "callbacks", "data", "checkpoint_io", "lightning_cli"}
+KNOW_LIGHTNING = {"modules", "callbacks", "data", "checkpoint_io", "lightning_cli", "doctor"}
 
 
 def imports(path):
