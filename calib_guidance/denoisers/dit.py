@@ -28,7 +28,8 @@ class DiTDenoiser(DiscreteDenoiser):
             :class:`~calib_guidance.networks.DiT`, a diffusers folder (of the model or its pipeline) or ``hf://OWNER/NAME``;
             None keeps the network as it is.
         vae: diffusers folder or ``hf://OWNER/NAME`` of the ``AutoencoderKL``; one that is built already, or its arguments (for
-            random weights); or any module from latents to images. None is for a model whose latents are never decoded, such as the negative of autoguidance.
+            random weights); or any module from latents to images. None is for a model whose latents are never decoded, such as
+            the negative of autoguidance.
         latent_scale: what the autoencoder's latents were multiplied with for the diffusion model.
         decode_batch: latents that are decoded at a time; None decodes all. Where a gradient goes through several such parts, one
             part's activations are kept at a time, and those of all but the last are computed anew on the way back.
@@ -49,9 +50,9 @@ class DiTDenoiser(DiscreteDenoiser):
 
     def __init__(
         self,
-        network: DiT | str | None,
-        vae: str | nn.Module | dict[str, Any] | None,
+        network: DiT | str | None = None,
         checkpoint: str | None = None,
+        vae: str | nn.Module | dict[str, Any] | None = None,
         latent_scale: float = 0.18215,
         decode_batch: int | None = 4,
         noise_schedule: str = "linear",

@@ -70,7 +70,10 @@ def read_config(source: str, kind: str) -> dict[str, Any]:
     """
     path = _file(source, "config.json")
     if path is None:
-        raise CheckpointError(f"{source}: no config.json; expected a folder that diffusers wrote for a {kind}")
+        raise CheckpointError(
+            f"{source}: no config.json; expected a folder that diffusers wrote for a {kind}, or hf://OWNER/NAME for one of the "
+            "Hugging Face hub"
+        )
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
