@@ -8,7 +8,7 @@ import calib_guidance
 ROOT = Path(calib_guidance.__file__).parent
 FLOORS = [
     {"errors", "images", "rng", "scores", "losses", "noise_schedule", "parameterization", "lr_schedules"},
-    {"networks", "checkpoints"},
+    {"networks", "checkpoints", "edm_pickle", "hub", "published"},
     {"denoisers", "classifiers"},
     {"guidance"},
     {"samplers"},
