@@ -37,15 +37,17 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0
 
 
 class GroupNorm(nn.GroupNorm):
-    """32 groups, always computed in float32, returned in the type of the input."""
+    """32 groups, or fewer where they would be narrower than ``min_group_channels``; always computed in float32, returned
+    in the type of the input."""
 
-    def __init__(self, channels: int):
-        if channels % _GROUPS:
+    def __init__(self, channels: int, min_group_channels: int | None = None):
+        groups = min(_GROUPS, channels // min_group_channels) if min_group_channels else _GROUPS
+        if groups == 0 or channels % groups:
             raise ValueError(
-                f"every layer width of this network must be a multiple of {_GROUPS} (its GroupNorm has {_GROUPS} "
-                f"groups), got {channels}: change model_channels or channel_mult"
+                f"every layer width of this network must be a multiple of {groups or min_group_channels} (its GroupNorm has "
+                f"{groups} groups), got {channels}: change model_channels or channel_mult"
             )
-        super().__init__(_GROUPS, channels)
+        super().__init__(groups, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.float()).to(x.dtype)
@@ -84,6 +86,7 @@ class ResBlock(nn.Module):
         use_scale_shift_norm: the embedding scales and shifts the second normalisation; otherwise it is added before it.
         up: double the resolution inside the block.
         down: halve the resolution inside the block.
+        min_group_channels: of the normalisations, see :class:`GroupNorm`.
     """
 
     def __init__(
@@ -95,18 +98,21 @@ class ResBlock(nn.Module):
         use_scale_shift_norm: bool = False,
         up: bool = False,
         down: bool = False,
+        min_group_channels: int | None = None,
     ):
         super().__init__()
         out_channels = out_channels or channels
         self.use_scale_shift_norm = use_scale_shift_norm
-        self.in_layers = nn.Sequential(GroupNorm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.in_layers = nn.Sequential(
+            GroupNorm(channels, min_group_channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
         resample = Upsample if up else Downsample if down else None
         self.h_upd = resample(channels, with_conv=False) if resample else nn.Identity()
         self.x_upd = resample(channels, with_conv=False) if resample else nn.Identity()
         emb_width = 2 * out_channels if use_scale_shift_norm else out_channels
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, emb_width))
         self.out_layers = nn.Sequential(
-            GroupNorm(out_channels),
+            GroupNorm(out_channels, min_group_channels),
             nn.SiLU(),
             nn.Dropout(dropout),
             nn.Conv2d(out_channels, out_channels, 3, padding=1),
@@ -154,10 +160,16 @@ class AttentionBlock(nn.Module):
         num_head_channels: channels of each head, or -1.
         use_new_attention_order: order of the qkv channels; the published 64×64 model uses the new one, the larger ones
             the legacy one, and the wrong one loads without complaint and changes every output.
+        min_group_channels: of the normalisation, see :class:`GroupNorm`.
     """
 
     def __init__(
-        self, channels: int, num_heads: int = 1, num_head_channels: int = -1, use_new_attention_order: bool = False
+        self,
+        channels: int,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        use_new_attention_order: bool = False,
+        min_group_channels: int | None = None,
     ):
         super().__init__()
         self.num_heads = num_heads if num_head_channels == -1 else channels // num_head_channels
@@ -167,7 +179,7 @@ class AttentionBlock(nn.Module):
                 f"num_head_channels={num_head_channels}"
             )
         self.use_new_attention_order = use_new_attention_order
-        self.norm = GroupNorm(channels)
+        self.norm = GroupNorm(channels, min_group_channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv1d(channels, channels, 1)
         nn.init.zeros_(self.proj_out.weight)
@@ -237,6 +249,8 @@ class _Encoder(nn.Module):
         resblock_updown: bool,
         use_new_attention_order: bool,
         dtype: str,
+        channel_mult_emb: int = 4,
+        min_group_channels: int | None = None,
     ):
         super().__init__()
         if dtype not in DTYPES:
@@ -247,16 +261,24 @@ class _Encoder(nn.Module):
         self.dtype = DTYPES[dtype]
         # The coarsest level halves once per level after the first, and skip connections need whole pixels.
         self.size_multiple = 2 ** (len(channel_mult) - 1)
-        emb_channels = 4 * model_channels
+        self.emb_channels = emb_channels = channel_mult_emb * model_channels
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
         )
 
         def res(channels: int, out_channels: int | None = None, **kwargs: bool) -> ResBlock:
-            return ResBlock(channels, emb_channels, dropout, out_channels, use_scale_shift_norm, **kwargs)
+            return ResBlock(
+                channels,
+                emb_channels,
+                dropout,
+                out_channels,
+                use_scale_shift_norm,
+                min_group_channels=min_group_channels,
+                **kwargs,
+            )
 
         def attention(channels: int, heads: int = num_heads) -> AttentionBlock:
-            return AttentionBlock(channels, heads, num_head_channels, use_new_attention_order)
+            return AttentionBlock(channels, heads, num_head_channels, use_new_attention_order, min_group_channels)
 
         self._res, self._attention = res, attention
         channels = int(channel_mult[0] * model_channels)
@@ -328,6 +350,9 @@ class UNet(_Encoder):
         resblock_updown: residual blocks do the resampling.
         use_new_attention_order: order of the qkv channels, see :class:`AttentionBlock`.
         dtype: ``float32``, ``float16`` or ``bfloat16``, of the convolutions of the body.
+        channel_mult_emb: width of the embedding over ``model_channels``.
+        min_group_channels: channels that a group of the normalisations has at least, so that layers of fewer than 32 times
+            that have fewer groups (EDM's networks: 4); None gives every layer 32 groups (ADM's).
 
     Raises:
         ValueError: widths, heads or ``dtype`` that cannot be.
@@ -352,6 +377,8 @@ class UNet(_Encoder):
         resblock_updown: bool = False,
         use_new_attention_order: bool = False,
         dtype: str = "float32",
+        channel_mult_emb: int = 4,
+        min_group_channels: int | None = None,
     ):
         super().__init__(
             image_size,
@@ -368,11 +395,13 @@ class UNet(_Encoder):
             resblock_updown,
             use_new_attention_order,
             dtype,
+            channel_mult_emb,
+            min_group_channels,
         )
         self.out_channels = out_channels
         self.num_classes = num_classes
         if num_classes is not None:
-            self.label_emb = nn.Embedding(num_classes, 4 * model_channels)
+            self.label_emb = nn.Embedding(num_classes, self.emb_channels)
         channels, skips, downsampling = self._channels, self._skips, self._downsampling
         heads = num_heads if num_heads_upsample == -1 else num_heads_upsample
         self.output_blocks = nn.ModuleList()
@@ -387,17 +416,19 @@ class UNet(_Encoder):
                     layers.append(up)
                     downsampling //= 2
                 self.output_blocks.append(_EmbedSequential(*layers))
-        self.out = nn.Sequential(GroupNorm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.out = nn.Sequential(
+            GroupNorm(channels, min_group_channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
         nn.init.zeros_(self.out[-1].weight)
         nn.init.zeros_(self.out[-1].bias)
         self._finish()
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
-        """Time part of the embedding: ``(N,)`` to ``(N, 4·model_channels)``."""
+        """Time part of the embedding: ``(N,)`` to ``(N, emb_channels)``."""
         return self.time_embed(timestep_embedding(timesteps, self.model_channels))
 
     def embed_labels(self, y: Tensor) -> Tensor:
-        """Class part of the embedding: ``(N,)`` to ``(N, 4·model_channels)``; a label of -1 means no class, all zeros.
+        """Class part of the embedding: ``(N,)`` to ``(N, emb_channels)``; a label of -1 means no class, all zeros.
 
         Raises:
             ValueError: the network knows no classes.
@@ -407,7 +438,7 @@ class UNet(_Encoder):
         return self.label_emb(y.clamp(min=0)) * (y >= 0)[:, None]
 
     def decode(self, x: Tensor, emb: Tensor) -> Tensor:
-        """The network on ``x`` ``(N, C, H, W)`` with a ready embedding ``(N, 4·model_channels)``."""
+        """The network on ``x`` ``(N, C, H, W)`` with a ready embedding ``(N, emb_channels)``."""
         *states, h = self._encode(x, emb)
         for block in self.output_blocks:
             h = block(torch.cat([h, states.pop()], dim=1), emb)

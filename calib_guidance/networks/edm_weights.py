@@ -1,0 +1,194 @@
+"""EDM's network (Karras et al. 2022, https://arxiv.org/abs/2206.00364) as the UNet of ADM.
+
+EDM re-trained ADM's architecture under names of its own. What differs is the order of the qkv channels, labels that enter
+as a linear map of one-hot vectors instead of a table, and the smallest normalisation groups, so that the weights, renamed,
+run in :class:`~calib_guidance.networks.UNet`. (EDM activates the embedding once, ADM in each block: the same function.)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+HEAD_CHANNELS = 64
+MIN_GROUP_CHANNELS = 4
+_RENAMED = {
+    "map_layer0": "time_embed.0",
+    "map_layer1": "time_embed.2",
+    "out_norm": "out.0",
+    "out_conv": "out.2",
+}
+_RESIDUAL = {
+    "norm0": "in_layers.0",
+    "conv0": "in_layers.2",
+    "affine": "emb_layers.1",
+    "norm1": "out_layers.0",
+    "conv1": "out_layers.3",
+    "skip": "skip_connection",
+}
+_ATTENTION = {"norm2": "norm", "qkv": "qkv", "proj": "proj_out"}
+_BLOCK = re.compile(r"(enc|dec)\.(\d+)x\2_(conv|down|up|in|block)(\d*)\.")
+
+
+def is_edm(state: Mapping[str, Tensor]) -> bool:
+    """Whether weights have the names of EDM's DhariwalUNet, alone or within its preconditioning (``model.``)."""
+    return any(name.removeprefix("model.") == "map_layer0.weight" for name in state) and any(
+        name.removeprefix("model.") == "out_conv.weight" for name in state
+    )
+
+
+def _bare(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights without the prefix of the preconditioning and the constants.
+
+    Raises:
+        ValueError: a resampling filter other than the 2×2 box.
+    """
+    weights = {}
+    for name, value in state.items():
+        if name.endswith("resample_filter"):
+            if value.shape != (1, 1, 2, 2) or not (value == 0.25).all():
+                raise ValueError(
+                    f"{name} is not the 2×2 box filter [1, 1]: this network resamples otherwise than ADM's, which cannot run it"
+                )
+        # Augmentation labels are zeros while sampling, and the map of them has no bias.
+        elif name.removeprefix("model.") != "map_augment.weight":
+            weights[name.removeprefix("model.")] = value
+    return weights
+
+
+def _blocks(weights: Mapping[str, Tensor]) -> dict[str, list[tuple[int, str, int]]]:
+    """(resolution, kind, number) of each block of ``enc`` and ``dec``, in the order in which they run."""
+    found: dict[str, set] = {"enc": set(), "dec": set()}
+    for match in filter(None, map(_BLOCK.match, weights)):
+        found[match[1]].add((int(match[2]), match[3], int(match[4] or 0)))
+    # Within a resolution, what changes it comes first.
+    return {
+        "enc": sorted(found["enc"], key=lambda b: (-b[0], b[1] == "block", b[2])),
+        "dec": sorted(found["dec"], key=lambda b: (b[0], b[1] == "block", b[2])),
+    }
+
+
+def _prefix(side: str, block: tuple[int, str, int]) -> str:
+    resolution, kind, number = block
+    return f"{side}.{resolution}x{resolution}_{kind}{number if kind in ('in', 'block') else ''}"
+
+
+def _places(weights: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
+    """Where each block goes: EDM's prefix to ADM's of its residual part and of its attention."""
+    blocks, places = _blocks(weights), {}
+    for number, block in enumerate(blocks["enc"]):
+        places[_prefix("enc", block)] = f"input_blocks.{number}.0", f"input_blocks.{number}.1"
+    number, previous = -1, None
+    for block in blocks["dec"]:
+        name = _prefix("dec", block)
+        if block[1] == "in":
+            places[name] = ("middle_block.0", "middle_block.1") if block[2] == 0 else ("middle_block.2", "")
+        elif block[1] == "up":  # part of ADM's last block of the level below
+            attention = previous and f"{_prefix('dec', previous)}.qkv.weight" in weights
+            places[name] = f"output_blocks.{number}.{2 if attention else 1}", ""
+        else:
+            number += 1
+            places[name] = f"output_blocks.{number}.0", f"output_blocks.{number}.1"
+        previous = block
+    return places
+
+
+def block_from_edm(state: Mapping[str, Tensor], head_channels: int = HEAD_CHANNELS) -> tuple[dict, dict]:
+    """Weights of one of EDM's blocks as those of a :class:`ResBlock` and of an :class:`AttentionBlock`.
+
+    Args:
+        state: the block's weights by EDM's names (``norm0.weight`` …), without resampling filters.
+        head_channels: channels of each attention head.
+
+    Returns:
+        Two dicts by ADM's names; the second is empty where the block has no attention.
+
+    Raises:
+        ValueError: a name that EDM's blocks do not have, or channels that are not whole heads.
+    """
+    residual, attention = {}, {}
+    for name, value in state.items():
+        layer, _, kind = name.rpartition(".")
+        if layer in _RESIDUAL:
+            residual[f"{_RESIDUAL[layer]}.{kind}"] = value
+            continue
+        if layer not in _ATTENTION:
+            raise ValueError(
+                f"{name!r} is no weight of EDM's blocks, which have {', '.join((*_RESIDUAL, *_ATTENTION))}"
+            )
+        if layer == "qkv":
+            heads, rest = divmod(len(value), 3 * head_channels)
+            if rest or not heads:
+                raise ValueError(f"{name}: {len(value) // 3} channels cannot be split in heads of {head_channels}")
+            # [head][channel][q,k,v] to [head][q,k,v][channel].
+            value = value.unflatten(0, (heads, head_channels, 3)).transpose(1, 2).flatten(0, 2)
+        attention[f"{_ATTENTION[layer]}.{kind}"] = value.squeeze(-1) if value.ndim == 4 else value
+    return residual, attention
+
+
+def from_edm(state: Mapping[str, Tensor], head_channels: int = HEAD_CHANNELS) -> dict[str, Tensor]:
+    """Weights of EDM's DhariwalUNet by the names, and in the orders, of :class:`~calib_guidance.networks.UNet`.
+
+    Args:
+        state: weights by EDM's names, with or without the preconditioning's ``model.`` before them.
+        head_channels: channels of each attention head; 64 in all of EDM's networks.
+
+    Returns:
+        A new dict; tensors that are not reordered share their memory with those of ``state``.
+
+    Raises:
+        ValueError: names that are not EDM's, or another resampling filter than the 2×2 box.
+    """
+    weights = _bare(state)
+    places = _places(weights)
+    blocks: dict[str, dict[str, Tensor]] = {name: {} for name in places}
+    renamed = {}
+    for name, value in weights.items():
+        block = ".".join(name.split(".")[:2])
+        layer, _, kind = name.rpartition(".")
+        if name == "map_label.weight":
+            renamed["label_emb.weight"] = value.t()
+        elif layer in _RENAMED:
+            renamed[f"{_RENAMED[layer]}.{kind}"] = value
+        elif block in places and layer == block:  # the first convolution
+            renamed[f"{places[block][0]}.{kind}"] = value
+        elif block in places:
+            blocks[block][name.removeprefix(f"{block}.")] = value
+        else:
+            raise ValueError(f"{name!r} is no weight of EDM's DhariwalUNet")
+    for block, content in blocks.items():
+        for place, part in zip(places[block], block_from_edm(content, head_channels), strict=True):
+            renamed |= {f"{place}.{name}": value for name, value in part.items()}
+    return renamed
+
+
+def edm_architecture(state: Mapping[str, Tensor]) -> dict[str, object]:
+    """Arguments of the :class:`~calib_guidance.networks.UNet` that EDM's weights belong to, all but dropout and dtype.
+
+    Raises:
+        ValueError: names that are not EDM's.
+    """
+    weights = _bare(state)
+    blocks = _blocks(weights)
+    resolutions = sorted({resolution for resolution, _, _ in blocks["enc"]}, reverse=True)
+    if not is_edm(state) or not resolutions:
+        raise ValueError("these are not the weights of EDM's DhariwalUNet, whose names begin with map_layer0 and enc.")
+    size, width = resolutions[0], weights["map_layer0.weight"].shape[1]
+    first = {r: f"enc.{r}x{r}_block0" for r in resolutions}
+    return {
+        "image_size": size,
+        "in_channels": weights[f"enc.{size}x{size}_conv.weight"].shape[1],
+        "model_channels": width,
+        "out_channels": len(weights["out_conv.weight"]),
+        "num_res_blocks": sum(r == size and kind == "block" for r, kind, _ in blocks["enc"]),
+        "attention_resolutions": tuple(size // r for r in resolutions if f"{first[r]}.qkv.weight" in weights),
+        "channel_mult": tuple(len(weights[f"{first[r]}.conv0.weight"]) // width for r in resolutions),
+        "num_classes": weights["map_label.weight"].shape[1] if "map_label.weight" in weights else None,
+        "num_head_channels": HEAD_CHANNELS,
+        "use_scale_shift_norm": True,
+        "resblock_updown": True,
+        "channel_mult_emb": len(weights["map_layer0.weight"]) // width,
+        "min_group_channels": MIN_GROUP_CHANNELS,
+    }
