@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import os
-import pickle
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -147,7 +146,11 @@ def _read_torch(path: Path, is_archive: bool) -> Weights:
             break
         content = nested[0]
     if not _is_state(content):
-        found = f"a mapping with {_some(sorted(map(str, content)))}" if isinstance(content, Mapping) else type(content).__name__
+        found = (
+            f"a mapping with {_some(sorted(map(str, content)))}"
+            if isinstance(content, Mapping)
+            else type(content).__name__
+        )
         raise CheckpointError(f"{path}: expected a mapping of names to tensors, found {found}")
     state = {name.replace("_orig_mod.", ""): value for name, value in content.items()}
     averaged = state.keys() - {"n_averaged"}
@@ -233,10 +236,15 @@ def part_of(weights: Weights, module: nn.Module) -> Weights:
             fitting.append((prefix, part))
     if len(fitting) != 1:
         parts = sorted({".".join(name.split(".")[:2]) for name in names})
-        found = f"several parts fit: {', '.join(prefix.rstrip('.') for prefix, _ in fitting)}" if fitting else "no part fits"
+        found = (
+            f"several parts fit: {', '.join(prefix.rstrip('.') for prefix, _ in fitting)}"
+            if fitting
+            else "no part fits"
+        )
         raise CheckpointError(
-            f"{weights.path} is a training checkpoint in which {found} {type(module).__name__} by names and shapes (it has "
-            f"{_some(parts, 4)}): name the weights that ExportWeights or ExportClassifier wrote, or the architecture that was trained"
+            f"{weights.path} is a training checkpoint in which {found} {type(module).__name__} by names and shapes (it "
+            f"has {_some(parts, 4)}): name the weights that ExportWeights or ExportClassifier wrote, or the architecture that "
+            "was trained"
         )
     ((prefix, part),) = fitting
     return weights._replace(state=part, notes=weights.parts.get(prefix.rstrip("."), {}), parts=None)
@@ -266,8 +274,9 @@ def load_weights(module: nn.Module, source: str | os.PathLike[str] | Weights, **
     for name, value in settings.items():
         if name in weights.notes and weights.notes[name] != str(value):
             raise CheckpointError(
-                f"{path} was trained with {name}: {weights.notes[name]}, the configuration says {name}: {value}. These weights would "
-                f"load, and with another {name} be something else than was trained: set {name} to {weights.notes[name]}"
+                f"{path} was trained with {name}: {weights.notes[name]}, the configuration says {name}: {value}. These "
+                f"weights would load, and with another {name} be something else than was trained: set {name} to "
+                f"{weights.notes[name]}"
             )
     expected = module.state_dict()
     for name in expected.keys() - state.keys():
@@ -289,7 +298,9 @@ def load_weights(module: nn.Module, source: str | os.PathLike[str] | Weights, **
     if problems:
         known = f" (the file has the names and shapes of {' or '.join(names)})" if names else ""
         raise CheckpointError(
-            f"{path} does not fit {type(module).__name__}; " + "; ".join(problems) + f"{known}. Name the file that belongs to "
+            f"{path} does not fit {type(module).__name__}; "
+            + "; ".join(problems)
+            + f"{known}. Name the file that belongs to "
             "this architecture, or the architecture that belongs to this file"
         )
     if len(names) == 1:

@@ -46,8 +46,8 @@ class _Dict(dict):
 class _Restricted(pickle.Unpickler):
     """Makes tensors, plain containers and inert records, and refuses every other name.
 
-    What :meth:`find_class` gives is either immutable (built-in types, bound methods) or made for this one file, so that a pickle that
-    sets attributes on what it finds changes nothing outside.
+    What :meth:`find_class` gives is either immutable (built-in types, bound methods) or made for this one file, so that a pickle
+    that sets attributes on what it finds changes nothing outside.
     """
 
     def find_class(self, module: str, name: str) -> Any:
@@ -148,7 +148,9 @@ def read_edm_pickle(file: BinaryIO) -> EDMNetwork:
     """
     content = _Restricted(file).load()
     if not isinstance(content, Mapping) or "ema" not in content:
-        found = f"with {', '.join(map(str, content))}" if isinstance(content, Mapping) else f"of {type(content).__name__}"
+        found = (
+            f"with {', '.join(map(str, content))}" if isinstance(content, Mapping) else f"of {type(content).__name__}"
+        )
         raise pickle.UnpicklingError(f"expected a pickle with a network under 'ema', found one {found}")
     network = content["ema"]
     if not isinstance(network, _Record) or "_modules" not in vars(network):

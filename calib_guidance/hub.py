@@ -59,7 +59,8 @@ def fetch(path: str | os.PathLike[str]) -> Path:
         ) from error
     except LocalEntryNotFoundError as error:
         raise CheckpointError(
-            f"{path}: the hub cannot be reached and the file was not fetched before: download it elsewhere and name the local file"
+            f"{path}: the hub cannot be reached and the file was not fetched before: download it elsewhere and name "
+            "the local file"
         ) from error
     except EntryNotFoundError as error:
         raise CheckpointError(f"{path}: {repo} has no file {inside}") from error

@@ -42,7 +42,7 @@ class Published:
         parameters: number of parameters; None where it is not known.
         architecture: arguments of the network.
         settings: what the network was trained for, in the words of the denoisers' options.
-        landmarks: shapes of a few tensors that tell the file from others, for networks that are built elsewhere.
+        landmarks: shapes of a few tensors, of files whose names are not those of a network built here.
     """
 
     name: str
@@ -138,7 +138,14 @@ def _dit(size: int) -> Published:
         "CC BY-NC 4.0",
         "DiTDenoiser",
         parameters,
-        {"input_size": size // 8, "patch_size": 2, "hidden_size": 1152, "depth": 28, "num_heads": 16, "num_classes": 1000},
+        {
+            "input_size": size // 8,
+            "patch_size": 2,
+            "hidden_size": 1152,
+            "depth": 28,
+            "num_heads": 16,
+            "num_classes": 1000,
+        },
         {"noise_schedule": "linear", "prediction": "epsilon", "num_steps": 1000},
         {"pos_embed": (1, tokens, 1152), "blocks.27.attn.qkv.weight": (3456, 1152)},
     )
@@ -163,7 +170,13 @@ def _vae(variant: str) -> Published:
 
 
 _WIDE = {"model_channels": 256, "num_res_blocks": 2, "use_new_attention_order": False}
-_DEEP = {"model_channels": 192, "num_res_blocks": 3, "channel_mult": (1, 2, 3, 4), "num_head_channels": 64, "dropout": 0.1}
+_DEEP = {
+    "model_channels": 192,
+    "num_res_blocks": 3,
+    "channel_mult": (1, 2, 3, 4),
+    "num_head_channels": 64,
+    "dropout": 0.1,
+}
 _ENTRIES = (
     _diffusion(
         64, "adm_imagenet64", "64x64_diffusion.pt", 295_904_454, "cosine", **_DEEP, use_new_attention_order=True
@@ -320,7 +333,7 @@ def recognise(state: Mapping[str, Tensor], kind: str | None = None) -> list[str]
 
     def fits(known: Published) -> bool:
         if known.landmarks and known.landmarks.items() <= shapes.items():
-            return True
+            return known.parameters <= count < 1.01 * known.parameters  # buffers are counted too
         if known.kind not in _NETWORKS or known.parameters != count:  # the count spares building each network
             return False
         return shapes == {name: value.shape for name, value in reference(known.name).state_dict().items()}
@@ -351,12 +364,14 @@ def build(
     if network is None:
         known = ", ".join(other.name for other in _ENTRIES if other.kind == kind)
         if state is None:
-            raise ValueError(f"network: give a published name ({known}), a class_path of your own, or a checkpoint of a published one")
+            raise ValueError(
+                f"network: give a published name ({known}), a class_path of your own, or the checkpoint of a published one"
+            )
         if len(names) != 1:
-            found = f"those of {' and '.join(names)}" if names else "of none of the published networks"
             raise CheckpointError(
-                f"the checkpoint's names and shapes are {found} ({known}), and they do not tell the rest: state network, with "
-                "num_heads or num_head_channels and use_new_attention_order, and of a diffusion model noise_schedule and prediction"
+                f"the checkpoint has the names and shapes of {' and '.join(names) or 'none'} of the published networks "
+                f"({known}), and shapes do not tell the rest: state network, with num_heads or num_head_channels and "
+                "use_new_attention_order, and of a diffusion model noise_schedule and prediction"
             )
         (network,) = names
     known = entry(network, kind)

@@ -67,8 +67,8 @@ def build_network(
                 network = make()
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:
             raise CheckpointError(
-                f"{name}: its weights {weights} could not be fetched and loaded ({type(error).__name__}: {error}). Without network, "
-                f"fetch {file} elsewhere and name it: weights: checkpoints/{file}"
+                f"{name}: its weights {weights} could not be fetched and loaded ({type(error).__name__}: {error}). Without "
+                f"network, fetch {file} elsewhere and name it: weights: checkpoints/{file}"
             ) from error
     if local:
         load_weights(network, weights, **(notes or {}))

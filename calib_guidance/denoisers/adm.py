@@ -13,9 +13,7 @@ from calib_guidance.noise_schedule import NoiseLevels, NoiseSchedule, named_beta
 from calib_guidance.parameterization import check_prediction, x0_coefficients
 
 
-def _known(
-    stated: dict[str, str | None], weights: Weights | None, entry: published.Published | None
-) -> dict[str, str]:
+def _known(stated: dict[str, str | None], weights: Weights | None, entry: published.Published | None) -> dict[str, str]:
     """Settings of a diffusion model: as stated, else as its file says, else as it was published, else the usual ones."""
     settings = {}
     for name, value in stated.items():
@@ -24,7 +22,9 @@ def _known(
         if value is None and entry is not None:
             value = entry.settings[name]
         if value is None and weights is not None:
-            raise CheckpointError(f"{weights.path} does not say its {name}, and is no published file: state {name} in the YAML")
+            raise CheckpointError(
+                f"{weights.path} does not say its {name}, and is no published file: state {name} in the YAML"
+            )
         settings[name] = value or {"noise_schedule": "linear", "prediction": "epsilon"}[name]
     return settings
 
