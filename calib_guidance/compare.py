@@ -21,6 +21,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from calib_guidance.configurations import expand_bases
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.lightning_cli import run_lightning
 
@@ -116,8 +117,10 @@ class Comparison:
 def _fingerprint(commands: Sequence[Sequence[str]], sources: bytes) -> str:
     """Hash of the words, the configurations and the weights that they name, and the package's own sources."""
     digest = hashlib.sha256(json.dumps(commands).encode() + sources)
-    configs = [Path(word) for words in commands for word in words if Path(word).is_file()]
-    weights = sorted({w for c in configs for w in re.findall(r"[\w./-]+\.(?:safetensors|pth?|ckpt)", c.read_text())})
+    words = [word for command in commands for word in command]
+    configs = [Path(word) for word in words if "\n" not in word and Path(word).is_file()]
+    texts = [*words, *(config.read_text() for config in configs)]
+    weights = sorted({w for text in texts for w in re.findall(r"[\w./-]+\.(?:safetensors|pth?|ckpt)", text)})
     for path in (*configs, *map(Path, weights)):
         if path.is_file():
             digest.update(path.read_bytes())
@@ -205,7 +208,7 @@ def read_comparison(path: Path, output: Path) -> Comparison:
                     words = [command, *(word for config in configs for word in ("--config", config))]
                     known = {"{seed}": seed, "{folder}": folder, "{needed}": needed}
                     words += [_fill(argument, known) for argument in arguments]
-                    commands.append((*words, *_QUIET))
+                    commands.append((*expand_bases(words), *_QUIET))
                 fingerprint = _fingerprint(commands, sources)
                 runs.append(Run(len(rows), seed, tuple(commands), folder, fingerprint, needed))
             rows.append((group, row["name"]))

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import logging
 import re
+import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero
 
 from calib_guidance.callbacks import CalibrationReport, RequeueBetweenSteps, StepSeeds
 from calib_guidance.checkpoint_io import AtomicCheckpointIO
+from calib_guidance.configurations import expand_bases
 from calib_guidance.errors import ConfigurationError
 
 _PREDICT_CKPT = (
@@ -42,6 +44,19 @@ class SaveResolvedConfig(SaveConfigCallback):
             self.parser.save(self.config, path, skip_none=False, overwrite=True, skip_validation=True)
 
 
+def import_class(class_path: str) -> type:
+    """The class that a ``class_path`` names."""
+    module, _, name = class_path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def innermost(error: BaseException) -> BaseException:
+    """What a constructor raised, which jsonargparse wraps in pages of unions and types."""
+    while deeper := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+        error = deeper
+    return error
+
+
 def _shorten(message: str) -> str:
     """What a parse error is about, without the pages of union types around it."""
     where = ".".join(re.findall(r'Parser key "([^"]+)"', message))
@@ -49,11 +64,11 @@ def _shorten(message: str) -> str:
     option = re.search(r"Option '([\w.]+)' is not accepted", message)
     if option is None or not classes:
         return message
-    module, _, name = classes[-1].rpartition(".")
-    accepted = list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+    named = import_class(classes[-1])
+    accepted = list(inspect.signature(named).parameters)
     near = difflib.get_close_matches(option[1], accepted, 1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"{where}: {name} has no option {option[1]!r}{hint}; it has: {', '.join(accepted)}"
+    return f"{where}: {named.__name__} has no option {option[1]!r}{hint}; it has: {', '.join(accepted)}"
 
 
 class CalibGuidanceCLI(LightningCLI):
@@ -106,14 +121,10 @@ class CalibGuidanceCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, RuntimeError, ImportError, OSError) as error:
-            # jsonargparse wraps what a constructor says in pages of unions and types; the innermost error is the message.
-            cause: BaseException = error
-            while deeper := cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__):
-                cause = deeper
-            raise ConfigurationError(str(cause)) from error
+            raise ConfigurationError(str(innermost(error))) from error
 
 
-def run_lightning(args: Sequence[str] | None) -> None:
+def run_lightning(args: Sequence[str] | None, cli: type[CalibGuidanceCLI] = CalibGuidanceCLI) -> CalibGuidanceCLI:
     """One Lightning subcommand; None takes the words of the process."""
     for message in (
         ".*LightningCLI's args parameter is intended.*",  # main(args) is for that
@@ -125,7 +136,7 @@ def run_lightning(args: Sequence[str] | None) -> None:
         warnings.filterwarnings("ignore", message=message)
     # Advertisements of cloud services among the log lines of a run.
     logging.getLogger(rank_zero.__name__).addFilter(lambda record: "Tip: For seamless cloud" not in record.getMessage())
-    CalibGuidanceCLI(
+    return cli(
         # Errors as exceptions, not as pages of usage.
         parser_kwargs={
             "exit_on_error": False,
@@ -138,5 +149,5 @@ def run_lightning(args: Sequence[str] | None) -> None:
         auto_configure_optimizers=False,
         # Predict runs under inference mode unless told not to, and guidance takes gradients inside it.
         trainer_defaults={"inference_mode": False, "callbacks": [StepSeeds(), RequeueBetweenSteps()]},
-        args=None if args is None else list(args),
+        args=expand_bases(sys.argv[1:] if args is None else args),
     )

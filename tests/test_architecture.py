@@ -7,7 +7,17 @@ import calib_guidance
 
 ROOT = Path(calib_guidance.__file__).parent
 FLOORS = [
-    {"errors", "images", "rng", "scores", "losses", "noise_schedule", "parameterization", "lr_schedules"},
+    {
+        "configurations",
+        "errors",
+        "images",
+        "rng",
+        "scores",
+        "losses",
+        "noise_schedule",
+        "parameterization",
+        "lr_schedules",
+    },
     {"networks", "checkpoints", "edm_pickle", "hub", "published"},
     {"denoisers", "classifiers"},
     {"guidance"},
@@ -15,12 +25,12 @@ FLOORS = [
     {"metrics", "data", "modules", "callbacks"},
     {"checkpoint_io"},
     {"lightning_cli"},
-    {"compare"},
+    {"compare", "doctor"},
     {"cli"},
     {"__main__"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-KNOW_LIGHTNING = {"modules", "callbacks", "data", "checkpoint_io", "lightning_cli"}
+KNOW_LIGHTNING = {"modules", "callbacks", "data", "checkpoint_io", "lightning_cli", "doctor"}
 
 
 def imports(path):

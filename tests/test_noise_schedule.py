@@ -50,3 +50,31 @@ def test_impossible_respacings_say_why(respacing, message):
 def test_unknown_schedule_lists_the_known():
     with pytest.raises(ValueError, match="linear, cosine"):
         named_betas("sigmoid")
+
+
+class TestLevels:
+    schedule = NoiseSchedule(named_betas("linear"))
+
+    def test_of_a_respaced_process(self):
+        levels = self.schedule.respace("10").levels
+        np.testing.assert_allclose(levels.alphas_cumprod, self.schedule.alphas_cumprod[levels.times.astype(int)])
+        assert levels.progress.tolist() == [i / 10 for i in range(10)]
+        assert levels.executed.tolist() == [9 - i for i in range(10)]
+        assert levels.num_train_steps == 1000
+        assert self.schedule.at([7, 3]).times.tolist() == [7, 3]
+
+    def test_at_the_sigmas_of_whole_steps_t_is_whole(self):
+        steps = [0, 17, 500, 999]
+        there = self.schedule.at(steps)
+        found = self.schedule.at_sigmas(there.sigmas)
+        np.testing.assert_allclose(found.times, steps, atol=1e-8)
+        np.testing.assert_allclose(found.alphas_cumprod, there.alphas_cumprod, rtol=1e-12)
+
+    def test_between_and_beyond_the_steps(self):
+        levels = self.schedule.at_sigmas([1e-4, 0.5, 1e4])
+        assert levels.times[0] == 0
+        assert levels.times[2] == 999
+        below = int(levels.times[1])
+        sigmas = self.schedule.at([below, below + 1]).sigmas
+        assert sigmas[0] < 0.5 < sigmas[1]
+        np.testing.assert_allclose(levels.sigmas, [1e-4, 0.5, 1e4], rtol=1e-7)

@@ -20,6 +20,7 @@ TABLE = {
     "precision": ("precision", "{:.3f}"),
     "recall": ("recall", "{:.3f}"),
     "judge_accuracy": ("accuracy (judge)", "{:.3f}"),
+    "clip_score": ("CLIP score", "{:.4f}"),
     "integral_ece": ("integral ECE", "{:.3f}"),
     "seconds_per_image": ("seconds per image", "{:.4f}"),
 }

@@ -67,7 +67,7 @@ class SampleWriter(Measurement):
         if stage != "predict":
             return
         pl_module.check()  # nothing of an earlier run is touched for a configuration that cannot run
-        self.path = Path(self.folder or os.path.join(trainer.default_root_dir, "samples"))
+        self.path = self.target(trainer)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
@@ -77,17 +77,31 @@ class SampleWriter(Measurement):
                 f"the output folder {self.path} cannot be written ({error.strerror or error}): set trainer.default_root_dir "
                 "to one that can"
             ) from error
-        old = sorted(self.path.glob("*.parquet"))
-        if old and not self.overwrite:
-            raise ConfigurationError(
-                f"{self.path} already holds samples ({old[0].name} …): set trainer.default_root_dir to another folder, or the "
-                "SampleWriter's overwrite to true to replace them"
-            )
+        old = self.old_samples(trainer)
         trainer.strategy.barrier("old samples seen")
         if trainer.is_global_zero:
             for path in old:
                 path.unlink()
         trainer.strategy.barrier("old samples removed")
+
+    def target(self, trainer: L.Trainer) -> Path:
+        """The folder that samples go to."""
+        return Path(self.folder or os.path.join(trainer.default_root_dir, "samples"))
+
+    def old_samples(self, trainer: L.Trainer) -> list[Path]:
+        """Files of an earlier run in that folder, to be replaced.
+
+        Raises:
+            ConfigurationError: there are some, and they may not be.
+        """
+        folder = self.target(trainer)
+        old = sorted(folder.glob("*.parquet"))
+        if old and not self.overwrite:
+            raise ConfigurationError(
+                f"{folder} already holds samples ({old[0].name} …): set trainer.default_root_dir to another folder, or the "
+                "SampleWriter's overwrite to true to replace them"
+            )
+        return old
 
     def on_predict_batch_end(
         self,

@@ -17,7 +17,7 @@ from calib_guidance.metrics import CalibrationError
 from calib_guidance.samplers import StepRecord
 
 
-class _TrajectoryMeasurement(Measurement, ABC):
+class TrajectoryMeasurement(Measurement, ABC):
     """Watches every step of the sampler."""
 
     metric: Metric
@@ -38,7 +38,7 @@ class _TrajectoryMeasurement(Measurement, ABC):
         """Count one step."""
 
 
-class TrajectoryCalibration(_TrajectoryMeasurement):
+class TrajectoryCalibration(TrajectoryMeasurement):
     """ECE_t of the guiding classifier on what it is shown, against the class being sampled, and its mean, the integral ECE.
 
     Args:
@@ -70,8 +70,12 @@ class TrajectoryCalibration(_TrajectoryMeasurement):
         return [draw_curve(self.t, self.ece.tolist(), folder / "ece_t.png", r"ECE$_t$ of the classifier", average=mean)]
 
 
-class _NormSums(Metric):
-    """Count, sum and sum of squares of gradient norms at each step."""
+class StepMoments(Metric):
+    """Mean and standard deviation of a quantity at each step, from its count, sum and sum of squares.
+
+    Args:
+        num_steps: N.
+    """
 
     full_state_update = False
 
@@ -79,26 +83,27 @@ class _NormSums(Metric):
         super().__init__(**kwargs)
         self.add_state("sums", torch.zeros(num_steps, 3, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, step: int, gradient: Tensor) -> None:
-        norm = gradient.flatten(1).norm(dim=1).double()
-        self.sums[step] += torch.stack([torch.ones_like(norm), norm, norm.square()]).sum(1)
+    def update(self, step: int, values: Tensor) -> None:
+        """Count the values ``(N,)`` of a batch at one step."""
+        values = values.double()
+        self.sums[step] += torch.stack([torch.ones_like(values), values, values.square()]).sum(1)
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation over samples at each step, NaN where there was no gradient."""
+        """Mean and standard deviation at each step, ``(num_steps,)`` each; NaN where nothing was counted."""
         count, total, squares = self.sums.unbind(1)
         mean = total / count
         return mean, (squares / count - mean.square()).clamp(min=0).sqrt()
 
 
-class GradientNorm(_TrajectoryMeasurement):
+class GradientNorm(TrajectoryMeasurement):
     """‖∇S‖ over the trajectory, mean and standard deviation over samples: the vanishing that the papers argue from."""
 
     def build(self, num_steps: int) -> Metric:
-        return _NormSums(num_steps)
+        return StepMoments(num_steps)
 
     def observe(self, record: StepRecord) -> None:
         if record.guided.step_gradient is not None:
-            self.metric.update(record.i, record.guided.step_gradient)
+            self.metric.update(record.i, record.guided.step_gradient.flatten(1).norm(dim=1))
 
     def results(self, trainer: L.Trainer) -> dict[str, Any]:
         self.mean, self.deviation = (value.cpu() for value in compute(self.metric, trainer))

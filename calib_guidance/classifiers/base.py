@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +30,8 @@ class Classifier(nn.Module, ABC):
     def __init__(self, temperature: float | Sequence[float] = 1.0, num_steps: int = 1000):
         super().__init__()
         values = torch.tensor(temperature, dtype=torch.float32).reshape(-1)
-        if not values.numel() or not (values > 0).all():
+        # In plain numbers: under torch.device("meta") the tensor has none.
+        if not values.numel() or not all(v > 0 for v in np.ravel(temperature)):
             raise ValueError(f"temperature must be a number above 0, or one for each range of t; got {temperature}")
         self.temperature = [float(v) for v in temperature] if isinstance(temperature, Sequence) else float(temperature)
         self.num_steps = num_steps

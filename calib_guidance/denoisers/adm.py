@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from calib_guidance import published
 from calib_guidance.checkpoints import CheckpointError, Weights, load_weights, part_of, read_weights
-from calib_guidance.denoisers.base import Denoiser, Predict, Prediction, at_step
+from calib_guidance.denoisers.discrete import DiscreteDenoiser
 from calib_guidance.networks.adm import UNet
-from calib_guidance.noise_schedule import NoiseLevels, NoiseSchedule, named_betas
-from calib_guidance.parameterization import check_prediction, x0_coefficients
+from calib_guidance.noise_schedule import NoiseSchedule, named_betas
+from calib_guidance.parameterization import check_prediction
 
 
 def _known(stated: dict[str, str | None], weights: Weights | None, entry: published.Published | None) -> dict[str, str]:
@@ -29,7 +28,7 @@ def _known(stated: dict[str, str | None], weights: Weights | None, entry: publis
     return settings
 
 
-class ADMDenoiser(Denoiser):
+class ADMDenoiser(DiscreteDenoiser):
     """An ADM UNet over a linear or cosine schedule.
 
     Args:
@@ -93,21 +92,3 @@ class ADMDenoiser(Denoiser):
         self.num_classes = network.num_classes if class_conditional else None
         self.has_learned_variance = network.out_channels == 2 * network.in_channels
         self._decode = torch.compile(network.decode, dynamic=False) if compile else network.decode
-
-    def trajectory(self, levels: NoiseLevels, y: Tensor | None) -> Predict:
-        network = self.network
-        device = network.time_embed[0].weight.device
-        time = network.embed_time(torch.tensor(levels.times, device=device))
-        label = None if y is None or self.num_classes is None else network.embed_labels(y)
-        coefficients = x0_coefficients(self.prediction, levels.alphas_cumprod)
-        from_x, from_output = (torch.tensor(c, device=device).float() for c in coefficients)
-
-        def predict(x_t: Tensor, i: int | Tensor) -> Prediction:
-            emb = time[i].expand(len(x_t), -1) if label is None else time[i] + label
-            output, variance = self._decode(x_t, emb), None
-            if self.has_learned_variance:
-                output, variance = output.chunk(2, dim=1)
-                variance = (variance + 1) / 2
-            return Prediction(at_step(from_x, i) * x_t + at_step(from_output, i) * output, variance)
-
-        return predict

@@ -78,5 +78,9 @@ class Guidance(nn.Module, ABC):
         """
 
     @abstractmethod
+    def active(self, levels: NoiseLevels) -> list[bool]:
+        """Whether a classifier is run at each of the levels."""
+
+    @abstractmethod
     def parts(self) -> Sequence[Guidance]:
         """The single guidances that this one is made of, for checks."""

@@ -87,8 +87,11 @@ class ClassifierGuidance(Guidance):
     def parts(self) -> Sequence[Guidance]:
         return [self]
 
+    def active(self, levels: NoiseLevels) -> list[bool]:
+        return [self.scale != 0 and on for on in self.schedule.active(levels)]
+
     def trajectory(self, levels: NoiseLevels, y: Tensor, decode: Decode = identity) -> Guide | None:
-        active = [self.scale != 0 and on for on in self.schedule.active(levels)]
+        active = self.active(levels)
         if not any(active):
             return None
         # Classifiers were trained on whole steps.
@@ -164,6 +167,10 @@ class SwitchedGuidance(Guidance):
 
     def parts(self) -> Sequence[Guidance]:
         return [self.early, self.late]
+
+    def active(self, levels: NoiseLevels) -> list[bool]:
+        early, late = self.early.active(levels), self.late.active(levels)
+        return [e if t > self.switch_at else n for t, e, n in zip(levels.times, early, late, strict=True)]
 
     def trajectory(self, levels: NoiseLevels, y: Tensor, decode: Decode = identity) -> Guide | None:
         early, late = (part.trajectory(levels, y, decode) for part in (self.early, self.late))

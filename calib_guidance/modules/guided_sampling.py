@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 import lightning as L
 import torch
@@ -15,6 +16,20 @@ from calib_guidance.errors import ConfigurationError
 from calib_guidance.guidance import ClassifierFreeGuidance, Guidance
 from calib_guidance.rng import SampleStreams
 from calib_guidance.samplers.base import Observer, Sampler
+from calib_guidance.scores.base import Score
+
+
+def _one_class_problems(score: Score) -> Iterator[str]:
+    """Of one class, whose probability is 1 whatever the logit, most scores have no gradient."""
+    with torch.enable_grad():
+        logits = torch.zeros(score.group_size, 1, requires_grad=True)
+        value = score(logits, torch.zeros(score.group_size, dtype=torch.long)).sum()
+        (gradient,) = torch.autograd.grad(value, logits)
+    if not (gradient > 0).all():
+        yield (
+            f"the requests have one class, of which {type(score).__name__} is always equally certain, so that it cannot guide: "
+            "set the score to TemperedLogProb with tau2: 0, which climbs the logit itself, or give classes to choose from"
+        )
 
 
 class GuidedSampling(L.LightningModule):
@@ -39,28 +54,32 @@ class GuidedSampling(L.LightningModule):
         """Raise ConfigurationError where the parts of this run cannot go together. Nothing is sampled or written here."""
         if self._checked:
             return
+        for problem in self.problems():
+            raise ConfigurationError(problem)
+        self._checked = True
+
+    def problems(self) -> Iterator[str]:
+        """Why the parts of this run cannot go together, one reason after the other."""
         if self.guidance is not None and self.trainer.predict_loop.inference_mode:
-            raise ConfigurationError(
-                "guidance takes gradients, and PyTorch's inference mode turns them off: set trainer.inference_mode to false"
-            )
+            yield "guidance takes gradients, and PyTorch's inference mode turns them off: set trainer.inference_mode to false"
         requests = self.trainer.datamodule
         try:
             self.sampler.check(self.denoiser, self.guidance)
         except ValueError as error:
-            raise ConfigurationError(str(error)) from error
-        self._check_classes(requests.num_classes)
+            yield str(error)
+            return  # without levels nothing else can be looked at
+        yield from self._class_problems(requests.num_classes)
         group = self.guidance.group_size if self.guidance is not None else 1
         for name in ("batch_size", "num_samples"):
             if getattr(requests, name) % group:
-                raise ConfigurationError(
+                yield (
                     f"the score tilts over groups of {group} samples, so data.init_args.{name} must be a multiple of {group}, "
                     f"got {getattr(requests, name)}"
                 )
-        self._checked = True
 
-    def _check_classes(self, num_classes: int) -> None:
+    def _class_problems(self, num_classes: int) -> Iterator[str]:
         if self.denoiser.num_classes not in (None, num_classes):
-            raise ConfigurationError(
+            yield (
                 f"the requests have {num_classes} classes, the denoiser {self.denoiser.num_classes}: set "
                 "data.init_args.num_classes to the denoiser's, or its class_conditional to false"
             )
@@ -70,7 +89,7 @@ class GuidedSampling(L.LightningModule):
             if part.trajectory(levels, one) is None:
                 continue  # switched off: its classifier is not run, not even to look at it
             if part.enters == "noise_difference" and not isinstance(self.denoiser, ClassifierFreeGuidance):
-                raise ConfigurationError(
+                yield (
                     "enters: noise_difference needs classifier-free guidance: wrap the denoiser in "
                     "calib_guidance.guidance.ClassifierFreeGuidance, or set enters to score"
                 )
@@ -78,9 +97,13 @@ class GuidedSampling(L.LightningModule):
             if part.at in ("denoised", "through_denoiser"):
                 with torch.no_grad():
                     image = (part.decoder or self.denoiser.decode)(image)
-            self._check_classifier(part.classifier, image, num_classes, one)
+            yield from self._classifier_problems(part.classifier, image, num_classes, one)
+            if num_classes == 1:
+                yield from _one_class_problems(part.score)
 
-    def _check_classifier(self, classifier: Classifier, image: Tensor, num_classes: int, step: Tensor) -> None:
+    def _classifier_problems(
+        self, classifier: Classifier, image: Tensor, num_classes: int, step: Tensor
+    ) -> Iterator[str]:
         size = "×".join(map(str, image.shape[1:]))
         try:
             if hasattr(classifier, "check_image"):
@@ -88,9 +111,10 @@ class GuidedSampling(L.LightningModule):
             with torch.no_grad():
                 logits = classifier(image, step)
         except (ValueError, RuntimeError) as error:
-            raise ConfigurationError(f"the classifier cannot take images of {size}: {error}") from error
+            yield f"the classifier cannot take images of {size}: {error}"
+            return
         if logits.shape != (1, num_classes):
-            raise ConfigurationError(
+            yield (
                 f"the requests have {num_classes} classes, the classifier {logits.shape[-1]}: name a classifier of these "
                 "classes, or set data.init_args.num_classes"
             )

@@ -59,7 +59,7 @@ class Sampler(ABC):
             noise: source of standard normal images; called once for x_T, then once per noise that a step adds.
             y: ``(N,)`` classes.
             guidance: None samples the model as it is.
-            observers: each is called once per network evaluation.
+            observers: each is called after every step, and after every repetition of one.
 
         Returns:
             ``(N, C, H, W)`` float32 images.

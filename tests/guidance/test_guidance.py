@@ -266,3 +266,71 @@ def test_fixed_variances_are_those_of_the_schedule():
             assert float(residual.var()) == pytest.approx(expected, rel=5 * (2 / 8000) ** 0.5)
     with pytest.raises(ValueError, match="no variance channels"):
         DDPM(variance="learned_range").check(Constant(), None)
+
+
+class TestWhereAndWhatGuides:
+    def test_every_kth_executed_step_from_the_first(self, denoiser):
+        classifier = Linear()
+        sample(denoiser, ClassifierGuidance(classifier, schedule=GuidanceSchedule(every=3)))
+        executed = [999, 856, 714, 571, 428, 285, 143, 0]
+        assert [int(t[0]) for _, t in classifier.seen] == executed[::3]
+
+    def test_an_interval_of_sigma_is_that_of_its_steps(self, denoiser):
+        levels = DDPM("8").levels(denoiser)
+        low, high = levels.sigmas[2], levels.sigmas[5]
+        schedule = GuidanceSchedule(sigma_interval=[low, high])
+        assert schedule.active(levels) == [2 <= i <= 5 for i in range(8)]
+        both = GuidanceSchedule(sigma_interval=[low, high], interval=[levels.times[4], 999])
+        assert both.active(levels) == [4 <= i <= 5 for i in range(8)]
+
+    @pytest.mark.parametrize("bad", [{"every": 0}, {"sigma_interval": [2.0, 1.0]}, {"interval": [1.0]}])
+    def test_schedules_that_cannot_be(self, bad):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            GuidanceSchedule(**bad)
+
+    def test_normalized_has_a_root_mean_square_of_one_at_most(self, denoiser):
+        classifier, levels = Linear(), DDPM("8").levels(denoiser)
+        x_t = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        x_t[1] *= 1e-3
+        guide = ClassifierGuidance(classifier, at="normalized").trajectory(levels, Y)
+        found = guide(None, x_t, 4, gradient_only=True)
+        ((shown, t),) = classifier.seen
+        ve = x_t / levels.alphas_cumprod[4] ** 0.5
+        torch.testing.assert_close(shown[0], (ve[0] / ve[0].square().mean().sqrt()).float())
+        torch.testing.assert_close(shown[1], ve[1].float())
+        assert t.tolist() == [571] * 3
+        # The gradient is taken there, not carried back through the normalisation.
+        expected = (nn.functional.one_hot(Y, 3) - found.logits.softmax(1)) @ classifier.weight.detach()
+        torch.testing.assert_close(found.gradient.flatten(1).float(), expected)
+        assert found.prediction is None
+
+    def test_a_direction_has_a_root_mean_square_of_one_or_is_zero(self, denoiser):
+        class Flat(Linear):
+            def forward(self, x, t=None):
+                return super().forward(x, t) * torch.tensor([1.0, 0.0, 1.0])[:, None]
+
+        levels, x_t = DDPM("8").levels(denoiser), torch.randn(3, 1, 4, 4)
+        guidance = ClassifierGuidance(
+            Flat(), TemperedLogProb(1.0, 0.0), 0.004, "x_t", GuidanceSchedule(0.3), enters="sample"
+        )
+        found = guidance.trajectory(levels, Y)(None, x_t, 4, gradient_only=True)
+        assert found.direction.square().mean((1, 2, 3)).tolist() == pytest.approx([1.0, 0.0, 1.0])
+        assert (found.scale, found.sine) == (0.004, pytest.approx(0.3))
+        assert found.gradient is None
+
+    @pytest.mark.parametrize("sampler", [DDPM("8"), DDIM("8")], ids=["ddpm", "ddim"])
+    def test_moving_the_sample_is_refused_where_it_is_not_defined(self, denoiser, sampler):
+        with pytest.raises(ValueError, match="Algorithm 2.*Heun"):
+            sampler.check(denoiser, ClassifierGuidance(Linear(), enters="sample"))
+
+    def test_a_decoder_of_its_own_stands_in_for_the_denoisers(self, denoiser):
+        class Halve(nn.Module):
+            def forward(self, x0):
+                return x0 / 2
+
+        plain, records = Linear(), []
+        sample(denoiser, ClassifierGuidance(plain, scale=1e-6), records=records)
+        halved = Linear()
+        sample(denoiser, ClassifierGuidance(halved, scale=1e-6, decoder=Halve()))
+        for (full, _), (half, _) in zip(plain.seen, halved.seen, strict=True):
+            torch.testing.assert_close(half, full / 2, atol=1e-4, rtol=1e-4)

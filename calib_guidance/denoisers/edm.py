@@ -1,0 +1,115 @@
+"""The diffusion models of EDM (Karras et al. 2022, https://arxiv.org/abs/2206.00364)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calib_guidance import published
+from calib_guidance.checkpoints import CheckpointError, load_state, read_state_dict
+from calib_guidance.denoisers.base import Denoiser, Predict, Prediction, at_step
+from calib_guidance.networks.adm import UNet
+from calib_guidance.networks.edm_weights import edm_architecture, from_edm, is_edm
+from calib_guidance.noise_schedule import NoiseLevels, NoiseSchedule, named_betas
+
+
+class EDMDenoiser(Denoiser):
+    """A network F under EDM's preconditioning, D(x; σ) = c_skip·x + c_out·F(c_in·x, ln σ/4) with x = x0 + σ·ε (Table 1).
+
+    c_skip = σ_d²/(σ² + σ_d²), c_out = σ·σ_d/√(σ² + σ_d²), c_in = 1/√(σ² + σ_d²). The network runs in its own number format
+    and F is float32, whatever the type of the sample.
+
+    Args:
+        network: the UNet, or a name of :mod:`calib_guidance.published` (``edm_imagenet64``); None builds the one that the
+            weights' names and shapes tell.
+        checkpoint: weights file, by EDM's names or by those of :class:`~calib_guidance.networks.UNet`; None keeps the network
+            as it is.
+        sigma_data: σ_d, standard deviation of the images in [-1, 1] that it was trained for.
+        noise_schedule: ``linear`` or ``cosine``, of 1000 steps: what t means to classifiers, and what discrete samplers
+            respace. The network itself knows σ alone.
+        class_conditional: false hands no label to the network, which makes an unconditional model of one that was trained
+            with label dropout.
+        image_size: side in pixels of what is sampled; None takes the network's.
+        dtype: ``float32``, ``float16`` or ``bfloat16``, of the body of a network that is built here; None is float32, of a
+            published name float16.
+        compile: compile the network with torch.compile, for fixed shapes.
+
+    Raises:
+        CheckpointError: the file does not fit the network, or does not tell which it belongs to.
+        ValueError: an image size that the network cannot take, a variance that nobody uses, neither network nor checkpoint,
+            a ``dtype`` for a network that has one, or unknown names.
+    """
+
+    def __init__(
+        self,
+        network: UNet | str | None = None,
+        checkpoint: str | None = None,
+        sigma_data: float = 0.5,
+        noise_schedule: str = "linear",
+        class_conditional: bool = True,
+        image_size: int | None = None,
+        dtype: str | None = None,
+        compile: bool = False,
+    ):
+        super().__init__()
+        if not sigma_data > 0:
+            raise ValueError(f"sigma_data must be above 0, got {sigma_data}")
+        network, self.provenance = _load(network, checkpoint, dtype)
+        size = network.image_size if image_size is None else image_size
+        self.image_shape = (network.in_channels, size, size)
+        network.check_image(self.image_shape)
+        if network.out_channels != network.in_channels:
+            raise ValueError(
+                f"EDM's networks predict the image alone: out_channels must be in_channels ({network.in_channels}), got "
+                f"{network.out_channels}"
+            )
+        self.network = network.eval().requires_grad_(False)
+        self.sigma_data = sigma_data
+        self.schedule = NoiseSchedule(named_betas(noise_schedule))
+        self.num_classes = network.num_classes if class_conditional else None
+        self._decode = torch.compile(network.decode, dynamic=False) if compile else network.decode
+
+    def trajectory(self, levels: NoiseLevels, y: Tensor | None) -> Predict:
+        network, sigma, data = self.network, levels.sigmas, self.sigma_data
+        device = network.time_embed[0].weight.device
+        time = network.embed_time(torch.tensor(np.log(sigma) / 4, device=device))
+        label = None if y is None or self.num_classes is None else network.embed_labels(y)
+        total = sigma**2 + data**2
+        preconditioning = (data**2 / total, sigma * data / np.sqrt(total), 1 / np.sqrt(total))
+        skip, out, scale_in = (torch.tensor(c, device=device).float() for c in preconditioning)
+        to_ve = torch.tensor(1 / np.sqrt(levels.alphas_cumprod), device=device)
+
+        def predict(x_t: Tensor, i: int | Tensor) -> Prediction:
+            emb = time[i].expand(len(x_t), -1) if label is None else time[i] + label
+            x = (x_t * at_step(to_ve, i).to(x_t.dtype)).float()
+            output = self._decode(at_step(scale_in, i) * x, emb)
+            return Prediction((at_step(skip, i) * x + at_step(out, i) * output).to(x_t.dtype))
+
+        return predict
+
+
+def _load(network: UNet | str | None, checkpoint: str | None, dtype: str | None) -> tuple[UNet, dict[str, object]]:
+    """The network with its weights, built from them where there is none, and what was loaded."""
+    if isinstance(network, str):
+        network, dtype = published.build(network, "edm", dtype)[0], None
+    if network is not None and dtype is not None:
+        raise ValueError("dtype: the network was given, and states its own: set dtype there, and to null here")
+    if checkpoint is None:
+        if network is None:
+            raise ValueError("neither a network nor a checkpoint was given: name a weights file of EDM's, or a UNet")
+        return network, published.unseen(network)
+    state = read_state_dict(checkpoint)
+    try:
+        architecture = edm_architecture(state) if is_edm(state) else None
+        state = state if architecture is None else from_edm(state)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint}: {error}") from error
+    if network is None:
+        if architecture is None:
+            raise CheckpointError(
+                f"{checkpoint} does not have the names of EDM's DhariwalUNet, which tell its architecture: give the UNet that "
+                "these weights belong to as network"
+            )
+        network = UNet(**architecture, dtype=dtype or "float32")
+    return network, load_state(network, state, checkpoint)

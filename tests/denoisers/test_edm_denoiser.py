@@ -1,0 +1,101 @@
+"""EDM's denoiser against EDM with the same weights, and the ways in which its weights are found."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from calib_guidance.checkpoints import CheckpointError
+from calib_guidance.denoisers import EDMDenoiser
+from calib_guidance.networks import UNet
+from calib_guidance.networks.edm_weights import edm_architecture, from_edm
+
+
+@pytest.fixture
+def weights(golden, tmp_path):
+    """The fixture's weights as a file with EDM's names."""
+    path = tmp_path / "edm.safetensors"
+    save_file(golden("edm_net").weights(), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("type_", [torch.float64, torch.float32])
+def test_denoised_images_match_the_reference(golden, weights, type_):
+    """Every sample at a noise level of its own, in both types of state; the x_t of the contract is VP, EDM's is not."""
+    fixture = golden("edm_net")
+    denoiser = EDMDenoiser(checkpoint=weights)
+    levels = denoiser.schedule.at_sigmas(fixture["sigma"].double().numpy())
+    scale = torch.tensor(levels.alphas_cumprod).sqrt().view(-1, 1, 1, 1)
+    x_t, y, each = (scale * fixture["x"]).to(type_), fixture["labels"].argmax(1), torch.arange(4)
+    with torch.no_grad():
+        x0, variance, _ = denoiser.trajectory(levels, y)(x_t, each)
+        fixture.assert_close("output", x0)
+        assert x0.dtype == type_
+        assert variance is None
+        for none in (None, torch.full_like(y, -1)):
+            fixture.assert_close("output_no_labels", denoiser.trajectory(levels, none)(x_t, each).x0)
+        free = EDMDenoiser(checkpoint=weights, class_conditional=False)
+        fixture.assert_close("output_no_labels", free.trajectory(levels, y)(x_t, each).x0)
+        one = (scale[2] * fixture["x"]).to(type_)
+        fixture.assert_close("output_scalar_sigma", denoiser.trajectory(levels, y)(one, 2).x0)
+
+
+def test_sigma_data_is_where_noise_and_image_weigh_the_same(golden, weights):
+    """At σ = σ_data: c_skip = ½, c_out = σ_data/√2, c_in = 1/(√2·σ_data)."""
+    fixture = golden("edm_net")
+    denoiser = EDMDenoiser(checkpoint=weights, sigma_data=0.8)
+    x = fixture["x"].double()
+    with torch.no_grad():
+        found = denoiser.trajectory(denoiser.schedule.at_sigmas([0.8]), None)(x / 1.64**0.5, 0).x0
+        noise = torch.full((4,), 0.8).log() / 4
+        expected = x / 2 + 0.8 / 2**0.5 * denoiser.network((x / (2**0.5 * 0.8)).float(), noise)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_half_precision_is_that_of_the_body(golden, weights):
+    fixture = golden("edm_net")
+    half = EDMDenoiser(checkpoint=weights, dtype="bfloat16")
+    assert half.network.dtype == torch.bfloat16
+    levels = half.schedule.at_sigmas(fixture["sigma"].double().numpy())
+    x_t = torch.tensor(levels.alphas_cumprod).sqrt().view(-1, 1, 1, 1) * fixture["x"]
+    with torch.no_grad():
+        x0 = half.trajectory(levels, fixture["labels"].argmax(1))(x_t, torch.arange(4)).x0
+    assert 0 < (x0 - fixture["output"]).abs().max() < 0.1 * fixture["output"].std()
+
+
+def test_weights_by_either_name_and_into_a_given_network(golden, weights, tmp_path):
+    state = golden("edm_net").weights()
+    own = tmp_path / "own.safetensors"
+    save_file({name: value.contiguous() for name, value in from_edm(state).items()}, own)
+    bare = tmp_path / "bare.pt"
+    torch.save({name.removeprefix("model."): value for name, value in state.items()}, bare)
+    expected = EDMDenoiser(checkpoint=weights).network.state_dict()
+    for file in (weights, str(own), str(bare)):
+        network = UNet(**edm_architecture(state))
+        assert EDMDenoiser(network, file).network is network
+        for name, value in network.state_dict().items():
+            assert value.equal(expected[name]), name
+
+
+def test_what_cannot_be_says_why(golden, weights, tmp_path):
+    state = golden("edm_net").weights()
+    architecture = edm_architecture(state)
+    own = tmp_path / "own.safetensors"
+    save_file({name: value.contiguous() for name, value in from_edm(state).items()}, own)
+    with pytest.raises(CheckpointError, match="own.safetensors does not have the names.*as network"):
+        EDMDenoiser(checkpoint=str(own))
+    with pytest.raises(CheckpointError, match="edm.safetensors does not fit UNet; .*unexpected: label_emb.weight"):
+        EDMDenoiser(UNet(**architecture | {"num_classes": None}), weights)
+    box = "model.enc.4x4_down.conv0.resample_filter"
+    torch.save(state | {box: torch.ones(1, 1, 4, 4) / 16}, tmp_path / "filter.pt")
+    with pytest.raises(CheckpointError, match="filter.pt: .*box filter"):
+        EDMDenoiser(checkpoint=str(tmp_path / "filter.pt"))
+    with pytest.raises(ValueError, match="neither a network nor a checkpoint"):
+        EDMDenoiser()
+    with pytest.raises(ValueError, match="set dtype there"):
+        EDMDenoiser(UNet(**architecture), dtype="float16")
+    with pytest.raises(ValueError, match=r"out_channels must be in_channels \(3\), got 6"):
+        EDMDenoiser(UNet(**architecture | {"out_channels": 6}))
+    with pytest.raises(ValueError, match="sigma_data must be above 0"):
+        EDMDenoiser(checkpoint=weights, sigma_data=0.0)
+    with pytest.raises(ValueError, match="multiples of 2"):
+        EDMDenoiser(checkpoint=weights, image_size=7)
