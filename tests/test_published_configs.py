@@ -7,10 +7,10 @@ import re
 import pytest
 import torch
 import yaml
-from calib_guidance.doctor.files import WEIGHTS, all_options, read_configuration
 
 from calib_guidance.callbacks import read_samples
 from calib_guidance.cli import main
+from calib_guidance.doctor.files import WEIGHTS, all_options, read_configuration
 from calib_guidance.networks import DiT, EncoderUNet, UNet
 from tests.conftest import ROOT
 
