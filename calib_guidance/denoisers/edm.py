@@ -95,6 +95,8 @@ def _load(
 ) -> tuple[UNet, dict[str, object]]:
     """The network with its weights, and where it is from."""
     settings = {"sigma_data": sigma_data}
+    if isinstance(network, str):
+        published.check(published.entry(network, "edm").name, settings, f"network: {network}")
     if checkpoint is None:
         network, _ = published.build(network, "edm", dtype)
         return network, settings | published.unseen(network)
