@@ -25,7 +25,20 @@ from calib_guidance.doctor.report import Report, amount
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.lightning_cli import CalibGuidanceCLI, import_class, run_lightning
 
-WEIGHTS = {"checkpoint", "weights", "vae"}  # options of files of weights, hub ids, or names that a library knows
+_WEIGHTS = {"checkpoint", "weights", "vae"}  # options of files or folders of weights, or of names that a library knows
+# What is looked at in place of an autoencoder that is not here: Stable Diffusion's, and TAESD's, with random weights.
+_STAND_INS = {
+    "vae": {
+        "class_path": "diffusers.AutoencoderKL",
+        "init_args": {
+            "down_block_types": ["DownEncoderBlock2D"] * 4,
+            "up_block_types": ["UpDecoderBlock2D"] * 4,
+            "block_out_channels": [128, 256, 512, 512],
+            "layers_per_block": 2,
+        },
+    },
+    "source": {"class_path": "diffusers.AutoencoderTiny", "init_args": {}},
+}
 
 
 class Unbuilt(CalibGuidanceCLI):
@@ -115,7 +128,7 @@ def without_network() -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def _library_weights(value: str, network: str) -> tuple[Path | str | None, str] | None:
+def _library_weights(value: str, network: str) -> tuple[Path | None, str] | None:
     """Path in the cache (or None) and source of weights that torchvision or timm has by name; None where it has not."""
     library, _, model = network.partition("/")
     if library == "torchvision" and model in torchvision.models.list_models(torchvision.models):
@@ -128,36 +141,53 @@ def _library_weights(value: str, network: str) -> tuple[Path | str | None, str] 
             )
     if library == "timm" and timm.is_model(model) and value == "pretrained":
         hub_id = timm.get_pretrained_cfg(model).hf_hub_id
-        return huggingface_hub.try_to_load_from_cache(hub_id, "model.safetensors"), f"https://huggingface.co/{hub_id}"
+        cached = huggingface_hub.try_to_load_from_cache(hub_id, "model.safetensors")
+        return Path(cached) if isinstance(cached, str) else None, f"https://huggingface.co/{hub_id}"
     return None
 
 
+def _published(value: str) -> published.Published | None:
+    """The published file that a path or hub id names."""
+    repository = value.partition("@")[0]
+    by_source = (
+        e for e in published.TABLE.values() if e.source.startswith("hf://") and repository.startswith(e.source)
+    )
+    return published.by_file(value) or next(by_source, None)
+
+
+def _about(value: str) -> list[str]:
+    """What is known of a published file, for the eye."""
+    entry = _published(value)
+    if entry is None:
+        return []
+    source = entry.source.replace("hf://", "https://huggingface.co/")
+    return [f"public: {entry.name}, {amount(entry.bytes)}, licence {entry.licence}", f"from {source}"]
+
+
 def locate_weights(value: str, network: object) -> tuple[str, list[str]]:
-    """Where weights are: ``ok``, ``note`` where a library downloads them at first use, ``missing`` or ``wrong``; and why.
+    """Where weights are: ``ok``, ``note`` where they are downloaded at first use, ``missing`` or ``wrong``; and why.
 
     Args:
-        value: file, folder, hub id or name that the network's library knows.
+        value: file, folder, hub id (``hf://…``) or name that the network's library knows.
         network: the option ``network`` beside it.
     """
-    path, entry = Path(value).expanduser(), published.by_file(value)
+    path = Path(value).expanduser()
     if path.exists():
         size = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
         return ("ok", [f"{value} ({amount(size)})"]) if size else ("wrong", [f"{value} is empty: download it anew"])
-    found = _library_weights(value, network) if isinstance(network, str) else None
-    if found is None and value.startswith("hf://") and value.count("/") >= 4:
-        owner, repository, file = value.removeprefix("hf://").split("/", 2)
-        cached = huggingface_hub.try_to_load_from_cache(f"{owner}/{repository}", file.partition("@")[0])
-        found = cached, f"https://huggingface.co/{owner}/{repository}"
-    if found is None and entry is not None:
-        source = entry.source.replace("hf://", "https://huggingface.co/")
-        about = [f"public: {entry.name}, {amount(entry.bytes)}, licence {entry.licence}", f"from {source}"]
+    later = f"{value} is not in this machine's cache: downloaded at first use"
+    if value.startswith("hf://"):
+        repository = "--".join(value.removeprefix("hf://").partition("@")[0].split("/")[:2])
+        cached = Path(huggingface_hub.constants.HF_HUB_CACHE, f"models--{repository}")
+        return (
+            ("ok", [f"{value} ({cached})"]) if any(cached.glob("snapshots/*/*")) else ("note", [later, *_about(value)])
+        )
+    if isinstance(network, str) and (found := _library_weights(value, network)) is not None:
+        cached, source = found
+        return ("note", [later, f"from {source}"]) if cached is None else ("ok", [f"{value} ({cached})"])
+    if about := _about(value):
         return "missing", [value, *about, f"and put it at {path}"]
-    if found is None:
-        return "missing", [f"{value}: no such file, and no public source is known", "name an existing file, or make it"]
-    cached, source = found
-    if isinstance(cached, str | Path):
-        return "ok", [f"{value} ({cached}, {amount(Path(cached).stat().st_size)})"]
-    return "note", [f"{value} is not in this machine's cache: downloaded at first use, from", source]
+    return "missing", [f"{value}: no such file, and no public source is known", "name an existing file, or make it"]
 
 
 @dataclass
@@ -175,12 +205,29 @@ class Found:
     has_images: bool = True
 
     def leave_out(self, option: Option) -> None:
-        """Goes on with random weights, of the published architecture where the file was to tell it."""
-        entry = published.by_file(option.value)
-        if "network" in option.owner and option.owner["network"] is None and entry is not None:
-            option.owner["network"] = entry.name
-        option.owner[option.key] = None
+        """Goes on without what an option names."""
+        leave_out(option)
         self.untrained = True
+
+
+def is_weights(option: Option) -> bool:
+    """Whether an option names weights. (``source`` of a decoder does, that of images has their size beside it.)"""
+    if not isinstance(option.value, str):
+        return False
+    decoder = option.key == "source" and "image_size" not in option.owner
+    return option.key in _WEIGHTS or decoder or option.value.startswith("hf://")
+
+
+def leave_out(option: Option) -> None:
+    """Puts random weights in the place of an option's, of the published architecture where the file was to tell it."""
+    entry = _published(option.value)
+    if entry is not None and "network" in option.owner and option.owner["network"] is None:
+        unet = Namespace(class_path="calib_guidance.networks.UNet", init_args=Namespace(**entry.architecture))
+        option.owner["network"] = unet if entry.kind == "edm" else entry.name
+    stand_in = _STAND_INS.get(option.key)
+    option.owner[option.key] = stand_in and Namespace(
+        class_path=stand_in["class_path"], init_args=Namespace(**stand_in["init_args"])
+    )
 
 
 def check_files(cli: Unbuilt, report: Report) -> Found:
@@ -190,7 +237,7 @@ def check_files(cli: Unbuilt, report: Report) -> Found:
         for option in list(all_options(cli.options.get(part), f"--{part}")):
             if not isinstance(option.value, str):
                 continue
-            if option.key in WEIGHTS:
+            if is_weights(option):
                 mark, text = locate_weights(option.value, option.owner.get("network"))
                 report.add(mark, *text, *([] if mark == "ok" else [f"asked for by {option.name}"]))
                 if mark == "ok":

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from calib_guidance.callbacks import ExportClassifier, SampleWriter
 from calib_guidance.data.loading import take_reports
 from calib_guidance.doctor.cost import free_memory, weights_bytes
-from calib_guidance.doctor.files import WEIGHTS, Found, NoDownloadError, Unbuilt, all_options
+from calib_guidance.doctor.files import Found, NoDownloadError, Unbuilt, all_options, is_weights, leave_out
 from calib_guidance.doctor.report import Report, amount, duration
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.lightning_cli import innermost
@@ -122,16 +122,15 @@ def _build_trainer(cli: Unbuilt, found: Found, report: Report) -> tuple[list[L.C
 def _build_model(
     cli: Unbuilt, trainer: L.Trainer, found: Found, report: Report
 ) -> tuple[L.LightningModule | None, L.LightningModule | None]:
-    options, bare = cli.options.model, copy.deepcopy(cli.options.model)
+    options = cli.options.model
     for option in list(all_options(options, "model")):
         if option.key == "compile" and option.value:
             option.owner[option.key] = False
             report.add("note", f"{option.name} is left out here: the run's first minutes go into compiling")
-    for option in list(all_options(bare, "model")):
-        if option.key in WEIGHTS and isinstance(option.value, str):
-            option.owner[option.key] = None
-        elif option.key == "compile":
-            option.owner[option.key] = False
+    bare = copy.deepcopy(options)
+    without = [option for option in all_options(bare, "model") if is_weights(option)]
+    for option in without:
+        leave_out(option)
     twin = None
     with contextlib.suppress(Exception), torch.device("meta"):  # what is wrong is seen when it is built below
         twin = cli.build("model", bare).to("meta")
@@ -144,7 +143,8 @@ def _build_model(
         return None, twin
     module = _build(cli, "model", options, found, report)
     if module is not None:
-        twin = twin or copy.deepcopy(module).to("meta")
+        if twin is None or any(option.key == "vae" for option in without):  # a folder's autoencoder may be any
+            twin = copy.deepcopy(module).to("meta")
         module = trainer.precision_plugin.convert_module(module.to(device))
     return module, twin
 
