@@ -41,7 +41,7 @@ def sample(folder, clip, guidance, every=1, num_classes=2):
     network |= {"attention_resolutions": [2], "channel_mult": [1, 2], "num_classes": 10, "num_head_channels": 32}
     denoiser = part("denoisers.ADMDenoiser", network=part("networks.UNet", **network))
     writer = part("callbacks.SampleWriter")
-    score = part("callbacks.TrajectoryCLIPScore", classifier=clip, every=every)
+    score = part("callbacks.TrajectoryCLIPScore", clip=clip, every=every)
     configuration = {
         "seed_everything": 0,
         "trainer": {

@@ -26,17 +26,17 @@ class TrajectoryCLIPScore(TrajectoryMeasurement):
     measured step costs a decoding of x̂0, in latent models, and a forward pass of CLIP, which the seconds per image include.
 
     Args:
-        classifier: with one prompt for each class of the requests; frozen here.
+        clip: with one prompt for each class of the requests; frozen here.
         every: k ≥ 1, to measure at every k-th step, counted from the last one.
 
     Raises:
         ValueError: k < 1.
     """
 
-    def __init__(self, classifier: CLIPClassifier, every: int = 1):
+    def __init__(self, clip: CLIPClassifier, every: int = 1):
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
-        self.classifier, self.every = classifier.freeze(), every
+        self.clip, self.every = clip.freeze(), every
 
     def build(self, num_steps: int) -> Metric:
         return StepMoments(num_steps)
@@ -45,24 +45,24 @@ class TrajectoryCLIPScore(TrajectoryMeasurement):
         super().setup(trainer, pl_module, stage)
         if stage != "predict":
             return
-        device, requests, prompts = trainer.strategy.root_device, trainer.datamodule, self.classifier.num_classes
+        device, requests, prompts = trainer.strategy.root_device, trainer.datamodule, self.clip.num_classes
         if requests.num_classes != prompts:
             raise ConfigurationError(
                 f"the requests have {requests.num_classes} classes, the CLIP score {prompts} prompts: give it one for each class"
             )
-        self.classifier.to(device)
+        self.clip.to(device)
         self.decode, self.final = pl_module.denoiser.decode, MeanMetric().to(device)
         with torch.no_grad():
             image = self.decode(torch.zeros(1, *pl_module.denoiser.image_shape, device=pl_module.device))
         try:
-            self.classifier.check_image(tuple(image.shape[1:]))
+            self.clip.check_image(tuple(image.shape[1:]))
         except ValueError as error:
             raise ConfigurationError(f"the CLIP score cannot be taken: {error}") from error
 
     def _similarity(self, images: Tensor, y: Tensor) -> Tensor:
         """``(N,)`` cosine of each image, clipped as it is when written, to its prompt."""
         with torch.no_grad():
-            return self.classifier.similarity(images.clamp(-1, 1)).gather(1, y[:, None]).squeeze(1)
+            return self.clip.similarity(images.clamp(-1, 1)).gather(1, y[:, None]).squeeze(1)
 
     def observe(self, record: StepRecord) -> None:
         if record.i % self.every == 0:

@@ -7,6 +7,7 @@ in about [-1, 1], differentiably.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,8 @@ class VAEDecoder(nn.Module):
     """The decoder of a variational autoencoder of Stable Diffusion's kind.
 
     Args:
-        vae: diffusers folder or ``hf://OWNER/NAME`` of an ``AutoencoderKL``, or one that is built already.
+        vae: diffusers folder or ``hf://OWNER/NAME`` of an ``AutoencoderKL``; one that is built already; or the arguments of one,
+            which then has random weights.
         latent_scale: what the autoencoder's latents were multiplied with for the diffusion model.
         dtype: ``float32`` or ``bfloat16``. float16 is not offered: the classifier's gradients underflow in it.
 
@@ -32,13 +34,13 @@ class VAEDecoder(nn.Module):
         ValueError: a scale that is not positive, or an unknown name.
     """
 
-    def __init__(self, vae: str | nn.Module, latent_scale: float = 0.18215, dtype: str = "float32"):
+    def __init__(self, vae: str | nn.Module | dict[str, Any], latent_scale: float = 0.18215, dtype: str = "float32"):
         super().__init__()
         if not latent_scale > 0:
             raise ValueError(f"latent_scale must be above 0, got {latent_scale}")
         if dtype not in DTYPES:
             raise ValueError(f"dtype: unknown {dtype!r}; known: {', '.join(DTYPES)}")
-        vae = load_autoencoder(vae, "AutoencoderKL") if isinstance(vae, str) else vae
+        vae = vae if isinstance(vae, nn.Module) else load_autoencoder(vae, "AutoencoderKL")
         # The encoder stays behind, 34 of 84 million parameters.
         self.post_quant_conv, self.decoder = vae.post_quant_conv or nn.Identity(), vae.decoder
         self.latent_scale = latent_scale
@@ -55,15 +57,16 @@ class TinyDecoder(nn.Module):
     TAESD works on latents as the diffusion model has them; where a configuration says otherwise, by its ``scaling_factor``.
 
     Args:
-        source: diffusers folder or ``hf://OWNER/NAME`` of an ``AutoencoderTiny``, or one that is built already.
+        source: diffusers folder or ``hf://OWNER/NAME`` of an ``AutoencoderTiny``; one that is built already; or the arguments of
+            one, which then has random weights.
 
     Raises:
         CheckpointError: the source holds no such autoencoder.
     """
 
-    def __init__(self, source: str | nn.Module = "hf://madebyollin/taesd"):
+    def __init__(self, source: str | nn.Module | dict[str, Any] = "hf://madebyollin/taesd"):
         super().__init__()
-        model = load_autoencoder(source, "AutoencoderTiny") if isinstance(source, str) else source
+        model = source if isinstance(source, nn.Module) else load_autoencoder(source, "AutoencoderTiny")
         self.decoder, self.latent_scale = model.decoder, model.config.scaling_factor
 
     def forward(self, latents: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
@@ -25,8 +27,9 @@ class DiTDenoiser(DiscreteDenoiser):
         checkpoint: weights: an official ``.pt``, safetensors by the names of the official files, of diffusers or of
             :class:`~calib_guidance.networks.DiT`, a diffusers folder (of the model or its pipeline) or ``hf://OWNER/NAME``;
             None keeps the network as it is.
-        vae: diffusers folder or ``hf://OWNER/NAME`` of the ``AutoencoderKL``; one that is built already; or any module from
-            latents to images. None is for a model whose latents are never decoded, such as the negative of autoguidance.
+        vae: diffusers folder or ``hf://OWNER/NAME`` of the ``AutoencoderKL``; one that is built already, or its arguments (for
+            random weights); or any module from latents to images. None is for a model whose latents are never decoded, such as
+            the negative of autoguidance.
         latent_scale: what the autoencoder's latents were multiplied with for the diffusion model.
         decode_batch: latents that are decoded at a time; None decodes all. Where a gradient goes through several such parts, one
             part's activations are kept at a time, and those of all but the last are computed anew on the way back.
@@ -47,9 +50,9 @@ class DiTDenoiser(DiscreteDenoiser):
 
     def __init__(
         self,
-        network: DiT | str | None,
-        vae: str | nn.Module | None,
+        network: DiT | str | None = None,
         checkpoint: str | None = None,
+        vae: str | nn.Module | dict[str, Any] | None = None,
         latent_scale: float = 0.18215,
         decode_batch: int | None = 4,
         noise_schedule: str = "linear",
@@ -72,7 +75,7 @@ class DiTDenoiser(DiscreteDenoiser):
         self.num_classes = network.num_classes if class_conditional else None
         self.has_learned_variance = network.out_channels == 2 * network.in_channels
         self._decode = torch.compile(network.decode, dynamic=False) if compile else network.decode
-        if isinstance(vae, str) or hasattr(vae, "quant_conv"):
+        if isinstance(vae, str | dict) or hasattr(vae, "quant_conv"):
             vae = VAEDecoder(vae, latent_scale, vae_dtype)
         self.vae = None if vae is None else vae.eval().requires_grad_(False)
 

@@ -68,6 +68,12 @@ class GuidedSampling(L.LightningModule):
         except ValueError as error:
             yield str(error)
             return  # without levels nothing else can be looked at
+        try:
+            with torch.no_grad():  # a corner is enough to see whether there is a decoder
+                self.denoiser.decode(torch.zeros(1, *self.denoiser.image_shape, device=self.device)[..., :4, :4])
+        except ValueError as error:
+            yield str(error)
+            return
         yield from self._class_problems(requests.num_classes)
         group = self.guidance.group_size if self.guidance is not None else 1
         for name in ("batch_size", "num_samples"):

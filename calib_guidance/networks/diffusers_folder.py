@@ -70,7 +70,10 @@ def read_config(source: str, kind: str) -> dict[str, Any]:
     """
     path = _file(source, "config.json")
     if path is None:
-        raise CheckpointError(f"{source}: no config.json; expected a folder that diffusers wrote for a {kind}")
+        raise CheckpointError(
+            f"{source}: no config.json; expected a folder that diffusers wrote for a {kind}, or hf://OWNER/NAME for one of the "
+            "Hugging Face hub"
+        )
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
@@ -96,11 +99,11 @@ def read_weights(source: str) -> dict[str, Tensor]:
     )
 
 
-def load_autoencoder(source: str, kind: str) -> nn.Module:
-    """An autoencoder with the weights of its folder.
+def load_autoencoder(source: str | Mapping[str, Any], kind: str) -> nn.Module:
+    """An autoencoder with the weights of its folder, or by its arguments with random ones.
 
     Args:
-        source: folder, or ``hf://OWNER/NAME[/FOLDER][@REVISION]``; of a pipeline's folder, its ``vae`` is taken.
+        source: folder, or ``hf://OWNER/NAME[/FOLDER][@REVISION]``; of a pipeline's folder, its ``vae`` is taken. Or arguments.
         kind: ``AutoencoderKL`` or ``AutoencoderTiny``.
 
     Raises:
@@ -108,8 +111,11 @@ def load_autoencoder(source: str, kind: str) -> nn.Module:
     """
     import diffusers  # seconds to import, and only latent models need it
 
+    build = getattr(diffusers, kind)
+    if isinstance(source, Mapping):
+        return build(**source).eval()
     source = subfolder(source, "vae")
-    model = getattr(diffusers, kind).from_config(read_config(source, kind))
+    model = build.from_config(read_config(source, kind))
     state = {}
     for name, value in read_weights(source).items():
         if match := _OLD_ATTENTION.fullmatch(name):

@@ -19,6 +19,7 @@ from calib_guidance.checkpoints import CheckpointError
 from calib_guidance.classifiers import Classifier
 from calib_guidance.denoisers import DiTDenoiser, LinearDecoder, TinyDecoder, VAEDecoder, fit_linear_decoder
 from calib_guidance.guidance import ClassifierFreeGuidance, ClassifierGuidance, GuidanceSchedule
+from calib_guidance.modules import GuidedSampling
 from calib_guidance.networks import DiT
 from calib_guidance.networks.dit_weights import load_dit, to_diffusers
 from calib_guidance.rng import SampleStreams
@@ -55,7 +56,7 @@ def network(fixture):
 
 @pytest.fixture(scope="module")
 def denoiser(network, vae):
-    return DiTDenoiser(network, vae)
+    return DiTDenoiser(network, vae=vae)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def levels(denoiser, t):
 class TestFiles:
     @torch.no_grad()
     def test_a_folder_of_a_pipeline(self, pipeline, denoiser, fixture):
-        read = DiTDenoiser(None, str(pipeline), str(pipeline))
+        read = DiTDenoiser(None, str(pipeline), vae=str(pipeline))
         assert torch.equal(read.decode(fixture["x"]), denoiser.decode(fixture["x"]))
         # The folder has no table of positions, for the published one is computed; the fixture's is another.
         positions = read.network.transformer.pos_embed.pos_embed
@@ -106,7 +107,7 @@ class TestFiles:
             torch.save({"ema": fixture.weights(), "args": {"lr": 1e-4}}, path)
         else:
             save_file(fixture.weights() if form == "safetensors" else denoiser.network.state_dict(), path)
-        read = DiTDenoiser(tiny_dit(), None, str(path))
+        read = DiTDenoiser(tiny_dit(), str(path))
         y = torch.tensor([0, 3, -1])
         found, expected = (d.trajectory(levels(d, 30), y)(fixture["x"], 0) for d in (read, denoiser))
         assert torch.equal(found.x0, expected.x0)
@@ -123,42 +124,42 @@ class TestFiles:
             return str(path)
 
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-        read = DiTDenoiser(None, "hf://someone/dit@v1", "hf://someone/dit@v1")
+        read = DiTDenoiser(None, "hf://someone/dit@v1", vae="hf://someone/dit@v1")
         assert torch.equal(read.decode(fixture["x"]), denoiser.decode(fixture["x"]))
         assert ("someone/dit", "transformer", "v1") in asked
         assert ("someone/dit", "vae", "v1") in asked
         with pytest.raises(CheckpointError, match="expected hf://OWNER/NAME"):
-            DiTDenoiser(None, None, "hf://nobody")
+            DiTDenoiser(None, "hf://nobody")
 
         def offline(*args, **kwargs):
             raise LocalEntryNotFoundError("no connection")
 
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
         with pytest.raises(CheckpointError, match=r"cannot get .*no connection.*a folder on this machine"):
-            DiTDenoiser(None, "hf://someone/dit", "hf://someone/dit")
+            DiTDenoiser(None, "hf://someone/dit", vae="hf://someone/dit")
 
     def test_what_does_not_fit_is_named(self, pipeline, fixture, tmp_path):
         with pytest.raises(CheckpointError, match="num_attention_heads: 4, the configuration's has 8"):
-            DiTDenoiser(tiny_dit(num_heads=8), None, str(pipeline))
+            DiTDenoiser(tiny_dit(num_heads=8), str(pipeline))
         with pytest.raises(CheckpointError, match=r"config\.json describes a AutoencoderKL, expected a DiT"):
-            DiTDenoiser(None, None, str(pipeline / "vae"))
+            DiTDenoiser(None, str(pipeline / "vae"))
         with pytest.raises(CheckpointError, match="expected a AutoencoderTiny"):
             TinyDecoder(str(pipeline))
         with pytest.raises(CheckpointError, match=r"no config\.json"):
-            DiTDenoiser(None, None, str(tmp_path))
+            DiTDenoiser(None, str(tmp_path))
         (tmp_path / "config.json").write_text((pipeline / "transformer/config.json").read_text())
         with pytest.raises(CheckpointError, match=r"neither diffusion_pytorch_model\.safetensors"):
-            DiTDenoiser(None, None, str(tmp_path))
+            DiTDenoiser(None, str(tmp_path))
         (tmp_path / "config.json").write_text("{")
         with pytest.raises(CheckpointError, match="not JSON"):
-            DiTDenoiser(None, None, str(tmp_path))
+            DiTDenoiser(None, str(tmp_path))
         torch.save(fixture.weights(), tmp_path / "dit.pt")
         with pytest.raises(ValueError, match="do not say how many heads"):
-            DiTDenoiser(None, None, str(tmp_path / "dit.pt"))
+            DiTDenoiser(None, str(tmp_path / "dit.pt"))
         with pytest.raises(CheckpointError, match=r"dit\.pt does not fit DiT; .*of another shape"):
-            DiTDenoiser(tiny_dit(patch_size=4), None, str(tmp_path / "dit.pt"))
+            DiTDenoiser(tiny_dit(patch_size=4), str(tmp_path / "dit.pt"))
         with pytest.raises(CheckpointError, match=r"unexpected: .*transformer_blocks\.1"):
-            DiTDenoiser(tiny_dit(depth=1), None, str(tmp_path / "dit.pt"))
+            DiTDenoiser(tiny_dit(depth=1), str(tmp_path / "dit.pt"))
 
     def test_a_bin_that_would_execute_something_is_refused(self, pipeline, tmp_path):
         class Evil:
@@ -168,7 +169,7 @@ class TestFiles:
         (tmp_path / "config.json").write_text((pipeline / "transformer/config.json").read_text())
         torch.save({"pos_embed.proj.weight": Evil()}, tmp_path / "diffusion_pytorch_model.bin")
         with pytest.raises(CheckpointError, match="without executing"):
-            DiTDenoiser(None, None, str(tmp_path))
+            DiTDenoiser(None, str(tmp_path))
         assert not (tmp_path / "ran").exists()
 
 
@@ -194,7 +195,7 @@ class TestPredictions:
 
     @torch.no_grad()
     def test_without_classes_the_null_class_is_given(self, network, denoiser, fixture):
-        free, y = DiTDenoiser(network, None, class_conditional=False), torch.tensor([1, 2, 3])
+        free, y = DiTDenoiser(network, class_conditional=False), torch.tensor([1, 2, 3])
         at = levels(free, 700)
         expected = denoiser.trajectory(at, torch.full((3,), -1))(fixture["x"], 0)
         for found in (free.trajectory(at, y), free.trajectory(at, None), denoiser.trajectory(at, None)):
@@ -205,13 +206,13 @@ class TestPredictions:
 
     def test_settings_that_cannot_be_name_the_cause(self, network, vae):
         with pytest.raises(ValueError, match="decode_batch must be at least 1"):
-            DiTDenoiser(network, vae, decode_batch=0)
+            DiTDenoiser(network, vae=vae, decode_batch=0)
         with pytest.raises(ValueError, match="set vae"):
-            DiTDenoiser(network, None).decode(torch.zeros(1, 4, 8, 8))
+            DiTDenoiser(network).decode(torch.zeros(1, 4, 8, 8))
         with pytest.raises(ValueError, match="latent_scale"):
-            DiTDenoiser(network, vae, latent_scale=0)
+            DiTDenoiser(network, vae=vae, latent_scale=0)
         with pytest.raises(ValueError, match="bfloat16"):
-            DiTDenoiser(network, vae, vae_dtype="float16")
+            DiTDenoiser(network, vae=vae, vae_dtype="float16")
 
 
 class Storages(TorchDispatchMode):
@@ -256,7 +257,7 @@ class TestDecoding:
         found = []
         for decode_batch in (None, 2):
             source = x.clone().requires_grad_()
-            images = DiTDenoiser(network, vae, decode_batch=decode_batch).decode(source)
+            images = DiTDenoiser(network, vae=vae, decode_batch=decode_batch).decode(source)
             found.append((images, *torch.autograd.grad(images.square().sum(), source)))
         for whole, parts in zip(*found, strict=True):
             torch.testing.assert_close(parts, whole, atol=1e-5 * float(whole.detach().abs().max()), rtol=0)
@@ -270,7 +271,7 @@ class TestDecoding:
         """The activations of a part, and the images of all; with everything at once, those of all parts."""
         peaks = []
         for count in (2, 8):
-            denoiser = DiTDenoiser(network, vae, decode_batch=1 if parts == "one" else None)
+            denoiser = DiTDenoiser(network, vae=vae, decode_batch=1 if parts == "one" else None)
             x = torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
             with Storages() as storages:
                 torch.autograd.grad(denoiser.decode(x).square().sum(), x)
@@ -281,7 +282,7 @@ class TestDecoding:
 class TestGuidance:
     def test_the_gradient_through_the_decoder_against_finite_differences(self, network, vae):
         """Algorithm 3's ∇ of S(f(decode(x̂0))) with respect to x̂0, in float64, by central differences in random directions."""
-        denoiser = DiTDenoiser(copy.deepcopy(network), copy.deepcopy(vae), decode_batch=1).double()
+        denoiser = DiTDenoiser(copy.deepcopy(network), vae=copy.deepcopy(vae), decode_batch=1).double()
         classifier, y = Linear().double(), torch.tensor([4, 7])
         free = ClassifierFreeGuidance(denoiser, 1.5, channels=3)
         guidance = ClassifierGuidance(classifier, scale=0.5, enters="noise_difference")
@@ -391,3 +392,11 @@ class TestLighterDecoders:
         model.save_pretrained(tmp_path)
         latents = torch.randn(2, 4, 4, 4)
         assert torch.equal(TinyDecoder(str(tmp_path))(latents), model.decode(latents).sample)
+
+
+def test_a_run_without_a_decoder_is_refused_before_it_samples(network, denoiser):
+    module = GuidedSampling(ClassifierFreeGuidance(DiTDenoiser(network)), DDPM("3"))
+    module._trainer = mock.Mock(datamodule=mock.Mock(num_classes=10, batch_size=2, num_samples=2))
+    assert [problem for problem in module.problems() if "set vae" in problem]
+    module.denoiser = denoiser
+    assert not list(module.problems())

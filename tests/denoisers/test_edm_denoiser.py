@@ -62,6 +62,29 @@ def test_half_precision_is_that_of_the_body(golden, weights):
     assert 0 < (x0 - fixture["output"]).abs().max() < 0.1 * fixture["output"].std()
 
 
+def test_gradients_flow_back_to_a_float64_state(golden, weights):
+    """For guidance through the denoiser: along a direction, as the difference quotient."""
+    denoiser = EDMDenoiser(checkpoint=weights)
+    generator = torch.Generator().manual_seed(0)
+    x_t, along, weight = (torch.randn(1, 3, 8, 8, generator=generator, dtype=torch.float64) for _ in range(3))
+    predict = denoiser.trajectory(denoiser.schedule.at_sigmas([1.5]), torch.tensor([4]))
+    x_t.requires_grad_()
+    (gradient,) = torch.autograd.grad((predict(x_t, 0).x0 * weight).sum(), x_t)
+    assert gradient.dtype == torch.float64
+    with torch.no_grad():
+        ahead, behind = ((predict(x_t + step * along, 0).x0 * weight).sum() for step in (1e-2, -1e-2))
+    assert float((gradient * along).sum()) == pytest.approx(float((ahead - behind) / 2e-2), rel=0.01)
+
+
+def test_compiled_network_is_used(weights, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: lambda *args: compiled.append(dynamic) or f(*args))
+    denoiser = EDMDenoiser(checkpoint=weights, compile=True)
+    with torch.no_grad():
+        denoiser.trajectory(denoiser.schedule.at_sigmas([1.0]), None)(torch.zeros(1, 3, 8, 8), 0)
+    assert compiled == [False]
+
+
 def test_weights_by_either_name_and_into_a_given_network(golden, weights, tmp_path):
     state = golden("edm_net").weights()
     own = tmp_path / "own.safetensors"
