@@ -3,3 +3,7 @@
 
 class ConfigurationError(ValueError):
     """Parts of a configuration that cannot go together, found before any work is done."""
+
+
+class CheckpointError(RuntimeError):
+    """A weights file that is missing, unreadable or made for another architecture."""

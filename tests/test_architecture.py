@@ -18,7 +18,7 @@ FLOORS = [
         "parameterization",
         "lr_schedules",
     },
-    {"networks", "checkpoints"},
+    {"networks", "checkpoints", "edm_pickle", "hub", "published"},
     {"denoisers", "classifiers"},
     {"guidance"},
     {"samplers"},

@@ -60,6 +60,9 @@ class RunReport(Measurement):
         if not trainer.is_global_zero:
             return
         results["num_evaluations"] = pl_module.sampler.num_evaluations(pl_module.denoiser)
+        results["weights"] = {
+            name: module.provenance for name, module in pl_module.named_modules() if getattr(module, "provenance", None)
+        }
         results["versions"] = {"calib_guidance": __version__, "torch": torch.__version__}
         folder = Path(trainer.default_root_dir)
         path = folder / "metrics.json"

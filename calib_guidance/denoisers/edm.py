@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from calib_guidance import published
 from calib_guidance.checkpoints import CheckpointError, load_state, read_state_dict
 from calib_guidance.denoisers.base import Denoiser, Predict, Prediction, at_step
 from calib_guidance.networks.adm import UNet
@@ -20,7 +21,8 @@ class EDMDenoiser(Denoiser):
     and F is float32, whatever the type of the sample.
 
     Args:
-        network: the UNet; None builds the one that the weights' names and shapes tell.
+        network: the UNet, or a name of :mod:`calib_guidance.published` (``edm_imagenet64``); None builds the one that the
+            weights' names and shapes tell.
         checkpoint: weights file, by EDM's names or by those of :class:`~calib_guidance.networks.UNet`; None keeps the network
             as it is.
         sigma_data: σ_d, standard deviation of the images in [-1, 1] that it was trained for.
@@ -29,7 +31,8 @@ class EDMDenoiser(Denoiser):
         class_conditional: false hands no label to the network, which makes an unconditional model of one that was trained
             with label dropout.
         image_size: side in pixels of what is sampled; None takes the network's.
-        dtype: ``float32``, ``float16`` or ``bfloat16``, of the body of a network that is built here; None is float32.
+        dtype: ``float32``, ``float16`` or ``bfloat16``, of the body of a network that is built here; None is float32, of a
+            published name float16.
         compile: compile the network with torch.compile, for fixed shapes.
 
     Raises:
@@ -40,7 +43,7 @@ class EDMDenoiser(Denoiser):
 
     def __init__(
         self,
-        network: UNet | None = None,
+        network: UNet | str | None = None,
         checkpoint: str | None = None,
         sigma_data: float = 0.5,
         noise_schedule: str = "linear",
@@ -52,7 +55,7 @@ class EDMDenoiser(Denoiser):
         super().__init__()
         if not sigma_data > 0:
             raise ValueError(f"sigma_data must be above 0, got {sigma_data}")
-        network = _load(network, checkpoint, dtype)
+        network, self.provenance = _load(network, checkpoint, dtype)
         size = network.image_size if image_size is None else image_size
         self.image_shape = (network.in_channels, size, size)
         network.check_image(self.image_shape)
@@ -86,14 +89,16 @@ class EDMDenoiser(Denoiser):
         return predict
 
 
-def _load(network: UNet | None, checkpoint: str | None, dtype: str | None) -> UNet:
-    """The network with its weights, built from them where there is none."""
+def _load(network: UNet | str | None, checkpoint: str | None, dtype: str | None) -> tuple[UNet, dict[str, object]]:
+    """The network with its weights, built from them where there is none, and what was loaded."""
+    if isinstance(network, str):
+        network, dtype = published.build(network, "edm", dtype)[0], None
     if network is not None and dtype is not None:
         raise ValueError("dtype: the network was given, and states its own: set dtype there, and to null here")
     if checkpoint is None:
         if network is None:
             raise ValueError("neither a network nor a checkpoint was given: name a weights file of EDM's, or a UNet")
-        return network
+        return network, published.unseen(network)
     state = read_state_dict(checkpoint)
     try:
         architecture = edm_architecture(state) if is_edm(state) else None
@@ -107,5 +112,4 @@ def _load(network: UNet | None, checkpoint: str | None, dtype: str | None) -> UN
                 "these weights belong to as network"
             )
         network = UNet(**architecture, dtype=dtype or "float32")
-    load_state(network, state, checkpoint)
-    return network
+    return network, load_state(network, state, checkpoint)
