@@ -29,15 +29,12 @@ _WEIGHTS = {"checkpoint", "weights", "vae"}  # options of files or folders of we
 # What is looked at in place of an autoencoder that is not here: Stable Diffusion's, and TAESD's, with random weights.
 _STAND_INS = {
     "vae": {
-        "class_path": "diffusers.AutoencoderKL",
-        "init_args": {
-            "down_block_types": ["DownEncoderBlock2D"] * 4,
-            "up_block_types": ["UpDecoderBlock2D"] * 4,
-            "block_out_channels": [128, 256, 512, 512],
-            "layers_per_block": 2,
-        },
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "block_out_channels": [128, 256, 512, 512],
+        "layers_per_block": 2,
     },
-    "source": {"class_path": "diffusers.AutoencoderTiny", "init_args": {}},
+    "source": {},
 }
 
 
@@ -226,10 +223,7 @@ def leave_out(option: Option) -> None:
     if entry is not None and "network" in option.owner and option.owner["network"] is None:
         unet = Namespace(class_path="calib_guidance.networks.UNet", init_args=Namespace(**entry.architecture))
         option.owner["network"] = unet if entry.kind == "edm" else entry.name
-    stand_in = _STAND_INS.get(option.key)
-    option.owner[option.key] = stand_in and Namespace(
-        class_path=stand_in["class_path"], init_args=Namespace(**stand_in["init_args"])
-    )
+    option.owner[option.key] = copy.deepcopy(_STAND_INS.get(option.key))
 
 
 def check_files(cli: Unbuilt, report: Report) -> Found:
