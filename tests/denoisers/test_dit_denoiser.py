@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,12 +20,14 @@ from calib_guidance.checkpoints import CheckpointError
 from calib_guidance.classifiers import Classifier
 from calib_guidance.denoisers import DiTDenoiser, LinearDecoder, TinyDecoder, VAEDecoder, fit_linear_decoder
 from calib_guidance.guidance import ClassifierFreeGuidance, ClassifierGuidance, GuidanceSchedule
+from calib_guidance.images import from_uint8
 from calib_guidance.modules import GuidedSampling
 from calib_guidance.networks import DiT
 from calib_guidance.networks.dit_weights import load_dit, to_diffusers
 from calib_guidance.rng import SampleStreams
 from calib_guidance.samplers import DDPM
 from calib_guidance.scores import TemperedLogProb
+from docs.fit_linear_decoder import main
 
 VAE = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 16}
 VAE |= {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
@@ -400,3 +403,18 @@ def test_a_run_without_a_decoder_is_refused_before_it_samples(network, denoiser)
     assert [problem for problem in module.problems() if "set vae" in problem]
     module.denoiser = denoiser
     assert not list(module.problems())
+
+
+@torch.no_grad()
+def test_the_script_fits_a_linear_decoder_to_a_folder_of_images(pipeline, vae, tmp_path, capsys):
+    pixels = torch.randint(0, 256, (3, 16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for n, image in enumerate(pixels):
+        Image.fromarray(image.numpy()).save(tmp_path / f"{n}.png")
+    path = tmp_path / "linear.safetensors"
+    main([f"--vae={pipeline}", f"--images={tmp_path}", f"--output={path}", "--size=16", "--batch=2"])
+    latents = vae.encode(from_uint8(pixels.permute(0, 3, 1, 2))).latent_dist.mean * 0.18215
+    expected, explained = fit_linear_decoder(VAEDecoder(vae), [latents])
+    torch.testing.assert_close(LinearDecoder(path, factor=2)(latents), expected(latents), atol=1e-4, rtol=1e-4)
+    assert f"explains {100 * explained:.1f} % of the variance of 3 decoded images" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([f"--vae={pipeline}", f"--images={tmp_path / 'none'}", f"--output={path}"])
