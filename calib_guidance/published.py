@@ -417,7 +417,7 @@ def check(name: str, settings: Mapping[str, object], path: str | os.PathLike[str
         CheckpointError: naming each difference and what to set.
     """
     known = TABLE[name]
-    made = known.settings | (unseen(reference(name)) if known.kind in _NETWORKS else {})
+    made = known.architecture | known.settings | (unseen(reference(name)) if known.kind in _NETWORKS else {})
     different = [option for option, value in settings.items() if option in made and made[option] != value]
     if different:
         found = "; ".join(f"{option.replace('_', ' ')} {made[option]}, here {settings[option]}" for option in different)
