@@ -336,7 +336,8 @@ class TestHarm:
         assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
         assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
-    def test_inception_weights(self, tmp_path):
+    def test_inception_weights(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # as some libraries set it
         torch.save(Evil(tmp_path / "ran"), tmp_path / "weights-inception-2015-12-05-6726825d.pth")
         with pytest.raises(pickle.UnpicklingError):
             InceptionFeatures(str(tmp_path / "weights-inception-2015-12-05-6726825d.pth"))
