@@ -21,24 +21,21 @@ from jsonargparse import Namespace
 from calib_guidance import published
 from calib_guidance.data.image_source import ImageSource
 from calib_guidance.data.sample_requests import POLICIES
-from calib_guidance.denoisers.decoders import VAEDecoder
 from calib_guidance.doctor.report import Report, amount
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.lightning_cli import CalibGuidanceCLI, import_class, run_lightning
 
 _WEIGHTS = {"checkpoint", "weights", "vae"}  # options of files or folders of weights, or of names that a library knows
-# What is looked at in place of an autoencoder that is not here.
-_STAND_INS = {"vae": "calib_guidance.doctor.files.UntrainedVAE", "source": "diffusers.AutoencoderTiny"}
-
-
-class UntrainedVAE(VAEDecoder):
-    """The decoder of Stable Diffusion's autoencoder, with random weights."""
-
-    def __init__(self) -> None:
-        from diffusers import AutoencoderKL
-
-        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-        super().__init__(AutoencoderKL(**blocks, block_out_channels=(128, 256, 512, 512), layers_per_block=2))
+# What is looked at in place of an autoencoder that is not here: Stable Diffusion's, and TAESD's, with random weights.
+_STAND_INS = {
+    "vae": {
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "block_out_channels": [128, 256, 512, 512],
+        "layers_per_block": 2,
+    },
+    "source": {},
+}
 
 
 class Unbuilt(CalibGuidanceCLI):
@@ -62,7 +59,7 @@ class Unbuilt(CalibGuidanceCLI):
         pass
 
     def _add_instantiators(self) -> None:
-        """Leaves out what keeps the configuration for load_from_checkpoint, and first checks all of it for every part."""
+        """Leaves out what keeps the configuration for load_from_checkpoint, and checks all of it again for every part."""
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
@@ -229,8 +226,7 @@ def leave_out(option: Option) -> None:
     if entry is not None and "network" in option.owner and option.owner["network"] is None:
         unet = Namespace(class_path="calib_guidance.networks.UNet", init_args=Namespace(**entry.architecture))
         option.owner["network"] = unet if entry.kind == "edm" else entry.name
-    stand_in = _STAND_INS.get(option.key)
-    option.owner[option.key] = stand_in and Namespace(class_path=stand_in)
+    option.owner[option.key] = copy.deepcopy(_STAND_INS.get(option.key))
 
 
 def check_files(cli: Unbuilt, report: Report) -> Found:
