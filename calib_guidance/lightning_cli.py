@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
+from jsonargparse import set_config_read_mode
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -142,6 +143,8 @@ def run_lightning(args: Sequence[str] | None, cli: type[CalibGuidanceCLI] = Cali
         warnings.filterwarnings("ignore", message=message)
     # Advertisements of cloud services among the log lines of a run.
     logging.getLogger(rank_zero.__name__).addFilter(lambda record: "Tip: For seamless cloud" not in record.getMessage())
+    # Lightning has options of classes read as configuration files where they are addresses: hf://… would ask the hub.
+    set_config_read_mode(fsspec_enabled=False)
     return cli(
         # Errors as exceptions, not as pages of usage.
         parser_kwargs={

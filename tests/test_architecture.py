@@ -16,6 +16,7 @@ FLOORS = [
         "losses",
         "noise_schedule",
         "parameterization",
+        "precision",
         "lr_schedules",
     },
     {"networks", "checkpoints", "edm_pickle", "hub", "published"},
