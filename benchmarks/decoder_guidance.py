@@ -18,11 +18,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from calib_guidance.classifiers import OffTheShelfClassifier
 from calib_guidance.denoisers import DiTDenoiser, LinearDecoder, TinyDecoder, VAEDecoder
+from calib_guidance.doctor.cost import Counter
 from calib_guidance.guidance import ClassifierFreeGuidance, ClassifierGuidance, GuidanceSchedule
 from calib_guidance.networks import DiT
 from calib_guidance.rng import SampleStreams
@@ -60,17 +60,16 @@ def reduced_width() -> System:
 
 def operations(function: Callable[[], object]) -> float:
     """Floating-point operations of a call, multiply and add each one, in units of 10⁹."""
-    with FlopCounterMode(display=False) as counter:
+    with Counter() as counter:
         function()
-    return counter.get_total_flops() / 1e9
+    return counter.operations / 1e9
 
 
 def gradient_operations(module: nn.Module, x: Tensor) -> float:
     """Of the module and its gradient with respect to the input."""
     module = module.eval().requires_grad_(False)
     source = x.requires_grad_()
-    # Times one: the counter cannot follow a gradient with respect to the very input of a module.
-    return operations(lambda: torch.autograd.grad(module(source * 1).sum(), source))
+    return operations(lambda: torch.autograd.grad(module(source).sum(), source))
 
 
 def count(system: System) -> dict[str, float]:
@@ -81,6 +80,15 @@ def count(system: System) -> dict[str, float]:
         step = 2 * operations(lambda: system.network(latent, torch.zeros(1)))
     parts = {"step": step, "classifier": gradient_operations(system.classifier, image)}
     return parts | {name: gradient_operations(getattr(system, name), latent) for name in ("full", "tiny", "linear")}
+
+
+def decoding(system: System, batch: int, decode_batch: int | None) -> tuple[float, float]:
+    """Gigabytes alive at most, and 10⁹ operations per image, of a gradient through the full decoder."""
+    denoiser = DiTDenoiser(system.network, vae=system.full, decode_batch=decode_batch)
+    latents = torch.zeros(batch, *denoiser.image_shape, requires_grad=True)
+    with Counter() as counter:
+        torch.autograd.grad(denoiser.decode(latents).sum(), latents)
+    return counter.peak / 1e9, counter.operations / 1e9 / batch
 
 
 def trajectories(system: System, steps: int, batch: int) -> tuple[dict[str, Callable[[], Tensor]], dict[str, float]]:
@@ -118,26 +126,35 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="images (%(default)s)")
     options = parser.parse_args()
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     with torch.device("meta"):
-        full, reduced = count(full_width()), count(reduced_width())
+        system = full_width()
+        full, reduced = count(system), count(reduced_width())
+        memory = {part: decoding(system, 8, part) for part in (None, 4, 2, 1)}
     print(
         "| operations per image, 10⁹ | DiT-XL/2 | share of a step | reduced | share of a step |\n|---|---:|---:|---:|---:|"
     )
     names = {"step": "a step: two evaluations", "full": "full decoder", "tiny": "tiny autoencoder"}
     names |= {"linear": "linear decoder", "classifier": "classifier"}
     for part, name in names.items():
-        counts = (f"{c[part]:,.1f} | {c[part] / c['step']:.2f}" for c in (full, reduced))
+        counts = (
+            f"{c[part]:{',.1f' if c[part] > 0.1 else '.0e'}} | {c[part] / c['step']:.2f}" for c in (full, reduced)
+        )
         print(f"| {name}{'' if part == 'step' else ', there and back'} | {' | '.join(counts)} |")
+    print("\n| decode_batch, of 8 images | memory, GB | operations per image, 10⁹ |\n|---|---:|---:|")
+    for part, (gigabytes, each) in memory.items():
+        print(f"| {part or 'all'} | {gigabytes:.1f} | {each:,.0f} |")
 
     runs, shares = trajectories(reduced_width(), options.steps, options.batch)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for round_ in range(options.rounds + 1):
         for name, run in runs.items():
-            started = time.perf_counter()
+            # The processor's time, which on one thread is the clock's, less what other programs take.
+            started = time.process_time()
             run()
             if round_:  # the first one warms up
-                times[name].append((time.perf_counter() - started) / options.steps)
-    print(f"\n{torch.get_num_threads()} threads, {options.rounds} rounds, {options.steps} steps, batch {options.batch}")
+                times[name].append((time.process_time() - started) / options.steps)
+    print(f"\n1 thread, {options.rounds} rounds, {options.steps} steps, batch {options.batch}")
     print(
         "| guidance | steps guided | DiT-XL/2, operations | reduced, operations | reduced, time (min … max) | ms a step |"
     )
