@@ -199,15 +199,18 @@ class Found:
     Attributes:
         weights: options whose weights are here.
         untrained: whether some were left out, so that values mean nothing.
+        undescribed: whether one of these would have told the architecture of its network.
         has_images: whether images to train on or to denoise are here.
     """
 
     weights: list[Option] = field(default_factory=list)
     untrained: bool = False
+    undescribed: bool = False
     has_images: bool = True
 
     def leave_out(self, option: Option) -> None:
         """Goes on without what an option names."""
+        self.undescribed |= _describes_network(option) and _published(option.value) is None
         leave_out(option)
         self.untrained = True
 
@@ -220,12 +223,16 @@ def is_weights(option: Option) -> bool:
     return option.key in _WEIGHTS or decoder or option.value.startswith("hf://")
 
 
+def _describes_network(option: Option) -> bool:
+    """Whether the weights are to tell the architecture."""
+    return option.key == "checkpoint" and "network" in option.owner and option.owner["network"] is None
+
+
 def leave_out(option: Option) -> None:
     """Puts random weights in the place of an option's, of the published architecture where the file was to tell it."""
     entry = _published(option.value)
-    if entry is not None and "network" in option.owner and option.owner["network"] is None:
-        unet = Namespace(class_path="calib_guidance.networks.UNet", init_args=Namespace(**entry.architecture))
-        option.owner["network"] = unet if entry.kind == "edm" else entry.name
+    if _describes_network(option) and entry is not None:
+        option.owner["network"] = entry.name
     option.owner[option.key] = copy.deepcopy(_STAND_INS.get(option.key))
 
 
