@@ -1,15 +1,7 @@
 """One configuration per published row: each composes, has its full-size architecture, and runs shrunken through main()."""
 
-import copy
-import json
 import re
-from pathlib import Path
 
-import pytest
-import torch
-import yaml
-
-from calib_guidance.cli import main
 from tests.conftest import ROOT
 
 PREDICT = ROOT / "lightning_configs" / "predict"

@@ -59,12 +59,12 @@ class SampleQuality(Measurement):
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        outputs: Tensor,
+        outputs: dict[str, Tensor],
         batch: dict[str, Tensor],
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        features, logits = self._extract(outputs)
+        features, logits = self._extract(outputs["image"])
         self.frechet.update(features)
         self.precision_recall.update(features)
         if logits is not None:

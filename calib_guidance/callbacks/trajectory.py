@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from torchmetrics import Metric
 from calib_guidance.callbacks.figures import draw_curve
 from calib_guidance.callbacks.measurement import Measurement, compute
 from calib_guidance.metrics import CalibrationError
-from calib_guidance.samplers import StepRecord
+from calib_guidance.metrics.levels import Terms
+from calib_guidance.samplers import Revisable, StepRecord
 
 
-class _TrajectoryMeasurement(Measurement, ABC):
+class _TrajectoryMeasurement(Measurement, Revisable):
     """Watches every step of the sampler."""
 
     metric: Metric
@@ -31,11 +32,25 @@ class _TrajectoryMeasurement(Measurement, ABC):
             pl_module.check()
             self.t = pl_module.sampler.levels(pl_module.denoiser).times.tolist()
             self.metric = self.build(len(self.t)).to(trainer.strategy.root_device)
-            pl_module.observers.append(self.observe)
+            self.noted: list[tuple[int, list[Tensor]]] = []
+            pl_module.observers.append(self)
+
+    def __call__(self, record: StepRecord) -> None:
+        if (terms := self.terms(record)) is not None:
+            self.noted.append((record.i, terms))
+
+    def count(self, rows: slice | Tensor) -> None:
+        for i, terms in self.noted:
+            self.add(i, [term[rows] for term in terms])
+        self.noted.clear()
 
     @abstractmethod
-    def observe(self, record: StepRecord) -> None:
-        """Count one step."""
+    def terms(self, record: StepRecord) -> list[Tensor] | None:
+        """What is kept of a step until it is known whether the samples are: few numbers for each, ``(N, …)``."""
+
+    @abstractmethod
+    def add(self, i: int, terms: list[Tensor]) -> None:
+        """Add terms of step ``i`` to the sums."""
 
 
 class TrajectoryCalibration(_TrajectoryMeasurement):
@@ -51,9 +66,15 @@ class TrajectoryCalibration(_TrajectoryMeasurement):
     def build(self, num_steps: int) -> Metric:
         return CalibrationError(self.num_bins, num_levels=num_steps)
 
-    def observe(self, record: StepRecord) -> None:
-        if record.guided.logits is not None:
-            self.metric.update(record.guided.logits, record.y, record.i)
+    def terms(self, record: StepRecord) -> list[Tensor] | None:
+        if record.guided.logits is None:
+            return None
+        terms = self.metric.terms(record.guided.logits, record.y)
+        return [terms.cell, *terms.values]
+
+    def add(self, i: int, terms: list[Tensor]) -> None:
+        cell, *values = terms
+        self.metric.add(Terms(cell, tuple(values)), i)
 
     def results(self, trainer: L.Trainer) -> dict[str, Any]:
         ece = compute(self.metric, trainer).by_level.cpu()
@@ -79,8 +100,7 @@ class _NormSums(Metric):
         super().__init__(**kwargs)
         self.add_state("sums", torch.zeros(num_steps, 3, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, step: int, gradient: Tensor) -> None:
-        norm = gradient.flatten(1).norm(dim=1).double()
+    def update(self, step: int, norm: Tensor) -> None:
         self.sums[step] += torch.stack([torch.ones_like(norm), norm, norm.square()]).sum(1)
 
     def compute(self) -> tuple[Tensor, Tensor]:
@@ -96,9 +116,12 @@ class GradientNorm(_TrajectoryMeasurement):
     def build(self, num_steps: int) -> Metric:
         return _NormSums(num_steps)
 
-    def observe(self, record: StepRecord) -> None:
-        if record.guided.step_gradient is not None:
-            self.metric.update(record.i, record.guided.step_gradient)
+    def terms(self, record: StepRecord) -> list[Tensor] | None:
+        gradient = record.guided.step_gradient
+        return None if gradient is None else [gradient.flatten(1).norm(dim=1).double()]
+
+    def add(self, i: int, terms: list[Tensor]) -> None:
+        self.metric.update(i, *terms)
 
     def results(self, trainer: L.Trainer) -> dict[str, Any]:
         self.mean, self.deviation = (value.cpu() for value in compute(self.metric, trainer))

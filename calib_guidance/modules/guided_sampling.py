@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 
-import lightning as L
 import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
@@ -14,12 +14,13 @@ from calib_guidance.classifiers.base import Classifier
 from calib_guidance.denoisers.base import Denoiser
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.guidance import ClassifierFreeGuidance, Guidance
+from calib_guidance.modules.faults import Attempt, FaultTolerant, FirstNonFinite, in_float32
 from calib_guidance.rng import SampleStreams
-from calib_guidance.samplers.base import Observer, Sampler
+from calib_guidance.samplers.base import Sampler
 
 
-class GuidedSampling(L.LightningModule):
-    """Samples the requests of the data module.
+class GuidedSampling(FaultTolerant):
+    """Samples the requests of the data module, through faults as :class:`~calib_guidance.modules.faults.FaultTolerant` says.
 
     Args:
         denoiser: the diffusion model, possibly under classifier-free guidance.
@@ -32,7 +33,7 @@ class GuidedSampling(L.LightningModule):
     def __init__(self, denoiser: Denoiser, sampler: Sampler, guidance: Guidance | None = None):
         super().__init__()
         self.denoiser, self.sampler, self.guidance = denoiser, sampler, guidance
-        self.observers: list[Observer] = []
+        self.group_size = guidance.group_size if guidance is not None else 1
         self.seconds_per_image = MeanMetric()
         self._checked = False
 
@@ -55,7 +56,7 @@ class GuidedSampling(L.LightningModule):
             yield str(error)
             return  # without levels nothing else can be looked at
         yield from self._class_problems(requests.num_classes)
-        group = self.guidance.group_size if self.guidance is not None else 1
+        group = self.group_size
         for name in ("batch_size", "num_samples"):
             if getattr(requests, name) % group:
                 yield (
@@ -107,13 +108,17 @@ class GuidedSampling(L.LightningModule):
         if stage == "predict":
             self.check()
 
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Images ``(N, C, H, W)`` in [-1, 1] for requests ``{index, label, seed}``, ``(N,)`` each."""
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         started = time.perf_counter()
+        columns = super().predict_step(batch, batch_idx)
+        self.seconds_per_image.update(
+            (time.perf_counter() - started) / len(columns["image"]), weight=len(columns["image"])
+        )
+        return columns
+
+    def attempt(self, batch: dict[str, Tensor], float32: bool) -> Attempt:
         noise = SampleStreams(batch["seed"].tolist(), batch["index"].tolist(), self.denoiser.image_shape, self.device)
-        x0 = self.sampler(self.denoiser, noise, batch["label"], self.guidance, self.observers)
-        images = self.denoiser.decode(x0)
-        if images.is_cuda:
-            torch.cuda.synchronize()  # once per batch, whose images go to the host next anyway
-        self.seconds_per_image.update((time.perf_counter() - started) / len(images), weight=len(images))
-        return images
+        watch = FirstNonFinite()
+        with in_float32(self.denoiser, *filter(None, [self.guidance])) if float32 else contextlib.nullcontext():
+            x0 = self.sampler(self.denoiser, noise, batch["label"], self.guidance, [watch, *self.observers])
+            return Attempt({"image": self.denoiser.decode(x0)}, watch.t)
