@@ -82,6 +82,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         map_location: Callable | None = lambda storage, loc: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
+        weights_only = True if weights_only is None else weights_only  # an address would be unpickled otherwise
         if "://" in str(path) or not Path(path).exists() or _whole(Path(path)):
             return super().load_checkpoint(path, map_location, weights_only)
         previous = previous_checkpoint(path)

@@ -29,3 +29,7 @@ class LeftOutError(RunError):
 
 class NoMemoryError(RunError):
     """Not even the smallest batch fits into the memory."""
+
+
+class CheckpointError(RuntimeError):
+    """A weights file that is missing, unreadable or made for another architecture."""

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero
 
 from calib_guidance.callbacks import CalibrationReport, RequeueBetweenSteps, StepSeeds
 from calib_guidance.checkpoint_io import AtomicCheckpointIO
+from calib_guidance.checkpoints import CheckpointError
 from calib_guidance.configurations import expand_bases
 from calib_guidance.errors import ConfigurationError
 
@@ -51,8 +52,13 @@ def import_class(class_path: str) -> type:
 
 
 def innermost(error: BaseException) -> BaseException:
-    """What a constructor raised, which jsonargparse wraps in pages of unions and types."""
-    while deeper := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+    """What a constructor raised, which jsonargparse wraps in pages of unions and types.
+
+    This package's own errors say what their causes mean, so that the way down ends at them.
+    """
+    while not isinstance(error, ConfigurationError | CheckpointError) and (
+        deeper := error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    ):
         error = deeper
     return error
 

@@ -19,19 +19,19 @@ FLOORS = [
         "parameterization",
         "lr_schedules",
     },
-    {"networks", "checkpoints"},
+    {"networks", "checkpoints", "edm_pickle", "hub", "published"},
     {"denoisers", "classifiers"},
     {"guidance"},
     {"samplers"},
     {"metrics", "data", "modules", "callbacks"},
     {"checkpoint_io"},
     {"lightning_cli"},
-    {"compare"},
+    {"compare", "doctor"},
     {"cli"},
     {"__main__"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-KNOW_LIGHTNING = {"modules", "callbacks", "data", "checkpoint_io", "lightning_cli"}
+KNOW_LIGHTNING = {"modules", "callbacks", "data", "checkpoint_io", "lightning_cli", "doctor"}
 
 
 def imports(path):

@@ -2,10 +2,100 @@
 
 import re
 
+import pytest
+import torch
+import yaml
+
+from calib_guidance.callbacks import read_samples
+from calib_guidance.cli import main
+from calib_guidance.doctor.files import WEIGHTS, all_options, read_configuration
+from calib_guidance.networks import DiT, EncoderUNet, UNet
 from tests.conftest import ROOT
 
 PREDICT = ROOT / "lightning_configs" / "predict"
-ROWS = sorted(str(path.relative_to(PREDICT)) for folder in PREDICT.glob("imagenet*/") for path in folder.rglob("*.yaml"))
+ROWS = sorted(
+    str(path.relative_to(PREDICT)) for folder in PREDICT.glob("imagenet*/") for path in folder.rglob("*.yaml")
+)
+# Parameters of the published networks, by what the rows name them.
+PARAMETERS = {
+    "adm_imagenet64": 295_904_454,
+    "adm_imagenet128": 421_529_606,
+    "adm_imagenet256": 553_838_086,
+    "adm_imagenet256_uncond": 552_814_086,
+    "edm_imagenet64": 295_899_267,
+    "dit_xl_2_256": 675_129_632,
+    "adm_classifier64": 65_438_568,
+    "adm_classifier128": 42_568_040,
+    "adm_classifier256": 54_096_360,
+}
+
+
+def objects(node):
+    """Every ``{class_path, init_args}`` below a node."""
+    if isinstance(node, dict):
+        if "class_path" in node:
+            yield node
+        for value in node.values():
+            yield from objects(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from objects(value)
+
+
+def name_of(node):
+    return node["class_path"].rpartition(".")[2]
+
+
+def part(name, **arguments):
+    return {"class_path": f"calib_guidance.{name}", "init_args": arguments}
+
+
+ADM = {"image_size": 16, "in_channels": 3, "model_channels": 32, "num_res_blocks": 1, "channel_mult": [1, 2]}
+ADM |= {"attention_resolutions": [2], "num_head_channels": 32, "use_scale_shift_norm": True, "resblock_updown": True}
+CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
+}
+
+
+def shrink(node, vae):
+    """A small network without weights in place of a published one; everything else of the row stays."""
+    arguments, kind = node.get("init_args") or {}, name_of(node)
+    if kind == "ADMDenoiser":
+        classes = None if arguments["network"].endswith("uncond") else 1000
+        network = part("networks.UNet", **ADM, out_channels=6, num_classes=classes)
+        arguments |= {"network": network, "checkpoint": None, "dtype": None}
+    elif kind == "EDMDenoiser":
+        network = part("networks.UNet", **ADM, out_channels=3, num_classes=1000, min_group_channels=4)
+        arguments |= {"network": network, "checkpoint": None, "dtype": None}
+    elif kind == "DiTDenoiser":
+        network = part("networks.DiT", sample_size=4, hidden_size=32, depth=1, num_heads=2)
+        arguments |= {"network": network, "checkpoint": None, "vae": vae}
+    elif kind == "NoiseAwareClassifier":
+        network = part("networks.EncoderUNet", **ADM, out_channels=1000)
+        arguments |= {"network": network, "checkpoint": None, "dtype": None}
+    elif kind == "OffTheShelfClassifier":
+        arguments |= {"network": "torchvision/resnet18", "weights": None}
+    elif kind == "CLIPClassifier":
+        arguments |= {"model": CLIP, "weights": None}
+    elif kind in ("DDPM", "DDIM"):
+        arguments["steps"] = "3"
+    elif kind == "Heun":
+        arguments["num_steps"] = 3
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    """A tiny autoencoder in diffusers' folder format: four latent channels, an eighth of the side."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    model = AutoencoderKL(block_out_channels=[8] * 4, norm_num_groups=4, layers_per_block=1, **blocks)
+    path = tmp_path_factory.mktemp("vae")
+    model.save_pretrained(path)
+    return str(path)
 
 
 def test_the_table_names_every_row_once():
@@ -13,3 +103,45 @@ def test_the_table_names_every_row_once():
     named = re.findall(r"^\|.*\| `(imagenet[\w/.]+\.yaml)` \|$", text, re.MULTILINE)
     assert sorted(named) == ROWS
     assert len(ROWS) == 50
+
+
+def full_size(cli):
+    """Weights of each published network that the row has, counted after building all of it without memory for them."""
+    model = copy.deepcopy(cli.options.model)
+    for option in all_options(model, "model"):
+        if option.key in WEIGHTS:
+            option.owner[option.key] = None
+    with torch.device("meta"):
+        module = cli.build("model", model)
+    networks = [m for m in module.modules() if isinstance(m, UNet | EncoderUNet | DiT)]
+    return sorted(sum(value.numel() for value in network.state_dict().values()) for network in networks)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_row(row, vae, in_root, tmp_path):
+    """The full architecture without memory for its weights, then three steps of the same row with small networks."""
+    cli = read_configuration([f"--config={PREDICT / row}"])
+    config = cli.options.as_dict()
+    assert config["trainer"]["default_root_dir"] == "outputs/" + row.removesuffix(".yaml")
+    named = [(node.get("init_args") or {}).get("network") for node in objects(config["model"])]
+    assert full_size(cli) == sorted(PARAMETERS[name] for name in named if name in PARAMETERS)
+    assert any(name in PARAMETERS for name in named)
+
+    for node in objects(config):
+        shrink(node, vae)
+    config["trainer"] |= {"default_root_dir": str(tmp_path), "accelerator": "cpu", "enable_progress_bar": False}
+    config["data"]["init_args"] |= {"num_samples": 8, "batch_size": 8}
+    twin = tmp_path / "twin.yaml"
+    twin.write_text(yaml.safe_dump({key: config[key] for key in ("seed_everything", "trainer", "model", "data")}))
+    main(["predict", f"--config={twin}"])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["num_samples"] == 8
+    (samples,) = read_samples(tmp_path / "samples")
+    assert samples["index"].tolist() == list(range(8))
+    assert samples["image"].shape == (8, 3, *((32, 32) if "dit" in row else (16, 16)))
+    assert samples["image"].float().std() > 1
+    guided = config["model"]["init_args"]["guidance"] is not None
+    assert ("gradient_norm_t" in metrics) == guided
+    if guided:
+        assert all(norm > 0 for norm in metrics["gradient_norm_t"]["mean"])
+    assert ("clip_score" in metrics) == ("clip" in row)

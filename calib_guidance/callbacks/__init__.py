@@ -1,6 +1,7 @@
 """Lightning callbacks: what is written, measured and drawn."""
 
 from calib_guidance.callbacks.calibration_report import CalibrationReport
+from calib_guidance.callbacks.clip_score import TrajectoryCLIPScore
 from calib_guidance.callbacks.export_classifier import ExportClassifier
 from calib_guidance.callbacks.export_weights import ExportWeights
 from calib_guidance.callbacks.measurement import Measurement
@@ -22,6 +23,7 @@ __all__ = [
     "SampleQuality",
     "SampleWriter",
     "StepSeeds",
+    "TrajectoryCLIPScore",
     "TrajectoryCalibration",
     "read_samples",
 ]

@@ -62,27 +62,31 @@ def draw_curve(
     label: str,
     spread: Sequence[float] | None = None,
     average: float | None = None,
+    least: float | None = 0.0,
 ) -> Path:
     """One quantity over the trajectory, from noise on the left to the image on the right.
 
     Args:
         t: step of the full process at each point, ascending.
-        mean: the quantity, ≥ 0; NaN where it was not measured.
+        mean: the quantity; NaN where it was not measured.
         path: PNG to write.
         label: of the quantity, for the axis.
         spread: half-width of a band around it.
         average: drawn as a horizontal line.
+        least: that the quantity can be, where the axis begins; None begins it where the data do.
     """
     t, mean = np.asarray(t), np.asarray(mean)
     figure, axis = plt.subplots(figsize=(3.6, 2.5))
     axis.plot(t, mean, color=COLOURS[0], lw=1.4)
     if spread is not None:
-        low, high = np.maximum(mean - np.asarray(spread), 0), mean + np.asarray(spread)
+        low, high = mean - np.asarray(spread), mean + np.asarray(spread)
+        low = low if least is None else np.maximum(low, least)
         axis.fill_between(t, low, high, color=COLOURS[0], alpha=0.2, lw=0)
     if average is not None:
         axis.axhline(average, color=COLOURS[1], lw=1, ls="--", label=f"mean {average:.3f}")
         axis.legend(frameon=False, fontsize=8)
-    axis.set_ylim(bottom=0)
+    if least is not None:
+        axis.set_ylim(bottom=least)
     axis.set_xlabel("diffusion step t  (noise → image)")
     axis.set_ylabel(label)
     axis.invert_xaxis()

@@ -20,6 +20,7 @@ TABLE = {
     "precision": ("precision", "{:.3f}"),
     "recall": ("recall", "{:.3f}"),
     "judge_accuracy": ("accuracy (judge)", "{:.3f}"),
+    "clip_score": ("CLIP score", "{:.4f}"),
     "integral_ece": ("integral ECE", "{:.3f}"),
     "seconds_per_image": ("seconds per image", "{:.4f}"),
 }
@@ -59,6 +60,9 @@ class RunReport(Measurement):
         if not trainer.is_global_zero:
             return
         results["num_evaluations"] = pl_module.sampler.num_evaluations(pl_module.denoiser)
+        results["weights"] = {
+            name: module.provenance for name, module in pl_module.named_modules() if getattr(module, "provenance", None)
+        }
         results["versions"] = {"calib_guidance": __version__, "torch": torch.__version__}
         folder = Path(trainer.default_root_dir)
         path = folder / "metrics.json"

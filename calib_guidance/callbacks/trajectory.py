@@ -18,14 +18,14 @@ from calib_guidance.metrics.levels import Terms
 from calib_guidance.samplers import Revisable, StepRecord
 
 
-class _TrajectoryMeasurement(Measurement, Revisable):
+class TrajectoryMeasurement(Measurement, Revisable):
     """Watches every step of the sampler."""
 
     metric: Metric
 
     @abstractmethod
     def build(self, num_steps: int) -> Metric:
-        """The metric for a trajectory of so many steps."""
+        """The metric for a trajectory of so many steps, of ``sums`` that are not to be synchronised: every rank has all."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "predict":
@@ -52,8 +52,17 @@ class _TrajectoryMeasurement(Measurement, Revisable):
     def add(self, i: int, terms: list[Tensor]) -> None:
         """Add terms of step ``i`` to the sums."""
 
+    def sums(self) -> dict[str, Tensor]:
+        return {"steps": self.metric.sums}
 
-class TrajectoryCalibration(_TrajectoryMeasurement):
+    def reset(self) -> None:
+        self.metric.reset()
+
+    def load(self, sums: dict[str, Tensor]) -> None:
+        self.metric.sums = sums["steps"].to(self.metric.sums)
+
+
+class TrajectoryCalibration(TrajectoryMeasurement):
     """ECE_t of the guiding classifier on what it is shown, against the class being sampled, and its mean, the integral ECE.
 
     Args:
@@ -64,7 +73,7 @@ class TrajectoryCalibration(_TrajectoryMeasurement):
         self.num_bins = num_bins
 
     def build(self, num_steps: int) -> Metric:
-        return CalibrationError(self.num_bins, num_levels=num_steps)
+        return CalibrationError(self.num_bins, num_levels=num_steps, sync_on_compute=False)
 
     def terms(self, record: StepRecord) -> list[Tensor] | None:
         if record.guided.logits is None:
@@ -91,8 +100,12 @@ class TrajectoryCalibration(_TrajectoryMeasurement):
         return [draw_curve(self.t, self.ece.tolist(), folder / "ece_t.png", r"ECE$_t$ of the classifier", average=mean)]
 
 
-class _NormSums(Metric):
-    """Count, sum and sum of squares of gradient norms at each step."""
+class StepMoments(Metric):
+    """Mean and standard deviation of a quantity at each step, from its count, sum and sum of squares.
+
+    Args:
+        num_steps: N.
+    """
 
     full_state_update = False
 
@@ -100,21 +113,23 @@ class _NormSums(Metric):
         super().__init__(**kwargs)
         self.add_state("sums", torch.zeros(num_steps, 3, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, step: int, norm: Tensor) -> None:
-        self.sums[step] += torch.stack([torch.ones_like(norm), norm, norm.square()]).sum(1)
+    def update(self, step: int, values: Tensor) -> None:
+        """Count the values ``(N,)`` of a batch at one step."""
+        values = values.double()
+        self.sums[step] += torch.stack([torch.ones_like(values), values, values.square()]).sum(1)
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation over samples at each step, NaN where there was no gradient."""
+        """Mean and standard deviation at each step, ``(num_steps,)`` each; NaN where nothing was counted."""
         count, total, squares = self.sums.unbind(1)
         mean = total / count
         return mean, (squares / count - mean.square()).clamp(min=0).sqrt()
 
 
-class GradientNorm(_TrajectoryMeasurement):
+class GradientNorm(TrajectoryMeasurement):
     """‖∇S‖ over the trajectory, mean and standard deviation over samples: the vanishing that the papers argue from."""
 
     def build(self, num_steps: int) -> Metric:
-        return _NormSums(num_steps)
+        return StepMoments(num_steps, sync_on_compute=False)
 
     def terms(self, record: StepRecord) -> list[Tensor] | None:
         gradient = record.guided.step_gradient

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from calib_guidance.checkpoints import load_weights
+from calib_guidance import published
+from calib_guidance.checkpoints import load_weights, part_of, read_weights
 from calib_guidance.classifiers.base import Classifier
 
 
@@ -14,19 +15,32 @@ class NoiseAwareClassifier(Classifier):
     """A network of (x_t, t), such as ADM's :class:`~calib_guidance.networks.EncoderUNet`.
 
     Args:
-        network: maps ``(N, C, H, W)`` and steps ``(N,)`` to logits, and states its ``num_classes``.
+        network: maps ``(N, C, H, W)`` and steps ``(N,)`` to logits, and states its ``num_classes``; or a name of
+            :mod:`calib_guidance.published` (``adm_classifier128``); or None, for the published one that has the shapes of the
+            checkpoint.
         checkpoint: weights file; None leaves the network as it is (for ``fit``).
         temperature: of the logits, one or one for each of equal ranges of t, see :class:`~calib_guidance.classifiers.Classifier`.
+        dtype: of a published network's convolutions: ``float16``, ``bfloat16`` or ``float32``; None takes float16, for GPUs.
 
     Raises:
-        CheckpointError: the file does not fit, or says that it was calibrated otherwise.
+        CheckpointError: the file does not fit, or was made or calibrated otherwise.
+        ValueError: an unknown name.
     """
 
-    def __init__(self, network: nn.Module, checkpoint: str | None = None, temperature: float | Sequence[float] = 1.0):
+    def __init__(
+        self,
+        network: nn.Module | str | None = None,
+        checkpoint: str | None = None,
+        temperature: float | Sequence[float] = 1.0,
+        dtype: str | None = None,
+    ):
         super().__init__(temperature)
+        weights = None if checkpoint is None else read_weights(checkpoint)
+        network, _ = published.build(network, "adm_classifier", dtype, weights and weights.state)
         self.network, self.num_classes = network, network.num_classes
-        if checkpoint is not None:
-            load_weights(network, checkpoint, **self.weights_notes)
+        self.provenance = dict(self.weights_notes)
+        if weights is not None:
+            self.provenance |= load_weights(network, part_of(weights, network), **self.weights_notes)
 
     @property
     def weights_notes(self) -> dict[str, object]:
@@ -35,7 +49,7 @@ class NoiseAwareClassifier(Classifier):
             "architecture": type(self.network).__name__,
             "num_classes": self.num_classes,
             "temperature": self.temperature,
-        }
+        } | published.unseen(self.network)
 
     def check_image(self, shape: tuple[int, int, int]) -> None:
         """Raise ValueError if images of ``(C, H, W)`` do not fit the network."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 
 import timm
 import torch
@@ -12,7 +15,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
-from calib_guidance.checkpoints import load_weights
+from calib_guidance.checkpoints import CheckpointError, load_weights, tensors_only
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.classifiers.smoothing import smooth_activations
 
@@ -33,26 +36,40 @@ def build_network(
 
     Raises:
         ValueError: an unknown library or model.
-        CheckpointError: the file does not fit.
+        CheckpointError: the file does not fit, or the library cannot fetch it.
     """
-    library, _, model = name.partition("/")
     local = weights is not None and ("/" in weights or "." in weights)
+    library, _, model = name.partition("/")
     if library == "torchvision" and model in torchvision.models.list_models(torchvision.models):
-        known = [entry.name for entry in torchvision.models.get_model_weights(model)]
-        if weights is not None and not local and weights not in (*known, "DEFAULT"):
-            raise ValueError(f"weights: {name} has no {weights!r}; known: {', '.join(known)}, or a local file")
-        network = torchvision.models.get_model(model, weights=None if local else weights, num_classes=num_classes)
+        known = torchvision.models.get_model_weights(model)
+        if weights is not None and not local and weights not in known.__members__:
+            names = ", ".join(entry.name for entry in known)
+            raise ValueError(f"weights: {name} has no {weights!r}; known: {names}, or a local file")
+        file = None if local or weights is None else Path(known[weights].url).name
+        make = partial(torchvision.models.get_model, model, weights=None if local else weights, num_classes=num_classes)
     elif library == "timm" and timm.is_model(model):
         if weights is not None and not local and weights != "pretrained":
             raise ValueError(
                 f"weights: timm knows 'pretrained' or a local file, got {weights!r}; a tag goes into the name"
             )
-        network = timm.create_model(model, pretrained=weights == "pretrained", num_classes=num_classes)
+        file = "model.safetensors"
+        make = partial(timm.create_model, model, pretrained=weights == "pretrained", num_classes=num_classes)
     else:
         raise ValueError(
             f"network: unknown {name!r}; expected torchvision/NAME or timm/NAME with a NAME of "
             "torchvision.models.list_models() or timm.list_models()"
         )
+    if weights is None or local:
+        network = make()
+    else:
+        try:
+            with tensors_only():
+                network = make()
+        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+            raise CheckpointError(
+                f"{name}: its weights {weights} could not be fetched and loaded ({type(error).__name__}: {error}). Without "
+                f"network, fetch {file} elsewhere and name it: weights: checkpoints/{file}"
+            ) from error
     if local:
         load_weights(network, weights, **(notes or {}))
     return network
@@ -113,6 +130,7 @@ class OffTheShelfClassifier(Classifier):
             "resize": resize,
             "temperature": self.temperature,
         }
+        self.provenance = self.weights_notes | {"file": weights}
         if isinstance(network, str):
             network = build_network(network, num_classes, weights, self.weights_notes)
         elif weights is not None:

@@ -3,46 +3,76 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from calib_guidance.checkpoints import load_weights
-from calib_guidance.denoisers.base import Denoiser, Predict, Prediction, at_step
+from calib_guidance import published
+from calib_guidance.checkpoints import CheckpointError, Weights, load_weights, part_of, read_weights
+from calib_guidance.denoisers.discrete import DiscreteDenoiser
 from calib_guidance.networks.adm import UNet
-from calib_guidance.noise_schedule import NoiseLevels, NoiseSchedule, named_betas
-from calib_guidance.parameterization import check_prediction, x0_coefficients
+from calib_guidance.noise_schedule import NoiseSchedule, named_betas
+from calib_guidance.parameterization import check_prediction
 
 
-class ADMDenoiser(Denoiser):
+def _known(stated: dict[str, str | None], weights: Weights | None, entry: published.Published | None) -> dict[str, str]:
+    """Settings of a diffusion model: as stated, else as its file says, else as it was published, else the usual ones."""
+    settings = {}
+    for name, value in stated.items():
+        if value is None and weights is not None:
+            value = weights.notes.get(name)
+        if value is None and entry is not None:
+            value = entry.settings[name]
+        if value is None and weights is not None:
+            raise CheckpointError(
+                f"{weights.path} does not say its {name}, and is no published file: state {name} in the YAML"
+            )
+        settings[name] = value or {"noise_schedule": "linear", "prediction": "epsilon"}[name]
+    return settings
+
+
+class ADMDenoiser(DiscreteDenoiser):
     """An ADM UNet over a linear or cosine schedule.
 
     Args:
-        network: the UNet; twice as many output as input channels mean a learned variance.
+        network: the UNet, twice as many output as input channels mean a learned variance; or a name of
+            :mod:`calib_guidance.published` (``adm_imagenet128``), which stands for architecture and settings; or None, for the
+            published one that has the shapes of the checkpoint.
         checkpoint: weights file; None keeps the network as it is.
-        noise_schedule: ``linear`` (published 128, 256, 512) or ``cosine`` (published 64).
+        noise_schedule: ``linear`` (published 128, 256, 512) or ``cosine`` (published 64); None takes what the weights were
+            published with or say of themselves, ``linear`` without weights.
         num_steps: length of the diffusion process that it was trained for.
-        prediction: ``epsilon`` (all published models) or ``v``.
+        prediction: ``epsilon`` (all published models) or ``v``; None as for ``noise_schedule``, ``epsilon`` without weights.
         class_conditional: false hands no label to the network, which makes an unconditional model of one that was trained
             with label dropout.
         image_size: side in pixels of what is sampled; None takes the network's.
         compile: compile the network with torch.compile, for fixed shapes.
+        dtype: of a published network's convolutions: ``float16``, ``bfloat16`` or ``float32``; None takes the published
+            one, which for most is float16. CPUs compute faster in float32 or bfloat16.
 
     Raises:
-        CheckpointError: the file does not fit the network, or says that it was trained otherwise.
-        ValueError: an image size that the network cannot take, or unknown names.
+        CheckpointError: the file does not fit the network, or was trained otherwise, or does not tell how.
+        ValueError: an image size that the network cannot take, unknown names, or settings that contradict the name.
     """
 
     def __init__(
         self,
-        network: UNet,
+        network: UNet | str | None = None,
         checkpoint: str | None = None,
-        noise_schedule: str = "linear",
+        noise_schedule: str | None = None,
         num_steps: int = 1000,
-        prediction: str = "epsilon",
+        prediction: str | None = None,
         class_conditional: bool = True,
         image_size: int | None = None,
         compile: bool = False,
+        dtype: str | None = None,
     ):
         super().__init__()
+        weights = None if checkpoint is None else read_weights(checkpoint)
+        named = isinstance(network, str)
+        network, entry = published.build(network, "adm", dtype, weights and weights.state)
+        weights = weights and part_of(weights, network)
+        settings = _known({"noise_schedule": noise_schedule, "prediction": prediction}, weights, entry)
+        settings["num_steps"] = num_steps
+        if named:
+            published.check(entry.name, settings, f"network: {entry.name}")
         size = network.image_size if image_size is None else image_size
         self.image_shape = (network.in_channels, size, size)
         network.check_image(self.image_shape)
@@ -51,8 +81,10 @@ class ADMDenoiser(Denoiser):
                 f"out_channels must be in_channels ({network.in_channels}) or, with learned variance, twice that; got "
                 f"{network.out_channels}"
             )
-        if checkpoint is not None:
-            load_weights(network, checkpoint, prediction=prediction, noise_schedule=noise_schedule, num_steps=num_steps)
+        self.provenance = settings | published.unseen(network)
+        if weights is not None:
+            self.provenance |= load_weights(network, weights, **settings)
+        noise_schedule, prediction = settings["noise_schedule"], settings["prediction"]
         self.network = network.eval().requires_grad_(False)
         self.schedule = NoiseSchedule(named_betas(noise_schedule, num_steps))
         check_prediction(prediction)
@@ -60,21 +92,3 @@ class ADMDenoiser(Denoiser):
         self.num_classes = network.num_classes if class_conditional else None
         self.has_learned_variance = network.out_channels == 2 * network.in_channels
         self._decode = torch.compile(network.decode, dynamic=False) if compile else network.decode
-
-    def trajectory(self, levels: NoiseLevels, y: Tensor | None) -> Predict:
-        network = self.network
-        device = network.time_embed[0].weight.device
-        time = network.embed_time(torch.tensor(levels.times, device=device))
-        label = None if y is None or self.num_classes is None else network.embed_labels(y)
-        coefficients = x0_coefficients(self.prediction, levels.alphas_cumprod)
-        from_x, from_output = (torch.tensor(c, device=device).float() for c in coefficients)
-
-        def predict(x_t: Tensor, i: int | Tensor) -> Prediction:
-            emb = time[i].expand(len(x_t), -1) if label is None else time[i] + label
-            output, variance = self._decode(x_t, emb), None
-            if self.has_learned_variance:
-                output, variance = output.chunk(2, dim=1)
-                variance = (variance + 1) / 2
-            return Prediction(at_step(from_x, i) * x_t + at_step(from_output, i) * output, variance)
-
-        return predict

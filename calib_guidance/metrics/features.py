@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from calib_guidance.checkpoints import tensors_only
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.images import from_uint8
 
@@ -71,9 +72,10 @@ class InceptionFeatures(FeatureExtractor):
             raise ImportError(
                 "InceptionFeatures needs torch-fidelity: pip install 'calib_guidance[inception]'"
             ) from error
-        self.network = FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048"], feature_extractor_weights_path=weights
-        )
+        with tensors_only():
+            self.network = FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048"], feature_extractor_weights_path=weights
+            )
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import lightning as L
 import torch
@@ -217,6 +218,10 @@ class CalibrateClassifier(L.LightningModule):
         shown = {f"{stage}/{name}" for name in ("nll", "accuracy", "ece")}
         self.log_dict({k: v for k, v in values.items() if k in shown}, prog_bar=True, sync_dist=True)
         self.log_dict({k: v for k, v in values.items() if k not in shown}, sync_dist=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        notes = getattr(self.classifier, "weights_notes", {})
+        checkpoint["weights_notes"] = {"classifier.network": {name: str(value) for name, value in notes.items()}}
 
     def configure_optimizers(self) -> object:
         optimizer = self.optimizer(parameter for parameter in self.classifier.parameters() if parameter.requires_grad)

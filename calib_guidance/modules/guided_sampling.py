@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.denoisers.base import Denoiser
@@ -17,6 +15,20 @@ from calib_guidance.guidance import ClassifierFreeGuidance, Guidance
 from calib_guidance.modules.faults import Attempt, FaultTolerant, FirstNonFinite, in_float32
 from calib_guidance.rng import SampleStreams
 from calib_guidance.samplers.base import Sampler
+from calib_guidance.scores.base import Score
+
+
+def _one_class_problems(score: Score) -> Iterator[str]:
+    """Of one class, whose probability is 1 whatever the logit, most scores have no gradient."""
+    with torch.enable_grad():
+        logits = torch.zeros(score.group_size, 1, requires_grad=True)
+        value = score(logits, torch.zeros(score.group_size, dtype=torch.long)).sum()
+        (gradient,) = torch.autograd.grad(value, logits)
+    if not (gradient > 0).all():
+        yield (
+            f"the requests have one class, of which {type(score).__name__} is always equally certain, so that it cannot guide: "
+            "set the score to TemperedLogProb with tau2: 0, which climbs the logit itself, or give classes to choose from"
+        )
 
 
 class GuidedSampling(FaultTolerant):
@@ -34,7 +46,6 @@ class GuidedSampling(FaultTolerant):
         super().__init__()
         self.denoiser, self.sampler, self.guidance = denoiser, sampler, guidance
         self.group_size = guidance.group_size if guidance is not None else 1
-        self.seconds_per_image = MeanMetric()
         self._checked = False
 
     def check(self) -> None:
@@ -55,10 +66,16 @@ class GuidedSampling(FaultTolerant):
         except ValueError as error:
             yield str(error)
             return  # without levels nothing else can be looked at
+        try:
+            with torch.no_grad():  # a corner is enough to see whether there is a decoder
+                self.denoiser.decode(torch.zeros(1, *self.denoiser.image_shape, device=self.device)[..., :4, :4])
+        except ValueError as error:
+            yield str(error)
+            return
         yield from self._class_problems(requests.num_classes)
         group = self.group_size
-        for name in ("batch_size", "num_samples"):
-            if getattr(requests, name) % group:
+        for name in ("batch_size", "shard_size", "num_samples"):
+            if (getattr(requests, name) or 0) % group:
                 yield (
                     f"the score tilts over groups of {group} samples, so data.init_args.{name} must be a multiple of {group}, "
                     f"got {getattr(requests, name)}"
@@ -85,6 +102,8 @@ class GuidedSampling(FaultTolerant):
                 with torch.no_grad():
                     image = (part.decoder or self.denoiser.decode)(image)
             yield from self._classifier_problems(part.classifier, image, num_classes, one)
+            if num_classes == 1:
+                yield from _one_class_problems(part.score)
 
     def _classifier_problems(
         self, classifier: Classifier, image: Tensor, num_classes: int, step: Tensor
@@ -107,14 +126,6 @@ class GuidedSampling(FaultTolerant):
     def setup(self, stage: str) -> None:
         if stage == "predict":
             self.check()
-
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        started = time.perf_counter()
-        columns = super().predict_step(batch, batch_idx)
-        self.seconds_per_image.update(
-            (time.perf_counter() - started) / len(columns["image"]), weight=len(columns["image"])
-        )
-        return columns
 
     def attempt(self, batch: dict[str, Tensor], float32: bool) -> Attempt:
         noise = SampleStreams(batch["seed"].tolist(), batch["index"].tolist(), self.denoiser.image_shape, self.device)

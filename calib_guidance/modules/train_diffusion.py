@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from calib_guidance import published
 from calib_guidance.losses.diffusion import variational_bound_term
 from calib_guidance.modules.shared import Shared
 from calib_guidance.noise_schedule import NoiseSchedule, named_betas
@@ -57,6 +60,7 @@ class TrainDiffusion(L.LightningModule):
         self.prediction, self.variance, self.label_dropout = prediction, variance, label_dropout
         self.optimizer, self.lr_scheduler = Shared(optimizer), None if lr_scheduler is None else Shared(lr_scheduler)
         self.weights_notes = {"prediction": prediction, "noise_schedule": noise_schedule, "num_steps": num_steps}
+        self.weights_notes |= published.unseen(network)
         tables = NoiseSchedule(named_betas(noise_schedule, num_steps))
         for name in (
             "alphas_cumprod",
@@ -116,6 +120,9 @@ class TrainDiffusion(L.LightningModule):
         none = torch.full_like(y, -1)
         unconditional = self.loss(x0, none, t, noise).mean()
         self.log("val/loss_unconditional", unconditional, sync_dist=True, batch_size=len(x0))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["weights_notes"] = {"network": {name: str(value) for name, value in self.weights_notes.items()}}
 
     def configure_optimizers(self) -> object:
         optimizer = self.optimizer(self.network.parameters())

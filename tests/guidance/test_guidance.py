@@ -211,6 +211,49 @@ class TestClassifierFree:
         matched = match_norm(gradient, torch.full((2, 1, 2, 2), 3.0))
         assert torch.equal(matched, torch.stack([torch.zeros(1, 2, 2), torch.full((1, 2, 2), 3.0)]))
 
+    @pytest.mark.parametrize("labels", [True, False])
+    def test_autoguidance_extrapolates_from_the_weaker_model(self, denoiser, labels):
+        """With its own schedule and sizes, at one step and at one for each sample; outside the interval it is not run."""
+        torch.manual_seed(1)
+        weak = UNet(4, 1, 64, 1, num_res_blocks=1, channel_mult=(1,), num_classes=3)
+        for p in weak.parameters():
+            if not p.any():
+                nn.init.normal_(p, std=0.05)
+        weak = ADMDenoiser(weak, noise_schedule="cosine")
+        assert not weak.has_learned_variance
+        interval = GuidanceSchedule(interval=[200, 600])
+        free = ClassifierFreeGuidance(denoiser, 2.5, interval, negative=weak, negative_labels=labels)
+        assert free.evaluations == 2
+        x = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+        at = denoiser.schedule.at([500, 900])
+        with torch.no_grad():
+            predict = free.trajectory(at, Y)
+            found = predict(x, 0)
+            strong = denoiser.trajectory(at, Y)(x, 0)
+            negative = weak.trajectory(at, Y if labels else torch.full_like(Y, -1))(x, 0).x0
+            expected = negative + 2.5 * (strong.x0 - negative)
+            torch.testing.assert_close(found.x0, expected, atol=1e-4, rtol=1e-4)
+            assert torch.equal(found.variance_fraction, strong.variance_fraction)
+            difference = 2.5 * (negative - strong.x0) / at.sigmas[0]
+            torch.testing.assert_close(found.noise_difference, difference.float(), atol=1e-4, rtol=1e-4)
+            assert torch.equal(predict(x, 1).x0, denoiser.trajectory(at, Y)(x, 1).x0)
+            each = predict(x, torch.tensor([0, 1, 0])).x0
+            torch.testing.assert_close(each[1], predict(x, 1).x0[1], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(each[::2], found.x0[::2], atol=1e-4, rtol=1e-4)
+
+    def test_negatives_that_do_not_fit_are_refused(self, denoiser):
+        other = UNet(8, 1, 32, 2, num_res_blocks=1, channel_mult=(1,), num_classes=3)
+        with pytest.raises(ValueError, match=r"\(1, 8, 8\), the denoiser \(1, 4, 4\)"):
+            ClassifierFreeGuidance(denoiser, negative=ADMDenoiser(other))
+        free = ADMDenoiser(denoiser.network, class_conditional=False)
+        with pytest.raises(ValueError, match="knows None classes, the denoiser 3"):
+            ClassifierFreeGuidance(denoiser, negative=free, negative_labels=True)
+        with pytest.raises(ValueError, match="there is no negative"):
+            ClassifierFreeGuidance(denoiser, negative_labels=True)
+        for channels in (0, 2):
+            with pytest.raises(ValueError, match="channels must be 1 … 1"):
+                ClassifierFreeGuidance(denoiser, channels=channels)
+
     def test_a_denoiser_without_classes_is_refused(self, denoiser):
         with pytest.raises(ValueError, match="class_conditional: true"):
             ClassifierFreeGuidance(ADMDenoiser(denoiser.network, class_conditional=False))

@@ -129,6 +129,8 @@ def test_every_weight_arrives_once_and_unchanged():
     mapped = from_edm({name.removeprefix("model."): value for name, value in state.items()})
     unet = UNet(**edm_architecture(state))
     unet.load_state_dict(mapped)
+    augmented = state | {"model.map_augment.weight": torch.ones(256, 9)}  # zero labels while sampling, and no bias
+    assert from_edm(augmented).keys() == mapped.keys()
     assert unet.output_blocks[1][2].in_layers[2].weight.equal(state["model.dec.8x8_up.conv0.weight"])
     sent = torch.cat([v.flatten() for name, v in state.items() if "resample" not in name])
     assert sent.sort().values.equal(torch.cat([v.flatten() for v in mapped.values()]).sort().values)

@@ -1,0 +1,49 @@
+"""Several classifiers as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from calib_guidance.classifiers.base import Classifier
+from calib_guidance.scores.base import as_float
+
+
+class Ensemble(Classifier):
+    """Logits are the mean of the members' log-probabilities.
+
+    Their softmax is the geometric mean of the members' probabilities, renormalised: a class is likely where no member rules
+    it out. The log-probability of it climbs in the mean direction of the members, less that of the renormalisation.
+
+    Args:
+        classifiers: two or more, of the same classes; frozen with the ensemble.
+
+    Raises:
+        ValueError: fewer than two, or members of different numbers of classes.
+    """
+
+    def __init__(self, classifiers: Sequence[Classifier]):
+        super().__init__()
+        if len(classifiers) < 2:
+            raise ValueError(f"an ensemble needs at least two classifiers, got {len(classifiers)}")
+        counts = [classifier.num_classes for classifier in classifiers]
+        if len(set(counts)) > 1:
+            raise ValueError(f"the classifiers of an ensemble must have the same classes; theirs number {counts}")
+        self.classifiers, self.num_classes = nn.ModuleList(classifiers), counts[0]
+
+    def freeze(self) -> Classifier:
+        for classifier in self.classifiers:
+            classifier.freeze()
+        return super().freeze()
+
+    def check_image(self, shape: tuple[int, int, int]) -> None:
+        """Raise ValueError if images of ``(C, H, W)`` do not fit a member that can tell."""
+        for classifier in self.classifiers:
+            if hasattr(classifier, "check_image"):
+                classifier.check_image(shape)
+
+    def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
+        log_p = [as_float(classifier(x, t)).log_softmax(dim=1) for classifier in self.classifiers]
+        return torch.stack(log_p).mean(0)

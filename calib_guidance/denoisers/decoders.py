@@ -1,0 +1,151 @@
+"""From latents to images: the autoencoder's decoder, and cheaper ones to guide through.
+
+Each is a module that takes latents as the diffusion model has them (scaled) ``(N, 4, h, w)`` and gives images ``(N, 3, 8h, 8w)``
+in about [-1, 1], differentiably.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from calib_guidance.checkpoints import load_weights, save_weights
+from calib_guidance.networks.diffusers_folder import load_autoencoder
+
+UPSAMPLINGS = ("nearest", "bilinear")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class VAEDecoder(nn.Module):
+    """The decoder of a variational autoencoder of Stable Diffusion's kind.
+
+    Args:
+        vae: diffusers folder or ``hf://OWNER/NAME`` of an ``AutoencoderKL``; one that is built already; or the arguments of one,
+            which then has random weights.
+        latent_scale: what the autoencoder's latents were multiplied with for the diffusion model.
+        dtype: ``float32`` or ``bfloat16``. float16 is not offered: the classifier's gradients underflow in it.
+
+    Raises:
+        CheckpointError: the source holds no such autoencoder.
+        ValueError: a scale that is not positive, or an unknown name.
+    """
+
+    def __init__(self, vae: str | nn.Module | dict[str, Any], latent_scale: float = 0.18215, dtype: str = "float32"):
+        super().__init__()
+        if not latent_scale > 0:
+            raise ValueError(f"latent_scale must be above 0, got {latent_scale}")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: unknown {dtype!r}; known: {', '.join(DTYPES)}")
+        vae = vae if isinstance(vae, nn.Module) else load_autoencoder(vae, "AutoencoderKL")
+        # The encoder stays behind, 34 of 84 million parameters.
+        self.post_quant_conv, self.decoder = vae.post_quant_conv or nn.Identity(), vae.decoder
+        self.latent_scale = latent_scale
+        self.to(DTYPES[dtype])
+
+    def forward(self, latents: Tensor) -> Tensor:
+        z = (latents / self.latent_scale).to(self.decoder.conv_in.weight.dtype)
+        return self.decoder(self.post_quant_conv(z)).to(latents.dtype)
+
+
+class TinyDecoder(nn.Module):
+    """The decoder of a tiny autoencoder (TAESD), a distilled stand-in for the full one.
+
+    TAESD works on latents as the diffusion model has them; where a configuration says otherwise, by its ``scaling_factor``.
+
+    Args:
+        source: diffusers folder or ``hf://OWNER/NAME`` of an ``AutoencoderTiny``; one that is built already; or the arguments of
+            one, which then has random weights.
+
+    Raises:
+        CheckpointError: the source holds no such autoencoder.
+    """
+
+    def __init__(self, source: str | nn.Module | dict[str, Any] = "hf://madebyollin/taesd"):
+        super().__init__()
+        model = source if isinstance(source, nn.Module) else load_autoencoder(source, "AutoencoderTiny")
+        self.decoder, self.latent_scale = model.decoder, model.config.scaling_factor
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.decoder(latents / self.latent_scale)
+
+
+class LinearDecoder(nn.Module):
+    """One linear map from the channels of a latent to colours, upsampled: no textures, but the coarse picture for nothing.
+
+    Args:
+        checkpoint: what :meth:`save` wrote; None starts at zero.
+        upsampling: ``nearest`` or ``bilinear``, with which the map was fitted.
+        factor: pixels of the image to a latent's, along each side.
+        channels: of the latents.
+
+    Raises:
+        CheckpointError: the file does not fit, or was fitted with other settings.
+        ValueError: an unknown name.
+    """
+
+    def __init__(self, checkpoint: str | None = None, upsampling: str = "bilinear", factor: int = 8, channels: int = 4):
+        super().__init__()
+        if upsampling not in UPSAMPLINGS:
+            raise ValueError(f"upsampling: unknown {upsampling!r}; known: {', '.join(UPSAMPLINGS)}")
+        self.upsampling, self.factor = upsampling, factor
+        self.map = nn.Conv2d(channels, 3, 1)
+        nn.init.zeros_(self.map.weight)
+        nn.init.zeros_(self.map.bias)
+        if checkpoint is not None:
+            load_weights(self, checkpoint, upsampling=upsampling, factor=factor)
+
+    def upsample(self, latents: Tensor) -> Tensor:
+        """Latents at the size of the image. Goes before or after the map alike."""
+        return F.interpolate(latents, scale_factor=self.factor, mode=self.upsampling)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.upsample(self.map(latents))  # the map first: fewer pixels
+
+    def save(self, path: str) -> None:
+        """Write the map, with the settings that it was fitted with."""
+        save_weights(self, path, upsampling=self.upsampling, factor=self.factor)
+
+
+@torch.no_grad()
+def fit_linear_decoder(
+    decode: Callable[[Tensor], Tensor], batches: Iterable[Tensor], upsampling: str = "bilinear"
+) -> tuple[LinearDecoder, float]:
+    """The linear decoder nearest to ``decode`` in squared error over all pixels, by the normal equations.
+
+    Args:
+        decode: latents ``(N, C, h, w)`` to images ``(N, 3, f·h, f·w)``, such as a :class:`VAEDecoder`.
+        batches: latents, of images or of samples; some dozens are plenty for the 5 numbers of a colour.
+        upsampling: ``nearest`` or ``bilinear``.
+
+    Returns:
+        The decoder, and the share of the images' variance about their mean colour that it explains.
+
+    Raises:
+        ValueError: no batches, or latents that leave the map undetermined.
+    """
+    linear, inner, cross, total, mean = None, 0.0, 0.0, 0.0, 0.0
+    for latents in batches:
+        images = decode(latents)
+        if linear is None:
+            factor = images.shape[-1] // latents.shape[-1]
+            linear = LinearDecoder(None, upsampling, factor, latents.shape[1])
+        # Upsampling is linear and keeps constants, so that pixels can be regressed on upsampled latents.
+        a = linear.upsample(latents.double()).movedim(1, -1).reshape(-1, latents.shape[1])
+        a = torch.cat([a, torch.ones_like(a[:, :1])], dim=1)
+        b = images.double().movedim(1, -1).reshape(-1, 3)
+        inner, cross = inner + a.T @ a, cross + a.T @ b
+        total, mean = total + b.square().sum(), mean + b.sum(dim=0)
+    if linear is None:
+        raise ValueError("no latents to fit the linear decoder to")
+    if torch.linalg.matrix_rank(inner) < len(inner):
+        raise ValueError("these latents leave the linear decoder undetermined: give more, or more varied ones")
+    solution = torch.linalg.solve(inner, cross)
+    linear.map.weight.copy_(solution[:-1].T[..., None, None])
+    linear.map.bias.copy_(solution[-1])
+    residual = total - (solution * cross).sum()
+    spread = total - (mean.square() / inner[-1, -1]).sum()
+    return linear.eval(), float(1 - residual / spread)

@@ -1,0 +1,136 @@
+"""Diffusion transformers over the latents of an autoencoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
+
+from calib_guidance import published
+from calib_guidance.checkpoints import CheckpointError, read_state_dict
+from calib_guidance.denoisers.decoders import VAEDecoder
+from calib_guidance.denoisers.discrete import DiscreteDenoiser
+from calib_guidance.networks import diffusers_folder
+from calib_guidance.networks.dit import DiT, named_dit
+from calib_guidance.networks.dit_weights import load_dit
+from calib_guidance.noise_schedule import NoiseSchedule, named_betas
+from calib_guidance.parameterization import check_prediction
+
+
+class DiTDenoiser(DiscreteDenoiser):
+    """A DiT with a learned variance, and the decoder that makes images of its latents.
+
+    Args:
+        network: the transformer, or its name, such as ``dit_xl_2_256`` (see :func:`~calib_guidance.networks.dit.named_dit`);
+            None takes what a diffusers folder's configuration says.
+        checkpoint: weights: an official ``.pt``, safetensors by the names of the official files, of diffusers or of
+            :class:`~calib_guidance.networks.DiT`, a diffusers folder (of the model or its pipeline) or ``hf://OWNER/NAME``;
+            None keeps the network as it is.
+        vae: diffusers folder or ``hf://OWNER/NAME`` of the ``AutoencoderKL``; one that is built already, or its arguments (for
+            random weights); or any module from latents to images. None is for a model whose latents are never decoded, such as
+            the negative of autoguidance.
+        latent_scale: what the autoencoder's latents were multiplied with for the diffusion model.
+        decode_batch: latents that are decoded at a time; None decodes all. Where a gradient goes through several such parts, one
+            part's activations are kept at a time, and those of all but the last are computed anew on the way back.
+        noise_schedule: ``linear`` (published) or ``cosine``.
+        num_steps: length of the diffusion process that it was trained for.
+        prediction: ``epsilon`` (published) or ``v``.
+        class_conditional: false hands the null class to the network always.
+        dtype: ``float32``, ``float16`` or ``bfloat16`` of a network that is given by name or None.
+        vae_dtype: ``float32`` or ``bfloat16`` of the decoder.
+        compile: compile the network with torch.compile, for fixed shapes.
+
+    Raises:
+        CheckpointError: the file or folder does not fit the network, or is none.
+        ValueError: neither network nor folder, a ``decode_batch`` below 1, or unknown names.
+    """
+
+    clip = False
+
+    def __init__(
+        self,
+        network: DiT | str | None = None,
+        checkpoint: str | None = None,
+        vae: str | nn.Module | dict[str, Any] | None = None,
+        latent_scale: float = 0.18215,
+        decode_batch: int | None = 4,
+        noise_schedule: str = "linear",
+        num_steps: int = 1000,
+        prediction: str = "epsilon",
+        class_conditional: bool = True,
+        dtype: str = "float32",
+        vae_dtype: str = "float32",
+        compile: bool = False,
+    ):
+        super().__init__()
+        if decode_batch is not None and decode_batch < 1:
+            raise ValueError(f"decode_batch must be at least 1, or null for all at once, got {decode_batch}")
+        check_prediction(prediction)
+        network, self.provenance = _load(network, checkpoint, dtype)
+        self.provenance |= {"noise_schedule": noise_schedule, "prediction": prediction, "num_steps": num_steps}
+        self.network = network.eval().requires_grad_(False)
+        self.image_shape = (network.in_channels, network.image_size, network.image_size)
+        self.schedule = NoiseSchedule(named_betas(noise_schedule, num_steps))
+        self.prediction, self.decode_batch = prediction, decode_batch
+        self.num_classes = network.num_classes if class_conditional else None
+        self.has_learned_variance = network.out_channels == 2 * network.in_channels
+        self._decode = torch.compile(network.decode, dynamic=False) if compile else network.decode
+        if isinstance(vae, str | dict) or hasattr(vae, "quant_conv"):
+            vae = VAEDecoder(vae, latent_scale, vae_dtype)
+        self.vae = None if vae is None else vae.eval().requires_grad_(False)
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Images ``(N, 3, 8h, 8w)`` of latents ``(N, C, h, w)``, in about [-1, 1].
+
+        Raises:
+            ValueError: there is no decoder.
+        """
+        if self.vae is None:
+            raise ValueError(
+                "latents are to be decoded and this denoiser has no decoder: set vae to the autoencoder's folder"
+            )
+        *parts, last = x0.split(self.decode_batch or len(x0))
+        if not (torch.is_grad_enabled() and x0.requires_grad):
+            return torch.cat([*map(self.vae, parts), self.vae(last)])
+        # The way back begins with the part that was decoded last, so that its activations may stay.
+        images = [recomputed(self.vae, part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+        return torch.cat([*images, self.vae(last)])
+
+
+def _load(network: DiT | str | None, checkpoint: str | None, dtype: str) -> tuple[DiT, dict[str, object]]:
+    """The network that is given, named, or described by the folder, with its weights, and what was loaded."""
+    folder = None
+    if checkpoint is not None and diffusers_folder.is_folder(checkpoint):
+        folder = diffusers_folder.subfolder(checkpoint, "transformer")
+    described = folder and diffusers_folder.read_config(folder, "DiTTransformer2DModel")
+    if network is None:
+        if not described:
+            raise ValueError(
+                "network: weights in a single file do not say how many heads they have: name the network, such as dit_xl_2_256"
+            )
+        heads = described["num_attention_heads"]
+        network = DiT(
+            described["sample_size"],
+            described["patch_size"],
+            heads * described["attention_head_dim"],
+            described["num_layers"],
+            heads,
+            described["in_channels"],
+            described["out_channels"],
+            described["num_embeds_ada_norm"],
+            dtype,
+        )
+    elif isinstance(network, str):
+        network = named_dit(network, dtype)
+    for name, value in network.architecture.items() if described else ():
+        if described.get(name, value) != value:
+            raise CheckpointError(
+                f"{folder} is of a DiT with {name}: {described[name]}, the configuration's has {value}: name the network that "
+                "belongs to these weights, or null for the folder's own"
+            )
+    if checkpoint is None:
+        return network, {}
+    state = diffusers_folder.read_weights(folder) if folder else read_state_dict(checkpoint)
+    return network, load_dit(network, state, checkpoint) | {"published": published.recognise(state, "dit")}

@@ -1,0 +1,159 @@
+"""The pickles of EDM (Karras et al. 2022), read without executing anything in them.
+
+Such a file is a pickle of ``{"ema": network, …}`` whose classes bring their own source code, which unpickling would run. Every
+object of such a class is stored as a call of ``_reconstruct_persistent_obj`` with one dictionary: source code, name of the
+class and attributes. Here that call makes an inert :class:`_Record` of name and attributes, and the source code stays text.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_CONTAINERS = ("ModuleDict", "ModuleList", "Sequential")
+
+
+class EDMNetwork(NamedTuple):
+    """A network of an EDM pickle.
+
+    Attributes:
+        class_name: of the outermost module, e.g. ``EDMPrecond``.
+        state: tensors by name, e.g. ``model.enc.64x64_conv.weight``.
+        arguments: what the outermost module was made with by name, e.g. ``img_resolution``, ``label_dim``.
+    """
+
+    class_name: str
+    state: dict[str, Tensor]
+    arguments: dict[str, Any]
+
+
+class _Record:
+    """An object of the pickle: the attributes that it was stored with."""
+
+
+class _Dict(dict):
+    """A dictionary that may have attributes, as EDM's EasyDict has."""
+
+
+class _Restricted(pickle.Unpickler):
+    """Makes tensors, plain containers and inert records, and refuses every other name.
+
+    What :meth:`find_class` gives is either immutable (built-in types, bound methods) or made for this one file, so that a pickle
+    that sets attributes on what it finds changes nothing outside.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch.nn.modules.container" and name in _CONTAINERS:
+            return type(name, (_Record,), {})
+        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+            return found
+        known: dict[tuple[str, str], Callable[[], Any]] = {
+            ("collections", "OrderedDict"): lambda: OrderedDict,
+            ("builtins", "set"): lambda: set,
+            ("__builtin__", "set"): lambda: set,  # protocol 2
+            ("dnnlib.util", "EasyDict"): lambda: type("EasyDict", (_Dict,), {}),
+            ("torch_utils.persistence", "_reconstruct_persistent_obj"): lambda: self._persistent,
+            ("torch._utils", "_rebuild_tensor_v2"): lambda: self._tensor,
+            ("torch._utils", "_rebuild_parameter"): lambda: self._parameter,
+            ("torch.storage", "_load_from_bytes"): lambda: self._storage,
+            ("numpy", "dtype"): lambda: type("dtype", (_NumpyType,), {}),
+            ("numpy.core.multiarray", "scalar"): lambda: self._numpy_scalar,
+            ("numpy._core.multiarray", "scalar"): lambda: self._numpy_scalar,
+            ("_codecs", "encode"): lambda: self._encode,
+        }
+        if (module, name) not in known:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no network needs")
+        return known[module, name]()
+
+    def _persistent(self, meta: Mapping[str, Any]) -> _Record:
+        if meta.get("type") != "class" or not isinstance(meta.get("state"), Mapping):
+            raise pickle.UnpicklingError("a persistent object of it is not a class with its attributes")
+        record = type(str(meta["class_name"]), (_Record,), {})()
+        vars(record).update(meta["state"])
+        return record
+
+    def _storage(self, blob: bytes) -> torch.storage.TypedStorage:
+        storage = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+        if not isinstance(storage, torch.storage.TypedStorage):
+            raise pickle.UnpicklingError(f"a storage of it is a {type(storage).__name__}")
+        return storage
+
+    def _tensor(
+        self,
+        storage: torch.storage.TypedStorage,
+        offset: int,
+        size: tuple[int, ...],
+        stride: tuple[int, ...],
+        *_: object,
+    ) -> Tensor:
+        # as_strided refuses what lies outside of the storage.
+        return torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage).as_strided(size, stride, offset)
+
+    def _parameter(self, data: Tensor, *_: object) -> Tensor:
+        return data
+
+    def _numpy_scalar(self, kind: _NumpyType, data: bytes) -> object:
+        return np.frombuffer(data, dtype=kind.name, count=1)[0].item()
+
+    def _encode(self, text: str, encoding: str) -> bytes:
+        if encoding != "latin1":
+            raise pickle.UnpicklingError(f"text of it is encoded as {encoding}")
+        return codecs.latin_1_encode(text)[0]
+
+
+class _NumpyType(_Record):
+    """Type of a numpy scalar: a number type, little-endian."""
+
+    def __init__(self, name: str, *_: object):
+        if name not in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"):
+            raise pickle.UnpicklingError(f"a numpy value of it has the type {name}")
+        self.name = f"<{name}"
+
+    def __setstate__(self, state: tuple) -> None:
+        """Byte order and the like, which the name already says."""
+
+
+def _tensors(record: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers of a module and the modules within."""
+    parts = vars(record)
+    passing = parts.get("_non_persistent_buffers_set", ())
+    for kind in ("_parameters", "_buffers"):
+        for name, value in parts[kind].items():
+            if value is not None and name not in passing:
+                if not isinstance(value, Tensor):
+                    raise pickle.UnpicklingError(f"{prefix}{name} is a {type(value).__name__} where a tensor belongs")
+                yield prefix + name, value
+    for name, module in parts["_modules"].items():
+        if module is not None:
+            yield from _tensors(module, f"{prefix}{name}.")
+
+
+def read_edm_pickle(file: BinaryIO) -> EDMNetwork:
+    """The weight-averaged network (``ema``) of an EDM pickle.
+
+    Args:
+        file: opened for reading bytes.
+
+    Raises:
+        pickle.UnpicklingError: a name that is not allowed, or something else than a network.
+        Exception: whatever else a damaged or hostile pickle makes the unpickler raise.
+    """
+    content = _Restricted(file).load()
+    if not isinstance(content, Mapping) or "ema" not in content:
+        found = (
+            f"with {', '.join(map(str, content))}" if isinstance(content, Mapping) else f"of {type(content).__name__}"
+        )
+        raise pickle.UnpicklingError(f"expected a pickle with a network under 'ema', found one {found}")
+    network = content["ema"]
+    if not isinstance(network, _Record) or "_modules" not in vars(network):
+        raise pickle.UnpicklingError(f"expected a network under 'ema', found {type(network).__name__}")
+    arguments = dict(vars(network).get("_init_kwargs") or {})
+    return EDMNetwork(type(network).__name__, dict(_tensors(network)), arguments)

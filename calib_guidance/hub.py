@@ -1,0 +1,71 @@
+"""Files of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from calib_guidance.errors import CheckpointError
+
+PREFIX = "hf://"
+_FORM = "expected hf://OWNER/REPO/PATH, with @REVISION after it if need be"
+_FILES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pkl", ".json")
+
+
+def fetch(path: str | os.PathLike[str]) -> Path:
+    """Where a file or folder lies on this machine; what ``hf://OWNER/REPO/PATH@REVISION`` names is downloaded once.
+
+    Of a folder, or a whole repository (no PATH), the ``.json`` and ``.safetensors`` files are fetched, and nothing else.
+
+    Raises:
+        CheckpointError: nothing there, no access, or no network; names the cause and what to do.
+    """
+    if not str(path).startswith(PREFIX):
+        return Path(path)
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    name, _, revision = str(path).removeprefix(PREFIX).partition("@")
+    words = name.strip("/").split("/")
+    if len(words) < 2 or "" in words or ".." in words:
+        raise CheckpointError(f"{path}: {_FORM}")
+    repo, inside = "/".join(words[:2]), "/".join(words[2:])
+    try:
+        is_index = inside.endswith(".index.json")
+        if is_index or Path(inside).suffix not in _FILES:
+            folder = inside.rpartition("/")[0] if is_index else inside
+            patterns = [f"{folder}/*{end}" if folder else f"*{end}" for end in (".json", ".safetensors")]
+            return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns)) / inside
+        return Path(hf_hub_download(repo, inside, revision=revision or None))
+    except HFValidationError as error:
+        raise CheckpointError(f"{path}: {_FORM} ({error})") from error
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{path}: {repo} gives its files to those who accepted its terms: accept them at https://huggingface.co/{repo} and "
+            "log in with `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"{path}: {repo} has no revision {revision!r}") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{path}: no repository {repo}, or a private one: check the name, or log in with `hf auth login`"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{path}: the hub cannot be reached and the file was not fetched before: download it elsewhere and name "
+            "the local file"
+        ) from error
+    except EntryNotFoundError as error:
+        raise CheckpointError(f"{path}: {repo} has no file {inside}") from error
+    except Exception as error:  # a broken connection is another class in each version of its HTTP library
+        raise CheckpointError(
+            f"{path}: could not be fetched from the hub ({type(error).__name__}: {error}): download it elsewhere and name the "
+            "local file"
+        ) from error

@@ -1,0 +1,145 @@
+"""The diffusion transformer (Peebles & Xie 2023, https://arxiv.org/abs/2212.09748), through diffusers' blocks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from calib_guidance.networks.adm import DTYPES, timestep_embedding
+
+# Width, depth and heads of the published sizes; the heads of a weights file cannot be told from its shapes.
+SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
+_FREQUENCIES = 256
+
+
+class _Given(nn.Module):
+    """Stands where diffusers computes time and class embedding anew in every block: takes the ready one as the time."""
+
+    def forward(self, timestep: Tensor, class_labels: None, hidden_dtype: torch.dtype | None = None) -> Tensor:
+        return timestep
+
+
+class DiT(nn.Module):
+    """A class-conditional diffusion transformer over latents.
+
+    diffusers keeps a copy of the time and class embedders in every block, and computes each of them at every step. Here there
+    is one, outside the transformer, which a trajectory needs once (:meth:`embed_time`, :meth:`embed_labels`); DiT-XL/2 has
+    75 million parameters less for it. Two more things are as DiT was trained, and not as diffusers runs the same weights: the
+    frequencies of the time embedding are 10000^(−k/128), not 10000^(−k/127), and every LayerNorm has ε = 1e-6.
+
+    Args:
+        sample_size: side of the latents.
+        patch_size: side of a token, in latent pixels.
+        hidden_size: width.
+        depth: number of blocks.
+        num_heads: attention heads.
+        in_channels: of the latents.
+        out_channels: twice ``in_channels`` where the variance is learned.
+        num_classes: K; label K of the table is the null class of classifier-free guidance.
+        dtype: ``float32``, ``float16`` or ``bfloat16`` of the transformer; embeddings and output are float32.
+
+    Raises:
+        ValueError: sizes that do not divide, or unknown names.
+    """
+
+    def __init__(
+        self,
+        sample_size: int = 32,
+        patch_size: int = 2,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        in_channels: int = 4,
+        out_channels: int = 8,
+        num_classes: int = 1000,
+        dtype: str = "float32",
+    ):
+        super().__init__()
+        from diffusers import DiTTransformer2DModel  # seconds to import, and only latent models need it
+
+        if hidden_size % num_heads or hidden_size % 4:
+            raise ValueError(f"hidden_size must be a multiple of num_heads ({num_heads}) and of 4, got {hidden_size}")
+        if sample_size % patch_size:
+            raise ValueError(f"sample_size must be a multiple of patch_size ({patch_size}), got {sample_size}")
+        if out_channels not in (in_channels, 2 * in_channels):
+            raise ValueError(
+                f"out_channels must be in_channels ({in_channels}) or, with learned variance, twice that; got {out_channels}"
+            )
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: unknown {dtype!r}; known: {', '.join(DTYPES)}")
+        self.image_size, self.num_classes = sample_size, num_classes
+        self.in_channels, self.out_channels = in_channels, out_channels
+        # What a diffusers folder's config.json must agree with.
+        self.architecture = {
+            "sample_size": sample_size,
+            "patch_size": patch_size,
+            "num_attention_heads": num_heads,
+            "attention_head_dim": hidden_size // num_heads,
+            "num_layers": depth,
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "num_embeds_ada_norm": num_classes,
+        }
+        self.time_embed = nn.Sequential(
+            nn.Linear(_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+        self.label_emb = nn.Embedding(num_classes + 1, hidden_size)
+        self.transformer = DiTTransformer2DModel(**self.architecture, norm_eps=1e-6)
+        for block in self.transformer.transformer_blocks:
+            block.norm1.emb = _Given()
+        # Official files carry the table of positions, so that it is a weight here too.
+        positions = self.transformer.pos_embed
+        positions.register_buffer("pos_embed", positions.pos_embed, persistent=True)
+        nn.Module.to(self.transformer, DTYPES[dtype])  # its own `to` warns of types that it does not keep
+
+    def check_image(self, shape: Sequence[int]) -> None:
+        """Raise ValueError if latents of ``(C, H, W)`` do not fit the network."""
+        expected = (self.in_channels, self.image_size, self.image_size)
+        if tuple(shape) != expected:
+            raise ValueError(f"latents of {tuple(shape)} do not fit the network, which takes {expected}")
+
+    def embed_time(self, timesteps: Tensor) -> Tensor:
+        """Time part of the embedding: ``(N,)`` on the 0 … 999 scale to ``(N, hidden_size)``."""
+        return self.time_embed(timestep_embedding(timesteps, _FREQUENCIES).to(self.label_emb.weight.dtype))
+
+    def embed_labels(self, y: Tensor) -> Tensor:
+        """Class part of the embedding: ``(N,)`` to ``(N, hidden_size)``; a label of -1 is the null class."""
+        return self.label_emb(torch.where(y < 0, self.num_classes, y))
+
+    def decode(self, x: Tensor, emb: Tensor) -> Tensor:
+        """The network on ``x`` ``(N, C, H, W)`` with a ready embedding ``(N, hidden_size)``."""
+        weight = self.transformer.proj_out_2.weight
+        (output,) = self.transformer(x.to(weight.dtype), emb.to(weight.dtype), return_dict=False)
+        return output.to(emb.dtype)
+
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        """Network output.
+
+        Args:
+            x: ``(N, in_channels, H, W)`` noisy latents.
+            timesteps: ``(N,)`` on the 0 … 999 scale.
+            y: ``(N,)`` classes, -1 for none; None for all none.
+
+        Returns:
+            ``(N, out_channels, H, W)`` in the type of the embeddings, float32 as built: noise, then variance.
+        """
+        y = torch.full_like(timesteps, -1, dtype=torch.long) if y is None else y
+        return self.decode(x, self.embed_time(timesteps) + self.embed_labels(y))
+
+
+def named_dit(name: str, dtype: str = "float32") -> DiT:
+    """A published architecture: ``dit_{s,b,l,xl}_{2,4,8}_{256,512}``: size, patch, image side in pixels.
+
+    Weights were published for ``dit_xl_2_256`` and ``dit_xl_2_512``.
+
+    Raises:
+        ValueError: another name.
+    """
+    match = re.fullmatch(r"dit_(s|b|l|xl)_(2|4|8)_(256|512)", name)
+    if not match:
+        raise ValueError(f"network: unknown {name!r}; expected dit_SIZE_PATCH_IMAGE such as dit_xl_2_256")
+    width, depth, heads = SIZES[match[1]]
+    return DiT(int(match[3]) // 8, int(match[2]), width, depth, heads, dtype=dtype)
