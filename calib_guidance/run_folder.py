@@ -41,7 +41,7 @@ from PIL import Image
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
-from calib_guidance.errors import ConfigurationError
+from calib_guidance.errors import ConfigurationError, RunError
 
 FORMAT = 1
 _UNSET = "(not set)"
@@ -79,7 +79,7 @@ class Claim(NamedTuple):
     alive: bool | None
 
 
-class DamagedShardError(RuntimeError):
+class DamagedShardError(RunError):
     """A shard that has a record, and files that disagree with it."""
 
 
@@ -199,6 +199,10 @@ class RunFolder:
         return run
 
     # The run as a whole
+
+    def whole(self) -> RunFolder:
+        """The folder with all that was ever asked of it."""
+        return RunFolder.open(self.path, self.lease)
 
     def differences(self, identity: Mapping[str, Any]) -> list[str]:
         """Where the run that is in the folder differs from ``identity`` and from the shard size, ``key: then, now`` each."""

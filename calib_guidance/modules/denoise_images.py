@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from calib_guidance.data.denoise_requests import DenoiseRequests
 from calib_guidance.data.noising import Denoised
@@ -46,6 +46,10 @@ class DenoiseImages(FaultTolerant):
             )
         self.noising.check_image(requests.image_shape)
         self.noising.check_classes(requests.num_classes)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """What images are made with, by name."""
+        return {"denoiser": self.noising.frozen.module}
 
     def setup(self, stage: str) -> None:
         if stage == "predict":

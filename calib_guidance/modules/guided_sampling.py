@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.denoisers.base import Denoiser
@@ -122,6 +122,10 @@ class GuidedSampling(FaultTolerant):
                 f"the requests have {num_classes} classes, the classifier {logits.shape[-1]}: name a classifier of these "
                 "classes, or set data.init_args.num_classes"
             )
+
+    def networks(self) -> dict[str, nn.Module]:
+        """What samples are made with, by name."""
+        return {"denoiser": self.denoiser} | ({} if self.guidance is None else {"guidance": self.guidance})
 
     def setup(self, stage: str) -> None:
         if stage == "predict":
