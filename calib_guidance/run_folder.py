@@ -217,6 +217,15 @@ class RunFolder:
             if then.get(key, _UNSET) != now.get(key, _UNSET)
         ]
 
+    def check_readable(self) -> None:
+        """Raise ConfigurationError where there are samples of which nobody knows what made them."""
+        found = [*self.samples.glob("*.parquet"), *self.records.glob("*.json")]
+        if self.read_run(self.path) is None and found:
+            raise ConfigurationError(
+                f"{self.path} holds {len(found)} files of samples ({found[0].name} …) and no run.json that says what made "
+                "them: set trainer.default_root_dir to another folder, or the SampleWriter's restart to true to remove them"
+            )
+
     def begin(self, identity: Mapping[str, Any], versions: Mapping[str, str]) -> None:
         """Begin the run, or go on with it, or with more samples.
 
@@ -227,12 +236,8 @@ class RunFolder:
         Raises:
             ConfigurationError: the folder holds another run, or samples of none. Nothing has been written.
         """
+        self.check_readable()
         if not (self.path / "run.json").exists():
-            if found := [*self.samples.glob("*.parquet"), *self.records.glob("*.json")]:
-                raise ConfigurationError(
-                    f"{self.path} holds {len(found)} files of samples ({found[0].name} …) and no run.json that says what made "
-                    "them: set trainer.default_root_dir to another folder, or the SampleWriter's restart to true to remove them"
-                )
             content = {
                 "format": FORMAT,
                 "fingerprint": _sha256(_canonical(identity)),

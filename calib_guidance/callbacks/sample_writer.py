@@ -87,6 +87,17 @@ class SampleWriter(Measurement):
         """The folder of the run."""
         return Path(self.folder or trainer.default_root_dir)
 
+    def earlier_run(self, trainer: L.Trainer) -> bool:
+        """Whether the folder holds a run, of whatever configuration.
+
+        Raises:
+            ConfigurationError: it cannot be gone on with: its run.json is missing or damaged.
+        """
+        run = RunFolder(self.target(trainer), 1, 1, self.lease)
+        if not self.restart:
+            run.check_readable()
+        return (run.path / "run.json").exists()
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "predict":
             return
