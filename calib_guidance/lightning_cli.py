@@ -161,6 +161,7 @@ def run_lightning(args: Sequence[str] | None, cli: type[CalibGuidanceCLI] = Cali
         ".*LightningCLI's args parameter is intended.*",  # main(args) is for that
         ".*does not have many workers.*",  # requests and in-memory digits need none
         ".*`IterableDataset` has `__len__` defined.*",  # and with none, that length is exact
+        ".*Total length of `ShardLoader` across ranks is zero.*",  # nothing left to sample
         ".*LeafSpec.*is deprecated.*",  # Lightning's own
         ".*set_vital.*is deprecated.*",  # torchdata's own
     ):

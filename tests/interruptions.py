@@ -30,3 +30,14 @@ class Interrupt(L.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == self.step:
             os.kill(os.getpid(), self.signal)
+
+
+class StopAfter(L.Callback):
+    """Raises after so many batches of sampling, when they have been dealt with. List it last."""
+
+    def __init__(self, batches: int):
+        self.batches = batches
+
+    def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        if batch_idx + 1 == self.batches:
+            raise KeyError("stopped by the test")

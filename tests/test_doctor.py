@@ -11,6 +11,7 @@ from calib_guidance.checkpoints import save_weights
 from calib_guidance.cli import main
 from calib_guidance.doctor import cost, files, parts, rehearsal
 from calib_guidance.networks import SmallResNet
+from calib_guidance.run_folder import RunFolder
 from tests.conftest import ROOT
 
 DIGITS = "--config=lightning_configs/predict/digits.yaml"
@@ -150,10 +151,18 @@ class TestNoGo:
         (folder / "00000000-00000009.parquet").write_bytes(b"kept")
         status, report = examine("--config=lightning_configs/predict/digits_denoised.yaml")
         assert status == 1
-        assert "already holds samples" in report
-        status, report = examine(DIGITS)  # whose writer has overwrite set
-        assert status == 0
-        assert "will be replaced" in report
+        assert "no run.json that says what made them" in report
+        callbacks = [{"class_path": "calib_guidance.callbacks.SampleWriter", "init_args": {"restart": True}}]
+        (tmp_path / "restart.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+        RunFolder(tmp_path / "other", 4, 4).begin({}, {})
+        (tmp_path / "other/run.json").rename(tmp_path / "out/run.json")
+        for more, said in (
+            ((), "goes on if nothing differs"),
+            ((f"--config={tmp_path}/restart.yaml",), "will be removed"),
+        ):
+            status, report = examine(DIGITS, *more)
+            assert status == 0
+            assert said in report
         assert (folder / "00000000-00000009.parquet").read_bytes() == b"kept"
 
     def test_gradients_that_vanish(self, examine, tmp_path):
