@@ -12,6 +12,7 @@ FLOORS = [
         "errors",
         "images",
         "rng",
+        "run_folder",
         "scores",
         "losses",
         "noise_schedule",

@@ -1,0 +1,340 @@
+"""Shards and claims, without a network: what a worker makes is a function of the index alone."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from calib_guidance import run_folder
+from calib_guidance.errors import ConfigurationError
+from calib_guidance.run_folder import DamagedShardError, RunFolder
+
+IDENTITY = {"model.sampler.steps": "100", "data.seed": 0, "data.labels": "balanced"}
+FORK = get_context("fork")  # this module's imports are small, and a fork costs milliseconds
+
+
+def begin(path, size=4, count=10, lease=600.0, identity=IDENTITY):
+    folder = RunFolder(path, size, count, lease)
+    folder.begin(identity, {"calib_guidance": "0"})
+    return folder
+
+
+def table(rows):
+    buffers = []
+    for index in rows:
+        buffer = io.BytesIO()
+        Image.fromarray(np.full((2, 3), index % 256, np.uint8)).save(buffer, format="PNG")
+        buffers.append({"bytes": buffer.getvalue(), "path": None})
+    return pa.table({"image": buffers, "index": list(rows), "label": [i % 10 for i in rows]})
+
+
+def make(folder, shard):
+    return folder.write(shard, table(shard), {"sums": np.array([sum(shard)], np.float64)}, seconds=1.0)
+
+
+def work(path, size, count, pause=0.0, lease=600.0):
+    folder = begin(path, size, count, lease)
+    for shards in (folder.take(), folder.take_over(0.01)):
+        for shard in shards:
+            time.sleep(pause)
+            make(folder, shard)
+
+
+def tables(path):
+    return {p.name: p.read_bytes() for p in sorted((Path(path) / "samples").iterdir())}
+
+
+def states(folder, verify=False):
+    return [folder.state(shard, verify).name for shard in folder.shards()]
+
+
+def test_a_run_is_cut_into_shards_and_made_in_order(tmp_path):
+    folder = begin(tmp_path)
+    assert folder.shards() == [range(0, 4), range(4, 8), range(8, 10)]
+    assert states(folder) == ["open"] * 3
+    taken = []
+    for shard in folder.take():
+        taken.append(shard)
+        assert folder.state(shard).name == "claimed"
+        assert make(folder, shard)
+    assert taken == folder.shards()
+    assert states(folder, verify=True) == ["done"] * 3
+    assert folder.remaining() == folder.foreign() == list(folder.take()) == list(folder.take_over()) == []
+    assert not list((tmp_path / "claims").iterdir())
+    found = folder.read(range(4, 8))
+    assert found["index"].tolist() == [4, 5, 6, 7]
+    assert found["image"].shape == (4, 1, 2, 3)
+    assert found["image"][:, 0, 0, 0].tolist() == [4, 5, 6, 7]
+    assert folder.read_sums(range(8, 10))["sums"].tolist() == [17]
+    record = folder.record(range(8, 10))
+    assert (record["first"], record["requested"], record["rows"], record["left_out"]) == (8, 2, 2, [])
+    assert RunFolder.open(tmp_path).shards() == folder.shards()
+
+
+def test_samples_of_another_shard_are_not_written(tmp_path):
+    folder = begin(tmp_path)
+    assert folder.claim(range(0, 4))
+    with pytest.raises(ValueError, match="samples given are"):
+        folder.write(range(0, 4), table([0, 1, 2, 2]))
+    with pytest.raises(ValueError, match="samples given are"):
+        folder.write(range(0, 4), table([0, 1, 2]))
+    assert states(folder)[0] == "claimed"
+    assert folder.write(range(0, 4), table([0, 1, 3]), left_out=[{"index": 2, "step": 7, "reason": "NaN"}])
+    assert folder.record(range(0, 4))["left_out"] == [{"index": 2, "step": 7, "reason": "NaN"}]
+
+
+class TestIdentity:
+    def test_another_is_refused_naming_keys_and_values(self, tmp_path):
+        work(tmp_path, 4, 10)
+        before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+        with pytest.raises(ConfigurationError) as error:
+            begin(tmp_path, identity={"model.sampler.steps": "50", "data.seed": 0, "model.guidance.scale": 2.0})
+        message = str(error.value)
+        assert "model.sampler.steps: 100 in the folder, now 50" in message
+        assert "model.guidance.scale: (not set) in the folder, now 2.0" in message
+        assert "data.labels: balanced in the folder, now (not set)" in message
+        assert "data.seed" not in message
+        with pytest.raises(ConfigurationError, match="shard_size: 4 in the folder, now 5"):
+            begin(tmp_path, size=5)
+        assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    def test_more_samples_extend_and_make_a_short_tail_anew(self, tmp_path):
+        work(tmp_path, 4, 10)
+        folder = begin(tmp_path, count=17)
+        assert states(folder) == ["done", "done", "open", "open", "open"]
+        assert "made with 2 of the 4" in folder.state(range(8, 12)).reason
+        work(tmp_path, 4, 17)
+        work(tmp_path / "once", 4, 17)
+        assert tables(tmp_path) == tables(tmp_path / "once")
+        assert begin(tmp_path, count=10).remaining() == []
+        assert RunFolder.open(tmp_path).num_requests == 17
+
+    def test_samples_without_identity_are_refused_and_can_be_removed(self, tmp_path):
+        work(tmp_path, 4, 10)
+        (tmp_path / "run.json").unlink()
+        with pytest.raises(ConfigurationError, match="no run.json"):
+            begin(tmp_path)
+        (tmp_path / "samples/mine.txt").write_text("kept")
+        RunFolder(tmp_path, 4, 10).remove()
+        assert list(tables(tmp_path)) == ["mine.txt"]
+        assert states(begin(tmp_path)) == ["open"] * 3
+
+    def test_a_run_that_somebody_works_on_is_not_removed(self, tmp_path):
+        folder = begin(tmp_path)
+        folder.claim(range(4, 8))
+        with pytest.raises(ConfigurationError, match=f"process {os.getpid()} on .* works on it"):
+            RunFolder(tmp_path, 4, 10).remove()
+        folder.release()
+        RunFolder(tmp_path, 4, 10).remove()
+        assert RunFolder.read_run(tmp_path) is None
+
+    @pytest.mark.parametrize(
+        "content", ["", "{}", '{"format": 1, "identity": {}, "fingerprint": "0"}', '{"format": 2}']
+    )
+    def test_a_damaged_run_json_is_said_to_be_one(self, tmp_path, content):
+        begin(tmp_path)
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(ConfigurationError, match=r"damaged|has format 2"):
+            begin(tmp_path)
+        with pytest.raises(ConfigurationError, match="holds no run"):
+            RunFolder.open(tmp_path / "none")
+
+
+def flip(path, place=-3):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+class TestDamage:
+    @pytest.mark.parametrize(
+        ("damage", "said", "only_verified"),
+        [
+            (lambda p: flip(p / "samples/00000004.parquet"), "its checksum is wrong", True),
+            (lambda p: os.truncate(p / "samples/00000004.parquet", 100), "has 100 bytes", False),
+            (lambda p: (p / "samples/00000004.parquet").unlink(), "00000004.parquet is missing", False),
+            (lambda p: flip(p / "shards/00000004.json", 30), "00000004.json cannot be read", False),
+            (lambda p: (p / "shards/00000004.json").write_text("[]"), "00000004.json cannot be read", False),
+            (lambda p: flip(p / "shards/00000004.safetensors"), "00000004.safetensors is not what was written", False),
+            (lambda p: (p / "shards/00000004.safetensors").unlink(), "00000004.safetensors is missing", False),
+        ],
+    )
+    def test_it_is_found_and_only_that_shard_made_anew(self, tmp_path, damage, said, only_verified):
+        work(tmp_path, 4, 10)
+        before, folder, shard = tables(tmp_path), begin(tmp_path), range(4, 8)
+        damage(tmp_path)
+        assert states(folder, verify=True) == ["done", "damaged", "done"]
+        assert said in folder.state(shard, verify=True).reason
+        assert folder.state(shard).name == ("done" if only_verified else "damaged")
+        with pytest.raises(DamagedShardError, match=said):
+            folder.read(shard)
+        made = []
+        for each in folder.take():
+            made.append(each)
+            make(folder, each)
+        assert made == [shard]
+        assert states(folder, verify=True) == ["done"] * 3
+        assert tables(tmp_path) == before
+
+    def test_a_table_without_a_record_does_not_count(self, tmp_path):
+        work(tmp_path, 4, 10)
+        (tmp_path / "shards/00000004.json").unlink()
+        folder = begin(tmp_path)
+        assert states(folder) == ["done", "open", "done"]
+        with pytest.raises(DamagedShardError, match="has no record"):
+            folder.read(range(4, 8))
+
+    def test_foreign_files_are_named(self, tmp_path):
+        work(tmp_path, 4, 10)
+        names = [
+            "samples/a.parquet",
+            "samples/00000002.parquet",
+            "samples/00000012.parquet",
+            "shards/00000004.txt",
+            "claims/x",
+        ]
+        for name in names:
+            (tmp_path / name).write_text("?")
+        folder = begin(tmp_path)
+        assert sorted(str(p.relative_to(tmp_path)) for p in folder.foreign()) == sorted(names)
+        assert folder.remaining() == []
+
+
+class TestClaims:
+    def test_one_of_many_gets_it(self, tmp_path):
+        folders = [begin(tmp_path) for _ in range(8)]
+        start, won = threading.Barrier(8), []
+
+        def attempt(folder):
+            start.wait()
+            for shard in folder.shards():
+                if folder.claim(shard):
+                    won.append((shard, folder))
+
+        threads = [threading.Thread(target=attempt, args=(folder,)) for folder in folders]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(shard.start for shard, _ in won) == [0, 4, 8]
+        for shard, folder in won:
+            assert [f for f in folders if f.holds(shard)] == [folder]
+
+    def test_without_hard_links_too(self, tmp_path, monkeypatch):
+        def refuse(*args):
+            raise OSError("no links here")
+
+        monkeypatch.setattr(os, "link", refuse)
+        first, second = begin(tmp_path), begin(tmp_path)
+        assert first.claim(range(0, 4))
+        assert not second.claim(range(0, 4))
+        (tmp_path / "claims/00000004").touch()  # created and not yet written
+        assert not second.claim(range(4, 8))
+        os.utime(tmp_path / "claims/00000004", (0, 0))
+        assert second.claim(range(4, 8))
+
+    def test_a_dead_process_is_found_at_once(self, tmp_path):
+        process = FORK.Process(target=lambda: begin(tmp_path).claim(range(0, 4)))
+        process.start()
+        process.join()
+        folder = begin(tmp_path)
+        assert folder.claim_of(range(0, 4)).alive is False
+        assert folder.state(range(0, 4)) == ("open", f"process {process.pid} on {os.uname().nodename} died")
+        assert folder.claim(range(0, 4))
+
+    def test_on_another_machine_the_lease_decides(self, tmp_path, monkeypatch):
+        other = begin(tmp_path, lease=60)
+        monkeypatch.setattr(run_folder, "_place", lambda: "elsewhere")
+        here = begin(tmp_path, lease=60)
+        monkeypatch.undo()
+        assert here.claim(range(0, 4))
+        assert other.claim_of(range(0, 4)).alive is None
+        assert not other.claim(range(0, 4))
+        path = tmp_path / "claims/00000000"
+        os.utime(path, (time.time() - 59, time.time() - 59))
+        assert not other.claim(range(0, 4))
+        os.utime(path, (time.time() - 61, time.time() - 61))
+        assert other.claim(range(0, 4))
+        # The one that was thought dead throws away what it made.
+        assert not make(here, range(0, 4))
+        assert other.holds(range(0, 4))
+        here.release(range(0, 4))
+        assert make(other, range(0, 4))
+
+    def test_renewing_keeps_it(self, tmp_path):
+        folder = begin(tmp_path, lease=0.0)
+        folder.claim(range(0, 4))
+        path = tmp_path / "claims/00000000"
+        os.utime(path, (0, 0))
+        folder.renew()
+        assert path.stat().st_mtime > time.time() - 10
+
+    def test_a_live_worker_is_not_waited_for_and_a_dead_one_taken_over(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(run_folder, "_place", lambda: "elsewhere")
+        dead, alive = begin(tmp_path, lease=1.0), begin(tmp_path, lease=1.0)
+        monkeypatch.undo()
+        dead.claim(range(0, 4))
+        alive.claim(range(4, 8))
+        here = begin(tmp_path, lease=1.0)
+        assert [make(here, shard) for shard in here.take()] == [True]
+        renewing = threading.Timer(0.3, os.utime, args=(tmp_path / "claims/00000004",))
+        renewing.start()
+        assert [(shard, make(here, shard)) for shard in here.take_over(0.05)] == [(range(0, 4), True)]
+        assert states(here)[0::2] == ["done", "done"]
+
+    def test_what_dead_workers_left_is_tidied(self, tmp_path):
+        def die():
+            folder = begin(tmp_path)
+            folder.claim(range(0, 4))
+            folder.claim(range(4, 8))
+            make(folder, range(0, 4))
+            folder.claim(range(0, 4))
+            folder._temporary(tmp_path / "samples/00000004.parquet").write_text("half")
+            os._exit(0)
+
+        process = FORK.Process(target=die)
+        process.start()
+        process.join()
+        assert len(list(tmp_path.rglob(".*.tmp"))) == 1
+        working = RunFolder(tmp_path, 4, 10)
+        mine = working._temporary(tmp_path / "samples/00000008.parquet")
+        mine.write_text("half")
+        begin(tmp_path)
+        assert list(tmp_path.rglob(".*.tmp")) == [mine]
+        assert [p.name for p in (tmp_path / "claims").iterdir()] == ["00000004"]
+
+
+def test_four_workers_share_and_one_is_killed(tmp_path):
+    """Nothing twice, all of it, and the bytes of one worker."""
+    work(tmp_path / "one", 4, 160)
+    workers = [FORK.Process(target=work, args=(tmp_path / "four", 4, 160, 0.02)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    time.sleep(0.15)
+    os.kill(workers[2].pid, signal.SIGKILL)
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0, -signal.SIGKILL, 0]
+    folder = RunFolder.open(tmp_path / "four")
+    assert states(folder, verify=True) == ["done"] * 40
+    assert tables(tmp_path / "four") == tables(tmp_path / "one")
+    made = [folder.record(shard)["worker"] for shard in folder.shards()]
+    assert all(sum(name.split("-")[1] == str(worker.pid) for name in made) > 0 for worker in (*workers[:2], workers[3]))
+
+
+def test_it_is_light_to_import():
+    """So that ``status`` answers at once, and a thousand processes can be started and killed."""
+    script = "import sys, calib_guidance.run_folder; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert {"numpy", "pyarrow"} <= set(done.stdout.split())
+    assert not {"torch", "lightning", "datasets"} & set(done.stdout.split())
