@@ -123,7 +123,12 @@ def _lines(found: dict[str, Any]) -> list[str]:
         *listed("foreign files, which belong to no shard and are not counted (remove them):", found["foreign"]),
         *listed(
             "left out:",
-            [f"sample {sample['index']}, step {sample['step']}: {sample['reason']}" for sample in found["left_out"]],
+            [
+                f"sample {sample['index']}"
+                + (f", t = {sample['step']:g}" if sample["step"] is not None else "")
+                + f": {sample['reason']}"
+                for sample in found["left_out"]
+            ],
         ),
         *listed(
             "made by:",

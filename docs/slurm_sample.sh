@@ -8,18 +8,14 @@
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# This long before the nodes are taken away every process finishes its shard, or gives it back, and exits with status 4.
+# Two minutes (more than the SampleWriter's stop_within) before the nodes are taken away: every process finishes its shard or
+# gives it back, and the job is queued again.
 #SBATCH --signal=SIGUSR1@120
 
-set -uo pipefail
+set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
 export OMP_NUM_THREADS=1
 # The same command every time: it begins, or does what is left.
 srun .venv/bin/calib-guidance predict \
   --config lightning_configs/predict/imagenet128/resnet101_js.yaml \
   --trainer.num_nodes "$SLURM_NNODES" --trainer.devices 8 --trainer.strategy ddp
-status=$?
-if [ "$status" -eq 4 ]; then
-  scontrol requeue "$SLURM_JOB_ID"
-fi
-exit "$status"

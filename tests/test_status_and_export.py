@@ -45,7 +45,7 @@ def make(folder, num_samples=10, shard_size=4, shards=None, left_out=(), **image
         if shards is None or number in shards:
             assert run.claim(shard)
             good = [i for i in shard if i not in left_out]
-            bad = [{"index": i, "step": 17, "reason": "not finite"} for i in shard if i in left_out]
+            bad = [{"index": i, "step": 17.0, "reason": "not finite"} for i in shard if i in left_out]
             run.write(shard, table(good, **image_options), left_out=bad, seconds=len(shard) / 2, device="cpu")
     return run
 
@@ -122,8 +122,8 @@ def test_left_out_samples_are_named(tmp_path, capsys):
     found, text = look(tmp_path, capsys)
     assert found["complete"]
     assert found["samples"] == {"asked": 10, "written": 9, "left_out": 1, "remaining": 0}
-    assert found["left_out"] == [{"index": 5, "step": 17, "reason": "not finite"}]
-    assert "sample 5, step 17: not finite" in text
+    assert found["left_out"] == [{"index": 5, "step": 17.0, "reason": "not finite"}]
+    assert "sample 5, t = 17: not finite" in text
 
 
 def flip(path):
