@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
+import itertools
 import os
 import shutil
 import zipfile
@@ -84,21 +86,23 @@ def write_png(path: Path, batches: Iterator[pa.RecordBatch], names: Sequence[str
             (folder / f"{index:08d}.png").write_bytes(png)
 
 
-def write_hf(path: Path, batches: Iterator[pa.RecordBatch]) -> None:
-    """A folder for ``datasets.load_from_disk``: image, label, index, seed …, a row per sample."""
-    import datasets  # of the three formats only this one needs its seconds of start-up
+def write_hf(path: Path, batches: Iterator[pa.RecordBatch], fingerprint: str) -> None:
+    """A folder for ``datasets.load_from_disk``: image, label, index, seed …, a row per sample.
 
-    path.mkdir()
-    (path / ".rows").mkdir()
-    stream = path / ".rows/rows.arrow"
+    ``save_to_disk`` maps all that it copies into memory. Here it writes the folder of the first rows, whose one file, an Arrow
+    stream, is then replaced by one of all rows.
+    """
+    import datasets  # only this format needs the seconds that it takes to import
+
+    datasets.disable_progress_bars()  # of those few rows
     first = next(batches)
-    features = datasets.Features.from_arrow_schema(first.schema)
-    with pa.OSFile(str(stream), "wb") as file, pa.ipc.new_stream(file, features.arrow_schema) as writer:
-        writer.write_batch(first)
-        for batch in batches:
+    schema = datasets.Features.from_arrow_schema(first.schema).arrow_schema
+    table = datasets.table.InMemoryTable(pa.Table.from_batches([first]).cast(schema))
+    datasets.Dataset(table, fingerprint=fingerprint).save_to_disk(path)
+    (stream,) = path.glob("*.arrow")
+    with pa.OSFile(str(stream), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        for batch in itertools.chain([first], batches):
             writer.write_batch(batch)
-    datasets.Dataset.from_file(str(stream)).save_to_disk(path)
-    shutil.rmtree(stream.parent)
 
 
 def _class_names(file: Path | None) -> list[str] | None:
@@ -195,7 +199,8 @@ def export(args: Sequence[str]) -> None:
             elif options.to == "png":
                 write_png(temporary, batches, names)
             else:
-                write_hf(temporary, batches)
+                checksums = "".join(record["sha256"] for record in records.values())
+                write_hf(temporary, batches, fingerprint=hashlib.sha256(checksums.encode()).hexdigest())
             os.rename(temporary, output)
         finally:
             if temporary.is_dir():

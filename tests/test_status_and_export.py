@@ -271,7 +271,9 @@ def test_hf_is_a_dataset(tmp_path):
     assert isinstance(found.features["image"], datasets.Image)
     for row in (0, 69, 70, 149):
         np.testing.assert_array_equal(np.asarray(found[row]["image"]), image(row))
-    assert not list((tmp_path / "samples_hf").glob(".*"))
+    make(tmp_path / "longer", num_samples=151, shard_size=70)
+    main(["export", str(tmp_path / "longer"), "--to=hf"])  # what datasets caches goes by the fingerprint
+    assert datasets.load_from_disk(str(tmp_path / "longer/samples_hf"))._fingerprint != found._fingerprint
 
 
 def test_a_shard_of_which_nothing_is_left(tmp_path):
