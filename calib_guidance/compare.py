@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -128,16 +129,23 @@ def _fingerprint(commands: Sequence[Sequence[str]], sources: bytes) -> str:
 
 
 def _work(run: Run, threads: int) -> None:
-    """Do one run in a worker process, its output in a file beside what it writes."""
+    """Do one run in a worker process, its output in a file beside what it writes.
+
+    One that was interrupted goes on where it can; what another configuration or other code has left is removed.
+    """
     torch.set_num_threads(threads)
+    begun, done = run.folder / "begun", run.folder / "fingerprint"
+    if not begun.is_file() or begun.read_text() != run.fingerprint:
+        shutil.rmtree(run.folder, ignore_errors=True)
     run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / "fingerprint").unlink(missing_ok=True)
+    done.unlink(missing_ok=True)
+    begun.write_text(run.fingerprint)
     with open(run.folder / "log.txt", "w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         for words in run.commands:
             run_lightning(words)
-    (run.folder / "fingerprint").write_text(run.fingerprint)
+    done.write_text(run.fingerprint)
 
 
 def _slug(text: str) -> str:

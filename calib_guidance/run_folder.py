@@ -41,7 +41,7 @@ from PIL import Image
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
-from calib_guidance.errors import ConfigurationError
+from calib_guidance.errors import ConfigurationError, RunError
 
 FORMAT = 1
 _UNSET = "(not set)"
@@ -79,7 +79,7 @@ class Claim(NamedTuple):
     alive: bool | None
 
 
-class DamagedShardError(RuntimeError):
+class DamagedShardError(RunError):
     """A shard that has a record, and files that disagree with it."""
 
 
@@ -200,6 +200,10 @@ class RunFolder:
 
     # The run as a whole
 
+    def whole(self) -> RunFolder:
+        """The folder with all that was ever asked of it."""
+        return RunFolder.open(self.path, self.lease)
+
     def differences(self, identity: Mapping[str, Any]) -> list[str]:
         """Where the run that is in the folder differs from ``identity`` and from the shard size, ``key: then, now`` each."""
         run = self.read_run(self.path)
@@ -213,6 +217,15 @@ class RunFolder:
             if then.get(key, _UNSET) != now.get(key, _UNSET)
         ]
 
+    def check_readable(self) -> None:
+        """Raise ConfigurationError where there are samples of which nobody knows what made them."""
+        found = [*self.samples.glob("*.parquet"), *self.records.glob("*.json")]
+        if self.read_run(self.path) is None and found:
+            raise ConfigurationError(
+                f"{self.path} holds {len(found)} files of samples ({found[0].name} …) and no run.json that says what made "
+                "them: set trainer.default_root_dir to another folder, or the SampleWriter's restart to true to remove them"
+            )
+
     def begin(self, identity: Mapping[str, Any], versions: Mapping[str, str]) -> None:
         """Begin the run, or go on with it, or with more samples.
 
@@ -223,12 +236,8 @@ class RunFolder:
         Raises:
             ConfigurationError: the folder holds another run, or samples of none. Nothing has been written.
         """
+        self.check_readable()
         if not (self.path / "run.json").exists():
-            if found := [*self.samples.glob("*.parquet"), *self.records.glob("*.json")]:
-                raise ConfigurationError(
-                    f"{self.path} holds {len(found)} files of samples ({found[0].name} …) and no run.json that says what made "
-                    "them: set trainer.default_root_dir to another folder, or the SampleWriter's restart to true to remove them"
-                )
             content = {
                 "format": FORMAT,
                 "fingerprint": _sha256(_canonical(identity)),

@@ -303,16 +303,6 @@ class TestRefusals:
         (tmp_path / "file").write_text("")
         assert "cannot be written" in refuse(capsys, tmp_path / "file" / "out")
 
-    def test_a_folder_with_samples(self, in_root, tmp_path, capsys):
-        predict(tmp_path, samples=10)
-        before = {p.name: p.read_bytes() for p in (tmp_path / "samples").iterdir()}
-        config = yaml.safe_load(Path("lightning_configs/predict/digits.yaml").read_text())
-        config["trainer"]["callbacks"][0]["init_args"]["overwrite"] = False
-        (tmp_path / "keep.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": config["trainer"]["callbacks"]}}))
-        message = refuse(capsys, tmp_path, f"--config={tmp_path / 'keep.yaml'}", "--data.init_args.seed=5")
-        assert "already holds samples" in message
-        assert {p.name: p.read_bytes() for p in (tmp_path / "samples").iterdir()} == before
-
 
 def test_the_module_is_a_command(in_root):
     done = subprocess.run([sys.executable, "-m", "calib_guidance", "predict", "--help"], capture_output=True, text=True)

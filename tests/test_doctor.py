@@ -3,12 +3,15 @@
 import pytest
 import torch
 import yaml
+from huggingface_hub import hf_hub_download, is_offline_mode
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
 from calib_guidance.checkpoints import save_weights
 from calib_guidance.cli import main
-from calib_guidance.doctor import cost, parts
+from calib_guidance.doctor import cost, files, parts, rehearsal
 from calib_guidance.networks import SmallResNet
+from calib_guidance.run_folder import RunFolder
 from tests.conftest import ROOT
 
 DIGITS = "--config=lightning_configs/predict/digits.yaml"
@@ -18,8 +21,9 @@ DENOISER = "--model.init_args.denoiser.init_args"
 
 
 @pytest.fixture
-def examine(in_root, tmp_path, capsys):
+def examine(in_root, tmp_path, capsys, monkeypatch):
     """Exit status and report of the doctor; nothing is written where the run would write."""
+    monkeypatch.setattr(rehearsal, "_PATIENCE", 0.0)  # one step, and none at the run's batch size
 
     def examine(*words):
         out = tmp_path / "out"
@@ -41,12 +45,14 @@ def marked(report, mark):
 
 
 class TestGo:
-    def test_sampling(self, examine):
+    def test_sampling(self, examine, monkeypatch):
+        monkeypatch.setattr(rehearsal, "_PATIENCE", 60.0)
         status, report = examine(DIGITS)
         assert status == 0
         assert report.rstrip().splitlines()[-1].startswith("GO: calib-guidance predict")
         assert len([line for line in marked(report, "ok") if "checkpoints/digits/" in line]) == 3
         assert "denoiser: ADMDenoiser, 0.83 M parameters, samples 1×8×8" in report
+        assert "at batch size 100: guided step" in report
         assert "for 1,000 images" in report
 
     def test_training(self, examine):
@@ -99,8 +105,6 @@ class TestNoGo:
         assert "whole run" not in report
 
     def test_too_little_memory_names_the_batch_size_that_fits(self, examine, monkeypatch):
-        from calib_guidance.doctor import rehearsal
-
         monkeypatch.setattr(rehearsal, "free_memory", lambda device: 5 * 10**6)
         status, report = examine(DIGITS)
         assert status == 1
@@ -147,10 +151,18 @@ class TestNoGo:
         (folder / "00000000-00000009.parquet").write_bytes(b"kept")
         status, report = examine("--config=lightning_configs/predict/digits_denoised.yaml")
         assert status == 1
-        assert "already holds samples" in report
-        status, report = examine(DIGITS)  # whose writer has overwrite set
-        assert status == 0
-        assert "will be replaced" in report
+        assert "no run.json that says what made them" in report
+        callbacks = [{"class_path": "calib_guidance.callbacks.SampleWriter", "init_args": {"restart": True}}]
+        (tmp_path / "restart.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+        RunFolder(tmp_path / "other", 4, 4).begin({}, {})
+        (tmp_path / "other/run.json").rename(tmp_path / "out/run.json")
+        for more, said in (
+            ((), "goes on if nothing differs"),
+            ((f"--config={tmp_path}/restart.yaml",), "will be removed"),
+        ):
+            status, report = examine(DIGITS, *more)
+            assert status == 0
+            assert said in report
         assert (folder / "00000000-00000009.parquet").read_bytes() == b"kept"
 
     def test_gradients_that_vanish(self, examine, tmp_path):
@@ -238,6 +250,15 @@ class TestCommandLine:
         status, report = examine()
         assert status == 2
         assert "--config" in report
+
+
+def test_nothing_reaches_the_network():
+    with files.without_network():
+        with pytest.raises(OSError, match="would be downloaded, from download.pytorch.org"):
+            torch.hub.load_state_dict_from_url("https://download.pytorch.org/models/none.pth", "/nonexistent")
+        with pytest.raises(LocalEntryNotFoundError):
+            hf_hub_download("someone/something", "model.safetensors")
+    assert not is_offline_mode()
 
 
 def test_counted_memory_and_operations():

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 
 from calib_guidance.callbacks.figures import draw_curve
 from calib_guidance.callbacks.measurement import compute
@@ -39,7 +39,7 @@ class TrajectoryCLIPScore(TrajectoryMeasurement):
         self.clip, self.every = clip.freeze(), every
 
     def build(self, num_steps: int) -> Metric:
-        return StepMoments(num_steps)
+        return StepMoments(num_steps, sync_on_compute=False)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -51,7 +51,7 @@ class TrajectoryCLIPScore(TrajectoryMeasurement):
                 f"the requests have {requests.num_classes} classes, the CLIP score {prompts} prompts: give it one for each class"
             )
         self.clip.to(device)
-        self.decode, self.final = pl_module.denoiser.decode, MeanMetric().to(device)
+        self.decode, self.final = pl_module.denoiser.decode, self.build(1).to(device)
         with torch.no_grad():
             image = self.decode(torch.zeros(1, *pl_module.denoiser.image_shape, device=pl_module.device))
         try:
@@ -64,26 +64,33 @@ class TrajectoryCLIPScore(TrajectoryMeasurement):
         with torch.no_grad():
             return self.clip.similarity(images.clamp(-1, 1)).gather(1, y[:, None]).squeeze(1)
 
-    def observe(self, record: StepRecord) -> None:
-        if record.i % self.every == 0:
-            self.metric.update(record.i, self._similarity(self.decode(record.guided.prediction.x0).float(), record.y))
+    def terms(self, record: StepRecord) -> list[Tensor] | None:
+        if record.i % self.every:
+            return None
+        return [self._similarity(self.decode(record.guided.prediction.x0).float(), record.y)]
 
-    def on_predict_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Tensor,
-        batch: dict[str, Tensor],
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self.final.update(self._similarity(outputs.float(), batch["label"]))
+    def add(self, i: int, terms: list[Tensor]) -> None:
+        self.metric.update(i, *terms)
+
+    def finished(self, images: Tensor, labels: Tensor) -> None:
+        self.final.update(0, self._similarity(images.float(), labels))
+
+    def sums(self) -> dict[str, Tensor]:
+        return super().sums() | {"final": self.final.sums}
+
+    def reset(self) -> None:
+        super().reset()
+        self.final.reset()
+
+    def load(self, sums: dict[str, Tensor]) -> None:
+        super().load(sums)
+        self.final.sums = sums["final"].to(self.final.sums)
 
     def results(self, trainer: L.Trainer) -> dict[str, Any]:
         mean, deviation = (value[:: self.every].tolist() for value in compute(self.metric, trainer))
         self.curve = {"t": self.t[:: self.every], "mean": mean, "sd": deviation}
-        final = float(compute(self.final, trainer))
-        # NaN: all samples had been made before this run.
+        final = float(compute(self.final, trainer)[0])
+        # NaN: shards were made without this measurement.
         return {} if math.isnan(final) else {"clip_score": final, "clip_score_t": self.curve}
 
     def draw(self, folder: Path, trainer: L.Trainer) -> list[Path]:

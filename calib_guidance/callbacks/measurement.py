@@ -7,11 +7,30 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch import Tensor
 from torchmetrics import Metric
 
 
 class Measurement(L.Callback):
-    """A callback with results for :class:`~calib_guidance.callbacks.RunReport`, which asks for them after the last batch."""
+    """A callback with results for :class:`~calib_guidance.callbacks.RunReport`, which asks for them when all samples are made.
+
+    Results cover the whole folder, however many runs and workers made it. What cannot be measured from the written samples is
+    kept as sums: :class:`~calib_guidance.callbacks.SampleWriter` stores those of a shard with it, and at the end each
+    measurement is given the sums of all shards.
+    """
+
+    def finished(self, images: Tensor, labels: Tensor) -> None:
+        """Samples that are about to be written: ``(N, C, H, W)`` in [-1, 1] and ``(N,)`` classes, on the device."""
+
+    def sums(self) -> dict[str, Tensor]:
+        """What is kept of the samples since :meth:`reset`: tensors that add up over samples, by name."""
+        return {}
+
+    def reset(self) -> None:
+        """Forget all samples."""
+
+    def load(self, sums: dict[str, Tensor]) -> None:
+        """Take the sums of all samples in place of those that were kept."""
 
     def results(self, trainer: L.Trainer) -> dict[str, Any]:
         """Figures by name. Called on every rank, and may synchronise them; only rank 0's answer is used."""

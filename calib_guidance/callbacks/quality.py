@@ -13,20 +13,21 @@ from torchmetrics import MeanMetric
 from calib_guidance.callbacks.measurement import Measurement, compute
 from calib_guidance.images import to_uint8
 from calib_guidance.metrics import FeatureExtractor, FrechetDistance, PrecisionRecall
+from calib_guidance.run_folder import RunFolder
 
 
 class SampleQuality(Measurement):
     """Fréchet distance, precision and recall against reference images, and accuracy where the features come from a judge.
 
-    Measured on 8-bit images, as they are written.
+    Measured on the written images of the whole folder, when all are there; ranks share them out.
 
     Args:
         features: the extractor, :class:`~calib_guidance.metrics.JudgeFeatures` or
             :class:`~calib_guidance.metrics.InceptionFeatures`.
         reference: data set of {image in [-1, 1], label, index} that nothing was trained on.
         k: neighbours for precision and recall.
-        uint8_rule: see :func:`calib_guidance.images.to_uint8`.
-        batch_size: for the reference.
+        uint8_rule: of the reference, see :func:`calib_guidance.images.to_uint8`.
+        batch_size: images at a time.
     """
 
     def __init__(
@@ -46,31 +47,33 @@ class SampleQuality(Measurement):
         device = trainer.strategy.root_device
         self.features.eval().to(device)
         loader = DataLoader(self.reference, self.batch_size)
-        found = torch.cat([self._extract(batch["image"].to(device))[0] for batch in loader])
+        rule = self.uint8_rule
+        found = torch.cat([self._extract(to_uint8(batch["image"].to(device), rule))[0] for batch in loader])
         self.frechet = FrechetDistance(found).to(device)
         self.precision_recall = PrecisionRecall(found, self.k).to(device)
         self.accuracy = MeanMetric().to(device)
 
     def _extract(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         with torch.no_grad():
-            return self.features(to_uint8(images, self.uint8_rule))
+            return self.features(images)
 
-    def on_predict_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Tensor,
-        batch: dict[str, Tensor],
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        features, logits = self._extract(outputs)
-        self.frechet.update(features)
-        self.precision_recall.update(features)
-        if logits is not None:
-            self.accuracy.update((logits.argmax(1) == batch["label"]).float())
+    def _measure(self, trainer: L.Trainer) -> None:
+        """This rank's share of the written samples."""
+        folder: RunFolder = trainer.datamodule.run_folder.whole()
+        for shard in folder.shards()[trainer.global_rank :: trainer.world_size]:
+            columns = {key: torch.from_numpy(column) for key, column in folder.read(shard).items()}
+            if not len(columns["label"]):
+                continue
+            batches = (columns[key].split(self.batch_size) for key in ("image", "label"))
+            for images, labels in zip(*batches, strict=True):
+                features, logits = self._extract(images.to(trainer.strategy.root_device))
+                self.frechet.update(features)
+                self.precision_recall.update(features)
+                if logits is not None:
+                    self.accuracy.update((logits.argmax(1).cpu() == labels).float().to(features.device))
 
     def results(self, trainer: L.Trainer) -> dict[str, Any]:
+        self._measure(trainer)
         values = {"frechet_distance": compute(self.frechet, trainer), **compute(self.precision_recall, trainer)}
         accuracy = compute(self.accuracy, trainer)
         if not accuracy.isnan():

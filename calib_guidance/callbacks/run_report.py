@@ -12,8 +12,12 @@ import lightning as L
 import torch
 
 from calib_guidance import __version__
-from calib_guidance.callbacks.measurement import Measurement, compute
+from calib_guidance.callbacks.measurement import Measurement
 from calib_guidance.callbacks.sample_writer import SampleWriter
+from calib_guidance.errors import ConfigurationError
+from calib_guidance.run_folder import RunFolder, ShardState
+
+_LISTED = 10  # shards or samples in a message
 
 TABLE = {
     "frechet_distance": ("Fréchet distance", "{:.3f}"),
@@ -36,8 +40,9 @@ def _plain(value: Any) -> Any:
 
 
 class RunReport(Measurement):
-    """Asks the other callbacks for their results after the last batch, prints the table and writes what it is made of.
+    """Asks the other callbacks for their results when all samples are made, prints the table and writes what it is made of.
 
+    The results are those of the whole folder, however many runs and workers made it; while something is missing there are none.
     Seconds per image are those of sampling on one device, without measuring and writing.
 
     Args:
@@ -47,16 +52,39 @@ class RunReport(Measurement):
     def __init__(self, figures: bool = True):
         self.figures = figures
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "predict" and self._writer(trainer) is None:
+            raise ConfigurationError(
+                "RunReport reports what SampleWriter has written: add calib_guidance.callbacks.SampleWriter to trainer.callbacks"
+            )
+
+    @staticmethod
+    def _writer(trainer: L.Trainer) -> SampleWriter | None:
+        return next((callback for callback in trainer.callbacks if isinstance(callback, SampleWriter)), None)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # There is something to do, so that an earlier report would not be one of the whole folder.
+        if trainer.is_global_zero:
+            Path(trainer.default_root_dir, "metrics.json").unlink(missing_ok=True)
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         # Not an epoch-end hook: a rank without batches gets none, and the results are collective.
         if stage != "predict":
             return
-        measurements = [callback for callback in trainer.callbacks if isinstance(callback, Measurement)]
+        writer = self._writer(trainer)
         trainer.strategy.barrier("all samples written")
-        results: dict[str, Any] = {"num_samples": len(trainer.datamodule)}
+        run = writer.run.whole()
+        # As rank 0 sees it: file systems may show the others something older.
+        missing = trainer.strategy.broadcast([(shard, run.state(shard)) for shard in run.remaining()])
+        if missing:
+            if trainer.is_global_zero:
+                self._print_missing(run, missing)
+            return
+        measurements = [callback for callback in trainer.callbacks if isinstance(callback, Measurement)]
+        writer.load_sums(trainer)
+        results: dict[str, Any] = {}
         for measurement in measurements:
             results |= measurement.results(trainer)
-        results["seconds_per_image"] = float(compute(pl_module.seconds_per_image, trainer))
         if not trainer.is_global_zero:
             return
         results["num_evaluations"] = pl_module.sampler.num_evaluations(pl_module.denoiser)
@@ -70,8 +98,18 @@ class RunReport(Measurement):
         temporary.write_text(json.dumps(_plain(results), indent=1) + "\n")
         os.replace(temporary, path)
         figures = [p for m in measurements for p in m.draw(folder / "figures", trainer)] if self.figures else []
-        samples = [m.path for m in measurements if isinstance(m, SampleWriter)]
-        self._print(results, [*samples, path, folder / "config.yaml", *figures])
+        self._print(results, [run.samples, path, folder / "config.yaml", *figures])
+
+    @staticmethod
+    def _print_missing(run: RunFolder, missing: list[tuple[range, ShardState]]) -> None:
+        """What is left, and who has it."""
+        left = sum(len(shard) for shard, _ in missing)
+        print(f"\n{left} of {run.num_requests} samples are not made yet, so that there is no report:")
+        for shard, state in missing[:_LISTED]:
+            print(f"  {shard.start} … {shard[-1]}: {state.name}, {state.reason}")
+        if len(missing) > _LISTED:
+            print(f"  and {len(missing) - _LISTED} shards more")
+        print("the same command goes on; whoever makes the last one reports")
 
     @staticmethod
     def _print(results: dict[str, Any], paths: list[Path]) -> None:
@@ -79,4 +117,6 @@ class RunReport(Measurement):
         wide = max(len(label) for label, _ in rows)
         print(f"\n{results['num_samples']} samples, {results['num_evaluations']} network evaluations each")
         print("\n".join(f"  {label:<{wide}}  {value:>8}" for label, value in rows))
+        if left_out := results.get("left_out"):
+            print(f"left out {len(left_out)}: {', '.join(str(sample['index']) for sample in left_out[:_LISTED])}")
         print("wrote\n" + "\n".join(f"  {path}" for path in paths if path.exists()))

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
+import platform
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import lightning as L
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch import Tensor
 
+from calib_guidance import __version__
 from calib_guidance.callbacks.figures import draw_grid
+from calib_guidance.callbacks.identity import measurement_names, run_identity
 from calib_guidance.callbacks.measurement import Measurement
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.images import UINT8_RULES, to_uint8
+from calib_guidance.run_folder import RunFolder, read_table
+
+log = logging.getLogger(__name__)
 
 
 def _png(image: np.ndarray) -> bytes:
@@ -30,6 +38,10 @@ def _png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def _tensors(table: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(column) for name, column in table.items()}
+
+
 def read_samples(folder: str | os.PathLike[str]) -> Iterator[dict[str, Tensor]]:
     """Written samples, file by file in order of index.
 
@@ -37,93 +49,230 @@ def read_samples(folder: str | os.PathLike[str]) -> Iterator[dict[str, Tensor]]:
         ``image`` uint8 ``(N, C, H, W)`` and every other column ``(N,)``: ``index``, ``label``, ``seed`` …
     """
     for path in sorted(Path(folder).glob("*.parquet")):
-        table = pq.read_table(path).to_pydict()
-        images = [np.asarray(Image.open(io.BytesIO(image["bytes"]))) for image in table.pop("image")]
-        stacked = torch.from_numpy(np.stack([i[None] if i.ndim == 2 else i.transpose(2, 0, 1) for i in images]))
-        yield {"image": stacked, **{key: torch.tensor(column) for key, column in table.items()}}
+        yield _tensors(read_table(path))
 
 
 class SampleWriter(Measurement):
-    """Writes every batch at its end as one parquet file: its columns of whole numbers (index, label, seed …) and PNG images.
+    """Keeps the samples of a run in shards, each written once and whole: a run can be stopped at any instant and goes on.
 
-    The images are what the module's predict step returns, alone or as ``image`` beside further columns.
-    ``datasets.load_dataset("parquet", data_files="…/samples/*.parquet")`` reads them. A file is there whole or not at all.
+    The images are what the module's predict step returns as ``image``; its further columns and those of the requests, all whole
+    numbers, are written beside them. See :class:`~calib_guidance.run_folder.RunFolder` for what the folder holds;
+    ``datasets.load_dataset("parquet", data_files="FOLDER/samples/*.parquet")`` reads it.
+
+    Given again, the same command does what is left, with any number of devices and any batch size; several that know nothing of
+    each other may work at the same time. Whatever would change pixels is refused, but more samples are made as asked.
 
     Args:
-        folder: where to; ``samples`` in the trainer's default_root_dir by default.
+        folder: of the run; the trainer's default_root_dir by default.
         uint8_rule: see :func:`calib_guidance.images.to_uint8`.
-        overwrite: remove the samples of an earlier run in the folder first; otherwise they are an error.
+        restart: remove an earlier run from the folder first, with its samples.
+        lease: seconds after which a worker that gives no sign of life is dead, and its shard another's.
 
     Raises:
-        ConfigurationError: an unknown rule; before sampling, a folder that cannot be written or holds samples.
+        ConfigurationError: an unknown rule, a lease that is no time; before sampling, a folder that cannot be written or holds
+            the samples of another configuration.
     """
 
-    def __init__(self, folder: str | None = None, uint8_rule: str = "truncate", overwrite: bool = False):
+    def __init__(
+        self, folder: str | None = None, uint8_rule: str = "truncate", restart: bool = False, lease: float = 600.0
+    ):
         if uint8_rule not in UINT8_RULES:
             raise ConfigurationError(f"uint8_rule: unknown {uint8_rule!r}; known: {', '.join(UINT8_RULES)}")
-        self.folder, self.uint8_rule, self.overwrite = folder, uint8_rule, overwrite
+        if not lease > 0:
+            raise ConfigurationError(f"lease must be a number of seconds above 0, got {lease}")
+        self.folder, self.uint8_rule, self.restart, self.lease = folder, uint8_rule, restart, lease
+        self.run: RunFolder | None = None
+
+    def target(self, trainer: L.Trainer) -> Path:
+        """The folder of the run."""
+        return Path(self.folder or trainer.default_root_dir)
+
+    def earlier_run(self, trainer: L.Trainer) -> bool:
+        """Whether the folder holds a run, of whatever configuration.
+
+        Raises:
+            ConfigurationError: it cannot be gone on with: its run.json is missing or damaged.
+        """
+        run = RunFolder(self.target(trainer), 1, 1, self.lease)
+        if not self.restart:
+            run.check_readable()
+        return (run.path / "run.json").exists()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "predict":
             return
         pl_module.check()  # nothing of an earlier run is touched for a configuration that cannot run
-        self.path = self.target(trainer)
+        self._check_writable(self.target(trainer))
+        self.run = self._begin(trainer, pl_module)
+        remaining = self.run.remaining(verify=True)
+        self._tell(remaining)
+        trainer.datamodule.run_folder, trainer.datamodule.remaining = self.run, remaining
+        if hasattr(pl_module, "observers"):  # a batch may take longer than the lease
+            pl_module.observers.append(lambda record: self.run.renew())
+
+    @staticmethod
+    def _check_writable(folder: Path) -> None:
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path):
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:
             raise ConfigurationError(
-                f"the output folder {self.path} cannot be written ({error.strerror or error}): set trainer.default_root_dir "
+                f"the output folder {folder} cannot be written ({error.strerror or error}): set trainer.default_root_dir "
                 "to one that can"
             ) from error
-        old = self.old_samples(trainer)
-        trainer.strategy.barrier("old samples seen")
-        if trainer.is_global_zero:
-            for path in old:
-                path.unlink()
-        trainer.strategy.barrier("old samples removed")
 
-    def target(self, trainer: L.Trainer) -> Path:
-        """The folder that samples go to."""
-        return Path(self.folder or os.path.join(trainer.default_root_dir, "samples"))
+    def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> RunFolder:
+        path, requests = self.target(trainer), trainer.datamodule
+        identity = run_identity(trainer, pl_module, self.uint8_rule)
+        # Not where a launcher starts a worker anew, that is in the middle of the run.
+        if self.restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            trainer.strategy.barrier("the earlier run is still there")
+            if trainer.is_global_zero:
+                RunFolder(path, 1, 1, self.lease).remove()
+            trainer.strategy.barrier("the earlier run is removed")
+        earlier = RunFolder.read_run(path)
+        size = requests.shard_size or (earlier["shard_size"] if earlier else requests.batch_size)
+        run = RunFolder(path, size, len(requests), self.lease)
+        versions = {"calib_guidance": __version__, "torch": torch.__version__, "python": platform.python_version()}
+        run.begin(identity, versions)
+        return run
 
-    def old_samples(self, trainer: L.Trainer) -> list[Path]:
-        """Files of an earlier run in that folder, to be replaced.
-
-        Raises:
-            ConfigurationError: there are some, and they may not be.
-        """
-        folder = self.target(trainer)
-        old = sorted(folder.glob("*.parquet"))
-        if old and not self.overwrite:
-            raise ConfigurationError(
-                f"{folder} already holds samples ({old[0].name} …): set trainer.default_root_dir to another folder, or the "
-                "SampleWriter's overwrite to true to replace them"
+    def _tell(self, remaining: list[range]) -> None:
+        """What there is already, where there is something."""
+        done = len(self.run.shards()) - len(remaining)
+        if done:
+            log.info(f"{self.run.path}: {done} of {len(self.run.shards())} shards are done")
+        for shard in remaining:
+            if (state := self.run.state(shard, verify=True)).name == "damaged":
+                log.warning(f"{self.run.path}: samples {shard.start} … {shard[-1]} are made anew: {state.reason}")
+        if foreign := self.run.foreign():
+            names = ", ".join(str(path.relative_to(self.run.path)) for path in foreign[:5])
+            log.warning(
+                f"{self.run.path}: {len(foreign)} files belong to no shard, and are not counted: {names}"
+                f"{' …' if len(foreign) > 5 else ''}"
             )
-        return old
+
+    def _forget(self) -> None:
+        """Begin a shard."""
+        self._columns: dict[str, list[Any]] = {"image": []}
+        self._left_out: list[dict[str, Any]] = []
+        self._seconds = 0.0
+        for measurement in self.measurements.values():
+            measurement.reset()
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.measurements = measurement_names(trainer)  # not in setup, where some may not have been set up themselves
+        self._forget()
+
+    def on_predict_batch_start(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: dict[str, Tensor],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self.run.renew()
+        self._started = time.perf_counter()
 
     def on_predict_batch_end(
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        outputs: Tensor | dict[str, Tensor],
+        outputs: dict[str, Tensor],
         batch: dict[str, Tensor],
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        rows = batch | (outputs if isinstance(outputs, dict) else {"image": outputs})
-        images = to_uint8(rows.pop("image"), self.uint8_rule).cpu().numpy()
-        columns = {key: column.tolist() for key, column in rows.items()}
-        features = datasets.Features({key: datasets.Value("int64") for key in columns} | {"image": datasets.Image()})
-        columns["image"] = [{"bytes": _png(image), "path": None} for image in images]
-        name = f"{columns['index'][0]:08d}-{columns['index'][-1]:08d}.parquet"
-        temporary = self.path / f".{name}.{os.getpid()}.tmp"
-        pq.write_table(pa.Table.from_pydict(columns, schema=features.arrow_schema), temporary)
-        os.replace(temporary, self.path / name)
+        loader = trainer.predict_dataloaders
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)  # once per batch, whose images go to the host next anyway
+        self._seconds += time.perf_counter() - self._started
+        rows = batch | outputs
+        wrong = {sample.index: sample._asdict() for sample in pl_module.left_out}
+        found = rows["index"].tolist()
+        self._left_out += wrong.values()
+        unread = set(loader.rows) - set(found)
+        self._left_out += [{"index": i, "step": None, "reason": "its image cannot be read"} for i in sorted(unread)]
+        if wrong:
+            kept = torch.tensor([row for row, index in enumerate(found) if index not in wrong], dtype=torch.long)
+            rows = {key: column[kept.to(column.device)] for key, column in rows.items()}
+        self._keep(rows)
+        if loader.rows.stop == loader.shard.stop:
+            self._write(loader.shard, trainer)
+
+    def _keep(self, rows: dict[str, Tensor]) -> None:
+        """Take the samples of a batch into the shard."""
+        images = rows.pop("image")
+        for measurement in self.measurements.values():
+            measurement.finished(images, rows["label"])
+        for key, column in rows.items():
+            self._columns.setdefault(key, []).extend(column.tolist())
+        eight_bit = to_uint8(images, self.uint8_rule).cpu().numpy()
+        self._columns["image"] += [{"bytes": _png(image), "path": None} for image in eight_bit]
+
+    def _write(self, shard: range, trainer: L.Trainer) -> None:
+        features = {key: datasets.Value("int64") for key in self._columns if key != "image"}
+        schema = datasets.Features(features | {"image": datasets.Image()}).arrow_schema
+        sums = {
+            f"{name}.{key}": value.detach().cpu().numpy()
+            for name, measurement in self.measurements.items()
+            for key, value in measurement.sums().items()
+        }
+        device = trainer.strategy.root_device
+        words = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        table = pa.Table.from_pydict(self._columns, schema=schema)
+        if not self.run.write(shard, table, sums, self._left_out, self._seconds, words):
+            log.warning(
+                f"samples {shard.start} … {shard[-1]} were taken over by another worker, which thought this one dead: lease "
+                f"({self.lease:g} s) is shorter than a batch takes"
+            )
+        self._forget()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._release()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        """Let others have what is not finished."""
+        if self.run is not None:
+            self.run.release()
 
     def results(self, trainer: L.Trainer) -> dict[str, object]:
-        return {"uint8_rule": self.uint8_rule}
+        run = self.run.whole()
+        records = [run.record(shard) for shard in run.shards()]
+        requested = sum(record["requested"] for record in records)
+        left_out = [sample for record in records for sample in record["left_out"]]
+        return {
+            "num_samples": sum(record["rows"] for record in records),
+            "uint8_rule": self.uint8_rule,
+            "seconds_per_image": sum(record["seconds"] for record in records) / requested,
+            **({"left_out": left_out} if left_out else {}),
+        }
+
+    def load_sums(self, trainer: L.Trainer) -> None:
+        """Give every measurement its sums over the whole folder, or none where some shard was made without it."""
+        run = self.run.whole()
+        totals: dict[str, np.ndarray] = {}
+        for number, shard in enumerate(run.shards()):
+            sums = run.read_sums(shard)
+            fits = {key for key, total in totals.items() if key in sums and sums[key].shape == total.shape}
+            totals = sums if number == 0 else {key: totals[key] + sums[key] for key in fits}
+        for name, measurement in measurement_names(trainer).items():
+            measurement.reset()
+            expected = measurement.sums()
+            found = {key: torch.from_numpy(totals[f"{name}.{key}"]) for key in expected if f"{name}.{key}" in totals}
+            if found.keys() == expected.keys():
+                measurement.load(found)
+            else:
+                log.warning(
+                    f"{type(measurement).__name__} is left out of the report: some samples were made without it, or with other "
+                    "settings of it"
+                )
 
     def draw(self, folder: Path, trainer: L.Trainer) -> list[Path]:
-        return [draw_grid(read_samples(self.path), folder / "samples.png")]
+        run = self.run.whole()
+        return [draw_grid((_tensors(run.read(shard)) for shard in run.shards()), folder / "samples.png")]

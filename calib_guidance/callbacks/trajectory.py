@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +14,52 @@ from torchmetrics import Metric
 from calib_guidance.callbacks.figures import draw_curve
 from calib_guidance.callbacks.measurement import Measurement, compute
 from calib_guidance.metrics import CalibrationError
-from calib_guidance.samplers import StepRecord
+from calib_guidance.metrics.levels import Terms
+from calib_guidance.samplers import Revisable, StepRecord
 
 
-class TrajectoryMeasurement(Measurement, ABC):
+class TrajectoryMeasurement(Measurement, Revisable):
     """Watches every step of the sampler."""
 
     metric: Metric
 
     @abstractmethod
     def build(self, num_steps: int) -> Metric:
-        """The metric for a trajectory of so many steps."""
+        """The metric for a trajectory of so many steps, of ``sums`` that are not to be synchronised: every rank has all."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "predict":
             pl_module.check()
             self.t = pl_module.sampler.levels(pl_module.denoiser).times.tolist()
             self.metric = self.build(len(self.t)).to(trainer.strategy.root_device)
-            pl_module.observers.append(self.observe)
+            self.noted: list[tuple[int, list[Tensor]]] = []
+            pl_module.observers.append(self)
+
+    def __call__(self, record: StepRecord) -> None:
+        if (terms := self.terms(record)) is not None:
+            self.noted.append((record.i, terms))
+
+    def count(self, rows: slice | Tensor) -> None:
+        for i, terms in self.noted:
+            self.add(i, [term[rows] for term in terms])
+        self.noted.clear()
 
     @abstractmethod
-    def observe(self, record: StepRecord) -> None:
-        """Count one step."""
+    def terms(self, record: StepRecord) -> list[Tensor] | None:
+        """What is kept of a step until it is known whether the samples are: few numbers for each, ``(N, …)``."""
+
+    @abstractmethod
+    def add(self, i: int, terms: list[Tensor]) -> None:
+        """Add terms of step ``i`` to the sums."""
+
+    def sums(self) -> dict[str, Tensor]:
+        return {"steps": self.metric.sums}
+
+    def reset(self) -> None:
+        self.metric.reset()
+
+    def load(self, sums: dict[str, Tensor]) -> None:
+        self.metric.sums = sums["steps"].to(self.metric.sums)
 
 
 class TrajectoryCalibration(TrajectoryMeasurement):
@@ -49,11 +73,17 @@ class TrajectoryCalibration(TrajectoryMeasurement):
         self.num_bins = num_bins
 
     def build(self, num_steps: int) -> Metric:
-        return CalibrationError(self.num_bins, num_levels=num_steps)
+        return CalibrationError(self.num_bins, num_levels=num_steps, sync_on_compute=False)
 
-    def observe(self, record: StepRecord) -> None:
-        if record.guided.logits is not None:
-            self.metric.update(record.guided.logits, record.y, record.i)
+    def terms(self, record: StepRecord) -> list[Tensor] | None:
+        if record.guided.logits is None:
+            return None
+        terms = self.metric.terms(record.guided.logits, record.y)
+        return [terms.cell, *terms.values]
+
+    def add(self, i: int, terms: list[Tensor]) -> None:
+        cell, *values = terms
+        self.metric.add(Terms(cell, tuple(values)), i)
 
     def results(self, trainer: L.Trainer) -> dict[str, Any]:
         ece = compute(self.metric, trainer).by_level.cpu()
@@ -99,11 +129,14 @@ class GradientNorm(TrajectoryMeasurement):
     """‖∇S‖ over the trajectory, mean and standard deviation over samples: the vanishing that the papers argue from."""
 
     def build(self, num_steps: int) -> Metric:
-        return StepMoments(num_steps)
+        return StepMoments(num_steps, sync_on_compute=False)
 
-    def observe(self, record: StepRecord) -> None:
-        if record.guided.step_gradient is not None:
-            self.metric.update(record.i, record.guided.step_gradient.flatten(1).norm(dim=1))
+    def terms(self, record: StepRecord) -> list[Tensor] | None:
+        gradient = record.guided.step_gradient
+        return None if gradient is None else [gradient.flatten(1).norm(dim=1).double()]
+
+    def add(self, i: int, terms: list[Tensor]) -> None:
+        self.metric.update(i, *terms)
 
     def results(self, trainer: L.Trainer) -> dict[str, Any]:
         self.mean, self.deviation = (value.cpu() for value in compute(self.metric, trainer))

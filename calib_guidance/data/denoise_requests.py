@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import lightning as L
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from calib_guidance.data.loading import CorruptImages, take_reports
-from calib_guidance.data.sample_requests import check_numbers, request_loader
+from calib_guidance.data.sample_requests import RequestData, check_numbers
 from calib_guidance.errors import ConfigurationError
 
 
@@ -35,8 +34,8 @@ class _Requests:
         return numbers | {"image": item["image"]}
 
 
-class DenoiseRequests(L.LightningDataModule):
-    """Numbered requests ``{index, source, label, seed, image}``, in batches of consecutive indices that ranks take in turn.
+class DenoiseRequests(RequestData):
+    """Numbered requests ``{index, source, label, seed, image}``, in shards of consecutive indices that workers take.
 
     Request ``draw·len(images) + row`` is the image of that row, with step and noise of its own; ``source`` is the ``index``
     that the data set gives it.
@@ -48,6 +47,8 @@ class DenoiseRequests(L.LightningDataModule):
         draws_per_image: how often every image is denoised.
         seed: of every request, ≥ 0; a denoised image is a function of (configuration, seed, index) alone.
         batch_size: images per batch and device.
+        shard_size: images that are written together; what is not written is lost when a run is stopped. None takes that of
+            the folder, or the batch size.
         num_workers: processes per device that read images; 0 reads in the main one.
         max_corrupt: share of the images that may be unreadable, in [0, 1]. They are left out, and named.
 
@@ -63,17 +64,17 @@ class DenoiseRequests(L.LightningDataModule):
         draws_per_image: int = 1,
         seed: int = 0,
         batch_size: int = 64,
+        shard_size: int | None = None,
         num_workers: int = 0,
         max_corrupt: float = 0.01,
     ):
         super().__init__()
-        # With fewer batches than ranks some ranks have nothing to do, which is fine here.
-        self.allow_zero_length_dataloader_with_multiple_devices = True
         check_numbers(
             num_classes=(num_classes, 1),
             draws_per_image=(draws_per_image, 1),
             seed=(seed, 0),
             batch_size=(batch_size, 1),
+            shard_size=(1 if shard_size is None else shard_size, 1),
             num_workers=(num_workers, 0),
         )
         if not 0 <= max_corrupt <= 1:
@@ -81,7 +82,7 @@ class DenoiseRequests(L.LightningDataModule):
         if not len(images):
             raise ConfigurationError("data.init_args.images: the data set holds no images")
         self.images, self.num_classes, self.draws_per_image, self.seed = images, num_classes, draws_per_image, seed
-        self.batch_size, self.num_workers = batch_size, num_workers
+        self.batch_size, self.shard_size, self.num_workers = batch_size, shard_size, num_workers
         self.requests = _Requests(images, draws_per_image, num_classes, seed)
         self.corrupt = CorruptImages("data.init_args.images", max_corrupt)
 
@@ -102,14 +103,8 @@ class DenoiseRequests(L.LightningDataModule):
             )
         return tuple(item["image"].shape)
 
-    def __len__(self) -> int:
-        return len(self.requests)
-
     def __getitem__(self, index: int) -> dict[str, int | Tensor]:
         return self.requests[index]
-
-    def predict_dataloader(self) -> DataLoader:
-        return request_loader(self.requests, self.batch_size, self.trainer, self.num_workers)
 
     def on_before_batch_transfer(self, batch: dict[str, object], dataloader_idx: int) -> dict[str, object]:
         self.corrupt.count(take_reports(batch), len(self.images))

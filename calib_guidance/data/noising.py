@@ -225,9 +225,12 @@ class Denoised(Noising):
             )
 
     @torch.no_grad()
-    def forward(self, batch: dict[str, Tensor], seed: int | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, batch: dict[str, Tensor], seed: int | None = None, precision: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As of :class:`Noising`; ``precision`` stands in for the configured one."""
         x_t, i = self.diffusion(batch, seed)
-        denoiser, dtype = self.frozen.on(x_t.device), PRECISIONS[self.precision]
+        denoiser, dtype = self.frozen.on(x_t.device), PRECISIONS[precision or self.precision]
         # Off where it is not asked for, even inside the autocast of a trainer: embeddings and coefficients stay float32.
         with _autocast(x_t.device, None):
             predict, _ = start(denoiser, None, self.diffusion.schedule.levels, batch["label"], clip=True)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
 import lightning as L
+import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
+from torch.utils.data import DataLoader, default_collate
 
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.rng import random_label
+from calib_guidance.run_folder import RunFolder
 
 POLICIES = ("balanced", "uniform")
 
@@ -24,32 +28,108 @@ class Requests(Protocol):
     def __getitem__(self, index: int) -> dict[str, int | Tensor]: ...
 
 
-class _Batches(IterableDataset):
-    """The batches of one rank. Their composition depends on the batch size alone, not on the number of ranks or workers."""
+def _collate(items: list[dict[str, int | Tensor]]) -> dict[str, object]:
+    """One batch, with the paths of what cannot be read as ``corrupt``."""
+    good = [item for item in items if "corrupt" not in item]
+    corrupt = [item["corrupt"] for item in items if "corrupt" in item]
+    return (default_collate(good) if good else {}) | ({"corrupt": corrupt} if corrupt else {})
 
-    def __init__(self, requests: Requests, batch_size: int, rank: int, world_size: int):
-        self.requests, self.batch_size = requests, batch_size
-        self.starts = range(0, len(requests), batch_size)[rank::world_size]
+
+class ShardLoader:
+    """Batches of the shards that this worker takes, each cut from the shard's start.
+
+    The composition of a batch depends on the sizes of batches and shards alone, not on who makes it, nor when.
+
+    Args:
+        requests: all of them.
+        batch_size: requests per batch; the last of a shard may be smaller.
+        take: gives the shards to be made; asked for the next one when the batches of the last have been used, or, where
+            processes read ahead, when they are read.
+        take_over: gives shards that other workers have left, when those are done.
+        longest: the most batches that this may become.
+        num_workers: processes that read requests.
+
+    Attributes:
+        shard, rows: what the last batch is of, and the requests that were asked for with it.
+    """
+
+    def __init__(
+        self,
+        requests: Requests,
+        batch_size: int,
+        take: Callable[[], Iterable[range]],
+        take_over: Callable[[], Iterable[range]],
+        longest: int,
+        num_workers: int = 0,
+    ):
+        self.requests, self.batch_size, self.longest, self.num_workers = requests, batch_size, longest, num_workers
+        self.take, self.take_over = take, take_over
+        self.shard = self.rows = range(0)
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return self.longest
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        # The loader takes one batch from each worker in turn, so that strides give the order of a single process.
-        worker = get_worker_info()
-        starts = self.starts if worker is None else self.starts[worker.id :: worker.num_workers]
-        for start in starts:
-            rows = range(start, min(start + self.batch_size, len(self.requests)))
-            items = [self.requests[i] for i in rows]
-            good = [item for item in items if "corrupt" not in item]
-            corrupt = [item["corrupt"] for item in items if "corrupt" in item]
-            yield (default_collate(good) if good else {}) | ({"corrupt": corrupt} if corrupt else {})
+        yield from self._batches(self.take(), self.num_workers)
+        # Not read ahead: taking over means waiting, and nothing of its own may lie unfinished meanwhile.
+        yield from self._batches(self.take_over(), 0)
+
+    def _batches(self, shards: Iterable[range], num_workers: int) -> Iterator[dict[str, Tensor]]:
+        asked: deque[tuple[range, range]] = deque()
+
+        def rows() -> Iterator[range]:
+            for shard in shards:
+                for batch in cut(shard, self.batch_size):
+                    asked.append((shard, batch))
+                    yield batch
+
+        options = {"num_workers": num_workers, "collate_fn": _collate, "generator": torch.Generator()}
+        for batch in DataLoader(self.requests, batch_sampler=rows(), **options):
+            self.shard, self.rows = asked.popleft()
+            yield batch
 
 
-def request_loader(requests: Requests, batch_size: int, trainer: L.Trainer, num_workers: int = 0) -> DataLoader:
-    """Batches of consecutive requests, which the ranks of ``trainer`` take in turn."""
-    batches = _Batches(requests, batch_size, trainer.global_rank, trainer.world_size)
-    return DataLoader(batches, batch_size=None, num_workers=num_workers)
+def cut(rows: range, size: int) -> list[range]:
+    """Consecutive pieces of ``size``, the last as long as is left."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+class RequestData(L.LightningDataModule):
+    """Requests in shards, which workers take from a :class:`~calib_guidance.run_folder.RunFolder`.
+
+    Attributes:
+        requests: all of them.
+        batch_size: requests per batch and device.
+        shard_size: requests per shard; None leaves it to the folder, and for a new one it is the batch size.
+        num_workers: processes per device that read requests.
+        run_folder: set by :class:`~calib_guidance.callbacks.SampleWriter`; without one, ranks take batches in turn.
+        remaining: the shards of it that were not done when the run began.
+    """
+
+    requests: Requests
+    batch_size: int
+    shard_size: int | None
+    num_workers: int = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        # A rank may find nothing left to do, which is fine here.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        self.run_folder: RunFolder | None = None
+        self.remaining: list[range] = []
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def predict_dataloader(self) -> ShardLoader:
+        folder = self.run_folder
+        if folder is None:
+            rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+            blocks = cut(range(len(self)), self.batch_size)[rank::ranks]
+            return ShardLoader(self.requests, self.batch_size, lambda: blocks, tuple, len(blocks), self.num_workers)
+        longest = sum(len(cut(shard, self.batch_size)) for shard in self.remaining)
+        take = functools.partial(folder.take, self.remaining)
+        return ShardLoader(self.requests, self.batch_size, take, folder.take_over, longest, self.num_workers)
 
 
 def check_numbers(**values: tuple[int, int]) -> None:
@@ -59,8 +139,8 @@ def check_numbers(**values: tuple[int, int]) -> None:
             raise ConfigurationError(f"data.init_args.{name} must be at least {least}, got {value}")
 
 
-class SampleRequests(L.LightningDataModule):
-    """Numbered requests ``{index, label, seed}``, in batches of consecutive indices that ranks take in turn.
+class SampleRequests(RequestData):
+    """Numbered requests ``{index, label, seed}``, in shards of consecutive indices that workers take.
 
     Args:
         num_samples: how many.
@@ -69,13 +149,12 @@ class SampleRequests(L.LightningDataModule):
             number for all, or the path of a text file with one class number per line.
         seed: of every sample, ≥ 0; a sample is a function of (configuration, seed, index) alone.
         batch_size: samples per batch and device.
+        shard_size: samples that are written together; what is not written is lost when a run is stopped. None takes that of
+            the folder, or the batch size.
 
     Raises:
         ConfigurationError: numbers out of range, a class outside 0 … num_classes − 1, or a label file that does not fit.
     """
-
-    # With fewer batches than ranks some ranks have nothing to do, which is fine here.
-    allow_zero_length_dataloader_with_multiple_devices = True
 
     def __init__(
         self,
@@ -84,14 +163,18 @@ class SampleRequests(L.LightningDataModule):
         labels: int | str = "balanced",
         seed: int = 0,
         batch_size: int = 64,
+        shard_size: int | None = None,
     ):
         super().__init__()
-        self.allow_zero_length_dataloader_with_multiple_devices = True
         check_numbers(
-            num_samples=(num_samples, 1), num_classes=(num_classes, 1), batch_size=(batch_size, 1), seed=(seed, 0)
+            num_samples=(num_samples, 1),
+            num_classes=(num_classes, 1),
+            batch_size=(batch_size, 1),
+            shard_size=(1 if shard_size is None else shard_size, 1),
+            seed=(seed, 0),
         )
         self.num_samples, self.num_classes, self.batch_size, self.seed = num_samples, num_classes, batch_size, seed
-        self.labels = labels
+        self.labels, self.shard_size, self.requests = labels, shard_size, self
         self._fixed = self._fixed_labels(labels)
 
     def _fixed_labels(self, labels: int | str) -> list[int] | None:
@@ -131,6 +214,3 @@ class SampleRequests(L.LightningDataModule):
         else:
             label = index % self.num_classes
         return {"index": index, "label": label, "seed": self.seed}
-
-    def predict_dataloader(self) -> DataLoader:
-        return request_loader(self, self.batch_size, self.trainer)

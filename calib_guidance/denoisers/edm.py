@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from calib_guidance import published
-from calib_guidance.checkpoints import CheckpointError, load_state, read_state_dict
+from calib_guidance.checkpoints import load_weights, read_weights
 from calib_guidance.denoisers.base import Denoiser, Predict, Prediction, at_step
+from calib_guidance.errors import CheckpointError
 from calib_guidance.networks.adm import UNet
 from calib_guidance.networks.edm_weights import edm_architecture, from_edm, is_edm
 from calib_guidance.noise_schedule import NoiseLevels, NoiseSchedule, named_betas
@@ -21,7 +22,7 @@ class EDMDenoiser(Denoiser):
     and F is float32, whatever the type of the sample.
 
     Args:
-        network: the UNet, or a name of :mod:`calib_guidance.published` (``edm_imagenet64``); None builds the one that the
+        network: the UNet; or a name of :mod:`calib_guidance.published` (``edm_imagenet64``); or None, for the one that the
             weights' names and shapes tell.
         checkpoint: weights file, by EDM's names or by those of :class:`~calib_guidance.networks.UNet`; None keeps the network
             as it is.
@@ -31,12 +32,12 @@ class EDMDenoiser(Denoiser):
         class_conditional: false hands no label to the network, which makes an unconditional model of one that was trained
             with label dropout.
         image_size: side in pixels of what is sampled; None takes the network's.
-        dtype: ``float32``, ``float16`` or ``bfloat16``, of the body of a network that is built here; None is float32, of a
-            published name float16.
+        dtype: ``float32``, ``float16`` or ``bfloat16``, of the body of a network that is built here; None takes the one that a
+            named network was published with (float16), and float32 for others.
         compile: compile the network with torch.compile, for fixed shapes.
 
     Raises:
-        CheckpointError: the file does not fit the network, or does not tell which it belongs to.
+        CheckpointError: the file does not fit the network, was trained otherwise, or does not tell which it belongs to.
         ValueError: an image size that the network cannot take, a variance that nobody uses, neither network nor checkpoint,
             a ``dtype`` for a network that has one, or unknown names.
     """
@@ -55,7 +56,7 @@ class EDMDenoiser(Denoiser):
         super().__init__()
         if not sigma_data > 0:
             raise ValueError(f"sigma_data must be above 0, got {sigma_data}")
-        network, self.provenance = _load(network, checkpoint, dtype)
+        network, self.provenance = _load(network, checkpoint, dtype, sigma_data)
         size = network.image_size if image_size is None else image_size
         self.image_shape = (network.in_channels, size, size)
         network.check_image(self.image_shape)
@@ -89,27 +90,26 @@ class EDMDenoiser(Denoiser):
         return predict
 
 
-def _load(network: UNet | str | None, checkpoint: str | None, dtype: str | None) -> tuple[UNet, dict[str, object]]:
-    """The network with its weights, built from them where there is none, and what was loaded."""
+def _load(
+    network: UNet | str | None, checkpoint: str | None, dtype: str | None, sigma_data: float
+) -> tuple[UNet, dict[str, object]]:
+    """The network with its weights, and where it is from."""
+    settings = {"sigma_data": sigma_data}
     if isinstance(network, str):
-        network, dtype = published.build(network, "edm", dtype)[0], None
-    if network is not None and dtype is not None:
-        raise ValueError("dtype: the network was given, and states its own: set dtype there, and to null here")
+        published.check(published.entry(network, "edm").name, settings, f"network: {network}")
     if checkpoint is None:
+        network, _ = published.build(network, "edm", dtype)
+        return network, settings | published.unseen(network)
+    weights = read_weights(checkpoint)
+    if is_edm(weights.state):
+        try:
+            architecture, state = edm_architecture(weights.state), from_edm(weights.state)
+        except ValueError as error:
+            raise CheckpointError(f"{checkpoint}: {error}") from error
         if network is None:
-            raise ValueError("neither a network nor a checkpoint was given: name a weights file of EDM's, or a UNet")
-        return network, published.unseen(network)
-    state = read_state_dict(checkpoint)
-    try:
-        architecture = edm_architecture(state) if is_edm(state) else None
-        state = state if architecture is None else from_edm(state)
-    except ValueError as error:
-        raise CheckpointError(f"{checkpoint}: {error}") from error
-    if network is None:
-        if architecture is None:
-            raise CheckpointError(
-                f"{checkpoint} does not have the names of EDM's DhariwalUNet, which tell its architecture: give the UNet that "
-                "these weights belong to as network"
-            )
-        network = UNet(**architecture, dtype=dtype or "float32")
-    return network, load_state(network, state, checkpoint)
+            network, dtype = UNet(**architecture, dtype=dtype or "float32"), None
+        # What an EDM pickle says of its preconditioning is compared like what files of this project say.
+        notes = {name: str(value) for name, value in weights.arguments.items() if name in settings}
+        weights = weights._replace(state=state, notes=weights.notes | notes)
+    network, _ = published.build(network, "edm", dtype, weights.state)
+    return network, load_weights(network, weights, **settings)

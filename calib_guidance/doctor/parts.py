@@ -23,7 +23,6 @@ from calib_guidance.data.loading import take_reports
 from calib_guidance.doctor.cost import free_memory, weights_bytes
 from calib_guidance.doctor.files import Found, NoDownloadError, Unbuilt, all_options, is_weights, leave_out
 from calib_guidance.doctor.report import Report, amount, duration
-from calib_guidance.errors import ConfigurationError
 from calib_guidance.lightning_cli import innermost
 from calib_guidance.modules import DenoiseImages, GuidedSampling
 
@@ -234,11 +233,14 @@ def _check_output(parts: Parts, report: Report) -> None:
     for callback in parts.callbacks:
         if isinstance(callback, SampleWriter):
             folder = callback.target(parts.trainer)
-            try:
-                if old := callback.old_samples(parts.trainer):
-                    report.add("note", f"{folder}: {len(old)} files of samples are there, and will be replaced")
-            except ConfigurationError as error:
-                report.add("wrong", str(error))
+            with report.attempt("the run that is in the folder"):
+                if callback.earlier_run(parts.trainer):
+                    report.add(
+                        "note",
+                        f"{folder} holds a run, which will be removed"
+                        if callback.restart
+                        else f"{folder} holds a run, which goes on if nothing differs that changes its samples",
+                    )
     nearest = next(place for place in (folder.resolve(), *folder.resolve().parents) if place.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         report.add("wrong", f"{folder} cannot be written: set trainer.default_root_dir to a folder that can")

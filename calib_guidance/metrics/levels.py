@@ -112,8 +112,11 @@ class LevelMetric(Metric):
             )
         elif level.device.type == "cpu" and len(level):
             self._check(int(level.min()), int(level.max()))
-        cell, values = self.terms(logits, y)
-        cell = cell + self.num_cells * level[:, None]
+        self.add(self.terms(logits, y), level[:, None])
+
+    def add(self, terms: Terms, level: Tensor | int) -> None:
+        """Add what :meth:`terms` said of a batch to the sums of a level, or of one for each sample ``(N, 1)``."""
+        cell, values = terms.cell + self.num_cells * level, terms.values
         # Not in place: sums that came out of inference mode could not be added to outside of it.
         self.sums = self.sums + add_up(Terms(cell, values), self.num_levels * self.num_cells).view_as(self.sums)
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import lightning as L
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from calib_guidance.data.denoise_requests import DenoiseRequests
 from calib_guidance.data.noising import Denoised
 from calib_guidance.denoisers.base import Denoiser
 from calib_guidance.errors import ConfigurationError
+from calib_guidance.modules.faults import Attempt, FaultTolerant, in_float32
 
 
-class DenoiseImages(L.LightningModule):
+class DenoiseImages(FaultTolerant):
     """x̂0(x_t) of the images of :class:`~calib_guidance.data.DenoiseRequests`, with t, for SampleWriter to write.
 
     What ``fit`` computes at every step with :class:`~calib_guidance.data.Denoised` is computed once here. Written as 8-bit
@@ -46,11 +47,22 @@ class DenoiseImages(L.LightningModule):
         self.noising.check_image(requests.image_shape)
         self.noising.check_classes(requests.num_classes)
 
+    def networks(self) -> dict[str, nn.Module]:
+        """What images are made with, by name."""
+        return {"denoiser": self.noising.frozen.module}
+
     def setup(self, stage: str) -> None:
         if stage == "predict":
             self.check()
 
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+    def attempt(self, batch: dict[str, Tensor], float32: bool) -> Attempt:
         """``image`` ``(N, C, H, W)`` in [-1, 1] and ``t`` ``(N,)`` for requests ``{index, source, label, seed, image}``."""
-        images, t = self.noising(batch, int(batch["seed"][0]))
-        return {"image": images, "t": t}
+        seed = int(batch["seed"][0])
+        if float32:
+            with in_float32(self.noising.frozen.module):
+                images, t = self.noising(batch | {"image": batch["image"].float()}, seed, precision="fp32")
+        else:
+            images, t = self.noising(batch, seed)
+        return Attempt(
+            {"image": images, "t": t}, t.double().masked_fill(images.sum(dim=(1, 2, 3)).isfinite(), torch.nan)
+        )

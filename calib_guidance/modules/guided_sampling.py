@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import time
+import contextlib
 from collections.abc import Iterator
 
-import lightning as L
 import torch
-from torch import Tensor
-from torchmetrics import MeanMetric
+from torch import Tensor, nn
 
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.denoisers.base import Denoiser
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.guidance import ClassifierFreeGuidance, Guidance
+from calib_guidance.modules.faults import Attempt, FaultTolerant, FirstNonFinite, in_float32
 from calib_guidance.rng import SampleStreams
-from calib_guidance.samplers.base import Observer, Sampler
+from calib_guidance.samplers.base import Sampler
 from calib_guidance.scores.base import Score
 
 
@@ -32,8 +31,8 @@ def _one_class_problems(score: Score) -> Iterator[str]:
         )
 
 
-class GuidedSampling(L.LightningModule):
-    """Samples the requests of the data module.
+class GuidedSampling(FaultTolerant):
+    """Samples the requests of the data module, through faults as :class:`~calib_guidance.modules.faults.FaultTolerant` says.
 
     Args:
         denoiser: the diffusion model, possibly under classifier-free guidance.
@@ -46,8 +45,7 @@ class GuidedSampling(L.LightningModule):
     def __init__(self, denoiser: Denoiser, sampler: Sampler, guidance: Guidance | None = None):
         super().__init__()
         self.denoiser, self.sampler, self.guidance = denoiser, sampler, guidance
-        self.observers: list[Observer] = []
-        self.seconds_per_image = MeanMetric()
+        self.group_size = guidance.group_size if guidance is not None else 1
         self._checked = False
 
     def check(self) -> None:
@@ -75,9 +73,9 @@ class GuidedSampling(L.LightningModule):
             yield str(error)
             return
         yield from self._class_problems(requests.num_classes)
-        group = self.guidance.group_size if self.guidance is not None else 1
-        for name in ("batch_size", "num_samples"):
-            if getattr(requests, name) % group:
+        group = self.group_size
+        for name in ("batch_size", "shard_size", "num_samples"):
+            if (getattr(requests, name) or 0) % group:
                 yield (
                     f"the score tilts over groups of {group} samples, so data.init_args.{name} must be a multiple of {group}, "
                     f"got {getattr(requests, name)}"
@@ -125,17 +123,17 @@ class GuidedSampling(L.LightningModule):
                 "classes, or set data.init_args.num_classes"
             )
 
+    def networks(self) -> dict[str, nn.Module]:
+        """What samples are made with, by name."""
+        return {"denoiser": self.denoiser} | ({} if self.guidance is None else {"guidance": self.guidance})
+
     def setup(self, stage: str) -> None:
         if stage == "predict":
             self.check()
 
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Images ``(N, C, H, W)`` in [-1, 1] for requests ``{index, label, seed}``, ``(N,)`` each."""
-        started = time.perf_counter()
+    def attempt(self, batch: dict[str, Tensor], float32: bool) -> Attempt:
         noise = SampleStreams(batch["seed"].tolist(), batch["index"].tolist(), self.denoiser.image_shape, self.device)
-        x0 = self.sampler(self.denoiser, noise, batch["label"], self.guidance, self.observers)
-        images = self.denoiser.decode(x0)
-        if images.is_cuda:
-            torch.cuda.synchronize()  # once per batch, whose images go to the host next anyway
-        self.seconds_per_image.update((time.perf_counter() - started) / len(images), weight=len(images))
-        return images
+        watch = FirstNonFinite()
+        with in_float32(self.denoiser, *filter(None, [self.guidance])) if float32 else contextlib.nullcontext():
+            x0 = self.sampler(self.denoiser, noise, batch["label"], self.guidance, [watch, *self.observers])
+            return Attempt({"image": self.denoiser.decode(x0)}, watch.t)

@@ -40,6 +40,18 @@ class StepRecord(NamedTuple):
 Observer = Callable[[StepRecord], None]
 
 
+class Revisable(ABC):
+    """An observer that learns only when a batch is done which of its samples are kept, and counts those."""
+
+    @abstractmethod
+    def __call__(self, record: StepRecord) -> None:
+        """Note one step."""
+
+    @abstractmethod
+    def count(self, rows: slice | Tensor) -> None:
+        """Count the samples at ``rows`` of what was noted since the last call; forget the others."""
+
+
 class Sampler(ABC):
     """``sampler(denoiser, noise, y, guidance, observers) -> images``."""
 
@@ -96,7 +108,10 @@ def start(
 
     def predict(x_t: Tensor, i: int | Tensor) -> Prediction:
         prediction = raw(x_t, i)
-        return prediction._replace(x0=prediction.x0.clamp(-1, 1)) if clip and denoiser.clip else prediction
+        if not (clip and denoiser.clip):
+            return prediction
+        # A network that overflows must not pass for one that says ±1.
+        return prediction._replace(x0=prediction.x0.clamp(-1, 1).masked_fill(prediction.x0.isinf(), torch.nan))
 
     def unguided(predict: Predict, x_t: Tensor, i: int, gradient_only: bool = False) -> GuidedPrediction:
         return GuidedPrediction(None if gradient_only else predict(x_t, i))

@@ -4,10 +4,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from calib_guidance.checkpoints import CheckpointError
+from calib_guidance import published
+from calib_guidance.checkpoints import CheckpointError, save_weights
 from calib_guidance.denoisers import EDMDenoiser
 from calib_guidance.networks import UNet
 from calib_guidance.networks.edm_weights import edm_architecture, from_edm
+from tests.edm_files import edm_bytes
 
 
 @pytest.fixture
@@ -92,11 +94,49 @@ def test_weights_by_either_name_and_into_a_given_network(golden, weights, tmp_pa
     bare = tmp_path / "bare.pt"
     torch.save({name.removeprefix("model."): value for name, value in state.items()}, bare)
     expected = EDMDenoiser(checkpoint=weights).network.state_dict()
-    for file in (weights, str(own), str(bare)):
+    pickled = tmp_path / "edm.pkl"
+    pickled.write_bytes(edm_bytes(state))
+    for file in (weights, str(own), str(bare), str(pickled)):
         network = UNet(**edm_architecture(state))
         assert EDMDenoiser(network, file).network is network
         for name, value in network.state_dict().items():
             assert value.equal(expected[name]), name
+
+
+def test_published_network_by_name():
+    """Without memory for its weights."""
+    with torch.device("meta"):
+        denoiser = EDMDenoiser("edm_imagenet64", image_size=32)
+        assert EDMDenoiser("edm_imagenet64", dtype="float32").network.dtype == torch.float32
+    assert sum(p.numel() for p in denoiser.network.parameters()) == 295_899_267
+    assert denoiser.network.dtype == torch.float16
+    assert denoiser.image_shape == (3, 32, 32)
+    assert denoiser.num_classes == 1000
+    assert denoiser.provenance["norm_groups"] == "95×32"
+    with pytest.raises(CheckpointError, match="sigma data 0.5, here 1.0.*set sigma_data: 0.5"), torch.device("meta"):
+        EDMDenoiser("edm_imagenet64", sigma_data=1.0)
+
+
+def test_weights_say_what_they_were_trained_with(golden, weights, tmp_path):
+    denoiser = EDMDenoiser(checkpoint=weights, sigma_data=0.7)
+    assert denoiser.provenance["file"] == weights
+    assert denoiser.provenance["sigma_data"] == 0.7
+    own = tmp_path / "own.safetensors"
+    save_weights(denoiser.network, own, sigma_data=0.7)
+    network = UNet(**edm_architecture(golden("edm_net").weights()))
+    EDMDenoiser(network, str(own), sigma_data=0.7)
+    with pytest.raises(CheckpointError, match="own.safetensors was trained with sigma_data: 0.7"):
+        EDMDenoiser(network, str(own))
+    pickled = tmp_path / "edm.pkl"
+    pickled.write_bytes(edm_bytes(golden("edm_net").weights(), init_kwargs={"sigma_data": 0.7, "label_dim": 10}))
+    EDMDenoiser(checkpoint=str(pickled), sigma_data=0.7)
+    with pytest.raises(CheckpointError, match="edm.pkl was trained with sigma_data: 0.7"):
+        EDMDenoiser(checkpoint=str(pickled))
+
+
+def test_published_weights_are_recognised_after_the_key_map():
+    names = published.reference("edm_imagenet64").state_dict()
+    assert published.recognise(names, "edm") == ["edm_imagenet64"]
 
 
 def test_what_cannot_be_says_why(golden, weights, tmp_path):
@@ -104,7 +144,7 @@ def test_what_cannot_be_says_why(golden, weights, tmp_path):
     architecture = edm_architecture(state)
     own = tmp_path / "own.safetensors"
     save_file({name: value.contiguous() for name, value in from_edm(state).items()}, own)
-    with pytest.raises(CheckpointError, match="own.safetensors does not have the names.*as network"):
+    with pytest.raises(CheckpointError, match="none of the published networks.*state network"):
         EDMDenoiser(checkpoint=str(own))
     with pytest.raises(CheckpointError, match="edm.safetensors does not fit UNet; .*unexpected: label_emb.weight"):
         EDMDenoiser(UNet(**architecture | {"num_classes": None}), weights)
@@ -112,9 +152,9 @@ def test_what_cannot_be_says_why(golden, weights, tmp_path):
     torch.save(state | {box: torch.ones(1, 1, 4, 4) / 16}, tmp_path / "filter.pt")
     with pytest.raises(CheckpointError, match="filter.pt: .*box filter"):
         EDMDenoiser(checkpoint=str(tmp_path / "filter.pt"))
-    with pytest.raises(ValueError, match="neither a network nor a checkpoint"):
+    with pytest.raises(ValueError, match="network: give a published name .edm_imagenet64"):
         EDMDenoiser()
-    with pytest.raises(ValueError, match="set dtype there"):
+    with pytest.raises(ValueError, match="give a network of your own its dtype"):
         EDMDenoiser(UNet(**architecture), dtype="float16")
     with pytest.raises(ValueError, match=r"out_channels must be in_channels \(3\), got 6"):
         EDMDenoiser(UNet(**architecture | {"out_channels": 6}))

@@ -184,5 +184,5 @@ class TestRefusals:
 
     def test_a_folder_with_samples(self, refuse, run):
         before = files(run)
-        assert "already holds samples" in refuse("--data.init_args.seed=5", folder=run)
+        assert "data.init_args.seed: 0 in the folder, now 5" in refuse("--data.init_args.seed=5", folder=run)
         assert files(run) == before
