@@ -18,6 +18,7 @@ This module needs neither torch nor Lightning: looking at a folder takes no long
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import io
@@ -41,7 +42,7 @@ from PIL import Image
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
-from calib_guidance.errors import ConfigurationError, RunError
+from calib_guidance.errors import ConfigurationError, RunError, StoppedError
 
 FORMAT = 1
 _UNSET = "(not set)"
@@ -452,10 +453,29 @@ class RunFolder:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        except BaseException:
+        except BaseException as error:
             temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise self._full(path, len(data)) from error
             raise
         return temporary
+
+    def _full(self, path: Path, needed: int) -> StoppedError:
+        """What to say where the file system has no room for a file of ``needed`` bytes."""
+        state = os.statvfs(self.path)
+        records = [record for shard in self.shards() if (record := self._readable(shard)) is not None]
+        left = len(self.shards()) - len(records)
+        size = max(needed, round(sum(record["bytes"] for record in records) / max(len(records), 1)))
+        return StoppedError(
+            f"{self.path} is full, or its quota used up: {path.name} needs {needed:,} bytes, and "
+            f"{state.f_bavail * state.f_frsize:,} are free. {len(records)} whole shards stay. Make room (about "
+            f"{left * size:,} bytes for the {left} that are left), and the same command goes on"
+        )
+
+    def _readable(self, shard: range) -> dict[str, Any] | None:
+        with contextlib.suppress(DamagedShardError):
+            return self.record(shard)
+        return None
 
     def _replace(self, path: Path, data: bytes) -> None:
         """Put a file in its place, whole or not at all, whatever stops this process or the machine."""
@@ -502,7 +522,8 @@ class RunFolder:
             Whether it was written. It is not where another worker has taken over the claim: that one writes it.
 
         Raises:
-            OSError: the file system refuses. Nothing of the shard counts, and the claim is kept.
+            StoppedError: the file system is full.
+            OSError: it refuses otherwise. Nothing of the shard counts in both cases, and the claim is kept.
             ValueError: the samples are not those of the shard, each once.
         """
         if not self.holds(shard):
