@@ -47,6 +47,7 @@ class CleanStop:
         self._noted = 0.0
         self._told = False
         self._trainer: L.Trainer | None = None
+        self._process = 0
         self._requeue = False
         self._pace: float | None = None  # seconds per sample of the last batch
         self._started = 0.0  # the batch at hand
@@ -56,7 +57,7 @@ class CleanStop:
         """Take the signals over. Lightning gives them back at the end of the run, whichever it is."""
         if threading.current_thread() is not threading.main_thread():
             return
-        self._trainer = trainer
+        self._trainer, self._process = trainer, os.getpid()
         answer = signal.getsignal(signal.SIGUSR1)
         if answer != self._note:
             # Its answer is there only where automatic requeueing is on.
@@ -96,6 +97,8 @@ class CleanStop:
             log.warning(f"job {job} could not be queued again: {error}")
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # one that reads data for this one, and ends with it
         now = time.monotonic()
         if self._signal is not None:
             if now - self._noted > _SAME:
