@@ -386,6 +386,11 @@ class RunFolder:
         """The shards that are not done, whether claimed or not."""
         return [shard for shard in self.shards() if self.state(shard, verify).name != "done"]
 
+    def left_out(self) -> list[dict[str, Any]]:
+        """``{index, step, reason}`` of all samples that the records name as left out."""
+        records = (self._readable(shard) for shard in self.shards())
+        return [sample for record in records if record is not None for sample in record["left_out"]]
+
     def read(self, shard: range) -> dict[str, np.ndarray]:
         """The samples of a shard that is done, see :func:`read_table`.
 
