@@ -467,14 +467,14 @@ class RunFolder:
 
     def _full(self, path: Path, needed: int) -> StoppedError:
         """What to say where the file system has no room for a file of ``needed`` bytes."""
-        state = os.statvfs(self.path)
-        records = [record for shard in self.shards() if (record := self._readable(shard)) is not None]
-        left = len(self.shards()) - len(records)
-        size = max(needed, round(sum(record["bytes"] for record in records) / max(len(records), 1)))
+        state, done = os.statvfs(self.path), sum(self._readable(shard) is not None for shard in self.shards())
+        left = len(self.shards()) - done
+        used = sum(path.stat().st_blocks * 512 for folder in (self.samples, self.records) for path in folder.glob("*"))
+        more = max(needed, used // done if done else 0) * left
         return StoppedError(
-            f"{self.path} is full, or its quota used up: {path.name} needs {needed:,} bytes, and "
-            f"{state.f_bavail * state.f_frsize:,} are free. {len(records)} whole shards stay. Make room (about "
-            f"{left * size:,} bytes for the {left} that are left), and the same command goes on"
+            f"{self.path} is full, or its quota used up: {path.name} needs {needed:,} bytes, {state.f_bavail * state.f_frsize:,} "
+            f"are free. {done} whole shards stay. Make room (about {more:,} bytes for the {left} that are left), and the same "
+            "command goes on"
         )
 
     def _readable(self, shard: range) -> dict[str, Any] | None:
@@ -497,7 +497,12 @@ class RunFolder:
         except OSError:  # a file system without hard links
             try:
                 with open(path, "xb") as file:
-                    file.write(data)
+                    try:
+                        file.write(data)
+                        file.flush()
+                    except BaseException:  # an empty claim would be nobody's, for a whole lease
+                        path.unlink()
+                        raise
             except FileExistsError:
                 return False
         finally:

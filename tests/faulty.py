@@ -18,18 +18,19 @@ class Faulty(Denoiser):
     Args:
         denoiser: the sound one.
         label: class whose samples fail.
-        step: t at which they do.
+        step: t at which they do; None is every one.
         fault: ``nan`` and ``inf`` always; ``overflow`` only while the weights are in half precision.
         largest: batches above this run out of memory at that step.
     """
 
-    def __init__(self, denoiser: Denoiser, label: int = -1, step: int = 0, fault: str = "nan", largest: int = 10**6):
+    def __init__(
+        self, denoiser: Denoiser, label: int = -1, step: int | None = None, fault: str = "nan", largest: int = 10**6
+    ):
         super().__init__()
         self.denoiser, self.label, self.step, self.fault, self.largest = denoiser, label, step, fault, largest
         self.schedule, self.image_shape, self.clip = denoiser.schedule, denoiser.image_shape, denoiser.clip
         self.num_classes, self.has_learned_variance = denoiser.num_classes, denoiser.has_learned_variance
         self.weight = nn.Parameter(torch.tensor(6e4, dtype=torch.float16), requires_grad=False)
-        self.seen: list[int] = []
 
     def decode(self, x0):
         return self.denoiser.decode(x0)
@@ -40,9 +41,9 @@ class Faulty(Denoiser):
 
         def predict(x_t, i):
             prediction = sound(x_t, i)
-            if round(levels.times[i]) != self.step:
-                return prediction
-            if len(x_t) > self.largest:
+            t = torch.as_tensor(levels.times)[i].round()
+            here = torch.ones(1, 1, 1, 1, dtype=torch.bool) if self.step is None else (t == self.step).view(-1, 1, 1, 1)
+            if len(x_t) > self.largest and here.any():
                 raise torch.OutOfMemoryError(BATCH_LIMIT)
             wrong = {
                 "nan": torch.nan,
@@ -50,8 +51,7 @@ class Faulty(Denoiser):
                 # 120,000 is more than half precision holds: 0 in float32, and not a number otherwise.
                 "overflow": 0.0 * (2 * self.weight).float(),
             }[self.fault]
-            x0 = prediction.x0
-            return prediction._replace(x0=torch.where(failing, x0 + wrong, x0))
+            return prediction._replace(x0=torch.where(failing & here, prediction.x0 + wrong, prediction.x0))
 
         return predict
 

@@ -349,9 +349,9 @@ class TestFullDisk:
         filler.write_bytes(bytes(150_000))
         assert predict(folder, configured=tmp_path / "run", batch_size=2) == 4
         message = capsys.readouterr().err
-        assert "is full" in message
-        assert "bytes are free" in message
         done = records(folder)
+        assert "is full" in message
+        assert f"{len(done)} whole shards stay. Make room (about" in message
         assert 0 < len(done) < 10
         assert claims(folder) == []
         assert not [*folder.rglob("*.tmp"), *folder.rglob(".*.tmp")]
@@ -375,7 +375,40 @@ class TestFullDisk:
         assert predict(folder) == 4
         message = capsys.readouterr().err
         assert "00000010.parquet needs" in message
-        assert "1 whole shards stay" in message
+        assert "1 whole shards stay. Make room (about" in message
+        assert "for the 1 that are left" in message
         assert list(records(folder)) == ["00000000"]
         assert list(tables(folder)) == ["00000000.parquet"]
         assert claims(folder) == []
+
+
+class TestDenoisedImages:
+    """The other module that predicts: one step, of its own for each image."""
+
+    def run(self, folder, fault):
+        config = yaml.safe_load((ROOT / "lightning_configs/predict/digits_denoised.yaml").read_text())
+        config["trainer"]["default_root_dir"] = str(folder)
+        init = config["model"]["init_args"]
+        init["denoiser"] = {"class_path": "tests.faulty.Faulty", "init_args": {"denoiser": init["denoiser"]} | fault}
+        config["data"]["init_args"]["images"]["init_args"]["split"] = "validation"
+        config["data"]["init_args"] |= {"draws_per_image": 1, "batch_size": 100}
+        folder.with_suffix(".yaml").write_text(yaml.safe_dump(config))
+        try:
+            main(["predict", "--config", str(folder.with_suffix(".yaml")), *QUICK])
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
+    def test_faults_of_single_images(self, tmp_path):
+        assert self.run(tmp_path / "sound", {}) == 0
+        sound = samples_of(tmp_path / "sound")
+        sevens = sound["label"] == 7
+        assert self.run(tmp_path / "mended", {"label": 7, "fault": "overflow", "largest": 40}) == 0
+        mended = samples_of(tmp_path / "mended")
+        assert torch.equal(mended["t"], sound["t"])
+        assert (mended["image"].int() - sound["image"].int()).abs().max() <= 1
+        assert self.run(tmp_path / "lost", {"label": 7, "fault": "inf"}) == 3
+        lost = samples_of(tmp_path / "lost")
+        assert torch.equal(lost["image"], sound["image"][~sevens])
+        named = {s["index"]: s["step"] for record in records(tmp_path / "lost").values() for s in record["left_out"]}
+        assert named == dict(zip(sound["index"][sevens].tolist(), sound["t"][sevens].tolist(), strict=True))

@@ -72,8 +72,8 @@ class SampleWriter(Measurement):
             :class:`~calib_guidance.callbacks.clean_stop.CleanStop`.
 
     Raises:
-        ConfigurationError: an unknown rule, a lease or a ``stop_within`` that is no time; before sampling, a folder that cannot be written or holds
-            the samples of another configuration.
+        ConfigurationError: an unknown rule, a lease or a ``stop_within`` that is no time; before sampling, a folder that cannot
+            be written or holds the samples of another configuration.
     """
 
     def __init__(
