@@ -1,4 +1,4 @@
-"""The command line: ``calib-guidance fit|validate|test|predict --config FILE``, ``compare`` and ``doctor``."""
+"""The commands: ``calib-guidance fit|validate|test|predict --config …``, ``compare``, ``doctor``, ``status`` and ``export``."""
 
 from __future__ import annotations
 
@@ -7,11 +7,31 @@ import os
 import sys
 from collections.abc import Sequence
 
-from calib_guidance.checkpoints import CheckpointError
-from calib_guidance.compare import compare
-from calib_guidance.doctor import doctor
-from calib_guidance.errors import ConfigurationError, RunError, StoppedError
-from calib_guidance.lightning_cli import run_lightning
+from calib_guidance.errors import CheckpointError, ConfigurationError, RunError, StoppedError
+
+
+def _run(command: str | None, words: Sequence[str], args: Sequence[str] | None) -> None:
+    # Imported when asked for: status and export need neither torch nor Lightning, whose import takes longer than they do.
+    if command == "status":
+        from calib_guidance.status import status
+
+        status(words)
+    elif command == "export":
+        from calib_guidance.export import export
+
+        export(words)
+    elif command == "compare":
+        from calib_guidance.compare import compare
+
+        compare(words)
+    elif command == "doctor":
+        from calib_guidance.doctor import doctor
+
+        doctor(words)
+    else:
+        from calib_guidance.lightning_cli import run_lightning
+
+        run_lightning(args)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -23,17 +43,12 @@ def main(args: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with status 2 and a message, for a configuration that cannot run; with status 1 for a no-go of ``doctor``
             and for what does not fit into the memory; of ``predict`` with status 3 where samples had to be left out, and 4 where
-            it stopped early (a signal, a full disk) and the same command goes on. With CALIB_GUIDANCE_TRACEBACK set in the
-            environment the error itself is raised instead.
+            it stopped early (a signal, a full disk) and the same command goes on; those of ``status``. With
+            CALIB_GUIDANCE_TRACEBACK set in the environment the error itself is raised instead.
     """
     words = list(sys.argv[1:] if args is None else args)
     try:
-        if words[:1] == ["compare"]:
-            compare(words[1:])
-        elif words[:1] == ["doctor"]:
-            doctor(words[1:])
-        else:
-            run_lightning(args)
+        _run(words[0] if words else None, words[1:], args)
     except (ConfigurationError, CheckpointError, RunError) as error:
         if os.environ.get("CALIB_GUIDANCE_TRACEBACK"):
             raise

@@ -27,7 +27,7 @@ FLOORS = [
     {"metrics", "data", "modules", "callbacks"},
     {"checkpoint_io"},
     {"lightning_cli"},
-    {"compare", "doctor"},
+    {"compare", "doctor", "export", "status"},
     {"cli"},
     {"__main__"},
 ]
