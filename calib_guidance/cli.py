@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from calib_guidance.checkpoints import CheckpointError
 from calib_guidance.compare import compare
 from calib_guidance.doctor import doctor
-from calib_guidance.errors import ConfigurationError
+from calib_guidance.errors import ConfigurationError, RunError, StoppedError
 from calib_guidance.lightning_cli import run_lightning
 
 
@@ -20,8 +21,10 @@ def main(args: Sequence[str] | None = None) -> None:
         args: the words after ``calib-guidance``; None takes those of the process.
 
     Raises:
-        SystemExit: with status 2 and a message, for a configuration that cannot run; with status 1 for a no-go of ``doctor``.
-            With CALIB_GUIDANCE_TRACEBACK set in the environment the error itself is raised in place of status 2.
+        SystemExit: with status 2 and a message, for a configuration that cannot run; with status 1 for a no-go of ``doctor``
+            and for what does not fit into the memory; of ``predict`` with status 3 where samples had to be left out, and 4 where
+            it stopped early (a signal, a full disk) and the same command goes on. With CALIB_GUIDANCE_TRACEBACK set in the
+            environment the error itself is raised instead.
     """
     words = list(sys.argv[1:] if args is None else args)
     try:
@@ -31,8 +34,18 @@ def main(args: Sequence[str] | None = None) -> None:
             doctor(words[1:])
         else:
             run_lightning(args)
-    except (ConfigurationError, CheckpointError) as error:
+    except (ConfigurationError, CheckpointError, RunError) as error:
         if os.environ.get("CALIB_GUIDANCE_TRACEBACK"):
             raise
-        print(f"calib-guidance: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        status = error.status if isinstance(error, RunError) else 2
+        print(f"calib-guidance: {'error: ' if status in (1, 2) else ''}{error}", file=sys.stderr)
+        raise SystemExit(status) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        full = f"no space is left on the device, or the quota is used up ({error.filename or error})"
+        print(
+            f"calib-guidance: {full}: what is written whole stays, make room and give the same command again",
+            file=sys.stderr,
+        )
+        raise SystemExit(StoppedError.status) from error

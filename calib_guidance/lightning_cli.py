@@ -19,11 +19,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero
 
-from calib_guidance.callbacks import CalibrationReport, RequeueBetweenSteps, StepSeeds
+from calib_guidance.callbacks import CalibrationReport, RequeueBetweenSteps, SampleWriter, StepSeeds
 from calib_guidance.checkpoint_io import AtomicCheckpointIO
 from calib_guidance.checkpoints import CheckpointError
 from calib_guidance.configurations import expand_bases
-from calib_guidance.errors import ConfigurationError
+from calib_guidance.errors import ConfigurationError, LeftOutError
 
 _PREDICT_CKPT = (
     "predict takes no --ckpt_path: Lightning would put the training module of that checkpoint in place of the sampling "
@@ -122,6 +122,19 @@ class CalibGuidanceCLI(LightningCLI):
             if newest in preempted:
                 kwargs["ckpt_path"] = str(newest)
         return kwargs
+
+    def after_predict(self) -> None:
+        """Lets the exit status say that samples had to be left out."""
+        writer = next((callback for callback in self.trainer.callbacks if isinstance(callback, SampleWriter)), None)
+        if writer is None or not self.trainer.is_global_zero:
+            return
+        run = writer.run.whole()
+        if not run.remaining() and (left_out := run.left_out()):
+            listed = ", ".join(str(sample["index"]) for sample in left_out[:10])
+            raise LeftOutError(
+                f"{len(left_out)} samples could not be made and are left out: {listed}{' …' if len(left_out) > 10 else ''} "
+                f"(calib-guidance status {run.path} says why)"
+            )
 
     def instantiate_classes(self) -> None:
         try:

@@ -18,6 +18,7 @@ This module needs neither torch nor Lightning: looking at a folder takes no long
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import io
@@ -41,7 +42,7 @@ from PIL import Image
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
-from calib_guidance.errors import ConfigurationError, RunError
+from calib_guidance.errors import ConfigurationError, RunError, StoppedError
 
 FORMAT = 1
 _UNSET = "(not set)"
@@ -385,6 +386,11 @@ class RunFolder:
         """The shards that are not done, whether claimed or not."""
         return [shard for shard in self.shards() if self.state(shard, verify).name != "done"]
 
+    def left_out(self) -> list[dict[str, Any]]:
+        """``{index, step, reason}`` of all samples that the records name as left out."""
+        records = (self._readable(shard) for shard in self.shards())
+        return [sample for record in records if record is not None for sample in record["left_out"]]
+
     def read(self, shard: range) -> dict[str, np.ndarray]:
         """The samples of a shard that is done, see :func:`read_table`.
 
@@ -452,10 +458,29 @@ class RunFolder:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        except BaseException:
+        except BaseException as error:
             temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise self._full(path, len(data)) from error
             raise
         return temporary
+
+    def _full(self, path: Path, needed: int) -> StoppedError:
+        """What to say where the file system has no room for a file of ``needed`` bytes."""
+        state, done = os.statvfs(self.path), sum(self._readable(shard) is not None for shard in self.shards())
+        left = len(self.shards()) - done
+        used = sum(path.stat().st_blocks * 512 for folder in (self.samples, self.records) for path in folder.glob("*"))
+        more = max(needed, used // done if done else 0) * left
+        return StoppedError(
+            f"{self.path} is full, or its quota used up: {path.name} needs {needed:,} bytes, {state.f_bavail * state.f_frsize:,} "
+            f"are free. {done} whole shards stay. Make room (about {more:,} bytes for the {left} that are left), and the same "
+            "command goes on"
+        )
+
+    def _readable(self, shard: range) -> dict[str, Any] | None:
+        with contextlib.suppress(DamagedShardError):
+            return self.record(shard)
+        return None
 
     def _replace(self, path: Path, data: bytes) -> None:
         """Put a file in its place, whole or not at all, whatever stops this process or the machine."""
@@ -472,7 +497,12 @@ class RunFolder:
         except OSError:  # a file system without hard links
             try:
                 with open(path, "xb") as file:
-                    file.write(data)
+                    try:
+                        file.write(data)
+                        file.flush()
+                    except BaseException:  # an empty claim would be nobody's, for a whole lease
+                        path.unlink()
+                        raise
             except FileExistsError:
                 return False
         finally:
@@ -502,7 +532,8 @@ class RunFolder:
             Whether it was written. It is not where another worker has taken over the claim: that one writes it.
 
         Raises:
-            OSError: the file system refuses. Nothing of the shard counts, and the claim is kept.
+            StoppedError: the file system is full.
+            OSError: it refuses otherwise. Nothing of the shard counts in both cases, and the claim is kept.
             ValueError: the samples are not those of the shard, each once.
         """
         if not self.holds(shard):

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from calib_guidance import __version__
+from calib_guidance.callbacks.clean_stop import CleanStop
 from calib_guidance.callbacks.figures import draw_grid
 from calib_guidance.callbacks.identity import measurement_names, run_identity
 from calib_guidance.callbacks.measurement import Measurement
@@ -67,20 +68,28 @@ class SampleWriter(Measurement):
         uint8_rule: see :func:`calib_guidance.images.to_uint8`.
         restart: remove an earlier run from the folder first, with its samples.
         lease: seconds after which a worker that gives no sign of life is dead, and its shard another's.
+        stop_within: seconds within which SIGTERM, SIGUSR1 or Ctrl-C are answered, see
+            :class:`~calib_guidance.callbacks.clean_stop.CleanStop`.
 
     Raises:
-        ConfigurationError: an unknown rule, a lease that is no time; before sampling, a folder that cannot be written or holds
-            the samples of another configuration.
+        ConfigurationError: an unknown rule, a lease or a ``stop_within`` that is no time; before sampling, a folder that cannot
+            be written or holds the samples of another configuration.
     """
 
     def __init__(
-        self, folder: str | None = None, uint8_rule: str = "truncate", restart: bool = False, lease: float = 600.0
+        self,
+        folder: str | None = None,
+        uint8_rule: str = "truncate",
+        restart: bool = False,
+        lease: float = 600.0,
+        stop_within: float = 60.0,
     ):
         if uint8_rule not in UINT8_RULES:
             raise ConfigurationError(f"uint8_rule: unknown {uint8_rule!r}; known: {', '.join(UINT8_RULES)}")
         if not lease > 0:
             raise ConfigurationError(f"lease must be a number of seconds above 0, got {lease}")
         self.folder, self.uint8_rule, self.restart, self.lease = folder, uint8_rule, restart, lease
+        self.stop = CleanStop(stop_within)
         self.run: RunFolder | None = None
 
     def target(self, trainer: L.Trainer) -> Path:
@@ -108,7 +117,7 @@ class SampleWriter(Measurement):
         self._tell(remaining)
         trainer.datamodule.run_folder, trainer.datamodule.remaining = self.run, remaining
         if hasattr(pl_module, "observers"):  # a batch may take longer than the lease
-            pl_module.observers.append(lambda record: self.run.renew())
+            pl_module.observers += [lambda record: self.run.renew(), self.stop]
 
     @staticmethod
     def _check_writable(folder: Path) -> None:
@@ -162,6 +171,8 @@ class SampleWriter(Measurement):
             measurement.reset()
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.stop.install(trainer)
+        self.fingerprint = RunFolder.read_run(self.run.path)["fingerprint"]
         self.measurements = measurement_names(trainer)  # not in setup, where some may not have been set up themselves
         self._forget()
 
@@ -174,6 +185,8 @@ class SampleWriter(Measurement):
         dataloader_idx: int = 0,
     ) -> None:
         self.run.renew()
+        loader = trainer.predict_dataloaders
+        self.stop.begin(loader.shard.stop - loader.rows.start)
         self._started = time.perf_counter()
 
     def on_predict_batch_end(
@@ -190,7 +203,7 @@ class SampleWriter(Measurement):
             torch.cuda.synchronize(pl_module.device)  # once per batch, whose images go to the host next anyway
         self._seconds += time.perf_counter() - self._started
         rows = batch | outputs
-        wrong = {sample.index: sample._asdict() for sample in pl_module.left_out}
+        wrong = {sample.index: sample._asdict() | {"configuration": self.fingerprint} for sample in pl_module.left_out}
         found = rows["index"].tolist()
         self._left_out += wrong.values()
         unread = set(loader.rows) - set(found)
@@ -201,6 +214,7 @@ class SampleWriter(Measurement):
         self._keep(rows)
         if loader.rows.stop == loader.shard.stop:
             self._write(loader.shard, trainer)
+        self.stop.end(len(loader.rows))
 
     def _keep(self, rows: dict[str, Tensor]) -> None:
         """Take the samples of a batch into the shard."""
@@ -232,9 +246,12 @@ class SampleWriter(Measurement):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._release()
+        self.stop.requeue()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._release()
+        if stage == "predict":
+            self.stop.install(trainer)  # where nothing was left to sample, and a report follows
 
     def _release(self) -> None:
         """Let others have what is not finished."""

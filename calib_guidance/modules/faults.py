@@ -139,21 +139,31 @@ class FaultTolerant(L.LightningModule, ABC):
         """
         self.left_out = []
         columns, wrong = self._in_parts(batch, float32=False)
-        if not wrong:
-            return columns
-        rows = [row for row in range(len(batch["index"])) if row // self.group_size in self._groups(wrong)]
-        place = torch.tensor(rows, device=self.device)
-        part = {name: column[place] for name, column in batch.items()}
-        numbers = part["index"].tolist()
-        log.warning(f"not finite, sampling once more in float32: {', '.join(map(str, numbers))}")
-        again, wrong = self._in_parts(part, float32=True)
-        self.left_out = [LeftOut(numbers[row], step, "not finite, in float32 either") for row, step in wrong.items()]
         if wrong:
-            log.warning(f"not finite in float32 either, left out: {', '.join(str(s.index) for s in self.left_out)}")
+            torn = self._groups(wrong)
+            self._again(
+                batch, columns, wrong, [row for row in range(len(batch["index"])) if row // self.group_size in torn]
+            )
+        return columns
+
+    def _again(
+        self, batch: dict[str, Tensor], columns: dict[str, Tensor], wrong: dict[int, float | None], rows: list[int]
+    ) -> None:
+        """Put what float32 makes of ``rows`` into the columns, and name what is ``wrong`` then too."""
+        numbers = batch["index"].tolist()
+        log.warning(f"not finite, sampling once more in float32: {', '.join(str(numbers[row]) for row in rows)}")
+        place, reason = torch.tensor(rows, device=self.device), "not finite, in float32 either"
+        try:
+            again, found = self._in_parts({name: column[place] for name, column in batch.items()}, float32=True)
+            wrong = {rows[row]: step for row, step in found.items()}
+        except NoMemoryError:  # which must not keep the run from ever ending
+            again, reason = {}, "not finite, and float32 does not fit into the memory"
         for name, column in again.items():
             dtype = torch.promote_types(columns[name].dtype, column.dtype)
             columns[name] = columns[name].to(dtype).index_copy(0, place, column.to(dtype))
-        return columns
+        self.left_out = [LeftOut(numbers[row], step, reason) for row, step in wrong.items()]
+        if wrong:
+            log.warning(f"{reason}, left out: {', '.join(str(sample.index) for sample in self.left_out)}")
 
     def _groups(self, rows: Iterable[int]) -> set[int]:
         return {row // self.group_size for row in rows}
