@@ -23,7 +23,7 @@ import yaml
 from tqdm import tqdm
 
 from calib_guidance.configurations import expand_bases
-from calib_guidance.errors import ConfigurationError
+from calib_guidance.errors import ConfigurationError, LeftOutError
 from calib_guidance.lightning_cli import run_lightning
 
 _OVERLAYS = Path("lightning_configs")
@@ -128,11 +128,15 @@ def _fingerprint(commands: Sequence[Sequence[str]], sources: bytes) -> str:
     return digest.hexdigest()
 
 
-def _work(run: Run, threads: int) -> None:
+def _work(run: Run, threads: int) -> list[str]:
     """Do one run in a worker process, its output in a file beside what it writes.
 
     One that was interrupted goes on where it can; what another configuration or other code has left is removed.
+
+    Returns:
+        What is to be said of the run although it is done.
     """
+    remarks = []
     torch.set_num_threads(threads)
     begun, done = run.folder / "begun", run.folder / "fingerprint"
     if not begun.is_file() or begun.read_text() != run.fingerprint:
@@ -144,8 +148,12 @@ def _work(run: Run, threads: int) -> None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         for words in run.commands:
-            run_lightning(words)
+            try:
+                run_lightning(words)
+            except LeftOutError as error:  # its figures are those of the samples that there are
+                remarks.append(str(error))
     done.write_text(run.fingerprint)
+    return remarks
 
 
 def _slug(text: str) -> str:
@@ -345,6 +353,9 @@ def compare(args: Sequence[str]) -> None:
                 if error := job.exception():
                     failed.append(run)
                     tqdm.write(f"failed: {run.folder / 'log.txt'}: {error}")
+                    continue
+                for remark in job.result():
+                    tqdm.write(f"{run.folder}: {remark}")
     if failed:
         raise SystemExit(
             f"{len(failed)} of {len(comparison.runs)} runs failed; their logs say why, and the same command does what is left"

@@ -9,7 +9,7 @@ from calib_guidance.errors import CheckpointError
 
 PREFIX = "hf://"
 _FORM = "expected hf://OWNER/REPO/PATH, with @REVISION after it if need be"
-_FILES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pkl", ".json")
+FILES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pkl", ".json")
 
 
 def fetch(path: str | os.PathLike[str]) -> Path:
@@ -39,7 +39,7 @@ def fetch(path: str | os.PathLike[str]) -> Path:
     repo, inside = "/".join(words[:2]), "/".join(words[2:])
     try:
         is_index = inside.endswith(".index.json")
-        if is_index or Path(inside).suffix not in _FILES:
+        if is_index or Path(inside).suffix not in FILES:
             folder = inside.rpartition("/")[0] if is_index else inside
             patterns = [f"{folder}/*{end}" if folder else f"*{end}" for end in (".json", ".safetensors")]
             return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns)) / inside

@@ -405,28 +405,30 @@ _OPTIONS = {
 }
 
 
-def check(name: str, settings: Mapping[str, object], path: str | os.PathLike[str]) -> None:
+def check(name: str, settings: Mapping[str, object], path: str | os.PathLike[str] | None = None) -> None:
     """Compare how weights are used with how the published ones that have their names and shapes were made.
 
     Args:
         name: published name.
         settings: options of the configuration, e.g. ``noise_schedule``, and what :func:`unseen` says of the network.
-        path: file of the weights, for the message.
+        path: file of the weights, for the message; None where the configuration names the network itself.
 
     Raises:
         CheckpointError: naming each difference and what to set.
     """
     known = TABLE[name]
-    made = known.settings | (unseen(reference(name)) if known.kind in _NETWORKS else {})
+    made = known.architecture | known.settings | (unseen(reference(name)) if known.kind in _NETWORKS else {})
     different = [option for option, value in settings.items() if option in made and made[option] != value]
     if different:
         found = "; ".join(f"{option.replace('_', ' ')} {made[option]}, here {settings[option]}" for option in different)
         options = [word for option in different for word in _OPTIONS.get(option, (option,))]
         stated = known.architecture | known.settings
+        cure = ", ".join(f"{option}: {stated[option]}" for option in options if option in stated)
+        if path is None:
+            raise CheckpointError(f"network: {name} was made with {found}: set {cure}, or leave it to the name")
         raise CheckpointError(
             f"{path} has the names and shapes of {name}, which was made with {found}. The weights would load and compute "
-            f"something else: set {', '.join(f'{o}: {stated[o]}' for o in options if o in stated)}, or name the network, "
-            f"network: {name}"
+            f"something else: set {cure}, or name the network, network: {name}"
         )
 
 

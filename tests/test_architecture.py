@@ -17,6 +17,7 @@ FLOORS = [
         "losses",
         "noise_schedule",
         "parameterization",
+        "precision",
         "lr_schedules",
     },
     {"networks", "checkpoints", "edm_pickle", "hub", "published"},

@@ -28,6 +28,7 @@ from calib_guidance.checkpoints import (
     tensors_only,
 )
 from calib_guidance.classifiers import OffTheShelfClassifier
+from calib_guidance.metrics.features import InceptionFeatures
 from calib_guidance.networks import SmallResNet
 from tests.edm_files import edm_bytes, edm_modules
 
@@ -334,6 +335,13 @@ class TestHarm:
         assert not (tmp_path / "ran").exists()
         assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
         assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+    def test_inception_weights(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # as some libraries set it
+        torch.save(Evil(tmp_path / "ran"), tmp_path / "weights-inception-2015-12-05-6726825d.pth")
+        with pytest.raises(pickle.UnpicklingError):
+            InceptionFeatures(str(tmp_path / "weights-inception-2015-12-05-6726825d.pth"))
+        assert not (tmp_path / "ran").exists()
 
     def test_resuming_a_training(self, tmp_path, monkeypatch):
         torch.save({"state_dict": {}, "loops": Evil(tmp_path / "ran")}, tmp_path / "last.ckpt")

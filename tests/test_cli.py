@@ -246,7 +246,10 @@ class TestRefusals:
         message = refuse(capsys, out, "--model.init_args.denoiser.init_args.prediction=epsilon")
         assert "was trained with prediction: v, the configuration says prediction: epsilon" in message
         message = refuse(capsys, out, "--model.init_args.denoiser.init_args.network=adm_imagenet128")
-        assert "diffusion.safetensors does not fit UNet; missing: " in message
+        assert (
+            "network: adm_imagenet128 was made with noise schedule linear, here cosine; prediction epsilon, here v"
+            in message
+        )
 
     @pytest.mark.parametrize(
         ("argument", "message"),

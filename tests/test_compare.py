@@ -5,8 +5,10 @@ import csv
 import pytest
 import yaml
 
+from calib_guidance import compare
 from calib_guidance.cli import main
-from calib_guidance.compare import Column, Table, markdown_table, read_comparison
+from calib_guidance.compare import Column, Run, Table, markdown_table, read_comparison
+from calib_guidance.errors import LeftOutError
 
 FILE = {
     "stages": {
@@ -76,6 +78,17 @@ def test_the_readmes_comparison_has_every_row_that_it_promises(in_root, tmp_path
         assert "switched" in names
     assert "classifier-free + js" in names
     assert len({run.fingerprint for run in runs}) == len(runs)
+
+
+def test_a_run_that_leaves_samples_out_is_done_and_says_so(tmp_path, monkeypatch):
+    def lose(words):
+        raise LeftOutError("1 samples could not be made")
+
+    monkeypatch.setattr(compare, "run_lightning", lose)
+    monkeypatch.setattr("os.dup2", lambda *files: None)  # which would take this process's output
+    run = Run(0, 0, (("predict",),), tmp_path / "run", "fingerprint")
+    assert compare._work(run, 1) == ["1 samples could not be made"]
+    assert run.done()
 
 
 @pytest.mark.slow

@@ -129,7 +129,7 @@ class TestNoGo:
         assert status == 1
         wrong = "\n".join(marked(report, "wrong"))
         assert "wrong.safetensors does not fit UNet" in wrong
-        assert "broken.safetensors: not a readable safetensors file" in wrong
+        assert "broken.safetensors: expected weights" in wrong
         assert "the requests have 11 classes, the classifier 10" in wrong
         assert "NO-GO: 3 wrong" in report
 
@@ -172,6 +172,20 @@ class TestNoGo:
         status, report = examine(DIGITS, f"--config={tmp_path / 'more.yaml'}")
         assert status == 1
         assert "the gradient is zero everywhere" in report
+
+    def test_what_the_hub_has_is_named_and_not_asked_for(self, examine, tmp_path):
+        denoiser = {"network": None, "checkpoint": "hf://someone/dit", "vae": "hf://stabilityai/sd-vae-ft-mse"}
+        guidance = {"decoder": {"class_path": "calib_guidance.denoisers.decoders.TinyDecoder"}}
+        model = {"denoiser": {"init_args": {"denoiser": {"init_args": denoiser}}}, "guidance": {"init_args": guidance}}
+        (tmp_path / "hub.yaml").write_text(yaml.safe_dump({"model": {"init_args": model}}))
+        dit = "--config=lightning_configs/predict/imagenet256/dit_resnet101.yaml"
+        status, report = examine(dit, f"--config={tmp_path / 'hub.yaml'}")
+        assert status == 1
+        notes = "\n".join(marked(report, "note"))
+        for name in ("someone/dit", "stabilityai/sd-vae-ft-mse", "madebyollin/taesd"):
+            assert f"hf://{name} is not in this machine's cache" in notes
+        assert "NO-GO: 1 missing" in report
+        assert "name the network beside its checkpoint" in report
 
     def test_devices_that_are_not_here(self, examine):
         status, report = examine(DIGITS, "--trainer.devices=0")

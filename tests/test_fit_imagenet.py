@@ -9,7 +9,6 @@ import yaml
 from PIL import Image
 
 from calib_guidance.cli import main
-from calib_guidance.networks import UNet
 from tests.conftest import ROOT
 
 WNIDS = ("n01440764", "n02123045", "n07753592")  # tench, tabby, banana
@@ -17,6 +16,21 @@ FIT = ROOT / "lightning_configs/fit"
 NOISINGS, OBJECTIVES = ("clean", "noisy", "denoised_imagenet128"), ("cross_entropy", "smooth_ece")
 OFFLINE = {"noising": "denoised_offline", "objective": "smooth_ece_binned"}
 PLAIN = {"fit": "50"}
+# In place of ADM-128, which is built in a test of its own: 421 million parameters.
+SMALL_ADM = {
+    "class_path": "calib_guidance.networks.UNet",
+    "init_args": {
+        "image_size": 128,
+        "model_channels": 32,
+        "num_res_blocks": 1,
+        "attention_resolutions": [8, 16],
+        "channel_mult": [1, 1, 2, 3, 4],
+        "num_classes": 1000,
+        "num_heads": 4,
+        "use_scale_shift_norm": True,
+        "resblock_updown": True,
+    },
+}
 CASES = [
     *({"fit": f, "noising": n, "objective": o} for f, n, o in itertools.product(("50", "101"), NOISINGS, OBJECTIVES)),
     *({"fit": name} for name in sorted(p.stem for p in FIT.glob("imagenet*.yaml") if "resnet" not in p.stem)),
@@ -48,11 +62,8 @@ def fit(folder, source, case, tmp_path, max_corrupt=0.2, **model):
     merged = yaml.safe_load(configs[0].read_text())
     classifier = merged["model"]["init_args"]["classifier"]["init_args"]
     changes = {"classifier": {"init_args": {("weights" if "weights" in classifier else "checkpoint"): None}}} | model
-    if (
-        case.get("noising") == "denoised_imagenet128"
-    ):  # the full one is built in a test of its own: 421 million parameters
-        network = {"model_channels": 32, "num_res_blocks": 1, "dtype": "float32"}
-        denoiser = {"init_args": {"checkpoint": None, "network": {"init_args": network}}}
+    if case.get("noising") == "denoised_imagenet128":
+        denoiser = {"init_args": {"checkpoint": None, "network": SMALL_ADM}}
         changes["noising"] = {"init_args": {"denoiser": denoiser}}
     callbacks = [c for c in merged["trainer"]["callbacks"] if "ModelCheckpoint" not in c["class_path"]]
     callbacks[-1]["init_args"]["path"] = None
@@ -92,30 +103,23 @@ def test_configuration(images, in_root, tmp_path, case):
         assert network == expected if isinstance(expected, str) else network["class_path"] == expected["class_path"]
 
 
-def test_the_denoiser_is_the_published_one():
-    """The network of noising/denoised_imagenet128 is that of the sampling configuration, and of the offline one."""
+def test_the_denoiser_is_the_one_that_is_sampled():
+    """That of noising/denoised_imagenet128 and of the offline way is backbone/adm128."""
 
-    def network(path, *keys):
+    def denoiser(path, *keys):
         node = yaml.safe_load((ROOT / "lightning_configs" / path).read_text())["model"]["init_args"]
         for key in keys:
             node = node[key]["init_args"]
-        return node["denoiser"]["init_args"]
+        return node["denoiser"]
 
-    sampled = network("predict/imagenet128_resnet101_js.yaml")
-    for other in (
-        network("noising/denoised_imagenet128.yaml", "noising"),
-        network("predict/imagenet128_denoised.yaml"),
-    ):
-        assert {key: other[key] for key in sampled} == sampled
-    with torch.device("meta"):
-        parameters = UNet(**sampled["network"]["init_args"]).parameters()
-    assert sum(p.numel() for p in parameters) == 421_529_606
+    sampled = denoiser("backbone/adm128.yaml")
+    assert denoiser("noising/denoised_imagenet128.yaml", "noising") == sampled
+    assert denoiser("predict/imagenet128_denoised.yaml") == sampled
 
 
 def test_denoised_beforehand(images, in_root, tmp_path):
     """The offline way: predict writes both splits, and fit reads them."""
-    network = {"model_channels": 32, "num_res_blocks": 1, "dtype": "float32"}
-    model = {"denoiser": {"init_args": {"checkpoint": None, "network": {"init_args": network}}}}
+    model = {"denoiser": {"init_args": {"checkpoint": None, "network": SMALL_ADM}}}
     data = {"images": {"init_args": {"source": str(images)}}, "num_workers": 0, "batch_size": 3, "max_corrupt": 0.2}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump({"model": {"init_args": model}, "data": {"init_args": data}}))
     for split in ("train", "validation"):
@@ -151,9 +155,9 @@ class TestRefusals:
 
     def test_a_denoiser_of_another_image_size(self, images, in_root, tmp_path, capsys, monkeypatch):
         config = yaml.safe_load((ROOT / "lightning_configs/noising/denoised_imagenet128.yaml").read_text())
-        network = config["model"]["init_args"]["noising"]["init_args"]["denoiser"]["init_args"]
-        network["network"]["init_args"] |= {"image_size": 64, "model_channels": 32, "dtype": "float32"}
-        network["checkpoint"] = None
+        denoiser = config["model"]["init_args"]["noising"]["init_args"]["denoiser"]["init_args"]
+        denoiser["network"] = SMALL_ADM | {"init_args": SMALL_ADM["init_args"] | {"image_size": 64}}
+        denoiser["checkpoint"] = None
         noising = config["model"]["init_args"]["noising"]
         message = self.refuse(capsys, tmp_path / "out", images, PLAIN, tmp_path, noising=noising)
         assert "the data has images of 3×128×128, the denoiser takes 3×64×64" in message

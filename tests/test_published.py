@@ -10,9 +10,10 @@ from torch import nn
 from calib_guidance import published
 from calib_guidance.checkpoints import CheckpointError, load_weights, save_weights
 from calib_guidance.classifiers import NoiseAwareClassifier
-from calib_guidance.denoisers import ADMDenoiser
+from calib_guidance.denoisers import ADMDenoiser, EDMDenoiser
 from calib_guidance.networks import EncoderUNet, UNet
 from tests.conftest import ROOT
+from tests.edm_files import edm_bytes
 
 IGNORED = {"dims", "use_checkpoint", "use_fp16", "pool"}
 # Shapes by name in the published files.
@@ -283,6 +284,19 @@ class TestClassifier:
         other = EncoderUNet(**architecture | {"use_new_attention_order": not architecture["use_new_attention_order"]})
         with pytest.raises(CheckpointError, match="made with attention order"):
             NoiseAwareClassifier(other, str(tmp_path / "any.pt"))
+
+
+def test_a_pickle_of_edm_gives_edms_outputs(tmp_path, golden):
+    """From the format with its source code, through the key map, to the denoised images."""
+    fixture = golden("edm_net")
+    (tmp_path / "network-snapshot.pkl").write_bytes(edm_bytes(fixture.weights()))
+    denoiser = EDMDenoiser(checkpoint=str(tmp_path / "network-snapshot.pkl"))
+    levels = denoiser.schedule.at_sigmas(fixture["sigma"].double().numpy())
+    x_t = torch.tensor(levels.alphas_cumprod).sqrt().view(-1, 1, 1, 1) * fixture["x"]
+    with torch.no_grad():
+        x0 = denoiser.trajectory(levels, fixture["labels"].argmax(1))(x_t, torch.arange(4)).x0
+    fixture.assert_close("output", x0)
+    assert denoiser.provenance["file"].endswith("network-snapshot.pkl")
 
 
 def test_a_network_that_is_no_unet_has_nothing_unseen(tmp_path):

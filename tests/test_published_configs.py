@@ -8,7 +8,7 @@ import yaml
 
 from calib_guidance.callbacks import read_samples
 from calib_guidance.cli import main
-from calib_guidance.doctor.files import WEIGHTS, all_options, read_configuration
+from calib_guidance.doctor.files import all_options, is_weights, leave_out, read_configuration
 from calib_guidance.networks import DiT, EncoderUNet, UNet
 from tests.conftest import ROOT
 
@@ -108,9 +108,9 @@ def test_the_table_names_every_row_once():
 def full_size(cli):
     """Weights of each published network that the row has, counted after building all of it without memory for them."""
     model = copy.deepcopy(cli.options.model)
-    for option in all_options(model, "model"):
-        if option.key in WEIGHTS:
-            option.owner[option.key] = None
+    for option in list(all_options(model, "model")):
+        if is_weights(option):
+            leave_out(option)
     with torch.device("meta"):
         module = cli.build("model", model)
     networks = [m for m in module.modules() if isinstance(m, UNet | EncoderUNet | DiT)]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from calib_guidance.checkpoints import load_weights
 from calib_guidance.classifiers.base import Classifier
+from calib_guidance.precision import autocast
 
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -247,12 +248,12 @@ class CLIPClassifier(Classifier):
 
     def similarity(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         """Cosine between images ``(N, 3, H, W)`` in [-1, 1] and each prompt, ``(N, K)`` in [-1, 1]; the mean over cut-outs."""
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast(x.device, None):
             x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
             shown = torch.cat(self._views(x, t)) * self.scale + self.offset
-        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with autocast(x.device, None if self.dtype == torch.float32 else self.dtype):
             embedding = self.visual(shown)
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast(x.device, None):
             embedding = F.normalize(embedding.to(self.text.dtype), dim=-1).view(-1, len(x), self.text.shape[1]).mean(0)
             return embedding @ self.text.T
 

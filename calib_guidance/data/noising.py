@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from calib_guidance.denoisers.base import Denoiser
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.noise_schedule import NoiseSchedule, named_betas
 from calib_guidance.parameterization import diffuse
+from calib_guidance.precision import autocast
 from calib_guidance.rng import DIFFUSION, SampleStreams, random_steps
 from calib_guidance.samplers.base import start
 
@@ -152,13 +152,6 @@ class Noisy(Noising):
         return x_t, self.diffusion.timesteps[i]
 
 
-def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
-    """Autocast to a type, or none; the meta device, on which memory is counted, knows neither."""
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-
-
 class _Frozen:
     """Holds a module that is neither trained, nor saved, nor copied with its owner: PyTorch does not see it there."""
 
@@ -232,8 +225,8 @@ class Denoised(Noising):
         x_t, i = self.diffusion(batch, seed)
         denoiser, dtype = self.frozen.on(x_t.device), PRECISIONS[precision or self.precision]
         # Off where it is not asked for, even inside the autocast of a trainer: embeddings and coefficients stay float32.
-        with _autocast(x_t.device, None):
+        with autocast(x_t.device, None):
             predict, _ = start(denoiser, None, self.diffusion.schedule.levels, batch["label"], clip=True)
-            with _autocast(x_t.device, dtype):
+            with autocast(x_t.device, dtype):
                 x0 = denoiser.decode(predict(x_t, i).x0)
         return x0.to(x_t.dtype), self.diffusion.timesteps[i]

@@ -72,7 +72,7 @@ class ADMDenoiser(DiscreteDenoiser):
         settings = _known({"noise_schedule": noise_schedule, "prediction": prediction}, weights, entry)
         settings["num_steps"] = num_steps
         if named:
-            published.check(entry.name, settings, f"network: {entry.name}")
+            published.check(entry.name, settings)
         size = network.image_size if image_size is None else image_size
         self.image_shape = (network.in_channels, size, size)
         network.check_image(self.image_shape)

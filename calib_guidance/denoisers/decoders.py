@@ -44,7 +44,7 @@ class VAEDecoder(nn.Module):
         # The encoder stays behind, 34 of 84 million parameters.
         self.post_quant_conv, self.decoder = vae.post_quant_conv or nn.Identity(), vae.decoder
         self.latent_scale = latent_scale
-        self.to(DTYPES[dtype])
+        self.to(DTYPES[dtype], memory_format=torch.channels_last)
 
     def forward(self, latents: Tensor) -> Tensor:
         z = (latents / self.latent_scale).to(self.decoder.conv_in.weight.dtype)

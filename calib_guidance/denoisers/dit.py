@@ -24,7 +24,7 @@ class DiTDenoiser(DiscreteDenoiser):
 
     Args:
         network: the transformer, or its name, such as ``dit_xl_2_256`` (see :func:`~calib_guidance.networks.dit.named_dit`);
-            None takes what a diffusers folder's configuration says.
+            None takes what a diffusers folder's configuration says, or the published network that has the checkpoint's shapes.
         checkpoint: weights: an official ``.pt``, safetensors by the names of the official files, of diffusers or of
             :class:`~calib_guidance.networks.DiT`, a diffusers folder (of the model or its pipeline) or ``hf://OWNER/NAME``;
             None keeps the network as it is.
@@ -44,7 +44,7 @@ class DiTDenoiser(DiscreteDenoiser):
 
     Raises:
         CheckpointError: the file or folder does not fit the network, or is none.
-        ValueError: neither network nor folder, a ``decode_batch`` below 1, or unknown names.
+        ValueError: nothing to know the network by, a ``decode_batch`` below 1, or unknown names.
     """
 
     clip = False
@@ -68,8 +68,9 @@ class DiTDenoiser(DiscreteDenoiser):
         if decode_batch is not None and decode_batch < 1:
             raise ValueError(f"decode_batch must be at least 1, or null for all at once, got {decode_batch}")
         check_prediction(prediction)
-        network, self.provenance = _load(network, checkpoint, dtype)
-        self.provenance |= {"noise_schedule": noise_schedule, "prediction": prediction, "num_steps": num_steps}
+        settings = {"noise_schedule": noise_schedule, "prediction": prediction, "num_steps": num_steps}
+        network, self.provenance = _load(network, checkpoint, dtype, settings)
+        self.provenance |= settings
         self.network = network.eval().requires_grad_(False)
         self.image_shape = (network.in_channels, network.image_size, network.image_size)
         self.schedule = NoiseSchedule(named_betas(noise_schedule, num_steps))
@@ -99,32 +100,28 @@ class DiTDenoiser(DiscreteDenoiser):
         return torch.cat([*images, self.vae(last)])
 
 
-def _load(network: DiT | str | None, checkpoint: str | None, dtype: str) -> tuple[DiT, dict[str, object]]:
-    """The network that is given, named, or described by the folder, with its weights, and what was loaded."""
-    folder = None
+def _load(
+    network: DiT | str | None, checkpoint: str | None, dtype: str, settings: dict[str, object]
+) -> tuple[DiT, dict[str, object]]:
+    """The network that is given, named, recognised or described by the folder, with its weights, and what was loaded."""
+    folder, described, state = None, {}, {}
     if checkpoint is not None and diffusers_folder.is_folder(checkpoint):
         folder = diffusers_folder.subfolder(checkpoint, "transformer")
-    described = folder and diffusers_folder.read_config(folder, "DiTTransformer2DModel")
-    if network is None:
-        if not described:
-            raise ValueError(
-                "network: weights in a single file do not say how many heads they have: name the network, such as dit_xl_2_256"
-            )
-        heads = described["num_attention_heads"]
-        network = DiT(
-            described["sample_size"],
-            described["patch_size"],
-            heads * described["attention_head_dim"],
-            described["num_layers"],
-            heads,
-            described["in_channels"],
-            described["out_channels"],
-            described["num_embeds_ada_norm"],
-            dtype,
+        described = diffusers_folder.read_config(folder, "DiTTransformer2DModel")
+        state = diffusers_folder.read_weights(folder)
+    elif checkpoint is not None:
+        state = read_state_dict(checkpoint)
+    names = published.recognise(state, "dit")
+    if network is None and described:
+        network = _described(described, dtype)
+    elif network is None and not names:
+        raise ValueError(
+            "network: this is no published file, and weights in a single file do not say how many heads they have: name the "
+            "network, such as dit_xl_2_256, or give its class_path"
         )
-    elif isinstance(network, str):
-        network = named_dit(network, dtype)
-    for name, value in network.architecture.items() if described else ():
+    elif not isinstance(network, DiT):
+        network = named_dit(network or names[0], dtype)
+    for name, value in network.architecture.items():
         if described.get(name, value) != value:
             raise CheckpointError(
                 f"{folder} is of a DiT with {name}: {described[name]}, the configuration's has {value}: name the network that "
@@ -132,5 +129,22 @@ def _load(network: DiT | str | None, checkpoint: str | None, dtype: str) -> tupl
             )
     if checkpoint is None:
         return network, {}
-    state = diffusers_folder.read_weights(folder) if folder else read_state_dict(checkpoint)
-    return network, load_dit(network, state, checkpoint) | {"published": published.recognise(state, "dit")}
+    for name in names:
+        published.check(name, settings | {"num_heads": network.architecture["num_attention_heads"]}, checkpoint)
+    return network, load_dit(network, state, checkpoint) | {"published": names}
+
+
+def _described(config: dict[str, Any], dtype: str) -> DiT:
+    """The network of a folder's ``config.json``."""
+    heads = config["num_attention_heads"]
+    return DiT(
+        config["sample_size"],
+        config["patch_size"],
+        heads * config["attention_head_dim"],
+        config["num_layers"],
+        heads,
+        config["in_channels"],
+        config["out_channels"],
+        config["num_embeds_ada_norm"],
+        dtype,
+    )

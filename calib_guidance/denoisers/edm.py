@@ -96,7 +96,7 @@ def _load(
     """The network with its weights, and where it is from."""
     settings = {"sigma_data": sigma_data}
     if isinstance(network, str):
-        published.check(published.entry(network, "edm").name, settings, f"network: {network}")
+        published.check(published.entry(network, "edm").name, settings)
     if checkpoint is None:
         network, _ = published.build(network, "edm", dtype)
         return network, settings | published.unseen(network)

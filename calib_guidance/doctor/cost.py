@@ -30,7 +30,7 @@ def free_memory(device: torch.device) -> int:
     return known[0] if known else math.inf
 
 
-class _Counter(TorchDispatchMode):
+class Counter(TorchDispatchMode):
     """Operations (a multiplication with its addition is two), and the most bytes in tensors that are alive at once.
 
     Tensors are counted as they are made, on the meta device, too. What a kernel takes for itself while it works is not seen.
@@ -137,7 +137,7 @@ def count_cost(works: Sequence[Work], twin: L.LightningModule, count: int) -> tu
     """Operations and the most bytes beside the weights that a batch takes, counted on a twin on the meta device."""
     operations, peak = 0.0, 0
     for work in works:
-        with _Counter() as counter:
+        with Counter() as counter:
             work.do(twin, count)
         operations, peak = operations + work.times * counter.operations, max(peak, counter.peak)
     return operations, peak

@@ -29,15 +29,12 @@ _WEIGHTS = {"checkpoint", "weights", "vae"}  # options of files or folders of we
 # What is looked at in place of an autoencoder that is not here: Stable Diffusion's, and TAESD's, with random weights.
 _STAND_INS = {
     "vae": {
-        "class_path": "diffusers.AutoencoderKL",
-        "init_args": {
-            "down_block_types": ["DownEncoderBlock2D"] * 4,
-            "up_block_types": ["UpDecoderBlock2D"] * 4,
-            "block_out_channels": [128, 256, 512, 512],
-            "layers_per_block": 2,
-        },
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "block_out_channels": [128, 256, 512, 512],
+        "layers_per_block": 2,
     },
-    "source": {"class_path": "diffusers.AutoencoderTiny", "init_args": {}},
+    "source": {},
 }
 
 
@@ -60,6 +57,9 @@ class Unbuilt(CalibGuidanceCLI):
 
     def instantiate_classes(self) -> None:
         pass
+
+    def _add_instantiators(self) -> None:
+        """Leaves out what keeps the configuration for load_from_checkpoint, and checks all of it again for every part."""
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
@@ -199,15 +199,18 @@ class Found:
     Attributes:
         weights: options whose weights are here.
         untrained: whether some were left out, so that values mean nothing.
+        undescribed: whether one of these would have told the architecture of its network.
         has_images: whether images to train on or to denoise are here.
     """
 
     weights: list[Option] = field(default_factory=list)
     untrained: bool = False
+    undescribed: bool = False
     has_images: bool = True
 
     def leave_out(self, option: Option) -> None:
         """Goes on without what an option names."""
+        self.undescribed |= _describes_network(option) and _published(option.value) is None
         leave_out(option)
         self.untrained = True
 
@@ -220,16 +223,17 @@ def is_weights(option: Option) -> bool:
     return option.key in _WEIGHTS or decoder or option.value.startswith("hf://")
 
 
+def _describes_network(option: Option) -> bool:
+    """Whether the weights are to tell the architecture."""
+    return option.key == "checkpoint" and "network" in option.owner and option.owner["network"] is None
+
+
 def leave_out(option: Option) -> None:
     """Puts random weights in the place of an option's, of the published architecture where the file was to tell it."""
     entry = _published(option.value)
-    if entry is not None and "network" in option.owner and option.owner["network"] is None:
-        unet = Namespace(class_path="calib_guidance.networks.UNet", init_args=Namespace(**entry.architecture))
-        option.owner["network"] = unet if entry.kind == "edm" else entry.name
-    stand_in = _STAND_INS.get(option.key)
-    option.owner[option.key] = stand_in and Namespace(
-        class_path=stand_in["class_path"], init_args=Namespace(**stand_in["init_args"])
-    )
+    if _describes_network(option) and entry is not None:
+        option.owner["network"] = entry.name
+    option.owner[option.key] = copy.deepcopy(_STAND_INS.get(option.key))
 
 
 def check_files(cli: Unbuilt, report: Report) -> Found:

@@ -121,6 +121,13 @@ def _build_trainer(cli: Unbuilt, found: Found, report: Report) -> tuple[list[L.C
 def _build_model(
     cli: Unbuilt, trainer: L.Trainer, found: Found, report: Report
 ) -> tuple[L.LightningModule | None, L.LightningModule | None]:
+    if found.undescribed:
+        report.add(
+            "missing",
+            "the architecture of a network stands in a file that is not here, so that the model is not looked at:",
+            "fetch the file first, or name the network beside its checkpoint",
+        )
+        return None, None
     options = cli.options.model
     for option in list(all_options(options, "model")):
         if option.key == "compile" and option.value:

@@ -20,6 +20,8 @@ _PATIENCE = (
     20.0  # seconds: a step at the run's batch size tells its time better than one of one sample, if it is as short
 )
 
+_LARGE = 5e8  # bytes of weights, of networks that make a CPU wait
+
 
 def rehearse(parts: Parts, found: Found, report: Report) -> None:
     """Count what a batch takes, do one step at the smallest batch size, and report memory, operations and time."""
@@ -38,6 +40,8 @@ def rehearse(parts: Parts, found: Found, report: Report) -> None:
         fits = _count(works, parts, least, size, report)
         if parts.module is None:
             return
+        if parts.module.device.type == "cpu" and all_weights_bytes(twin) > _LARGE:
+            report.add("note", "one step is run on the CPU now, which may take minutes")
         if parts.module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(parts.module.device)
         first, values = _time(works, parts.module, least)

@@ -11,9 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from calib_guidance.checkpoints import CheckpointError, load_state, read_state_dict
+from calib_guidance.hub import FILES, PREFIX, fetch
 
-_HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<folder>[\w./-]+))?(?:@(?P<revision>[\w./-]+))?")
-_FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 # Before diffusers 0.15, autoencoders named the parts of their attention otherwise; published files still do.
 _OLD_ATTENTION = re.compile(r"(.*attentions\.\d+\.)(query|key|value|proj_attn)\.(weight|bias)")
 _ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -21,41 +20,36 @@ _ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_
 
 def is_folder(source: str) -> bool:
     """Whether ``source`` names a folder, here or on the Hugging Face hub, and not a file."""
-    return Path(source).is_dir() or (source.startswith("hf://") and Path(source.split("@")[0]).suffix not in _FILES)
+    return Path(source).is_dir() or (source.startswith(PREFIX) and Path(source.split("@")[0]).suffix not in FILES)
 
 
-def _hub_file(source: str, name: str) -> Path | None:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
-
-    match = _HUB.fullmatch(source)
-    if not match:
+def _inside(source: str, name: str) -> str:
+    if not source.startswith(PREFIX):
+        return str(Path(source) / name)
+    repo, at, revision = source.partition("@")
+    if "/" not in repo.removeprefix(PREFIX):
         raise CheckpointError(f"{source}: expected hf://OWNER/NAME, with /FOLDER or @REVISION behind it where needed")
-    try:
-        folder, revision = match["folder"], match["revision"]
-        return Path(hf_hub_download(match["repo"], name, subfolder=folder, revision=revision))
-    except RemoteEntryNotFoundError:
-        return None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"{source}: cannot get {name} from the Hugging Face hub ({type(error).__name__}: {str(error).splitlines()[0]}). "
-            "Without a connection, name a folder on this machine; where the repository is gated, log in first"
-        ) from error
+    return f"{repo}/{name}{at}{revision}"
 
 
 def _file(source: str, name: str) -> Path | None:
-    if source.startswith("hf://"):
-        return _hub_file(source, name)
-    path = Path(source) / name
+    """Where a file of the folder lies on this machine; None where the folder does not have it."""
+    try:
+        path = fetch(_inside(source, name))
+    except CheckpointError as error:
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        cause = error.__cause__  # of the local kind where it may well be there, but not here and out of reach
+        if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
+            return None
+        raise
     return path if path.is_file() else None
 
 
 def subfolder(source: str, name: str) -> str:
     """The part ``name`` of a pipeline's folder (``transformer``, ``vae``), or the folder itself where it is that part."""
-    if _file(source, "model_index.json") is None and not (Path(source) / name).is_dir():
-        return source
-    repo, at, revision = source.partition("@")
-    return f"{repo}/{name}{at}{revision}"
+    is_pipeline = _file(source, "model_index.json") is not None or (Path(source) / name).is_dir()
+    return _inside(source, name) if is_pipeline else source
 
 
 def read_config(source: str, kind: str) -> dict[str, Any]:

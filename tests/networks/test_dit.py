@@ -117,6 +117,13 @@ def test_half_precision_stays_close_and_returns_float32(fixture, dtype, largest)
     assert (output - fixture["output"]).abs().max() < largest * fixture["output"].std()
 
 
+@torch.no_grad()
+def test_the_network_is_one_graph_to_the_compiler(fixture, network):
+    whole = torch.compile(network.decode, fullgraph=True, backend="eager")  # a break in the graph is an error
+    emb = network.embed_time(fixture["t"]) + network.embed_labels(null(fixture["y"]))
+    fixture.assert_close("output", whole(fixture["x"], emb))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

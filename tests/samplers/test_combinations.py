@@ -1,0 +1,130 @@
+"""Any score with any denoiser, sampler and classifier: all of them together, two steps each."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from calib_guidance.classifiers import Classifier, Ensemble, NoiseAwareClassifier, OffTheShelfClassifier
+from calib_guidance.denoisers import ADMDenoiser, DiTDenoiser, EDMDenoiser, Relabelled
+from calib_guidance.guidance import ClassifierFreeGuidance, ClassifierGuidance, GuidanceSchedule, SwitchedGuidance
+from calib_guidance.networks import DiT, EncoderUNet, SmallResNet, UNet
+from calib_guidance.rng import SampleStreams
+from calib_guidance.samplers import DDIM, DDPM, Heun
+from calib_guidance.scores import DivergenceRegularized, EntropyRegularized, TemperedLogProb, Tilted
+
+Y = torch.tensor([0, 1, 2, 1])
+SCORES = {
+    "log_prob": TemperedLogProb(),
+    "tempered": TemperedLogProb(1.0, 0.5),
+    "entropy": EntropyRegularized(0.1, "linear"),
+    **{name: DivergenceRegularized(name, 0.1) for name in ("rkl", "fkl", "js", "hellinger")},
+    "tilted": Tilted(-0.2, 2),
+}
+SAMPLERS = {"ddpm": DDPM("2"), "ddim": DDIM("2"), "heun": Heun(2), "churn": Heun(2, s_churn=1.0, guide_correction=True)}
+
+
+class Decoder(nn.Module):
+    """Latents of four channels to grey images of twice the side."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 1, 1)
+
+    def forward(self, x0):
+        return self.conv(nn.functional.interpolate(x0, scale_factor=2.0, mode="nearest"))
+
+
+def random_(module):
+    """No layer stays zero, as it is initialised, so that everything matters."""
+    for p in module.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.05)
+    return module
+
+
+@pytest.fixture(scope="module")
+def parts():
+    torch.manual_seed(0)
+    adm = {"channel_mult": (1,), "num_res_blocks": 1, "use_scale_shift_norm": True}
+    edm = random_(UNet(8, 1, 32, 1, num_classes=3, **adm))
+    network, weaker = (random_(UNet(8, 1, 32, 2, num_classes=3, **adm)) for _ in range(2))
+    plain = ADMDenoiser(network)
+    dit = random_(DiT(4, 2, 32, 1, 2, num_classes=3))
+    denoisers = {
+        "adm": plain,
+        "unconditional": ADMDenoiser(network, class_conditional=False),
+        "edm": EDMDenoiser(edm),
+        "dit": DiTDenoiser(dit, vae=Decoder()),
+        "classifier_free": ClassifierFreeGuidance(plain, 1.5),
+        "autoguidance": ClassifierFreeGuidance(plain, 1.5, negative=ADMDenoiser(weaker), negative_labels=True),
+        "dit_three_channels": ClassifierFreeGuidance(DiTDenoiser(dit, vae=Decoder()), 1.5, channels=3),
+        "relabelled": Relabelled(plain, [2, 0, 1]),
+    }
+    noise_aware = NoiseAwareClassifier(
+        random_(EncoderUNet(8, 1, 32, 3, 1, channel_mult=(1,), num_head_channels=32, resblock_updown=False))
+    )
+    first, second = (OffTheShelfClassifier(SmallResNet(3, 1, (16, 16), 1), 3, softplus_beta=3.0) for _ in range(2))
+    classifiers = {"off_the_shelf": first, "noise_aware": noise_aware, "ensemble": Ensemble([first, second])}
+    return denoisers, classifiers
+
+
+def guide(classifier: Classifier, score, enters="score", **options):
+    at = "x_t" if isinstance(classifier, NoiseAwareClassifier) else "denoised"
+    return ClassifierGuidance(classifier, score, 3.0, enters=enters, **{"at": at} | options)
+
+
+def run(sampler, denoiser, guidance=None):
+    sampler.check(denoiser, guidance)
+    noise = SampleStreams([0] * len(Y), range(len(Y)), denoiser.image_shape)
+    return sampler(denoiser, noise, Y, guidance)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_score_denoiser_and_classifier(parts, name):
+    denoisers, classifiers = parts
+    sampler = SAMPLERS[name]
+    for (kind, denoiser), (way, classifier) in itertools.product(denoisers.items(), classifiers.items()):
+        if "dit" in kind and way == "noise_aware":
+            continue  # its classifier reads images with noise, and these are latents
+        plain = run(sampler, denoiser)
+        seen = set()
+        for score in SCORES.values():
+            images = run(sampler, denoiser, guide(classifier, score))
+            assert images.isfinite().all()
+            assert not torch.allclose(images, plain, atol=1e-5)
+            seen.add(images.numpy().tobytes())
+        assert len(seen) == len(SCORES)
+
+
+@pytest.mark.parametrize("enters", ["noise_difference", "sample"])
+def test_other_ways_to_enter(parts, enters):
+    denoisers, classifiers = parts
+    free = enters == "noise_difference"
+    for (kind, denoiser), (name, sampler) in itertools.product(denoisers.items(), SAMPLERS.items()):
+        guided = guide(classifiers["off_the_shelf"], None, enters, schedule=GuidanceSchedule(0.3))
+        if free and isinstance(denoiser, ClassifierFreeGuidance):
+            assert not torch.allclose(run(sampler, denoiser, guided), run(sampler, denoiser), atol=1e-5), (kind, name)
+        elif not free and isinstance(sampler, Heun):
+            assert not torch.allclose(run(sampler, denoiser, guided), run(sampler, denoiser), atol=1e-5), (kind, name)
+        elif not free:
+            with pytest.raises(ValueError, match="Heun"):
+                sampler.check(denoiser, guided)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_switched_recurrent_and_through_the_denoiser(parts, name):
+    denoisers, classifiers = parts
+    sampler = SAMPLERS[name]
+    switched = SwitchedGuidance(
+        guide(classifiers["ensemble"], SCORES["tilted"]), guide(classifiers["noise_aware"], None), switch_at=500
+    )
+    for kind in ("adm", "edm", "classifier_free"):
+        plain = run(sampler, denoisers[kind])
+        through = guide(classifiers["off_the_shelf"], SCORES["js"], at="through_denoiser")
+        for guidance in (switched, through):
+            assert not torch.equal(run(sampler, denoisers[kind], guidance), plain)
+    if not isinstance(sampler, Heun):
+        again = type(sampler)("2", recurrence=2)
+        assert not torch.allclose(run(again, denoisers["dit"], through), run(again, denoisers["dit"]), atol=1e-5)

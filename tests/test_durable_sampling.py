@@ -1,0 +1,319 @@
+"""Sampling runs that are stopped, killed, moved, shared and extended end with what one uninterrupted run makes."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from calib_guidance.callbacks import read_samples
+from calib_guidance.checkpoints import read_state_dict, save_weights
+from calib_guidance.cli import main
+from calib_guidance.lightning_cli import CalibGuidanceCLI, run_lightning
+from calib_guidance.run_folder import RunFolder
+from tests.conftest import ROOT
+from tests.test_run_folder import flip
+
+CONFIG = "lightning_configs/predict/digits.yaml"
+QUICK = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
+TAIL = 45
+FORK = get_context("fork")
+
+
+def words(folder, *more, samples=TAIL, batch=10, steps=3):
+    return [
+        "predict",
+        f"--config={CONFIG}",
+        *(word for word in more if word.startswith("--config=")),
+        f"--trainer.default_root_dir={folder}",
+        f"--data.init_args.num_samples={samples}",
+        f"--data.init_args.batch_size={batch}",
+        f"--model.init_args.sampler.init_args.steps={steps}",
+        *QUICK,
+        *(word for word in more if not word.startswith("--config=")),
+    ]
+
+
+def predict(folder, *more, **numbers):
+    main(words(folder, *more, **numbers))
+
+
+def stop(folder, *more, after, **numbers):
+    """A run that fails after some batches."""
+    callback = {"class_path": "tests.interruptions.StopAfter", "init_args": {"batches": after}}
+    with pytest.raises(KeyError, match="stopped by the test"):
+        predict(folder, *more, f"--trainer.callbacks+={json.dumps(callback)}", **numbers)
+    assert not list((Path(folder) / "claims").iterdir())
+    assert not (Path(folder) / "metrics.json").exists()
+
+
+def tables(folder):
+    return {path.name: path.read_bytes() for path in sorted((Path(folder) / "samples").iterdir())}
+
+
+def samples_of(folder):
+    parts = list(read_samples(Path(folder) / "samples"))
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def figures_of(folder):
+    """All of metrics.json but the time that it took."""
+    metrics = json.loads((Path(folder) / "metrics.json").read_text())
+    assert metrics.pop("seconds_per_image") > 0
+    return metrics
+
+
+def makers(folder):
+    """Who made each shard."""
+    run = RunFolder.open(folder)
+    return {shard.start: run.record(shard)["worker"] for shard in run.shards()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run of 45 samples, in shards of 10; others begin from copies of it."""
+    folder, before = tmp_path_factory.mktemp("whole"), os.getcwd()
+    os.chdir(ROOT)
+    try:
+        predict(folder)
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def copy(whole, tmp_path, in_root):
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+def test_three_pieces_are_one_run(in_root, tmp_path, whole):
+    """The bytes of all files of samples, and every figure to the last digit."""
+    stop(tmp_path, after=2)
+    assert list(tables(tmp_path)) == ["00000000.parquet", "00000010.parquet"]
+    stop(tmp_path, after=1)
+    predict(tmp_path)
+    assert len(set(makers(tmp_path).values())) == 3
+    assert tables(tmp_path) == tables(whole)
+    assert figures_of(tmp_path) == figures_of(whole)
+    assert figures_of(whole)["num_samples"] == TAIL
+    assert {"frechet_distance", "judge_accuracy", "integral_ece", "gradient_norm_t"} <= figures_of(whole).keys()
+
+
+@pytest.mark.parametrize("batch", [1, 3, 16])
+def test_going_on_with_another_batch_size(copy, whole, batch):
+    for name in ("00000010", "00000040"):
+        (copy / "shards" / f"{name}.json").unlink()
+    predict(copy, batch=batch)
+    found, expected = samples_of(copy), samples_of(whole)
+    for key in ("index", "label", "seed"):
+        assert torch.equal(found[key], expected[key])
+    assert found["index"].tolist() == list(range(TAIL))
+    difference = (found["image"].int() - expected["image"].int()).abs()
+    assert difference.max() <= 1  # float32 within 1e-4 is a level of 8 bits where it crosses its edge
+    assert (difference > 0).float().mean() < 0.01
+
+
+def test_nothing_left_reports_the_same(copy, whole, capsys):
+    predict(copy, batch=7)
+    assert (copy / "metrics.json").read_text() == (whole / "metrics.json").read_text()
+    assert f"{TAIL} samples, 3 network evaluations each" in capsys.readouterr().out
+    assert makers(copy) == makers(whole)
+
+
+def test_more_samples_extend_it(copy, whole, tmp_path):
+    predict(copy, samples=57)
+    predict(tmp_path / "once", samples=57)
+    assert tables(copy) == tables(tmp_path / "once")
+    assert figures_of(copy) == figures_of(tmp_path / "once")
+    kept = [first for first, worker in makers(copy).items() if worker == makers(whole).get(first)]
+    assert kept == [0, 10, 20, 30]  # the tail of 5 is made anew as a shard of 10
+
+
+def test_fewer_samples_take_nothing_away(copy, whole, capsys):
+    predict(copy, samples=10)
+    assert tables(copy) == tables(whole)
+    assert json.loads((copy / "metrics.json").read_text())["num_samples"] == TAIL
+    (copy / "shards/00000040.json").unlink()
+    predict(copy, samples=10)
+    assert "5 of 45 samples are not made yet" in capsys.readouterr().out
+
+
+class TestIdentity:
+    @pytest.fixture
+    def refused(self, copy, capsys):
+        def run(*more, **numbers):
+            before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+            with pytest.raises(SystemExit) as end:
+                predict(copy, *more, **numbers)
+            assert end.value.code == 2
+            assert before == {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+            return capsys.readouterr().err
+
+        return run
+
+    def test_another_is_refused_by_key(self, refused):
+        message = refused("--model.init_args.guidance.init_args.scale=2", "--data.init_args.seed=5", steps=4)
+        assert "model.init_args.sampler.init_args.steps: 3 in the folder, now 4" in message
+        assert "model.init_args.guidance.init_args.scale: 1.0 in the folder, now 2.0" in message
+        assert "data.init_args.seed: 0 in the folder, now 5" in message
+        assert message.count("in the folder, now") == 3
+        assert "shard_size: 10 in the folder, now 5" in refused("--data.init_args.shard_size=5")
+        assert "trainer.precision: 32-true in the folder, now bf16-mixed" in refused("--trainer.precision=bf16-mixed")
+        assert "data.init_args.labels: balanced in the folder, now 7" in refused("--data.init_args.labels=7")
+
+    def test_weights_count_by_what_is_in_them(self, refused, copy, tmp_path):
+        option = "--model.init_args.guidance.init_args.classifier.init_args.weights"
+        moved = tmp_path / "elsewhere.safetensors"
+        shutil.copy("checkpoints/digits/classifier.safetensors", moved)
+        predict(copy, f"{option}={moved}")
+        state = read_state_dict(moved)
+        state["fc.bias"][0] += 1e-3
+        save_weights(state, moved)
+        assert "weights of guidance: " in refused(f"{option}={moved}")
+
+    def test_label_files_count_by_what_is_in_them(self, in_root, tmp_path, capsys):
+        for name, label in (("a", 1), ("b", 1), ("c", 2)):
+            (tmp_path / name).write_text(f"{label}\n" * 10)
+        run = tmp_path / "run"
+        predict(run, f"--data.init_args.labels={tmp_path / 'a'}", samples=10)
+        predict(run, f"--data.init_args.labels={tmp_path / 'b'}", samples=10)
+        with pytest.raises(SystemExit):
+            predict(run, f"--data.init_args.labels={tmp_path / 'c'}", samples=10)
+        assert "data.init_args.labels: sha256 of the file" in capsys.readouterr().err
+
+    def test_a_restart_removes_it(self, copy, tmp_path):
+        callbacks = yaml.safe_load(Path(CONFIG).read_text())["trainer"]["callbacks"]
+        callbacks[0]["init_args"] = {"restart": True}
+        (tmp_path / "restart.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+        predict(copy, f"--config={tmp_path / 'restart.yaml'}", samples=10, steps=4)
+        assert list(tables(copy)) == ["00000000.parquet"]
+        assert figures_of(copy)["num_evaluations"] == 4
+
+
+class TestDamage:
+    def test_only_what_is_damaged_is_made_anew(self, copy, whole, caplog):
+        flip(copy / "samples/00000010.parquet")
+        os.truncate(copy / "samples/00000020.parquet", 100)
+        (copy / "samples/00000030.parquet").unlink()
+        (copy / "samples/mine.parquet").write_text("?")
+        predict(copy)
+        (copy / "samples/mine.parquet").unlink()
+        assert tables(copy) == tables(whole)
+        assert figures_of(copy) == figures_of(whole)
+        new, old = makers(copy), makers(whole)
+        assert [first for first in new if new[first] == old[first]] == [0, 40]
+        for said in (
+            "samples 10 … 19 are made anew: 00000010.parquet is not what was written",
+            "00000020.parquet has 100 bytes",
+            "00000030.parquet is missing",
+            "1 files belong to no shard, and are not counted: samples/mine.parquet",
+        ):
+            assert said in caplog.text
+
+    def test_a_measurement_that_saw_only_a_part_is_not_reported(self, copy, caplog, tmp_path):
+        (copy / "shards/00000010.json").unlink()
+        callbacks = yaml.safe_load(Path(CONFIG).read_text())["trainer"]["callbacks"]
+        calibration = next(c for c in callbacks if c["class_path"].endswith("TrajectoryCalibration"))
+        calibration["init_args"] = {"num_bins": 10}
+        (tmp_path / "bins.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+        predict(copy, f"--config={tmp_path / 'bins.yaml'}")
+        assert "TrajectoryCalibration is left out of the report" in caplog.text
+        assert "integral_ece" not in figures_of(copy)
+        assert "gradient_norm_t" in figures_of(copy)
+
+
+class _Prepared(CalibGuidanceCLI):
+    """All parts made, and nothing run."""
+
+    def _run_subcommand(self, subcommand):
+        pass
+
+
+class Workers:
+    """Processes that sample in one folder, each begun in milliseconds: forked off when all parts are made."""
+
+    def __init__(self, folder, samples, batch=4):
+        callbacks = [{"class_path": "calib_guidance.callbacks.SampleWriter", "init_args": {}}]
+        path = Path(folder).with_suffix(".yaml")
+        path.write_text(
+            yaml.safe_dump({"trainer": {"callbacks": callbacks}, "model": {"init_args": {"guidance": None}}})
+        )
+        self.cli = run_lightning(words(folder, f"--config={path}", samples=samples, batch=batch, steps=2), _Prepared)
+
+    def run(self):
+        # Hundreds of reports that the device is a CPU are of no use.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        self.cli.trainer.predict(self.cli.model, datamodule=self.cli.datamodule, return_predictions=False)
+
+    def start(self):
+        process = FORK.Process(target=self.run)
+        process.start()
+        return process
+
+    def __call__(self):
+        process = self.start()
+        process.join()
+        assert process.exitcode == 0
+
+
+def assert_whole(folder, samples):
+    run = RunFolder.open(folder)
+    assert run.remaining(verify=True) == run.foreign() == []
+    assert samples_of(folder)["index"].tolist() == list(range(samples))
+    assert not [path for path in Path(folder).rglob("*") if path.suffix == ".tmp"]
+    assert not list((Path(folder) / "claims").iterdir())
+
+
+def test_any_number_of_workers_at_any_time(in_root, tmp_path):
+    """Two that know nothing of each other, one of them killed, then one alone, then three: the bytes of one."""
+    Workers(tmp_path / "one", 240)()
+    shared = Workers(tmp_path / "shared", 240)
+    first = [shared.start(), shared.start()]
+    shards = tmp_path / "shared/shards"
+    for count, process in ((10, first[0]), (20, first[1])):
+        while not shards.exists() or len(list(shards.glob("*.json"))) < count:
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    alone = shared.start()
+    while len(list(shards.glob("*.json"))) < 30:
+        time.sleep(0.005)
+    others = [shared.start(), shared.start()]
+    for process in (alone, *others):
+        process.join()
+        assert process.exitcode == 0
+    assert_whole(tmp_path / "shared", 240)
+    assert tables(tmp_path / "shared") == tables(tmp_path / "one")
+    assert len(set(makers(tmp_path / "shared").values())) >= 4
+
+
+@pytest.mark.slow
+def test_two_hundred_kills(in_root, tmp_path):
+    """At random instants of one run of many shards; it ends with the bytes of one that nobody disturbed."""
+    samples = 1200
+    one, killed = Workers(tmp_path / "one", samples), Workers(tmp_path / "killed", samples)
+    seconds = []
+    for _ in range(2):  # the second has nothing to do but to look
+        begun = time.monotonic()
+        one()
+        seconds.append(time.monotonic() - begun)
+    longest = seconds[1] + 3 * (seconds[0] - seconds[1]) / (samples // 4)  # in which it makes three shards
+    draw = random.Random(0)
+    for _ in range(200):
+        process = killed.start()
+        process.join(draw.uniform(0, longest))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    made = len(list((tmp_path / "killed/shards").glob("*.json")))
+    assert 20 < made < samples // 4  # so that kills hit all that a worker does
+    killed()
+    assert_whole(tmp_path / "killed", samples)
+    assert tables(tmp_path / "killed") == tables(tmp_path / "one")
