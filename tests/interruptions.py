@@ -32,6 +32,18 @@ class Interrupt(L.Callback):
             os.kill(os.getpid(), self.signal)
 
 
+class KillRank(L.Callback):
+    """SIGKILL to one rank before a batch of sampling; not to one that torchrun has started anew."""
+
+    def __init__(self, rank: int, batch: int):
+        self.rank, self.batch = rank, batch
+
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        if first and (trainer.global_rank, batch_idx) == (self.rank, self.batch):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 class StopAfter(L.Callback):
     """Raises after so many batches of sampling, when they have been dealt with. List it last."""
 

@@ -1,0 +1,174 @@
+"""Sampling with several processes: what docs/cluster.md says, and how few samples they can have."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from calib_guidance.callbacks import read_samples
+from calib_guidance.cli import main
+from tests.conftest import ROOT
+
+QUICK = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
+
+
+def configuration(path, callbacks=()):
+    """The digits configuration, small and without its judge."""
+    config = yaml.safe_load((ROOT / "lightning_configs/predict/digits.yaml").read_text())
+    writer, _, *measurements, report = config["trainer"]["callbacks"]
+    report["init_args"] = {"figures": False}
+    config["trainer"]["callbacks"] = [writer, *callbacks, *measurements, report]
+    config["model"]["init_args"]["sampler"]["init_args"]["steps"] = "3"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def words(config, folder, samples, batch, shard):
+    data = {"num_samples": samples, "batch_size": batch, "shard_size": shard}
+    options = [f"--data.init_args.{name}={value}" for name, value in data.items()]
+    return ["predict", f"--config={config}", f"--trainer.default_root_dir={folder}", *options, *QUICK]
+
+
+def environment(**more):
+    return os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)} | more
+
+
+def indices(folder):
+    return [index for part in read_samples(folder / "samples") for index in part["index"].tolist()]
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in (folder / "samples").iterdir()}
+
+
+def figures(folder):
+    metrics = json.loads((folder / "metrics.json").read_text())
+    return {key: value for key, value in metrics.items() if not key.startswith("seconds")}
+
+
+def is_whole(folder):
+    """What `status --verify` says, by its exit status 0."""
+    main(["status", str(folder), "--verify"])
+
+
+def test_as_few_samples_as_there_are(in_root, tmp_path):
+    """Four ranks with 1, 7 and 17 samples, and with 1 and 3 that are left: exactly so many, and every rank ends with status 0."""
+    config = configuration(tmp_path / "run.yaml")
+    ddp = ["--trainer.devices=4", "--trainer.strategy=ddp"]
+    asked = [("one", 1, 4), ("seven", 7, 4), ("seventeen", 17, 4), ("grown", 4, 1), ("grown", 5, 1), ("grown", 8, 1)]
+    commands = [[4, [*words(config, tmp_path / name, n, 2, shard), *ddp]] for name, n, shard in asked]
+    (tmp_path / "commands.json").write_text(json.dumps(commands))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.ranks", str(tmp_path / "commands.json")],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert json.loads(done.stdout) == [[0, 0, 0, 0]] * len(asked), done.stderr[-3000:]
+    for name, samples in (("one", 1), ("seven", 7), ("seventeen", 17), ("grown", 8)):
+        assert indices(tmp_path / name) == list(range(samples))
+        assert figures(tmp_path / name)["num_samples"] == samples
+        is_whole(tmp_path / name)
+    makers = {json.loads(p.read_text())["worker"] for p in (tmp_path / "grown/shards").glob("*.json")}
+    assert len(makers) > 3  # the ranks of three runs
+    main(words(config, tmp_path / "alone", 17, 2, 4))
+    assert files(tmp_path / "seventeen") == files(tmp_path / "alone")
+    assert figures(tmp_path / "seventeen") == figures(tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_a_rank_is_killed_under_torchrun(in_root, tmp_path):
+    """The recipe of docs/cluster.md, with a SIGKILL to the second of two processes in its third batch."""
+    kill = {"class_path": "tests.interruptions.KillRank", "init_args": {"rank": 1, "batch": 2}}
+    config = configuration(tmp_path / "killed.yaml", [kill])
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    ddp = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    # Else the workers that are started anew may read the addresses of those before.
+    fresh = environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    done = subprocess.run(
+        [sys.executable, *torchrun, "-m", "calib_guidance", *words(config, tmp_path / "two", 26, 2, 4), *ddp],
+        cwd=ROOT,
+        env=fresh,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "exitcode: -9" in done.stderr
+    made = [json.loads(path.read_text())["worker"] for path in sorted((tmp_path / "two/shards").glob("*.json"))]
+    assert len(set(made)) in (3, 4)  # those who were started anew went on with what there was
+    assert indices(tmp_path / "two") == list(range(26))
+    is_whole(tmp_path / "two")
+    main(words(configuration(tmp_path / "whole.yaml"), tmp_path / "one", 26, 2, 4))
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+    assert figures(tmp_path / "two") == figures(tmp_path / "one")
+
+
+SCRIPTS = ["slurm_sample.sh", "slurm_sample_array.sh"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_slurm_scripts_run_what_there_is(in_root, tmp_path, script, capsys):
+    """What they give to srun is a command that the parser takes; srun's exit status is theirs."""
+    stand_in = tmp_path / "srun"
+    stand_in.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/words\nexit 3\n')
+    stand_in.chmod(0o755)
+    slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_NNODES": "2", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", f"docs/{script}"], env=environment(**slurm), capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
+    program, *command = (tmp_path / "words").read_text().splitlines()
+    assert program == ".venv/bin/calib-guidance"
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--print_config"])
+    assert stop.value.code == 0
+    trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    asked = dict(line[8:].split("=", 1) for line in (ROOT / "docs" / script).read_text().splitlines() if "#SBATCH" in line and "=" in line)
+    tasks = int(asked["--ntasks-per-node"]) * int(asked["--nodes"]) if "--nodes" in asked else int(asked["--ntasks"])
+    assert int(trainer["devices"]) * int(trainer["num_nodes"]) == tasks
+
+
+def spoil_byte(folder):
+    path = folder / "samples/00000008.parquet"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "found", "status"),
+    [
+        (spoil_byte, "8–11: 00000008.parquet is not what was written", 3),
+        (lambda f: os.truncate(f / "samples/00000008.parquet", 99), "8–11: 00000008.parquet has 99 bytes", 3),
+        (lambda f: (f / "samples/00000008.parquet").unlink(), "8–11: 00000008.parquet is missing", 3),
+        (lambda f: [p.unlink() for p in f.glob("*/00000008*")], "open:\n  8–11", 1),
+        (lambda f: (f / "samples/00000002.parquet").write_bytes(b"PAR1"), "samples/00000002.parquet", 3),
+    ],
+    ids=["flipped byte", "truncated", "missing samples", "missing shard", "foreign file"],
+)
+def test_damage_is_found_and_only_it_is_made_anew(in_root, tmp_path, capsys, caplog, spoil, found, status):
+    command = words(configuration(tmp_path / "run.yaml"), tmp_path / "run", 18, 4, 4)
+    main(command)
+    before, numbers = files(tmp_path / "run"), figures(tmp_path / "run")
+    written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run/samples").iterdir()}
+    spoil(tmp_path / "run")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        is_whole(tmp_path / "run")
+    assert stop.value.code == status
+    assert found in capsys.readouterr().out
+    main(command)
+    foreign = tmp_path / "run/samples/00000002.parquet"
+    if foreign.exists():  # told of, not counted, and not removed: it may be somebody's
+        assert "samples/00000002.parquet" in caplog.text
+        foreign.unlink()
+    is_whole(tmp_path / "run")
+    assert files(tmp_path / "run") == before
+    assert figures(tmp_path / "run") == numbers
+    now = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run/samples").iterdir()}
+    anew = {name for name in now if now[name] != written[name]}
+    assert anew == (set() if "00000002" in found else {"00000008.parquet"})
