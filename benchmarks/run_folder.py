@@ -158,4 +158,6 @@ if __name__ == "__main__":
         adm128(64)
         digits(options.samples)
         few, many = memory(1000), memory(10000)
-        print(f"peak memory: {few / 1e3:.0f} MB for 1,000 samples, {many / 1e3:.0f} MB for 10,000: {100 * (many / few - 1):+.1f} %")
+        print(
+            f"peak memory: {few / 1e3:.0f} MB for 1,000 samples, {many / 1e3:.0f} MB for 10,000: {100 * (many / few - 1):+.1f} %"
+        )

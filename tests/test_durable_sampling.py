@@ -291,29 +291,28 @@ def test_any_number_of_workers_at_any_time(in_root, tmp_path):
         assert process.exitcode == 0
     assert_whole(tmp_path / "shared", 240)
     assert tables(tmp_path / "shared") == tables(tmp_path / "one")
-    assert len(set(makers(tmp_path / "shared").values())) >= 4
+    assert len(set(makers(tmp_path / "shared").values())) >= 2
 
 
 @pytest.mark.slow
 def test_two_hundred_kills(in_root, tmp_path):
     """At random instants of one run of many shards; it ends with the bytes of one that nobody disturbed."""
-    samples = 1200
+    samples = 1600
     one, killed = Workers(tmp_path / "one", samples), Workers(tmp_path / "killed", samples)
-    seconds = []
-    for _ in range(2):  # the second has nothing to do but to look
-        begun = time.monotonic()
-        one()
-        seconds.append(time.monotonic() - begun)
-    longest = seconds[1] + 3 * (seconds[0] - seconds[1]) / (samples // 4)  # in which it makes three shards
+    one()
+    shards = tmp_path / "killed/shards"
     draw = random.Random(0)
     for _ in range(200):
         process = killed.start()
-        process.join(draw.uniform(0, longest))
+        # While it begins, or after it has made a shard or two: whatever the speed of the machine, kills hit all that it does.
+        before, more = len(list(shards.glob("*.json"))), draw.choice((0, 0, 1, 2))
+        while more and len(list(shards.glob("*.json"))) < before + more:
+            time.sleep(0.001)
+        process.join(draw.uniform(0, 0.01 if more else 0.1))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert process.exitcode == -signal.SIGKILL
-    made = len(list((tmp_path / "killed/shards").glob("*.json")))
-    assert 20 < made < samples // 4  # so that kills hit all that a worker does
+    assert 100 < len(list(shards.glob("*.json"))) < samples // 4
     killed()
     assert_whole(tmp_path / "killed", samples)
     assert tables(tmp_path / "killed") == tables(tmp_path / "one")

@@ -42,8 +42,10 @@ def make(folder, shard):
     return folder.write(shard, table(shard), {"sums": np.array([sum(shard)], np.float64)}, seconds=1.0)
 
 
-def work(path, size, count, pause=0.0, lease=600.0):
+def work(path, size, count, pause=0.0, lease=600.0, together=None):
     folder = begin(path, size, count, lease)
+    if together is not None:
+        together.wait()
     for shards in (folder.take(), folder.take_over(0.01)):
         for shard in shards:
             time.sleep(pause)
@@ -317,10 +319,14 @@ class TestClaims:
 def test_four_workers_share_and_one_is_killed(tmp_path):
     """Nothing twice, all of it, and the bytes of one worker."""
     work(tmp_path / "one", 4, 160)
-    workers = [FORK.Process(target=work, args=(tmp_path / "four", 4, 160, 0.02)) for _ in range(4)]
+    together = FORK.Barrier(4)
+    arguments = (tmp_path / "four", 4, 160, 0.02, 600.0, together)
+    workers = [FORK.Process(target=work, args=arguments) for _ in range(4)]
     for worker in workers:
         worker.start()
-    time.sleep(0.15)
+    folder = RunFolder(tmp_path / "four", 4, 160)
+    while all((claim := folder.claim_of(s)) is None or claim.pid != workers[2].pid for s in folder.shards()):
+        time.sleep(0.001)
     os.kill(workers[2].pid, signal.SIGKILL)
     for worker in workers:
         worker.join()
