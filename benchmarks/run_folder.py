@@ -127,8 +127,8 @@ def adm128(shard: int) -> None:
     cost = (done - started) / shard
     print(
         f"128×128, shard of {shard}: {1e3 * cost:.2f} ms per image (encoding "
-        f"{1e3 * (encoded - started) / shard:.2f}, writing {1e3 * (done - encoded) / shard:.2f}), {size / shard / 1e3:.0f} kB; ADM-128 takes {step:.2f} s a step "
-        f"here, {250 * step:.0f} s for 250 without guidance: {100 * cost / 250 / step:.4f} %. "
+        f"{1e3 * (encoded - started) / shard:.2f}, writing {1e3 * (done - encoded) / shard:.2f}), {size / shard / 1e3:.0f} kB; "
+        f"ADM-128 takes {step:.2f} s a step here, {250 * step:.0f} s for 250 without guidance: {100 * cost / 250 / step:.4f} %. "
         f"It is 0.1 % where an image takes {1e3 * cost:.1f} s"
     )
 
