@@ -1,7 +1,7 @@
 """Runs commands with several ranks each, as torchrun starts them. ``python -m tests.ranks FILE``
 
-The file is JSON, a list of ``[ranks, words]``; printed is a list of the exit statuses of each command's ranks, null for one that does
-not end. The ranks are forked, so that what they import is imported once.
+The file is JSON, a list of ``[ranks, words]``; printed are the exit statuses of each command's ranks, null for one that does not
+end. The ranks are forked, so that what they import is imported once.
 """
 
 import json

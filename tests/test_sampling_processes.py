@@ -127,11 +127,8 @@ def test_slurm_scripts_run_what_there_is(in_root, tmp_path, script, capsys):
         main([*command, "--print_config"])
     assert stop.value.code == 0
     trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
-    asked = dict(
-        line[8:].split("=", 1)
-        for line in (ROOT / "docs" / script).read_text().splitlines()
-        if "#SBATCH" in line and "=" in line
-    )
+    lines = (ROOT / "docs" / script).read_text().splitlines()
+    asked = dict(line[8:].split("=", 1) for line in lines if line.startswith("#SBATCH") and "=" in line)
     tasks = int(asked["--ntasks-per-node"]) * int(asked["--nodes"]) if "--nodes" in asked else int(asked["--ntasks"])
     assert int(trainer["devices"]) * int(trainer["num_nodes"]) == tasks
 
