@@ -126,9 +126,10 @@ def adm128(shard: int) -> None:
         step = time.perf_counter() - begun
     cost = (done - started) / shard
     print(
-        f"128×128, shard of {shard}: {1e3 * cost:.2f} ms per image (encoding {1e3 * (encoded - started) / shard:.2f}, writing "
-        f"{1e3 * (done - encoded) / shard:.2f}), {size / shard / 1e3:.0f} kB; ADM-128 takes {step:.2f} s a step here, "
-        f"{250 * step:.0f} s for 250 without guidance: {100 * cost / 250 / step:.4f} %. It is 0.1 % at {1e3 * cost:.1f} s per image"
+        f"128×128, shard of {shard}: {1e3 * cost:.2f} ms per image (encoding "
+        f"{1e3 * (encoded - started) / shard:.2f}, writing {1e3 * (done - encoded) / shard:.2f}), {size / shard / 1e3:.0f} kB; "
+        f"ADM-128 takes {step:.2f} s a step here, {250 * step:.0f} s for 250 without guidance: {100 * cost / 250 / step:.4f} %. "
+        f"It is 0.1 % where an image takes {1e3 * cost:.1f} s"
     )
 
 
@@ -158,4 +159,5 @@ if __name__ == "__main__":
         adm128(64)
         digits(options.samples)
         few, many = memory(1000), memory(10000)
-        print(f"peak memory: {few / 1e3:.0f} MB for 1,000 samples, {many / 1e3:.0f} MB for 10,000: {100 * (many / few - 1):+.1f} %")
+        share = 100 * (many / few - 1)
+        print(f"peak memory: {few / 1e3:.0f} MB for 1,000 samples, {many / 1e3:.0f} MB for 10,000: {share:+.1f} %")

@@ -1,5 +1,7 @@
 """One configuration per published row: each composes, has its full-size architecture, and runs shrunken through main()."""
 
+import copy
+import json
 import re
 
 import pytest
