@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -269,36 +269,42 @@ def load_weights(module: nn.Module, source: str | os.PathLike[str] | Weights, **
         CheckpointError: naming the file, and each missing or unexpected name, wrong shape, or other setting.
     """
     weights = part_of(source if isinstance(source, Weights) else read_weights(source), module)
-    path, settings = weights.path, settings | published.unseen(module)
+    settings = settings | published.unseen(module)
     for name, value in settings.items():
         if name in weights.notes and weights.notes[name] != str(value):
             raise CheckpointError(
-                f"{path} was trained with {name}: {weights.notes[name]}, the configuration says {name}: {value}. These "
-                f"weights would load, and with another {name} be something else than was trained: set {name} to "
+                f"{weights.path} was trained with {name}: {weights.notes[name]}, the configuration says {name}: {value}. "
+                f"These weights would load, and with another {name} be something else than was trained: set {name} to "
                 f"{weights.notes[name]}"
             )
-    load_state(module, weights.state, path)
-    names = published.recognise(weights.state)
-    if len(names) == 1:
-        # What the file says of itself has been compared: it may be somebody's own, trained otherwise in the same shapes.
-        published.check(names[0], {k: v for k, v in settings.items() if k not in weights.notes}, path)
-    size = sum(value.numel() * value.element_size() for value in weights.state.values())
-    return {"file": str(path), "bytes": size, "published": names} | settings
+    return load_state(module, weights.state, weights.path, settings, weights.notes)
 
 
-def load_state(module: nn.Module, state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+def load_state(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    settings: Mapping[str, object] | None = None,
+    compared: Container[str] = (),
+) -> dict[str, object]:
     """Load weights by name into a module, every name and shape of which must fit.
 
     Args:
         module: what to load into.
         state: the weights, by the module's names.
         path: where they come from, for the message.
+        settings: what they are used with, by name, to be compared with how they were published, where they were.
+        compared: settings that have been compared with what the file says of itself, and are not once more: it may be
+            somebody's own, trained otherwise in the same shapes.
+
+    Returns:
+        As :func:`load_weights`.
 
     Raises:
-        CheckpointError: naming the file, and each missing or unexpected name or wrong shape.
+        CheckpointError: naming the file, and each missing or unexpected name, wrong shape, or other setting.
     """
-    state = dict(state)
-    expected = module.state_dict()
+    settings = published.unseen(module) | dict(settings or {})
+    state, expected = dict(state), module.state_dict()
     for name in expected.keys() - state.keys():
         if name.endswith(".num_batches_tracked"):  # a count for training only, which older files do not have
             state[name] = expected[name]
@@ -314,8 +320,8 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], path: str | os.Pa
         for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
         if names
     ]
+    names = published.recognise(state)
     if problems:
-        names = published.recognise(state)
         known = f" (the file has the names and shapes of {' or '.join(names)})" if names else ""
         raise CheckpointError(
             f"{path} does not fit {type(module).__name__}; "
@@ -323,7 +329,11 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], path: str | os.Pa
             + f"{known}. Name the file that belongs to "
             "this architecture, or the architecture that belongs to this file"
         )
+    if len(names) == 1:
+        published.check(names[0], {k: v for k, v in settings.items() if k not in compared}, path)
     module.load_state_dict(state)
+    size = sum(value.numel() * value.element_size() for value in state.values())
+    return {"file": str(path), "bytes": size, "published": names} | settings
 
 
 def save_weights(weights: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str], **notes: object) -> None:

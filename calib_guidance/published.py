@@ -290,7 +290,7 @@ def entry(name: str, kind: str | None = None) -> Published:
     Raises:
         ValueError: another name, or one of another kind; names those that there are.
     """
-    known = [other.name for other in _ENTRIES if kind in (None, other.kind)]
+    known = [other.name for other in TABLE.values() if kind in (None, other.kind)]
     if name not in known:
         raise ValueError(f"unknown published network {name!r}; known: {', '.join(known)}, or a class_path of your own")
     return TABLE[name]
@@ -299,7 +299,7 @@ def entry(name: str, kind: str | None = None) -> Published:
 def by_file(path: str | os.PathLike[str]) -> Published | None:
     """The entry whose file or folder ``path`` names, whatever the folder it lies in; None for others."""
     parts = Path(path).parts
-    return next((found for found in _ENTRIES if found.file in parts), None)
+    return next((found for found in TABLE.values() if found.file in parts), None)
 
 
 def unet(name: str, dtype: str | None = None) -> UNet | EncoderUNet:
@@ -362,7 +362,7 @@ def build(
             raise ValueError("dtype is for published networks; give a network of your own its dtype in its init_args")
         return network, TABLE[names[0]] if len(names) == 1 else None
     if network is None:
-        known = ", ".join(other.name for other in _ENTRIES if other.kind == kind)
+        known = ", ".join(other.name for other in TABLE.values() if other.kind == kind)
         if state is None:
             raise ValueError(
                 f"network: give a published name ({known}), a class_path of your own, or the checkpoint of a published one"
@@ -433,7 +433,7 @@ def check(name: str, settings: Mapping[str, object], path: str | os.PathLike[str
 def markdown() -> str:
     """The table of checkpoints/README.md."""
     lines = ["| name | file | source | size | licence | used by |", "|---|---|---|---:|---|---|"]
-    for known in _ENTRIES:
+    for known in TABLE.values():
         source = known.source
         if source.startswith("hf://"):
             source = f"[{source}](https://huggingface.co/{source.removeprefix('hf://')})"

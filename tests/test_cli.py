@@ -69,6 +69,8 @@ def test_every_predict_configuration_samples(in_root, tmp_path, capsys, overlay)
     assert metrics["num_evaluations"] == (6 if overlay and "classifier_free" in overlay else 3)
     assert {"frechet_distance", "precision", "recall", "judge_accuracy", "seconds_per_image"} <= metrics.keys()
     assert ("integral_ece" in metrics) == guided
+    (diffusion,) = [weights for weights in metrics["weights"].values() if "prediction" in weights]
+    assert (diffusion["prediction"], diffusion["file"]) == ("v", "checkpoints/digits/diffusion.safetensors")
     figures = {p.name for p in (tmp_path / "figures").iterdir()}
     assert figures == ({"samples.png", "ece_t.png", "gradient_norm.png"} if guided else {"samples.png"})
     for figure in figures:
@@ -243,6 +245,8 @@ class TestRefusals:
     def test_a_checkpoint_trained_otherwise(self, out, capsys):
         message = refuse(capsys, out, "--model.init_args.denoiser.init_args.prediction=epsilon")
         assert "was trained with prediction: v, the configuration says prediction: epsilon" in message
+        message = refuse(capsys, out, "--model.init_args.denoiser.init_args.network=adm_imagenet128")
+        assert "diffusion.safetensors does not fit UNet; missing: " in message
 
     @pytest.mark.parametrize(
         ("argument", "message"),

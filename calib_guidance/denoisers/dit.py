@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from calib_guidance import published
 from calib_guidance.checkpoints import CheckpointError, read_state_dict
 from calib_guidance.denoisers.decoders import VAEDecoder
 from calib_guidance.denoisers.discrete import DiscreteDenoiser
@@ -67,7 +68,8 @@ class DiTDenoiser(DiscreteDenoiser):
         if decode_batch is not None and decode_batch < 1:
             raise ValueError(f"decode_batch must be at least 1, or null for all at once, got {decode_batch}")
         check_prediction(prediction)
-        network = _load(network, checkpoint, dtype)
+        network, self.provenance = _load(network, checkpoint, dtype)
+        self.provenance |= {"noise_schedule": noise_schedule, "prediction": prediction, "num_steps": num_steps}
         self.network = network.eval().requires_grad_(False)
         self.image_shape = (network.in_channels, network.image_size, network.image_size)
         self.schedule = NoiseSchedule(named_betas(noise_schedule, num_steps))
@@ -97,8 +99,8 @@ class DiTDenoiser(DiscreteDenoiser):
         return torch.cat([*images, self.vae(last)])
 
 
-def _load(network: DiT | str | None, checkpoint: str | None, dtype: str) -> DiT:
-    """The network that is given, named, or described by the folder, with its weights."""
+def _load(network: DiT | str | None, checkpoint: str | None, dtype: str) -> tuple[DiT, dict[str, object]]:
+    """The network that is given, named, or described by the folder, with its weights, and what was loaded."""
     folder = None
     if checkpoint is not None and diffusers_folder.is_folder(checkpoint):
         folder = diffusers_folder.subfolder(checkpoint, "transformer")
@@ -128,7 +130,7 @@ def _load(network: DiT | str | None, checkpoint: str | None, dtype: str) -> DiT:
                 f"{folder} is of a DiT with {name}: {described[name]}, the configuration's has {value}: name the network that "
                 "belongs to these weights, or null for the folder's own"
             )
-    if checkpoint is not None:
-        state = diffusers_folder.read_weights(folder) if folder else read_state_dict(checkpoint)
-        load_dit(network, state, checkpoint)
-    return network
+    if checkpoint is None:
+        return network, {}
+    state = diffusers_folder.read_weights(folder) if folder else read_state_dict(checkpoint)
+    return network, load_dit(network, state, checkpoint) | {"published": published.recognise(state, "dit")}

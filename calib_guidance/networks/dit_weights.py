@@ -81,13 +81,16 @@ def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return inner
 
 
-def load_dit(network: DiT, state: Mapping[str, Tensor], source: str) -> None:
+def load_dit(network: DiT, state: Mapping[str, Tensor], source: str) -> dict[str, object]:
     """Load weights of any of the three kinds, told by their names.
 
     Args:
         network: what to load into.
         state: weights by name.
         source: where they are from, for messages.
+
+    Returns:
+        What was loaded, see :func:`~calib_guidance.checkpoints.load_weights`.
 
     Raises:
         CheckpointError: names or shapes do not fit.
@@ -97,4 +100,4 @@ def load_dit(network: DiT, state: Mapping[str, Tensor], source: str) -> None:
     elif "pos_embed.proj.weight" in state:
         positions = "transformer.pos_embed.pos_embed"
         state = from_diffusers(state) | {positions: network.state_dict()[positions]}
-    load_state(network, state, source)
+    return load_state(network, state, source)

@@ -1,0 +1,295 @@
+"""The table of published networks: architectures at full size, recognition, and what shapes do not tell."""
+
+import json
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from calib_guidance import published
+from calib_guidance.checkpoints import CheckpointError, load_weights, save_weights
+from calib_guidance.classifiers import NoiseAwareClassifier
+from calib_guidance.denoisers import ADMDenoiser
+from calib_guidance.networks import EncoderUNet, UNet
+from tests.conftest import ROOT
+
+IGNORED = {"dims", "use_checkpoint", "use_fp16", "pool"}
+# Shapes by name in the published files.
+LANDMARKS = {
+    "adm_imagenet64": (
+        295_904_454,
+        {
+            "input_blocks.0.0.weight": (192, 3, 3, 3),
+            "input_blocks.5.1.qkv.weight": (1152, 384, 1),
+            "middle_block.1.qkv.weight": (2304, 768, 1),
+            "output_blocks.15.0.skip_connection.weight": (192, 384, 1, 1),
+            "label_emb.weight": (1000, 768),
+            "out.2.weight": (6, 192, 3, 3),
+        },
+    ),
+    "adm_imagenet128": (
+        421_529_606,
+        {
+            "time_embed.2.weight": (1024, 1024),
+            "input_blocks.7.1.qkv.weight": (1536, 512, 1),
+            "input_blocks.6.1.qkv.weight": None,
+            "input_blocks.14.1.proj_out.weight": (1024, 1024, 1),
+            "output_blocks.14.0.skip_connection.weight": (256, 512, 1, 1),
+            "out.2.bias": (6,),
+        },
+    ),
+    "adm_imagenet256": (
+        553_838_086,
+        {
+            "label_emb.weight": (1000, 1024),
+            "input_blocks.17.1.qkv.weight": (3072, 1024, 1),
+            "output_blocks.17.0.in_layers.2.weight": (256, 512, 3, 3),
+        },
+    ),
+    "adm_imagenet256_uncond": (
+        552_814_086,
+        {"label_emb.weight": None, "input_blocks.17.1.qkv.weight": (3072, 1024, 1)},
+    ),
+    "adm_imagenet512": (
+        558_997_638,
+        {"input_blocks.0.0.weight": (128, 3, 3, 3), "output_blocks.20.0.in_layers.2.weight": (128, 256, 3, 3)},
+    ),
+    "adm_classifier64": (
+        65_438_568,
+        {
+            "out.2.positional_embedding": (512, 65),
+            "out.2.c_proj.weight": (1000, 512, 1),
+            "input_blocks.19.1.qkv.weight": (1536, 512, 1),
+        },
+    ),
+    "adm_classifier128": (
+        42_568_040,
+        {
+            "out.2.positional_embedding": (512, 65),
+            "out.2.qkv_proj.weight": (1536, 512, 1),
+            "input_blocks.14.1.qkv.weight": (1536, 512, 1),
+        },
+    ),
+    "adm_classifier256": (54_096_360, {"out.2.positional_embedding": (512, 65)}),
+    "adm_classifier512": (
+        54_448_360,
+        {"out.2.positional_embedding": (512, 65), "input_blocks.0.0.weight": (64, 3, 3, 3)},
+    ),
+    "edm_imagenet64": (295_899_267, {"out.2.weight": (3, 192, 3, 3), "label_emb.weight": (1000, 768)}),
+}
+
+
+@pytest.mark.parametrize("name", LANDMARKS)
+def test_full_size_architectures(name):
+    parameters, shapes = LANDMARKS[name]
+    network = published.reference(name)
+    assert sum(p.numel() for p in network.parameters()) == parameters == published.TABLE[name].parameters
+    state = network.state_dict()
+    for key, shape in shapes.items():
+        assert (tuple(state[key].shape) if key in state else None) == shape, key
+    assert published.recognise(state) == [name]
+    assert published.recognise({k: v for k, v in state.items() if k != "time_embed.0.bias"}) == []
+
+
+def test_heads_and_order_of_the_published_attention():
+    heads = {name: published.unseen(published.reference(name)) for name in LANDMARKS}
+    assert {name for name, what in heads.items() if "new" in what["attention_order"]} == {"adm_imagenet64"}
+    assert heads["adm_imagenet128"]["attention_heads"] == "16×4"  # a fixed number; the others have 64 channels each
+    assert heads["adm_imagenet64"]["attention_heads"] == "3×6, 3×9, 8×12, 4×9, 4×6"
+    assert heads["adm_classifier128"]["attention_heads"] == "2×4, 2×6, 3×8"
+    assert (
+        heads["adm_imagenet256"]["attention_heads"] == heads["adm_imagenet512"]["attention_heads"] == "2×8, 11×16, 3×8"
+    )
+    assert all(what["norm_groups"].endswith("×32") and "," not in what["norm_groups"] for what in heads.values())
+
+
+def test_a_network_whose_weights_are_known_takes_no_time_to_make_random_ones():
+    state = published.reference("adm_classifier128").state_dict()
+    network, entry = published.build(None, "adm_classifier", "bfloat16", state)
+    assert entry.name == "adm_classifier128"
+    made = published.unet("adm_classifier128", "bfloat16")
+    for (name, found), (other, expected) in zip(network.named_parameters(), made.named_parameters(), strict=True):
+        assert (name, found.dtype, found.stride()) == (other, expected.dtype, expected.stride())
+        assert found.device.type == "cpu"
+
+
+def test_others_are_recognised_by_a_few_shapes():
+    with torch.device("meta"):
+        resnets = {depth: torchvision.models.get_model(f"resnet{depth}").state_dict() for depth in (50, 101)}
+    assert published.recognise(resnets[50]) == ["resnet50_v1", "resnet50_v2"]
+    assert published.recognise(resnets[101], "classifier") == ["resnet101_v1", "resnet101_v2"]
+    assert published.recognise(resnets[101], "adm") == []
+
+
+def test_where_public_files_are():
+    assert published.by_file("checkpoints/128x128_diffusion.pt").name == "adm_imagenet128"
+    assert published.by_file("/data/sd-vae-ft-ema/diffusion_pytorch_model.safetensors").name == "sd_vae_ft_ema"
+    assert published.by_file("checkpoints/diffusion.pt") is None
+    for library in (torchvision.models.ResNet50_Weights, torchvision.models.ResNet101_Weights):
+        for weights in library:
+            entry = published.by_file(weights.url.rpartition("/")[2])
+            assert entry.source == weights.url
+            assert entry.parameters == weights.meta["num_params"]
+            assert abs(entry.bytes / 2**20 - weights.meta["_file_size"]) < 0.01
+            assert weights.name in entry.used_by
+    with pytest.raises(
+        ValueError, match="unknown published network 'adm_imagenet32'; known: adm_imagenet64, .*class_path"
+    ):
+        published.entry("adm_imagenet32", "adm")
+    with pytest.raises(ValueError, match="known: adm_classifier64"):
+        published.entry("adm_imagenet64", "adm_classifier")
+
+
+def test_the_readme_of_checkpoints_has_the_table():
+    assert published.markdown() in (ROOT / "checkpoints/README.md").read_text()
+    for name, entry in published.TABLE.items():
+        assert entry.name == name
+        assert entry.source.endswith(entry.file)
+        assert entry.licence
+        if entry.parameters is not None and entry.kind != "clip":  # float32, and little more
+            assert 4 * entry.parameters <= entry.bytes < 4.05 * entry.parameters
+
+
+@pytest.fixture
+def small(monkeypatch, golden):
+    """A small published ADM network, guided-diffusion's weights of the fixture, and a small classifier."""
+    entries = {}
+    for name, kind, fixture in (
+        ("adm_small", "adm", "adm_unet_c"),
+        ("adm_small_classifier", "adm_classifier", "adm_classifier"),
+    ):
+        config, weights = golden(fixture).json["config"], golden(fixture).weights()
+        architecture = {k: v for k, v in config.items() if k not in IGNORED} | {"dtype": "float16"}
+        if kind == "adm_classifier":
+            architecture = {k: v for k, v in architecture.items() if k not in ("num_classes", "num_heads_upsample")}
+        entries[name] = published.Published(
+            name,
+            kind,
+            f"{name}.pt",
+            "",
+            0,
+            "",
+            "",
+            sum(w.numel() for w in weights.values()),
+            architecture,
+            {"noise_schedule": "cosine", "prediction": "epsilon", "num_steps": 1000} if kind == "adm" else {},
+        )
+    monkeypatch.setattr(published, "TABLE", {**published.TABLE, **entries})
+    yield {
+        name: golden(fixture)
+        for name, fixture in (("adm_small", "adm_unet_c"), ("adm_small_classifier", "adm_classifier"))
+    }
+    published.reference.cache_clear()
+
+
+class TestDenoiser:
+    @pytest.mark.parametrize("half", [False, True])
+    @pytest.mark.parametrize("network", ["adm_small", None])
+    def test_a_published_file_gives_the_published_outputs(self, tmp_path, small, network, half):
+        fixture = small["adm_small"]
+        weights = {k: v.half() if half and v.ndim > 2 else v for k, v in fixture.weights().items()}
+        torch.save(weights, tmp_path / "any.pt")
+        denoiser = ADMDenoiser(network, str(tmp_path / "any.pt"), dtype="float32")
+        with torch.no_grad():
+            output = denoiser.network(fixture["x"], fixture["t"], fixture["y"])
+        if half:
+            assert 0 < (output - fixture["output"]).abs().max() < 0.02 * fixture["output"].std()
+        else:
+            fixture.assert_close("output", output)
+        assert denoiser.provenance["published"] == ["adm_small"]
+        assert denoiser.provenance["file"] == str(tmp_path / "any.pt")
+        assert denoiser.provenance["noise_schedule"] == "cosine"
+        assert denoiser.provenance["attention_order"].endswith("legacy")
+        assert denoiser.schedule.alphas_cumprod[500] == pytest.approx(0.49, abs=0.01)  # cosine's; linear has 0.078
+        assert ADMDenoiser("adm_small").network.input_blocks[0][0].weight.dtype == torch.float16
+        json.dumps(denoiser.provenance)
+
+    def test_what_shapes_do_not_tell_must_agree(self, tmp_path, small):
+        fixture = small["adm_small"]
+        file = str(tmp_path / "any.pt")
+        torch.save(fixture.weights(), file)
+        architecture = dict(published.TABLE["adm_small"].architecture) | {"dtype": "float32"}
+        own = UNet(**architecture)
+        assert ADMDenoiser(own, file).provenance["noise_schedule"] == "cosine"
+        with pytest.raises(CheckpointError, match="adm_small, which was made with attention order .*order: False"):
+            ADMDenoiser(UNet(**architecture | {"use_new_attention_order": True}), file)
+        with pytest.raises(
+            CheckpointError, match="made with attention heads .*set num_heads: .*num_head_channels: .*or name"
+        ):
+            ADMDenoiser(UNet(**architecture | {"num_head_channels": -1, "num_heads": 1}), file)
+        for option, value in (("noise_schedule", "linear"), ("prediction", "v"), ("num_steps", 4000)):
+            said = published.TABLE["adm_small"].settings[option]
+            message = f"made with {option.replace('_', ' ')} {said}, here {value}.*set {option}: {said}"
+            with pytest.raises(CheckpointError, match=message):
+                ADMDenoiser(UNet(**architecture), file, **{option: value})
+            with pytest.raises(CheckpointError, match=message):
+                ADMDenoiser("adm_small", **{option: value})
+        # The same shapes, trained otherwise by somebody who says so.
+        other = UNet(**architecture | {"use_new_attention_order": True})
+        notes = {"noise_schedule": "linear", "prediction": "v", "num_steps": 1000} | published.unseen(other)
+        save_weights(fixture.weights(), tmp_path / "own.safetensors", **notes)
+        denoiser = ADMDenoiser(other, str(tmp_path / "own.safetensors"))
+        assert (denoiser.prediction, denoiser.provenance["noise_schedule"]) == ("v", "linear")
+        with pytest.raises(CheckpointError, match="was trained with attention_order: .*new"):
+            ADMDenoiser(UNet(**architecture), str(tmp_path / "own.safetensors"))
+
+    def test_what_nothing_tells_must_be_stated(self, tmp_path):
+        network = UNet(8, 1, 32, 1, num_res_blocks=1, channel_mult=(1,))
+        file = str(tmp_path / "own.pt")
+        torch.save(network.state_dict(), file)
+        with pytest.raises(
+            CheckpointError, match="own.pt does not say its noise_schedule.*state noise_schedule in the YAML"
+        ):
+            ADMDenoiser(network, file)
+        with pytest.raises(CheckpointError, match="does not say its prediction"):
+            ADMDenoiser(network, file, "linear")
+        assert ADMDenoiser(network, file, "linear", prediction="v").prediction == "v"
+        with pytest.raises(
+            CheckpointError, match="of none of the published.*num_heads or num_head_channels.*noise_schedule"
+        ):
+            ADMDenoiser(None, file)
+        with pytest.raises(ValueError, match="give a published name .adm_imagenet64"):
+            ADMDenoiser()
+        with pytest.raises(ValueError, match="unknown published network 'adm_classifier64'"):
+            ADMDenoiser("adm_classifier64")
+        with pytest.raises(ValueError, match="dtype is for published networks"):
+            ADMDenoiser(network, dtype="float32")
+
+    def test_shapes_of_several_published_networks(self, tmp_path, small, monkeypatch):
+        from dataclasses import replace
+
+        twin = replace(published.TABLE["adm_small"], name="adm_twin")
+        monkeypatch.setattr(published, "TABLE", {**published.TABLE, "adm_twin": twin})
+        torch.save(small["adm_small"].weights(), tmp_path / "any.pt")
+        with pytest.raises(CheckpointError, match="of adm_small and adm_twin of the published.*state network"):
+            ADMDenoiser(None, str(tmp_path / "any.pt"))
+        assert ADMDenoiser("adm_twin", str(tmp_path / "any.pt")).provenance["published"] == ["adm_small", "adm_twin"]
+
+
+class TestClassifier:
+    @pytest.mark.parametrize("network", ["adm_small_classifier", None])
+    def test_a_published_file_gives_the_published_outputs(self, tmp_path, small, network):
+        fixture = small["adm_small_classifier"]
+        torch.save(fixture.weights(), tmp_path / "any.pt")
+        classifier = NoiseAwareClassifier(network, str(tmp_path / "any.pt"), dtype="float32").freeze()
+        fixture.assert_close("logits", classifier(fixture["x"], fixture["t"]))
+        assert classifier.num_classes == fixture["logits"].shape[1]
+        assert classifier.provenance["published"] == ["adm_small_classifier"]
+
+    def test_another_order_of_the_attention_is_refused(self, tmp_path, small):
+        torch.save(small["adm_small_classifier"].weights(), tmp_path / "any.pt")
+        architecture = published.TABLE["adm_small_classifier"].architecture
+        other = EncoderUNet(**architecture | {"use_new_attention_order": not architecture["use_new_attention_order"]})
+        with pytest.raises(CheckpointError, match="made with attention order"):
+            NoiseAwareClassifier(other, str(tmp_path / "any.pt"))
+
+
+def test_a_network_that_is_no_unet_has_nothing_unseen(tmp_path):
+    network = nn.Linear(2, 2)
+    save_weights(network, tmp_path / "a.safetensors")
+    assert load_weights(network, tmp_path / "a.safetensors") == {
+        "file": str(tmp_path / "a.safetensors"),
+        "bytes": 24,
+        "published": [],
+    }
