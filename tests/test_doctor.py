@@ -3,11 +3,13 @@
 import pytest
 import torch
 import yaml
+from huggingface_hub import hf_hub_download, is_offline_mode
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
 from calib_guidance.checkpoints import save_weights
 from calib_guidance.cli import main
-from calib_guidance.doctor import cost, parts
+from calib_guidance.doctor import cost, files, parts, rehearsal
 from calib_guidance.networks import SmallResNet
 from tests.conftest import ROOT
 
@@ -18,8 +20,9 @@ DENOISER = "--model.init_args.denoiser.init_args"
 
 
 @pytest.fixture
-def examine(in_root, tmp_path, capsys):
+def examine(in_root, tmp_path, capsys, monkeypatch):
     """Exit status and report of the doctor; nothing is written where the run would write."""
+    monkeypatch.setattr(rehearsal, "_PATIENCE", 0.0)  # one step, and none at the run's batch size
 
     def examine(*words):
         out = tmp_path / "out"
@@ -41,12 +44,14 @@ def marked(report, mark):
 
 
 class TestGo:
-    def test_sampling(self, examine):
+    def test_sampling(self, examine, monkeypatch):
+        monkeypatch.setattr(rehearsal, "_PATIENCE", 60.0)
         status, report = examine(DIGITS)
         assert status == 0
         assert report.rstrip().splitlines()[-1].startswith("GO: calib-guidance predict")
         assert len([line for line in marked(report, "ok") if "checkpoints/digits/" in line]) == 3
         assert "denoiser: ADMDenoiser, 0.83 M parameters, samples 1×8×8" in report
+        assert "at batch size 100: guided step" in report
         assert "for 1,000 images" in report
 
     def test_training(self, examine):
@@ -99,8 +104,6 @@ class TestNoGo:
         assert "whole run" not in report
 
     def test_too_little_memory_names_the_batch_size_that_fits(self, examine, monkeypatch):
-        from calib_guidance.doctor import rehearsal
-
         monkeypatch.setattr(rehearsal, "free_memory", lambda device: 5 * 10**6)
         status, report = examine(DIGITS)
         assert status == 1
@@ -238,6 +241,15 @@ class TestCommandLine:
         status, report = examine()
         assert status == 2
         assert "--config" in report
+
+
+def test_nothing_reaches_the_network():
+    with files.without_network():
+        with pytest.raises(OSError, match="would be downloaded, from download.pytorch.org"):
+            torch.hub.load_state_dict_from_url("https://download.pytorch.org/models/none.pth", "/nonexistent")
+        with pytest.raises(LocalEntryNotFoundError):
+            hf_hub_download("someone/something", "model.safetensors")
+    assert not is_offline_mode()
 
 
 def test_counted_memory_and_operations():

@@ -184,7 +184,9 @@ def locate_weights(value: str, network: object) -> tuple[str, list[str]]:
         )
     if isinstance(network, str) and (found := _library_weights(value, network)) is not None:
         cached, source = found
-        return ("note", [later, f"from {source}"]) if cached is None else ("ok", [f"{value} ({cached})"])
+        return (
+            ("note", [f"{network}: {later}", f"from {source}"]) if cached is None else ("ok", [f"{value} ({cached})"])
+        )
     if about := _about(value):
         return "missing", [value, *about, f"and put it at {path}"]
     return "missing", [f"{value}: no such file, and no public source is known", "name an existing file, or make it"]

@@ -120,7 +120,7 @@ def _time(works: list[Work], module: torch.nn.Module, count: int) -> tuple[list[
         if module.device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-        values = found | values
+        values |= found
     return seconds, values
 
 
