@@ -437,8 +437,8 @@ class RunFolder:
         foreign = []
         for folder, known in endings.items():
             for path in sorted(folder.glob("*")):
-                if path.name.startswith(".") and path.name.endswith(".tmp"):
-                    continue  # somebody writes it, or was killed while doing so: tidied by the next run
+                if path.name.startswith("."):
+                    continue  # being written, left by a kill and tidied by the next run, or the file system's own (.nfs…)
                 match = pattern.fullmatch(path.name)
                 first = int(match[1]) if match and match[2] in known else None
                 if first is None or first % self.shard_size or first >= count or path.name != match.string:
