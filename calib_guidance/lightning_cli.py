@@ -24,6 +24,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero
 
 from calib_guidance.callbacks import CalibrationReport, RequeueBetweenSteps, SampleWriter, StepSeeds
+from calib_guidance.callbacks.sample_writer import UNREADABLE
 from calib_guidance.checkpoint_io import AtomicCheckpointIO
 from calib_guidance.checkpoints import CheckpointError
 from calib_guidance.configurations import expand_bases
@@ -148,12 +149,13 @@ class CalibGuidanceCLI(LightningCLI):
         return kwargs
 
     def after_predict(self) -> None:
-        """Lets the exit status say that samples had to be left out."""
+        """Lets the exit status say that samples were left out. Images that cannot be read are bounded by ``max_corrupt``."""
         writer = next((callback for callback in self.trainer.callbacks if isinstance(callback, SampleWriter)), None)
         if writer is None or not self.trainer.is_global_zero:
             return
         run = writer.run.whole()
-        if not run.remaining() and (left_out := run.left_out()):
+        left_out = [] if run.remaining() else [s for s in run.left_out() if s["reason"] != UNREADABLE]
+        if left_out:
             listed = ", ".join(str(sample["index"]) for sample in left_out[:10])
             raise LeftOutError(
                 f"{len(left_out)} samples could not be made and are left out: {listed}{' …' if len(left_out) > 10 else ''} "

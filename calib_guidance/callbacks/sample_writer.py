@@ -31,6 +31,7 @@ from calib_guidance.images import UINT8_RULES, to_uint8
 from calib_guidance.run_folder import RunFolder, read_table
 
 log = logging.getLogger(__name__)
+UNREADABLE = "its image cannot be read"
 
 
 def _png(image: np.ndarray) -> bytes:
@@ -208,7 +209,7 @@ class SampleWriter(Measurement):
         found = rows["index"].tolist()
         self._left_out += wrong.values()
         unread = set(loader.rows) - set(found)
-        self._left_out += [{"index": i, "step": None, "reason": "its image cannot be read"} for i in sorted(unread)]
+        self._left_out += [{"index": i, "step": None, "reason": UNREADABLE} for i in sorted(unread)]
         if wrong:
             kept = torch.tensor([row for row, index in enumerate(found) if index not in wrong], dtype=torch.long)
             rows = {key: column[kept.to(column.device)] for key, column in rows.items()}

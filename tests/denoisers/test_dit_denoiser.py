@@ -421,7 +421,7 @@ class TestLighterDecoders:
 
 def test_a_run_without_a_decoder_is_refused_before_it_samples(network, denoiser):
     module = GuidedSampling(ClassifierFreeGuidance(DiTDenoiser(network)), DDPM("3"))
-    module._trainer = mock.Mock(datamodule=mock.Mock(num_classes=10, batch_size=2, num_samples=2))
+    module._trainer = mock.Mock(datamodule=mock.Mock(num_classes=10, batch_size=2, num_samples=2, shard_size=None))
     assert [problem for problem in module.problems() if "set vae" in problem]
     module.denoiser = denoiser
     assert not list(module.problems())
