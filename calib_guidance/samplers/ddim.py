@@ -12,7 +12,15 @@ from calib_guidance.denoisers.base import Denoiser
 from calib_guidance.guidance.base import Guidance
 from calib_guidance.noise_schedule import NoiseLevels
 from calib_guidance.rng import Noise
-from calib_guidance.samplers.base import Observer, Sampler, StepRecord, on_device, refuse_sample_shift, refuse_sine, start
+from calib_guidance.samplers.base import (
+    Observer,
+    Sampler,
+    StepRecord,
+    on_device,
+    refuse_sample_shift,
+    refuse_sine,
+    start,
+)
 
 
 class DDIM(Sampler):

@@ -36,7 +36,7 @@ class DPMSolver(Multistep):
         self,
         steps: str | int = 25,
         sde: bool = False,
-        spacing: str = "timesteps",
+        spacing: str = "logsnr",
         sigma_min: float | None = None,
         sigma_max: float | None = None,
         order: int = 2,

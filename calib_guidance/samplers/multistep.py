@@ -13,8 +13,8 @@ from calib_guidance.guidance.base import Guidance, GuidedPrediction
 from calib_guidance.noise_schedule import NoiseLevels
 from calib_guidance.samplers.base import Sampler, on_device, refuse_sample_shift, refuse_sine
 
-SPACINGS = ("timesteps", "karras", "logsnr")
-_RHO = 7.0
+SPACINGS = ("logsnr", "karras", "timesteps")
+_RHO, _SIGMA_MAX = 7.0, 80.0
 
 
 class StepSizes(NamedTuple):
@@ -43,9 +43,11 @@ class Multistep(Sampler):
 
     Args:
         steps: N; with ``spacing: timesteps`` any respacing of the process, e.g. ``"ddim25"``.
-        spacing: where the levels lie. ``timesteps``: as the respaced discrete process has them; ``karras``: evenly in σ^(1/7)
-            (Karras et al. 2022); ``logsnr``: evenly in ln σ.
-        sigma_min, sigma_max: least and greatest σ of ``karras`` and ``logsnr``; by default those of the model's process.
+        spacing: where the levels lie. ``logsnr``: evenly in ln σ, on which these solvers count; ``karras``: evenly in σ^(1/7)
+            (Karras et al. 2022); ``timesteps``: as the respaced discrete process has them, whose last steps are so long in ln σ
+            that nothing is gained over DDIM.
+        sigma_min, sigma_max: least and greatest σ of ``logsnr`` and ``karras``; by default those of the model's process, but at
+            most 80: beyond, a step of x̂0 changes nothing and one of guidance overshoots.
         order: 1 or 2.
         clip_denoised: clip x̂0 to [-1, 1], before guidance.
 
@@ -56,7 +58,7 @@ class Multistep(Sampler):
     def __init__(
         self,
         steps: str | int = 25,
-        spacing: str = "timesteps",
+        spacing: str = "logsnr",
         sigma_min: float | None = None,
         sigma_max: float | None = None,
         order: int = 2,
@@ -82,12 +84,14 @@ class Multistep(Sampler):
             return schedule.respace(self.steps).levels
         ends = schedule.levels.sigmas
         low = ends[0] if self.sigma_min is None else self.sigma_min
-        high = ends[-1] if self.sigma_max is None else self.sigma_max
+        high = min(ends[-1], _SIGMA_MAX) if self.sigma_max is None else self.sigma_max
         if not 0 < low < high < math.inf:
             raise ValueError(f"noise levels must have 0 < sigma_min < sigma_max, got {low:g} and {high:g}")
         if self.spacing == "logsnr":
-            return schedule.at_sigmas(np.geomspace(high, low, int(self.steps))[::-1])
-        return schedule.at_sigmas(np.linspace(high ** (1 / _RHO), low ** (1 / _RHO), int(self.steps))[::-1] ** _RHO)
+            sigmas = np.geomspace(high, low, int(self.steps))
+        else:
+            sigmas = np.linspace(high ** (1 / _RHO), low ** (1 / _RHO), int(self.steps)) ** _RHO
+        return schedule.at_sigmas(sigmas[::-1])
 
     def num_evaluations(self, denoiser: Denoiser) -> int:
         return len(self.levels(denoiser).times) * denoiser.evaluations
