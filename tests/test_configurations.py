@@ -1,5 +1,6 @@
 """Configuration files that are based on others."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,32 @@ def test_a_row_runs_and_what_is_saved_stands_alone(in_root, write, tmp_path):
     assert (
         saved["data"]["init_args"] | {"seed": 5, "num_samples": 10, "labels": "balanced"} == saved["data"]["init_args"]
     )
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm_solver", "dpm_solver_sde", "unipc"])
+def test_overlays_of_samplers_make_digits(in_root, write, tmp_path, name):
+    """25 evaluations each; the judge names most of what was asked for."""
+    callbacks = yaml.safe_load(Path("lightning_configs/predict/digits.yaml").read_text())["trainer"]["callbacks"]
+    needed = [
+        c for c in callbacks if c["class_path"].rsplit(".", 1)[1] in ("SampleWriter", "SampleQuality", "RunReport")
+    ]
+    fewer = write("fewer.yaml", trainer={"callbacks": needed})
+    main(
+        [
+            "predict",
+            "--config=lightning_configs/predict/digits.yaml",
+            "--config=lightning_configs/score/plain.yaml",
+            f"--config=lightning_configs/sampler/{name}.yaml",
+            f"--config={fewer}",
+            "--model.init_args.guidance.init_args.schedule.init_args.gamma=0",
+            "--data.init_args.num_samples=50",
+            "--data.init_args.batch_size=50",
+            f"--trainer.default_root_dir={tmp_path / 'run'}",
+            "--trainer.accelerator=cpu",
+            "--trainer.enable_progress_bar=false",
+        ]
+    )
+    settings = yaml.safe_load((tmp_path / "run/config.yaml").read_text())["model"]["init_args"]["sampler"]
+    assert settings["class_path"].lower().endswith(name.removesuffix("_sde").replace("_", ""))
+    assert settings["init_args"]["clip_denoised"]
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["judge_accuracy"] >= 0.8

@@ -99,6 +99,16 @@ def refuse_sample_shift(sampler: str, guidance: Guidance | None) -> None:
             )
 
 
+def refuse_sine(sampler: str, guidance: Guidance | None) -> None:
+    """Raise ValueError where the score is to be amplified by the variance of a step that has none."""
+    for part in guidance.parts() if guidance else ():
+        if part.enters == "score" and part.schedule.gamma:
+            raise ValueError(
+                f"the sine factor is defined through the variance of a DDPM step, and {sampler} has none: set the guidance "
+                "schedule's gamma to 0, or sample with DDPM"
+            )
+
+
 def start(
     denoiser: Denoiser, guidance: Guidance | None, levels: NoiseLevels, y: Tensor, clip: bool
 ) -> tuple[Predict, Guide]:

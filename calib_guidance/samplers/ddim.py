@@ -12,7 +12,15 @@ from calib_guidance.denoisers.base import Denoiser
 from calib_guidance.guidance.base import Guidance
 from calib_guidance.noise_schedule import NoiseLevels
 from calib_guidance.rng import Noise
-from calib_guidance.samplers.base import Observer, Sampler, StepRecord, on_device, refuse_sample_shift, start
+from calib_guidance.samplers.base import (
+    Observer,
+    Sampler,
+    StepRecord,
+    on_device,
+    refuse_sample_shift,
+    refuse_sine,
+    start,
+)
 
 
 class DDIM(Sampler):
@@ -46,12 +54,7 @@ class DDIM(Sampler):
     def check(self, denoiser: Denoiser, guidance: Guidance | None) -> None:
         denoiser.schedule.respace(self.steps)
         refuse_sample_shift(type(self).__name__, guidance)
-        for part in guidance.parts() if guidance else ():
-            if part.enters == "score" and part.schedule.gamma:
-                raise ValueError(
-                    "the sine factor is defined through the variance of a DDPM step, and DDIM has none: set the guidance "
-                    "schedule's gamma to 0, or sample with DDPM"
-                )
+        refuse_sine(type(self).__name__, guidance)
 
     @torch.no_grad()
     def __call__(

@@ -8,7 +8,7 @@ from calib_guidance.denoisers import ADMDenoiser
 from calib_guidance.guidance import ClassifierGuidance, GuidanceSchedule
 from calib_guidance.networks import SmallResNet, UNet
 from calib_guidance.rng import SampleStreams
-from calib_guidance.samplers import DDIM, DDPM
+from calib_guidance.samplers import DDIM, DDPM, DPMSolver, UniPC
 from calib_guidance.scores import DivergenceRegularized, Tilted
 
 COUNT = 70
@@ -57,7 +57,11 @@ def sample(denoiser, sampler, guide, size, order=None):
     return images, noises
 
 
-@pytest.mark.parametrize("sampler", [DDPM("10"), DDIM("ddim10", eta=0.5)], ids=["ddpm", "ddim"])
+@pytest.mark.parametrize(
+    "sampler",
+    [DDPM("10"), DDIM("ddim10", eta=0.5), DPMSolver(10, sde=True), UniPC(10)],
+    ids=["ddpm", "ddim", "dpm_solver_sde", "unipc"],
+)
 def test_batch_size_and_order_change_no_noise_and_images_by_rounding_only(denoiser, sampler):
     guide = guidance(DivergenceRegularized("js", tau2=0.8))
     expected, expected_noise = sample(denoiser, sampler, guide, 64)

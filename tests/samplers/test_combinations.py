@@ -1,4 +1,4 @@
-"""Any score with any denoiser, sampler and classifier: all of them together, two steps each."""
+"""Any score with any denoiser, sampler and classifier: all of them together, two or three steps each."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from calib_guidance.denoisers import ADMDenoiser, DiTDenoiser, EDMDenoiser, Rela
 from calib_guidance.guidance import ClassifierFreeGuidance, ClassifierGuidance, GuidanceSchedule, SwitchedGuidance
 from calib_guidance.networks import DiT, EncoderUNet, SmallResNet, UNet
 from calib_guidance.rng import SampleStreams
-from calib_guidance.samplers import DDIM, DDPM, Heun
+from calib_guidance.samplers import DDIM, DDPM, DPMSolver, Heun, UniPC
 from calib_guidance.scores import DivergenceRegularized, EntropyRegularized, TemperedLogProb, Tilted
 
 Y = torch.tensor([0, 1, 2, 1])
@@ -22,7 +22,15 @@ SCORES = {
     **{name: DivergenceRegularized(name, 0.1) for name in ("rkl", "fkl", "js", "hellinger")},
     "tilted": Tilted(-0.2, 2),
 }
-SAMPLERS = {"ddpm": DDPM("2"), "ddim": DDIM("2"), "heun": Heun(2), "churn": Heun(2, s_churn=1.0, guide_correction=True)}
+SAMPLERS = {
+    "ddpm": DDPM("2"),
+    "ddim": DDIM("2"),
+    "heun": Heun(2),
+    "churn": Heun(2, s_churn=1.0, guide_correction=True),
+    "dpm_solver": DPMSolver(3),
+    "dpm_solver_sde": DPMSolver(3, sde=True, spacing="karras"),
+    "unipc": UniPC(3),
+}
 
 
 class Decoder(nn.Module):
@@ -123,6 +131,6 @@ def test_switched_recurrent_and_through_the_denoiser(parts, name):
         through = guide(classifiers["off_the_shelf"], SCORES["js"], at="through_denoiser")
         for guidance in (switched, through):
             assert not torch.equal(run(sampler, denoisers[kind], guidance), plain)
-    if not isinstance(sampler, Heun):
+    if isinstance(sampler, (DDPM, DDIM)):
         again = type(sampler)("2", recurrence=2)
         assert not torch.allclose(run(again, denoisers["dit"], through), run(again, denoisers["dit"]), atol=1e-5)

@@ -1,0 +1,132 @@
+"""What the multistep solvers of the probability-flow ODE have in common."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from calib_guidance.denoisers.base import Denoiser
+from calib_guidance.guidance.base import Guidance, GuidedPrediction
+from calib_guidance.noise_schedule import NoiseLevels
+from calib_guidance.samplers.base import Sampler, on_device, refuse_sample_shift, refuse_sine
+
+SPACINGS = ("logsnr", "karras", "timesteps")
+_RHO, _SIGMA_MAX = 7.0, 80.0
+
+
+class StepSizes(NamedTuple):
+    """The steps between N noise levels in λ = log(√ᾱ/√(1−ᾱ)) = −ln σ, of which the last leads to x̂0; ``(N,)`` float64.
+
+    Attributes:
+        alpha, alpha_next: √ᾱ before and after each step; 1 after the last.
+        sigma, sigma_next: VE noise level before and after; 0 after the last.
+        h: λ_next − λ; infinite at the last.
+        before: step before over this one, 1/r = h/h_before; 0 at the first and the last, which have first order.
+    """
+
+    alpha: np.ndarray
+    alpha_next: np.ndarray
+    sigma: np.ndarray
+    sigma_next: np.ndarray
+    h: np.ndarray
+    before: np.ndarray
+
+
+class Multistep(Sampler):
+    """Noise levels and guidance of a solver that extrapolates from the x̂0 of the step before: one evaluation a step.
+
+    In these solvers classifier guidance is part of x̂0: x̂0 + (1−ᾱ)/√ᾱ·s·∇S is the posterior mean under the guided score, to
+    which x̂0 also comes in DDIM, so that a scale means the same there and here.
+
+    Args:
+        steps: N; with ``spacing: timesteps`` any respacing of the process, e.g. ``"ddim25"``.
+        spacing: where the levels lie. ``logsnr``: evenly in ln σ, on which these solvers count; ``karras``: evenly in σ^(1/7)
+            (Karras et al. 2022); ``timesteps``: as the respaced discrete process has them, whose last steps are so long in ln σ
+            that nothing is gained over DDIM.
+        sigma_min, sigma_max: least and greatest σ of ``logsnr`` and ``karras``; by default those of the model's process, but at
+            most 80: beyond, a step of x̂0 changes nothing and one of guidance overshoots.
+        order: 1 or 2.
+        clip_denoised: clip x̂0 to [-1, 1], before guidance.
+
+    Raises:
+        ValueError: unknown names, numbers out of range, or noise levels where the spacing has its own.
+    """
+
+    def __init__(
+        self,
+        steps: str | int = 25,
+        spacing: str = "logsnr",
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        order: int = 2,
+        clip_denoised: bool = True,
+    ):
+        if spacing not in SPACINGS:
+            raise ValueError(f"spacing: unknown {spacing!r}; known: {', '.join(SPACINGS)}")
+        if spacing == "timesteps" and (sigma_min is not None or sigma_max is not None):
+            raise ValueError(
+                "spacing: timesteps takes its noise levels from the model's process: leave sigma_min and sigma_max out, or set "
+                "spacing to karras or logsnr"
+            )
+        if spacing != "timesteps" and not (str(steps).isdecimal() and int(steps) >= 1):
+            raise ValueError(f"steps: spacing: {spacing} needs a number of at least 1, got {steps!r}")
+        if order not in (1, 2):
+            raise ValueError(f"order must be 1 or 2, got {order}")
+        self.steps, self.spacing, self.order, self.clip_denoised = steps, spacing, order, clip_denoised
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+
+    def levels(self, denoiser: Denoiser) -> NoiseLevels:
+        schedule = denoiser.schedule
+        if self.spacing == "timesteps":
+            return schedule.respace(self.steps).levels
+        ends = schedule.levels.sigmas
+        low = ends[0] if self.sigma_min is None else self.sigma_min
+        high = min(ends[-1], _SIGMA_MAX) if self.sigma_max is None else self.sigma_max
+        if not 0 < low < high < math.inf:
+            raise ValueError(f"noise levels must have 0 < sigma_min < sigma_max, got {low:g} and {high:g}")
+        if self.spacing == "logsnr":
+            sigmas = np.geomspace(high, low, int(self.steps))
+        else:
+            sigmas = np.linspace(high ** (1 / _RHO), low ** (1 / _RHO), int(self.steps)) ** _RHO
+        return schedule.at_sigmas(sigmas[::-1])
+
+    def num_evaluations(self, denoiser: Denoiser) -> int:
+        return len(self.levels(denoiser).times) * denoiser.evaluations
+
+    def check(self, denoiser: Denoiser, guidance: Guidance | None) -> None:
+        self.levels(denoiser)
+        refuse_sample_shift(type(self).__name__, guidance)
+        refuse_sine(type(self).__name__, guidance)
+
+    def step_sizes(self, levels: NoiseLevels) -> StepSizes:
+        """Step i from level i to level i − 1, or from level 0 to x̂0."""
+        alpha, sigma = np.sqrt(levels.alphas_cumprod), levels.sigmas
+        alpha_next, sigma_next = np.append(1.0, alpha[:-1]), np.append(0.0, sigma[:-1])
+        h, before = np.append(math.inf, np.diff(np.log(sigma))), np.zeros(len(sigma))
+        if self.order == 2:
+            before[1:-1] = h[1:-1] / h[2:]
+        return StepSizes(alpha, alpha_next, sigma, sigma_next, h, before)
+
+
+class GuidedX0:
+    """x̂0 under guidance, by level.
+
+    Args:
+        sizes: of the steps.
+        like: where it is computed.
+    """
+
+    def __init__(self, sizes: StepSizes, like: Tensor):
+        # 1 − ᾱ = (√ᾱ·σ)²
+        self.gradient, self.noise = on_device(sizes.alpha * sizes.sigma**2, like), on_device(sizes.sigma, like)
+
+    def __call__(self, guided: GuidedPrediction, i: int) -> Tensor:
+        x0 = guided.prediction.x0
+        if guided.gradient is not None:
+            x0 = x0 + self.gradient[i] * guided.gradient
+        if guided.noise_shift is not None:
+            x0 = x0 + self.noise[i] * guided.noise_shift
+        return x0
