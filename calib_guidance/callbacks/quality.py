@@ -49,7 +49,7 @@ class SampleQuality(Measurement):
         loader = DataLoader(self.reference, self.batch_size)
         rule = self.uint8_rule
         found = torch.cat([self._extract(to_uint8(batch["image"].to(device), rule))[0] for batch in loader])
-        self.frechet = FrechetDistance(found).to(device)
+        self.frechet = FrechetDistance(found, full_rank=False).to(device)
         self.precision_recall = PrecisionRecall(found, self.k).to(device)
         self.accuracy = MeanMetric().to(device)
 
