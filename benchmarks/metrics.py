@@ -36,7 +36,7 @@ def by_sqrtm(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Ten
     """The same distance through the square root of a matrix."""
     root = scipy.linalg.sqrtm(covariance1.numpy() @ covariance2.numpy())
     difference = (mean1 - mean2).numpy()
-    return float(difference @ difference + np.trace(covariance1 + covariance2 - 2 * root.real))
+    return float(difference @ difference + np.trace(covariance1.numpy() + covariance2.numpy() - 2 * root.real))
 
 
 def frechet(samples: int, width: int, rounds: int) -> None:
