@@ -29,7 +29,7 @@ def features(samples: int, width: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(width, width, generator=torch.Generator().manual_seed(0)) / width**0.5
     mixing *= torch.linspace(1, 0.05, width)[:, None]
-    return (torch.randn(samples, width, generator=generator) @ mixing + 0.1 * seed).relu()
+    return (torch.randn(samples, width, generator=generator) @ mixing + 0.01 * seed).relu()
 
 
 def by_sqrtm(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> float:

@@ -13,19 +13,26 @@ _BLOCK = 4096  # of rows and of columns: 128 MB of kernel values
 
 def _kernel_sum(a: Tensor, b: Tensor) -> Tensor:
     """Σ_ij k(a_i, b_j), k(x, y) = (x·y/D + 1)³, in float64 of features ``(N, D)`` and ``(M, D)``."""
-    total = torch.zeros((), dtype=torch.float64, device=a.device)
-    for rows in a.split(_BLOCK):
-        rows = rows.double() / a.shape[1]
-        for columns in b.split(_BLOCK):
-            total += (rows @ columns.double().T).add_(1).pow_(3).sum()
-    return total
+    return (a.double() @ b.double().T).div_(a.shape[1]).add_(1).pow_(3).sum()
 
 
-def _mean_of_pairs(features: Tensor) -> Tensor:
+def _mean_between(a: Tensor, b: Tensor) -> Tensor:
+    """Mean of k over pairs of one row of each."""
+    total = sum(_kernel_sum(rows, columns) for rows in a.split(_BLOCK) for columns in b.split(_BLOCK))
+    return total / (len(a) * len(b))
+
+
+def _mean_within(features: Tensor) -> Tensor:
     """Mean of k over pairs of different rows."""
-    n = len(features)
-    diagonal = sum((f.double().square().mean(1) + 1).pow(3).sum() for f in features.split(_BLOCK))
-    return (_kernel_sum(features, features) - diagonal) / (n * (n - 1))
+    n, blocks = len(features), features.split(_BLOCK)
+    # k is symmetric: a block beside the diagonal counts for its mirror image too.
+    total = sum(
+        (1 if columns is rows else 2) * _kernel_sum(rows, columns)
+        for i, rows in enumerate(blocks)
+        for columns in blocks[i:]
+    )
+    diagonal = sum((rows.double().square().mean(1) + 1).pow(3).sum() for rows in blocks)
+    return (total - diagonal) / (n * (n - 1))
 
 
 def kernel_distance(reference: Tensor, generated: Tensor) -> Tensor:
@@ -46,8 +53,7 @@ def kernel_distance(reference: Tensor, generated: Tensor) -> Tensor:
     m, n = len(reference), len(generated)
     if min(m, n) < 2:
         raise ValueError(f"the kernel distance needs two samples or more in each set, got {m} and {n}")
-    between = _kernel_sum(reference, generated) / (m * n)
-    return _mean_of_pairs(reference) + _mean_of_pairs(generated) - 2 * between
+    return _mean_within(reference) + _mean_within(generated) - 2 * _mean_between(reference, generated)
 
 
 def kernel_distance_subsets(
