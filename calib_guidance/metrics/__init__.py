@@ -1,5 +1,6 @@
 """Metrics as torchmetrics classes, each with a pure functional twin."""
 
+from calib_guidance.metrics.bootstrap import bootstrap, bootstrap_sums
 from calib_guidance.metrics.calibration import (
     AdaptiveCalibrationError,
     CalibrationError,
@@ -22,8 +23,19 @@ from calib_guidance.metrics.classification import (
     negative_log_likelihood,
 )
 from calib_guidance.metrics.classifier_metrics import ClassifierMetrics
+from calib_guidance.metrics.density_coverage import DensityCoverage, density_coverage
 from calib_guidance.metrics.features import FeatureExtractor, InceptionFeatures, JudgeFeatures
-from calib_guidance.metrics.frechet import FrechetDistance, frechet_distance, mean_and_covariance
+from calib_guidance.metrics.frechet import (
+    Extrapolation,
+    FrechetDistance,
+    covariance_root,
+    extrapolated_frechet_distance,
+    frechet_distance,
+    mean_and_covariance,
+    sample_count_note,
+)
+from calib_guidance.metrics.inception_score import InceptionScore, inception_score
+from calib_guidance.metrics.kernel_distance import KernelDistance, kernel_distance, kernel_distance_subsets
 from calib_guidance.metrics.levels import Levels
 from calib_guidance.metrics.precision_recall import PrecisionRecall, precision_recall
 from calib_guidance.metrics.smooth_calibration import SmoothCalibrationError, smooth_calibration_error
@@ -35,10 +47,14 @@ __all__ = [
     "CalibrationError",
     "ClassifierMetrics",
     "ClasswiseCalibrationError",
+    "DensityCoverage",
+    "Extrapolation",
     "FeatureExtractor",
     "FrechetDistance",
     "InceptionFeatures",
+    "InceptionScore",
     "JudgeFeatures",
+    "KernelDistance",
     "Levels",
     "MaximumCalibrationError",
     "NegativeLogLikelihood",
@@ -47,15 +63,24 @@ __all__ = [
     "SmoothCalibrationError",
     "accuracy",
     "adaptive_calibration_error",
+    "bootstrap",
+    "bootstrap_sums",
     "brier_score",
     "calibration_bins",
     "calibration_error",
     "calibration_error_from_bins",
     "classwise_calibration_error",
+    "covariance_root",
+    "density_coverage",
+    "extrapolated_frechet_distance",
     "frechet_distance",
+    "inception_score",
+    "kernel_distance",
+    "kernel_distance_subsets",
     "maximum_calibration_error",
     "mean_and_covariance",
     "negative_log_likelihood",
     "precision_recall",
+    "sample_count_note",
     "smooth_calibration_error",
 ]

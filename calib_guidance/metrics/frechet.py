@@ -1,10 +1,14 @@
-"""Fréchet distance between feature distributions (Heusel et al. 2017)."""
+"""Fréchet distance between feature distributions (Heusel et al. 2017, https://arxiv.org/abs/1706.08500)."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from calib_guidance.metrics.base import RankMetric, check_width
 
 
 def mean_and_covariance(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -13,56 +17,173 @@ def mean_and_covariance(features: Tensor) -> tuple[Tensor, Tensor]:
     return features.mean(0), torch.cov(features.T).reshape(features.shape[1], features.shape[1])
 
 
-def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> Tensor:
-    """‖μ₁ − μ₂‖² + tr Σ₁ + tr Σ₂ − 2·tr (Σ₁Σ₂)^{1/2}, by eigenvalues of the symmetric √Σ₁·Σ₂·√Σ₁.
+def covariance_root(covariance: Tensor) -> Tensor:
+    """R ``(D, D)`` float64 with R·Rᵀ = Σ, of a symmetric ``(D, D)`` that may be singular."""
+    values, vectors = torch.linalg.eigh(covariance.double())
+    return vectors * values.clamp(min=0).sqrt()
+
+
+def frechet_distance(
+    mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor, root1: Tensor | None = None
+) -> Tensor:
+    """‖μ₁ − μ₂‖² + tr Σ₁ + tr Σ₂ − 2·tr (Σ₁Σ₂)^{1/2}, by eigenvalues of the symmetric Rᵀ·Σ₂·R, where R·Rᵀ = Σ₁.
+
+    Those are the eigenvalues of Σ₁Σ₂, whatever the root R.
 
     Args:
         mean1, mean2: ``(D,)``.
         covariance1, covariance2: ``(D, D)``, symmetric.
+        root1: :func:`covariance_root` of ``covariance1`` where it is known, which is half of the work.
 
     Returns:
         Scalar float64, ≥ 0 up to rounding.
     """
     covariance1, covariance2 = covariance1.double(), covariance2.double()
-    values, vectors = torch.linalg.eigh(covariance1)
-    root = vectors * values.clamp(min=0).sqrt()  # root·rootᵀ is Σ₁, and any such root has the same eigenvalues below
+    root = covariance_root(covariance1) if root1 is None else root1
     eigenvalues = torch.linalg.eigvalsh(root.T @ covariance2 @ root).clamp(min=0)
     mean_term = (mean1.double() - mean2.double()).square().sum()
     return mean_term + covariance1.trace() + covariance2.trace() - 2 * eigenvalues.sqrt().sum()
 
 
-class FrechetDistance(Metric):
+def sample_count_note(num_samples: int, width: int) -> str | None:
+    """What the number of samples does to a Fréchet distance, in words for a report.
+
+    Args:
+        num_samples: the smaller of the two sets.
+        width: D of the features.
+
+    Returns:
+        None from 10,000 samples, where the covariance has full rank too.
+    """
+    if num_samples <= width:
+        return (
+            f"{num_samples} samples of {width} features: covariance without full rank, distance far above that of many "
+            "samples; comparable only at the same number"
+        )
+    if num_samples < 10_000:
+        return f"{num_samples} samples: biased upwards, comparable only at the same number"
+    return None
+
+
+class FrechetDistance(RankMetric):
     """Fréchet distance of generated features to a reference, from fixed-size float64 sums, exact over ranks.
 
     Args:
-        reference: ``(M, D)`` features of the reference, the same on every rank.
+        reference: ``(M, D)`` features of the reference, or their mean ``(D,)`` and covariance ``(D, D)``; the same on every
+            rank.
+        full_rank: refuse sets of D samples or fewer, whose covariance is singular. False for small experiments, whose
+            distances compare only at the same number of samples (see :func:`sample_count_note`).
+
+    Raises:
+        ValueError: too few features in the reference for ``full_rank``, or a mean and a covariance that do not fit.
     """
 
-    full_state_update = False
     higher_is_better = False
 
-    def __init__(self, reference: Tensor, **kwargs: object):
+    def __init__(self, reference: Tensor | tuple[Tensor, Tensor], full_rank: bool = True, **kwargs: object):
         super().__init__(**kwargs)
-        mean, covariance = mean_and_covariance(reference)
+        self.full_rank = full_rank
+        if isinstance(reference, Tensor):
+            self._check_count(len(reference), reference.shape[1], "the reference")
+            reference = mean_and_covariance(reference)
+        mean, covariance = (value.double() for value in reference)
+        d = len(mean)
+        if mean.ndim != 1 or covariance.shape != (d, d):
+            raise ValueError(
+                "FrechetDistance needs a mean (D,) and a covariance (D, D) of the reference, "
+                f"got {tuple(mean.shape)} and {tuple(covariance.shape)}"
+            )
         self.register_buffer("reference_mean", mean, persistent=False)
         self.register_buffer("reference_covariance", covariance, persistent=False)
-        d = reference.shape[1]
+        self.register_buffer("reference_root", covariance_root(covariance), persistent=False)
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("total", torch.zeros(d, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("outer", torch.zeros(d, d, dtype=torch.float64), dist_reduce_fx="sum")
 
+    def _check_count(self, count: int, width: int, whose: str) -> None:
+        if self.full_rank and count <= width:
+            raise ValueError(
+                f"FrechetDistance: {count} features of width {width} in {whose}, whose covariance is singular. Use more "
+                f"than {width} samples, narrower features, or full_rank=False where only sets of one size are compared"
+            )
+
     def update(self, features: Tensor) -> None:
-        """Add generated features ``(N, D)``."""
+        """Add generated features ``(N, D)``.
+
+        Raises:
+            ValueError: of another width than the reference's.
+        """
+        check_width(features, len(self.reference_mean), type(self).__name__)
         # About the reference mean, so that the subtraction in compute cancels few digits.
         centred = features.double() - self.reference_mean
-        self.count += len(features)
-        self.total += centred.sum(0)
-        self.outer += centred.T @ centred
+        self.count = self.count + len(features)
+        self.total = self.total + centred.sum(0)
+        self.outer = self.outer + centred.T @ centred
 
     def compute(self) -> Tensor:
-        """Scalar float64; NaN with fewer than two samples."""
-        mean = self.total / self.count
-        covariance = (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
+        """Scalar float64; NaN with fewer than two samples.
+
+        Raises:
+            ValueError: too few samples for ``full_rank``.
+        """
         if self.count < 2:
             return torch.full((), torch.nan, dtype=torch.float64)
-        return frechet_distance(torch.zeros_like(mean), self.reference_covariance, mean, covariance)
+        self._check_count(int(self.count), len(self.reference_mean), "the samples")
+        mean = self.total / self.count
+        covariance = (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
+        return frechet_distance(
+            torch.zeros_like(mean), self.reference_covariance, mean, covariance, self.reference_root
+        )
+
+
+class Extrapolation(NamedTuple):
+    """A Fréchet distance over the number of samples, and where it tends.
+
+    Attributes:
+        value: scalar float64, the distance at infinitely many samples.
+        slope: scalar float64, its fall with 1/N.
+        sizes: ``(points,)`` float64, numbers of samples N.
+        distances: ``(points,)`` float64, the distance of N samples.
+    """
+
+    value: Tensor
+    slope: Tensor
+    sizes: Tensor
+    distances: Tensor
+
+
+def extrapolated_frechet_distance(
+    reference: tuple[Tensor, Tensor], generated: Tensor, smallest: int | None = None, points: int = 15, seed: int = 2020
+) -> Extrapolation:
+    """Fréchet distance at infinitely many generated samples (Chong & Forsyth 2020, https://arxiv.org/abs/1911.07023).
+
+    The distance of N samples falls as FID∞ + slope/N; a straight line in 1/N through random subsets is read off at 0. What
+    the finite reference adds stays.
+
+    Args:
+        reference: mean ``(D,)`` and covariance ``(D, D)``.
+        generated: ``(N, D)`` features.
+        smallest: samples of the smallest subset, more than D; a tenth of all where None (5,000 of 50,000 in the paper).
+        points: subsets, of sizes at equal distances up to N; at least 2.
+        seed: of the subsets.
+
+    Raises:
+        ValueError: fewer than 2 points, or a smallest subset that is not between D and N.
+    """
+    n, d = generated.shape
+    smallest = n // 10 if smallest is None else smallest
+    if points < 2 or not d < smallest < n:
+        raise ValueError(
+            f"extrapolation needs 2 points or more and a smallest subset of more than {d} (the width of the features) and "
+            f"fewer than {n} (the samples), got {points} and {smallest}"
+        )
+    sizes, rng = np.linspace(smallest, n, points).astype(int), np.random.RandomState(seed)
+    root, distances = covariance_root(reference[1]), []
+    for size in sizes:
+        rows = torch.from_numpy(rng.choice(n, size, replace=False)).to(generated.device)
+        distances.append(frechet_distance(*reference, *mean_and_covariance(generated[rows]), root))
+    found = torch.stack(distances)
+    n_of = torch.from_numpy(sizes).to(found)
+    x = 1 / n_of
+    slope = ((x - x.mean()) * found).sum() / (x - x.mean()).square().sum()
+    return Extrapolation(found.mean() - slope * x.mean(), slope, n_of, found)

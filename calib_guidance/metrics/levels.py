@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from calib_guidance.metrics.base import RankMetric
 
 
 class Levels(NamedTuple("Levels", [("overall", Tensor), ("by_level", Tensor)])):
@@ -45,7 +46,7 @@ def add_up(terms: Terms, num_cells: int) -> Tensor:
     return sums
 
 
-class LevelMetric(Metric):
+class LevelMetric(RankMetric):
     """A function of sums, by noise level and overall. Sums over ranks are exact, also where a rank has no data.
 
     A subclass says what a batch adds (:meth:`terms`) and what the sums mean (:meth:`value`).
@@ -59,12 +60,10 @@ class LevelMetric(Metric):
         ValueError: no level or no cell.
     """
 
-    full_state_update = False
     higher_is_better = False
 
     def __init__(self, shape: tuple[int, ...], num_values: int, num_levels: int = 1, **kwargs: object):
-        # A rank that would answer from its cache, having seen nothing new, would leave the others waiting for it.
-        super().__init__(compute_with_cache=False, **kwargs)
+        super().__init__(**kwargs)
         if num_levels < 1:
             raise ValueError(f"num_levels must be at least 1, got {num_levels}")
         if min(shape, default=1) < 1:
@@ -80,11 +79,6 @@ class LevelMetric(Metric):
     @abstractmethod
     def value(self, sums: Tensor) -> Tensor:
         """The metric of sums ``(…, *shape, num_values)``, one for each of the leading axes."""
-
-    @property
-    def update_called(self) -> bool:
-        """True: a rank without data takes part with its empty sums, which torchmetrics would warn of."""
-        return True
 
     def update(self, logits: Tensor, y: Tensor, level: Tensor | int = 0) -> None:
         """Count a batch.

@@ -1,0 +1,135 @@
+"""Kernel Inception distance (Bińkowski et al. 2018, https://arxiv.org/abs/1801.01401)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calib_guidance.metrics.base import FeatureMetric
+
+_BLOCK = 4096  # of rows and of columns: 128 MB of kernel values
+
+
+def _kernel_sum(a: Tensor, b: Tensor) -> Tensor:
+    """Σ_ij k(a_i, b_j), k(x, y) = (x·y/D + 1)³, in float64 of features ``(N, D)`` and ``(M, D)``."""
+    return (a.double() @ b.double().T).div_(a.shape[1]).add_(1).pow_(3).sum()
+
+
+def _mean_between(a: Tensor, b: Tensor) -> Tensor:
+    """Mean of k over pairs of one row of each."""
+    total = sum(_kernel_sum(rows, columns) for rows in a.split(_BLOCK) for columns in b.split(_BLOCK))
+    return total / (len(a) * len(b))
+
+
+def _mean_within(features: Tensor) -> Tensor:
+    """Mean of k over pairs of different rows."""
+    n, blocks = len(features), features.split(_BLOCK)
+    # k is symmetric: a block beside the diagonal counts for its mirror image too.
+    total = sum(
+        (1 if columns is rows else 2) * _kernel_sum(rows, columns)
+        for i, rows in enumerate(blocks)
+        for columns in blocks[i:]
+    )
+    diagonal = sum((rows.double().square().mean(1) + 1).pow(3).sum() for rows in blocks)
+    return (total - diagonal) / (n * (n - 1))
+
+
+def kernel_distance(reference: Tensor, generated: Tensor) -> Tensor:
+    """Squared maximum mean discrepancy with the kernel (x·y/D + 1)³, estimated without bias from whole sets.
+
+    E k(x, x′) + E k(y, y′) − 2·E k(x, y), over pairs of different samples; the sets may differ in size.
+
+    Args:
+        reference: ``(M, D)`` features.
+        generated: ``(N, D)`` features.
+
+    Returns:
+        Scalar float64, below zero now and then where the sets follow one distribution.
+
+    Raises:
+        ValueError: fewer than 2 samples in a set.
+    """
+    m, n = len(reference), len(generated)
+    if min(m, n) < 2:
+        raise ValueError(f"the kernel distance needs two samples or more in each set, got {m} and {n}")
+    return _mean_within(reference) + _mean_within(generated) - 2 * _mean_between(reference, generated)
+
+
+def kernel_distance_subsets(
+    reference: Tensor, generated: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 2020
+) -> Tensor:
+    """:func:`kernel_distance` of random subsets: how the field reports it, as their mean ± standard deviation.
+
+    That is the spread of one subset, above that of the whole sets. The same seed draws torch-fidelity's subsets.
+
+    Args:
+        reference: ``(M, D)`` features.
+        generated: ``(N, D)`` features.
+        subsets: how many.
+        subset_size: samples of each set in each.
+        seed: of the draw.
+
+    Returns:
+        ``(subsets,)`` float64.
+
+    Raises:
+        ValueError: fewer samples than a subset has in one of the sets, or a subset of fewer than 2.
+    """
+    if min(len(reference), len(generated)) < subset_size:
+        raise ValueError(
+            f"subsets of {subset_size} cannot be drawn from {len(reference)} reference and {len(generated)} generated "
+            "samples: lower subset_size"
+        )
+    rng, values = np.random.RandomState(seed), []
+    for _ in range(subsets):
+        rows = [
+            torch.from_numpy(rng.choice(len(features), subset_size, replace=False)).to(features.device)
+            for features in (reference, generated)
+        ]
+        values.append(kernel_distance(reference[rows[0]], generated[rows[1]]))
+    return torch.stack(values)
+
+
+class KernelDistance(FeatureMetric):
+    """:func:`kernel_distance` and :func:`kernel_distance_subsets` of generated features. Keeps the features, in float32.
+
+    Args:
+        reference: ``(M, D)`` features of the reference, the same on every rank.
+        subsets: how many subsets.
+        subset_size: samples of each set in each.
+        seed: of the subsets, which depend on the order of the samples: give their indices to ``update``.
+
+    Raises:
+        ValueError: a subset_size below 2, or subsets below 1.
+    """
+
+    higher_is_better = False
+
+    def __init__(
+        self, reference: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 2020, **kwargs: object
+    ):
+        super().__init__(reference, **kwargs)
+        if subsets < 1 or subset_size < 2:
+            raise ValueError(
+                f"KernelDistance needs 1 subset or more, of 2 samples or more, got {subsets} of {subset_size}"
+            )
+        self.subsets, self.subset_size, self.seed = subsets, subset_size, seed
+
+    def compute(self) -> dict[str, Tensor]:
+        """Of the whole sets ``kernel_distance``; ``kernel_distance_mean`` and ``kernel_distance_sd`` of subsets.
+
+        NaN where there are too few samples, for subsets also in the reference.
+        """
+        features = self.gathered()
+        nan = torch.full((), torch.nan, dtype=torch.float64)
+        whole, subsets = nan, nan[None]
+        if min(len(self.reference), len(features)) >= 2:
+            whole = kernel_distance(self.reference, features)
+        if min(len(self.reference), len(features)) >= self.subset_size:
+            subsets = kernel_distance_subsets(self.reference, features, self.subsets, self.subset_size, self.seed)
+        return {
+            "kernel_distance": whole,
+            "kernel_distance_mean": subsets.mean(),
+            "kernel_distance_sd": subsets.std(correction=0),
+        }

@@ -1,0 +1,350 @@
+"""Metrics of sets of samples against golden data, torch-fidelity, torchmetrics and closed forms; over ranks."""
+
+import warnings
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kernel_mmd, kid_features_to_metric
+from torchmetrics.image import InceptionScore as TheirInceptionScore
+from torchmetrics.image.kid import poly_mmd
+
+from calib_guidance.metrics import (
+    DensityCoverage,
+    FrechetDistance,
+    InceptionScore,
+    KernelDistance,
+    PrecisionRecall,
+    bootstrap,
+    bootstrap_sums,
+    covariance_root,
+    density_coverage,
+    extrapolated_frechet_distance,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    kernel_distance_subsets,
+    mean_and_covariance,
+    precision_recall,
+    sample_count_note,
+)
+
+POLYNOMIAL = {
+    "kid_kernel": "poly",
+    "kid_kernel_poly_degree": 3,
+    "kid_kernel_poly_gamma": None,
+    "kid_kernel_poly_coef0": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def fixture(golden):
+    return golden("metrics_features")
+
+
+@pytest.fixture(scope="module")
+def sets(fixture):
+    return fixture["features_1"], fixture["features_2"]
+
+
+@pytest.fixture(scope="module")
+def probabilities(golden):
+    return golden("metrics_inception_score")["probabilities"].double()
+
+
+def within(fixture, name, value, values=None):
+    tolerance = fixture.json["tolerance"][name]
+    expected = fixture.json["values"][name] if values is None else values[name]
+    expected = torch.as_tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(value.double(), expected, msg=lambda m: f"{name}: {m}", **tolerance)
+
+
+def small_sets(n=60, m=50, d=4):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(m, d, generator=generator), 1.2 * torch.randn(n, d, generator=generator) + 0.3
+
+
+def test_kernel_distance_of_whole_sets(fixture, sets):
+    reference, generated = sets
+    within(fixture, "kid_whole_sets", kernel_distance(reference, generated))
+    equal = kernel_distance(reference[: len(generated)], generated)
+    within(fixture, "kid_equal_size", equal)
+    features = [f.double() for f in (reference[: len(generated)], generated)]
+    assert float(equal) == pytest.approx(kernel_mmd(*(f.numpy() for f in features), **POLYNOMIAL), rel=1e-9)
+    assert float(equal) == pytest.approx(float(poly_mmd(*features)), rel=1e-9)
+
+
+def test_kernel_distance_of_subsets(fixture, sets):
+    reference, generated = sets
+    metric = KernelDistance(reference)
+    for index in torch.arange(len(generated)).flip(0).split(400):
+        metric.update(generated[index], index)
+    found = metric.compute()
+    within(fixture, "kid_whole_sets", found["kernel_distance"])
+    within(fixture, "kid_subsets_mean", found["kernel_distance_mean"])
+    within(fixture, "kid_subsets_std", found["kernel_distance_sd"])
+    doubles = reference.double(), generated.double()
+    settings = {"kid_subsets": 10, "kid_subset_size": 300, "rng_seed": 7, "verbose": False} | POLYNOMIAL
+    fidelity = kid_features_to_metric(*doubles, **settings)
+    ours = kernel_distance_subsets(*doubles, subsets=10, subset_size=300, seed=7)
+    assert float(ours.mean()) == pytest.approx(fidelity["kernel_inception_distance_mean"], rel=1e-9)
+    assert float(ours.std(correction=0)) == pytest.approx(fidelity["kernel_inception_distance_std"], rel=1e-9)
+
+
+def test_kernel_distance_has_no_bias():
+    """The mean over pairs of independent sets of one distribution is 0 within its error, at 5 samples as at any number."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.stack([kernel_distance(*torch.randn(2, 5, 3, generator=generator)) for _ in range(2000)])
+    error = values.std() / len(values) ** 0.5
+    assert abs(values.mean()) < 3 * error < 0.2
+
+
+def test_density_and_coverage(fixture, sets):
+    reference, generated = sets
+    density, coverage = density_coverage(reference, generated)
+    within(fixture, "density_k5", density)
+    within(fixture, "coverage_k5", coverage)
+    metric = DensityCoverage(reference)
+    for batch in generated.split(700):
+        metric.update(batch)
+    assert {k: float(v) for k, v in metric.compute().items()} == {
+        "density": float(density),
+        "coverage": float(coverage),
+    }
+
+
+def test_blocks_change_nothing(monkeypatch):
+    reference, generated = small_sets()
+    whole = [kernel_distance(reference, generated), *density_coverage(reference, generated)]
+    whole += precision_recall(reference, generated)
+    monkeypatch.setattr("calib_guidance.metrics.neighbours._ROWS", 7)
+    monkeypatch.setattr("calib_guidance.metrics.neighbours._COLUMNS", 3)  # fewer than k + 1 at first
+    monkeypatch.setitem(kernel_distance.__globals__, "_BLOCK", 9)
+    blocks = [kernel_distance(reference, generated), *density_coverage(reference, generated)]
+    blocks += precision_recall(reference, generated)
+    torch.testing.assert_close(blocks, whole, rtol=1e-12, atol=0)
+    # Every pair at once, with its true distance.
+    near = (reference[:, None] - reference).double().norm(dim=2).sort(dim=1).values[:, 5]
+    inside = (generated[:, None] - reference).double().norm(dim=2) <= near
+    assert float(whole[1]) == pytest.approx(float(inside.sum() / (5 * len(generated))))
+    assert float(whole[2]) == pytest.approx(float(inside.any(0).double().mean()))
+
+
+def test_inception_score(golden, probabilities):
+    fixture = golden("metrics_inception_score")
+    logits = probabilities.log()
+    given = inception_score(logits, order="given")
+    within(fixture, "split_scores", given, fixture)
+    within(fixture, "mean", given.mean(), fixture)
+    within(fixture, "std", given.std(correction=0), fixture)
+    within(fixture, "single_split", inception_score(logits, splits=1).squeeze(), fixture)
+    shuffled = inception_score(logits)
+    within(fixture, "shuffled_mean", shuffled.mean(), fixture)
+    within(fixture, "shuffled_std", shuffled.std(correction=0), fixture)
+    fidelity = isc_features_to_metric(logits)
+    assert float(shuffled.mean()) == pytest.approx(fidelity["inception_score_mean"], rel=1e-9)
+    assert float(shuffled.std(correction=0)) == pytest.approx(fidelity["inception_score_std"], rel=1e-9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the memory that theirs takes
+        theirs = TheirInceptionScore(torch.nn.Identity(), splits=1)
+        theirs.update(logits)
+        assert float(inception_score(logits, splits=1)) == pytest.approx(float(theirs.compute()[0]), rel=1e-6)
+
+
+def test_inception_score_of_uneven_splits(probabilities):
+    p = probabilities[:1003].numpy() / probabilities[:1003].sum(1, keepdim=True).numpy()
+
+    def direct(part):
+        return np.exp((part * (np.log(part) - np.log(part.mean(0)))).sum(1).mean())
+
+    logits = torch.from_numpy(p).log()
+    rows = [direct(p[i : i + 400]) for i in (0, 400, 800)]
+    np.testing.assert_allclose(inception_score(logits, rows=400, order="given"), rows, rtol=1e-12)
+    edges = [i * 1003 // 10 for i in range(11)]
+    splits = [direct(p[a:b]) for a, b in pairwise(edges)]
+    np.testing.assert_allclose(inception_score(logits, order="given"), splits, rtol=1e-12)
+
+
+def test_inception_score_does_not_depend_on_the_order_of_arrival(probabilities):
+    logits = probabilities.log()
+    expected = inception_score(logits)
+    metric = InceptionScore(len(logits), logits.shape[1])
+    for index in torch.randperm(len(logits), generator=torch.Generator().manual_seed(0)).split(300):
+        metric.update(logits[index], index)
+    found = metric.compute()
+    torch.testing.assert_close(found["inception_score"], expected.mean())
+    torch.testing.assert_close(found["inception_score_sd"], expected.std(correction=0))
+    certain = torch.full((6, 3), -torch.inf).scatter(1, (torch.arange(6) % 3)[:, None], 0.0)
+    assert inception_score(certain, splits=2, order="given").tolist() == pytest.approx([3, 3])
+
+
+def test_frechet_distance_with_what_is_known_of_the_reference(fixture, sets):
+    reference, generated = (mean_and_covariance(f) for f in sets)
+    root = covariance_root(reference[1])
+    torch.testing.assert_close(root @ root.T, reference[1])
+    within(fixture, "frechet_distance", frechet_distance(*reference, *generated, root1=root))
+    metric = FrechetDistance(reference)
+    metric.update(sets[1])
+    within(fixture, "frechet_distance", metric.compute())
+    within(fixture, "frechet_mean_term", (reference[0] - generated[0]).square().sum())
+
+
+def test_frechet_distance_of_singular_covariances():
+    """Features that a set does not vary in add nothing to the root: known from the other ones alone."""
+    reference, generated = (mean_and_covariance(torch.nn.functional.pad(f, (0, 3))) for f in small_sets())
+    narrow = [mean_and_covariance(f) for f in small_sets()]
+    expected = float(frechet_distance(*narrow[0], *narrow[1]))
+    assert float(frechet_distance(*reference, *generated)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_distance_of_too_few_samples():
+    reference, generated = small_sets(d=20)
+    with pytest.raises(ValueError, match="20 features of width 20 in the reference.*full_rank=False"):
+        FrechetDistance(reference[:20])
+    metric = FrechetDistance(reference)
+    metric.update(generated[:20])
+    with pytest.raises(ValueError, match="20 features of width 20 in the samples"):
+        metric.compute()
+    metric.update(generated[20:21])
+    assert metric.compute().isfinite()
+    small = FrechetDistance(reference[:20], full_rank=False)
+    small.update(generated[:20])
+    expected = frechet_distance(*mean_and_covariance(reference[:20]), *mean_and_covariance(generated[:20]))
+    torch.testing.assert_close(small.compute(), expected, rtol=1e-6, atol=0)
+    assert "without full rank" in sample_count_note(20, 20)
+    assert sample_count_note(21, 20).startswith("21 samples: biased upwards")
+    assert sample_count_note(10_000, 2048) is None
+
+
+def test_frechet_distance_of_infinitely_many_samples():
+    """The distance of a normal distribution to itself is 0; that of 4,000 samples is not."""
+    d = 24
+    samples = torch.randn(4000, d, generator=torch.Generator().manual_seed(0))
+    reference = torch.zeros(d), torch.eye(d)
+    found = extrapolated_frechet_distance(reference, samples)
+    assert found.sizes[0] == 400
+    assert found.sizes[-1] == 4000
+    assert len(found.distances) == 15
+    whole = frechet_distance(*reference, *mean_and_covariance(samples))
+    torch.testing.assert_close(found.distances[-1], whole)
+    assert abs(found.value) < 0.1 * whole
+    # Of the mean D/N, and of the covariance Σ_ij (Σ̂ − I)²_ij/4, on average D(D + 1)/(4N).
+    assert float(found.slope) == pytest.approx(d + d * (d + 1) / 4, rel=0.1)
+    torch.testing.assert_close(found.distances, found.value + found.slope / found.sizes, rtol=0.25, atol=0)
+    with pytest.raises(ValueError, match="more than 24"):
+        extrapolated_frechet_distance(reference, samples[:240])
+
+
+def test_bootstrap():
+    values = torch.randn(500, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * torch.tensor([1, 3])
+    means = bootstrap(lambda v: v.mean(0), values, resamples=400, seed=3)
+    torch.testing.assert_close(means.std(0), values.std(0) / 500**0.5, rtol=0.1, atol=0)
+    torch.testing.assert_close(bootstrap_sums(values, resamples=400, seed=3) / 500, means)
+    # Rows of several tensors stay together.
+    assert bootstrap(lambda a, b: (a - b).abs().max(), values, values, resamples=3).tolist() == [0, 0, 0]
+    with pytest.raises(ValueError, match="at least one"):
+        bootstrap_sums(values[:0])
+    with pytest.raises(ValueError, match="equally many"):
+        bootstrap(lambda a, b: a, values, values[:3])
+
+
+REFERENCE, GENERATED = small_sets()
+BUILD = {
+    "frechet": lambda **k: FrechetDistance(REFERENCE, **k),
+    "precision": lambda **k: PrecisionRecall(REFERENCE, **k),
+    "kernel": lambda **k: KernelDistance(REFERENCE, subsets=5, subset_size=20, **k),
+    "density": lambda **k: DensityCoverage(REFERENCE, **k),
+    "inception": lambda **k: InceptionScore(len(GENERATED), GENERATED.shape[1], splits=4, **k),
+}
+
+
+def update(metric, index):
+    """What a rank sees, in batches of 8."""
+    for rows in index.split(8) if len(index) else ():
+        known = (rows,) if isinstance(metric, InceptionScore | KernelDistance) else ()
+        metric.update(GENERATED[rows], *known)
+
+
+def as_dict(values):
+    return values if isinstance(values, dict) else {"value": values}
+
+
+@pytest.mark.parametrize("name", BUILD)
+@pytest.mark.parametrize("shares", ["strided", "contiguous", "first empty", "second empty"])
+def test_two_ranks_measure_what_one_does(name, shares):
+    every = torch.arange(len(GENERATED))
+    parts = {
+        "strided": (every[::2], every[1::2]),
+        "contiguous": (every[:37], every[37:]),
+        "first empty": (every[:0], every),
+        "second empty": (every, every[:0]),
+    }[shares]
+    one = BUILD[name]()
+    update(one, every)
+    # The second rank sends what it has; the first receives it after its own.
+    sent, connected = [], {"distributed_available_fn": lambda: True}
+    second = BUILD[name](dist_sync_fn=lambda x, group=None: (sent.append(x), [x])[1], **connected)
+    first = BUILD[name](dist_sync_fn=lambda x, group=None: [x, sent.pop(0)], **connected)
+    update(second, parts[1])
+    update(first, parts[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if name == "frechet" and not len(parts[1]):
+            assert second.compute().isnan()
+        else:
+            second.compute()
+        found = first.compute()
+    assert not sent
+    torch.testing.assert_close(as_dict(found), as_dict(one.compute()), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_states_merge_and_reset(name):
+    one, first, second = (BUILD[name]() for _ in range(3))
+    every = torch.arange(len(GENERATED))
+    update(one, every)
+    update(first, every[:20])
+    update(second, every[20:])
+    first.merge_state(second)
+    expected = as_dict(one.compute())
+    torch.testing.assert_close(as_dict(first.compute()), expected, rtol=1e-10, atol=0)
+    first.reset()
+    assert all(value.isnan() for value in as_dict(first.compute()).values())
+    update(first, every)
+    torch.testing.assert_close(as_dict(first.compute()), expected, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("name", ["frechet", "precision", "kernel", "density"])
+def test_features_of_another_width_are_refused(name):
+    with pytest.raises(ValueError, match=r"features \(M, 4\).*shape \(3, 5\)"):
+        BUILD[name]().update(torch.zeros(3, 5))
+
+
+def test_bad_arguments_are_refused():
+    few = REFERENCE[:5]
+    for match, call in {
+        "more than 5, got 5": lambda: DensityCoverage(few),
+        "more than 5, got 5 ": lambda: density_coverage(few, GENERATED),
+        "at least one generated": lambda: density_coverage(REFERENCE, GENERATED[:0]),
+        "two samples or more": lambda: kernel_distance(REFERENCE, GENERATED[:1]),
+        "subsets of 1000 cannot be drawn from 50 reference and 60": lambda: kernel_distance_subsets(
+            REFERENCE, GENERATED
+        ),
+        "got 0 of 1000": lambda: KernelDistance(REFERENCE, subsets=0),
+        "one index for each of 60": lambda: KernelDistance(REFERENCE).update(GENERATED, torch.arange(3)),
+        "must be one of": lambda: inception_score(GENERATED, order="random"),
+        "of 60 samples cannot have 61 splits": lambda: inception_score(GENERATED, splits=61),
+        "splits of 0 rows": lambda: InceptionScore(60, 4, rows=0),
+        r"needs logits \(N, 3\)": lambda: InceptionScore(60, 3).update(GENERATED, torch.arange(60)),
+        "index 0 … 59 is out of range": lambda: InceptionScore(50, 4).update(GENERATED, torch.arange(60)),
+        r"got \(4,\) and \(3, 3\)": lambda: FrechetDistance((torch.zeros(4), torch.eye(3))),
+    }.items():
+        with pytest.raises(ValueError, match=match.strip()):
+            call()
+    found = KernelDistance(REFERENCE)
+    found.update(GENERATED)
+    values = found.compute()  # 60 samples are too few for subsets of 1,000, not for the whole sets
+    assert values["kernel_distance"].isfinite()
+    assert values["kernel_distance_mean"].isnan()
