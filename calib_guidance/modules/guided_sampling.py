@@ -134,9 +134,9 @@ class GuidedSampling(FaultTolerant):
             expected, found = named_betas(name), self.denoiser.schedule
             if len(found) != len(expected) or not np.allclose(found.alphas_cumprod, np.cumprod(1 - expected)):
                 yield (
-                    f"the classifier was trained on the noise of a {name} schedule of {len(expected)} steps, and the denoiser's "
-                    "t means other noise, so that it would see more or less than it is told: set the denoiser's "
-                    f"noise_schedule to {name} where its network does not depend on it (EDM), or name a classifier of its schedule"
+                    f"the classifier was trained on the noise of a {name} schedule of {len(expected)} steps, and the "
+                    "denoiser's t means other noise, so that it would see more or less than it is told: set the denoiser's "
+                    f"noise_schedule to {name} if its network knows σ alone (EDM), or name a classifier of its schedule"
                 )
 
     def networks(self) -> dict[str, nn.Module]:
