@@ -60,7 +60,10 @@ def tensors_only() -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'}"
+    lines = str(error).split("\n") if str(error) else ["no detail"]
+    # torch.load begins with the advice to execute what is in the file; what it refuses stands further down.
+    refused = (line.strip() for line in lines if "GLOBAL" in line or "WeightsUnpickler error" in line)
+    return f"{type(error).__name__}: {next(refused, lines[0])}"
 
 
 def _missing(path: Path) -> str:

@@ -68,11 +68,33 @@ def innermost(error: BaseException) -> BaseException:
     return error
 
 
+def _unknown_class(class_path: str) -> str:
+    """What is wrong with a ``class_path`` that names nothing."""
+    module, _, name = class_path.rpartition(".")
+    try:
+        near = difflib.get_close_matches(name, vars(importlib.import_module(module)), 1)
+    except ImportError as error:
+        return f"there is no {class_path} ({error})"
+    return f"there is no {class_path}{f' (did you mean {near[0]!r}?)' if near else ''}"
+
+
 def _shorten(message: str) -> str:
     """What a parse error is about, without the pages of union types around it."""
     where = ".".join(re.findall(r'Parser key "([^"]+)"', message))
     classes = re.findall(r"Problem with given class_path '([\w.]+)'", message)
     option = re.search(r"Option '([\w.]+)' is not accepted", message)
+    if classes and re.search(r"module '[\w.]+' has no attribute '\w+'|No module named '[\w.]+'", message):
+        return f"{where}: {_unknown_class(classes[-1])}"
+    if "a dict without class_path but with init_args entry" in message:
+        return (
+            f"{where}: options (init_args) are given, and no class_path says of what. An overlay that only sets options goes "
+            "after one that names the class, such as guidance/ after classifier/"
+        )
+    values = re.findall(
+        r"Expected an? <class '\w+'>\. Got value: .*|Import path \S+ does not correspond to .*", message
+    )
+    if len(values) == 1:
+        return f"{where}: {values[0]}"
     if option is None or not classes:
         return message
     named = import_class(classes[-1])

@@ -85,7 +85,9 @@ def _diffusion(
     )
 
 
-def _classifier(size: int, parameters: int, depth: int, channel_mult: tuple[float, ...]) -> Published:
+def _classifier(
+    size: int, parameters: int, depth: int, channel_mult: tuple[float, ...], schedule: str = "linear"
+) -> Published:
     file = f"{size}x{size}_classifier.pt"
     architecture = {
         "model_channels": 128,
@@ -106,6 +108,7 @@ def _classifier(size: int, parameters: int, depth: int, channel_mult: tuple[floa
         "NoiseAwareClassifier",
         parameters,
         _adm(size, **_BLOCKS | architecture),
+        {"noise_schedule": schedule, "num_steps": 1000},  # of the diffusion model of this size
     )
 
 
@@ -213,7 +216,7 @@ _ENTRIES = (
         num_head_channels=64,
         dtype="float32",
     ),
-    _classifier(64, 65_438_568, 4, (1, 2, 3, 4)),
+    _classifier(64, 65_438_568, 4, (1, 2, 3, 4), "cosine"),
     _classifier(128, 42_568_040, 2, (1, 1, 2, 3, 4)),
     _classifier(256, 54_096_360, 2, (1, 1, 2, 2, 4, 4)),
     _classifier(512, 54_448_360, 2, (0.5, 1, 1, 2, 2, 4, 4)),

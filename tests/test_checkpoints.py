@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 from collections import OrderedDict
 
 import httpx2 as httpx
@@ -258,8 +259,11 @@ class TestHarm:
         files = self.evil_files(marker, state, golden)
         for name, content in files.items():
             (tmp_path / name).write_bytes(content)
-            with pytest.raises(CheckpointError, match="without executing code"):
+            with pytest.raises(CheckpointError, match="without executing code") as refused:
                 read_state_dict(tmp_path / name)
+            # It names what was asked for, and does not hand on torch's advice to execute it after all.
+            assert re.search(r"system|eval|exec", str(refused.value)), name
+            assert "arbitrary code" not in str(refused.value), name
             with pytest.raises(CheckpointError, match="without executing code"):
                 load_weights(SmallResNet(), tmp_path / name)
             assert not marker.exists(), name

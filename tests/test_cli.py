@@ -26,6 +26,7 @@ OVERLAYS = sorted(
     for p in (ROOT / "lightning_configs" / f).glob("*.yaml")
     if "\n    guidance:" in p.read_text() or "\n    denoiser:" in p.read_text()  # the others are for fit
 )
+SCORES = "calib_guidance.scores"
 FITS = sorted(p.name for p in (ROOT / "lightning_configs/fit").glob("digits*.yaml"))
 
 
@@ -281,7 +282,22 @@ class TestRefusals:
             ),
             ({"trainer": {"devcies": 2}}, "does not accept option 'trainer.devcies'"),
             ({"modle": {"init_args": {"x": 1}}}, "does not accept option 'modle.init_args.x'"),
-            ({"data": {"init_args": {"num_samples": "many"}}}, "Expected a <class 'int'>"),
+            (
+                {"data": {"init_args": {"num_samples": "many"}}},
+                "data.num_samples: Expected a <class 'int'>. Got value: many",
+            ),
+            (
+                {"model": {"init_args": {"guidance": {"init_args": {"score": {"class_path": f"{SCORES}.Tempered"}}}}}},
+                "model.guidance.score: there is no calib_guidance.scores.Tempered (did you mean 'TemperedLogProb'?)",
+            ),
+            (
+                {"trainer": {"callbacks": [{"class_path": "calib_guidance.callback.SampleWriter"}]}},
+                "there is no calib_guidance.callback.SampleWriter (No module named 'calib_guidance.callback')",
+            ),
+            (
+                {"model": {"init_args": {"sampler": {"class_path": f"{SCORES}.Tilted"}}}},
+                "model.sampler: Import path calib_guidance.scores.Tilted does not correspond to a subclass of Sampler",
+            ),
         ],
     )
     def test_a_misspelled_key(self, out, capsys, tmp_path, content, message):
@@ -293,6 +309,16 @@ class TestRefusals:
         found = capsys.readouterr().err
         assert message in found
         assert "usage:" not in found
+
+    def test_an_overlay_before_the_class_whose_options_it_sets(self, out, capsys):
+        overlays = "--config=lightning_configs/digits/unguided.yaml", "--config=lightning_configs/score/plain.yaml"
+        message = refuse(capsys, out, *overlays)
+        assert "model.guidance: options (init_args) are given, and no class_path says of what" in message
+        assert "Union" not in message
+
+    def test_another_number_of_heads_than_was_trained(self, out, capsys):
+        message = refuse(capsys, out, "--model.init_args.denoiser.init_args.network.init_args.num_head_channels=16")
+        assert "was trained with attention_heads: 4×2, the configuration says attention_heads: 4×4" in message
 
     def test_a_sine_with_ddim(self, out, capsys):
         message = refuse(capsys, out, "--model.init_args.sampler.class_path=calib_guidance.samplers.DDIM")

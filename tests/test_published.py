@@ -2,6 +2,7 @@
 
 import json
 
+import lightning as L
 import pytest
 import torch
 import torchvision
@@ -9,9 +10,13 @@ from torch import nn
 
 from calib_guidance import published
 from calib_guidance.checkpoints import CheckpointError, load_weights, save_weights
-from calib_guidance.classifiers import NoiseAwareClassifier
+from calib_guidance.classifiers import Ensemble, NoiseAwareClassifier
+from calib_guidance.data import SampleRequests
 from calib_guidance.denoisers import ADMDenoiser, EDMDenoiser
+from calib_guidance.guidance import ClassifierGuidance
+from calib_guidance.modules import GuidedSampling
 from calib_guidance.networks import EncoderUNet, UNet
+from calib_guidance.samplers import Heun
 from tests.conftest import ROOT
 from tests.edm_files import edm_bytes
 
@@ -174,7 +179,7 @@ def small(monkeypatch, golden):
             "",
             sum(w.numel() for w in weights.values()),
             architecture,
-            {"noise_schedule": "cosine", "prediction": "epsilon", "num_steps": 1000} if kind == "adm" else {},
+            {"noise_schedule": "cosine", "prediction": "epsilon", "num_steps": 1000},
         )
     monkeypatch.setattr(published, "TABLE", {**published.TABLE, **entries})
     yield {
@@ -284,6 +289,30 @@ class TestClassifier:
         other = EncoderUNet(**architecture | {"use_new_attention_order": not architecture["use_new_attention_order"]})
         with pytest.raises(CheckpointError, match="made with attention order"):
             NoiseAwareClassifier(other, str(tmp_path / "any.pt"))
+
+    @pytest.mark.parametrize("schedule", ["linear", "cosine"])
+    def test_its_t_must_be_the_denoisers(self, small, schedule):
+        """EDM's network knows σ alone, so that nothing but this tells which t the classifier is given."""
+        classifier = NoiseAwareClassifier("adm_small_classifier", dtype="float32")
+        size, classes = classifier.network.image_size, classifier.num_classes
+        network = UNet(size, 3, 32, 3, 1, (), channel_mult=(1,), num_classes=classes)
+        guidance = ClassifierGuidance(Ensemble([classifier, classifier]), at="x_t")
+        module = GuidedSampling(EDMDenoiser(network, noise_schedule=schedule), Heun(2), guidance)
+        module.trainer = L.Trainer(accelerator="cpu", logger=False, inference_mode=False)
+        module.trainer.datamodule = SampleRequests(1, classes)
+        problems = list(module.problems())
+        if schedule == "cosine":
+            assert problems == []
+        else:
+            (problem,) = problems
+            assert "the noise of a cosine schedule of 1000 steps" in problem
+
+    def test_of_ones_own_weights_the_noise_is_not_known(self, tmp_path, small):
+        published_one = NoiseAwareClassifier("adm_small_classifier", dtype="float32")
+        assert published_one.noise_schedule == "cosine"
+        save_weights(published_one.network, tmp_path / "own.safetensors", **published_one.weights_notes)
+        own = NoiseAwareClassifier("adm_small_classifier", str(tmp_path / "own.safetensors"))
+        assert own.noise_schedule is None
 
 
 def test_a_pickle_of_edm_gives_edms_outputs(tmp_path, golden):

@@ -22,6 +22,9 @@ class NoiseAwareClassifier(Classifier):
         temperature: of the logits, one or one for each of equal ranges of t, see :class:`~calib_guidance.classifiers.Classifier`.
         dtype: of a published network's convolutions: ``float16``, ``bfloat16`` or ``float32``; None takes float16, for GPUs.
 
+    Attributes:
+        noise_schedule: name of the one whose steps t are, where it is known: of published weights.
+
     Raises:
         CheckpointError: the file does not fit, or was made or calibrated otherwise.
         ValueError: an unknown name.
@@ -36,8 +39,11 @@ class NoiseAwareClassifier(Classifier):
     ):
         super().__init__(temperature)
         weights = None if checkpoint is None else read_weights(checkpoint)
-        network, _ = published.build(network, "adm_classifier", dtype, weights and weights.state)
+        network, entry = published.build(network, "adm_classifier", dtype, weights and weights.state)
         self.network, self.num_classes = network, network.num_classes
+        # What a file of this project's own says of itself shows that it was trained here, on whatever noise.
+        own = entry is None or (weights is not None and weights.notes)
+        self.noise_schedule = None if own else entry.settings["noise_schedule"]
         self.provenance = dict(self.weights_notes)
         if weights is not None:
             self.provenance |= load_weights(network, part_of(weights, network), **self.weights_notes)

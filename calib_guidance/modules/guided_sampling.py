@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from calib_guidance.classifiers.base import Classifier
+from calib_guidance.classifiers.noise_aware import NoiseAwareClassifier
 from calib_guidance.denoisers.base import Denoiser
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.guidance import ClassifierFreeGuidance, Guidance
 from calib_guidance.modules.faults import Attempt, FaultTolerant, FirstNonFinite, in_float32
+from calib_guidance.noise_schedule import named_betas
 from calib_guidance.rng import SampleStreams
 from calib_guidance.samplers.base import Sampler
 from calib_guidance.scores.base import Score
@@ -102,6 +105,7 @@ class GuidedSampling(FaultTolerant):
                 with torch.no_grad():
                     image = (part.decoder or self.denoiser.decode)(image)
             yield from self._classifier_problems(part.classifier, image, num_classes, one)
+            yield from self._noise_problems(part.classifier)
             if num_classes == 1:
                 yield from _one_class_problems(part.score)
 
@@ -122,6 +126,18 @@ class GuidedSampling(FaultTolerant):
                 f"the requests have {num_classes} classes, the classifier {logits.shape[-1]}: name a classifier of these "
                 "classes, or set data.init_args.num_classes"
             )
+
+    def _noise_problems(self, classifier: Classifier) -> Iterator[str]:
+        """The t that a classifier is told must be of the noise that it was trained on."""
+        known = {module.noise_schedule for module in classifier.modules() if isinstance(module, NoiseAwareClassifier)}
+        for name in sorted(known - {None}):
+            expected, found = named_betas(name), self.denoiser.schedule
+            if len(found) != len(expected) or not np.allclose(found.alphas_cumprod, np.cumprod(1 - expected)):
+                yield (
+                    f"the classifier was trained on the noise of a {name} schedule of {len(expected)} steps, and the "
+                    "denoiser's t means other noise, so that it would see more or less than it is told: set the denoiser's "
+                    f"noise_schedule to {name} if its network knows σ alone (EDM), or name a classifier of its schedule"
+                )
 
     def networks(self) -> dict[str, nn.Module]:
         """What samples are made with, by name."""
