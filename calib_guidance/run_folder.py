@@ -331,9 +331,9 @@ class RunFolder:
         """The record of a shard, None where there is none.
 
         Returns:
-            ``run`` (its fingerprint), ``first`` index, samples ``requested``, ``rows`` written, ``left_out`` (a list of ``{index, step, reason}``),
-            ``sha256`` and ``bytes`` of the table, ``sums_sha256`` (None where there are none), ``seconds``, ``device``,
-            ``host``, ``worker`` and the time ``written``.
+            ``run`` (its fingerprint), ``first`` index, samples ``requested``, ``rows`` written, ``left_out`` (a list of
+            ``{index, step, reason}``), ``sha256`` and ``bytes`` of the table, ``sums_sha256`` (None where there are none),
+            ``seconds``, ``device``, ``host``, ``worker`` and the time ``written``.
 
         Raises:
             DamagedShardError: it cannot be read, or is that of another shard or run.
