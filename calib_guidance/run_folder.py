@@ -151,12 +151,17 @@ class RunFolder:
         num_requests: samples that are asked for.
         lease: seconds after which a claim that was not renewed is that of a dead worker. On the worker's own machine a dead
             process is found at once.
+
+    Attributes:
+        fingerprint: of the run that this folder was begun or opened as; records of another do not count. None before.
+        worker: unique name of this worker.
     """
 
     def __init__(self, path: str | os.PathLike[str], shard_size: int, num_requests: int, lease: float = 600.0):
         self.path, self.shard_size, self.num_requests, self.lease = Path(path), shard_size, num_requests, lease
         self.samples, self.records, self.claims = (self.path / name for name in ("samples", "shards", "claims"))
         self.worker = f"{_place()}-{os.getpid()}-{_started(os.getpid())}-{uuid.uuid4().hex[:8]}"
+        self.fingerprint: str | None = None
         self._held: dict[int, range] = {}
         self._renewed = time.monotonic()
 
@@ -170,7 +175,9 @@ class RunFolder:
         run = cls.read_run(path)
         if run is None:
             raise ConfigurationError(f"{path} holds no run: there is no run.json in it")
-        return cls(path, run["shard_size"], run["num_samples"], lease)
+        folder = cls(path, run["shard_size"], run["num_samples"], lease)
+        folder.fingerprint = run["fingerprint"]
+        return folder
 
     @staticmethod
     def read_run(path: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -259,6 +266,7 @@ class RunFolder:
                 "folder, or the SampleWriter's restart to true to remove that run"
             )
         run = self.read_run(self.path)
+        self.fingerprint = run["fingerprint"]
         if run["num_samples"] < self.num_requests:
             run["num_samples"] = self.num_requests
             self._replace(self.path / "run.json", json.dumps(run, indent=1, ensure_ascii=False).encode() + b"\n")
@@ -286,7 +294,7 @@ class RunFolder:
         Raises:
             ConfigurationError: somebody works on it.
         """
-        for path in sorted(self.claims.glob("[0-9]*")):
+        for path in sorted(path for path in self.claims.glob("*") if path.name.isdecimal()):
             claim = self.claim_of(range(int(path.name), int(path.name) + 1))
             if claim is not None and claim.alive is not False:
                 raise ConfigurationError(
@@ -295,7 +303,8 @@ class RunFolder:
         # Records first: at no time is something said to be there that is not.
         for folder, kinds in {self.records: "*", self.claims: "*", self.samples: "*.parquet"}.items():
             for path in folder.glob(kinds):
-                path.unlink(missing_ok=True)
+                if not path.is_dir():
+                    path.unlink(missing_ok=True)
         (self.path / "run.json").unlink(missing_ok=True)
 
     # Shards
@@ -322,12 +331,12 @@ class RunFolder:
         """The record of a shard, None where there is none.
 
         Returns:
-            ``first`` index, samples ``requested``, ``rows`` written, ``left_out`` (a list of ``{index, step, reason}``),
-            ``sha256`` and ``bytes`` of the table, ``sums_sha256`` (None where there are none), ``seconds``, ``device``,
-            ``host``, ``worker`` and the time ``written``.
+            ``run`` (its fingerprint), ``first`` index, samples ``requested``, ``rows`` written, ``left_out`` (a list of
+            ``{index, step, reason}``), ``sha256`` and ``bytes`` of the table, ``sums_sha256`` (None where there are none),
+            ``seconds``, ``device``, ``host``, ``worker`` and the time ``written``.
 
         Raises:
-            DamagedShardError: it cannot be read.
+            DamagedShardError: it cannot be read, or is that of another shard or run.
         """
         path = self._record_path(shard)
         try:
@@ -338,6 +347,11 @@ class RunFolder:
             return None
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DamagedShardError(f"{path.name} cannot be read: {error}") from error
+        # Copied here with its files, it would agree with them.
+        if record["first"] != shard.start:
+            raise DamagedShardError(f"{path.name} is the record of the shard that begins at {record['first']}")
+        if self.fingerprint not in (None, record.get("run", self.fingerprint)):  # early runs did not note it
+            raise DamagedShardError(f"{path.name} is the record of another run")
         return record
 
     def state(self, shard: range, verify: bool = False) -> ShardState:
@@ -549,6 +563,7 @@ class RunFolder:
         if encoded is not None:
             self._replace(self._sums_path(shard), encoded)
         record = {
+            "run": self.fingerprint,
             "first": shard.start,
             "requested": len(shard),
             "rows": table.num_rows,

@@ -136,8 +136,9 @@ def test_more_samples_extend_it(copy, whole, tmp_path):
     assert kept == [0, 10, 20, 30]  # the tail of 5 is made anew as a shard of 10
 
 
-def test_fewer_samples_take_nothing_away(copy, whole, capsys):
+def test_fewer_samples_take_nothing_away(copy, whole, capsys, caplog):
     predict(copy, samples=10)
+    assert f"is a run of {TAIL} samples: all of them stay" in caplog.text
     assert tables(copy) == tables(whole)
     assert json.loads((copy / "metrics.json").read_text())["num_samples"] == TAIL
     (copy / "shards/00000040.json").unlink()

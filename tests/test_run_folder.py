@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,8 +128,11 @@ class TestIdentity:
         with pytest.raises(ConfigurationError, match="no run.json"):
             begin(tmp_path)
         (tmp_path / "samples/mine.txt").write_text("kept")
+        (tmp_path / "shards/mine").mkdir()
+        (tmp_path / "claims/00000000.old").write_text("?")
         RunFolder(tmp_path, 4, 10).remove()
         assert list(tables(tmp_path)) == ["mine.txt"]
+        assert (tmp_path / "shards/mine").is_dir()
         assert states(begin(tmp_path)) == ["open"] * 3
 
     def test_a_run_that_somebody_works_on_is_not_removed(self, tmp_path):
@@ -187,6 +191,30 @@ class TestDamage:
         assert made == [shard]
         assert states(folder, verify=True) == ["done"] * 3
         assert tables(tmp_path) == before
+
+    @pytest.mark.parametrize(
+        ("source", "said"),
+        [
+            (("one", "00000000"), "00000004.json is the record of the shard that begins at 0"),
+            (("other", "00000004"), "00000004.json is the record of another run"),
+        ],
+    )
+    def test_a_shard_that_was_copied_here_does_not_count(self, tmp_path, source, said):
+        """Its checksums are right, and its samples are others'."""
+        for name, seed in (("one", 0), ("other", 1)):
+            other = begin(tmp_path / name, identity=IDENTITY | {"data.seed": seed})
+            for shard in other.take():
+                make(other, shard)
+        before, folder = tables(tmp_path / "one"), begin(tmp_path / "one")
+        for part in ("samples/{}.parquet", "shards/{}.json", "shards/{}.safetensors"):
+            shutil.copy(tmp_path / source[0] / part.format(source[1]), tmp_path / "one" / part.format("00000004"))
+        for each in (folder, RunFolder.open(tmp_path / "one")):
+            assert states(each) == ["done", "damaged", "done"]
+            assert each.state(range(4, 8)).reason == said
+        for shard in folder.take():
+            make(folder, shard)
+        assert states(folder, verify=True) == ["done"] * 3
+        assert tables(tmp_path / "one") == before
 
     def test_a_table_without_a_record_does_not_count(self, tmp_path):
         work(tmp_path, 4, 10)

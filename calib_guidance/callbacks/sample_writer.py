@@ -18,6 +18,7 @@ import lightning as L
 import numpy as np
 import pyarrow as pa
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor
 
@@ -153,7 +154,9 @@ class SampleWriter(Measurement):
         """What there is already, where there is something."""
         done = len(self.run.shards()) - len(remaining)
         if done:
-            log.info(f"{self.run.path}: {done} of {len(self.run.shards())} shards are done")
+            rank_zero_info(f"{self.run.path}: {done} of {len(self.run.shards())} shards are done")
+        if (there := self.run.whole().num_requests) > self.run.num_requests:
+            rank_zero_info(f"{self.run.path} is a run of {there} samples: all of them stay, and are reported on")
         for shard in remaining:
             if (state := self.run.state(shard, verify=True)).name == "damaged":
                 log.warning(f"{self.run.path}: samples {shard.start} … {shard[-1]} are made anew: {state.reason}")
@@ -174,7 +177,6 @@ class SampleWriter(Measurement):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.stop.install(trainer)
-        self.fingerprint = RunFolder.read_run(self.run.path)["fingerprint"]
         self.measurements = measurement_names(trainer)  # not in setup, where some may not have been set up themselves
         self._forget()
 
@@ -205,7 +207,9 @@ class SampleWriter(Measurement):
             torch.cuda.synchronize(pl_module.device)  # once per batch, whose images go to the host next anyway
         self._seconds += time.perf_counter() - self._started
         rows = batch | outputs
-        wrong = {sample.index: sample._asdict() | {"configuration": self.fingerprint} for sample in pl_module.left_out}
+        wrong = {
+            sample.index: sample._asdict() | {"configuration": self.run.fingerprint} for sample in pl_module.left_out
+        }
         found = rows["index"].tolist()
         self._left_out += wrong.values()
         unread = set(loader.rows) - set(found)
