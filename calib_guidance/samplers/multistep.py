@@ -45,9 +45,10 @@ class Multistep(Sampler):
         steps: N; with ``spacing: timesteps`` any respacing of the process, e.g. ``"ddim25"``.
         spacing: where the levels lie. ``logsnr``: evenly in ln σ, on which these solvers count; ``karras``: evenly in σ^(1/7)
             (Karras et al. 2022); ``timesteps``: as the respaced discrete process has them, whose last steps are so long in ln σ
-            that nothing is gained over DDIM.
+            that the second order extrapolates too far there.
         sigma_min, sigma_max: least and greatest σ of ``logsnr`` and ``karras``; by default those of the model's process, but at
-            most 80: beyond, a step of x̂0 changes nothing and one of guidance overshoots.
+            most 80. (1−ᾱ)/√ᾱ grows as σ, so that guidance overshoots in few steps from high noise: a lower sigma_max, or a
+            guidance interval, is then better.
         order: 1 or 2.
         clip_denoised: clip x̂0 to [-1, 1], before guidance.
 
