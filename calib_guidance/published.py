@@ -96,7 +96,7 @@ def _classifier(
         "channel_mult": channel_mult,
         "num_head_channels": 64,
         "use_new_attention_order": False,
-        "dtype": "float16",
+        "dtype": "float32",  # as its publishers sample with it, beside a diffusion model in float16
     }
     return Published(
         f"adm_classifier{size}",

@@ -44,7 +44,9 @@ def _settings(config: Mapping[str, Any], key: str) -> dict[str, Any]:
     for name, value in _leaves(config, key):
         if name.rpartition(".")[2] in _NOT_PIXELS:
             continue
-        path = Path(value) if isinstance(value, str) and value else None
+        # Not whatever happens to lie in the working directory under the name of a setting.
+        is_path = isinstance(value, str) and ("/" in value or Path(value).suffix or name.endswith(".labels"))
+        path = Path(value) if is_path else None
         if path is not None and (path.suffix in _WEIGHTS or path.is_dir()) and path.exists() and key == "model":
             continue  # the weights that it was read into are hashed
         plain = value if isinstance(value, (str, int, float, bool, list, type(None))) else str(value)

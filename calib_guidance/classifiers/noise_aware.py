@@ -20,7 +20,8 @@ class NoiseAwareClassifier(Classifier):
             checkpoint.
         checkpoint: weights file; None leaves the network as it is (for ``fit``).
         temperature: of the logits, one or one for each of equal ranges of t, see :class:`~calib_guidance.classifiers.Classifier`.
-        dtype: of a published network's convolutions: ``float16``, ``bfloat16`` or ``float32``; None takes float16, for GPUs.
+        dtype: of a published network's convolutions: ``float16``, ``bfloat16`` or ``float32``; None takes float32, in which the
+            published figures were sampled.
 
     Attributes:
         noise_schedule: name of the one whose steps t are, where it is known: of published weights.
