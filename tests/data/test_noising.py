@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from calib_guidance.data import Clean, Denoised, Noisy, digits
-from calib_guidance.denoisers import ADMDenoiser, GaussianMixture
+from calib_guidance.denoisers import GaussianMixture
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.networks import UNet
 from calib_guidance.noise_schedule import NoiseSchedule, named_betas
 from calib_guidance.rng import DIFFUSION, SampleStreams
+from tests.digits import digits_denoiser
 
 MEANS = [[-0.6, 0.2], [0.3, 0.5], [0.4, -0.4]]
 
@@ -29,23 +29,6 @@ def rows(batch, chosen):
 
 def mixture(**changes):
     return GaussianMixture(MEANS, [0.05, 0.1, 0.2], **changes)
-
-
-def digits_denoiser():
-    network = UNet(
-        8,
-        1,
-        32,
-        2,
-        1,
-        (2,),
-        channel_mult=(1, 2),
-        num_classes=10,
-        num_head_channels=32,
-        use_scale_shift_norm=True,
-        resblock_updown=True,
-    )
-    return ADMDenoiser(network, "checkpoints/digits/diffusion.safetensors", "cosine", prediction="v")
 
 
 def digits_batch(count):

@@ -4,34 +4,19 @@ import pytest
 import torch
 
 from calib_guidance.classifiers import OffTheShelfClassifier
-from calib_guidance.denoisers import ADMDenoiser
 from calib_guidance.guidance import ClassifierGuidance, GuidanceSchedule
-from calib_guidance.networks import SmallResNet, UNet
+from calib_guidance.networks import SmallResNet
 from calib_guidance.rng import SampleStreams
 from calib_guidance.samplers import DDIM, DDPM, DPMSolver, UniPC
 from calib_guidance.scores import DivergenceRegularized, Tilted
+from tests.digits import digits_denoiser
 
 COUNT = 70
 
 
 @pytest.fixture
 def denoiser(in_root):
-    network = UNet(
-        8,
-        1,
-        32,
-        2,
-        1,
-        (2,),
-        channel_mult=(1, 2),
-        num_classes=10,
-        num_head_channels=32,
-        use_scale_shift_norm=True,
-        resblock_updown=True,
-    )
-    return ADMDenoiser(
-        network, "checkpoints/digits/diffusion.safetensors", "cosine", prediction="v", class_conditional=False
-    )
+    return digits_denoiser(class_conditional=False)
 
 
 def guidance(score):

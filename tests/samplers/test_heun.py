@@ -8,13 +8,14 @@ from test_parity import RecordedNoise, SmallConv
 from torch import nn
 
 from calib_guidance.classifiers import Classifier
-from calib_guidance.denoisers import ADMDenoiser, EDMDenoiser, GaussianMixture, GaussianMixtureClassifier
+from calib_guidance.denoisers import EDMDenoiser, GaussianMixture, GaussianMixtureClassifier
 from calib_guidance.guidance import ClassifierFreeGuidance, ClassifierGuidance, GuidanceSchedule, SwitchedGuidance
 from calib_guidance.networks import UNet
 from calib_guidance.networks.edm_weights import edm_architecture, from_edm
 from calib_guidance.rng import SampleStreams
 from calib_guidance.samplers import DDIM, DDPM, Heun
 from calib_guidance.scores import TemperedLogProb
+from tests.digits import digits_denoiser
 
 
 @pytest.fixture
@@ -289,20 +290,7 @@ def test_discrete_samplers_and_heun_solve_the_same_ode(edm):
 
 def test_a_network_of_discrete_steps_goes_between_them(in_root):
     """The shipped digits model under 20 Heun steps and under 250 of DDIM, the same digits."""
-    network = UNet(
-        8,
-        1,
-        32,
-        2,
-        1,
-        (2,),
-        channel_mult=(1, 2),
-        num_classes=10,
-        num_head_channels=32,
-        use_scale_shift_norm=True,
-        resblock_updown=True,
-    )
-    denoiser = ADMDenoiser(network, "checkpoints/digits/diffusion.safetensors", "cosine", prediction="v")
+    denoiser = digits_denoiser()
     y, levels = torch.arange(5), Heun(20).levels(denoiser)
     assert (levels.times % 1 > 0).sum() > 10
     heun = Heun(20)(denoiser, streams(5, denoiser), y)
