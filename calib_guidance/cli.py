@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import sys
 from collections.abc import Sequence
 
 from calib_guidance.errors import CheckpointError, ConfigurationError, RunError, StoppedError
 
+# Imported when asked for: status and export need neither torch nor Lightning, whose import takes longer than they do.
+_COMMANDS = {
+    "compare": "calib_guidance.compare",
+    "doctor": "calib_guidance.doctor",
+    "export": "calib_guidance.export",
+    "status": "calib_guidance.status",
+}  # modules with a function of the command's name, which takes the words after it
+
 
 def _run(command: str | None, words: Sequence[str], args: Sequence[str] | None) -> None:
-    # Imported when asked for: status and export need neither torch nor Lightning, whose import takes longer than they do.
-    if command == "status":
-        from calib_guidance.status import status
-
-        status(words)
-    elif command == "export":
-        from calib_guidance.export import export
-
-        export(words)
-    elif command == "compare":
-        from calib_guidance.compare import compare
-
-        compare(words)
-    elif command == "doctor":
-        from calib_guidance.doctor import doctor
-
-        doctor(words)
+    if command in _COMMANDS:
+        getattr(importlib.import_module(_COMMANDS[command]), command)(words)
     else:
         from calib_guidance.lightning_cli import run_lightning
 
