@@ -124,7 +124,8 @@ def denoised_online(rounds: int, batch: int, size: int, channels: int) -> None:
     images = {"image": torch.rand(batch, 3, size, size) * 2 - 1, "label": torch.arange(batch)}
 
     def build(precision: str) -> Step:
-        noising = Denoised(ADMDenoiser(copy.deepcopy(unet)), "250", precision=precision)
+        denoiser = ADMDenoiser(copy.deepcopy(unet), noise_schedule="cosine", prediction="v")
+        noising = Denoised(denoiser, "250", precision=precision)
         return stepper(CalibrateClassifier(copy.deepcopy(network), noising, channels_last=False), images)
 
     compare(f"denoised online, ADM {size}×{size}: precision bf16", build("fp32"), build("bf16"), rounds)
