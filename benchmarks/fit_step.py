@@ -41,7 +41,7 @@ Step = Callable[[], Tensor]
 def stepper(module: L.LightningModule, batch: dict[str, Tensor], half: bool = False) -> Step:
     """A function that makes one training step and gives its loss."""
     module = module.to(DEVICE).train()
-    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.01)
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=1e-4)
     batch = {name: column.to(DEVICE) for name, column in batch.items()}
 
     def step() -> Tensor:
