@@ -4,8 +4,8 @@
 
 A step is that of the shipped modules with its backward pass and that of the optimizer. The losses of the first step are compared
 before anything is timed; later ones differ by what an untrained ResNet-50 on few images makes of rounding. The two sides take
-turns, so that a drift of the machine's speed meets both. On a GPU the tuned sides of the classifier and of the diffusion model also run in bf16. The last line reads JPEG
-files while a simulated device is busy: it leaves the CPU alone for so long per batch.
+turns, so that a drift of the machine's speed meets both. On a GPU the tuned sides of the classifier and of the diffusion model
+also run in bf16. The last line reads JPEG files while a simulated device is busy: it leaves the CPU alone for so long per batch.
 """
 
 from __future__ import annotations

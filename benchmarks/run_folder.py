@@ -114,8 +114,9 @@ def smooth_noise(count: int, side: int) -> Tensor:
 
 def beside(name: str, rounds: int, samples: int, batch: int, steps: int, pause: float = 0.0, side: int = 0) -> None:
     """One line of the table: digits in so many steps, or images that are there after a pause (seconds per batch)."""
+    root = tempfile.TemporaryDirectory()  # of the configuration; samples go elsewhere, a folder for each run
     with only_the_writer() as overlay:
-        cli = predict("unused", samples, steps, 2 * batch, overlay, batch=batch, cli=Prepared)
+        cli = predict(root.name, samples, steps, 2 * batch, overlay, batch=batch, cli=Prepared)
     writer = next(callback for callback in cli.trainer.callbacks if isinstance(callback, SampleWriter))
     cli.trainer.callbacks.append(whole := Whole())
     if pause:
@@ -143,6 +144,7 @@ def beside(name: str, rounds: int, samples: int, batch: int, steps: int, pause: 
         before.append(1e3 * seconds / samples)
         sampling.append(1e3 * alone / samples)
         after.append(1e3 * run(Background)[0] / samples)
+    root.cleanup()
     ratios = sorted(b / a for b, a in zip(before, after, strict=True))
     kept = [statistics.median(b - s for b, s in zip(found, sampling, strict=True)) for found in (before, after)]
     print(
