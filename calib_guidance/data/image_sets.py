@@ -154,9 +154,7 @@ class ImageSet(ABC):
     labelled = False
     num_classes: int | None = None
 
-    def __init__(
-        self, name: str, num_images: int, size: int | None, resize: str, mode: str | None, max_corrupt: float
-    ):
+    def __init__(self, name: str, num_images: int, size: int | None, resize: str, mode: str | None, max_corrupt: float):
         if not num_images:
             raise ConfigurationError(f"{name} holds no images")
         self.name, self.num_images = name, num_images
@@ -326,7 +324,9 @@ class ImageSet(ABC):
         found = self.provenance()
         notes = [f"{count} of {self.num_images} images: {name}" for name, count in found["conversions"].items()]
         if self._problems:
-            notes.append(f"{len(self._problems)} of {self.num_images} images cannot be read: {found['unreadable'][0]} …")
+            notes.append(
+                f"{len(self._problems)} of {self.num_images} images cannot be read: {found['unreadable'][0]} …"
+            )
         return notes
 
 
@@ -432,7 +432,9 @@ class NpzImages(ImageSet):
             }.get(dtype.kind, "convert it")
             raise ConfigurationError(f"{where}, {needed}: {cure}")
         if len(shape) != 4 or shape[3] not in (1, 3, 4):
-            cure = "transpose it: images.transpose(0, 2, 3, 1)" if len(shape) == 4 and shape[1] in (1, 3) else "reshape it"
+            cure = (
+                "transpose it: images.transpose(0, 2, 3, 1)" if len(shape) == 4 and shape[1] in (1, 3) else "reshape it"
+            )
             cure = "add the channel: images[..., None]" if len(shape) == 3 else cure
             raise ConfigurationError(f"{where}, {needed}: {cure}")
         if fortran:
@@ -448,7 +450,9 @@ class NpzImages(ImageSet):
         with self._member("arr_1.npy") as file:
             shape, dtype, _ = self._header(file)
             if shape != self.shape[:1] or dtype.kind not in "iu":
-                log.warning(f"{self.path}: arr_1 is {dtype} {shape}, no class for each of {self.shape[0]} images: not used")
+                log.warning(
+                    f"{self.path}: arr_1 is {dtype} {shape}, no class for each of {self.shape[0]} images: not used"
+                )
                 return None
             return np.frombuffer(self._exactly(file, dtype.itemsize * shape[0]), dtype).astype(np.int64)
 
@@ -539,7 +543,9 @@ class FolderImages(ImageSet):
             ]
 
 
-def _column(names: Sequence[str], fits: Sequence[str], wanted: str | None, usual: Sequence[str], option: str) -> str | None:
+def _column(
+    names: Sequence[str], fits: Sequence[str], wanted: str | None, usual: Sequence[str], option: str
+) -> str | None:
     """The column that was asked for, or that has a usual name, or is the only one that fits.
 
     Raises:
@@ -548,7 +554,9 @@ def _column(names: Sequence[str], fits: Sequence[str], wanted: str | None, usual
     if wanted is not None:
         if wanted not in fits:
             state = "holds something else" if wanted in names else "is not there"
-            raise ConfigurationError(f"{option} {wanted!r} {state}; the columns that fit are: {', '.join(fits) or 'none'}")
+            raise ConfigurationError(
+                f"{option} {wanted!r} {state}; the columns that fit are: {', '.join(fits) or 'none'}"
+            )
         return wanted
     named = [name for name in usual if name in fits]
     return named[0] if named else None
@@ -580,8 +588,14 @@ class ParquetImages(ImageSet):
             (self.image_column,) = images
         self.label_column = _column(schema.names, labels, label_column, _LABEL_COLUMNS, "--label-column")
         self.labelled = self.label_column is not None
-        self.groups = [(file, group) for file, data in zip(self.files, metadata, strict=True) for group in range(data.num_row_groups)]
-        self.ends = np.cumsum([data.row_group(group).num_rows for data in metadata for group in range(data.num_row_groups)])
+        self.groups = [
+            (file, group)
+            for file, data in zip(self.files, metadata, strict=True)
+            for group in range(data.num_row_groups)
+        ]
+        self.ends = np.cumsum(
+            [data.row_group(group).num_rows for data in metadata for group in range(data.num_row_groups)]
+        )
         super().__init__(name, int(self.ends[-1]) if len(self.ends) else 0, **options)
 
     @staticmethod
@@ -594,11 +608,15 @@ class ParquetImages(ImageSet):
     def _find(name: str, split: str | None) -> list[str]:
         path = Path(name).expanduser()
         pattern = str(path).replace("{split}", split or "{split}")
-        files = sorted(map(str, path.rglob("*.parquet"))) if path.is_dir() else sorted(glob.glob(pattern, recursive=True))
+        files = (
+            sorted(map(str, path.rglob("*.parquet"))) if path.is_dir() else sorted(glob.glob(pattern, recursive=True))
+        )
         if not files:
             raise ConfigurationError(f"no files match {pattern}")
         # train-00000-of-00005.parquet is how the hub names the files of a split.
-        splits = {file: Path(file).name.partition("-")[0] for file in files if re.search(r"-\d+-of-\d+", Path(file).name)}
+        splits = {
+            file: Path(file).name.partition("-")[0] for file in files if re.search(r"-\d+-of-\d+", Path(file).name)
+        }
         if "{split}" in name or (split is None and len(set(splits.values())) < 2):
             return files
         if split is None:
@@ -628,7 +646,9 @@ class ParquetImages(ImageSet):
                 image = table[self.image_column][i].as_py()
                 data = image["bytes"] if isinstance(image, dict) else image
                 label = table[self.label_column][i].as_py() if self.label_column else None
-                rows.append(_Row(place, f"{Path(file).name}, row {place}", data or b"", -1 if label is None else label, place))
+                rows.append(
+                    _Row(place, f"{Path(file).name}, row {place}", data or b"", -1 if label is None else label, place)
+                )
             yield rows
 
 
@@ -656,7 +676,11 @@ class DatasetImages(ImageSet):
         rows = source.split(self.split)
         features = rows.features
         images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
-        images += [column for column, feature in features.items() if getattr(feature, "dtype", "") in ("binary", "large_binary")]
+        images += [
+            column
+            for column, feature in features.items()
+            if getattr(feature, "dtype", "") in ("binary", "large_binary")
+        ]
         labels = [column for column, feature in features.items() if "int" in getattr(feature, "dtype", "")]
         image = _column(list(features), images, image_column, [*_IMAGE_COLUMNS, *images], "--image-column")
         if image is None:
@@ -758,7 +782,9 @@ def _folder_kind(path: Path) -> tuple[type[ImageSet], set[str]]:
     if (path / "run.json").is_file():
         return RunImages, set()
     if (path / "samples").is_dir() and (path / "shards").is_dir():
-        raise ConfigurationError(f"{path} is a run folder without its run.json, which says what made the samples: restore it")
+        raise ConfigurationError(
+            f"{path} is a run folder without its run.json, which says what made the samples: restore it"
+        )
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return DatasetImages, {"split", "subset", *columns}
     for file in path.rglob("*"):

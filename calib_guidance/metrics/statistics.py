@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -185,13 +186,12 @@ class ReferenceStatistics:
         )
 
     @staticmethod
-    def _gather(
-        kept: list[tuple[Tensor, Tensor, Tensor]], width: int, processes: Processes
-    ) -> tuple[Tensor, Tensor]:
+    def _gather(kept: list[tuple[Tensor, Tensor, Tensor]], width: int, processes: Processes) -> tuple[Tensor, Tensor]:
         """Features and labels of all processes, in order of index."""
         empty = [(torch.zeros(0, dtype=torch.long), torch.zeros(0, width), torch.zeros(0, dtype=torch.long))]
         index, features, labels = (
-            processes.gather_rows(torch.cat([part.cpu() for part in parts])) for parts in zip(*(kept or empty), strict=True)
+            processes.gather_rows(torch.cat([part.cpu() for part in parts]))
+            for parts in zip(*(kept or empty), strict=True)
         )
         order = index.argsort()
         return features[order], labels[order]
@@ -257,7 +257,11 @@ class ReferenceStatistics:
             raise ConfigurationError(f"{path} has one of {mu} and {sigma}, and no {missing.pop()}")
         mean, covariance = arrays[mu], arrays[sigma]
         shapes = f"{path}: {mu} is {mean.dtype} {mean.shape}, {sigma} {covariance.dtype} {covariance.shape}"
-        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or {mean.dtype.kind, covariance.dtype.kind} != {"f"}:
+        if (
+            mean.ndim != 1
+            or covariance.shape != (len(mean), len(mean))
+            or {mean.dtype.kind, covariance.dtype.kind} != {"f"}
+        ):
             raise ConfigurationError(f"{shapes}: (D,) and (D, D) of floats belong together")
         if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
             raise ConfigurationError(f"{path}: {mu} or {sigma} is not finite everywhere")
@@ -330,8 +334,8 @@ class ReferenceStatistics:
     def check(self, extractor: FeatureExtractor) -> None:
         """Refuse to be compared with features of another kind.
 
-        Widths are compared, and, where the file says what its features are of, all that the extractor says of itself but
-        versions of libraries.
+        Widths are compared, and, where the file says what its features are of, all that the extractor says of itself (weights'
+        hash, resize, normalisation …) but versions of libraries and where the weights lie.
 
         Raises:
             ConfigurationError: they differ; names both.
@@ -347,11 +351,11 @@ class ReferenceStatistics:
                     "were made with (--features), or make new ones with calib-guidance reference"
                 )
         if "features" in self.provenance:
-            saved, now = (_flat(found) for found in (self.provenance["features"], json.loads(json.dumps(extractor.provenance()))))
+            saved, now = _flat(self.provenance["features"]), _flat(json.loads(json.dumps(extractor.provenance())))
             different = [
                 f"{key}: {saved.get(key)} in the reference, {now.get(key)} now"
-                for key in sorted(saved.keys() | now.keys())
-                if saved.get(key) != now.get(key) and "version" not in key
+                for key in sorted((saved.keys() | now.keys()) - {"weights"})  # their hash counts, not where they lie
+                if _unversioned(saved.get(key)) != _unversioned(now.get(key))
             ]
             if different:
                 listed = "".join(f"\n  {line}" for line in different)
@@ -379,6 +383,11 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return found
+
+
+def _unversioned(value: object) -> object:
+    """``torch 2.11.0`` as ``torch``."""
+    return re.sub(r" \d+\.\d[\w.]*", "", value) if isinstance(value, str) else value
 
 
 def file_sha256(path: Path) -> str:
