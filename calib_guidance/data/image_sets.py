@@ -344,7 +344,7 @@ class RunImages(ImageSet):
             why = states[missing[0]]
             raise ConfigurationError(
                 f"{name} is not complete: {sum(map(len, missing))} of {self.run.num_requests} samples are missing or damaged, "
-                f"the first in {missing[0].start}–{missing[0][-1]} ({why.reason or why.name}). The same predict command makes them"
+                f"the first in {missing[0].start}–{missing[0][-1]} ({why.reason or why.name}). The same predict makes them"
             )
         records = [self.run.record(shard) for shard in self.run.shards()]
         self.left_out = sum(len(record["left_out"]) for record in records)
