@@ -153,8 +153,8 @@ class ReferenceStatistics:
                 found = extractor(batch.image.to(processes.device))
             if not found.pool.isfinite().all():
                 raise ConfigurationError(
-                    f"{images.name}: features of some of images {int(batch.index[0])} … {int(batch.index[-1])} are not finite: the "
-                    "weights of the extractor do not fit it, or are damaged"
+                    f"{images.name}: features of some of images {int(batch.index[0])} … {int(batch.index[-1])} are not finite: "
+                    "the weights of the extractor do not fit it, or are damaged"
                 )
             pool.update(found.pool)
             if second is not None:
@@ -220,8 +220,8 @@ class ReferenceStatistics:
         path = Path(path).expanduser()
         if path.suffix != ".npz":
             raise ConfigurationError(
-                f"{path}: statistics are read of .npz files with mu and sigma. What is pickled (.pkl of EDM2, .pt) is not loaded: "
-                "save mu and sigma of it with numpy.savez, or make them with calib-guidance reference"
+                f"{path}: statistics are read of .npz files with mu and sigma. What is pickled (.pkl of EDM2, .pt) is not "
+                "loaded: save mu and sigma of it with numpy.savez, or make them with calib-guidance reference"
             )
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -347,8 +347,8 @@ class ReferenceStatistics:
         for name, saved, now in pairs:
             if saved != now:
                 raise ConfigurationError(
-                    f"{where} has statistics of {saved} {name}, {extractor.name} gives {now}: take the extractor that the statistics "
-                    "were made with (--features), or make new ones with calib-guidance reference"
+                    f"{where} has statistics of {saved} {name}, {extractor.name} gives {now}: take the extractor that the "
+                    "statistics were made with (--features), or make new ones with calib-guidance reference"
                 )
         if "features" in self.provenance:
             saved, now = _flat(self.provenance["features"]), _flat(json.loads(json.dumps(extractor.provenance())))
@@ -372,7 +372,7 @@ class ReferenceStatistics:
             notes.append("the reference's file does not say which features, resize and images its statistics are of")
         if self.features is not None and self.num_images is None:
             notes.append(
-                f"mean and covariance are those of the reference's file, its features those of the {len(self.features)} images in it"
+                f"mean and covariance are those of the reference's file, features those of the {len(self.features)} images in it"
             )
         return notes
 
