@@ -52,7 +52,7 @@ TABLE = {
     "seconds_per_image": ("seconds per image", "{:.4f}"),
 }
 _SPLITS, _SUBSETS, _SUBSET_SIZE, _NEIGHBOURS, _BINS, _POINTS = 10, 100, 1000, 5, 15, 15
-_NO_FEATURES = (
+NO_FEATURES = (
     "the reference holds no features of single images, only their statistics: give images, or make it with calib-guidance "
     "reference --keep-features"
 )
@@ -180,11 +180,11 @@ class Measures(NamedTuple):
             found["is"] = f"{n} samples cannot be parted into {_SPLITS} splits"
         for name, samples, images in (("kid", 4, 4), ("pr", self.k + 1, self.k + 1), ("dc", 1, _NEIGHBOURS + 1)):
             if m is None:
-                found[name] = _NO_FEATURES
+                found[name] = NO_FEATURES
             elif m < images or n < samples:
                 found[name] = f"needs {samples} samples and {images} reference images or more, got {n} and {m}"
         if m is None or not reference.labels:
-            found["classwise"] = _NO_FEATURES if m is None else "the reference's images have no classes"
+            found["classwise"] = NO_FEATURES if m is None else "the reference's images have no classes"
         if self.judge is None and not self.extractor_judges:
             found["judge"] = "there is no judge (--judge CLASSIFIER.yaml)"
         if self.clip is None:
