@@ -278,7 +278,10 @@ class ImageSet(ABC):
         self._done[everyone] = processes.gather_rows(torch.from_numpy(self._done[places])).cpu().numpy()
         for problems in processes.gather(self._problems):
             self._problems.update(problems)
-        self._corrupt.count([f"{name} ({why})" for name, why in self.unreadable], self.num_images)
+        reports = [f"{name} ({why})" for name, why in self.unreadable]
+        if not processes.is_first:  # which says what others met
+            self._corrupt.names.update(reports)
+        self._corrupt.count(reports, self.num_images)
 
     @property
     def unreadable(self) -> list[tuple[str, str]]:
