@@ -205,7 +205,9 @@ def _metrics(asked: str | None, measures: Measures, holds: ReferenceHolds, sets:
 def _measure(samples: ImageSet, quality: Quality, options: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     """The figures of one set, on every process."""
     quality.begin(samples.num_images, samples.labelled)
-    with tqdm(total=samples.num_images, desc=samples.name, unit="image", disable=not processes.is_first) as bar:
+    with tqdm(
+        total=samples.num_images, desc=samples.name, unit="image", leave=False, disable=not processes.is_first
+    ) as bar:
         for batch in samples.batches(options.batch_size, processes.rank, processes.world_size):
             quality.update(*batch)
             bar.update(len(batch.index) * processes.world_size)
@@ -253,11 +255,8 @@ def _write(folder: Path, results: dict[str, Any], judged: dict[str, np.ndarray] 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "metrics.json", results)
-        table = [
-            "| | | ± |",
-            "|---|---:|---:|",
-            *(f"| {label} | {value} | {spread.removeprefix('± ')} |" for label, value, spread in rows),
-        ]
+        cells = [f"| {label} | {value} | {spread.removeprefix('± ')} |" for label, value, spread in rows]
+        table = ["| | | ± |", "|---|---:|---:|", *cells]
         (folder / "metrics.md").write_text("\n".join([*table, "", *(f"- {line}" for line in lines), ""]))
         if judged is not None:
             write_judged(folder / "judge.npz", judged)
