@@ -329,11 +329,11 @@ def test_one_and_two_processes_make_the_same(tmp_path):
     pixels, labels = pictures(50)
     pixels = [*pixels[:20], png(pixels[20])[:50], *pixels[21:]]
     few = pictures(5)
-    mixed = [*pictures(5)[0], *pictures(9, size=16)[0]]  # found by the second of two processes
+    mixed = [*pictures(5)[0], *pictures(1, size=16)[0], *pictures(6)[0]]  # the second of two processes meets it
     sources = {
-        "mixed": write(tmp_path / "mixed", "parquet", mixed, np.zeros(14, int)),
         "many": write(tmp_path / "many", "parquet", pixels, labels),
         "few": write(tmp_path / "few", "npz", *few),
+        "mixed": write(tmp_path / "mixed", "parquet", mixed, np.zeros(12, int)),
     }
     options = ["--features", PROJECTION, "--keep-features", "--batch-size=4", "--max-corrupt=0.05", "--device=cpu"]
     commands = [

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -334,7 +336,8 @@ class ReferenceStatistics:
         except OSError as error:
             raise ConfigurationError(f"{path} cannot be written: {error.strerror or error}") from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
         return file_sha256(path)
 
     def check(self, extractor: FeatureExtractor, image_shape: tuple[int, int, int] | None = None) -> None:
@@ -415,12 +418,18 @@ def file_sha256(path: Path) -> str:
 
 
 def check_output(path: Path) -> None:
-    """Refuse to write statistics there.
+    """Refuse to write statistics there, before they are made. Nothing is left there.
 
     Raises:
-        ConfigurationError: the file exists, or is not named ``.npz``.
+        ConfigurationError: the file exists, is not named ``.npz``, or cannot be written.
     """
     if path.suffix != ".npz":
         raise ConfigurationError(f"--output {path}: statistics are written as .npz")
     if path.exists():
         raise ConfigurationError(f"{path} exists already: remove it, or name another --output")
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be written: {error.strerror}") from error
