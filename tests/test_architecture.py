@@ -28,7 +28,7 @@ FLOORS = [
     {"metrics", "data", "modules", "callbacks"},
     {"checkpoint_io"},
     {"lightning_cli"},
-    {"compare", "doctor", "export", "reference", "status"},
+    {"compare", "doctor", "evaluate", "export", "reference", "status"},
     {"cli"},
     {"__main__"},
 ]
