@@ -340,16 +340,11 @@ class ReferenceStatistics:
                 temporary.unlink()
         return file_sha256(path)
 
-    def check(self, extractor: FeatureExtractor, image_shape: tuple[int, int, int] | None = None) -> None:
+    def check(self, extractor: FeatureExtractor) -> None:
         """Refuse to be compared with features of another kind.
 
         Widths are compared, and, where the file says what its features are of, all that the extractor says of itself (weights'
         hash, resize, normalisation …) but versions of libraries and where the weights lie.
-
-        Args:
-            extractor: that the samples are shown to.
-            image_shape: ``(C, H, W)`` of the samples, compared with that of the reference's images where both are given:
-                extractors resize either to their own size, which hides what the other lacks.
 
         Raises:
             ConfigurationError: they differ; names both.
@@ -364,13 +359,6 @@ class ReferenceStatistics:
                     f"{where} has statistics of {saved} {name}, {extractor.name} gives {now}: take the extractor that the "
                     "statistics were made with (--features), or make new ones with calib-guidance reference"
                 )
-        if None not in (image_shape, self.image_shape) and tuple(image_shape) != self.image_shape:
-            saved, now = ("×".join(map(str, shape)) for shape in (self.image_shape, image_shape))
-            cure = "--mode RGB or L" if self.image_shape[1:] == tuple(image_shape)[1:] else "--size N"
-            raise ConfigurationError(
-                f"{where} is of {saved} images, the samples are {now}: take a reference of that size, or make both the same "
-                f"with {cure}"
-            )
         if "features" in self.provenance:
             saved, now = _flat(self.provenance["features"]), _flat(json.loads(json.dumps(extractor.provenance())))
             different = [
