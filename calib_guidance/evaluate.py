@@ -135,7 +135,7 @@ def _evaluate(options: argparse.Namespace, processes: Processes) -> None:
         if known.images is not None and known.features is None:  # whose features are then taken
             batch = open_images(known.images)
             holds = holds._replace(num_features=batch.num_images, labels=batch.labelled)
-        shape = known.provenance.get("images", {}).get("image_shape")
+        shape = known.image_shape
     else:
         images = open_images(options.reference, **reading_options(options))
         spatial = extractor.spatial_width is not None
