@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,6 +119,12 @@ def _evaluate(options: argparse.Namespace, processes: Processes) -> None:
     own = {name: getattr(options, f"samples_{name}") for name in _OF_SAMPLES}
     sets = [open_images(source, **shared, **own) for source in options.samples]
     folders = _folders(options, sets)
+    for folder in folders:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK)):
+            raise ConfigurationError(
+                f"{folder} cannot be written: {there} is not a folder that may be written to (--output)"
+            )
     extractor = features_from_name(options.features)
     judge = None if options.judge is None else read_classifier(options.judge)
     clip = None if options.clip is None else read_classifier(options.clip)

@@ -183,7 +183,7 @@ def test_clip_score_is_the_mean_cosine_to_the_prompts(sets, tmp_path):
 
 @pytest.mark.slow
 def test_inception_gives_torch_fidelitys_figures_from_files_on(tmp_path):
-    """Random weights in its file format; 2,048 features of 10 and 8 images, so that one distance takes ten seconds there."""
+    """Random weights in its file format; 2,048 features of 10 images each, so that one distance takes ten seconds there."""
     torch.manual_seed(0)
     network = FeatureExtractorInceptionV3.__new__(FeatureExtractorInceptionV3)
     with pytest.MonkeyPatch.context() as patch:
@@ -195,10 +195,10 @@ def test_inception_gives_torch_fidelitys_figures_from_files_on(tmp_path):
             nn.init.kaiming_normal_(module.weight)
     network.fc.weight.data *= 0.3 / network.fc.weight.std()
     torch.save(network.state_dict(), tmp_path / "inception.pth")
-    contrast = np.linspace(0.2, 1, 18)[:, None, None, None]
-    pixels = (pictures(18, size=32)[0] * contrast).astype(np.uint8)
-    samples = write(tmp_path / "samples", "image folder", pixels[::2][:10], np.zeros(10, int))
-    reference = write(tmp_path / "reference", "image folder", pixels[1::2], np.zeros(9, int))
+    contrast = np.linspace(0.2, 1, 20)[:, None, None, None]
+    pixels = (pictures(20, size=32)[0] * contrast).astype(np.uint8)
+    samples = write(tmp_path / "samples", "image folder", pixels[::2], np.zeros(10, int))
+    reference = write(tmp_path / "reference", "image folder", pixels[1::2], np.zeros(10, int))
     words = ["--features", f"inception:{tmp_path / 'inception.pth'}", "--metrics=fid,is,kid,pr", "--allow-few"]
     evaluate(samples, "--reference", reference, *words, "--output", tmp_path / "out")
     found = metrics(tmp_path / "out")
@@ -211,7 +211,7 @@ def test_inception_gives_torch_fidelitys_figures_from_files_on(tmp_path):
         "cache_root": str(tmp_path / "cache"),
     }
     named = [{"path": str(path), "name": path.parent.name} for path in (reference, samples)]
-    kid = {"kid": True, "kid_subsets": 100, "kid_subset_size": 4}
+    kid = {"kid": True, "kid_subsets": 100, "kid_subset_size": 5}
     expected = {}
     for (first, second), asked in ((named, {"fid": True, **kid}), (named[::-1], {"isc": True, "prc": True})):
         inputs = {
@@ -327,6 +327,7 @@ def test_what_cannot_be_measured_is_refused_before_it_is(sets, tmp_path, capsys)
         ([large, *against, "--reference", large], "the features cannot be taken of images 3×16×16"),
         ([samples, *against, "--judge", tmp_path / "judge.yaml"], "the judge cannot be taken of images 3×8×8"),
         ([samples, *against, "--clip", tmp_path / "judge.yaml"], "OffTheShelfClassifier, not CLIPClassifier"),
+        ([samples, *against, "--output", tmp_path / "mu.npz" / "out"], "mu.npz is not a folder"),
         ([samples, samples, *against], "the same samples are named twice"),
         ([tmp_path / "empty", *against], "empty"),
         ([samples, *against, "--reference", tmp_path / "nothing.npz"], "nothing.npz"),

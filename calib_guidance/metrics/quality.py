@@ -483,7 +483,7 @@ class Quality:
         self._mean("judge_accuracy", correct, "samples")
         cells = torch.zeros(len(correct), _BINS, 3, dtype=torch.float64, device=self.device)
         terms = torch.stack([torch.ones_like(correct), rows["confidence"], correct], 1)
-        cells[torch.arange(len(correct)), equal_width_bin(rows["confidence"], _BINS)] = terms
+        cells[torch.arange(len(correct), device=self.device), equal_width_bin(rows["confidence"], _BINS)] = terms
         draws = calibration_error_from_bins(bootstrap_sums(cells.flatten(1), self.resamples).view(-1, _BINS, 3))
         of = f"bootstrap over samples, {self.resamples} draws"
         self._add("judge_ece", calibration_error_from_bins(cells.sum(0)), draws.std(), of, 0, 1)
