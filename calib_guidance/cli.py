@@ -1,4 +1,5 @@
-"""The commands: ``calib-guidance fit|validate|test|predict --config …``, ``compare``, ``doctor``, ``status`` and ``export``."""
+"""The commands: ``calib-guidance fit|validate|test|predict --config …``, ``compare``, ``doctor``, ``status``, ``export``,
+``reference`` and ``evaluate``."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ from calib_guidance.errors import CheckpointError, ConfigurationError, RunError,
 _COMMANDS = {
     "compare": "calib_guidance.compare",
     "doctor": "calib_guidance.doctor",
+    "evaluate": "calib_guidance.evaluate",
     "export": "calib_guidance.export",
+    "reference": "calib_guidance.reference",
     "status": "calib_guidance.status",
 }  # modules with a function of the command's name, which takes the words after it
 

@@ -14,6 +14,7 @@ from calib_guidance.metrics.calibration import (
     classwise_calibration_error,
     maximum_calibration_error,
 )
+from calib_guidance.metrics.class_wise import class_wise_distances
 from calib_guidance.metrics.classification import (
     Accuracy,
     BrierScore,
@@ -24,13 +25,24 @@ from calib_guidance.metrics.classification import (
 )
 from calib_guidance.metrics.classifier_metrics import ClassifierMetrics
 from calib_guidance.metrics.density_coverage import DensityCoverage, density_coverage
-from calib_guidance.metrics.features import FeatureExtractor, InceptionFeatures, JudgeFeatures
+from calib_guidance.metrics.features import (
+    FeatureExtractor,
+    Features,
+    InceptionFeatures,
+    JudgeFeatures,
+    ModuleFeatures,
+    TimmFeatures,
+    TorchvisionFeatures,
+    features_from_name,
+    read_classifier,
+)
 from calib_guidance.metrics.frechet import (
     Extrapolation,
     FrechetDistance,
     covariance_root,
     extrapolated_frechet_distance,
     frechet_distance,
+    frechet_distance_sd,
     mean_and_covariance,
     sample_count_note,
 )
@@ -50,6 +62,7 @@ __all__ = [
     "DensityCoverage",
     "Extrapolation",
     "FeatureExtractor",
+    "Features",
     "FrechetDistance",
     "InceptionFeatures",
     "InceptionScore",
@@ -57,10 +70,13 @@ __all__ = [
     "KernelDistance",
     "Levels",
     "MaximumCalibrationError",
+    "ModuleFeatures",
     "NegativeLogLikelihood",
     "PrecisionRecall",
     "ReliabilityBins",
     "SmoothCalibrationError",
+    "TimmFeatures",
+    "TorchvisionFeatures",
     "accuracy",
     "adaptive_calibration_error",
     "bootstrap",
@@ -69,11 +85,14 @@ __all__ = [
     "calibration_bins",
     "calibration_error",
     "calibration_error_from_bins",
+    "class_wise_distances",
     "classwise_calibration_error",
     "covariance_root",
     "density_coverage",
     "extrapolated_frechet_distance",
+    "features_from_name",
     "frechet_distance",
+    "frechet_distance_sd",
     "inception_score",
     "kernel_distance",
     "kernel_distance_subsets",
@@ -81,6 +100,7 @@ __all__ = [
     "mean_and_covariance",
     "negative_log_likelihood",
     "precision_recall",
+    "read_classifier",
     "sample_count_note",
     "smooth_calibration_error",
 ]
