@@ -73,8 +73,9 @@ class DPMSolver(Multistep):
 
         before = None
         for i in reversed(range(num_steps)):
-            begun, guided, x0 = term.begin(predict, guide, x, i)
-            d = x0 if before is None else x0 + slope[i] * (x0 - before)
+            guided, begun, x0, arrived = term.begin(predict, guide, x, i)
+            # The slope of x̂0 along the solver's own path, which a step of guidance interrupts.
+            d = x0 if before is None else x0 + slope[i] * (arrived - before)
             x_next = to_x[i] * begun + to_d[i] * d + term.end(guided, i)
             if self.sde and i:
                 x_next = x_next + to_noise[i] * noise()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -71,6 +72,22 @@ def kick(sigma: np.ndarray, sigma_next: np.ndarray) -> np.ndarray:
     return np.sqrt(1 + sigma**2) - np.sqrt(1 + sigma_next**2)
 
 
+class Begun(NamedTuple):
+    """Where the solver's part of a step starts.
+
+    Attributes:
+        guided: prediction and guidance.
+        x: ``(N, C, H, W)`` where it starts.
+        x0: ``(N, C, H, W)`` x̂0 there, with the guidance that belongs to it.
+        arrived: x̂0 where the step before ended, from which ``x`` differs where a step of guidance came between.
+    """
+
+    guided: GuidedPrediction
+    x: Tensor
+    x0: Tensor
+    arrived: Tensor
+
+
 class GuidanceTerm:
     """The guidance of each step, of a sampler whose steps lead from level to level and from the least noisy one to x̂0.
 
@@ -96,16 +113,17 @@ class GuidanceTerm:
             middle = np.append(np.sqrt(sigma * sigma_next), sigma[-1])
             self.split = on_device(memory * alpha * kick(middle[1:], middle[:-1]), like)
 
-    def begin(self, predict: Predict, guide: Guide, x: Tensor, i: int) -> tuple[Tensor, GuidedPrediction, Tensor]:
-        """x from which the solver does step ``i``, prediction and guidance, and x̂0 with the guidance that belongs there."""
+    def begin(self, predict: Predict, guide: Guide, x: Tensor, i: int) -> Begun:
+        """Guidance at level ``i``, and what the solver does step ``i`` with."""
+        guided = guide(predict, x, i)
         if self.split is None:
-            guided = guide(predict, x, i)
-            return x, guided, self._x0(guided, i)
-        guided = guide(predict, x, i, gradient_only=True)
-        if guided.gradient is not None:
-            x = x + self.split[i] * guided.gradient
-        guided = guided._replace(prediction=predict(x, i))
-        return x, guided, guided.prediction.x0
+            x0 = self._x0(guided, i)
+            return Begun(guided, x, x0, x0)
+        arrived = guided.prediction.x0
+        if guided.gradient is None:
+            return Begun(guided, x, arrived, arrived)
+        x = x + self.split[i] * guided.gradient
+        return Begun(guided, x, predict(x, i).x0, arrived)
 
     def of_step(self, guided: GuidedPrediction) -> bool:
         """Whether the gradient is added to x' over the step as a whole, not to x̂0."""

@@ -48,8 +48,8 @@ class Multistep(Sampler):
       second order extrapolates. DDIM does this too.
     - ``lie_trotter``, ``strang``: operator splitting (arXiv 2301.11558). The solver does its step without guidance, and the
       guidance term dX/d ln σ = −(1−ᾱ)/√ᾱ·s·∇S (twice that in the SDE) is a step of its own, at a gradient that is taken once:
-      before it, or half before and half after it, of which those of two neighbours are done as one. A classifier that sees x̂0
-      takes another evaluation of the network for that, which :meth:`num_evaluations` leaves out.
+      before it, or half before and half after it, of which those of two neighbours are done as one. It takes a second
+      evaluation of the network at each guided level, since the solver starts from another x than the gradient was taken at.
 
     What guidance adds to ε (``enters: noise_difference``) is part of x̂0, and is not split.
 
@@ -116,7 +116,9 @@ class Multistep(Sampler):
         return schedule.at_sigmas(sigmas[::-1])
 
     def num_evaluations(self, denoiser: Denoiser) -> int:
-        return len(self.levels(denoiser).times) * denoiser.evaluations
+        """Network evaluations per sample; under splitting of a sampler that is guided at every level."""
+        twice = 2 if self.guidance_term in ("lie_trotter", "strang") else 1
+        return len(self.levels(denoiser).times) * twice * denoiser.evaluations
 
     def check(self, denoiser: Denoiser, guidance: Guidance | None) -> None:
         self.levels(denoiser)

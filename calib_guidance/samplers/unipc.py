@@ -75,8 +75,7 @@ class UniPC(Multistep):
 
         start_of_step, difference, added, last = x, 0.0, 0.0, None
         for i in reversed(range(num_steps)):
-            x, guided, x0 = term.begin(predict, guide, x, i)
-            corrected = x
+            guided, corrected, x0, _ = term.begin(predict, guide, x, i)
             if last is not None:
                 k = i + 1
                 d = last + from_before[k] * difference + from_after[k] * (x0 - last)
