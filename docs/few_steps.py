@@ -113,7 +113,9 @@ def models() -> tuple[ADMDenoiser, nn.Module, JudgeFeatures, torch.Tensor]:
         resblock_updown=True,
     )  # fmt: skip
     folder = "checkpoints/digits"
-    denoiser = ADMDenoiser(network, f"{folder}/diffusion.safetensors", "cosine", "v", class_conditional=False)
+    denoiser = ADMDenoiser(
+        network, f"{folder}/diffusion.safetensors", "cosine", prediction="v", class_conditional=False
+    )
     guides = OffTheShelfClassifier(
         SmallResNet(10, 1, [32, 64, 64], 1), 10, f"{folder}/classifier.safetensors", softplus_beta=3.0
     )

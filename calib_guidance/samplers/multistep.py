@@ -42,7 +42,7 @@ class Multistep(Sampler):
 
     - ``ancestral``: a gradient at x̂0 is held over the step, and adds to x' what is left in the sample of what the short steps
       of DDPM would have added there (:func:`~calib_guidance.samplers.guidance_term.ancestral_shift`), so that a scale for 250
-      DDPM steps is one for 10 of these. A gradient with respect to x_t, which is of a score at that noise level, enters as in
+      DDPM steps is one for few of these. A gradient with respect to x_t, which is of a score at that noise level, enters as in
       ``score``.
     - ``score``: as part of x̂0, which becomes x̂0 + (1−ᾱ)/√ᾱ·s·∇S, the posterior mean under the guided score, and which the
       second order extrapolates. DDIM does this too.
