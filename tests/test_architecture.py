@@ -8,6 +8,7 @@ import calib_guidance
 ROOT = Path(calib_guidance.__file__).parent
 FLOORS = [
     {
+        "compilation",
         "configurations",
         "errors",
         "images",
@@ -19,6 +20,7 @@ FLOORS = [
         "parameterization",
         "precision",
         "lr_schedules",
+        "threads",
     },
     {"networks", "checkpoints", "edm_pickle", "hub", "published"},
     {"denoisers", "classifiers"},
