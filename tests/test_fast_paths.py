@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from calib_guidance.callbacks import read_samples
+from calib_guidance.checkpoints import load_weights
 from calib_guidance.classifiers import NoiseAwareClassifier, OffTheShelfClassifier
 from calib_guidance.cli import main
 from calib_guidance.guidance import ClassifierGuidance
+from calib_guidance.metrics.frechet import frechet_distance, mean_and_covariance
 from calib_guidance.networks import EncoderUNet, SmallResNet
 from calib_guidance.networks.adm import GroupNorm
 from calib_guidance.rng import SampleStreams
@@ -131,6 +133,20 @@ class TestHalfPrecision:
         DDPM("4")(denoiser, noise, torch.arange(4), guidance, [seen.append])
         for record in seen:
             assert {record.x_next.dtype, record.guided.logits.dtype, record.guided.gradient.dtype} == {torch.float32}
+
+    def test_a_run_in_bfloat16_is_near_in_frechet_distance(self, in_root):
+        """Seeds differ by hundredths in it, see the README's table."""
+        judge = SmallResNet(10, 1, (48, 96, 48), 2).eval()
+        load_weights(judge, "checkpoints/digits/judge.safetensors")
+        statistics, images = [], []
+        for dtype in ("float32", "bfloat16"):
+            denoiser, guidance = digits_denoiser(False, dtype=dtype), ClassifierGuidance(classifier(dtype=dtype))
+            noise = SampleStreams([0] * 100, range(100), (1, 8, 8))
+            images.append(DDPM("10")(denoiser, noise, torch.arange(100) % 10, guidance))
+            with torch.no_grad():
+                statistics.append(mean_and_covariance(judge.forward_features(images[-1])))
+        assert 0 < (images[0] - images[1]).abs().mean() < 0.02
+        assert 0 < frechet_distance(*statistics[0], *statistics[1]) < 0.005
 
     def test_unknown_names_are_told(self):
         with pytest.raises(ValueError, match="dtype: unknown 'half'; known: float32, float16, bfloat16"):
