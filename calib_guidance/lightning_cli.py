@@ -29,6 +29,7 @@ from calib_guidance.checkpoint_io import AtomicCheckpointIO
 from calib_guidance.checkpoints import CheckpointError
 from calib_guidance.configurations import expand_bases
 from calib_guidance.errors import ConfigurationError, LeftOutError
+from calib_guidance.threads import set_threads
 
 _PREDICT_CKPT = (
     "predict takes no --ckpt_path: Lightning would put the training module of that checkpoint in place of the sampling "
@@ -150,6 +151,8 @@ class CalibGuidanceCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         trainer = super().instantiate_trainer(**kwargs)
+        threads = set_threads(trainer.num_devices)
+        rank_zero.rank_zero_info(f"{threads.count} CPU threads for each process ({threads.reason})")
         for callback in trainer.checkpoint_callbacks:
             # Lightning's default is in the logger's folder, a new one for every run, where `--ckpt_path last` finds nothing.
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -40,6 +41,8 @@ class SampleStreams:
         shape: of one sample.
         device: where the numbers go.
         stream: ``SAMPLING``, the noise of samplers, or ``DIFFUSION``, that of x_t ~ q(x_t | x0).
+        ahead: make the next numbers on a thread of its own while these are used, one set ahead of them. None does where the
+            device is a GPU, which computes meanwhile; a CPU would only be kept from it. The numbers are the same.
     """
 
     def __init__(
@@ -49,17 +52,31 @@ class SampleStreams:
         shape: Sequence[int],
         device: torch.device | str = "cpu",
         stream: int = SAMPLING,
+        ahead: bool | None = None,
     ):
         pairs = zip(seeds, indices, strict=True)
         self.generators = [np.random.Generator(_bit_generator(int(s), int(i), stream)) for s, i in pairs]
         self.shape, self.device = tuple(shape), torch.device(device)
+        ahead = self.device.type == "cuda" if ahead is None else ahead
+        # Its thread ends with this object.
+        self._thread = ThreadPoolExecutor(1, "noise") if ahead else None
+        self._next: Future[Tensor] | None = None
 
-    def __call__(self) -> Tensor:
-        """The next numbers of every stream, ``(N, *shape)`` float32."""
+    def _draw(self) -> Tensor:
         noise = torch.empty(len(self.generators), *self.shape, pin_memory=self.device.type == "cuda")
         rows = noise.numpy()
         for generator, row in zip(self.generators, rows, strict=True):
             generator.standard_normal(out=row, dtype=np.float32)
+        return noise
+
+    def __call__(self) -> Tensor:
+        """The next numbers of every stream, ``(N, *shape)`` float32: one copy to the device for all samples."""
+        if self._thread is None:
+            noise = self._draw()
+        else:
+            noise = self._draw() if self._next is None else self._next.result()
+            self._next = self._thread.submit(self._draw)
+        # From pinned memory, which PyTorch does not hand out anew before the copy is done: the host does not wait for it.
         return noise.to(self.device, non_blocking=True)
 
 

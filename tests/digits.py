@@ -4,7 +4,7 @@ from calib_guidance.denoisers import ADMDenoiser
 from calib_guidance.networks import UNet
 
 
-def digits_denoiser(class_conditional=True):
+def digits_denoiser(class_conditional=True, dtype="float32"):
     """With the repository root as working directory."""
     network = UNet(
         8,
@@ -18,6 +18,7 @@ def digits_denoiser(class_conditional=True):
         num_head_channels=32,
         use_scale_shift_norm=True,
         resblock_updown=True,
+        dtype=dtype,
     )
     return ADMDenoiser(
         network,

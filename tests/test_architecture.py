@@ -8,6 +8,7 @@ import calib_guidance
 ROOT = Path(calib_guidance.__file__).parent
 FLOORS = [
     {
+        "compilation",
         "configurations",
         "errors",
         "images",
@@ -20,6 +21,7 @@ FLOORS = [
         "precision",
         "processes",
         "lr_schedules",
+        "threads",
     },
     {"networks", "checkpoints", "edm_pickle", "hub", "published"},
     {"denoisers", "classifiers"},

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from calib_guidance.checkpoints import load_weights
 from calib_guidance.classifiers.base import Classifier
-from calib_guidance.precision import autocast
+from calib_guidance.compilation import Compiled
+from calib_guidance.precision import DTYPES, WideGradient, autocast
 
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def _import_open_clip() -> ModuleType:
@@ -154,6 +154,8 @@ class CLIPClassifier(Classifier):
         dtype: ``float32``, ``bfloat16`` or ``float16``, of the matrix products of the image network; embeddings are compared
             in float32.
         temperature: of the logits, one or one for each of equal ranges of t, see :class:`~calib_guidance.classifiers.Classifier`.
+        compile: compile the image network once it is frozen, forward and backward, see
+            :class:`~calib_guidance.compilation.Compiled`.
 
     Images of any size are resized as a whole to the network's (bicubic, antialiased).
 
@@ -175,8 +177,10 @@ class CLIPClassifier(Classifier):
         std: Sequence[float] = _STD,
         dtype: str = "float32",
         temperature: float | Sequence[float] = 1.0,
+        compile: bool = False,
     ):
         super().__init__(temperature)
+        self.is_compiled, self._compiled = compile, None
         if isinstance(prompts, str) or not prompts or not all(prompts):
             raise ValueError(f"prompts must be a list of texts, one per class, got {prompts!r}")
         if cutouts < 0:
@@ -185,14 +189,14 @@ class CLIPClassifier(Classifier):
             raise ValueError(f"cutout_scale must be [smallest, largest] within (0, 1], got {list(cutout_scale)}")
         if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
             raise ValueError(f"mean and std must be three numbers each, std above 0; got {list(mean)} and {list(std)}")
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype: unknown {dtype!r}; known: {', '.join(_DTYPES)}")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: unknown {dtype!r}; known: {', '.join(DTYPES)}")
         clip = build_clip(model)
         if weights is not None:
             _check_published(model, weights, mean, std)
             load_weights(clip, weights)
         self.prompts, self.num_classes = tuple(prompts), len(prompts)
-        self.cutouts, self.cutout_scale, self.dtype = cutouts, tuple(cutout_scale), _DTYPES[dtype]
+        self.cutouts, self.cutout_scale, self.dtype = cutouts, tuple(cutout_scale), DTYPES[dtype]
         self.size = clip.visual.image_size
         self.size = self.size if isinstance(self.size, tuple) else (self.size, self.size)
         text_config = _read_config(model).get("text_cfg", {})
@@ -227,7 +231,8 @@ class CLIPClassifier(Classifier):
 
     def _views(self, x: Tensor, t: Tensor | None) -> list[Tensor]:
         """The whole image and the cut-outs, ``(N, 3, *size)`` each."""
-        sides = torch.tensor(x.shape[-2:], dtype=torch.float64, device=x.device)
+        # Filled on the device; from Python's numbers it would be an upload, for which the host waits.
+        sides = torch.stack([torch.full((), side, dtype=torch.float64, device=x.device) for side in x.shape[-2:]])
         starts, lengths = [torch.zeros_like(sides)], [sides]
         low, high = self.cutout_scale
         for number in range(self.cutouts):
@@ -246,15 +251,25 @@ class CLIPClassifier(Classifier):
             views.append(((x @ columns.mT).mT @ rows.mT).mT)
         return views
 
+    def freeze(self) -> Classifier:
+        if self.is_compiled and self._compiled is None:
+            self._compiled = Compiled(self.visual)
+        return super().freeze()
+
     def similarity(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         """Cosine between images ``(N, 3, H, W)`` in [-1, 1] and each prompt, ``(N, K)`` in [-1, 1]; the mean over cut-outs."""
         with autocast(x.device, None):
             x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
             shown = torch.cat(self._views(x, t)) * self.scale + self.offset
         with autocast(x.device, None if self.dtype == torch.float32 else self.dtype):
-            embedding = self.visual(shown)
+            visual = self._compiled or self.visual
+            if self.dtype == torch.float16:
+                wide = WideGradient()
+                embedding = wide.leave(visual(wide.enter(shown)).to(self.text.dtype))
+            else:
+                embedding = visual(shown).to(self.text.dtype)
         with autocast(x.device, None):
-            embedding = F.normalize(embedding.to(self.text.dtype), dim=-1).view(-1, len(x), self.text.shape[1]).mean(0)
+            embedding = F.normalize(embedding, dim=-1).view(-1, len(x), self.text.shape[1]).mean(0)
             return embedding @ self.text.T
 
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:

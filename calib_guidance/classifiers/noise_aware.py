@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from calib_guidance import published
 from calib_guidance.checkpoints import load_weights, part_of, read_weights
 from calib_guidance.classifiers.base import Classifier
+from calib_guidance.compilation import Compiled
+from calib_guidance.precision import WideGradient
 
 
 class NoiseAwareClassifier(Classifier):
@@ -21,7 +24,9 @@ class NoiseAwareClassifier(Classifier):
         checkpoint: weights file; None leaves the network as it is (for ``fit``).
         temperature: of the logits, one or one for each of equal ranges of t, see :class:`~calib_guidance.classifiers.Classifier`.
         dtype: of a published network's convolutions: ``float16``, ``bfloat16`` or ``float32``; None takes float32, in which the
-            published figures were sampled.
+            published figures were sampled. A network of your own has a dtype of its own.
+        compile: compile the network once it is frozen, forward and backward, see
+            :class:`~calib_guidance.compilation.Compiled`.
 
     Attributes:
         noise_schedule: name of the one whose steps t are, where it is known: of published weights.
@@ -37,8 +42,10 @@ class NoiseAwareClassifier(Classifier):
         checkpoint: str | None = None,
         temperature: float | Sequence[float] = 1.0,
         dtype: str | None = None,
+        compile: bool = False,
     ):
         super().__init__(temperature)
+        self.is_compiled, self._compiled = compile, None
         weights = None if checkpoint is None else read_weights(checkpoint)
         network, entry = published.build(network, "adm_classifier", dtype, weights and weights.state)
         self.network, self.num_classes = network, network.num_classes
@@ -62,7 +69,16 @@ class NoiseAwareClassifier(Classifier):
         """Raise ValueError if images of ``(C, H, W)`` do not fit the network."""
         self.network.check_image(shape)
 
+    def freeze(self) -> Classifier:
+        if self.is_compiled and self._compiled is None:
+            self._compiled = Compiled(self.network)
+        return super().freeze()
+
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         if t is None:
             raise ValueError("a noise-aware classifier needs the step t: train it with noising Noisy, guide it at x_t")
-        return self.temper(self.network(x, t), t)
+        network = self._compiled or self.network
+        if getattr(self.network, "dtype", None) != torch.float16:
+            return self.temper(network(x, t), t)
+        wide = WideGradient()
+        return self.temper(wide.leave(network(wide.enter(x), t)), t)

@@ -18,6 +18,8 @@ from torch.fx.experimental.optimization import fuse
 from calib_guidance.checkpoints import CheckpointError, load_weights, tensors_only
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.classifiers.smoothing import smooth_activations
+from calib_guidance.compilation import Compiled
+from calib_guidance.precision import DTYPES, WideGradient
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -101,6 +103,10 @@ class OffTheShelfClassifier(Classifier):
         softplus_beta: β of the Softplus that replaces every ReLU (3 for DDPM, 5 for EDM in the paper); None keeps ReLU.
         activations: what Softplus replaces, class names of torch.nn.
         temperature: of the logits, one or one for each of equal ranges of t, see :class:`~calib_guidance.classifiers.Classifier`.
+        dtype: ``float32``, ``bfloat16`` or ``float16`` of the network once it is frozen, which is when it guides. Images, logits
+            and gradients are float32 whatever it is.
+        compile: compile the network once it is frozen, forward and backward, see
+            :class:`~calib_guidance.compilation.Compiled`.
 
     Raises:
         ValueError: unknown names or values out of range.
@@ -117,8 +123,12 @@ class OffTheShelfClassifier(Classifier):
         softplus_beta: float | None = None,
         activations: Sequence[str] = ("ReLU",),
         temperature: float | Sequence[float] = 1.0,
+        dtype: str = "float32",
+        compile: bool = False,
     ):
         super().__init__(temperature)
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: unknown {dtype!r}; known: {', '.join(DTYPES)}")
         if normalize not in ("none", "imagenet"):
             raise ValueError(f"normalize: unknown {normalize!r}; known: none, imagenet")
         if resize is not None and resize < 1:
@@ -137,7 +147,8 @@ class OffTheShelfClassifier(Classifier):
             load_weights(network, weights, **self.weights_notes)
         self.network, self.num_classes, self.normalize, self.resize = network, num_classes, normalize, resize
         self.softplus_beta, self.activations = softplus_beta, tuple(activations)
-        self._frozen = False
+        self.dtype, self.is_compiled, self._frozen = DTYPES[dtype], compile, False
+        self._compiled: Compiled | None = None
         mean, std = torch.tensor(_IMAGENET_MEAN), torch.tensor(_IMAGENET_STD)
         # (x + 1)/2 followed by (x − mean)/std, as one multiplication and one addition.
         self.register_buffer("scale", (0.5 / std).view(1, 3, 1, 1), persistent=False)
@@ -146,10 +157,11 @@ class OffTheShelfClassifier(Classifier):
             self.network = smooth_activations(self.network, softplus_beta, self.activations)
 
     def freeze(self) -> Classifier:
-        """Also folds BatchNorm into the convolutions and lays the weights out channels-last, once."""
+        """Also folds BatchNorm into the convolutions, gives the weights their type and lays them out channels-last, once."""
         super().freeze()
         if not self._frozen:
-            self.network = fold_batch_norm(self.network).to(memory_format=torch.channels_last)
+            self.network = fold_batch_norm(self.network).to(self.dtype, memory_format=torch.channels_last)
+            self._compiled = Compiled(self.network) if self.is_compiled else None
             self._frozen = True
         return super().freeze()
 
@@ -158,4 +170,8 @@ class OffTheShelfClassifier(Classifier):
             x = F.interpolate(x, (self.resize, self.resize), mode="bilinear", antialias=True, align_corners=False)
         if self.normalize == "imagenet":
             x = x * self.scale + self.offset
-        return self.temper(self.network(x), t)
+        network = self._compiled or self.network
+        if not self._frozen or self.dtype == torch.float32:
+            return self.temper(network(x), t)
+        wide = WideGradient()
+        return self.temper(wide.leave(network(wide.enter(x).to(self.dtype)).to(x.dtype)), t)

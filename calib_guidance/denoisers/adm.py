@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from calib_guidance import published
 from calib_guidance.checkpoints import CheckpointError, Weights, load_weights, part_of, read_weights
+from calib_guidance.compilation import Compiled
 from calib_guidance.denoisers.discrete import DiscreteDenoiser
 from calib_guidance.networks.adm import UNet
 from calib_guidance.noise_schedule import NoiseSchedule, named_betas
@@ -43,7 +42,7 @@ class ADMDenoiser(DiscreteDenoiser):
         class_conditional: false hands no label to the network, which makes an unconditional model of one that was trained
             with label dropout.
         image_size: side in pixels of what is sampled; None takes the network's.
-        compile: compile the network with torch.compile, for fixed shapes.
+        compile: compile the network, see :class:`~calib_guidance.compilation.Compiled`.
         dtype: of a published network's convolutions: ``float16``, ``bfloat16`` or ``float32``; None takes the published
             one, which for most is float16. CPUs compute faster in float32 or bfloat16.
 
@@ -91,4 +90,5 @@ class ADMDenoiser(DiscreteDenoiser):
         self.prediction = prediction
         self.num_classes = network.num_classes if class_conditional else None
         self.has_learned_variance = network.out_channels == 2 * network.in_channels
-        self._decode = torch.compile(network.decode, dynamic=False) if compile else network.decode
+        self.is_compiled = compile
+        self._decode = Compiled(network.decode) if compile else network.decode

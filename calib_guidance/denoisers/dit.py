@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from calib_guidance import published
 from calib_guidance.checkpoints import CheckpointError, read_state_dict
+from calib_guidance.compilation import Compiled
 from calib_guidance.denoisers.decoders import VAEDecoder
 from calib_guidance.denoisers.discrete import DiscreteDenoiser
 from calib_guidance.networks import diffusers_folder
@@ -40,7 +41,7 @@ class DiTDenoiser(DiscreteDenoiser):
         class_conditional: false hands the null class to the network always.
         dtype: ``float32``, ``float16`` or ``bfloat16`` of a network that is given by name or None.
         vae_dtype: ``float32`` or ``bfloat16`` of the decoder.
-        compile: compile the network with torch.compile, for fixed shapes.
+        compile: compile the network, see :class:`~calib_guidance.compilation.Compiled`.
 
     Raises:
         CheckpointError: the file or folder does not fit the network, or is none.
@@ -77,7 +78,8 @@ class DiTDenoiser(DiscreteDenoiser):
         self.prediction, self.decode_batch = prediction, decode_batch
         self.num_classes = network.num_classes if class_conditional else None
         self.has_learned_variance = network.out_channels == 2 * network.in_channels
-        self._decode = torch.compile(network.decode, dynamic=False) if compile else network.decode
+        self.is_compiled = compile
+        self._decode = Compiled(network.decode) if compile else network.decode
         if isinstance(vae, str | dict) or hasattr(vae, "quant_conv"):
             vae = VAEDecoder(vae, latent_scale, vae_dtype)
         self.vae = None if vae is None else vae.eval().requires_grad_(False)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from calib_guidance import published
 from calib_guidance.checkpoints import load_weights, read_weights
+from calib_guidance.compilation import Compiled
 from calib_guidance.denoisers.base import Denoiser, Predict, Prediction, at_step
 from calib_guidance.errors import CheckpointError
 from calib_guidance.networks.adm import UNet
@@ -34,7 +35,7 @@ class EDMDenoiser(Denoiser):
         image_size: side in pixels of what is sampled; None takes the network's.
         dtype: ``float32``, ``float16`` or ``bfloat16``, of the body of a network that is built here; None takes the one that a
             named network was published with (float16), and float32 for others.
-        compile: compile the network with torch.compile, for fixed shapes.
+        compile: compile the network, see :class:`~calib_guidance.compilation.Compiled`.
 
     Raises:
         CheckpointError: the file does not fit the network, was trained otherwise, or does not tell which it belongs to.
@@ -69,7 +70,8 @@ class EDMDenoiser(Denoiser):
         self.sigma_data = sigma_data
         self.schedule = NoiseSchedule(named_betas(noise_schedule))
         self.num_classes = network.num_classes if class_conditional else None
-        self._decode = torch.compile(network.decode, dynamic=False) if compile else network.decode
+        self.is_compiled = compile
+        self._decode = Compiled(network.decode) if compile else network.decode
 
     def trajectory(self, levels: NoiseLevels, y: Tensor | None) -> Predict:
         network, sigma, data = self.network, levels.sigmas, self.sigma_data

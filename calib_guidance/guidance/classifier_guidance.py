@@ -100,7 +100,9 @@ class ClassifierGuidance(Guidance):
         sines = [self.schedule.sine(progress) for progress in levels.progress.tolist()]
         to_ve = (1 / np.sqrt(levels.alphas_cumprod)).tolist()
         decode = self.decoder or decode
+        # One in half precision takes float32 all the same, in which its gradient then is.
         dtype = next((p.dtype for p in self.classifier.parameters() if p.is_floating_point()), None)
+        dtype = dtype and torch.promote_types(dtype, torch.float32)
 
         def guide(predict: Predict, x_t: Tensor, i: int, gradient_only: bool = False) -> GuidedPrediction:
             if not active[i]:

@@ -111,6 +111,9 @@ class FaultTolerant(L.LightningModule, ABC):
     - A batch that does not fit into memory is halved until it does, and later ones are cut alike. Tilting groups stay whole, so
       that samples differ by no more than rounding.
 
+    Where a network is compiled, which takes minutes for each new shape, a short batch is filled up to the size of those before it
+    with repetitions of its own requests. What becomes of these is dropped.
+
     Observers that are :class:`~calib_guidance.samplers.base.Revisable` count each sample once, as it was kept.
 
     Attributes:
@@ -128,6 +131,11 @@ class FaultTolerant(L.LightningModule, ABC):
         self.left_out: list[LeftOut] = []
         self.in_hand: list[int] = []
         self._fits: dict[bool, int] = {}  # samples at a time, by whether in float32; absent while any number does
+        self._largest = 0  # batch so far
+
+    @abstractmethod
+    def networks(self) -> dict[str, nn.Module]:
+        """What samples are made with, by name."""
 
     @abstractmethod
     def attempt(self, batch: dict[str, Tensor], float32: bool) -> Attempt:
@@ -140,6 +148,7 @@ class FaultTolerant(L.LightningModule, ABC):
             NoMemoryError: not even one group of samples fits.
         """
         self.left_out = []
+        self._largest = max(self._largest, len(batch["index"]))
         columns, wrong = self._in_parts(batch, float32=False)
         if wrong:
             torn = self._groups(wrong)
@@ -176,14 +185,17 @@ class FaultTolerant(L.LightningModule, ABC):
         before = self._fits.get(float32, size)
         while start < size:
             rows = slice(start, min(start + self._fits.get(float32, size), size))
-            attempt = self._try({name: column[rows] for name, column in batch.items()}, float32)
+            count = rows.stop - rows.start
+            filled = self._filled({name: column[rows] for name, column in batch.items()}, float32)
+            attempt = self._try(filled, float32)
             if attempt is None:
-                self._halve(rows.stop - rows.start, float32)
+                self._halve(len(filled["index"]), float32)
                 continue
+            attempt = Attempt({k: v[:count] for k, v in attempt.columns.items()}, attempt.first_wrong[:count])
             found = self._not_finite(attempt)
             torn = self._groups(found) if not float32 else set()
-            kept = [r for r in range(rows.stop - rows.start) if r not in found and r // self.group_size not in torn]
-            self._count(slice(None) if not found else torch.tensor(kept, dtype=torch.long, device=self.device))
+            kept = [r for r in range(count) if r not in found and r // self.group_size not in torn]
+            self._count(slice(count) if not found else torch.tensor(kept, dtype=torch.long, device=self.device))
             wrong |= {start + row: step for row, step in found.items()}
             parts.append(attempt.columns)
             start = rows.stop
@@ -193,6 +205,15 @@ class FaultTolerant(L.LightningModule, ABC):
                 f"with {fits}, of the same batches"
             )
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, wrong
+
+    def _filled(self, batch: dict[str, Tensor], float32: bool) -> dict[str, Tensor]:
+        """The batch, at the one size that networks are compiled for; in float32 nothing is compiled."""
+        size, count = min(self._largest, self._fits.get(False, self._largest)), len(batch["index"])
+        parts = (part for network in self.networks().values() for part in network.modules())
+        if float32 or count >= size or not any(getattr(part, "is_compiled", False) for part in parts):
+            return batch
+        rows = torch.arange(size, device=batch["index"].device) % count  # groups are whole, and so they stay
+        return {name: column[rows] for name, column in batch.items()}
 
     def _try(self, batch: dict[str, Tensor], float32: bool) -> Attempt | None:
         """None where the memory does not suffice; the error's frames, and all that they hold, are gone then."""

@@ -55,8 +55,10 @@ class GuidedSampling(FaultTolerant):
         """Raise ConfigurationError where the parts of this run cannot go together. Nothing is sampled or written here."""
         if self._checked:
             return
-        for problem in self.problems():
-            raise ConfigurationError(problem)
+        # Nothing is compiled for the single images that are looked at here.
+        with torch.compiler.set_stance("force_eager"):
+            for problem in self.problems():
+                raise ConfigurationError(problem)
         self._checked = True
 
     def problems(self) -> Iterator[str]:

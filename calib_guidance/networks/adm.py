@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calib_guidance.precision import DTYPES
+
 _GROUPS = 32
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -38,7 +39,10 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0
 
 class GroupNorm(nn.GroupNorm):
     """32 groups, or fewer where they would be narrower than ``min_group_channels``; always computed in float32, returned
-    in the type of the input."""
+    in the type of the input.
+
+    Given ``scale`` and ``shift`` ``(N, C, 1, 1)``, what comes out is multiplied by 1 + scale and shifted.
+    """
 
     def __init__(self, channels: int, min_group_channels: int | None = None):
         groups = min(_GROUPS, channels // min_group_channels) if min_group_channels else _GROUPS
@@ -49,8 +53,43 @@ class GroupNorm(nn.GroupNorm):
             )
         super().__init__(groups, channels)
 
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        if self._is_slow(x):
+            return self._by_channel(x, scale, shift)
+        h = super().forward(x.float()).to(x.dtype)
+        return h if scale is None else torch.addcmul(shift, h, 1 + scale)
+
+    def _is_slow(self, x: Tensor) -> bool:
+        """Whether PyTorch's kernel goes through channels-last memory number by number, not vector by vector: on CPUs, of small
+        feature maps in narrow groups."""
+        narrow = self.num_channels <= 4 * self.num_groups and x.shape[-1] * x.shape[-2] < 1024
+        return narrow and x.device.type == "cpu" and x.dtype == torch.float32
+
+    def _by_channel(self, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+        """From the sums of each channel: up to six times as fast there, and one pass less where there is a ``scale``."""
+        n, groups, each = len(x), self.num_groups, self.num_channels // self.num_groups
+        pixels = x.permute(0, 2, 3, 1).reshape(n, -1, self.num_channels)
+        sums = torch.stack([pixels.sum(1), (pixels * pixels).sum(1)])
+        mean, square = sums.view(2, n, groups, each).sum(-1).div(each * pixels.shape[1]).unbind()
+        # As the kernels for channels-last memory have it, too.
+        inverse = ((square - mean * mean).clamp(min=0) + self.eps).rsqrt()
+        times = (inverse[:, :, None] * self.weight.view(groups, each)).view(n, -1, 1, 1)
+        plus = torch.addcmul(self.bias, -mean.repeat_interleave(each, 1), times[:, :, 0, 0])[:, :, None, None]
+        if scale is not None:
+            times, plus = times * (1 + scale), torch.addcmul(shift, plus, 1 + scale)
+        return torch.addcmul(plus, x, times)
+
+
+class SiLU(nn.SiLU):
+    """In the place of its input, which nothing else reads, unless a gradient needs it."""
+
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.float()).to(x.dtype)
+        return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+def pointwise(conv: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+    """A 1×1 convolution of pixels ``(…, C)``, as the matrix product that it is."""
+    return F.linear(x, conv.weight.flatten(1), conv.bias)
 
 
 class Upsample(nn.Module):
@@ -104,7 +143,7 @@ class ResBlock(nn.Module):
         out_channels = out_channels or channels
         self.use_scale_shift_norm = use_scale_shift_norm
         self.in_layers = nn.Sequential(
-            GroupNorm(channels, min_group_channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+            GroupNorm(channels, min_group_channels), SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
         )
         resample = Upsample if up else Downsample if down else None
         self.h_upd = resample(channels, with_conv=False) if resample else nn.Identity()
@@ -113,7 +152,7 @@ class ResBlock(nn.Module):
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, emb_width))
         self.out_layers = nn.Sequential(
             GroupNorm(out_channels, min_group_channels),
-            nn.SiLU(),
+            SiLU(),
             nn.Dropout(dropout),
             nn.Conv2d(out_channels, out_channels, 3, padding=1),
         )
@@ -128,11 +167,14 @@ class ResBlock(nn.Module):
         emb = self.emb_layers(emb).to(h.dtype)[:, :, None, None]
         if self.use_scale_shift_norm:
             scale, shift = emb.chunk(2, dim=1)
-            h = torch.addcmul(shift, self.out_layers[0](h), 1 + scale)
+            h = self.out_layers[0](h, scale, shift)
             h = self.out_layers[1:](h)
         else:
             h = self.out_layers(h + emb)
-        return self.skip_connection(x) + h
+        if isinstance(self.skip_connection, nn.Conv2d):
+            # In channels-last memory the permutations are views.
+            x = pointwise(self.skip_connection, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return x + h
 
 
 def _attend(qkv: Tensor, heads: int, new_order: bool) -> Tensor:
@@ -189,9 +231,8 @@ class AttentionBlock(nn.Module):
         n, c, height, width = x.shape
         # In channels-last memory these two are views, and a 1×1 convolution is a matrix product over them.
         tokens = self.norm(x).permute(0, 2, 3, 1).reshape(n, height * width, c)
-        qkv = F.linear(tokens, self.qkv.weight.squeeze(-1), self.qkv.bias)
-        out = _attend(qkv, self.num_heads, self.use_new_attention_order)
-        out = F.linear(out, self.proj_out.weight.squeeze(-1), self.proj_out.bias)
+        out = _attend(pointwise(self.qkv, tokens), self.num_heads, self.use_new_attention_order)
+        out = pointwise(self.proj_out, out)
         return x + out.view(n, height, width, c).permute(0, 3, 1, 2)
 
 
@@ -216,9 +257,9 @@ class AttentionPool2d(nn.Module):
         tokens = x.flatten(2).transpose(1, 2)
         tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
         tokens = tokens + self.positional_embedding.t().to(x.dtype)
-        qkv = F.linear(tokens, self.qkv_proj.weight.squeeze(-1), self.qkv_proj.bias)
-        pooled = _attend(qkv, self.num_heads, new_order=True)[:, 0]  # new order whatever the other blocks use
-        return F.linear(pooled, self.c_proj.weight.squeeze(-1), self.c_proj.bias)
+        # New order whatever the other blocks use.
+        pooled = _attend(pointwise(self.qkv_proj, tokens), self.num_heads, new_order=True)[:, 0]
+        return pointwise(self.c_proj, pooled)
 
 
 class _EmbedSequential(nn.Sequential):
@@ -417,7 +458,7 @@ class UNet(_Encoder):
                     downsampling //= 2
                 self.output_blocks.append(_EmbedSequential(*layers))
         self.out = nn.Sequential(
-            GroupNorm(channels, min_group_channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+            GroupNorm(channels, min_group_channels), SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
         )
         nn.init.zeros_(self.out[-1].weight)
         nn.init.zeros_(self.out[-1].bias)
@@ -513,7 +554,7 @@ class EncoderUNet(_Encoder):
         head = num_head_channels if num_head_channels != -1 else self._channels // num_heads
         self.out = nn.Sequential(
             GroupNorm(self._channels),
-            nn.SiLU(),
+            SiLU(),
             AttentionPool2d(image_size // self._downsampling, self._channels, head, out_channels),
         )
         self._finish()

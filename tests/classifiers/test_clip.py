@@ -192,7 +192,7 @@ class TestRefused:
             ({"cutouts": -1}, "cutouts"),
             ({"cutout_scale": (0.5, 1.5)}, "cutout_scale"),
             ({"std": (1.0, 0.0, 1.0)}, "std above 0"),
-            ({"dtype": "half"}, "known: float32, bfloat16, float16"),
+            ({"dtype": "half"}, "known: float32, float16, bfloat16"),
         ],
     )
     def test_arguments(self, arguments, message):

@@ -80,7 +80,7 @@ def test_gradients_flow_back_to_a_float64_state(golden, weights):
 
 def test_compiled_network_is_used(weights, monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda f, dynamic: lambda *args: compiled.append(dynamic) or f(*args))
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic, mode: lambda *args: compiled.append(dynamic) or f(*args))
     denoiser = EDMDenoiser(checkpoint=weights, compile=True)
     with torch.no_grad():
         denoiser.trajectory(denoiser.schedule.at_sigmas([1.0]), None)(torch.zeros(1, 3, 8, 8), 0)

@@ -1,0 +1,229 @@
+"""Compiled, half-precision and overlapped sampling against the plain way."""
+
+import copy
+import json
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from calib_guidance.callbacks import read_samples
+from calib_guidance.checkpoints import load_weights
+from calib_guidance.classifiers import NoiseAwareClassifier, OffTheShelfClassifier
+from calib_guidance.cli import main
+from calib_guidance.guidance import ClassifierGuidance
+from calib_guidance.metrics.frechet import frechet_distance, mean_and_covariance
+from calib_guidance.networks import EncoderUNet, SmallResNet
+from calib_guidance.networks.adm import GroupNorm
+from calib_guidance.rng import SampleStreams
+from calib_guidance.samplers import DDPM
+from calib_guidance.threads import available_cores, sensible_threads
+from tests.digits import digits_denoiser
+
+
+def classifier(**options):
+    """The shipped one, with the repository root as working directory."""
+    return OffTheShelfClassifier(
+        SmallResNet(), 10, "checkpoints/digits/classifier.safetensors", softplus_beta=3.0, **options
+    )
+
+
+def gradient(model, x, y, t=None):
+    x = x.clone().requires_grad_()
+    value = model(x, t).log_softmax(1).gather(1, y[:, None]).sum()
+    return torch.autograd.grad(value, x)[0]
+
+
+def digits(count, seed=0):
+    return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1)
+
+
+class TestCompiled:
+    def test_a_classifier_forward_and_backward(self):
+        torch.manual_seed(0)
+        x, y, network = digits(4), torch.arange(4), SmallResNet(10, 1, (16,), 1)
+        plain, compiled = (
+            OffTheShelfClassifier(copy.deepcopy(network), 10, softplus_beta=3.0, compile=c).freeze()
+            for c in (False, True)
+        )
+        torch.testing.assert_close(compiled(x), plain(x), atol=1e-4, rtol=0)
+        torch.testing.assert_close(gradient(compiled, x, y), gradient(plain, x, y), atol=1e-4, rtol=0)
+
+    def test_short_batches_are_filled_up_and_compile_nothing_anew(self, in_root, tmp_path, monkeypatch):
+        """10 digits in batches of 4, 4 and 2."""
+        graphs, rows = [], []
+
+        def backend(module, inputs):
+            graphs.append(module)
+
+            def run(*args):
+                rows.append(max(len(a) for a in args if a.ndim == 4 and a.shape[2:] == (8, 8)))
+                return module(*args)
+
+            return run
+
+        compiler = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda f, dynamic, mode: compiler(f, dynamic=dynamic, backend=backend))
+
+        def predict(name, *options):
+            words = ["predict", "--config", "lightning_configs/predict/digits.yaml", "--trainer.accelerator=cpu"]
+            words += ["--trainer.enable_progress_bar=false", "--trainer.default_root_dir", str(tmp_path / name)]
+            words += ["--data.init_args.num_samples=10", "--data.init_args.batch_size=4", *options]
+            words += ["--model.init_args.sampler.init_args.steps=3"]
+            main(words)
+            parts = list(read_samples(tmp_path / name / "samples"))
+            return torch.cat([p["image"] for p in parts]), json.loads((tmp_path / name / "metrics.json").read_text())
+
+        guiding = "--model.init_args.guidance.init_args.classifier.init_args.compile=true"
+        found, counted = predict("compiled", "--model.init_args.denoiser.init_args.compile=true", guiding)
+        assert len(graphs) == 2  # network and classifier, for one shape each
+        assert set(rows) == {4}
+        assert len(rows) == 2 * 3 * 3  # both at three steps of three batches
+        expected, metrics = predict("plain")
+        assert len(graphs) == 2
+        assert (found.int() - expected.int()).abs().max() <= 1
+        assert counted["gradient_norm_t"]["mean"] == pytest.approx(metrics["gradient_norm_t"]["mean"], rel=1e-4)
+        assert counted["integral_ece"] == pytest.approx(metrics["integral_ece"], rel=1e-4)
+
+
+class TestHalfPrecision:
+    @pytest.mark.parametrize(("dtype", "error"), [("bfloat16", 0.02), ("float16", 0.003)])
+    def test_of_a_classifier_of_clean_images(self, in_root, dtype, error):
+        x, y = digits(16), torch.arange(16) % 10
+        plain, half = classifier().freeze(), classifier(dtype=dtype).freeze()
+        assert half.network.fc.weight.dtype == getattr(torch, dtype)
+        logits = half(x)
+        assert logits.dtype == torch.float32
+        assert 0 < (logits - plain(x)).norm() < error * plain(x).norm()
+        found, expected = gradient(half, x, y), gradient(plain, x, y)
+        assert found.dtype == torch.float32
+        assert 0 < (found - expected).norm() < 3 * error * expected.norm()
+
+    def test_gradients_of_a_sure_classifier_do_not_vanish_in_float16(self, in_root):
+        """Those of 1 − p = 1e-9 are below its least number, 6e-8."""
+        x = digits(4)
+        plain, half = classifier().freeze(), classifier(dtype="float16").freeze()
+        weight = torch.tensor([1e-9, 1e-3, 0.0, 1e3])[:, None]
+
+        def weighted(model):
+            source = x.clone().requires_grad_()
+            return torch.autograd.grad((model(source) * weight)[:, 3].sum(), source)[0]
+
+        found, expected = weighted(half), weighted(plain)
+        assert torch.equal(found[2], torch.zeros_like(found[2]))
+        for row in (0, 1, 3):
+            assert (found[row] - expected[row]).norm() < 0.01 * expected[row].norm()
+
+    def test_of_a_noise_aware_classifier(self):
+        torch.manual_seed(0)
+        options = {"channel_mult": (1,), "num_head_channels": 32, "resblock_updown": False}
+        x, y, t = digits(4), torch.tensor([0, 1, 2, 0]), torch.tensor([10, 200, 500, 900])
+        plain, half = (EncoderUNet(8, 1, 32, 3, 1, **options, dtype=d) for d in ("float32", "float16"))
+        half.load_state_dict(plain.state_dict())
+        plain, half = (NoiseAwareClassifier(network).freeze() for network in (plain, half))
+        found, expected = (1e9 * gradient(lambda *a, m=m: 1e-9 * m(*a), x, y, t) for m in (half, plain))
+        assert 0 < (found - expected).norm() < 0.02 * expected.norm()
+
+    def test_guidance_and_samples_stay_float32(self, in_root):
+        seen = []
+        denoiser = digits_denoiser(class_conditional=False)
+        guidance = ClassifierGuidance(classifier(dtype="bfloat16"))
+        noise = SampleStreams([0] * 4, range(4), (1, 8, 8))
+        DDPM("4")(denoiser, noise, torch.arange(4), guidance, [seen.append])
+        for record in seen:
+            assert {record.x_next.dtype, record.guided.logits.dtype, record.guided.gradient.dtype} == {torch.float32}
+
+    def test_a_run_in_bfloat16_is_near_in_frechet_distance(self, in_root):
+        """Seeds differ by hundredths in it, see the README's table."""
+        judge = SmallResNet(10, 1, (48, 96, 48), 2).eval()
+        load_weights(judge, "checkpoints/digits/judge.safetensors")
+        statistics, images = [], []
+        for dtype in ("float32", "bfloat16"):
+            denoiser, guidance = digits_denoiser(False, dtype=dtype), ClassifierGuidance(classifier(dtype=dtype))
+            noise = SampleStreams([0] * 100, range(100), (1, 8, 8))
+            images.append(DDPM("10")(denoiser, noise, torch.arange(100) % 10, guidance))
+            with torch.no_grad():
+                statistics.append(mean_and_covariance(judge.forward_features(images[-1])))
+        assert 0 < (images[0] - images[1]).abs().mean() < 0.02
+        assert 0 < frechet_distance(*statistics[0], *statistics[1]) < 0.005
+
+    def test_unknown_names_are_told(self):
+        with pytest.raises(ValueError, match="dtype: unknown 'half'; known: float32, float16, bfloat16"):
+            OffTheShelfClassifier(SmallResNet(), 10, dtype="half")
+
+
+class TestNoiseAhead:
+    def test_the_numbers_are_the_same_and_one_set_ahead(self):
+        plain, ahead = (SampleStreams([3, 4, 5], [7, 0, 9], (2, 4, 4), ahead=a) for a in (False, True))
+        for _ in range(5):
+            assert torch.equal(ahead(), plain())
+        assert plain._thread is None
+        assert ahead._next.result().shape == (3, 2, 4, 4)
+
+    def test_a_fault_of_the_thread_reaches_the_sampler(self):
+        class FailsTheSecondTime:
+            calls = 0
+
+            def standard_normal(self, out, dtype):
+                self.calls += 1
+                if self.calls == 2:
+                    raise RuntimeError("no more numbers")
+
+        streams = SampleStreams([0], [0], (1,), ahead=True)
+        streams.generators = [FailsTheSecondTime()]
+        streams()
+        with pytest.raises(RuntimeError, match="no more numbers"):
+            streams()
+
+    def test_threads_end_with_the_streams(self):
+        before = threading.active_count()
+        streams = [SampleStreams([0], [0], (1,), ahead=True) for _ in range(3)]
+        for stream in streams:
+            stream()
+        assert threading.active_count() == before + 3
+        threads = [t for stream in streams for t in stream._thread._threads]
+        del stream, streams
+        for thread in threads:
+            thread.join(10)
+        assert threading.active_count() == before
+
+
+class TestGroupNorm:
+    @pytest.mark.parametrize(("channels", "side"), [(32, 8), (64, 4), (96, 8), (256, 8), (64, 40)])
+    def test_is_pytorchs_whatever_the_shape(self, channels, side):
+        torch.manual_seed(0)
+        norm = GroupNorm(channels)
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+        x = torch.randn(3, channels, side, side) * 2 + 5
+        scale, shift = torch.randn(2, 3, channels, 1, 1)
+        expected = nn.functional.group_norm(x.double(), 32, norm.weight.double(), norm.bias.double(), norm.eps)
+        for memory in (torch.contiguous_format, torch.channels_last):
+            source = x.to(memory_format=memory)
+            torch.testing.assert_close(norm(source).double(), expected, atol=1e-4, rtol=1e-4)
+            scaled = expected * (1 + scale.double()) + shift.double()
+            torch.testing.assert_close(norm(source, scale, shift).double(), scaled, atol=2e-4, rtol=1e-4)
+
+
+class TestThreads:
+    def test_cores_are_shared_among_the_processes_of_a_machine(self):
+        assert sensible_threads(1, 8, {}).count == 8
+        assert sensible_threads(4, 8, {}).count == 2
+        assert sensible_threads(16, 8, {}).count == 1
+
+    def test_what_is_stated_stays_but_for_what_torchrun_sets_by_itself(self):
+        assert sensible_threads(2, 8, {"OMP_NUM_THREADS": "1"}) is None
+        torchrun = {"TORCHELASTIC_RUN_ID": "none"}
+        assert sensible_threads(2, 8, torchrun | {"OMP_NUM_THREADS": "1"}).count == 4
+        assert sensible_threads(2, 8, torchrun | {"OMP_NUM_THREADS": "3"}) is None
+
+    def test_slurm_binds_its_tasks_itself(self):
+        assert sensible_threads(4, 8, {"SLURM_PROCID": "0", "SLURM_CPUS_PER_TASK": "6"}).count == 6
+
+    def test_a_container_has_the_cores_of_its_quota(self, tmp_path):
+        quota = tmp_path / "cpu.max"
+        quota.write_text("50000 100000\n")
+        assert available_cores(quota) == 1
+        quota.write_text("max 100000\n")
+        assert available_cores(quota) == available_cores(tmp_path / "none")

@@ -1,0 +1,204 @@
+"""Nothing inside the sampling loop makes the host wait for the device.
+
+On the meta device, which has shapes and no numbers, a second device is at hand everywhere: what crosses over to it is seen, and
+what reads from it fails.
+"""
+
+import contextlib
+import inspect
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from calib_guidance import samplers
+from calib_guidance.callbacks import GradientNorm, TrajectoryCalibration
+from calib_guidance.classifiers import CLIPClassifier, Ensemble, NoiseAwareClassifier, OffTheShelfClassifier
+from calib_guidance.denoisers import ADMDenoiser, DiTDenoiser, EDMDenoiser, Relabelled
+from calib_guidance.guidance import ClassifierFreeGuidance, ClassifierGuidance, GuidanceSchedule, SwitchedGuidance
+from calib_guidance.modules.faults import FirstNonFinite
+from calib_guidance.networks import DiT, EncoderUNet, SmallResNet, UNet
+from calib_guidance.samplers import DDIM, DDPM, DPMSolver, Heun
+from calib_guidance.scores import DivergenceRegularized, EntropyRegularized, Tilted
+
+SIZE, STEPS = 4, 3
+READS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2", "unique_dim"}
+
+
+class NoWaiting(TorchDispatchMode):
+    """While on, refuses what reads numbers on the host, what copies between devices, and uploads of Python's numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.on, self.seen = False, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if self.on:
+            self.seen += 1
+            assert name not in READS, f"{func} reads numbers on the host"
+            if name in ("index", "index_put", "index_put_"):  # masks are counted on the host
+                assert not any(i is not None and i.dtype == torch.bool for i in args[1]), f"{func} by a mask"
+            assert name != "lift_fresh", "a tensor is made of Python's numbers"
+        result = func(*args, **(kwargs or {}))
+        if self.on and name in ("_to_copy", "copy_"):
+            devices = {t.device.type for t in (*tree_leaves(args), *tree_leaves(result)) if isinstance(t, torch.Tensor)}
+            assert len(devices) == 1, f"{func} copies between devices"
+        return result
+
+
+def loop(sampler, denoiser, guidance=None, device="meta"):
+    """The observer records of a run that was watched from the second step on, and how many operations were seen."""
+    y = torch.arange(SIZE, device=device) % 3
+    noise = torch.empty(SIZE, *denoiser.image_shape, device=device).zero_()
+    run = SimpleNamespace(check=lambda: None, sampler=sampler, denoiser=denoiser, observers=[])
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
+    for callback in (TrajectoryCalibration(), GradientNorm()):
+        callback.setup(trainer, run, "predict")
+    steps = []
+    with NoWaiting() as watch:
+
+        def begin(record):
+            steps.append(record.i)
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("error")
+            watch.on = device == "meta"
+
+        try:
+            sampler(denoiser, lambda: noise, y, guidance, [begin, FirstNonFinite(), *run.observers])
+        finally:
+            watch.on = False
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+    return steps, watch.seen
+
+
+def all_samplers():
+    """Every sampler that there is, with few steps, and the options that change the loop."""
+    for name in samplers.__all__:
+        kind = getattr(samplers, name)
+        if inspect.isclass(kind) and issubclass(kind, samplers.Sampler) and not inspect.isabstract(kind):
+            options = inspect.signature(kind).parameters
+            yield pytest.param(kind(**{next(o for o in ("steps", "num_steps") if o in options): STEPS}), id=name)
+    yield pytest.param(DDPM(STEPS, recurrence=2), id="recurrence")
+    yield pytest.param(DDIM(STEPS, eta=1.0), id="eta")
+    yield pytest.param(Heun(STEPS, s_churn=1.0, guide_correction=True), id="churn")
+    yield pytest.param(DPMSolver(STEPS, sde=True), id="sde")
+
+
+class Decoder(torch.nn.Conv2d):
+    """Latents of four channels to grey images."""
+
+    def __init__(self):
+        super().__init__(4, 1, 1)
+
+    def forward(self, x0):
+        return super().forward(x0.float()).to(x0.dtype)
+
+
+def off_the_shelf(in_channels=1, **options):
+    return OffTheShelfClassifier(SmallResNet(3, in_channels, (8, 8), 1), 3, softplus_beta=3.0, **options)
+
+
+def parts(device):
+    """Denoisers, and guidances for samplers that have no restrictions of their own."""
+    with torch.device(device):
+        adm = {"channel_mult": (1,), "num_res_blocks": 1, "use_scale_shift_norm": True, "attention_resolutions": (1,)}
+        learned = ADMDenoiser(UNet(8, 1, 32, 2, num_classes=3, **adm))
+        dit = DiTDenoiser(DiT(4, 2, 32, 1, 2, num_classes=3), vae=Decoder())
+        denoisers = {
+            "adm": learned,
+            "edm": EDMDenoiser(UNet(8, 1, 32, 1, num_classes=3, **adm)),
+            "dit": dit,
+            "classifier_free": ClassifierFreeGuidance(learned, 1.5, GuidanceSchedule(interval=(100, 900))),
+            "autoguidance": ClassifierFreeGuidance(learned, 1.5, negative=learned),
+            "three_channels": ClassifierFreeGuidance(dit, 1.5, channels=3),
+            "relabelled": Relabelled(learned, [2, 0, 1]),
+        }
+        encoder = EncoderUNet(8, 1, 32, 3, 1, channel_mult=(1,), num_head_channels=32, resblock_updown=False)
+        noise_aware = ClassifierGuidance(NoiseAwareClassifier(encoder, temperature=[1.0, 2.0]), at="x_t")
+        js = DivergenceRegularized("js", 0.1)
+        guidances = {
+            "unguided": None,
+            "js": ClassifierGuidance(off_the_shelf(), js, schedule=GuidanceSchedule(every=2)),
+            "through_denoiser": ClassifierGuidance(
+                off_the_shelf(), EntropyRegularized(0.1, "confidence"), at="through_denoiser"
+            ),
+            "noise_aware": noise_aware,
+            "ensemble": ClassifierGuidance(Ensemble([off_the_shelf(), off_the_shelf()]), Tilted(-0.2, 2)),
+            "switched": SwitchedGuidance(ClassifierGuidance(off_the_shelf()), noise_aware, 500),
+            "half": ClassifierGuidance(off_the_shelf(dtype="float16")),
+        }
+        return {k: d.to(device) for k, d in denoisers.items()}, {k: g and g.to(device) for k, g in guidances.items()}
+
+
+@pytest.fixture(scope="module")
+def meta():
+    return parts("meta")
+
+
+@pytest.mark.parametrize("sampler", list(all_samplers()))
+def test_no_sampler_waits(meta, sampler):
+    for name, guidance in meta[1].items():
+        steps, seen = loop(sampler, meta[0]["adm"], guidance)
+        assert len(steps) >= STEPS, name
+        assert seen > 50, name
+
+
+@pytest.mark.parametrize("name", ["edm", "dit", "classifier_free", "autoguidance", "three_channels", "relabelled"])
+def test_no_denoiser_waits(meta, name):
+    denoiser, guidances = meta[0][name], meta[1]
+    for sampler, kind in ((DDPM(STEPS), "js"), (Heun(STEPS), "through_denoiser"), (DPMSolver(STEPS), "unguided")):
+        loop(sampler, denoiser, guidances[kind])
+    if name == "classifier_free":
+        loop(DDPM(STEPS), denoiser, ClassifierGuidance(off_the_shelf().to("meta"), enters="noise_difference"))
+
+
+def test_neither_does_guidance_that_moves_the_sample(meta):
+    for classifier in (off_the_shelf(), off_the_shelf(resize=12)):
+        guidance = ClassifierGuidance(
+            classifier.to("meta"), at="normalized", enters="sample", schedule=GuidanceSchedule(0.3)
+        )
+        loop(Heun(STEPS, guide_correction=True), meta[0]["edm"], guidance)
+
+
+def test_neither_does_clip(meta):
+    vision = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16, "head_width": 32}
+    text = {"context_length": 8, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1}
+    clip = CLIPClassifier(["a", "b", "c"], {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}, cutouts=2)
+    with torch.device("meta"):
+        denoiser = ADMDenoiser(UNet(8, 3, 32, 6, 1, channel_mult=(1,))).to("meta")
+    loop(DDPM(STEPS), denoiser, ClassifierGuidance(clip.to("meta")))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda t: bool(t.sum() > 0),
+        lambda t: t.cpu(),
+        lambda t: t[t > 0],
+        lambda t: t * torch.tensor([2.0], device="meta"),
+    ],
+    ids=["scalar", "copy", "mask", "upload"],
+)
+def test_what_waits_is_noticed(meta, read):
+    class Waits(ClassifierFreeGuidance):
+        def trajectory(self, levels, y):
+            predict = super().trajectory(levels, y)
+            return lambda x_t, i: (read(x_t), predict(x_t, i))[1]
+
+    with pytest.raises((AssertionError, RuntimeError, NotImplementedError)):
+        loop(DDPM(STEPS), Waits(meta[0]["adm"], 1.5))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_nothing_synchronises():
+    denoisers, guidances = parts("cuda")
+    for sampler in (DDPM(STEPS), DDIM(STEPS, eta=1.0), DPMSolver(STEPS, sde=True), Heun(STEPS)):
+        for name, denoiser in denoisers.items():
+            for kind in ("unguided", "js", "through_denoiser") if name != "adm" else guidances:
+                with contextlib.suppress(ValueError):  # of samplers and guidance that cannot go together
+                    sampler.check(denoiser, guidances[kind])
+                    loop(sampler, denoiser, guidances[kind], "cuda")
