@@ -1,4 +1,5 @@
-"""The commands: ``calib-guidance fit|validate|test|predict --config …``, ``compare``, ``doctor``, ``status`` and ``export``."""
+"""The commands: ``calib-guidance fit|validate|test|predict --config …``, ``compare``, ``sweep``, ``doctor``,
+``status`` and ``export``."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ _COMMANDS = {
     "doctor": "calib_guidance.doctor",
     "export": "calib_guidance.export",
     "status": "calib_guidance.status",
+    "sweep": "calib_guidance.sweep",
 }  # modules with a function of the command's name, which takes the words after it
 
 

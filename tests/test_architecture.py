@@ -27,7 +27,7 @@ FLOORS = [
     {"metrics", "data", "modules", "callbacks"},
     {"checkpoint_io"},
     {"lightning_cli"},
-    {"compare", "doctor", "export", "status"},
+    {"compare", "doctor", "export", "runs", "status", "sweep"},
     {"cli"},
     {"__main__"},
 ]
