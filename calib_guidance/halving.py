@@ -17,9 +17,9 @@ except ImportError as error:
 class BestFraction(optuna.pruners.BasePruner):
     """Ends all trials of a rung but the best, once every trial of the rung has reported.
 
-    Optuna's own SuccessiveHalvingPruner decides on a trial the moment that it reports, by those that happened to come before: what
-    goes on would depend on which run ends first, and the first one always would. Here runs can be gone on with, so that nobody has to
-    decide before all figures of a rung are known.
+    Optuna's own SuccessiveHalvingPruner decides on a trial the moment that it reports, by those that happened to come before:
+    what goes on would depend on which run ends first, and the first one always would. Here runs can be gone on with later, so
+    that nothing has to be decided before all of a rung is known.
 
     Args:
         factor: one in so many goes on, and at least one.

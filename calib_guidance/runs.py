@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from calib_guidance.errors import ConfigurationError, LeftOutError
-from calib_guidance.lightning_cli import run_lightning
+from calib_guidance.lightning_cli import run_lightning, subclasses_listed_once
 from calib_guidance.run_folder import RunFolder
 
 OVERLAYS = Path("lightning_configs")
@@ -143,7 +143,7 @@ def work(run: Run, threads: int) -> list[str]:
     begun.write_text(run.fingerprint)
     for other in run.same:
         RunFolder.begin_with(run.folder, other, run.num_samples)
-    with _output_in(run.folder / "log.txt"):
+    with _output_in(run.folder / "log.txt"), subclasses_listed_once():
         for words in run.commands:
             try:
                 _command(words)

@@ -188,8 +188,8 @@ class Sweep:
     def runs(self, settings: Sequence[int], num_samples: int, output: Path) -> list[Run]:
         """The runs of some settings, by number, each with every seed.
 
-        A run's folder is named by all that its result depends on, so that sweeps with the same runs share them. One begins with the
-        samples that its setting has already, more or fewer.
+        A run's folder is named by all that its result depends on, so that sweeps with the same runs share them. One begins
+        with the samples that its setting has already, more or fewer.
 
         Args:
             settings: numbers of settings.
@@ -377,8 +377,7 @@ class _Resolver:
             *above, last = key.split(".")
             functools.reduce(lambda node, word: node[word], above, content)[last] = copy.deepcopy(value)
         try:
-            with subclasses_listed_once():
-                options = cli.parse(content)
+            options = cli.parse(content)
             if built:
                 _build(cli, options)
         except ArgumentError as error:
@@ -391,10 +390,10 @@ class _Resolver:
 def read_sweep(path: Path) -> Sweep:
     """A sweep file, every setting of it resolved.
 
-    It has the keys ``configs`` (configuration files), ``set`` (optional: values of dotted keys, of all settings), ``num_samples``,
-    ``seeds``, ``values`` (by name: ``key`` and ``values``, or ``overlays``, files of lightning_configs/ without the ending, or lists
-    of such; the settings are the grid of all of them), ``figures`` (keys of :data:`FIGURES`), and optionally ``halving`` (``by``,
-    a figure or one for each rung; ``samples`` of the first rung; ``factor``, 3) and ``evaluate`` (options of the command).
+    It has the keys ``configs`` (configuration files), ``num_samples``, ``seeds``, ``values`` (by name: ``key`` and ``values``, or
+    ``overlays``, files of lightning_configs/ without the ending, or lists of such; the settings are the grid of all of them),
+    ``figures`` (keys of :data:`FIGURES`), and optionally ``set`` (values of dotted keys, for all settings), ``halving`` (``by``,
+    a figure or one for each rung; ``samples`` of the first rung; ``factor``, 3) and ``evaluate`` (options of that command).
     Overlays come after ``configs``, then ``set``, then ``values``.
 
     Raises:
@@ -421,8 +420,8 @@ def read_sweep(path: Path) -> Sweep:
         raise ConfigurationError(f"{where}: a seed occurs twice: {seeds}")
     figures = _read_figures(content["figures"], where)
     halving = _read_halving(content.get("halving"), figures, num_samples, where)
-    if evaluate is not None and not Path(str(evaluate.get("reference"))).exists():
-        raise ConfigurationError(f"{where}: evaluate needs a reference, and there is no {evaluate.get('reference')}")
+    if evaluate is not None and "reference" not in evaluate:
+        raise ConfigurationError(f"{where}: evaluate compares with a reference: add reference: FILE to it")
     axes = tuple(_read_axis(str(name), axis, where) for name, axis in content["values"].items())
     settings = _settings(content, axes, where)
     for key in figures:
@@ -436,19 +435,22 @@ def read_sweep(path: Path) -> Sweep:
 def _settings(content: Mapping[str, Any], axes: Sequence[Axis], where: str) -> tuple[Setting, ...]:
     """The grid of all axes, resolved."""
     resolver, settings = _Resolver(where), []
-    for numbers in itertools.product(*(range(len(axis.values)) for axis in axes)):
-        labels = {axis.name: axis.labels[number] for axis, number in zip(axes, numbers, strict=True)}
-        chosen = [(axis, axis.values[number]) for axis, number in zip(axes, numbers, strict=True)]
-        overlays = [overlay for axis, value in chosen if axis.key is None for overlay in value]
-        configs = (*content["configs"], *(str(OVERLAYS / f"{overlay}.yaml") for overlay in overlays))
-        values = dict(content.get("set") or {}) | {axis.key: value for axis, value in chosen if axis.key is not None}
-        name = ", ".join(f"{axis} = {label}" for axis, label in labels.items())
-        settings.append(Setting(labels, configs, values, resolver.resolve(configs, values, name)))
+    with subclasses_listed_once():
+        for numbers in itertools.product(*(range(len(axis.values)) for axis in axes)):
+            chosen = [(axis, axis.values[number]) for axis, number in zip(axes, numbers, strict=True)]
+            labels = {axis.name: axis.labels[number] for axis, number in zip(axes, numbers, strict=True)}
+            overlays = [overlay for axis, value in chosen if axis.key is None for overlay in value]
+            configs = (*content["configs"], *(str(OVERLAYS / f"{overlay}.yaml") for overlay in overlays))
+            values = dict(content.get("set") or {}) | {axis.key: value for axis, value in chosen if axis.key}
+            name = ", ".join(f"{axis} = {label}" for axis, label in labels.items())
+            settings.append(Setting(labels, configs, values, resolver.resolve(configs, values, name)))
     return tuple(settings)
 
 
-def _check_weights(sweep: Sweep) -> None:
-    """Raise ConfigurationError for weights that are neither here nor known to be public by their name."""
+def _check_files(sweep: Sweep) -> None:
+    """Raise ConfigurationError for weights, or a reference, that are not here."""
+    if sweep.evaluate is not None and not Path(sweep.evaluate["reference"]).exists():
+        raise ConfigurationError(f"{sweep.name}: evaluate's reference {sweep.evaluate['reference']} is not there")
     for setting in sweep.settings:
         for part in ("model", "trainer"):
             for option in all_options(setting.options.get(part), part):
@@ -617,7 +619,7 @@ def _devices(text: str | None) -> list[str]:
 
 
 def sweep(args: Sequence[str]) -> None:
-    """Do the runs of a sweep, print its table and draw its figures; runs that are done, of this sweep or another, are not repeated.
+    """Do the runs of a sweep, print its table and draw its figures; what is done, in this sweep or another, is not repeated.
 
     Writes ``OUTPUT/NAME/`` with ``table.md``, ``settings.csv``, ``runs.csv`` and ``figures/``; the runs are in ``OUTPUT/runs/``.
 
@@ -646,7 +648,7 @@ def sweep(args: Sequence[str]) -> None:
         with warnings.catch_warnings(), without_network():
             warnings.simplefilter("ignore")
             asked = read_sweep(options.config)
-            _check_weights(asked)
+            _check_files(asked)
     finally:
         logging.disable(disabled)
     if asked.halving is not None:

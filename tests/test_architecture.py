@@ -27,7 +27,7 @@ FLOORS = [
     {"metrics", "data", "modules", "callbacks"},
     {"checkpoint_io"},
     {"lightning_cli"},
-    {"compare", "doctor", "export", "runs", "status", "sweep"},
+    {"compare", "doctor", "export", "halving", "runs", "status", "sweep"},
     {"cli"},
     {"__main__"},
 ]
