@@ -189,7 +189,7 @@ def markdown_table(
     return "\n".join(lines)
 
 
-def _insert(text: str, mark: str, path: Path) -> None:
+def insert(text: str, mark: str, path: Path) -> None:
     """Put a table between its marks in a Markdown file."""
     opening, closing = f"<!-- {mark} -->", f"<!-- /{mark} -->"
     before, _, rest = path.read_text().partition(opening)
@@ -215,7 +215,7 @@ def _finish(comparison: Comparison, output: Path, into: Path | None) -> None:
         text = markdown_table(table, comparison.rows, results)
         (output / f"{table.mark}.md").write_text(text + "\n")
         if into:
-            _insert(text, table.mark, into)
+            insert(text, table.mark, into)
         print(f"\n{text}")
 
 

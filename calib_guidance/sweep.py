@@ -223,7 +223,10 @@ class Sweep:
         ranked = num_samples in rungs and FIGURES[self.halving.rank_by(num_samples)].measured_by == "SampleQuality"
         if not self.evaluate or not (ranked or num_samples == self.num_samples):
             return []
-        return [word for option, value in self.evaluate.items() for word in (f"--{option}", str(value))]
+        given = {f"--{option}": value for option, value in self.evaluate.items() if value is not False}
+        return [
+            word for option, value in given.items() for word in ([option] if value is True else [option, str(value)])
+        ]
 
     def read(self, run: Run) -> dict[str, float | None]:
         """The figures of a run that is done; None where it measured no such thing."""
@@ -449,8 +452,9 @@ def _settings(content: Mapping[str, Any], axes: Sequence[Axis], where: str) -> t
 
 def _check_files(sweep: Sweep) -> None:
     """Raise ConfigurationError for weights, or a reference, that are not here."""
-    if sweep.evaluate is not None and not Path(sweep.evaluate["reference"]).exists():
-        raise ConfigurationError(f"{sweep.name}: evaluate's reference {sweep.evaluate['reference']} is not there")
+    reference = Path(sweep.evaluate["reference"]) if sweep.evaluate is not None else None
+    if reference is not None and reference.suffix and not reference.exists():  # not the name of a data set
+        raise ConfigurationError(f"{sweep.name}: evaluate's reference {reference} is not there")
     for setting in sweep.settings:
         for part in ("model", "trainer"):
             for option in all_options(setting.options.get(part), part):
