@@ -12,6 +12,7 @@ import queue
 import re
 import shutil
 import statistics
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from calib_guidance.errors import ConfigurationError, LeftOutError
+from calib_guidance.errors import ConfigurationError, LeftOutError, StoppedError
 from calib_guidance.lightning_cli import run_lightning, subclasses_listed_once
 from calib_guidance.run_folder import RunFolder
 
@@ -102,6 +103,7 @@ def cell(values: Sequence[float | None], digits: int) -> str:
 @contextlib.contextmanager
 def _output_in(path: Path) -> Iterator[None]:
     """What this process and its libraries print goes into a file."""
+    sys.stdout.flush()
     kept = [os.dup(number) for number in (1, 2)]
     try:
         with open(path, "w") as log:
@@ -109,6 +111,7 @@ def _output_in(path: Path) -> Iterator[None]:
                 os.dup2(log.fileno(), number)
             yield
     finally:
+        sys.stdout.flush()
         for number, copy in zip((1, 2), kept, strict=True):
             os.dup2(copy, number)
             os.close(copy)
@@ -224,6 +227,9 @@ def do_runs(runs: Sequence[Run], workers: int, devices: Sequence[str] = (), befo
                 if error := job.exception():
                     failed.append(run)
                     tqdm.write(f"failed: {run.folder / 'log.txt'}: {error}")
+                    if isinstance(error, StoppedError):  # this command was asked to end, not that run alone
+                        failed += waiting.values()
+                        waiting.clear()
                     continue
                 for remark in job.result():
                     tqdm.write(f"{run.folder}: {remark}")
