@@ -1,7 +1,7 @@
 """How well few samples rank the settings of a sweep: ``python docs/sweep_ranking.py``.
 
-Does the sweep of lightning_configs/sweep/digits.yaml where it is not done (``outputs/sweep``), takes the figures of few samples from
-the shards of its runs, and puts a table into docs/sweep.md and a figure into docs/images/.
+Does the sweep of lightning_configs/sweep/digits.yaml where it is not done (``outputs/sweep``), takes the figures of few samples
+from the shards of its runs, and puts a table into docs/sweep.md and a figure into docs/images/.
 """
 
 from __future__ import annotations
