@@ -118,7 +118,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        return ", ".join(f"{axis} = {label}" for axis, label in self.labels.items())
+        return _name(self.labels)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -259,6 +259,10 @@ def _keys(node: object, above: str = "") -> Iterator[str]:
     for key, value in (vars(node) if isinstance(node, Namespace) else {}).items():
         yield above + key
         yield from _keys(value, f"{above}{key}.")
+
+
+def _name(labels: Mapping[str, str]) -> str:
+    return ", ".join(f"{axis} = {label}" for axis, label in labels.items())
 
 
 def _label(value: object) -> str:
@@ -445,8 +449,7 @@ def _settings(content: Mapping[str, Any], axes: Sequence[Axis], where: str) -> t
             overlays = [overlay for axis, value in chosen if axis.key is None for overlay in value]
             configs = (*content["configs"], *(str(OVERLAYS / f"{overlay}.yaml") for overlay in overlays))
             values = dict(content.get("set") or {}) | {axis.key: value for axis, value in chosen if axis.key}
-            name = ", ".join(f"{axis} = {label}" for axis, label in labels.items())
-            settings.append(Setting(labels, configs, values, resolver.resolve(configs, values, name)))
+            settings.append(Setting(labels, configs, values, resolver.resolve(configs, values, _name(labels))))
     return tuple(settings)
 
 

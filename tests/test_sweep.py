@@ -14,6 +14,7 @@ from calib_guidance import sweep as module
 from calib_guidance.cli import main
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.halving import halve
+from calib_guidance.lightning_cli import subclasses_listed_once
 from calib_guidance.run_folder import RunFolder
 from calib_guidance.sweep import Sweeper, read_sweep, table
 from tests.conftest import ROOT
@@ -37,6 +38,13 @@ FILE = {
 }
 ONE = {"scale": {"key": SCALE, "values": [1, 4.0]}}
 HALVING = {"by": "integral_ece", "samples": 10, "factor": 2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def classes_listed_once():
+    """What takes longest in reading a configuration, once for all that are read here."""
+    with subclasses_listed_once():
+        yield
 
 
 @pytest.fixture
