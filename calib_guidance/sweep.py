@@ -40,6 +40,7 @@ from calib_guidance.lightning_cli import innermost, run_lightning, shorten, subc
 from calib_guidance.runs import OVERLAYS, QUIET, Run, cell, check_keys, do_runs, mean_and_deviation, sources
 
 _KEYS = {"configs", "set", "num_samples", "seeds", "values", "figures", "halving", "evaluate"}
+_LISTS, _MAPPINGS = ("configs", "seeds", "figures"), ("set", "values", "halving", "evaluate")
 _NEEDED = ("configs", "num_samples", "seeds", "values", "figures")
 _NUM_SAMPLES, _SEED, _FOLDER = "data.init_args.num_samples", "data.init_args.seed", "trainer.default_root_dir"
 _OWN = {_NUM_SAMPLES: "num_samples", _SEED: "seeds", _FOLDER: "--output"}  # keys that a sweep says in another place
@@ -420,6 +421,10 @@ def read_sweep(path: Path) -> Sweep:
     check_keys(content, _KEYS, where)
     if missing := [key for key in _NEEDED if not content.get(key)]:
         raise ConfigurationError(f"{where}: {missing[0]} is not there, or empty")
+    for keys, kind, name in ((_LISTS, list, "a list"), (_MAPPINGS, dict, "a mapping")):
+        for key in keys:
+            if not isinstance(content.get(key), kind | None):
+                raise ConfigurationError(f"{where}: {key} must be {name}, got {content[key]!r}")
     num_samples, seeds, evaluate = content["num_samples"], content["seeds"], content.get("evaluate")
     if not isinstance(num_samples, int) or num_samples < 1:
         raise ConfigurationError(f"{where}: num_samples must be at least 1, got {num_samples!r}")

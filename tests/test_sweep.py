@@ -239,6 +239,7 @@ def test_evaluation_is_of_all_samples_and_of_what_the_ranking_needs(write, tmp_p
     [
         ({"valeus": {}}, "unknown keys ['valeus']"),
         ({"figures": None}, "figures is not there"),
+        ({"seeds": 3}, "seeds must be a list, got 3"),
         ({"figures": ["frechet"]}, "there is no figure 'frechet' (did you mean 'frechet_distance'?)"),
         ({"figures": ["clip_score"]}, "clip_score would not be measured with"),
         ({"values": {"s": {"key": f"{SCALE}s", "values": [1]}}}, f"has no key {SCALE}s; the closest is {SCALE}"),
