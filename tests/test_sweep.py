@@ -65,7 +65,9 @@ def quick(in_root, tmp_path):
 
 
 @pytest.fixture
-def write(in_root, tmp_path):
+def write(in_root, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 1)  # runs take all cores, and forked ones hang where there were threads
+
     def write(name="small", **changes):
         path = tmp_path / f"{name}.yaml"
         content = {key: value for key, value in (FILE | changes).items() if value is not None}
