@@ -125,8 +125,11 @@ class Setting:
     def digest(self) -> str:
         """Hash of all that its samples and figures are a function of, beside their number and seed."""
         options = {key: value for key, value in self.options.as_dict().items() if key != "config"}
-        files = sorted({o.value for o in all_options(self.options, "") if isinstance(o.value, str)} - {""})
-        hashes = [_file_hash(path) for path in files if os.path.isfile(path)]
+        # What callbacks name may be what they write: of theirs only weights count.
+        used = [o for part in ("model", "data") for o in all_options(self.options[part], part)]
+        used += [o for o in all_options(self.options.trainer, "trainer") if is_weights(o)]
+        files = sorted({o.value for o in used if isinstance(o.value, str) and os.path.isfile(o.value)})
+        hashes = [_file_hash(path) for path in files]
         text = json.dumps([options, hashes], sort_keys=True, default=str, ensure_ascii=False)
         return hashlib.sha256(text.encode() + sources()).hexdigest()
 
