@@ -63,7 +63,6 @@ class Reader:
         sums = sum(torch.from_numpy(self.sums[shard][name]) for shard in shards)
         error = CalibrationError(15, num_levels=len(sums), sync_on_compute=False)
         error.sums = sums
-        error.update_called = True
         return float(error.compute().by_level.nanmean())
 
 
