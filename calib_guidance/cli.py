@@ -1,5 +1,5 @@
-"""The commands: ``calib-guidance fit|validate|test|predict --config …``, ``compare``, ``doctor``, ``status``, ``export``,
-``reference`` and ``evaluate``."""
+"""The commands: ``calib-guidance fit|validate|test|predict --config …``, ``compare``, ``sweep``, ``doctor``, ``status``, ``export``,
+``reference``, ``evaluate`` and ``report``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ _COMMANDS = {
     "export": "calib_guidance.export",
     "reference": "calib_guidance.reference",
     "status": "calib_guidance.status",
+    "sweep": "calib_guidance.sweep",
 }  # modules with a function of the command's name, which takes the words after it
 
 

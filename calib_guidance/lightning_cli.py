@@ -79,7 +79,7 @@ def _unknown_class(class_path: str) -> str:
     return f"there is no {class_path}{f' (did you mean {near[0]!r}?)' if near else ''}"
 
 
-def _shorten(message: str) -> str:
+def shorten(message: str) -> str:
     """What a parse error is about, without the pages of union types around it."""
     where = ".".join(re.findall(r'Parser key "([^"]+)"', message))
     classes = re.findall(r"Problem with given class_path '([\w.]+)'", message)
@@ -106,7 +106,7 @@ def _shorten(message: str) -> str:
 
 
 @contextlib.contextmanager
-def _subclasses_listed_once() -> Iterator[None]:
+def subclasses_listed_once() -> Iterator[None]:
     """While a configuration is read, remembers the subclasses of each type.
 
     jsonargparse lists all subclasses of nn.Module, over a thousand with the libraries that are loaded here, each time that it
@@ -129,10 +129,10 @@ class CalibGuidanceCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: object) -> None:
         try:
-            with _subclasses_listed_once():
+            with subclasses_listed_once():
                 super().parse_arguments(parser, args)
         except ArgumentError as error:
-            raise ConfigurationError(_shorten(str(error))) from error
+            raise ConfigurationError(shorten(str(error))) from error
 
     def before_instantiate_classes(self) -> None:
         if self.subcommand == "predict":
@@ -189,7 +189,7 @@ class CalibGuidanceCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         try:
-            with _subclasses_listed_once():
+            with subclasses_listed_once():
                 super().instantiate_classes()
         except (ValueError, RuntimeError, ImportError, OSError) as error:
             raise ConfigurationError(str(innermost(error))) from error

@@ -26,6 +26,7 @@ import json
 import os
 import random
 import re
+import shutil
 import socket
 import time
 import uuid
@@ -273,6 +274,47 @@ class RunFolder:
         for folder in (self.samples, self.records, self.claims):
             folder.mkdir(exist_ok=True)
         self._tidy()
+
+    @classmethod
+    def begin_with(cls, path: str | os.PathLike[str], other: str | os.PathLike[str], num_samples: int) -> None:
+        """Begin a run with the shards that another folder has of the same samples, more or fewer of them; none is made twice.
+
+        The files are shared where the file system has hard links: shards are replaced as a whole and never written into. Whether
+        the runs are the same is looked at when the run goes on, see :meth:`begin`.
+
+        Args:
+            path: folder of the run that begins, or was begun in this way.
+            other: folder of the other run; where there is none yet, nothing is done.
+            num_samples: that the run asks for.
+        """
+        if (run := cls.read_run(other)) is None:
+            return
+        there = cls.open(other)
+        here = cls(path, run["shard_size"], num_samples)
+        here.path.mkdir(parents=True, exist_ok=True)
+        content = json.dumps(run | {"num_samples": num_samples}, indent=1, ensure_ascii=False).encode() + b"\n"
+        here._create(here.path / "run.json", content)
+        if cls.read_run(path)["fingerprint"] != run["fingerprint"]:
+            return
+        for folder in (here.samples, here.records):
+            folder.mkdir(exist_ok=True)
+        same = set(there.shards())
+        for shard in here.shards():
+            if shard not in same or here._record_path(shard).exists() or there.state(shard, verify=True).name != "done":
+                continue
+            for name in ("table_path", "_sums_path", "_record_path"):  # the record last: what has one is done
+                source, target = (getattr(run_folder, name)(shard) for run_folder in (there, here))
+                if source.exists():
+                    here._share(source, target)
+
+    def _share(self, source: Path, target: Path) -> None:
+        """Put a file of another folder into this one, whole or not at all."""
+        temporary = self._temporary(target)
+        try:
+            os.link(source, temporary)
+        except OSError:  # another file system, or one without hard links
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
 
     def _tidy(self) -> None:
         """Remove what workers that were killed left: unfinished files, and claims of what is done."""

@@ -53,3 +53,15 @@ class StopAfter(L.Callback):
     def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
         if batch_idx + 1 == self.batches:
             raise KeyError("stopped by the test")
+
+
+class KillOnce(L.Callback):
+    """SIGKILL to the first process that has dealt with so many batches of sampling. List it last."""
+
+    def __init__(self, batches: int, marker: str):
+        self.batches, self.marker = batches, Path(marker)
+
+    def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        if batch_idx + 1 == self.batches and not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)

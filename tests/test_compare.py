@@ -5,10 +5,11 @@ import csv
 import pytest
 import yaml
 
-from calib_guidance import compare
+from calib_guidance import runs
 from calib_guidance.cli import main
-from calib_guidance.compare import Column, Run, Table, markdown_table, read_comparison
+from calib_guidance.compare import Column, Table, markdown_table, read_comparison
 from calib_guidance.errors import LeftOutError
+from calib_guidance.runs import Run
 
 FILE = {
     "stages": {
@@ -84,10 +85,9 @@ def test_a_run_that_leaves_samples_out_is_done_and_says_so(tmp_path, monkeypatch
     def lose(words):
         raise LeftOutError("1 samples could not be made")
 
-    monkeypatch.setattr(compare, "run_lightning", lose)
-    monkeypatch.setattr("os.dup2", lambda *files: None)  # which would take this process's output
+    monkeypatch.setattr(runs, "run_lightning", lose)
     run = Run(0, 0, (("predict",),), tmp_path / "run", "fingerprint")
-    assert compare._work(run, 1) == ["1 samples could not be made"]
+    assert runs.work(run, 1) == ["1 samples could not be made"]
     assert run.done()
 
 

@@ -64,6 +64,10 @@ class Unbuilt(CalibGuidanceCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         pass
 
+    def parse(self, content: dict[str, Any]) -> Namespace:
+        """A whole configuration, checked as the files are."""
+        return self._parser(self.subcommand).parse_object(content)
+
     def build(self, name: str, node: object) -> Any:
         """One part of the configuration as an object; ``node`` is kept as it is."""
         part = Namespace()

@@ -1,0 +1,184 @@
+"""How well few samples rank the settings of a sweep: ``python docs/sweep_ranking.py``.
+
+Does the sweep of lightning_configs/sweep/digits.yaml where it is not done (``outputs/sweep``), takes the figures of few samples
+from the shards of its runs, and puts a table into docs/sweep.md and a figure into docs/images/.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from scipy.stats import spearmanr
+
+from calib_guidance.compare import insert
+from calib_guidance.doctor.files import Unbuilt
+from calib_guidance.figures import COLOURS, COLUMN, paper, save
+from calib_guidance.halving import halve
+from calib_guidance.images import to_uint8
+from calib_guidance.lightning_cli import run_lightning
+from calib_guidance.metrics import CalibrationError, FrechetDistance
+from calib_guidance.run_folder import RunFolder
+from calib_guidance.sweep import FIGURES, Setting, Sweeper, read_sweep
+
+DOCS = Path(__file__).parent
+CONFIG = Path("lightning_configs/sweep/digits.yaml")
+FEW, MORE = 60, 180  # digits, a shard and three
+FIGURES_OF_FEW = ("integral_ece", "frechet_distance")
+Measured = dict[tuple[str, int, int, range], float]  # figure, setting, seed, shards
+
+
+class Reader:
+    """Figures of some shards of runs, as a run of these samples alone would report them."""
+
+    def __init__(self, setting: Setting):
+        cli = run_lightning(["predict", "--config", setting.configs[0]], Unbuilt)
+        (node,) = [c for c in cli.options.trainer.callbacks if c.class_path.endswith("SampleQuality")]
+        (self.quality,) = cli.build("trainer.callbacks", [node])
+        self.quality.features.eval()
+        reference = torch.stack([item["image"] for item in self.quality.reference])
+        self.reference = self._features(to_uint8(reference, "truncate"))
+
+    @torch.no_grad()
+    def _features(self, images: torch.Tensor) -> torch.Tensor:
+        return self.quality.features(images)[0]
+
+    def load(self, folder: Path) -> None:
+        """A run; its features are extracted once."""
+        run = RunFolder.open(folder)
+        self.sums = [run.read_sums(shard) for shard in run.shards()]
+        self.features = [self._features(torch.from_numpy(run.read(shard)["image"])) for shard in run.shards()]
+
+    def read(self, figure: str, shards: range) -> float:
+        """A figure of some shards of the run."""
+        if figure == "frechet_distance":
+            distance = FrechetDistance(self.reference, full_rank=False)
+            distance.update(features=torch.cat([self.features[shard] for shard in shards]))
+            return float(distance.compute())
+        (name,) = [name for name in self.sums[0] if name.startswith("TrajectoryCalibration")]
+        sums = sum(torch.from_numpy(self.sums[shard][name]) for shard in shards)
+        error = CalibrationError(15, num_levels=len(sums), sync_on_compute=False)
+        error.sums = sums
+        return float(error.compute().by_level.nanmean())
+
+
+def read_all(sweeper: Sweeper) -> tuple[Measured, list[range]]:
+    """Both figures of every run: of each block of few samples, of its beginning, and of all of it."""
+    sweep, found = sweeper.sweep, {}
+    reader = Reader(sweep.settings[0])
+    for (setting, seed, count), folder in sweeper.folders.items():
+        reader.load(folder)
+        blocks = [range(start, start + 1) for start in range(count // FEW)]
+        whole = range(count // FEW)
+        for shards in (*blocks, range(MORE // FEW), whole):
+            for figure in FIGURES_OF_FEW:
+                found[figure, setting, seed, shards] = reader.read(figure, shards)
+        for figure in FIGURES_OF_FEW:  # what the run itself has reported
+            said = sweeper.results[setting, seed, count][figure]
+            assert abs(found[figure, setting, seed, whole] - said) < 1e-3 * max(1, said), (figure, folder)
+    return found, blocks
+
+
+def _row(name: str, share: float, picks: Sequence[int], truths: Sequence[list[float]], tops: Sequence[set[int]]) -> str:
+    """A line of the table: how often the winner is picked, or kept, and what the picks lose."""
+    winners = [truth.index(min(truth)) for truth in truths]
+    first = statistics.mean(pick == winner for pick, winner in zip(picks, winners, strict=True))
+    kept = statistics.mean(winner in top for winner, top in zip(winners, tops, strict=True)) if tops else None
+    regret = statistics.mean(truth[pick] - min(truth) for pick, truth in zip(picks, truths, strict=True))
+    return f"| {name} | {len(picks)} | {share:.0%} | {first:.0%} | {'–' if kept is None else f'{kept:.0%}'} | {regret:.3f} |"
+
+
+def make_table(found: Measured, blocks: Sequence[range], sweeper: Sweeper) -> str:
+    """Ranking by one seed, against the mean Fréchet distance of all samples of the other seeds."""
+    sweep = sweeper.sweep
+    settings, whole = range(len(sweep.settings)), range(len(blocks))
+    keep = max(1, len(settings) // 3)
+
+    def truth(without: int) -> list[float]:
+        others = [seed for seed in sweep.seeds if seed != without]
+        return [statistics.mean(found["frechet_distance", n, s, whole] for s in others) for n in settings]
+
+    lines = [
+        "| ranked by | draws | samples | finds the winner | winner in the best third | regret | rank correlation |",
+        "|---|" + "---:|" * 6,
+    ]
+    shuffled = [statistics.mean(t) - min(t) for t in map(truth, sweep.seeds)]
+    chance = [f"{1 / len(settings):.0%}", f"{keep / len(settings):.0%}", f"{statistics.mean(shuffled):.3f}"]
+    lines.append(f"| chance | – | 0% | {' | '.join(chance)} | 0 |")
+    for figure, parts in itertools.product(FIGURES_OF_FEW, (list(blocks), [range(MORE // FEW)], [whole])):
+        draws = [(seed, shards) for seed in sweep.seeds for shards in parts]
+        ranked = [sorted(settings, key=lambda n: found[figure, n, s, b]) for s, b in draws]
+        truths = [truth(seed) for seed, _ in draws]
+        rho = [
+            spearmanr([found[figure, n, s, b] for n in settings], t).statistic
+            for (s, b), t in zip(draws, truths, strict=True)
+        ]
+        count = FEW * len(parts[0])
+        title = f"{FIGURES[figure].title[:-2]}, {count} samples"
+        picks, tops = [order[0] for order in ranked], [set(order[:keep]) for order in ranked]
+        row = _row(title, count / sweep.num_samples, picks, truths, tops)
+        lines.append(f"{row} {statistics.mean(rho):.2f} ({min(rho):.2f} … {max(rho):.2f}) |")
+    rungs = [FEW, MORE, sweep.num_samples]
+    for title, by in {
+        "halving by integral ECE": ("integral_ece",) * 3,
+        "halving by integral ECE, then Fréchet": ("integral_ece", *("frechet_distance",) * 2),
+        "halving by Fréchet": ("frechet_distance",) * 3,
+    }.items():
+        picks, share = [], 0.0
+        for seed in sweep.seeds:
+
+            def measure(asked: Sequence[int], count: int, by: tuple[str, ...] = by, seed: int = seed) -> list[float]:
+                return [found[by[rungs.index(count)], n, seed, range(count // FEW)] for n in asked]
+
+            samples, study = halve([s.labels for s in sweep.settings], rungs, 3, measure)
+            picks.append(study.best_trial.number)
+            share += sum(samples) / len(samples) / sweep.num_samples / len(sweep.seeds)
+        lines.append(f"{_row(title, share, picks, [truth(seed) for seed in sweep.seeds], [])} – |")
+    return "\n".join(lines)
+
+
+@paper
+def draw(found: Measured, blocks: Sequence[range], sweeper: Sweeper, path: Path) -> list[Path]:
+    """Fréchet distance of all samples over the integral ECE of few; each point a setting, mean and deviation over seeds."""
+    sweep, whole = sweeper.sweep, range(len(blocks))
+    figure = Figure(figsize=(COLUMN, 2.6))
+    axis = figure.subplots()
+    scales = list(dict.fromkeys(setting.labels["scale"] for setting in sweep.settings))
+
+    def pair(number: int, name: str, shards: range) -> tuple[float, float]:
+        values = [found[name, number, seed, shards] for seed in sweep.seeds]
+        return statistics.mean(values), statistics.stdev(values)
+
+    for number, setting in enumerate(sweep.settings):
+        (x, dx), (y, dy) = pair(number, "integral_ece", blocks[0]), pair(number, "frechet_distance", whole)
+        place = scales.index(setting.labels["scale"])
+        filled = setting.labels["τ2"] == "1"
+        style = {"color": COLOURS[place], "marker": "os^D"[place], "mfc": COLOURS[place] if filled else "white"}
+        label = f"scale {setting.labels['scale']}" if filled and setting.labels["score"] == "tempered" else "_"
+        axis.errorbar(x, y, dy, dx, ms=4, lw=0, elinewidth=0.6, label=label, **style)
+    axis.set_xlabel(f"integral ECE of {FEW} samples ↓")
+    axis.set_ylabel(f"Fréchet distance of {sweep.num_samples} samples ↓")
+    axis.set_title("filled: τ2 = 1, hollow: τ2 = 0.5", fontsize=7)
+    axis.legend()
+    return save(figure, path)
+
+
+def main(finish: Callable[[str], None]) -> None:
+    sweeper = Sweeper(read_sweep(CONFIG), Path("outputs/sweep"), workers=2)
+    sweeper.run()
+    found, blocks = read_all(sweeper)
+    finish(make_table(found, blocks, sweeper))
+    draw(found, blocks, sweeper, DOCS / "images/sweep_ranking")
+
+
+if __name__ == "__main__":
+
+    def finish(text: str) -> None:
+        print(text)
+        insert(text, "ranking", DOCS / "sweep.md")
+
+    main(finish)
