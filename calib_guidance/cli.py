@@ -1,4 +1,5 @@
-"""The commands: ``calib-guidance fit|validate|test|predict --config …``, ``compare``, ``doctor``, ``status`` and ``export``."""
+"""The commands: ``calib-guidance fit|validate|test|predict --config …``, ``compare``, ``doctor``, ``status``, ``export``
+and ``report``."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ _COMMANDS = {
     "compare": "calib_guidance.compare",
     "doctor": "calib_guidance.doctor",
     "export": "calib_guidance.export",
+    "report": "calib_guidance.report",
     "status": "calib_guidance.status",
 }  # modules with a function of the command's name, which takes the words after it
 

@@ -1,0 +1,101 @@
+"""The page: what there is of the runs, put into the template."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jinja2
+from markupsafe import Markup, escape
+
+from calib_guidance import __version__
+from calib_guidance.errors import ConfigurationError
+from calib_guidance.report import pictures, samples, tables
+from calib_guidance.report.pictures import Picture
+from calib_guidance.report.runs import Run
+from calib_guidance.report.schedule import guidance_strength
+from calib_guidance.report.settings import differences, parts
+
+T = TypeVar("T")
+
+
+def _breakable(key: str) -> Markup:
+    """A dotted key or a path that may be broken after its dots and slashes."""
+    text = str(escape(key))
+    for sign in "./":
+        text = text.replace(sign, f"{sign}<wbr>")
+    return Markup(text)
+
+
+def _attempt(run: Run, what: str, make: Callable[[], T]) -> T | None:
+    """A part of the page; where what a run has kept is not what it should be, a remark in its place."""
+    try:
+        return make()
+    except (ConfigurationError, KeyError, TypeError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        run.remarks.append(f"{what} cannot be shown: {str(error) or type(error).__name__}.")
+        return None
+
+
+def _over_steps(runs: Sequence[Run]) -> list[Picture]:
+    """Curves of all runs in one plot each; a run whose figures are damaged is left out of it."""
+    found = []
+    for what, draw in (("ECE_t", pictures.ece_over_t), ("The gradient norm", pictures.gradient_norm_over_t)):
+        sound = [run for run in runs if _attempt(run, what, lambda draw=draw, run=run: (draw([run]),))]
+        if sound and (picture := draw(sound)) is not None:
+            found.append(picture)
+    strengths = {run.name: _attempt(run, "The guidance schedule", lambda run=run: guidance_strength(run)) for run in runs}
+    return found + pictures.schedules({name: each for name, each in strengths.items() if each is not None})
+
+
+def _of_each(runs: Sequence[Run], what: str, make: Callable[[Run], T | None]) -> list[T]:
+    made = [_attempt(run, what, lambda run=run: make(run)) for run in runs]
+    return [each for each in made if each is not None]
+
+
+def _ways_of_measuring(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    ways = [
+        ("predict", "Measured by predict", [run.metrics for run in runs]),
+        ("evaluate", "Measured by evaluate", [run.evaluation for run in runs]),
+    ]
+    found = []
+    for name, title, measured in ways:
+        if (figures := tables.figures(runs, measured)) is not None:
+            found.append({"id": name, "title": title, "figures": figures})
+    return found
+
+
+def render(runs: Sequence[Run]) -> str:
+    """One HTML page of one or several runs, the first being what the others are compared with.
+
+    It carries its pictures and styles in itself, has no scripts, and asks for nothing from anywhere.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("calib_guidance.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["breakable"] = _breakable
+    of_samples, others = differences(runs) if len(runs) > 1 else ([], [])
+    several = len(runs) > 1
+    content = {
+        "version": __version__,
+        "title": f"Guided samples: {', '.join(run.name for run in runs)}",
+        "several": several,
+        "runs": runs,
+        "of_samples": of_samples,
+        "others": others,
+        "parts": [parts(run) for run in runs],
+        "ways": _ways_of_measuring(runs),
+        "grids": _of_each(runs, "The grid of samples", pictures.grid),
+        "side_by_side": samples.side_by_side(runs) if several else None,
+        "over_steps": _over_steps(runs),
+        "reliability": _of_each(runs, "The reliability diagrams", pictures.reliability_by_level),
+        "strips": _of_each(runs, "The strips over the trajectory", pictures.trajectory_strips),
+        "verdicts": _of_each(runs, "What the judge says", samples.judged_samples),
+        "provenance": tables.provenance(runs),
+        "largest": pictures.LARGEST,
+    }
+    return environment.get_template("page.html").render(content)
