@@ -9,7 +9,7 @@ what has a record is done. Workers, which may know nothing of each other, claim 
       run.json                     identity (all that samples are a function of), shard size, how many were asked for
       samples/00000000.parquet     the samples of the shard that begins at that index; their bytes depend on nothing else
       shards/00000000.json         its record: checksums, rows, what was left out, how long it took, who made it
-      shards/00000000.safetensors  sums over the shard that measurements keep, where they keep any
+      shards/00000000.safetensors  sums over the shard, and rows of samples, that measurements keep, where they do
       claims/00000000              somebody works on it; the file's age says whether they still do
 
 This module needs neither torch nor Lightning: looking at a folder takes no longer than reading it.

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from matplotlib.lines import Line2D
 from torch import Tensor, nn
 
-from calib_guidance.callbacks.figures import COLOURS
 from calib_guidance.classifiers import Classifier
 from calib_guidance.denoisers.analytic import GaussianMixture, GaussianMixtureClassifier
+from calib_guidance.figures import COLOURS
 from calib_guidance.guidance import ClassifierGuidance
 from calib_guidance.losses import binned_smooth_ece, smooth_ece
 from calib_guidance.metrics import CalibrationError

@@ -23,7 +23,7 @@ FLOORS = [
     {"networks", "checkpoints", "edm_pickle", "hub", "published"},
     {"denoisers", "classifiers"},
     {"guidance"},
-    {"samplers"},
+    {"samplers", "figures"},
     {"metrics", "data", "modules", "callbacks"},
     {"checkpoint_io"},
     {"lightning_cli"},

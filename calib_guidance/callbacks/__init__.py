@@ -11,6 +11,7 @@ from calib_guidance.callbacks.run_report import RunReport
 from calib_guidance.callbacks.sample_writer import SampleWriter, read_samples
 from calib_guidance.callbacks.step_seeds import StepSeeds
 from calib_guidance.callbacks.trajectory import GradientNorm, TrajectoryCalibration
+from calib_guidance.callbacks.trajectory_strips import TrajectoryStrips
 
 __all__ = [
     "CalibrationReport",
@@ -25,5 +26,6 @@ __all__ = [
     "StepSeeds",
     "TrajectoryCLIPScore",
     "TrajectoryCalibration",
+    "TrajectoryStrips",
     "read_samples",
 ]

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 
-from calib_guidance.callbacks.figures import draw_reliability
+from calib_guidance.figures import reliability
 from calib_guidance.metrics import Levels
 
 
@@ -30,9 +30,9 @@ def _plain(measured: Levels) -> dict[str, Any]:
 class CalibrationReport(L.Callback):
     """After each validation and each test: every measure by noise level, and reliability diagrams.
 
-    ``calibration/val-step00000100.json`` and ``.png`` in the trainer's default_root_dir hold the measures and the diagrams,
-    one panel per noise level. The diagrams also go to TensorBoard as an image, and their bins beside a CSV logger's metrics
-    as ``reliability.csv``. The commands ``validate`` and ``test`` also print a table.
+    ``calibration/val-step00000100.json``, ``.png`` and ``.pdf`` in the trainer's default_root_dir hold the measures and the
+    diagrams, one panel per noise level. The diagrams also go to TensorBoard as an image, and their bins beside a CSV logger's
+    metrics as ``reliability.csv``. The commands ``validate`` and ``test`` also print a table.
 
     Args:
         figures: draw the diagrams.
@@ -70,7 +70,8 @@ class CalibrationReport(L.Callback):
         if self.figures:
             titles = ["all"] if levels == 1 else ["all", *names]
             panels = bins.sum(0, keepdim=True) if levels == 1 else torch.cat([bins.sum(0, keepdim=True), bins])
-            self._log_figure(draw_reliability(panels, titles, path.with_suffix(".png")), stage, trainer)
+            picture, _ = reliability(panels.cpu(), titles, path.with_suffix(""))
+            self._log_figure(picture, stage, trainer)
         self._log_bins(bins, pl_module, stage, trainer)
         if trainer.state.fn != TrainerFn.FITTING:
             self._print(content, levels)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from calib_guidance.callbacks.figures import draw_curve
 from calib_guidance.callbacks.measurement import compute
 from calib_guidance.callbacks.trajectory import StepMoments, TrajectoryMeasurement
 from calib_guidance.classifiers.clip import CLIPClassifier
 from calib_guidance.errors import ConfigurationError
+from calib_guidance.figures import Series, curves
 from calib_guidance.samplers import StepRecord
 
 
@@ -97,5 +97,4 @@ class TrajectoryCLIPScore(TrajectoryMeasurement):
         if all(math.isnan(value) for value in self.curve["mean"]):
             return []
         label = "CLIP score of $\\hat{x}_0$\n(mean ± sd over samples)"
-        t, mean, deviation = self.curve.values()
-        return [draw_curve(t, mean, folder / "clip_score.png", label, deviation, least=None)]
+        return curves([Series("", *self.curve.values())], folder / "clip_score", label, least=None)

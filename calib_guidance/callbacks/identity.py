@@ -96,11 +96,11 @@ def run_identity(trainer: L.Trainer, pl_module: L.LightningModule, uint8_rule: s
 
 
 def measurement_names(trainer: L.Trainer) -> dict[str, Measurement]:
-    """The measurements of a run that keep sums, by class and settings: what two runs have under one name can be added up."""
+    """The measurements of a run that keep something, by class and settings: what two runs have under one name goes together."""
     configured = [callback for callback in _config(trainer)["trainer"]["callbacks"] or [] if "class_path" in callback]
     names: dict[str, Measurement] = {}
     for callback in trainer.callbacks:
-        if not isinstance(callback, Measurement) or not callback.sums():
+        if not isinstance(callback, Measurement) or not (callback.sums() or callback.rows()):
             continue
         kind = type(callback).__name__
         entry = next((c for c in configured if c["class_path"].rpartition(".")[2] == kind), None)

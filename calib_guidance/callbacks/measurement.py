@@ -15,8 +15,8 @@ class Measurement(L.Callback):
     """A callback with results for :class:`~calib_guidance.callbacks.RunReport`, which asks for them when all samples are made.
 
     Results cover the whole folder, however many runs and workers made it. What cannot be measured from the written samples is
-    kept as sums: :class:`~calib_guidance.callbacks.SampleWriter` stores those of a shard with it, and at the end each
-    measurement is given the sums of all shards.
+    kept as sums, or as rows of single samples: :class:`~calib_guidance.callbacks.SampleWriter` stores those of a shard with it,
+    and at the end each measurement is given those of all shards.
     """
 
     def finished(self, images: Tensor, labels: Tensor) -> None:
@@ -26,11 +26,18 @@ class Measurement(L.Callback):
         """What is kept of the samples since :meth:`reset`: tensors that add up over samples, by name."""
         return {}
 
+    def rows(self) -> dict[str, Tensor]:
+        """What is kept of single samples since :meth:`reset`: tensors ``(k, …)`` to be joined over shards, by name.
+
+        Of no sample it is ``(0,)``, whatever the shape of one is.
+        """
+        return {}
+
     def reset(self) -> None:
         """Forget all samples."""
 
-    def load(self, sums: dict[str, Tensor]) -> None:
-        """Take the sums of all samples in place of those that were kept."""
+    def load(self, kept: dict[str, Tensor]) -> None:
+        """Take the sums and rows of all samples in place of those that were kept."""
 
     def results(self, trainer: L.Trainer) -> dict[str, Any]:
         """Figures by name. Called on every rank, and may synchronise them; only rank 0's answer is used."""

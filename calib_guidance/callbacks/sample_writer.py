@@ -24,10 +24,10 @@ from torch import Tensor
 
 from calib_guidance import __version__
 from calib_guidance.callbacks.clean_stop import CleanStop
-from calib_guidance.callbacks.figures import draw_grid
 from calib_guidance.callbacks.identity import measurement_names, run_identity
 from calib_guidance.callbacks.measurement import Measurement
 from calib_guidance.errors import ConfigurationError
+from calib_guidance.figures import sample_grid
 from calib_guidance.images import UINT8_RULES, to_uint8
 from calib_guidance.run_folder import RunFolder, read_table
 
@@ -44,6 +44,11 @@ def _png(image: np.ndarray) -> bytes:
 
 def _tensors(table: dict[str, np.ndarray]) -> dict[str, Tensor]:
     return {name: torch.from_numpy(column) for name, column in table.items()}
+
+
+def _join(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Rows of both; the shape of a row is not known where there are none."""
+    return np.concatenate([a, b]) if len(a) and len(b) else a if len(a) else b
 
 
 def read_samples(folder: str | os.PathLike[str]) -> Iterator[dict[str, Tensor]]:
@@ -240,7 +245,7 @@ class SampleWriter(Measurement):
         sums = {
             f"{name}.{key}": value.detach().cpu().numpy()
             for name, measurement in self.measurements.items()
-            for key, value in measurement.sums().items()
+            for key, value in (measurement.sums() | measurement.rows()).items()
         }
         device = trainer.strategy.root_device
         words = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -279,16 +284,21 @@ class SampleWriter(Measurement):
         }
 
     def load_sums(self, trainer: L.Trainer) -> None:
-        """Give every measurement its sums over the whole folder, or none where some shard was made without it."""
-        run = self.run.whole()
+        """Give every measurement what is kept of the whole folder, or nothing where some shard was made without it."""
+        run, measurements = self.run.whole(), measurement_names(trainer)
+        joined = {f"{name}.{key}" for name, measurement in measurements.items() for key in measurement.rows()}
         totals: dict[str, np.ndarray] = {}
         for number, shard in enumerate(run.shards()):
-            sums = run.read_sums(shard)
-            fits = {key for key, total in totals.items() if key in sums and sums[key].shape == total.shape}
-            totals = sums if number == 0 else {key: totals[key] + sums[key] for key in fits}
-        for name, measurement in measurement_names(trainer).items():
+            kept = run.read_sums(shard)
+            both = totals.keys() & kept.keys() if number else set()
+            totals = {
+                **({} if number else kept),
+                **{key: totals[key] + kept[key] for key in both - joined if totals[key].shape == kept[key].shape},
+                **{key: _join(totals[key], kept[key]) for key in both & joined},
+            }
+        for name, measurement in measurements.items():
             measurement.reset()
-            expected = measurement.sums()
+            expected = measurement.sums() | measurement.rows()
             found = {key: torch.from_numpy(totals[f"{name}.{key}"]) for key in expected if f"{name}.{key}" in totals}
             if found.keys() == expected.keys():
                 measurement.load(found)
@@ -300,4 +310,4 @@ class SampleWriter(Measurement):
 
     def draw(self, folder: Path, trainer: L.Trainer) -> list[Path]:
         run = self.run.whole()
-        return [draw_grid((_tensors(run.read(shard)) for shard in run.shards()), folder / "samples.png")]
+        return sample_grid((run.read(shard) for shard in run.shards()), folder / "samples")

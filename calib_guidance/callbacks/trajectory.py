@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from calib_guidance.callbacks.figures import draw_curve
 from calib_guidance.callbacks.measurement import Measurement, compute
+from calib_guidance.figures import Series, curves, guidance_schedule, reliability, strength
+from calib_guidance.guidance import Guidance, GuidanceSchedule
 from calib_guidance.metrics import CalibrationError
 from calib_guidance.metrics.levels import Terms
-from calib_guidance.samplers import Revisable, StepRecord
+from calib_guidance.noise_schedule import NoiseLevels
+from calib_guidance.samplers import DDPM, Revisable, Sampler, StepRecord
+
+_RANGES = 5  # of t, for reliability diagrams
 
 
 class TrajectoryMeasurement(Measurement, Revisable):
@@ -30,7 +36,8 @@ class TrajectoryMeasurement(Measurement, Revisable):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "predict":
             pl_module.check()
-            self.t = pl_module.sampler.levels(pl_module.denoiser).times.tolist()
+            levels = pl_module.sampler.levels(pl_module.denoiser)
+            self.t, self.num_train_steps = levels.times.tolist(), levels.num_train_steps
             self.metric = self.build(len(self.t)).to(trainer.strategy.root_device)
             self.noted: list[tuple[int, list[Tensor]]] = []
             pl_module.observers.append(self)
@@ -65,6 +72,8 @@ class TrajectoryMeasurement(Measurement, Revisable):
 class TrajectoryCalibration(TrajectoryMeasurement):
     """ECE_t of the guiding classifier on what it is shown, against the class being sampled, and its mean, the integral ECE.
 
+    Also its reliability diagrams, over five ranges of t.
+
     Args:
         num_bins: bins of the ECE.
     """
@@ -90,14 +99,30 @@ class TrajectoryCalibration(TrajectoryMeasurement):
         if ece.isnan().all():  # no classifier ran
             self.ece = None
             return {}
-        self.ece = ece
-        return {"integral_ece": float(ece.nanmean()), "ece_t": {"t": self.t, "ece": ece.tolist()}}
+        self.ece, self.reliability = ece, self._by_range()
+        return {
+            "integral_ece": float(ece.nanmean()),
+            "ece_t": {"t": self.t, "ece": ece.tolist()},
+            "reliability": self.reliability,
+        }
+
+    def _by_range(self) -> dict[str, list]:
+        """Bins of each range of t: ``levels`` are their names, ``bins`` ``(ranges, num_bins, 3)`` count, confidence, correct."""
+        edges = [round(k * self.num_train_steps / _RANGES) for k in range(_RANGES + 1)]
+        ranges = list(itertools.pairwise(edges))
+        t = torch.tensor(self.t).round()
+        sums = self.metric.sums.cpu()
+        bins = [sums[(low <= t) & (t < high)].sum(0).tolist() for low, high in ranges]
+        return {"levels": [f"t = {low}–{high - 1}" for low, high in ranges], "bins": bins}
 
     def draw(self, folder: Path, trainer: L.Trainer) -> list[Path]:
         if self.ece is None:
             return []
-        mean = float(self.ece.nanmean())
-        return [draw_curve(self.t, self.ece.tolist(), folder / "ece_t.png", r"ECE$_t$ of the classifier", average=mean)]
+        series = [Series("", self.t, self.ece.tolist())]
+        return [
+            *curves(series, folder / "ece_t", r"ECE$_t$ of the classifier", averages=True),
+            *reliability(self.reliability["bins"], self.reliability["levels"], folder / "reliability"),
+        ]
 
 
 class StepMoments(Metric):
@@ -125,8 +150,44 @@ class StepMoments(Metric):
         return mean, (squares / count - mean.square()).clamp(min=0).sqrt()
 
 
+def _strengths(guidance: Guidance | None, sampler: Sampler, levels: NoiseLevels) -> dict[str, Any] | None:
+    """What ∇S is multiplied by at each step, with the sine factor and without, see :func:`~calib_guidance.figures.strength`.
+
+    None without guidance, and where its parts enter in ways that cannot be compared.
+    """
+    if guidance is None or not any(guidance.active(levels)):
+        return None
+    parts = guidance.parts()
+    in_score = "variance" if isinstance(sampler, DDPM) else "noise"
+    units = {{"score": in_score, "sample": "shift", "noise_difference": "difference"}[part.enters] for part in parts}
+    if len(units) > 1:
+        return None
+    unit = units.pop()
+
+    def together(schedules: list[GuidanceSchedule]) -> list[float]:
+        each = [strength(s, levels, unit, part.scale) for s, part in zip(schedules, parts, strict=True)]
+        return np.where(levels.times > guidance.switch_at, *each).tolist() if len(each) > 1 else each[0].tolist()
+
+    schedules = [part.schedule for part in parts]
+    plain = [GuidanceSchedule(0.0, s.interval, s.sigma_interval, s.every) for s in schedules]
+    factors = ", ".join(f"{gamma:g}" for gamma in sorted({s.gamma for s in schedules}))
+    curves = {"without sine factor": together(plain)}
+    if any(s.gamma for s in schedules):
+        curves[f"with sine factor, $\\gamma$ = {factors}"] = together(schedules)
+    return {"t": levels.times.tolist(), "unit": unit, "strength": curves}
+
+
 class GradientNorm(TrajectoryMeasurement):
-    """‖∇S‖ over the trajectory, mean and standard deviation over samples: the vanishing that the papers argue from."""
+    """‖∇S‖ over the trajectory, mean and standard deviation over samples: the vanishing that the papers argue from.
+
+    Also what it is multiplied by, the guidance schedule (arXiv 2310.11311, Figure 5), which follows from the configuration.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "predict":
+            levels = pl_module.sampler.levels(pl_module.denoiser)
+            self.schedule = _strengths(pl_module.guidance, pl_module.sampler, levels)
 
     def build(self, num_steps: int) -> Metric:
         return StepMoments(num_steps, sync_on_compute=False)
@@ -142,10 +203,15 @@ class GradientNorm(TrajectoryMeasurement):
         self.mean, self.deviation = (value.cpu() for value in compute(self.metric, trainer))
         if self.mean.isnan().all():
             return {}
-        return {"gradient_norm_t": {"t": self.t, "mean": self.mean.tolist(), "sd": self.deviation.tolist()}}
+        norm = {"t": self.t, "mean": self.mean.tolist(), "sd": self.deviation.tolist()}
+        return {"gradient_norm_t": norm, **({"guidance_schedule": self.schedule} if self.schedule else {})}
 
     def draw(self, folder: Path, trainer: L.Trainer) -> list[Path]:
         if self.mean.isnan().all():
             return []
-        path, label = folder / "gradient_norm.png", r"$\|\nabla S\|$  (mean ± sd over samples)"
-        return [draw_curve(self.t, self.mean.tolist(), path, label, self.deviation.tolist())]
+        series = [Series("", self.t, self.mean.tolist(), self.deviation.tolist())]
+        paths = curves(series, folder / "gradient_norm", r"$\|\nabla S\|$  (mean ± sd over samples)")
+        if self.schedule:
+            t, unit, strengths = (self.schedule[key] for key in ("t", "unit", "strength"))
+            paths += guidance_schedule(t, strengths, folder / "guidance_schedule", unit)
+        return paths

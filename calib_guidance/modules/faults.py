@@ -117,6 +117,7 @@ class FaultTolerant(L.LightningModule, ABC):
         observers: of the trajectory.
         left_out: samples of the last batch that could not be made.
         group_size: samples that depend on each other, neighbours by index; batches hold whole groups.
+        in_hand: indices of the samples that are being made, row by row, for observers of single samples.
     """
 
     group_size: int = 1
@@ -125,6 +126,7 @@ class FaultTolerant(L.LightningModule, ABC):
         super().__init__()
         self.observers: list[Observer] = []
         self.left_out: list[LeftOut] = []
+        self.in_hand: list[int] = []
         self._fits: dict[bool, int] = {}  # samples at a time, by whether in float32; absent while any number does
 
     @abstractmethod
@@ -194,6 +196,7 @@ class FaultTolerant(L.LightningModule, ABC):
 
     def _try(self, batch: dict[str, Tensor], float32: bool) -> Attempt | None:
         """None where the memory does not suffice; the error's frames, and all that they hold, are gone then."""
+        self.in_hand = batch["index"].tolist()
         try:
             return self.attempt(batch, float32)
         except (RuntimeError, MemoryError) as error:

@@ -1,0 +1,132 @@
+"""x̂0 and the classifier's gradient of a few samples along the trajectory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+
+from calib_guidance.callbacks.measurement import Measurement
+from calib_guidance.errors import ConfigurationError
+from calib_guidance.figures import strips
+from calib_guidance.images import to_uint8
+from calib_guidance.samplers import Revisable, StepRecord
+
+
+class _Noted(NamedTuple):
+    """What one step showed of the chosen samples in hand: their rows, classes, x̂0 and gradients."""
+
+    rows: list[int]
+    label: Tensor
+    x0: Tensor
+    gradient: Tensor
+
+
+class TrajectoryStrips(Measurement, Revisable):
+    """Keeps x̂0 and the classifier's gradient of a few samples at a few steps (arXiv 2310.11311, Figure 4).
+
+    ``trajectory.npz`` in the folder of the run holds ``index`` and ``label`` ``(k,)``, ``t`` ``(steps,)`` from noise to image,
+    ``x0`` uint8 ``(k, steps, C, H, W)`` as it is decoded, and ``gradient`` float32 ``(k, steps, C', H', W')``, ∇S where the
+    sampler is given it, NaN at steps where no classifier ran. Samples that were left out are not in it.
+
+    Whoever makes one of the samples keeps it with its shard, so that what is in the file does not depend on batches, workers
+    or restarts. Each sample takes 5 bytes for each number of each step.
+
+    Args:
+        samples: indices of them; those beyond the samples of the run are not there.
+        steps: how many steps are kept at most, evenly from the first to the last.
+
+    Raises:
+        ConfigurationError: no sample or one twice, a negative index, or no step.
+    """
+
+    def __init__(self, samples: Sequence[int] = (0, 1, 2, 3), steps: int = 8):
+        if not samples or min(samples) < 0 or len(set(samples)) < len(samples):
+            raise ConfigurationError(f"samples must be different indices of at least 0, at least one, got {samples}")
+        if steps < 1:
+            raise ConfigurationError(f"steps must be at least 1, got {steps}")
+        self.samples, self.steps = frozenset(samples), steps
+        self.reset()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "predict":
+            return
+        pl_module.check()
+        times = pl_module.sampler.levels(pl_module.denoiser).times
+        kept = np.unique(np.linspace(len(times) - 1, 0, min(self.steps, len(times))).round().astype(int))[::-1]
+        self.t, self.places = times[kept], {int(i): place for place, i in enumerate(kept)}
+        self.module, self.noted = pl_module, {}
+        pl_module.observers.append(self)
+
+    def __call__(self, record: StepRecord) -> None:
+        if record.i not in self.places:
+            return
+        rows = [row for row, index in enumerate(self.module.in_hand) if index in self.samples]
+        if not rows:
+            return
+        chosen = torch.tensor(rows, device=record.y.device)
+        with torch.no_grad():
+            x0 = to_uint8(self.module.denoiser.decode(record.guided.prediction.x0[chosen]))
+        gradient = record.guided.step_gradient
+        gradient = torch.full_like(record.x_t[chosen], torch.nan) if gradient is None else gradient[chosen]
+        # Of a step that is repeated, the last time.
+        self.noted[self.places[record.i]] = _Noted(rows, record.y[chosen], x0, gradient.float())
+
+    def count(self, rows: slice | Tensor) -> None:
+        if len(self.noted) == len(self.places):  # else memory ran out on the way
+            kept = set(range(len(self.module.in_hand))[rows] if isinstance(rows, slice) else rows.tolist())
+            steps = [self.noted[place] for place in range(len(self.places))]
+            x0, gradient = (
+                torch.stack([step.x0 for step in steps], 1),
+                torch.stack([step.gradient for step in steps], 1),
+            )
+            for k, row in enumerate(steps[0].rows):
+                if row in kept:
+                    index = torch.tensor(self.module.in_hand[row])
+                    one = {"index": index, "label": steps[0].label[k], "x0": x0[k], "gradient": gradient[k]}
+                    self._kept.append({name: value.cpu() for name, value in one.items()})
+        self.noted.clear()
+
+    def rows(self) -> dict[str, Tensor]:
+        names = ("index", "label", "x0", "gradient")
+        return (
+            {name: torch.stack([each[name] for each in self._kept]) for name in names} if self._kept else self._none()
+        )
+
+    @staticmethod
+    def _none() -> dict[str, Tensor]:
+        types = {"index": torch.long, "label": torch.long, "x0": torch.uint8, "gradient": torch.float32}
+        return {name: torch.zeros(0, dtype=dtype) for name, dtype in types.items()}
+
+    def reset(self) -> None:
+        self._kept: list[dict[str, Tensor]] = []
+
+    def load(self, kept: dict[str, Tensor]) -> None:
+        order = kept["index"].argsort().tolist()
+        self._kept = [{name: column[row] for name, column in kept.items()} for row in order]
+
+    def results(self, trainer: L.Trainer) -> dict[str, Any]:
+        if trainer.is_global_zero:
+            path = Path(trainer.default_root_dir, "trajectory.npz")
+            path.unlink(missing_ok=True)  # an earlier report's
+            if self._kept:
+                temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+                with open(temporary, "wb") as file:
+                    np.savez_compressed(
+                        file, t=self.t, **{name: column.numpy() for name, column in self.rows().items()}
+                    )
+                os.replace(temporary, path)
+        return {}
+
+    def draw(self, folder: Path, trainer: L.Trainer) -> list[Path]:
+        if not self._kept:
+            return []
+        columns = self.rows()
+        names = [f"class {label}" for label in columns["label"].tolist()]
+        return strips(columns["x0"], columns["gradient"], self.t, names, folder / "trajectory")
