@@ -1,5 +1,4 @@
-"""The commands: ``calib-guidance fit|validate|test|predict --config …``, ``compare``, ``doctor``, ``status``, ``export``
-and ``report``."""
+"""The commands: ``calib-guidance fit|validate|test|predict --config …``, and those of the table below."""
 
 from __future__ import annotations
 

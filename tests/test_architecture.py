@@ -27,7 +27,7 @@ FLOORS = [
     {"metrics", "data", "modules", "callbacks"},
     {"checkpoint_io"},
     {"lightning_cli"},
-    {"compare", "doctor", "export", "status"},
+    {"compare", "doctor", "export", "report", "status"},
     {"cli"},
     {"__main__"},
 ]

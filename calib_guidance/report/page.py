@@ -10,7 +10,6 @@ import jinja2
 from markupsafe import Markup, escape
 
 from calib_guidance import __version__
-from calib_guidance.errors import ConfigurationError
 from calib_guidance.report import pictures, samples, tables
 from calib_guidance.report.pictures import Picture
 from calib_guidance.report.runs import Run
@@ -19,31 +18,41 @@ from calib_guidance.report.settings import differences, parts
 
 T = TypeVar("T")
 
+# What reading and drawing raise where a file holds something else than what is written there.
+_UNFIT = (AttributeError, KeyError, IndexError, TypeError, ValueError, OSError, EOFError, zipfile.BadZipFile)
+
 
 def _breakable(key: str) -> Markup:
-    """A dotted key or a path that may be broken after its dots and slashes."""
+    """A dotted key or a path that may be broken after its dots and slashes, with what every key says in a lighter colour."""
     text = str(escape(key))
     for sign in "./":
         text = text.replace(sign, f"{sign}<wbr>")
-    return Markup(text)
+    return Markup(text.replace("init_args.", '<span class="faint">init_args.</span>'))
 
 
 def _attempt(run: Run, what: str, make: Callable[[], T]) -> T | None:
     """A part of the page; where what a run has kept is not what it should be, a remark in its place."""
     try:
         return make()
-    except (ConfigurationError, KeyError, TypeError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except _UNFIT as error:
         run.remarks.append(f"{what} cannot be shown: {str(error) or type(error).__name__}.")
         return None
 
 
+def _together(runs: Sequence[Run], what: str, draw: Callable[[Sequence[Run]], Picture | None]) -> Picture | None:
+    """One plot of all runs; where some have kept what cannot be drawn, of the others."""
+    try:
+        return draw(runs)
+    except _UNFIT:
+        sound = [run for run in runs if _attempt(run, what, lambda run=run: (draw([run]),))]
+        return draw(sound) if sound else None
+
+
 def _over_steps(runs: Sequence[Run]) -> list[Picture]:
-    """Curves of all runs in one plot each; a run whose figures are damaged is left out of it."""
-    found = []
-    for what, draw in (("ECE_t", pictures.ece_over_t), ("The gradient norm", pictures.gradient_norm_over_t)):
-        sound = [run for run in runs if _attempt(run, what, lambda draw=draw, run=run: (draw([run]),))]
-        if sound and (picture := draw(sound)) is not None:
-            found.append(picture)
+    """Curves of all runs in one plot each."""
+    plots = {"ECE_t": pictures.ece_over_t, "The gradient norm": pictures.gradient_norm_over_t}
+    drawn = [_together(runs, what, draw) for what, draw in plots.items()]
+    found = [picture for picture in drawn if picture is not None]
     strengths = {run.name: _attempt(run, "The guidance schedule", lambda run=run: guidance_strength(run)) for run in runs}
     return found + pictures.schedules({name: each for name, each in strengths.items() if each is not None})
 

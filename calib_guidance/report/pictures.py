@@ -146,7 +146,7 @@ def schedules(strengths: dict[str, Strength]) -> list[Picture]:
     pictures = []
     for (unit, _), group in groups.items():
         t = next(iter(group.values())).t
-        named = {f"{name}, scale {' and '.join(f'{s:g}' for s in each.scales)}": each for name, each in group.items()}
+        named = {f"{name} (scale {' and '.join(f'{s:g}' for s in each.scales)})": each for name, each in group.items()}
         said = "; ".join(_range(Series(name, t.tolist(), each.values.tolist())) for name, each in named.items())
         alt = f"Strength of guidance over the diffusion step t: {said}."
         caption = f"Guidance schedule of {', '.join(named)}, from the configuration; each is multiplied by its scale."

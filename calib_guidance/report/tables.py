@@ -109,9 +109,14 @@ def _row(name: str, measured: Sequence[Mapping[str, Any]]) -> Row:
     return Row(name, _label(name)[0], _BETTER.get(name, ""), cells)
 
 
-def _notes(run: Run, measured: Mapping[str, Any]) -> list[str]:
-    said = [*measured.get("notes", []), *(v for k, v in measured.items() if k.endswith("_note") and isinstance(v, str))]
-    return [f"{run.name}: {note}" for note in dict.fromkeys(map(str, said))]
+def _notes(runs: Sequence[Run], measured: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Each once, with the names of the runs that it is said of where that is not all of them."""
+    of: dict[str, list[str]] = {}
+    for run, each in zip(runs, measured, strict=True):
+        said = [*each.get("notes", []), *(v for k, v in each.items() if k.endswith("_note") and isinstance(v, str))]
+        for note in dict.fromkeys(map(str, said)):
+            of.setdefault(note, []).append(run.name)
+    return [note if len(names) == len(runs) else f"{', '.join(names)}: {note}" for note, names in of.items()]
 
 
 def _spreads(measured: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -149,8 +154,8 @@ def figures(runs: Sequence[Run], measured: Sequence[Mapping[str, Any]]) -> Figur
     for run, each in zip(runs, measured, strict=True):
         if isinstance(each.get("by_class"), Mapping) and each["by_class"]:
             by_class.append((run.name, *_by_class(each["by_class"])))
-    notes = [note for run, each in zip(runs, measured, strict=True) for note in _notes(run, each)]
-    return Figures([*(_row(name, measured) for name in names), *counts], _spreads(measured), notes, by_class)
+    rows = [*(_row(name, measured) for name in names), *counts]
+    return Figures(rows, _spreads(measured), _notes(runs, measured), by_class)
 
 
 def _by_class(content: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[Cell]]]]:
