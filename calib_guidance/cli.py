@@ -15,6 +15,7 @@ _COMMANDS = {
     "compare": "calib_guidance.compare",
     "doctor": "calib_guidance.doctor",
     "export": "calib_guidance.export",
+    "reference": "calib_guidance.reference",
     "report": "calib_guidance.report",
     "status": "calib_guidance.status",
 }  # modules with a function of the command's name, which takes the words after it

@@ -18,6 +18,7 @@ FLOORS = [
         "noise_schedule",
         "parameterization",
         "precision",
+        "processes",
         "lr_schedules",
     },
     {"networks", "checkpoints", "edm_pickle", "hub", "published"},
@@ -27,7 +28,7 @@ FLOORS = [
     {"metrics", "data", "modules", "callbacks"},
     {"checkpoint_io"},
     {"lightning_cli"},
-    {"compare", "doctor", "export", "report", "status"},
+    {"compare", "doctor", "export", "reference", "report", "status"},
     {"cli"},
     {"__main__"},
 ]

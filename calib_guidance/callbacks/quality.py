@@ -15,6 +15,7 @@ from calib_guidance.images import to_uint8
 from calib_guidance.metrics import (
     DensityCoverage,
     FeatureExtractor,
+    Features,
     FrechetDistance,
     KernelDistance,
     PrecisionRecall,
@@ -61,7 +62,7 @@ class SampleQuality(Measurement):
         self.features.eval().to(device)
         loader = DataLoader(self.reference, self.batch_size)
         rule = self.uint8_rule
-        found = torch.cat([self._extract(to_uint8(batch["image"].to(device), rule))[0] for batch in loader])
+        found = torch.cat([self._extract(to_uint8(batch["image"].to(device), rule)).pool for batch in loader])
         metrics = {
             "frechet_distance": FrechetDistance(found, full_rank=False),
             "precision_recall": PrecisionRecall(found, self.k),
@@ -74,7 +75,7 @@ class SampleQuality(Measurement):
         self.width = found.shape[1]
         self.accuracy = MeanMetric().to(device)
 
-    def _extract(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _extract(self, images: Tensor) -> Features:
         with torch.no_grad():
             return self.features(images)
 
@@ -87,7 +88,7 @@ class SampleQuality(Measurement):
                 continue
             batches = (columns[key].split(self.batch_size) for key in ("image", "label", "index"))
             for images, labels, index in zip(*batches, strict=True):
-                features, logits = self._extract(images.to(trainer.strategy.root_device))
+                features, _, logits = self._extract(images.to(trainer.strategy.root_device))
                 self.distances.update(features=features, index=index)
                 if logits is not None:
                     self.accuracy.update((logits.argmax(1).cpu() == labels).float().to(features.device))

@@ -25,11 +25,11 @@ from calib_guidance.errors import ConfigurationError
 from calib_guidance.images import from_uint8
 
 # What PIL's decoders raise on damaged files.
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 _INDEX_RANGE = 2**62
 
 
-def _contents(image: dict[str, Any]) -> bytes:
+def contents(image: dict[str, Any]) -> bytes:
     if image["bytes"] is not None or image["path"] is None:
         return image["bytes"] or b""
     with fsspec.open(image["path"], "rb") as file:
@@ -91,15 +91,15 @@ class ImageReader:
         if wrong := self.wrong_label(row[self.label], name):
             return {"wrong": wrong}
         try:
-            contents = _contents(image)
-            with Image.open(io.BytesIO(contents)) as picture:
+            data = contents(image)
+            with Image.open(io.BytesIO(data)) as picture:
                 pixels = pil_to_tensor(picture.convert(self.mode))
-        except _UNREADABLE as error:
+        except DECODING_ERRORS as error:
             # PIL's own message names an address in memory; the same image has to look the same every time.
             why = "not an image" if isinstance(error, UnidentifiedImageError) else repr(error)
             return {"corrupt": f"{name} ({why})"}
         if index is None:
-            digest = hashlib.blake2b(contents, digest_size=8, salt=draw.to_bytes(8, "little")).digest()
+            digest = hashlib.blake2b(data, digest_size=8, salt=draw.to_bytes(8, "little")).digest()
             index = int.from_bytes(digest, "little") % _INDEX_RANGE
         with contextlib.nullcontext() if self.seed is None else seeded(self.seed, epoch, index):
             pixels = self.transform(pixels)

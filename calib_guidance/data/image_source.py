@@ -27,10 +27,19 @@ class ImageSource:
             the files of a split have its name; or a folder that ``save_to_disk`` of datasets wrote.
         subset: of a hub data set that has several.
         streaming: read hub data and parquet or arrow files from beginning to end, without a copy in the cache.
+        source_setting, split_settings: where source and splits are named, for messages.
     """
 
-    def __init__(self, source: str, subset: str | None, streaming: bool):
+    def __init__(
+        self,
+        source: str,
+        subset: str | None,
+        streaming: bool,
+        source_setting: str = "data.init_args.source",
+        split_settings: str = "data.init_args.train_split, val_split and test_split",
+    ):
         self.source, self.subset, self.streaming = source, subset, streaming
+        self.source_setting, self.split_settings = source_setting, split_settings
         self.path = Path(source).expanduser()
 
     def kind(self) -> str:
@@ -48,13 +57,13 @@ class ImageSource:
                     return _TABLES[file.suffix.lower()]
                 if file.suffix.lower() in images:
                     return "images"
-            raise ConfigurationError(f"data.init_args.source: no images found in {self.source}")
+            raise ConfigurationError(f"{self.source_setting}: no images found in {self.source}")
         if self.path.suffix.lower() in _TABLES:
             return _TABLES[self.path.suffix.lower()]
         if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", self.source):
             return "hub"
         raise ConfigurationError(
-            f"data.init_args.source: {self.source} is neither a folder, nor a pattern of .parquet or .arrow files, nor a hub id "
+            f"{self.source_setting}: {self.source} is neither a folder, nor a pattern of .parquet or .arrow files, nor a hub id "
             "such as ILSVRC/imagenet-1k"
         )
 
@@ -78,7 +87,7 @@ class ImageSource:
         else:
             rows = self._tables(kind, name)
         if isinstance(rows, datasets.Dataset) and len(rows) == 0:
-            raise ConfigurationError(f"data.init_args.source: no images found in split {name!r} of {self.source}")
+            raise ConfigurationError(f"{self.source_setting}: no images found in split {name!r} of {self.source}")
         return rows
 
     def _named(self, splits: dict[str, Rows], split: str, **load: object) -> Rows:
@@ -88,7 +97,7 @@ class ImageSource:
             return datasets.load_dataset(split=split, **load)
         raise ConfigurationError(
             f"{self.source} has no split {split!r}; it has: {', '.join(map(str, splits))}. "
-            "Name them with data.init_args.train_split, val_split and test_split"
+            f"Name them with {self.split_settings}"
         )
 
     def _folder(self, name: str) -> Rows:
@@ -98,12 +107,12 @@ class ImageSource:
             there = sorted(folder.name for folder in self.path.iterdir() if folder.is_dir())
             raise ConfigurationError(
                 f"{self.source} has no folder {' or '.join(_FOLDERS.get(base, (base,)))} for split {name!r}; it has: "
-                f"{', '.join(there)}. Name them with data.init_args.train_split, val_split and test_split"
+                f"{', '.join(there)}. Name them with {self.split_settings}"
             )
         folder = (self.path / folders[0]).resolve()
         images = Image.registered_extensions()
         if not any(file.suffix.lower() in images for file in folder.rglob("*")):
-            raise ConfigurationError(f"data.init_args.source: no images found in {folder}")
+            raise ConfigurationError(f"{self.source_setting}: no images found in {folder}")
         # Each split on its own, so that its class names are those of its own folders.
         return datasets.load_dataset(
             "imagefolder",
@@ -119,7 +128,7 @@ class ImageSource:
         else:
             pattern = str(self.path).replace("{split}", name.partition("[")[0])
             if not glob.glob(pattern, recursive=True):
-                raise ConfigurationError(f"data.init_args.source: no files match {pattern}")
+                raise ConfigurationError(f"{self.source_setting}: no files match {pattern}")
             where = {"data_files": {name.partition("[")[0]: pattern} if "{split}" in self.source else pattern}
         load = {"path": kind, "streaming": self.streaming, **where}
         return self._named(datasets.load_dataset(**load), name, **load)
@@ -137,12 +146,12 @@ class ImageSource:
                 )
             else:
                 message = (
-                    f"data.init_args.source: {self.source} is neither a path here nor a data set on the hub that this account "
+                    f"{self.source_setting}: {self.source} is neither a path here nor a data set on the hub that this account "
                     f"may read. If {page} is private, run `hf auth login` or set HF_TOKEN"
                 )
             raise ConfigurationError(message) from error
         except (ConnectionError, OfflineModeIsEnabled, HfHubHTTPError) as error:
             raise ConfigurationError(
                 f"the hub data set {self.source} cannot be reached ({error}), and there is no path of that name here. Without a "
-                "network, name a local copy with data.init_args.source"
+                f"network, name a local copy with {self.source_setting}"
             ) from error

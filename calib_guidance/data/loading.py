@@ -90,10 +90,11 @@ class CorruptImages:
     Args:
         where: the images, for messages.
         max_share: how many of them may be corrupt, in [0, 1].
+        setting: that says so, for messages.
     """
 
-    def __init__(self, where: str, max_share: float):
-        self.where, self.max_share = where, max_share
+    def __init__(self, where: str, max_share: float, setting: str = "data.init_args.max_corrupt"):
+        self.where, self.max_share, self.setting = where, max_share, setting
         self.names: set[str] = set()
 
     def count(self, reports: list[str], total: int) -> None:
@@ -111,7 +112,7 @@ class CorruptImages:
         self.names.update(reports)
         if len(self.names) > self.max_share * total:
             raise ConfigurationError(
-                f"{self.where}: {len(self.names)} of {total} images are corrupt, more than data.init_args.max_corrupt "
+                f"{self.where}: {len(self.names)} of {total} images are corrupt, more than {self.setting} "
                 f"({self.max_share:g}) allows: {self._some()}"
             )
 

@@ -24,7 +24,17 @@ from calib_guidance.metrics.classification import (
 )
 from calib_guidance.metrics.classifier_metrics import ClassifierMetrics
 from calib_guidance.metrics.density_coverage import DensityCoverage, density_coverage
-from calib_guidance.metrics.features import FeatureExtractor, InceptionFeatures, JudgeFeatures
+from calib_guidance.metrics.features import (
+    FeatureExtractor,
+    Features,
+    InceptionFeatures,
+    JudgeFeatures,
+    ModuleFeatures,
+    TimmFeatures,
+    TorchvisionFeatures,
+    features_from_name,
+    read_classifier,
+)
 from calib_guidance.metrics.frechet import (
     Extrapolation,
     FrechetDistance,
@@ -50,6 +60,7 @@ __all__ = [
     "DensityCoverage",
     "Extrapolation",
     "FeatureExtractor",
+    "Features",
     "FrechetDistance",
     "InceptionFeatures",
     "InceptionScore",
@@ -57,10 +68,13 @@ __all__ = [
     "KernelDistance",
     "Levels",
     "MaximumCalibrationError",
+    "ModuleFeatures",
     "NegativeLogLikelihood",
     "PrecisionRecall",
     "ReliabilityBins",
     "SmoothCalibrationError",
+    "TimmFeatures",
+    "TorchvisionFeatures",
     "accuracy",
     "adaptive_calibration_error",
     "bootstrap",
@@ -73,6 +87,7 @@ __all__ = [
     "covariance_root",
     "density_coverage",
     "extrapolated_frechet_distance",
+    "features_from_name",
     "frechet_distance",
     "inception_score",
     "kernel_distance",
@@ -81,6 +96,7 @@ __all__ = [
     "mean_and_covariance",
     "negative_log_likelihood",
     "precision_recall",
+    "read_classifier",
     "sample_count_note",
     "smooth_calibration_error",
 ]

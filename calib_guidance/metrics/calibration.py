@@ -19,18 +19,19 @@ def confidence_and_correct(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return confidence, (prediction == y).double()
 
 
-def _equal_width(probability: Tensor, num_bins: int) -> Tensor:
+def equal_width_bin(probability: Tensor, num_bins: int) -> Tensor:
+    """Which bin (b/B, (b+1)/B] each probability is in, int64 of the same shape."""
     return ((probability * num_bins).ceil().long() - 1).clamp(0, num_bins - 1)
 
 
 def _confidence_terms(logits: Tensor, y: Tensor, num_bins: int) -> Terms:
     confidence, correct = (value[:, None] for value in confidence_and_correct(logits, y))
-    return Terms(_equal_width(confidence, num_bins), (torch.ones_like(confidence), confidence, correct))
+    return Terms(equal_width_bin(confidence, num_bins), (torch.ones_like(confidence), confidence, correct))
 
 
 def _class_terms(logits: Tensor, y: Tensor, num_bins: int) -> Terms:
     p = logits.double().softmax(1)
-    cell = num_bins * torch.arange(p.shape[1], device=p.device) + _equal_width(p, num_bins)
+    cell = num_bins * torch.arange(p.shape[1], device=p.device) + equal_width_bin(p, num_bins)
     return Terms(cell, (torch.ones_like(p), p, torch.zeros_like(p).scatter(1, y[:, None], 1.0)))
 
 

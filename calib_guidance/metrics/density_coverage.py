@@ -18,6 +18,26 @@ def _from_counts(of_balls: Tensor, num_generated: Tensor | int, k: int) -> tuple
     return of_balls.double().sum() / (k * num_generated), (of_balls > 0).double().mean()
 
 
+def count_in_balls(reference: Tensor, generated: Tensor, k: int = 5) -> tuple[Tensor, Tensor]:
+    """How many of the reference's k-NN balls hold each generated point, and how many of the points each ball holds.
+
+    Args:
+        reference: ``(M, D)`` features.
+        generated: ``(N, D)`` features.
+        k: neighbours that set the radius of a ball; 5 in the paper.
+
+    Returns:
+        ``(N,)`` and ``(M,)`` int64; the mean of the first over k is the density, the share of the second above 0 the coverage.
+
+    Raises:
+        ValueError: k or fewer points in the reference, or nothing generated.
+    """
+    if not len(generated):
+        raise ValueError("density and coverage need at least one generated point, got none")
+    _check_reference(reference, k)
+    return count_inside(generated, reference, knn_radii(reference, k))
+
+
 def density_coverage(reference: Tensor, generated: Tensor, k: int = 5) -> tuple[Tensor, Tensor]:
     """Density: how many of the reference's k-NN balls hold a generated point, over k. Coverage: share of balls that hold any.
 
@@ -33,10 +53,7 @@ def density_coverage(reference: Tensor, generated: Tensor, k: int = 5) -> tuple[
     Raises:
         ValueError: k or fewer points in the reference, or nothing generated.
     """
-    if not len(generated):
-        raise ValueError("density and coverage need at least one generated point, got none")
-    _check_reference(reference, k)
-    return _from_counts(count_inside(generated, reference, knn_radii(reference, k))[1], len(generated), k)
+    return _from_counts(count_in_balls(reference, generated, k)[1], len(generated), k)
 
 
 class DensityCoverage(RankMetric):

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from calib_guidance.metrics.base import RankMetric, check_width
 
+_ROWS = 4096  # in float64 at a time
+
 
 def mean_and_covariance(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean ``(D,)`` and covariance ``(D, D)``, divisor n − 1, in float64 of features ``(N, D)``."""
@@ -43,6 +45,39 @@ def frechet_distance(
     eigenvalues = torch.linalg.eigvalsh(root.T @ covariance2 @ root).clamp(min=0)
     mean_term = (mean1.double() - mean2.double()).square().sum()
     return mean_term + covariance1.trace() + covariance2.trace() - 2 * eigenvalues.sqrt().sum()
+
+
+def frechet_distance_sd(reference: tuple[Tensor, Tensor], generated: Tensor, root1: Tensor | None = None) -> Tensor:
+    """Standard deviation of a Fréchet distance over draws of the generated samples, to first order (delta method).
+
+    One sample x moves the distance by 2·(μ₂ − μ₁)·δ + δᵀ(I − R·(RᵀΣ₂R)^{−1/2}·Rᵀ)δ less its mean, over N, where δ = x − μ₂
+    and R·Rᵀ = Σ₁ (its influence function). The reference is taken as fixed, and what few samples add to the distance (its
+    bias) is not in it. It costs one eigendecomposition, where a bootstrap costs one for each draw and adds a bias of its own.
+
+    Args:
+        reference: mean ``(D,)`` and covariance ``(D, D)``.
+        generated: ``(N, D)`` features.
+        root1: :func:`covariance_root` of the reference's covariance where it is known.
+
+    Returns:
+        Scalar float64; NaN with D samples or fewer, where the distance has no derivative.
+    """
+    n, d = generated.shape
+    if n <= d:
+        return torch.full((), torch.nan, dtype=torch.float64, device=generated.device)
+    mean1, covariance1 = (value.double() for value in reference)
+    root = covariance_root(covariance1) if root1 is None else root1
+    mean, covariance = mean_and_covariance(generated)
+    values, vectors = torch.linalg.eigh(root.T @ covariance @ root)
+    # Directions that the reference does not have take no part.
+    inverse = values.clamp(min=0).rsqrt().where(values > values[-1] * d * torch.finfo(values.dtype).eps, 0)
+    moved = root @ vectors
+    gradient = torch.eye(d, dtype=moved.dtype, device=moved.device) - (moved * inverse) @ moved.T
+    influence = []
+    for rows in generated.split(_ROWS):
+        delta = rows.double() - mean
+        influence.append(2 * delta @ (mean - mean1) + ((delta @ gradient) * delta).sum(1))
+    return torch.cat(influence).std() / n**0.5
 
 
 def sample_count_note(num_samples: int, width: int) -> str | None:

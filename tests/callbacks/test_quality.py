@@ -9,6 +9,7 @@ import torch
 from calib_guidance.callbacks import SampleQuality
 from calib_guidance.metrics import (
     FeatureExtractor,
+    Features,
     density_coverage,
     frechet_distance,
     kernel_distance,
@@ -18,10 +19,10 @@ from calib_guidance.metrics import (
 
 
 class Pixels(FeatureExtractor):
-    name = "pixels"
+    name, width = "pixels", 4
 
     def forward(self, images):
-        return images.flatten(1).float(), None
+        return Features(images.flatten(1).float())
 
 
 class Shards:

@@ -99,7 +99,7 @@ def test_judge_features_are_the_input_of_the_last_layer():
     images = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)
     network.eval()
     expected = network.forward_features(images / 127.5 - 1)
-    features, logits = JudgeFeatures(OffTheShelfClassifier(network, 10))(images)
+    features, _, logits = JudgeFeatures(OffTheShelfClassifier(network, 10))(images)
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(logits, network.fc(expected), atol=1e-5, rtol=1e-4)
 
@@ -119,7 +119,6 @@ def test_inception_features_read_a_local_file_in_the_published_format(tmp_path):
         torch.nn.Module.load_state_dict = monkey
     torch.save(plain.state_dict(), path)
     images = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8)
-    features, logits = InceptionFeatures(str(path))(images)
-    assert features.shape == (2, 2048)
-    assert logits is None
+    features, spatial, logits = InceptionFeatures(str(path))(images)
+    assert [tuple(f.shape) for f in (features, spatial, logits)] == [(2, 2048), (2, 2023), (2, 1008)]
     torch.testing.assert_close(features, plain.eval()(images)[0].float(), atol=1e-5, rtol=1e-4)

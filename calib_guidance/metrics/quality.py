@@ -1,0 +1,472 @@
+"""Every figure of a set of samples, with its spread: what the callback SampleQuality and ``calib-guidance evaluate`` share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calib_guidance.classifiers.base import Classifier
+from calib_guidance.classifiers.clip import CLIPClassifier
+from calib_guidance.errors import ConfigurationError
+from calib_guidance.images import from_uint8
+from calib_guidance.metrics.base import RankMetric
+from calib_guidance.metrics.bootstrap import bootstrap_sums
+from calib_guidance.metrics.calibration import calibration_error_from_bins, equal_width_bin
+from calib_guidance.metrics.class_wise import class_wise_distances
+from calib_guidance.metrics.density_coverage import count_in_balls
+from calib_guidance.metrics.features import FeatureExtractor, JudgeFeatures, state_sha256
+from calib_guidance.metrics.frechet import (
+    FrechetDistance,
+    extrapolated_frechet_distance,
+    frechet_distance_sd,
+    sample_count_note,
+)
+from calib_guidance.metrics.inception_score import InceptionScore
+from calib_guidance.metrics.kernel_distance import kernel_distance, kernel_distance_subsets
+from calib_guidance.metrics.precision_recall import inside_each_other
+from calib_guidance.metrics.statistics import ReferenceStatistics
+
+METRICS = ("fid", "sfid", "is", "kid", "pr", "dc", "classwise", "judge", "clip")
+TABLE = {
+    "frechet_distance": ("Fréchet distance", "{:.3f}"),
+    "frechet_distance_infinite": ("Fréchet distance at N → ∞", "{:.3f}"),
+    "spatial_frechet_distance": ("spatial Fréchet distance", "{:.3f}"),
+    "inception_score": ("Inception score", "{:.3f}"),
+    "kernel_distance": ("kernel distance", "{:.4f}"),
+    "precision": ("precision", "{:.3f}"),
+    "recall": ("recall", "{:.3f}"),
+    "density": ("density", "{:.3f}"),
+    "coverage": ("coverage", "{:.3f}"),
+    "judge_accuracy": ("accuracy (judge)", "{:.3f}"),
+    "judge_ece": ("ECE (judge)", "{:.3f}"),
+    "clip_score": ("CLIP score", "{:.4f}"),
+    "integral_ece": ("integral ECE", "{:.3f}"),
+    "seconds_per_image": ("seconds per image", "{:.4f}"),
+}
+_SPLITS, _SUBSETS, _SUBSET_SIZE, _NEIGHBOURS, _BINS, _POINTS = 10, 100, 1000, 5, 15, 15
+_95 = 1.959964  # standard deviations
+
+
+class KeptRows(RankMetric):
+    """Values of every sample, kept until all are there, then of all ranks and by index.
+
+    Args:
+        columns: of each name, an empty tensor ``(0, …)`` of the shape and type of its rows.
+    """
+
+    def __init__(self, columns: dict[str, Tensor], **kwargs: object):
+        super().__init__(**kwargs)
+        self.columns = columns | {"index": torch.zeros(0, dtype=torch.long)}
+        for name in self.columns:
+            self.add_state(name, [], dist_reduce_fx="cat")
+
+    def update(self, **rows: Tensor) -> None:
+        """Keep ``(N, …)`` of every column, ``index`` ``(N,)`` among them."""
+        for name, empty in self.columns.items():
+            getattr(self, name).append(rows[name].to(self.device, empty.dtype))
+
+    def sync(self, *args: object, **kwargs: object) -> None:
+        for name, empty in self.columns.items():
+            if not getattr(self, name):  # torchmetrics would gather an empty list as a tensor of another shape
+                getattr(self, name).append(empty.to(self.device))
+        super().sync(*args, **kwargs)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Every column, rows in order of index."""
+        rows = {}
+        for name, empty in self.columns.items():
+            value = getattr(self, name)
+            rows[name] = value if isinstance(value, Tensor) else torch.cat([empty.to(self.device), *value])
+        order = rows["index"].argsort(stable=True)
+        return {name: value[order] for name, value in rows.items()}
+
+
+class Quality:
+    """Measures sets of samples against one reference.
+
+    :meth:`begin` a set, :meth:`update` with its images, on several processes with a share each, and :meth:`compute`.
+
+    Args:
+        extractor: of the features, in evaluation mode and on ``device``.
+        reference: what the reference's features sum up to, of the same extractor.
+        metrics: names of :data:`METRICS`: Fréchet distance, that of spatial features (sFID), Inception score, kernel
+            distance (KID), precision and recall, density and coverage, what there is of these by class, accuracy and ECE of the
+            judge, CLIP score.
+        judge: that names the samples' classes; None takes the extractor where it is :class:`JudgeFeatures`.
+        clip: with one prompt for each class.
+        k: neighbours for precision and recall.
+        full_rank: Fréchet distances only of more samples than features.
+        extrapolate: also the Fréchet distance at infinitely many samples.
+        resamples: draws of the bootstrap.
+        device: of images and sums.
+
+    Raises:
+        ConfigurationError: an unknown metric.
+    """
+
+    def __init__(
+        self,
+        extractor: FeatureExtractor,
+        reference: ReferenceStatistics,
+        metrics: Collection[str],
+        judge: Classifier | None = None,
+        clip: CLIPClassifier | None = None,
+        k: int = 3,
+        full_rank: bool = False,
+        extrapolate: bool = False,
+        resamples: int = 200,
+        device: torch.device | str = "cpu",
+    ):
+        if unknown := sorted(set(metrics) - set(METRICS)):
+            raise ConfigurationError(f"metrics: unknown {', '.join(unknown)}; known: {', '.join(METRICS)}")
+        self.extractor, self.reference, self.metrics = extractor, reference, tuple(metrics)
+        self.k, self.full_rank, self.extrapolate, self.resamples = k, full_rank, extrapolate, resamples
+        self.device = torch.device(device)
+        self._provenance = {"features": extractor.provenance()}
+        for name, classifier in (("judge", judge), ("clip", clip)):
+            if classifier is not None:
+                known = {"class": type(classifier).__name__, "weights_sha256": state_sha256(classifier)}
+                self._provenance[name] = getattr(classifier, "provenance", {}) | known
+        self.judge = None if judge is None else judge.freeze().to(self.device)
+        self.clip = None if clip is None else clip.freeze().to(self.device)
+        self.judge_by_features = judge is None and isinstance(extractor, JudgeFeatures)
+        self._reference_features = None if reference.features is None else reference.features.to(self.device)
+        self._distances: dict[str, FrechetDistance] = {}  # their reference's root is kept from set to set
+
+    # What can be measured
+
+    def applicable(self) -> tuple[str, ...]:
+        """The metrics that the extractor, the judge and the reference are for, whatever the number of samples."""
+        has = {
+            "sfid": self.extractor.spatial_width is not None and self.reference.spatial_mean is not None,
+            "is": self.extractor.num_logits is not None and not self.judge_by_features,
+            "judge": self.judge is not None or self.judge_by_features,
+            "clip": self.clip is not None,
+            **dict.fromkeys(("kid", "pr", "dc"), self.reference.features is not None),
+            "classwise": self.reference.features is not None and self.reference.labels is not None,
+        }
+        return tuple(name for name in METRICS if has.get(name, True))
+
+    def unmet(self, num_samples: int, labels_known: bool = True) -> dict[str, str]:
+        """Which of the metrics cannot be taken of so many samples, and why.
+
+        Args:
+            num_samples: in the set.
+            labels_known: whether the samples' classes are.
+        """
+        reference, n, found = self.reference, num_samples, {}
+        m = reference.num_images if reference.features is None else len(reference.features)
+        for name, width, known in (
+            ("fid", self.extractor.width, True),
+            ("sfid", self.extractor.spatial_width, reference.spatial_mean is not None),
+        ):
+            if width is None:
+                found[name] = f"{self.extractor.name} has no spatial features: take Inception"
+            elif not known:
+                found[name] = "the reference has no statistics of spatial features (mu_s, sigma_s)"
+            else:
+                found |= self._few(name, n, m, width)
+        if self.extractor.num_logits is None:
+            found["is"] = f"{self.extractor.name} names no classes: take Inception"
+        elif n < _SPLITS:
+            found["is"] = f"{n} samples cannot be parted into {_SPLITS} splits"
+        for name, needed in (("kid", 4), ("pr", self.k + 1), ("dc", _NEIGHBOURS + 1), ("classwise", 1)):
+            if reference.features is None:
+                found[name] = (
+                    "the reference holds no features of single images, only their statistics: give images, or make it with "
+                    "calib-guidance reference --keep-features"
+                )
+            elif m < needed or (n < needed and name != "dc") or n < 1:
+                found[name] = f"needs {needed} images of each set or more, got {n} samples and {m} of the reference"
+        if reference.features is not None and reference.labels is None:
+            found["classwise"] = "the reference's images have no classes"
+        if self.judge is None and not self.judge_by_features:
+            found["judge"] = "there is no judge: --judge CLASSIFIER.yaml"
+        if self.clip is None:
+            found["clip"] = "there is no CLIP model: --clip CLIP.yaml"
+        for name in ("classwise", "judge", "clip"):
+            if not labels_known:
+                found.setdefault(name, "the samples' classes are not known")
+        return {name: found[name] for name in METRICS if name in self.metrics and name in found}
+
+    def _few(self, name: str, n: int, m: int | None, width: int) -> dict[str, str]:
+        """Why a Fréchet distance cannot be taken, if so."""
+        fewest = width + 1 if self.full_rank else 2
+        if n >= fewest and (m is None or m >= fewest):
+            return {}
+        whose = f"{n} samples" if n < fewest else f"{m} images in the reference"
+        if self.full_rank:
+            return {
+                name: f"{whose} with {width} features each, whose covariance is singular: more than {width} are needed "
+                "(--allow-few for distances that compare only at the same number)"
+            }
+        return {name: f"{whose}: 2 are needed"}
+
+    def check(self, image_shape: tuple[int, int, int]) -> None:
+        """Try everything that sees images on an empty one.
+
+        Args:
+            image_shape: ``(C, H, W)``.
+
+        Raises:
+            ConfigurationError: images of another kind than the extractor, judge or CLIP model takes.
+        """
+        blank = torch.zeros(2, *image_shape, dtype=torch.uint8, device=self.device)
+        seen = {"the features": lambda: self.extractor(blank).pool}
+        if self.judge is not None:
+            seen["the judge"] = lambda: self.judge(from_uint8(blank))
+        if self.clip is not None:
+            seen["the CLIP model"] = lambda: self._similarity(blank)
+        for whose, see in seen.items():
+            try:
+                with torch.no_grad():
+                    shape = tuple(see().shape)
+            except (RuntimeError, ValueError) as error:
+                size = "×".join(map(str, image_shape))
+                raise ConfigurationError(
+                    f"{whose} cannot be taken of images {size} (channels, height, width): {str(error).splitlines()[0]}"
+                ) from error
+            if whose == "the features" and shape != (2, self.extractor.width):
+                raise ConfigurationError(
+                    f"{self.extractor.name} says that its features are {self.extractor.width} wide, and gives {shape[1:]}"
+                )
+
+    # One set of samples
+
+    def begin(self, num_samples: int, labels_known: bool = True) -> None:
+        """Forget all samples and begin a set.
+
+        Args:
+            num_samples: above every index of the set.
+            labels_known: whether the samples' classes are.
+        """
+        unmet = self.unmet(num_samples, labels_known)
+        self._left_out = [f"{name} left out: {reason}" for name, reason in unmet.items()]
+        self._wanted = {name for name in self.metrics if name not in unmet}
+        statistics = {
+            "fid": (self.reference.mean, self.reference.covariance),
+            "sfid": (self.reference.spatial_mean, self.reference.spatial_covariance),
+        }
+        for name in self._wanted & statistics.keys():
+            if name not in self._distances:
+                self._distances[name] = FrechetDistance(statistics[name], full_rank=False).to(self.device)
+            self._distances[name].reset()
+        if "is" in self._wanted:
+            self._score = InceptionScore(num_samples, self.extractor.num_logits, _SPLITS).to(self.device)
+        columns = {"label": torch.zeros(0, dtype=torch.long)}
+        if self._wanted & {"fid", "kid", "pr", "dc", "classwise"}:
+            columns["pool"] = torch.zeros(0, self.extractor.width)
+        if "sfid" in self._wanted:
+            columns["spatial"] = torch.zeros(0, self.extractor.spatial_width)
+        if "judge" in self._wanted:
+            of_samples = torch.zeros(0, dtype=torch.float64)
+            columns |= {"predicted": columns["label"], "confidence": of_samples, "of_label": of_samples}
+        if "clip" in self._wanted:
+            columns["similarity"] = torch.zeros(0)
+        self._rows = KeptRows(columns).to(self.device)
+
+    @torch.no_grad()
+    def update(self, images: Tensor, labels: Tensor, index: Tensor) -> None:
+        """Add samples.
+
+        Args:
+            images: uint8 ``(N, C, H, W)``.
+            labels: ``(N,)`` classes, −1 where not known.
+            index: ``(N,)`` their numbers.
+
+        Raises:
+            ConfigurationError: classes that the judge or the CLIP model does not have.
+        """
+        images, labels = images.to(self.device), labels.to(self.device)
+        features = self.extractor(images)
+        rows = {"label": labels, "index": index, "pool": features.pool, "spatial": features.spatial}
+        if "fid" in self._distances and "fid" in self._wanted:
+            self._distances["fid"].update(features.pool)
+        if "sfid" in self._distances and "sfid" in self._wanted:
+            self._distances["sfid"].update(features.spatial)
+        if "is" in self._wanted:
+            self._score.update(features.logits, index)
+        if "judge" in self._wanted:
+            logits = features.logits if self.judge is None else self.judge(from_uint8(images))
+            p = logits.double().softmax(1)
+            _check_labels(labels, p.shape[1], "the judge")
+            rows["confidence"], rows["predicted"] = p.max(1)
+            rows["of_label"] = p.gather(1, labels[:, None]).squeeze(1)
+        if "clip" in self._wanted:
+            similarity = self._similarity(images)
+            _check_labels(labels, similarity.shape[1], "the CLIP model")
+            rows["similarity"] = similarity.gather(1, labels[:, None]).squeeze(1)
+        self._rows.update(**rows)
+
+    def _similarity(self, images: Tensor) -> Tensor:
+        self.clip.check_image(tuple(images.shape[1:]))
+        return self.clip.similarity(from_uint8(images))
+
+    @torch.no_grad()
+    def compute(self) -> dict[str, Any]:
+        """Every figure of the set; the same on all processes, all of which must call it.
+
+        Returns:
+            Figures by name (:data:`TABLE`), ``by_class``, and ``spread`` by name: ``sd``, ``low`` and ``high`` (95 %,
+            normal) and ``of``, what it is over; ``notes``; ``provenance`` of features, reference, judge and CLIP model;
+            ``num_samples``, ``num_reference`` and ``features``.
+        """
+        self._rows_of_all = rows = self._rows.compute()
+        n = len(rows["index"])
+        self._found: dict[str, Any] = {}
+        self._spread: dict[str, dict[str, Any]] = {}
+        self._notes = list(self._left_out)
+        for name in METRICS:
+            if name in self._wanted:
+                getattr(self, f"_{name}")(rows)
+        reference = self.reference
+        return {
+            **self._found,
+            "spread": self._spread,
+            "notes": self._notes,
+            "features": self.extractor.name,
+            "num_measured": n,
+            "num_reference": reference.num_images,
+            "provenance": self._provenance | {"reference": reference.provenance},
+        }
+
+    def judged(self) -> dict[str, np.ndarray] | None:
+        """What the judge said of each sample of :meth:`compute`, for ``judge.npz``; None without a judge.
+
+        ``index``, ``label``, ``predicted`` int64 and ``confidence`` float32, the probability that it gives the sample's class.
+        """
+        if "judge" not in self._wanted:
+            return None
+        rows = self._rows_of_all
+        found = {name: rows[name].cpu().numpy() for name in ("index", "label", "predicted")}
+        return found | {"confidence": rows["of_label"].float().cpu().numpy()}
+
+    def _add(
+        self, name: str, value: Tensor | float, sd: Tensor | float, of: str, least: float = 0, most: float = math.inf
+    ) -> None:
+        value, sd = float(value), float(sd)
+        self._found[name] = value
+        if math.isfinite(sd):
+            low, high = max(least, value - _95 * sd), min(most, value + _95 * sd)
+            self._spread[name] = {"sd": sd, "low": low, "high": high, "of": of}
+
+    def _mean(self, name: str, values: Tensor, of: str, least: float = 0, most: float = 1, scale: float = 1) -> None:
+        """A mean over samples, or over reference images, and its bootstrap."""
+        values = values.double()[:, None] * scale
+        sums = bootstrap_sums(values, self.resamples)
+        of = f"bootstrap over {of}, {self.resamples} draws"
+        self._add(name, values.mean(), (sums / len(values)).std(), of, least, most)
+
+    def _fid(self, rows: dict[str, Tensor]) -> None:
+        metric = self._distances["fid"]
+        mean, covariance, root = metric.reference_mean, metric.reference_covariance, metric.reference_root
+        n, width = len(rows["pool"]), self.extractor.width
+        sd = frechet_distance_sd((mean, covariance), rows["pool"], root)
+        self._add("frechet_distance", metric.compute(), sd, "samples, delta method, the reference fixed")
+        counts = [c for c in (n, self.reference.num_images) if c is not None]
+        if note := sample_count_note(min(counts), width):
+            self._notes.append(f"Fréchet distance: {note}")
+        if not self.extrapolate:
+            return
+        smallest = max(n // 10, 2 * width)
+        if smallest >= n:
+            self._notes.append(f"no extrapolation: subsets of {smallest} samples and more cannot be drawn from {n}")
+            return
+        line = extrapolated_frechet_distance((mean, covariance), rows["pool"], smallest, _POINTS)
+        x = 1 / line.sizes
+        residual = line.distances - line.value - line.slope * x
+        variance = residual.square().sum() / (_POINTS - 2)
+        sd = (variance * (1 / _POINTS + x.mean().square() / (x - x.mean()).square().sum())).sqrt()
+        of = f"straight line in 1/N through {_POINTS} subsets of {smallest} to {n} samples"
+        self._add("frechet_distance_infinite", line.value, sd, of)
+
+    def _sfid(self, rows: dict[str, Tensor]) -> None:
+        metric = self._distances["sfid"]
+        reference = metric.reference_mean, metric.reference_covariance
+        sd = frechet_distance_sd(reference, rows["spatial"], metric.reference_root)
+        self._add("spatial_frechet_distance", metric.compute(), sd, "samples, delta method, the reference fixed")
+
+    def _is(self, rows: dict[str, Tensor]) -> None:
+        found = self._score.compute()
+        of = f"{_SPLITS} splits, the spread of one"
+        self._add("inception_score", found["inception_score"], found["inception_score_sd"], of, 1)
+        if self.judge_by_features:
+            self._notes.append(
+                "Inception score: with the judge's classes in place of Inception's, like no published one"
+            )
+
+    def _kid(self, rows: dict[str, Tensor]) -> None:
+        reference, generated = self._reference_features, rows["pool"]
+        size = min(_SUBSET_SIZE, min(len(reference), len(generated)) // 2)
+        subsets = kernel_distance_subsets(reference, generated, _SUBSETS, size)
+        of = f"{_SUBSETS} subsets of {size}, the spread of one"
+        self._add(
+            "kernel_distance", kernel_distance(reference, generated), subsets.std(correction=0), of, least=-math.inf
+        )
+        self._found["kernel_distance_mean"] = float(subsets.mean())
+
+    def _pr(self, rows: dict[str, Tensor]) -> None:
+        of_generated, of_reference = inside_each_other(self._reference_features, rows["pool"], self.k)
+        self._mean("precision", of_generated, "samples")
+        self._mean("recall", of_reference, "reference images, the samples fixed")
+
+    def _dc(self, rows: dict[str, Tensor]) -> None:
+        of_points, of_balls = count_in_balls(self._reference_features, rows["pool"], _NEIGHBOURS)
+        self._mean("density", of_points, "samples", most=math.inf, scale=1 / _NEIGHBOURS)
+        self._mean("coverage", of_balls > 0, "reference images, the samples fixed")
+
+    def _classwise(self, rows: dict[str, Tensor]) -> None:
+        known = rows["label"] >= 0
+        labels = self.reference.labels.to(self.device)
+        found = class_wise_distances(
+            self._reference_features, labels, rows["pool"][known], rows["label"][known], self.k
+        )
+        self._found["by_class"] = found
+        reasons: dict[tuple[str, str], list[str]] = {}
+        for label, figures in found.items():
+            for name, reason in figures["left_out"].items():
+                reasons.setdefault((name, reason), []).append(label)
+        for (name, reason), classes in reasons.items():
+            listed = ", ".join(classes[:10]) + (" …" if len(classes) > 10 else "")
+            self._notes.append(
+                f"{name} by class: left out of {len(classes)} of {len(found)} classes ({listed}): {reason}"
+            )
+
+    def _judge(self, rows: dict[str, Tensor]) -> None:
+        correct = (rows["predicted"] == rows["label"]).double()
+        self._mean("judge_accuracy", correct, "samples")
+        cells = torch.zeros(len(correct), _BINS, 3, dtype=torch.float64, device=self.device)
+        terms = torch.stack([torch.ones_like(correct), rows["confidence"], correct], 1)
+        cells[torch.arange(len(correct)), equal_width_bin(rows["confidence"], _BINS)] = terms
+        draws = calibration_error_from_bins(bootstrap_sums(cells.flatten(1), self.resamples).view(-1, _BINS, 3))
+        of = f"bootstrap over samples, {self.resamples} draws"
+        self._add("judge_ece", calibration_error_from_bins(cells.sum(0)), draws.std(), of, 0, 1)
+        for label, figures in self._found.get("by_class", {}).items():
+            of_class = correct[rows["label"] == int(label)]
+            figures["judge_accuracy"] = float(of_class.mean())
+
+    def _clip(self, rows: dict[str, Tensor]) -> None:
+        self._mean("clip_score", rows["similarity"], "samples", least=-1)
+
+
+def _check_labels(labels: Tensor, num_classes: int, whose: str) -> None:
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        raise ConfigurationError(
+            f"the samples are of classes {int(labels.min())} … {int(labels.max())}, {whose} knows {num_classes}, from 0 on"
+        )
+
+
+def table_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Label, value and spread of every figure that a table shows, as text; an empty spread where there is none."""
+    rows = []
+    for key, (label, form) in TABLE.items():
+        value = results.get(key)
+        if value is not None:
+            spread = results.get("spread", {}).get(key)
+            rows.append((label, form.format(value), "" if spread is None else f"± {form.format(spread['sd'])}"))
+    return rows
