@@ -126,9 +126,7 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def read_table(
-    data: bytes | str | os.PathLike[str], indices: Collection[int] | None = None
-) -> dict[str, np.ndarray]:
+def read_table(data: bytes | str | os.PathLike[str], indices: Collection[int] | None = None) -> dict[str, np.ndarray]:
     """A parquet file of samples.
 
     Args:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from calib_guidance.errors import ConfigurationError
+from calib_guidance.report.runs import open_runs
 
 __all__ = ["report"]
 
@@ -51,11 +52,10 @@ def report(args: Sequence[str]) -> None:
     options = parser.parse_args(list(args))
     folder = options.runs[0] if len(options.runs) == 1 else Path()
     output: Path = options.output or folder / "report.html"
-    from calib_guidance.report.runs import open_runs  # after --help, which needs none of it
-
     runs = open_runs(options.runs)
     _check_output(output)
-    from calib_guidance.report.page import render  # after what can be refused at once: matplotlib and torch take seconds
+    # After what can be refused at once: importing torch and matplotlib takes seconds.
+    from calib_guidance.report.page import render
 
     page = render(runs)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")

@@ -13,7 +13,6 @@ from calib_guidance import __version__
 from calib_guidance.report import pictures, samples, tables
 from calib_guidance.report.pictures import Picture
 from calib_guidance.report.runs import Run
-from calib_guidance.report.schedule import guidance_strength
 from calib_guidance.report.settings import differences, parts
 
 T = TypeVar("T")
@@ -39,7 +38,7 @@ def _attempt(run: Run, what: str, make: Callable[[], T]) -> T | None:
         return None
 
 
-def _together(runs: Sequence[Run], what: str, draw: Callable[[Sequence[Run]], Picture | None]) -> Picture | None:
+def _together(runs: Sequence[Run], what: str, draw: Callable[[Sequence[Run]], T]) -> T | None:
     """One plot of all runs; where some have kept what cannot be drawn, of the others."""
     try:
         return draw(runs)
@@ -53,8 +52,8 @@ def _over_steps(runs: Sequence[Run]) -> list[Picture]:
     plots = {"ECE_t": pictures.ece_over_t, "The gradient norm": pictures.gradient_norm_over_t}
     drawn = [_together(runs, what, draw) for what, draw in plots.items()]
     found = [picture for picture in drawn if picture is not None]
-    strengths = {run.name: _attempt(run, "The guidance schedule", lambda run=run: guidance_strength(run)) for run in runs}
-    return found + pictures.schedules({name: each for name, each in strengths.items() if each is not None})
+    schedules = _together(runs, "The guidance schedule", pictures.guidance_schedules)
+    return found + (schedules or [])
 
 
 def _of_each(runs: Sequence[Run], what: str, make: Callable[[Run], T | None]) -> list[T]:

@@ -15,7 +15,6 @@ from PIL import Image
 
 from calib_guidance.figures import Series, curves, guidance_schedule, reliability, sample_grid, side_by_side, strips
 from calib_guidance.report.runs import Run
-from calib_guidance.report.schedule import Strength
 
 LARGEST = 160  # pixels of a sample that is shown by itself; larger ones are reduced
 
@@ -138,19 +137,26 @@ def trajectory_strips(run: Run) -> Picture | None:
     return _drawn(alt, caption, strips, kept["x0"], kept["gradient"], kept["t"], names, _PATH)
 
 
-def schedules(strengths: dict[str, Strength]) -> list[Picture]:
-    """Strength of guidance over the steps, in one figure for all runs of the same steps and unit."""
-    groups: dict[tuple[str, bytes], dict[str, Strength]] = {}
-    for name, each in strengths.items():
-        groups.setdefault((each.unit, each.t.tobytes()), {})[name] = each
+def guidance_schedules(runs: Sequence[Run]) -> list[Picture]:
+    """Strength of guidance over the steps, in one figure for all runs of the same steps and unit.
+
+    Of one run with and without the sine factor; of several what each was guided with.
+    """
+    groups: dict[tuple[str, tuple[float, ...]], dict[str, list[float]]] = {}
+    for run in runs:
+        if kept := run.metrics.get("guidance_schedule"):
+            strengths = list(kept["strength"].items())
+            named = {run.name: strengths[-1][1]} if len(runs) > 1 else dict(strengths)
+            groups.setdefault((kept["unit"], tuple(kept["t"])), {}).update(named)
     pictures = []
-    for (unit, _), group in groups.items():
-        t = next(iter(group.values())).t
-        named = {f"{name} (scale {' and '.join(f'{s:g}' for s in each.scales)})": each for name, each in group.items()}
-        said = "; ".join(_range(Series(name, t.tolist(), each.values.tolist())) for name, each in named.items())
+    for (unit, t), strengths in groups.items():
+        said = "; ".join(
+            _range(Series(name.replace("$\\gamma$", "γ"), t, values)) for name, values in strengths.items()
+        )
+        of = f" of {', '.join(strengths)}" if len(runs) > 1 else ""
+        caption = f"Guidance schedule{of}, the scale included."
         alt = f"Strength of guidance over the diffusion step t: {said}."
-        caption = f"Guidance schedule of {', '.join(named)}, from the configuration; each is multiplied by its scale."
-        values = {_plain(name): each.values for name, each in named.items()}
+        values = {_plain(name): each for name, each in strengths.items()} if len(runs) > 1 else strengths
         pictures.append(_drawn(alt, caption, guidance_schedule, t, values, _PATH, unit))
     return pictures
 
@@ -159,7 +165,7 @@ def grid(run: Run, rows: int = 10, columns: int = 10) -> Picture | None:
     """The first samples by index, a class a row. Only what is drawn is decoded."""
     labels, index = run.columns["label"], run.columns["index"]
     _, first = np.unique(labels, return_index=True)
-    chosen = [label for label in labels[np.sort(first)][:rows]]
+    chosen = labels[np.sort(first)][:rows]
     images = run.images([i for label in chosen for i in index[labels == label][:columns].tolist()])
     if not images:
         return None

@@ -72,6 +72,12 @@ class Run:
             self.judge = self._read_judge()
         except OSError as error:
             raise ConfigurationError(f"{error.filename or path} cannot be read: {error.strerror or error}") from error
+        measured, written = self.evaluation.get("num_measured"), self.status["samples"]["written"]
+        if measured not in (None, written):
+            self.remarks.append(
+                f"evaluation/metrics.json is of {measured} samples, and {written} are written now: calib-guidance evaluate "
+                f"{path} measures them all."
+            )
         if self.status["complete"] and not self.metrics and not self.evaluation:
             self.remarks.append(
                 "Nothing was measured: there is no metrics.json. The same predict command with RunReport among its callbacks "

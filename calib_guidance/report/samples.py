@@ -93,7 +93,9 @@ def _verdicts(run: Run) -> dict[int, tuple[int, float]]:
 
 
 def _judged(run: Run, image: np.ndarray, index: int, label: int, verdict: tuple[int, float] | None) -> Judged:
-    said = "" if verdict is None else f"; the judge sees class {verdict[0]}, confidence {verdict[1]:.2f} in class {label}"
+    said = (
+        "" if verdict is None else f"; the judge sees class {verdict[0]}, confidence {verdict[1]:.2f} in class {label}"
+    )
     return Judged(sample(image, f"{run.name}: sample {index} of class {label}{said}"), index, label, *(verdict or ()))
 
 
@@ -147,8 +149,8 @@ def _shared(runs: Sequence[Run]) -> tuple[list[Run], list[int], list[str]]:
             remarks.append(f"{run.name} has no samples yet.")
         elif set(run.seeds) != set(first.seeds):
             remarks.append(
-                f"{run.name} has other seeds ({_seeds(run)}) than {first.name} ({_seeds(first)}), so that no sample of it is from "
-                "the same noise: it is not set side by side. Sample both with the same data.init_args.seed."
+                f"{run.name} has other seeds ({_seeds(run)}) than {first.name} ({_seeds(first)}), so that no sample of it is "
+                "from the same noise: it is not set side by side. Sample both with the same data.init_args.seed."
             )
         else:
             remarks.append(

@@ -6,14 +6,20 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from calib_guidance.callbacks.run_report import TABLE
+from calib_guidance.metrics.quality import TABLE
 from calib_guidance.report.runs import Run
 from calib_guidance.report.settings import as_text, flatten
 
 # What says how the figures came about, and curves, which are drawn.
-_COUNTS = {"num_samples": "samples", "num_reference": "reference images", "num_evaluations": "network evaluations each"}
+_COUNTS = {
+    "num_samples": "samples",
+    "num_measured": "samples measured",
+    "num_reference": "reference images",
+    "num_evaluations": "network evaluations each",
+}
 _BETTER = {
     "frechet_distance": "lower",
+    "frechet_distance_infinite": "lower",
     "spatial_frechet_distance": "lower",
     "kernel_distance": "lower",
     "inception_score": "higher",
@@ -27,7 +33,7 @@ _BETTER = {
     "integral_ece": "lower",
     "seconds_per_image": "lower",
 }
-_DRAWN = {"ece_t", "gradient_norm_t", "reliability"}
+_DRAWN = {"ece_t", "gradient_norm_t", "guidance_schedule", "reliability"}
 
 
 class Cell(NamedTuple):
@@ -79,6 +85,8 @@ def _is_number(value: Any) -> bool:
 
 def _label(name: str) -> tuple[str, str]:
     """Words for a metric, and how it is written."""
+    if name in _COUNTS:
+        return _COUNTS[name], "{:.0f}"
     return TABLE.get(name, (name.replace("_", " "), "{:.4g}"))
 
 
@@ -119,6 +127,37 @@ def _notes(runs: Sequence[Run], measured: Sequence[Mapping[str, Any]]) -> list[s
     return [note if len(names) == len(runs) else f"{', '.join(names)}: {note}" for note, names in of.items()]
 
 
+def _incomparable(runs: Sequence[Run], measured: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Why figures of the runs cannot be compared, if so."""
+    notes = []
+    for what, of in (("features", _features), ("number of samples", _count), ("reference", _reference)):
+        said = {run.name: of(each) for run, each in zip(runs, measured, strict=True) if each}
+        if len(set(said.values())) > 1:
+            listed = "; ".join(f"{name}: {value}" for name, value in said.items())
+            notes.append(
+                f"The {what} differ{'' if what == 'features' else 's'}, so that distances do not compare: {listed}."
+            )
+    return notes
+
+
+def _features(measured: Mapping[str, Any]) -> str:
+    provenance = measured.get("provenance", {}).get("features", {})
+    weights = provenance.get("weights_sha256")
+    return f"{measured.get('features', 'not said')}{f', weights {weights[:12]}' if weights else ''}"
+
+
+def _count(measured: Mapping[str, Any]) -> str:
+    return str(measured.get("num_measured", measured.get("num_samples", "not said")))
+
+
+def _reference(measured: Mapping[str, Any]) -> str:
+    provenance = measured.get("provenance", {}).get("reference", {})
+    sha256 = provenance.get("sha256") or provenance.get("images", {}).get("sha256")
+    source = provenance.get("file") or provenance.get("images", {}).get("source")
+    words = [source, f"{measured.get('num_reference', 'unknown number of')} images", sha256 and f"sha256 {sha256[:12]}"]
+    return ", ".join(word for word in words if word)
+
+
 def _spreads(measured: Sequence[Mapping[str, Any]]) -> list[str]:
     of: dict[str, list[str]] = {}
     for each in measured:
@@ -145,24 +184,26 @@ def figures(runs: Sequence[Run], measured: Sequence[Mapping[str, Any]]) -> Figur
     found = dict.fromkeys(name for each in measured for name, value in each.items() if _is_number(value))
     names = [name for name in TABLE if name in found]
     names += [name for name in found if name not in TABLE and name not in _COUNTS]
-    counts = [
-        Row(name, label, "", [Cell(each.get(name), str(each.get(name, "–"))) for each in measured])
-        for name, label in _COUNTS.items()
-        if name in found
-    ]
+    names += [name for name in _COUNTS if name in found]
     by_class = []
     for run, each in zip(runs, measured, strict=True):
         if isinstance(each.get("by_class"), Mapping) and each["by_class"]:
             by_class.append((run.name, *_by_class(each["by_class"])))
-    rows = [*(_row(name, measured) for name in names), *counts]
-    return Figures(rows, _spreads(measured), _notes(runs, measured), by_class)
+    notes = _incomparable(runs, measured) + _notes(runs, measured)
+    return Figures([_row(name, measured) for name in names], _spreads(measured), notes, by_class)
 
 
-def _by_class(content: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[Cell]]]]:
-    """Metrics, and of each class the figures: from ``{metric: {class: value}}``."""
-    names = [name for name, values in content.items() if isinstance(values, Mapping)]
-    classes = sorted({label for name in names for label in content[name]}, key=lambda label: (len(label), label))
-    rows = [(label, [_cell(name, {name: content[name].get(label)})[0] for name in names]) for label in classes]
+def _by_class(content: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[tuple[str, list[Cell]]]]:
+    """Metrics, and of each class the figures, from ``{class: {metric: value, "spread": {metric: sd}}}``."""
+    found = dict.fromkeys(
+        name for measured in content.values() for name, value in measured.items() if _is_number(value)
+    )
+    names = [name for name in found if name in TABLE] + [name for name in found if name in _COUNTS]
+    rows = []
+    for label in sorted(content, key=lambda label: (len(label), label)):
+        measured = content[label]
+        spreads = {name: {"sd": sd} for name, sd in measured.get("spread", {}).items()}
+        rows.append((label, [_cell(name, measured | {"spread": spreads})[0] for name in names]))
     return [_label(name)[0] for name in names], rows
 
 
