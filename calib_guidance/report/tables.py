@@ -128,34 +128,34 @@ def _notes(runs: Sequence[Run], measured: Sequence[Mapping[str, Any]]) -> list[s
 
 
 def _incomparable(runs: Sequence[Run], measured: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Why figures of the runs cannot be compared, if so."""
+    """Why figures of the runs cannot be compared, if so. What a run does not say counts as the same."""
     notes = []
-    for what, of in (("features", _features), ("number of samples", _count), ("reference", _reference)):
-        said = {run.name: of(each) for run, each in zip(runs, measured, strict=True) if each}
-        if len(set(said.values())) > 1:
-            listed = "; ".join(f"{name}: {value}" for name, value in said.items())
-            notes.append(
-                f"The {what} differ{'' if what == 'features' else 's'}, so that distances do not compare: {listed}."
-            )
+    for what, facts in (("features", _features), ("numbers of samples", _counts), ("references", _references)):
+        said = {run.name: facts(each) for run, each in zip(runs, measured, strict=True) if each}
+        if any(len(set(values) - {None}) > 1 for values in zip(*said.values(), strict=True)):
+            listed = "; ".join(f"{name}: {', '.join(str(v) for v in values if v)}" for name, values in said.items())
+            notes.append(f"The {what} differ, so that the figures do not compare: {listed}.")
     return notes
 
 
-def _features(measured: Mapping[str, Any]) -> str:
+def _sha256(provenance: Mapping[str, Any], key: str = "sha256") -> str | None:
+    return f"{key} {provenance[key][:12]}" if provenance.get(key) else None
+
+
+def _features(measured: Mapping[str, Any]) -> tuple[str | None, ...]:
     provenance = measured.get("provenance", {}).get("features", {})
-    weights = provenance.get("weights_sha256")
-    return f"{measured.get('features', 'not said')}{f', weights {weights[:12]}' if weights else ''}"
+    return measured.get("features"), _sha256(provenance, "weights_sha256")
 
 
-def _count(measured: Mapping[str, Any]) -> str:
-    return str(measured.get("num_measured", measured.get("num_samples", "not said")))
+def _counts(measured: Mapping[str, Any]) -> tuple[int | None, ...]:
+    return (measured.get("num_measured", measured.get("num_samples")),)
 
 
-def _reference(measured: Mapping[str, Any]) -> str:
+def _references(measured: Mapping[str, Any]) -> tuple[str | None, ...]:
     provenance = measured.get("provenance", {}).get("reference", {})
-    sha256 = provenance.get("sha256") or provenance.get("images", {}).get("sha256")
-    source = provenance.get("file") or provenance.get("images", {}).get("source")
-    words = [source, f"{measured.get('num_reference', 'unknown number of')} images", sha256 and f"sha256 {sha256[:12]}"]
-    return ", ".join(word for word in words if word)
+    count = measured.get("num_reference")
+    images = None if count is None else f"{count} images"
+    return images, _sha256(provenance), _sha256(provenance.get("images", {}))
 
 
 def _spreads(measured: Sequence[Mapping[str, Any]]) -> list[str]:
