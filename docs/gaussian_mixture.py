@@ -1,6 +1,7 @@
 """What inputs, temperatures and regularisers do to guided sampling, against a density that is known.
 
-Writes ``gaussian_mixture.md`` and ``images/gaussian_mixture.png``: ``python docs/gaussian_mixture.py [--output docs]``.
+Writes ``gaussian_mixture.md``, ``images/gaussian_mixture.png`` and ``images/direction_field.png``:
+``python docs/gaussian_mixture.py [--output docs]``.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from calib_guidance.denoisers.analytic import GaussianMixture, GaussianMixtureClassifier
+from calib_guidance.figures import COLOURS, Contours, direction_field
 from calib_guidance.guidance import ClassifierGuidance
 from calib_guidance.samplers import DDIM, DDPM, Sampler
 from calib_guidance.scores import DivergenceRegularized, EntropyRegularized, Score, TemperedLogProb, Tilted
 from calib_guidance.scores.divergence import smoothed_one_hot_log
 
-# Wong's palette, told apart with any colour vision (Nature Methods 8, 441, 2011).
-BLUE, VERMILLION, GREEN, BLACK = "#0072B2", "#D55E00", "#009E73", "#000000"
+BLUE, VERMILLION, BLACK = COLOURS[0], COLOURS[1], COLOURS[6]
 HALO = [withStroke(linewidth=2, foreground="white")]
 
 # Four classes that overlap, so that the classifier is often unsure; class 0 is guided to.
@@ -44,6 +45,7 @@ WEIGHTS = [0.25, 0.2, 0.3, 0.25]
 Y, STEPS, SEED = 0, 250, 0
 GROUP = 10
 EXTENT, CELLS = 4.5, 360
+LIMITS = -2.15, 2.35, -1.9, 2.2
 
 
 class Method(NamedTuple):
@@ -149,12 +151,17 @@ def measure(x: Tensor, mixture: GaussianMixture, exact: Tensor, target: Tensor |
     )
 
 
-def contours(axis: plt.Axes, cells: Tensor, masses: Sequence[float] = (0.9, 0.5), **style: object) -> None:
+def regions(cells: Tensor, masses: Sequence[float] = (0.9, 0.5)) -> Contours:
     """The smallest regions that hold so much of the mass."""
     ordered = cells.sort(descending=True).values
     levels = [float(ordered[(ordered.cumsum(0) < mass).sum()]) for mass in masses]
     v = (torch.arange(CELLS) + 0.5) / CELLS * 2 * EXTENT - EXTENT
-    axis.contour(v, v, cells.view(CELLS, CELLS), levels=levels, **style)
+    return Contours(v, v, cells.view(CELLS, CELLS), levels)
+
+
+def contours(axis: plt.Axes, cells: Tensor, masses: Sequence[float] = (0.9, 0.5), **style: object) -> None:
+    x, y, density, levels = regions(cells, masses)
+    axis.contour(x, y, density, levels=levels, **style)
 
 
 def frame(axis: plt.Axes, mixture: GaussianMixture, title: str) -> None:
@@ -164,20 +171,10 @@ def frame(axis: plt.Axes, mixture: GaussianMixture, title: str) -> None:
             contours(axis, joint[:, k].softmax(0), [0.5], colors="0.72", linewidths=0.8, zorder=1)
             axis.text(x, y, str(k), fontsize=8, color="0.3", ha="center", va="center", zorder=4, path_effects=HALO)
     axis.plot(*mixture.means[Y].tolist(), marker="*", color="white", mec=BLACK, mew=0.7, ms=8, zorder=5, ls="")
-    axis.set(xlim=(-2.15, 2.35), ylim=(-1.9, 2.2), xticks=[], yticks=[], aspect="equal")
+    axis.set(xlim=LIMITS[:2], ylim=LIMITS[2:], xticks=[], yticks=[], aspect="equal")
     axis.set_title(title, fontsize=8.5, pad=3)
     for side in axis.spines.values():
         side.set_color("0.7")
-
-
-def field(axis: plt.Axes, mixture: GaussianMixture, conditional: bool) -> None:
-    """∇log p(x, y), or ∇log p(y | x), on a coarse grid of clean samples; arrows of length ∝ √|∇|."""
-    v = torch.linspace(-2.4, 2.4, 17, dtype=torch.float64)
-    x = torch.cartesian_prod(v, v)[:, :, None, None]
-    g = gradients(x, mixture, conditional)
-    g = g / g.norm(dim=1, keepdim=True).clamp(min=1e-9).sqrt()
-    colour = VERMILLION if conditional else GREEN
-    axis.quiver(*x.flatten(1).T.numpy(), *g.T.numpy(), color=colour, angles="xy", scale=45, width=0.006)
 
 
 def gradients(x: Tensor, mixture: GaussianMixture, conditional: bool) -> Tensor:
@@ -187,15 +184,33 @@ def gradients(x: Tensor, mixture: GaussianMixture, conditional: bool) -> Tensor:
     return torch.autograd.grad(score.sum(), x)[0].flatten(1)
 
 
+def draw_field(mixture: GaussianMixture, path: Path) -> None:
+    """∇log p(x, y) and ∇log p(y | x) of clean samples, on a coarse grid."""
+    x = torch.cartesian_prod(torch.linspace(-2.0, 2.2, 13), torch.linspace(-1.75, 2.05, 12))[:, :, None, None]
+    joint = mixture.log_joint(grid())
+    direction_field(
+        x.flatten(1),
+        {
+            r"joint: $\nabla\log p(x, y)$": gradients(x, mixture, False),
+            r"conditional: $\nabla\log p(y\,|\,x)$": gradients(x, mixture, True),
+        },
+        mixture.means[Y],
+        path,
+        regions(joint[:, Y].softmax(0)),
+        [regions(joint[:, k].softmax(0), [0.5]) for k in range(len(MEANS)) if k != Y],
+        limits=LIMITS,
+    )
+
+
 def draw_figure(
     samples: dict[str, Tensor], measured: dict[str, Measured], mixture: GaussianMixture, path: Path
 ) -> None:
     drawn = [method for method in METHODS if method.drawn]
     own = mixture.log_joint(grid())[:, Y].softmax(0)
-    figure = plt.figure(figsize=(7.2, 8.1))
-    rows = figure.add_gridspec(4, 12, height_ratios=[1, 1, 1, 1.4], hspace=0.2, wspace=0.25)
+    figure = plt.figure(figsize=(7.2, 5.9))
+    rows = figure.add_gridspec(3, 4, hspace=0.2, wspace=0.08)
     for place, method in enumerate(drawn):
-        axis = figure.add_subplot(rows[place // 4, place % 4 * 3 : place % 4 * 3 + 3])
+        axis = figure.add_subplot(rows[place // 4, place % 4])
         x = samples[method.name].flatten(1)[:1000]
         axis.scatter(*x.T, s=2.5, color=BLUE, alpha=0.45, lw=0, rasterized=True)
         contours(axis, own, colors=BLACK, linewidths=0.9)
@@ -204,23 +219,16 @@ def draw_figure(
             contours(axis, target, colors=VERMILLION, linewidths=1.1, linestyles="--")
         frame(axis, mixture, method.name)
         axis.text(0.03, 0.03, f"{max(measured[method.name].energy, 0):.3f}", transform=axis.transAxes, fontsize=7.5)
-    for place, conditional in ((0, False), (1, True)):
-        axis = figure.add_subplot(rows[3, place * 4 : place * 4 + 4])
-        field(axis, mixture, conditional)
-        contours(axis, own, colors=BLACK, linewidths=0.9)
-        frame(axis, mixture, "conditional: ∇ log p(y | x)" if conditional else "joint: ∇ log p(x, y)")
-    axis = figure.add_subplot(rows[3, 8:12])
-    axis.set_axis_off()
     entries = [
         (Line2D([], [], color=BLACK, lw=0.9), "p(x | y), exact: 50, 90 % of mass"),
         (Line2D([], [], color=VERMILLION, lw=1.1, ls="--"), "p(x)·exp S(x), nominal"),
         (Line2D([], [], color="0.72", lw=0.8), "other classes: 50 % of mass"),
         (Line2D([], [], color=BLUE, marker="o", ms=3, ls=""), "samples"),
         (Line2D([], [], color="white", marker="*", mec=BLACK, mew=0.7, ms=8, ls=""), "μ of the class y"),
-        (Line2D([], [], ls=""), "lower left: energy distance\nof the samples to p(x | y)"),
+        (Line2D([], [], ls=""), "lower left: energy distance to p(x | y)"),
     ]
-    place = {"loc": "center left", "bbox_to_anchor": (-0.08, 0.5)}
-    axis.legend(*zip(*entries, strict=True), fontsize=8, frameon=False, labelspacing=0.9, handlelength=1.6, **place)
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.1), "ncols": 3}
+    figure.legend(*zip(*entries, strict=True), fontsize=8, frameon=False, handlelength=1.6, **place)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=200, bbox_inches="tight")
     plt.close(figure)
@@ -293,7 +301,7 @@ def report(
         f"Of the {len(with_target)} of those rows that have a nominal target, {some(missed, with_target)} miss it by a "
         "difference.",
         "The conditional gradient points away from μ_y at "
-        f"{leads_away(mixture, True):.1f} % of the class, the joint one at {leads_away(mixture, False):.1f} % (lowest panels; "
+        f"{leads_away(mixture, True):.1f} % of the class, the joint one at {leads_away(mixture, False):.1f} % (second picture; "
         "Proposition 4.2 of arXiv 2310.11311).",
     ]
     paragraphs = [
@@ -313,6 +321,9 @@ def report(
         f"Of p(x | y) itself the share is {number(share, 3)}, since the classes overlap.",
         table(ddpm),
         "\n".join(f"- {finding}" for finding in findings),
+        "![Joint and conditional direction](images/direction_field.png)",
+        "Arrows of length ∝ √|∇|; those of the second colour lead away from μ of the class. Black: p(x | y), 50 and 90 % of its "
+        "mass; grey: half of each other class.",
         f"The same with DDIM, {STEPS} steps. Its path is deterministic: what guidance adds at high noise stays in the sample, "
         "where the noise of DDPM's later steps can wash it out.",
         table(ddim),
@@ -336,6 +347,7 @@ def main() -> None:
         {name: measure(x, mixture, sets[0], targets[name]) for name, x in drawn.items()}
         for drawn in (samples, deterministic)
     )
+    draw_field(mixture, arguments.output / "images" / "direction_field")
     draw_figure(samples, ddpm, mixture, arguments.output / "images" / "gaussian_mixture.png")
     (arguments.output / "gaussian_mixture.md").write_text(report(ddpm, ddim, floor, mixture, arguments.n))
 

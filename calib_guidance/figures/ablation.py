@@ -87,14 +87,20 @@ def ablation(
     if log and not (numeric and all(value > 0 for value, _ in points)):
         raise ConfigurationError(f"{name} has values that a logarithmic axis cannot show: draw it without log")
     x = np.array([value for value, _ in points], float) if numeric else np.arange(len(points), dtype=float)
-    figure = Figure(figsize=(COLUMN, 0.45 + 1.1 * len(metrics)))
+    texts = [_text(value) for value, _ in points]
+    slanted = (not numeric) and max(map(len, texts)) * len(texts) > 40
+    figure = Figure(figsize=(COLUMN, 0.45 + 0.3 * slanted + 1.1 * len(metrics)))
     axes = figure.subplots(len(metrics), 1, sharex=True, squeeze=False)[:, 0]
+    unnamed = True  # the baseline, in a legend
     for number, (axis, metric) in enumerate(zip(axes, metrics, strict=True)):
         mean, sd = _measured(points, metric)
         if baseline and np.isfinite(level := _number(baseline.get(metric, (None, None))[0])):
             spread = np.nan_to_num(_number(baseline[metric][1]))
             axis.axhspan(level - spread, level + spread, color="0.85", lw=0)
-            axis.axhline(level, color="0.4", lw=0.8, ls="--", label="without" if number == 0 else "_")
+            axis.axhline(level, color="0.4", lw=0.8, ls="--", label=f"without {name}")
+            if unnamed:
+                axis.legend()
+            unnamed = False
         style = {"color": COLOURS[number % 7], "marker": "os^Dv<>"[number % 7], "ms": 3.5, "lw": 1}
         axis.errorbar(x, mean, np.where(sd > 0, sd, np.nan), capsize=2, elinewidth=0.8, **style)
         axis.set_ylabel(LABELS.get(metric, metric.replace("_", " ")), fontsize=7)
@@ -103,12 +109,9 @@ def ablation(
     if log:
         axes[-1].set_xscale("log")
     if not numeric or len(points) <= 6:
-        slanted = {"rotation": 30, "ha": "right"} if max(len(_text(v)) for v, _ in points) * len(points) > 40 else {}
-        axes[-1].set_xticks(x, [_text(value) for value, _ in points], **slanted)
+        axes[-1].set_xticks(x, texts, **({"rotation": 30, "ha": "right"} if slanted else {}))
         axes[-1].minorticks_off()
     axes[-1].set_xlabel(name)
-    if baseline:
-        axes[0].legend()
     return save(figure, path)
 
 

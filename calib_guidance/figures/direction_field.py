@@ -61,7 +61,7 @@ def direction_field(
     panels = len(gradients)
     left, right, bottom, top = limits or (*points[:, 0][[0, -1]], points[:, 1].min(), points[:, 1].max())
     side = (COLUMN - 0.1) / panels
-    figure = Figure(figsize=(COLUMN, side * (top - bottom) / (right - left) + 0.62))
+    figure = Figure(figsize=(COLUMN, side * (top - bottom) / (right - left) + 0.5))
     for number, (title, field) in enumerate(gradients.items()):
         axis = figure.add_subplot(1, panels, number + 1)
         g = np.asarray(field, np.float64)
@@ -74,7 +74,7 @@ def direction_field(
         if own is not None:
             axis.contour(own.x, own.y, own.density, levels=own.levels, colors="black", linewidths=0.8)
         for other in others:
-            axis.contour(other.x, other.y, other.density, levels=other.levels, colors="0.72", linewidths=0.7)
+            axis.contour(other.x, other.y, other.density, levels=other.levels, colors="0.6", linewidths=0.9)
         axis.quiver(
             *at.T,
             *g.T,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.figures.style import COLUMN, paper, pixels, save
@@ -75,6 +76,7 @@ def strips(
             bound = (size if per_step else whole) or 1.0
             where = (j, j + 1 - _GAP, top + 2 - _GAP, top + 1)
             axis.imshow(one, extent=where, vmin=-bound, vmax=bound, cmap="RdBu_r")
+            axis.add_patch(Rectangle((j, top + 1), 1 - _GAP, 1 - _GAP, fill=False, ec="0.8", lw=0.4))
             if per_step:
                 axis.text(j + 0.47, top + 2, _magnitude(size), fontsize=5, ha="center", va="top")
         if not per_step and np.isfinite(whole):
