@@ -14,6 +14,7 @@ from calib_guidance.errors import CheckpointError, ConfigurationError, RunError,
 _COMMANDS = {
     "compare": "calib_guidance.compare",
     "doctor": "calib_guidance.doctor",
+    "evaluate": "calib_guidance.evaluate",
     "export": "calib_guidance.export",
     "reference": "calib_guidance.reference",
     "report": "calib_guidance.report",

@@ -12,16 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from calib_guidance.errors import ConfigurationError
+from calib_guidance.errors import ConfigurationError, RunError
 
 _PATIENCE = timedelta(hours=2)  # a process whose images are slower to read may keep the others waiting
+
+
+@contextlib.contextmanager
+def _others_alive() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RunError(
+            f"process {distributed.get_rank()} cannot reach the others: one of them has ended, whose message says why ({error})"
+        ) from error
 
 
 @dataclass(frozen=True)
 class Processes:
     """This process among those that work together. What is summed or gathered is the same on every one of them.
 
-    Every process has to call :meth:`sum`, :meth:`gather` and :meth:`gather_rows`, in the same order.
+    Every process has to call :meth:`sum`, :meth:`gather` and :meth:`gather_rows`, in the same order; each raises RunError where
+    another process has ended.
 
     Args:
         rank: 0 … world_size − 1.
@@ -43,7 +54,8 @@ class Processes:
         if self.world_size == 1:
             return tensor
         total = tensor.to(self.device, copy=True)
-        distributed.all_reduce(total)
+        with _others_alive():
+            distributed.all_reduce(total)
         return total
 
     def gather(self, value: Any) -> list[Any]:
@@ -51,7 +63,8 @@ class Processes:
         values = [value]
         if self.world_size > 1:
             values = [None] * self.world_size
-            distributed.all_gather_object(values, value)
+            with _others_alive():
+                distributed.all_gather_object(values, value)
         return values
 
     def gather_rows(self, tensor: Tensor) -> Tensor:
@@ -62,7 +75,8 @@ class Processes:
         padded = torch.zeros(max(counts), *tensor.shape[1:], dtype=tensor.dtype, device=self.device)
         padded[: len(tensor)] = tensor
         parts = [torch.empty_like(padded) for _ in counts]
-        distributed.all_gather(parts, padded)
+        with _others_alive():
+            distributed.all_gather(parts, padded)
         return torch.cat([part[:count].cpu() for part, count in zip(parts, counts, strict=True)])
 
 

@@ -28,7 +28,7 @@ FLOORS = [
     {"metrics", "data", "modules", "callbacks"},
     {"checkpoint_io"},
     {"lightning_cli"},
-    {"compare", "doctor", "export", "reference", "report", "status"},
+    {"compare", "doctor", "evaluate", "export", "reference", "report", "status"},
     {"cli"},
     {"__main__"},
 ]

@@ -2,109 +2,111 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchmetrics import MeanMetric, MetricCollection
 
-from calib_guidance.callbacks.measurement import Measurement, compute
+from calib_guidance.callbacks.measurement import Measurement
+from calib_guidance.classifiers import Classifier
+from calib_guidance.data.image_sets import open_images
 from calib_guidance.images import to_uint8
-from calib_guidance.metrics import (
-    DensityCoverage,
-    FeatureExtractor,
-    Features,
-    FrechetDistance,
-    KernelDistance,
-    PrecisionRecall,
-    sample_count_note,
-)
-from calib_guidance.run_folder import RunFolder
+from calib_guidance.metrics import FeatureExtractor, mean_and_covariance
+from calib_guidance.metrics.quality import Measures, Quality, write_judged
+from calib_guidance.metrics.statistics import ReferenceStatistics
+from calib_guidance.processes import Processes
 
 
 class SampleQuality(Measurement):
-    """Fréchet distance, precision and recall against reference images, and accuracy where the features come from a judge.
+    """Fréchet distance, precision and recall against reference images, and accuracy and ECE where there is a judge.
 
-    Measured on the written images of the whole folder, when all are there; ranks share them out.
+    Measured on the written images of the whole folder, when all are there; ranks share them out. What the judge said of each
+    sample is in ``judge.npz`` beside ``metrics.json``. ``calib-guidance evaluate`` measures the same way.
 
     Args:
-        features: the extractor, :class:`~calib_guidance.metrics.JudgeFeatures` or
-            :class:`~calib_guidance.metrics.InceptionFeatures`.
-        reference: data set of {image in [-1, 1], label, index} that nothing was trained on.
+        features: the extractor, :class:`~calib_guidance.metrics.JudgeFeatures`,
+            :class:`~calib_guidance.metrics.InceptionFeatures` or another of :mod:`calib_guidance.metrics.features`.
+        reference: data set of {image in [-1, 1], label, index} that nothing was trained on, or a path: statistics that
+            ``calib-guidance reference`` or another tool wrote, or images as it takes them.
+        metrics: names of :data:`~calib_guidance.metrics.quality.METRICS`; those that the features, the reference or the number
+            of samples do not allow are left out with a note.
+        judge: names the samples' classes; None takes the features' where they are a judge's.
         k: neighbours for precision and recall.
-        uint8_rule: of the reference, see :func:`calib_guidance.images.to_uint8`.
+        uint8_rule: of a reference that is a data set, see :func:`calib_guidance.images.to_uint8`.
         batch_size: images at a time.
-        kid: also the kernel Inception distance: of the whole sets, and mean ± spread of 100 subsets of 1,000 where both sets
-            have as many.
-        density_coverage: also density and coverage, of 5 neighbours.
     """
 
     def __init__(
         self,
         features: FeatureExtractor,
-        reference: Dataset,
+        reference: Dataset | str,
+        metrics: Sequence[str] = ("fid", "pr", "judge"),
+        judge: Classifier | None = None,
         k: int = 3,
         uint8_rule: str = "truncate",
         batch_size: int = 250,
-        kid: bool = False,
-        density_coverage: bool = False,
     ):
-        self.features, self.reference, self.k = features, reference, k
+        self.features, self.reference = features, reference
         self.uint8_rule, self.batch_size = uint8_rule, batch_size
-        self.kid, self.density_coverage = kid, density_coverage
+        self.measures = Measures(tuple(metrics), features, judge, k=k)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "predict":
             return
         device = trainer.strategy.root_device
+        self.processes = Processes(trainer.global_rank, trainer.world_size, device)
+        if isinstance(self.reference, str):
+            extractor = self.features
+            reference = ReferenceStatistics.of(
+                self.reference, extractor, self.batch_size, True, processes=self.processes
+            )
+        else:
+            reference = self._measure_reference(self.reference, device)
+        if not (self.measures.extractor_judges or self.measures.judge):
+            self.measures = self.measures._replace(metrics=tuple(m for m in self.measures.metrics if m != "judge"))
+        self.quality = Quality(self.measures, reference, device=device)
+
+    @torch.no_grad()
+    def _measure_reference(self, images: Dataset, device: torch.device) -> ReferenceStatistics:
         self.features.eval().to(device)
-        loader = DataLoader(self.reference, self.batch_size)
-        rule = self.uint8_rule
-        found = torch.cat([self._extract(to_uint8(batch["image"].to(device), rule)).pool for batch in loader])
-        metrics = {
-            "frechet_distance": FrechetDistance(found, full_rank=False),
-            "precision_recall": PrecisionRecall(found, self.k),
+        found, labels = [], []
+        for batch in DataLoader(images, self.batch_size):
+            found.append(self.features(to_uint8(batch["image"].to(device), self.uint8_rule)))
+            labels.append(batch.get("label"))
+        pool = torch.cat([features.pool for features in found])
+        spatial = (None, None)
+        if "sfid" in self.measures.metrics and self.features.spatial_width is not None:
+            spatial = mean_and_covariance(torch.cat([features.spatial for features in found]))
+        provenance = {
+            "source": getattr(images, "name", type(images).__name__),
+            "kind": "data set",
+            "num_images": len(pool),
+            "image_shape": list(batch["image"].shape[1:]),
+            "uint8_rule": self.uint8_rule,
         }
-        if self.kid:
-            metrics["kid"] = KernelDistance(found)
-        if self.density_coverage:
-            metrics["density_coverage"] = DensityCoverage(found)
-        self.distances = MetricCollection(metrics, compute_groups=False).to(device)
-        self.width = found.shape[1]
-        self.accuracy = MeanMetric().to(device)
-
-    def _extract(self, images: Tensor) -> Features:
-        with torch.no_grad():
-            return self.features(images)
-
-    def _measure(self, trainer: L.Trainer) -> None:
-        """This rank's share of the written samples."""
-        folder: RunFolder = trainer.datamodule.run_folder.whole()
-        for shard in folder.shards()[trainer.global_rank :: trainer.world_size]:
-            columns = {key: torch.from_numpy(column) for key, column in folder.read(shard).items()}
-            if not len(columns["label"]):
-                continue
-            batches = (columns[key].split(self.batch_size) for key in ("image", "label", "index"))
-            for images, labels, index in zip(*batches, strict=True):
-                features, _, logits = self._extract(images.to(trainer.strategy.root_device))
-                self.distances.update(features=features, index=index)
-                if logits is not None:
-                    self.accuracy.update((logits.argmax(1).cpu() == labels).float().to(features.device))
+        return ReferenceStatistics(
+            *mean_and_covariance(pool),
+            *spatial,
+            features=pool.cpu(),
+            labels=None if None in labels else torch.cat(labels),
+            num_images=len(pool),
+            provenance={"images": provenance, "features": self.features.provenance()},
+        )
 
     def results(self, trainer: L.Trainer) -> dict[str, Any]:
-        self._measure(trainer)
-        with torch.no_grad():
-            values = self.distances.compute()
-        accuracy = compute(self.accuracy, trainer)
-        if not accuracy.isnan():
-            values["judge_accuracy"] = accuracy
-        num_samples = trainer.datamodule.run_folder.whole().num_requests
-        note = sample_count_note(min(num_samples, len(self.reference)), self.width)
-        return {
-            **{name: float(value) for name, value in values.items()},
-            **({"frechet_distance_note": note} if note else {}),
-            "features": self.features.name,
-            "num_reference": len(self.reference),
-        }
+        folder = trainer.datamodule.run_folder.whole()
+        if not any(folder.record(shard)["rows"] for shard in folder.shards()):
+            return {"notes": ["quality not measured: all samples were left out"]}
+        images = open_images(folder.path)
+        self.quality.begin(images.num_images)
+        for batch in images.batches(self.batch_size, self.processes.rank, self.processes.world_size):
+            self.quality.update(*batch)
+        images.gather(self.processes)
+        results = self.quality.compute()
+        results["provenance"]["samples"] = images.provenance()
+        if trainer.is_global_zero and (judged := self.quality.judged()) is not None:
+            write_judged(Path(trainer.default_root_dir, "judge.npz"), judged)
+        return results

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +12,10 @@ from calib_guidance import __version__
 from calib_guidance.callbacks.measurement import Measurement
 from calib_guidance.callbacks.sample_writer import SampleWriter
 from calib_guidance.errors import ConfigurationError
+from calib_guidance.metrics.quality import described, table_rows, write_json
 from calib_guidance.run_folder import RunFolder, ShardState
 
 _LISTED = 10  # shards or samples in a message
-
-TABLE = {
-    "frechet_distance": ("Fréchet distance", "{:.3f}"),
-    "precision": ("precision", "{:.3f}"),
-    "recall": ("recall", "{:.3f}"),
-    "kernel_distance": ("kernel distance", "{:.4f}"),
-    "density": ("density", "{:.3f}"),
-    "coverage": ("coverage", "{:.3f}"),
-    "judge_accuracy": ("accuracy (judge)", "{:.3f}"),
-    "clip_score": ("CLIP score", "{:.4f}"),
-    "integral_ece": ("integral ECE", "{:.3f}"),
-    "seconds_per_image": ("seconds per image", "{:.4f}"),
-}
-
-
-def _plain(value: Any) -> Any:
-    """NaN as null, which JSON has."""
-    if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class RunReport(Measurement):
@@ -97,11 +73,10 @@ class RunReport(Measurement):
         results["versions"] = {"calib_guidance": __version__, "torch": torch.__version__}
         folder = Path(trainer.default_root_dir)
         path = folder / "metrics.json"
-        temporary = folder / f".metrics.json.{os.getpid()}.tmp"
-        temporary.write_text(json.dumps(_plain(results), indent=1) + "\n")
-        os.replace(temporary, path)
+        write_json(path, results)
         figures = [p for m in measurements for p in m.draw(folder / "figures", trainer)] if self.figures else []
-        self._print(results, [run.samples, path, folder / "config.yaml", *figures])
+        judged = [folder / "judge.npz"] if "judge_accuracy" in results else []
+        self._print(results, [run.samples, path, *judged, folder / "config.yaml", *figures])
 
     @staticmethod
     def _print_missing(run: RunFolder, missing: list[tuple[range, ShardState]]) -> None:
@@ -116,10 +91,12 @@ class RunReport(Measurement):
 
     @staticmethod
     def _print(results: dict[str, Any], paths: list[Path]) -> None:
-        rows = [(label, form.format(results[key])) for key, (label, form) in TABLE.items() if key in results]
-        wide = max(len(label) for label, _ in rows)
+        rows = table_rows(results)
+        wide = max(len(label) for label, _, _ in rows)
         print(f"\n{results['num_samples']} samples, {results['num_evaluations']} network evaluations each")
-        print("\n".join(f"  {label:<{wide}}  {value:>8}" for label, value in rows))
+        print("\n".join(f"  {label:<{wide}}  {value:>8}  {spread}".rstrip() for label, value, spread in rows))
+        if "features" in results:
+            print("\n".join(described(results)))
         if left_out := results.get("left_out"):
             print(f"left out {len(left_out)}: {', '.join(str(sample['index']) for sample in left_out[:_LISTED])}")
         print("wrote\n" + "\n".join(f"  {path}" for path in paths if path.exists()))

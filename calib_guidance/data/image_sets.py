@@ -278,7 +278,10 @@ class ImageSet(ABC):
         self._done[everyone] = processes.gather_rows(torch.from_numpy(self._done[places])).cpu().numpy()
         for problems in processes.gather(self._problems):
             self._problems.update(problems)
-        self._corrupt.count([f"{name} ({why})" for name, why in self.unreadable], self.num_images)
+        reports = [f"{name} ({why})" for name, why in self.unreadable]
+        if not processes.is_first:  # which says what others met
+            self._corrupt.names.update(reports)
+        self._corrupt.count(reports, self.num_images)
 
     @property
     def unreadable(self) -> list[tuple[str, str]]:
@@ -343,8 +346,8 @@ class RunImages(ImageSet):
         if missing:
             why = states[missing[0]]
             raise ConfigurationError(
-                f"{name} is not complete: {sum(map(len, missing))} of {self.run.num_requests} samples are missing or damaged, the "
-                f"first in {missing[0].start}–{missing[0][-1]} ({why.reason or why.name}). The same predict command makes them"
+                f"{name} is not complete: {sum(map(len, missing))} of {self.run.num_requests} samples are missing or damaged, "
+                f"the first in {missing[0].start}–{missing[0][-1]} ({why.reason or why.name}). The same predict makes them"
             )
         records = [self.run.record(shard) for shard in self.run.shards()]
         self.left_out = sum(len(record["left_out"]) for record in records)
@@ -409,8 +412,8 @@ class NpzImages(ImageSet):
             if member not in archive.namelist():
                 there = ", ".join(name.removesuffix(".npy") for name in archive.namelist())
                 raise ConfigurationError(
-                    f"{self.path} has no {member.removesuffix('.npy')}, it has: {there}. Images are arr_0, uint8 (N, H, W, C), as "
-                    "numpy.savez(file, images, labels) names them"
+                    f"{self.path} has no {member.removesuffix('.npy')}, it has: {there}. Images are arr_0, uint8 (N, H, W, C), "
+                    "as numpy.savez(file, images, labels) names them"
                 )
             return archive.open(member)
 
@@ -428,7 +431,7 @@ class NpzImages(ImageSet):
         if dtype != np.uint8:
             cure = {
                 "O": "pickled objects are not loaded",
-                "f": "make 8-bit images of it, by the rule of its model: (x + 1)·127.5 cut off for [−1, 1] (ADM), x·255 for [0, 1]",
+                "f": "make 8-bit images of it by the rule of its model, such as (x + 1)·127.5 cut off for [−1, 1] (ADM)",
             }.get(dtype.kind, "convert it")
             raise ConfigurationError(f"{where}, {needed}: {cure}")
         if len(shape) != 4 or shape[3] not in (1, 3, 4):
@@ -471,7 +474,7 @@ class NpzImages(ImageSet):
         with self._member("arr_0.npy") as file:
             self._header(file)
             for block in blocks:
-                for skipped in range(place, block.start):  # read all the same: that is what the checksum is of
+                for _ in range(place, block.start):  # read all the same: that is what the checksum is of
                     self._exactly(file, length)
                 data = np.frombuffer(self._exactly(file, length * len(block)), np.uint8)
                 place = block.stop
@@ -582,8 +585,8 @@ class ParquetImages(ImageSet):
         if self.image_column is None:
             if len(images) != 1:
                 raise ConfigurationError(
-                    f"{name}: which column holds the images is not clear, the columns are: {', '.join(schema.names)}. Name it with "
-                    "--image-column"
+                    f"{name}: which column holds the images is not clear, the columns are: {', '.join(schema.names)}. Name it "
+                    "with --image-column"
                 )
             (self.image_column,) = images
         self.label_column = _column(schema.names, labels, label_column, _LABEL_COLUMNS, "--label-column")
@@ -760,7 +763,8 @@ def open_images(
         kind, used = ParquetImages, {"split", *columns}
     elif path.is_file() and path.suffix.lower() != ".arrow":
         raise ConfigurationError(
-            f"{name} is no set of images: those are a run folder, an .npz, a folder of images, parquet or arrow files, or a hub id"
+            f"{name} is no set of images: those are a run folder, an .npz, a folder of images, parquet or arrow files, or a "
+            "hub id"
         )
     else:
         kind, used = DatasetImages, {"split", "subset", *columns}

@@ -23,6 +23,7 @@ from calib_guidance.metrics.classification import (
     negative_log_likelihood,
 )
 from calib_guidance.metrics.classifier_metrics import ClassifierMetrics
+from calib_guidance.metrics.class_wise import class_wise_distances
 from calib_guidance.metrics.density_coverage import DensityCoverage, density_coverage
 from calib_guidance.metrics.features import (
     FeatureExtractor,
@@ -41,6 +42,7 @@ from calib_guidance.metrics.frechet import (
     covariance_root,
     extrapolated_frechet_distance,
     frechet_distance,
+    frechet_distance_sd,
     mean_and_covariance,
     sample_count_note,
 )
@@ -83,7 +85,9 @@ __all__ = [
     "calibration_bins",
     "calibration_error",
     "calibration_error_from_bins",
+    "class_wise_distances",
     "classwise_calibration_error",
+    "frechet_distance_sd",
     "covariance_root",
     "density_coverage",
     "extrapolated_frechet_distance",

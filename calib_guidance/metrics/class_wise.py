@@ -23,7 +23,8 @@ def class_wise_distances(
 ) -> dict[str, dict[str, Any]]:
     """Fréchet distance, precision and recall of each class, where both sets have enough of it.
 
-    A Fréchet distance needs more than D samples of the class in each set, precision and recall 10·k.
+    A Fréchet distance needs more than 2·D samples of the class in each set, so that its bias does not drown it; precision and
+    recall 10·k.
 
     Args:
         reference: ``(M, D)`` features.
@@ -51,20 +52,20 @@ def class_wise_distances(
         few = min(len(real), len(made))
         figures: dict[str, Any] = {"num_samples": len(made), "num_reference": len(real)}
         spread, left_out = {}, {}
-        if few > d:
+        if few > 2 * d:
             mean, covariance = mean_and_covariance(real)
             root = covariance_root(covariance)
             distance = frechet_distance(mean, covariance, *mean_and_covariance(made), root)
             figures["frechet_distance"] = float(distance)
             spread["frechet_distance"] = float(frechet_distance_sd((mean, covariance), made, root))
         else:
-            left_out["frechet_distance"] = f"{few} images in the smaller set, of {d} features each"
+            left_out["frechet_distance"] = f"{few} images in the smaller set; {2 * d + 1} are needed for {d} features"
         if few >= _FEWEST * k:
             inside = inside_each_other(real, made, k)
             for name, points in zip(("precision", "recall"), inside, strict=True):
                 figures[name], spread[name] = _share(points)
         else:
-            reason = f"{few} images in the smaller set, fewer than {_FEWEST * k}"
+            reason = f"{few} images in the smaller set; {_FEWEST * k} are needed for k = {k}"
             left_out |= {"precision": reason, "recall": reason}
         found[str(label)] = figures | {"spread": spread, "left_out": left_out}
     return found

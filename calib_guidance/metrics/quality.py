@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Collection
-from typing import Any
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +29,7 @@ from calib_guidance.metrics.frechet import (
     frechet_distance_sd,
     sample_count_note,
 )
-from calib_guidance.metrics.inception_score import InceptionScore
+from calib_guidance.metrics.inception_score import inception_score
 from calib_guidance.metrics.kernel_distance import kernel_distance, kernel_distance_subsets
 from calib_guidance.metrics.precision_recall import inside_each_other
 from calib_guidance.metrics.statistics import ReferenceStatistics
@@ -49,6 +52,10 @@ TABLE = {
     "seconds_per_image": ("seconds per image", "{:.4f}"),
 }
 _SPLITS, _SUBSETS, _SUBSET_SIZE, _NEIGHBOURS, _BINS, _POINTS = 10, 100, 1000, 5, 15, 15
+NO_FEATURES = (
+    "the reference holds no features of single images, only their statistics: give images, or make it with calib-guidance "
+    "reference --keep-features"
+)
 _95 = 1.959964  # standard deviations
 
 
@@ -86,109 +93,102 @@ class KeptRows(RankMetric):
         return {name: value[order] for name, value in rows.items()}
 
 
-class Quality:
-    """Measures sets of samples against one reference.
+class ReferenceHolds(NamedTuple):
+    """What there is of a reference, known before its features are.
 
-    :meth:`begin` a set, :meth:`update` with its images, on several processes with a share each, and :meth:`compute`.
+    Attributes:
+        num_images: that mean and covariance are of; None where that is not known.
+        num_features: images whose features are kept; None where none are.
+        spatial: whether there are statistics of spatial features.
+        labels: whether the classes of the images are known.
+    """
 
-    Args:
-        extractor: of the features, in evaluation mode and on ``device``.
-        reference: what the reference's features sum up to, of the same extractor.
+    num_images: int | None
+    num_features: int | None
+    spatial: bool
+    labels: bool
+
+    @classmethod
+    def of(cls, reference: ReferenceStatistics) -> ReferenceHolds:
+        kept = None if reference.features is None else len(reference.features)
+        return cls(reference.num_images, kept, reference.spatial_mean is not None, reference.labels is not None)
+
+
+class Measures(NamedTuple):
+    """Which metrics are to be taken, and with what.
+
+    Attributes:
         metrics: names of :data:`METRICS`: Fréchet distance, that of spatial features (sFID), Inception score, kernel
             distance (KID), precision and recall, density and coverage, what there is of these by class, accuracy and ECE of the
             judge, CLIP score.
+        extractor: of the features.
         judge: that names the samples' classes; None takes the extractor where it is :class:`JudgeFeatures`.
         clip: with one prompt for each class.
         k: neighbours for precision and recall.
         full_rank: Fréchet distances only of more samples than features.
         extrapolate: also the Fréchet distance at infinitely many samples.
-        resamples: draws of the bootstrap.
-        device: of images and sums.
-
-    Raises:
-        ConfigurationError: an unknown metric.
     """
 
-    def __init__(
-        self,
-        extractor: FeatureExtractor,
-        reference: ReferenceStatistics,
-        metrics: Collection[str],
-        judge: Classifier | None = None,
-        clip: CLIPClassifier | None = None,
-        k: int = 3,
-        full_rank: bool = False,
-        extrapolate: bool = False,
-        resamples: int = 200,
-        device: torch.device | str = "cpu",
-    ):
-        if unknown := sorted(set(metrics) - set(METRICS)):
-            raise ConfigurationError(f"metrics: unknown {', '.join(unknown)}; known: {', '.join(METRICS)}")
-        self.extractor, self.reference, self.metrics = extractor, reference, tuple(metrics)
-        self.k, self.full_rank, self.extrapolate, self.resamples = k, full_rank, extrapolate, resamples
-        self.device = torch.device(device)
-        self._provenance = {"features": extractor.provenance()}
-        for name, classifier in (("judge", judge), ("clip", clip)):
-            if classifier is not None:
-                known = {"class": type(classifier).__name__, "weights_sha256": state_sha256(classifier)}
-                self._provenance[name] = getattr(classifier, "provenance", {}) | known
-        self.judge = None if judge is None else judge.freeze().to(self.device)
-        self.clip = None if clip is None else clip.freeze().to(self.device)
-        self.judge_by_features = judge is None and isinstance(extractor, JudgeFeatures)
-        self._reference_features = None if reference.features is None else reference.features.to(self.device)
-        self._distances: dict[str, FrechetDistance] = {}  # their reference's root is kept from set to set
+    metrics: tuple[str, ...]
+    extractor: FeatureExtractor
+    judge: Classifier | None = None
+    clip: CLIPClassifier | None = None
+    k: int = 3
+    full_rank: bool = False
+    extrapolate: bool = False
 
-    # What can be measured
+    @property
+    def extractor_judges(self) -> bool:
+        return self.judge is None and isinstance(self.extractor, JudgeFeatures)
 
-    def applicable(self) -> tuple[str, ...]:
-        """The metrics that the extractor, the judge and the reference are for, whatever the number of samples."""
+    def applicable(self, reference: ReferenceHolds) -> tuple[str, ...]:
+        """All metrics that the extractor, the judge and the reference are for, whatever the number of samples."""
         has = {
-            "sfid": self.extractor.spatial_width is not None and self.reference.spatial_mean is not None,
-            "is": self.extractor.num_logits is not None and not self.judge_by_features,
-            "judge": self.judge is not None or self.judge_by_features,
+            "sfid": self.extractor.spatial_width is not None and reference.spatial,
+            "is": self.extractor.num_logits is not None and not self.extractor_judges,
+            "judge": self.judge is not None or self.extractor_judges,
             "clip": self.clip is not None,
-            **dict.fromkeys(("kid", "pr", "dc"), self.reference.features is not None),
-            "classwise": self.reference.features is not None and self.reference.labels is not None,
+            **dict.fromkeys(("kid", "pr", "dc"), reference.num_features is not None),
+            "classwise": reference.num_features is not None and reference.labels,
         }
         return tuple(name for name in METRICS if has.get(name, True))
 
-    def unmet(self, num_samples: int, labels_known: bool = True) -> dict[str, str]:
+    def unmet(self, reference: ReferenceHolds, num_samples: int, labels_known: bool = True) -> dict[str, str]:
         """Which of the metrics cannot be taken of so many samples, and why.
 
         Args:
+            reference: what it holds.
             num_samples: in the set.
             labels_known: whether the samples' classes are.
+
+        Raises:
+            ConfigurationError: an unknown metric.
         """
-        reference, n, found = self.reference, num_samples, {}
-        m = reference.num_images if reference.features is None else len(reference.features)
-        for name, width, known in (
-            ("fid", self.extractor.width, True),
-            ("sfid", self.extractor.spatial_width, reference.spatial_mean is not None),
-        ):
+        if unknown := sorted(set(self.metrics) - set(METRICS)):
+            raise ConfigurationError(f"metrics: unknown {', '.join(unknown)}; known: {', '.join(METRICS)}")
+        n, m, found = num_samples, reference.num_features, {}
+        for name, width in (("fid", self.extractor.width), ("sfid", self.extractor.spatial_width)):
             if width is None:
-                found[name] = f"{self.extractor.name} has no spatial features: take Inception"
-            elif not known:
+                found[name] = f"{self.extractor.name} has no spatial features; Inception has"
+            elif name == "sfid" and not reference.spatial:
                 found[name] = "the reference has no statistics of spatial features (mu_s, sigma_s)"
             else:
-                found |= self._few(name, n, m, width)
+                found |= self._few(name, n, reference.num_images, width)
         if self.extractor.num_logits is None:
-            found["is"] = f"{self.extractor.name} names no classes: take Inception"
+            found["is"] = f"{self.extractor.name} names no classes; Inception does"
         elif n < _SPLITS:
             found["is"] = f"{n} samples cannot be parted into {_SPLITS} splits"
-        for name, needed in (("kid", 4), ("pr", self.k + 1), ("dc", _NEIGHBOURS + 1), ("classwise", 1)):
-            if reference.features is None:
-                found[name] = (
-                    "the reference holds no features of single images, only their statistics: give images, or make it with "
-                    "calib-guidance reference --keep-features"
-                )
-            elif m < needed or (n < needed and name != "dc") or n < 1:
-                found[name] = f"needs {needed} images of each set or more, got {n} samples and {m} of the reference"
-        if reference.features is not None and reference.labels is None:
-            found["classwise"] = "the reference's images have no classes"
-        if self.judge is None and not self.judge_by_features:
-            found["judge"] = "there is no judge: --judge CLASSIFIER.yaml"
+        for name, samples, images in (("kid", 4, 4), ("pr", self.k + 1, self.k + 1), ("dc", 1, _NEIGHBOURS + 1)):
+            if m is None:
+                found[name] = NO_FEATURES
+            elif m < images or n < samples:
+                found[name] = f"needs {samples} samples and {images} reference images or more, got {n} and {m}"
+        if m is None or not reference.labels:
+            found["classwise"] = NO_FEATURES if m is None else "the reference's images have no classes"
+        if self.judge is None and not self.extractor_judges:
+            found["judge"] = "there is no judge (--judge CLASSIFIER.yaml)"
         if self.clip is None:
-            found["clip"] = "there is no CLIP model: --clip CLIP.yaml"
+            found["clip"] = "there is no CLIP model (--clip CLIP.yaml)"
         for name in ("classwise", "judge", "clip"):
             if not labels_known:
                 found.setdefault(name, "the samples' classes are not known")
@@ -207,21 +207,30 @@ class Quality:
             }
         return {name: f"{whose}: 2 are needed"}
 
-    def check(self, image_shape: tuple[int, int, int]) -> None:
-        """Try everything that sees images on an empty one.
+    def to(self, device: torch.device) -> Measures:
+        """The same, frozen and on a device."""
+        for part in (self.judge, self.clip):
+            if part is not None:
+                part.freeze().to(device)
+        self.extractor.eval().to(device)
+        return self
+
+    def check(self, image_shape: tuple[int, int, int], device: torch.device) -> None:
+        """Try everything that sees images on empty ones.
 
         Args:
             image_shape: ``(C, H, W)``.
+            device: where it all is.
 
         Raises:
             ConfigurationError: images of another kind than the extractor, judge or CLIP model takes.
         """
-        blank = torch.zeros(2, *image_shape, dtype=torch.uint8, device=self.device)
+        blank = torch.zeros(2, *image_shape, dtype=torch.uint8, device=device)
         seen = {"the features": lambda: self.extractor(blank).pool}
         if self.judge is not None:
             seen["the judge"] = lambda: self.judge(from_uint8(blank))
         if self.clip is not None:
-            seen["the CLIP model"] = lambda: self._similarity(blank)
+            seen["the CLIP model"] = lambda: self.similarity(blank)
         for whose, see in seen.items():
             try:
                 with torch.no_grad():
@@ -236,18 +245,54 @@ class Quality:
                     f"{self.extractor.name} says that its features are {self.extractor.width} wide, and gives {shape[1:]}"
                 )
 
+    def similarity(self, images: Tensor) -> Tensor:
+        """Cosine between uint8 images ``(N, 3, H, W)`` and the CLIP model's prompts, ``(N, K)``."""
+        self.clip.check_image(tuple(images.shape[1:]))
+        return self.clip.similarity(from_uint8(images))
+
+
+class Quality:
+    """Measures sets of samples against one reference.
+
+    :meth:`begin` a set, :meth:`update` with its images, on several processes with a share each, and :meth:`compute`.
+
+    Args:
+        measures: what to take; moved to ``device``.
+        reference: what the reference's features sum up to, of the same extractor.
+        resamples: draws of the bootstrap.
+        device: of images and sums.
+    """
+
+    def __init__(
+        self,
+        measures: Measures,
+        reference: ReferenceStatistics,
+        resamples: int = 200,
+        device: torch.device | str = "cpu",
+    ):
+        self.device = torch.device(device)
+        self.reference, self.resamples = reference, resamples
+        self._provenance = {"features": measures.extractor.provenance(), "reference": reference.provenance}
+        for name, classifier in (("judge", measures.judge), ("clip", measures.clip)):
+            if classifier is not None:  # its hash before it is frozen, which may fold weights into others
+                known = {"class": type(classifier).__name__, "weights_sha256": state_sha256(classifier)}
+                self._provenance[name] = getattr(classifier, "provenance", {}) | known
+        self.measures, self.extractor = measures.to(self.device), measures.extractor
+        self._reference_features = None if reference.features is None else reference.features.to(self.device)
+        self._distances: dict[str, FrechetDistance] = {}  # their reference's root is kept from set to set
+
     # One set of samples
 
     def begin(self, num_samples: int, labels_known: bool = True) -> None:
         """Forget all samples and begin a set.
 
         Args:
-            num_samples: above every index of the set.
+            num_samples: in the set.
             labels_known: whether the samples' classes are.
         """
-        unmet = self.unmet(num_samples, labels_known)
+        unmet = self.measures.unmet(ReferenceHolds.of(self.reference), num_samples, labels_known)
         self._left_out = [f"{name} left out: {reason}" for name, reason in unmet.items()]
-        self._wanted = {name for name in self.metrics if name not in unmet}
+        self._wanted = {name for name in self.measures.metrics if name not in unmet}
         statistics = {
             "fid": (self.reference.mean, self.reference.covariance),
             "sfid": (self.reference.spatial_mean, self.reference.spatial_covariance),
@@ -256,13 +301,13 @@ class Quality:
             if name not in self._distances:
                 self._distances[name] = FrechetDistance(statistics[name], full_rank=False).to(self.device)
             self._distances[name].reset()
-        if "is" in self._wanted:
-            self._score = InceptionScore(num_samples, self.extractor.num_logits, _SPLITS).to(self.device)
         columns = {"label": torch.zeros(0, dtype=torch.long)}
         if self._wanted & {"fid", "kid", "pr", "dc", "classwise"}:
             columns["pool"] = torch.zeros(0, self.extractor.width)
         if "sfid" in self._wanted:
             columns["spatial"] = torch.zeros(0, self.extractor.spatial_width)
+        if "is" in self._wanted:
+            columns["logits"] = torch.zeros(0, self.extractor.num_logits)
         if "judge" in self._wanted:
             of_samples = torch.zeros(0, dtype=torch.float64)
             columns |= {"predicted": columns["label"], "confidence": of_samples, "of_label": of_samples}
@@ -284,28 +329,21 @@ class Quality:
         """
         images, labels = images.to(self.device), labels.to(self.device)
         features = self.extractor(images)
-        rows = {"label": labels, "index": index, "pool": features.pool, "spatial": features.spatial}
-        if "fid" in self._distances and "fid" in self._wanted:
-            self._distances["fid"].update(features.pool)
-        if "sfid" in self._distances and "sfid" in self._wanted:
-            self._distances["sfid"].update(features.spatial)
-        if "is" in self._wanted:
-            self._score.update(features.logits, index)
+        rows = {"label": labels, "index": index, **features._asdict()}
+        for name, seen in (("fid", features.pool), ("sfid", features.spatial)):
+            if name in self._wanted:
+                self._distances[name].update(seen)
         if "judge" in self._wanted:
-            logits = features.logits if self.judge is None else self.judge(from_uint8(images))
+            logits = features.logits if self.measures.judge is None else self.measures.judge(from_uint8(images))
             p = logits.double().softmax(1)
             _check_labels(labels, p.shape[1], "the judge")
             rows["confidence"], rows["predicted"] = p.max(1)
             rows["of_label"] = p.gather(1, labels[:, None]).squeeze(1)
         if "clip" in self._wanted:
-            similarity = self._similarity(images)
+            similarity = self.measures.similarity(images)
             _check_labels(labels, similarity.shape[1], "the CLIP model")
             rows["similarity"] = similarity.gather(1, labels[:, None]).squeeze(1)
         self._rows.update(**rows)
-
-    def _similarity(self, images: Tensor) -> Tensor:
-        self.clip.check_image(tuple(images.shape[1:]))
-        return self.clip.similarity(from_uint8(images))
 
     @torch.no_grad()
     def compute(self) -> dict[str, Any]:
@@ -328,11 +366,11 @@ class Quality:
         return {
             **self._found,
             "spread": self._spread,
-            "notes": self._notes,
+            "notes": [*self._notes, *reference.notes],
             "features": self.extractor.name,
             "num_measured": n,
             "num_reference": reference.num_images,
-            "provenance": self._provenance | {"reference": reference.provenance},
+            "provenance": self._provenance,
         }
 
     def judged(self) -> dict[str, np.ndarray] | None:
@@ -371,7 +409,7 @@ class Quality:
         counts = [c for c in (n, self.reference.num_images) if c is not None]
         if note := sample_count_note(min(counts), width):
             self._notes.append(f"Fréchet distance: {note}")
-        if not self.extrapolate:
+        if not self.measures.extrapolate:
             return
         smallest = max(n // 10, 2 * width)
         if smallest >= n:
@@ -392,10 +430,10 @@ class Quality:
         self._add("spatial_frechet_distance", metric.compute(), sd, "samples, delta method, the reference fixed")
 
     def _is(self, rows: dict[str, Tensor]) -> None:
-        found = self._score.compute()
+        splits = inception_score(rows["logits"], _SPLITS)
         of = f"{_SPLITS} splits, the spread of one"
-        self._add("inception_score", found["inception_score"], found["inception_score_sd"], of, 1)
-        if self.judge_by_features:
+        self._add("inception_score", splits.mean(), splits.std(correction=0), of, 1)
+        if isinstance(self.extractor, JudgeFeatures):
             self._notes.append(
                 "Inception score: with the judge's classes in place of Inception's, like no published one"
             )
@@ -411,7 +449,7 @@ class Quality:
         self._found["kernel_distance_mean"] = float(subsets.mean())
 
     def _pr(self, rows: dict[str, Tensor]) -> None:
-        of_generated, of_reference = inside_each_other(self._reference_features, rows["pool"], self.k)
+        of_generated, of_reference = inside_each_other(self._reference_features, rows["pool"], self.measures.k)
         self._mean("precision", of_generated, "samples")
         self._mean("recall", of_reference, "reference images, the samples fixed")
 
@@ -424,7 +462,7 @@ class Quality:
         known = rows["label"] >= 0
         labels = self.reference.labels.to(self.device)
         found = class_wise_distances(
-            self._reference_features, labels, rows["pool"][known], rows["label"][known], self.k
+            self._reference_features, labels, rows["pool"][known], rows["label"][known], self.measures.k
         )
         self._found["by_class"] = found
         reasons: dict[tuple[str, str], list[str]] = {}
@@ -470,3 +508,80 @@ def table_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
             spread = results.get("spread", {}).get(key)
             rows.append((label, form.format(value), "" if spread is None else f"± {form.format(spread['sd'])}"))
     return rows
+
+
+def described(results: dict[str, Any]) -> list[str]:
+    """What the figures were measured with and on, what the spreads are of, and the notes: a line each."""
+    provenance = results["provenance"]
+    features, resize = provenance["features"], provenance["features"]["resize"]
+    size = f"resized to {resize['size']} ({resize['how']}; {resize['library']})" if resize["size"] else "not resized"
+    lines = [
+        f"features   {features['extractor']}; {features['library']}; weights {features['weights_sha256'][:12]}; {size}",
+        f"samples    {_images(provenance['samples'], results['num_measured'])}",
+        f"reference  {_images(provenance['reference'].get('images', {}), results['num_reference'])}",
+    ]
+    if "file" in provenance["reference"]:
+        lines[-1] += f"; from {provenance['reference']['file']} ({provenance['reference']['sha256'][:12]})"
+    for name in ("judge", "clip"):
+        if name in provenance:
+            lines.append(f"{name:<10} {provenance[name]['class']}; weights {provenance[name]['weights_sha256'][:12]}")
+    for name in ("precision", "recall", "judge_accuracy"):
+        shares = [(c[name], label) for label, c in results.get("by_class", {}).items() if name in c]
+        if shares:
+            (least, worst), (most, best) = min(shares), max(shares)
+            named = f"{least:.3f} (class {worst}) … {most:.3f} (class {best}), {len(shares)} classes"
+            lines.append(f"by class   {TABLE[name][0]} {named}")
+    over: dict[str, list[str]] = {}
+    for name, spread in results["spread"].items():
+        over.setdefault(spread["of"], []).append(TABLE[name][0])
+    lines += [f"±          {', '.join(names)}: {of}" for of, names in over.items()]
+    return lines + [f"note       {note}" for note in results["notes"]]
+
+
+def _images(images: dict[str, Any], count: int | None) -> str:
+    """A set of images in a line."""
+    words = ["an unknown number of images" if count is None else f"{count:,} images"]
+    if "source" in images:
+        words[0] += f" of {images['source']} ({images['kind']})"
+        words.append(
+            "×".join(map(str, images["image_shape"][1:])) + (" grey" if images["image_shape"][0] == 1 else " RGB")
+        )
+        if images.get("preprocessing"):
+            words.append(images["preprocessing"]["how"])
+        if images.get("uint8_rule"):
+            words.append(f"uint8 rule {images['uint8_rule']}")
+        if images.get("sha256"):
+            words.append(f"sha256 {images['sha256'][:12]}")
+        if images.get("num_unreadable"):
+            words.append(f"{images['num_unreadable']} could not be read: {', '.join(images['unreadable'])}")
+    return "; ".join(words)
+
+
+def write_judged(path: Path, judged: Mapping[str, np.ndarray]) -> None:
+    """Write :meth:`Quality.judged`, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, **judged)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def plain(value: Any) -> Any:
+    """What JSON has, of mappings, lists and numbers: NaN as null."""
+    if isinstance(value, dict):
+        return {key: plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all, see :func:`plain`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(plain(content), indent=1, ensure_ascii=False) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

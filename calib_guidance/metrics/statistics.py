@@ -56,7 +56,7 @@ class Moments:
         mean = processes.sum(self.mean * self.count) / count
         shift = self.mean - mean
         scatter = processes.sum(self.scatter + self.count * torch.outer(shift, shift))
-        return mean.cpu(), (scatter / (count - 1)).cpu()
+        return mean.cpu(), ((scatter + scatter.T) / (2 * (count - 1))).cpu()
 
 
 @dataclass
@@ -72,6 +72,7 @@ class ReferenceStatistics:
         provenance: in JSON's types. Of our own: ``features`` (of the extractor), ``images`` (of the image set), ``versions``;
             of any file: ``file``, ``format`` and its ``sha256``.
         images: path of the file, where it also holds images (``arr_0`` of ADM's reference batches).
+        image_shape: ``(C, H, W)`` of the images; None where the file does not say.
     """
 
     mean: Tensor
@@ -83,6 +84,7 @@ class ReferenceStatistics:
     num_images: int | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     images: str | None = None
+    image_shape: tuple[int, int, int] | None = None
 
     @classmethod
     def of(
@@ -153,8 +155,8 @@ class ReferenceStatistics:
                 found = extractor(batch.image.to(processes.device))
             if not found.pool.isfinite().all():
                 raise ConfigurationError(
-                    f"{images.name}: features of some of images {int(batch.index[0])} … {int(batch.index[-1])} are not finite: the "
-                    "weights of the extractor do not fit it, or are damaged"
+                    f"{images.name}: features of some of images {int(batch.index[0])} … {int(batch.index[-1])} are not finite: "
+                    "the weights of the extractor do not fit it, or are damaged"
                 )
             pool.update(found.pool)
             if second is not None:
@@ -183,6 +185,7 @@ class ReferenceStatistics:
                 "images": images.provenance(),
                 "versions": {"calib_guidance": __version__, "torch": torch.__version__, "numpy": np.__version__},
             },
+            image_shape=images.image_shape,
         )
 
     @staticmethod
@@ -220,8 +223,8 @@ class ReferenceStatistics:
         path = Path(path).expanduser()
         if path.suffix != ".npz":
             raise ConfigurationError(
-                f"{path}: statistics are read of .npz files with mu and sigma. What is pickled (.pkl of EDM2, .pt) is not loaded: "
-                "save mu and sigma of it with numpy.savez, or make them with calib-guidance reference"
+                f"{path}: statistics are read of .npz files with mu and sigma. What is pickled (.pkl of EDM2, .pt) is not "
+                "loaded: save mu and sigma of it with numpy.savez, or make them with calib-guidance reference"
             )
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -242,7 +245,9 @@ class ReferenceStatistics:
             raise ConfigurationError(f"{path} cannot be read: {why}") from error
         mean, covariance = cls._pair(path, arrays, "mu", "sigma")
         spatial = cls._pair(path, arrays, "mu_s", "sigma_s") if {"mu_s", "sigma_s"} & names else (None, None)
-        statistics = cls(mean, covariance, *spatial, images=str(path) if "arr_0" in names else None)
+        statistics = cls(mean, covariance, *spatial)
+        if "arr_0" in names:
+            statistics.images, statistics.image_shape = str(path), open_images(path).image_shape
         statistics._take_own(path, arrays)
         statistics.provenance |= {
             "file": str(path),
@@ -275,13 +280,14 @@ class ReferenceStatistics:
         try:
             if "provenance" in arrays:
                 self.provenance = json.loads(str(arrays["provenance"]))
+                self.image_shape = tuple(self.provenance["images"]["image_shape"])
             if "num_images" in arrays:
                 self.num_images = int(arrays["num_images"])
             if "features" in arrays:
                 self.features = torch.from_numpy(arrays["features"].astype(np.float32))
             if "labels" in arrays and self.features is not None:
                 self.labels = torch.from_numpy(arrays["labels"].astype(np.int64))
-        except (TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ConfigurationError(f"{path}: what lies beside mu and sigma cannot be read: {error}") from error
         if self.features is not None:
             rows, width = self.features.shape if self.features.ndim == 2 else (-1, -1)
@@ -331,11 +337,16 @@ class ReferenceStatistics:
             temporary.unlink(missing_ok=True)
         return file_sha256(path)
 
-    def check(self, extractor: FeatureExtractor) -> None:
+    def check(self, extractor: FeatureExtractor, image_shape: tuple[int, int, int] | None = None) -> None:
         """Refuse to be compared with features of another kind.
 
         Widths are compared, and, where the file says what its features are of, all that the extractor says of itself (weights'
         hash, resize, normalisation …) but versions of libraries and where the weights lie.
+
+        Args:
+            extractor: that the samples are shown to.
+            image_shape: ``(C, H, W)`` of the samples, compared with that of the reference's images where both are given:
+                extractors resize either to their own size, which hides what the other lacks.
 
         Raises:
             ConfigurationError: they differ; names both.
@@ -347,9 +358,16 @@ class ReferenceStatistics:
         for name, saved, now in pairs:
             if saved != now:
                 raise ConfigurationError(
-                    f"{where} has statistics of {saved} {name}, {extractor.name} gives {now}: take the extractor that the statistics "
-                    "were made with (--features), or make new ones with calib-guidance reference"
+                    f"{where} has statistics of {saved} {name}, {extractor.name} gives {now}: take the extractor that the "
+                    "statistics were made with (--features), or make new ones with calib-guidance reference"
                 )
+        if None not in (image_shape, self.image_shape) and tuple(image_shape) != self.image_shape:
+            saved, now = ("×".join(map(str, shape)) for shape in (self.image_shape, image_shape))
+            cure = "--mode RGB or L" if self.image_shape[1:] == tuple(image_shape)[1:] else "--size N"
+            raise ConfigurationError(
+                f"{where} is of {saved} images, the samples are {now}: take a reference of that size, or make both the same "
+                f"with {cure}"
+            )
         if "features" in self.provenance:
             saved, now = _flat(self.provenance["features"]), _flat(json.loads(json.dumps(extractor.provenance())))
             different = [
@@ -372,7 +390,7 @@ class ReferenceStatistics:
             notes.append("the reference's file does not say which features, resize and images its statistics are of")
         if self.features is not None and self.num_images is None:
             notes.append(
-                f"mean and covariance are those of the reference's file, its features those of the {len(self.features)} images in it"
+                f"mean and covariance are those of the reference's file, features those of the {len(self.features)} images in it"
             )
         return notes
 

@@ -1,0 +1,376 @@
+"""`calib-guidance reference`, the statistics it makes, and those of other programs."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from calib_guidance.cli import main
+from calib_guidance.data import digits
+from calib_guidance.data.image_sets import open_images
+from calib_guidance.errors import ConfigurationError
+from calib_guidance.images import to_uint8
+from calib_guidance.metrics.statistics import ReferenceStatistics
+from tests.conftest import ROOT
+from tests.image_files import KINDS, Projection, pictures, png, write
+from tests.test_sampling_processes import environment
+
+PROJECTION = "tests.image_files:Projection"
+
+
+def activations(pixels):
+    """What ADM's evaluator holds of all images: pool and spatial features, float32."""
+    found = Projection()(torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()))
+    return found.pool.detach().numpy(), found.spatial.detach().numpy()
+
+
+def moments(features):
+    return features.astype(np.float64).mean(0), np.cov(features.astype(np.float64), rowvar=False)
+
+
+def adm_batch(path, pixels, labels, all_pixels=None):
+    """A reference batch as ADM publishes them: some images, and statistics of all of them as its evaluator computes these."""
+    pool, spatial = activations(pixels if all_pixels is None else all_pixels)
+    statistics = {
+        "mu": np.mean(pool, axis=0),
+        "sigma": np.cov(pool, rowvar=False),
+        "mu_s": np.mean(spatial, axis=0),
+        "sigma_s": np.cov(spatial, rowvar=False),
+    }
+    np.savez(path, pixels, labels, **statistics)
+    return path
+
+
+def refused(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(["reference", *map(str, arguments)])
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def close(found, expected, tolerance=1e-12):
+    expected = torch.as_tensor(np.asarray(expected))
+    torch.testing.assert_close(found, expected.double(), rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+
+
+def test_every_form_has_the_same_statistics(tmp_path):
+    pixels, labels = pictures(40)
+    pool, spatial = activations(pixels)
+    found = {}
+    for kind in KINDS:
+        images = open_images(write(tmp_path / kind, kind, pixels, labels))
+        found[kind] = ReferenceStatistics.from_images(images, Projection(), batch_size=7, keep_features=True)
+        for one, other in zip((found[kind].mean, found[kind].covariance), moments(pool), strict=True):
+            close(one, other, 1e-6)  # the networks' own float32, by the size of batches
+        first = found["run folder"]
+        for name in ("mean", "covariance", "spatial_mean", "spatial_covariance", "features"):
+            close(getattr(found[kind], name).double(), getattr(first, name))
+        exact = found[kind].features.numpy()
+        for one, other in zip((found[kind].mean, found[kind].covariance), moments(exact), strict=True):
+            close(one, other)
+        assert found[kind].num_images == 40
+        assert found[kind].provenance["images"]["sha256"] == first.provenance["images"]["sha256"]
+        assert found[kind].provenance["images"]["kind"].split()[-1] in kind.replace("folders", "folder")
+        assert (found[kind].labels is None) == (kind == "image folder")
+    np.testing.assert_array_equal(found["npz"].labels, labels)
+    close(first.spatial_covariance, np.cov(spatial.astype(np.float64), rowvar=False), 1e-6)
+
+
+def test_nothing_cancels(tmp_path):
+    """Features at 1e6 with a spread of 1, for which sums of squares in float64 keep 4 digits."""
+
+    class Far(Projection):
+        def forward(self, images):
+            found = super().forward(images)
+            return found._replace(pool=(found.pool.double() - 100 + 1e6))
+
+    pixels, labels = pictures(60)
+    images = open_images(write(tmp_path, "npz", pixels, labels))
+    found = ReferenceStatistics.from_images(images, Far(), batch_size=7)
+    near = ReferenceStatistics.from_images(images, Projection(), batch_size=7)
+    torch.testing.assert_close(found.mean, near.mean - 100 + 1e6, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.covariance, near.covariance, rtol=1e-8, atol=1e-8)
+
+
+def test_statistics_are_read_as_they_were_written(tmp_path):
+    pixels, labels = pictures(40)
+    images = open_images(write(tmp_path, "npz", pixels, labels))
+    made = ReferenceStatistics.from_images(images, Projection(), keep_features=True)
+    sha256 = made.save(tmp_path / "statistics.npz")
+    assert made.save(tmp_path / "again.npz") == sha256
+    found = ReferenceStatistics.read(tmp_path / "statistics.npz")
+    for name in ("mean", "covariance", "spatial_mean", "spatial_covariance", "features", "labels"):
+        assert torch.equal(getattr(found, name), getattr(made, name))
+    assert (found.num_images, found.image_shape, found.images) == (40, (3, 8, 8), None)
+    assert found.provenance.pop("sha256") == sha256
+    assert found.provenance["format"] == "calib-guidance"
+    assert json.loads(json.dumps(made.provenance)).items() <= found.provenance.items()
+    assert found.notes == []
+    found.check(Projection(), (3, 8, 8))
+    with np.load(tmp_path / "statistics.npz") as file:  # as other programs do
+        close(made.mean, file["mu"])
+        close(made.covariance, file["sigma"])
+    with pytest.raises(ConfigurationError, match="exists already"):
+        made.save(tmp_path / "statistics.npz")
+
+
+# Files of others
+
+
+def test_reference_batches_of_adm(tmp_path):
+    """Mean and covariance of all images, as the file says; features of those in it."""
+    pixels, labels = pictures(90)
+    path = adm_batch(tmp_path / "VIRTUAL_labeled.npz", pixels[:20], labels[:20], pixels)
+    found = ReferenceStatistics.of(path, Projection(), keep_features=True)
+    pool, spatial = activations(pixels)
+    close(found.mean, pool.mean(0))
+    close(found.covariance, np.cov(pool, rowvar=False))
+    close(found.spatial_mean, spatial.mean(0))
+    close(found.spatial_covariance, np.cov(spatial, rowvar=False))
+    close(found.features.double(), pool[:20], 1e-6)
+    assert found.labels.tolist() == labels[:20].tolist()
+    assert (found.num_images, found.image_shape, found.images) == (None, (3, 8, 8), str(path))
+    assert found.provenance["format"] == "arr_0, arr_1, mu, mu_s, sigma, sigma_s in .npz"
+    assert found.provenance["images"]["num_images"] == 20
+    assert "does not say which features" in found.notes[0]
+    assert "those of the 20 images in it" in found.notes[1]
+    assert ReferenceStatistics.of(path, Projection()).features is None
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_mu_and_sigma_alone(tmp_path, dtype):
+    """As EDM, clean-fid and pytorch-fid write them."""
+    mu, sigma = moments(activations(pictures(90)[0])[0])
+    np.savez(tmp_path / "edm.npz", mu=mu.astype(dtype), sigma=sigma.astype(dtype))
+    found = ReferenceStatistics.of(tmp_path / "edm.npz", Projection(), keep_features=True)
+    close(found.mean, mu, 1e-6)
+    close(found.covariance, sigma, 1e-6)
+    assert found.mean.dtype == found.covariance.dtype == torch.float64
+    assert (found.spatial_mean, found.features, found.images, found.image_shape) == (None, None, None, None)
+
+
+MU, SIGMA = np.zeros(16), np.eye(16)
+WRONG = {
+    "no sigma": ({"mu": MU}, "has no sigma, it has: mu"),
+    "neither": ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8)}, "has no mu and no sigma, it has: arr_0"),
+    "of shapes that do not fit": ({"mu": MU, "sigma": np.eye(15)}, r"mu is float64 \(16,\), sigma float64 \(15, 15\)"),
+    "of integers": ({"mu": MU.astype(int), "sigma": SIGMA}, "of floats"),
+    "not finite": ({"mu": MU, "sigma": SIGMA * np.nan}, "is not finite"),
+    "not symmetric": ({"mu": MU, "sigma": np.triu(np.ones((16, 16)))}, "sigma is no covariance: not symmetric"),
+    "half spatial": ({"mu": MU, "sigma": SIGMA, "mu_s": MU}, "and no sigma_s"),
+    "pickled": ({"mu": MU, "sigma": np.array({"sigma": SIGMA})}, "pickled objects, which are not loaded"),
+    "features of another width": ({"mu": MU, "sigma": SIGMA, "features": np.ones((5, 9))}, r"\(5, 9\).*of width 16"),
+    "damaged provenance": (
+        {"mu": MU, "sigma": SIGMA, "provenance": np.array("{")},
+        "beside mu and sigma cannot be read",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_statistics_that_are_none(tmp_path, wrong):
+    arrays, message = WRONG[wrong]
+    np.savez(tmp_path / "statistics.npz", **arrays)
+    with pytest.raises(ConfigurationError, match=message):
+        ReferenceStatistics.read(tmp_path / "statistics.npz")
+
+
+def test_files_that_are_no_statistics(tmp_path):
+    for name, message in (
+        ("edm2.pkl", "What is pickled"),
+        ("fidelity.pt", "What is pickled"),
+        ("none.npz", "there is no file"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            ReferenceStatistics.read(tmp_path / name)
+    (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04 and no more")
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        ReferenceStatistics.read(tmp_path / "torn.npz")
+    source = write(tmp_path, "npz", *pictures(5))
+    assert not ReferenceStatistics.holds(source)
+    assert ReferenceStatistics.holds(adm_batch(tmp_path / "adm.npz", *pictures(5)))
+    assert ReferenceStatistics.of(source, Projection()).num_images == 5  # images are summed up
+
+
+# What does not fit
+
+
+class Wider(Projection):
+    width = 17
+
+
+class OtherResize(Projection):
+    def provenance(self):
+        return super().provenance() | {"resize": {"size": 299, "how": "bilinear", "library": "PIL 11.0.0"}}
+
+
+class NewerLibrary(Projection):
+    def provenance(self):
+        return super().provenance() | {"library": "torch 99.0.0", "weights": "moved.pth"}
+
+
+def test_statistics_that_do_not_fit_the_features(tmp_path):
+    pixels, labels = pictures(40)
+    made = ReferenceStatistics.from_images(open_images(write(tmp_path, "npz", pixels, labels)), Projection())
+    made.save(tmp_path / "statistics.npz")
+    found = ReferenceStatistics.read(tmp_path / "statistics.npz")
+    found.check(NewerLibrary())
+    for extractor, message in (
+        (Wider(), "statistics.npz has statistics of 16 features, random projection gives 17: take the extractor"),
+        (
+            Projection(seed=1),
+            r"of other features than random projection:\n  weights_sha256: \w+ in the reference, \w+ now",
+        ),
+        (
+            OtherResize(),
+            r"resize.how: none in the reference, bilinear now\n.*\n  resize.size: None in the reference, 299 now",
+        ),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            found.check(extractor)
+        with pytest.raises(ConfigurationError, match=message):
+            ReferenceStatistics.of(tmp_path / "statistics.npz", extractor)
+    adm = ReferenceStatistics.read(adm_batch(tmp_path / "adm.npz", pixels, labels))
+    for reference in (made, found, adm):
+        reference.check(Projection(), (3, 8, 8))
+        with pytest.raises(ConfigurationError, match="is of 3×8×8 images, the samples are 3×16×16: .* with --size N"):
+            reference.check(Projection(), (3, 16, 16))
+        with pytest.raises(
+            ConfigurationError, match="is of 3×8×8 images, the samples are 1×8×8: .* with --mode RGB or L"
+        ):
+            reference.check(Projection(), (1, 8, 8))
+
+
+def test_too_few_images_and_features_that_are_none(tmp_path):
+    with pytest.raises(ConfigurationError, match="statistics need two images or more, there are 1"):
+        ReferenceStatistics.from_images(open_images(write(tmp_path / "one", "npz", *pictures(1))), Projection())
+    broken = Projection()
+    broken.weight.data[0, 0] = torch.nan
+    images = open_images(write(tmp_path / "two", "npz", *pictures(9)))
+    with pytest.raises(
+        ConfigurationError, match="features of some of images 4 … 7 are not finite|images 0 … 3 are not finite"
+    ):
+        ReferenceStatistics.from_images(images, broken, batch_size=4)
+
+
+# The command
+
+
+@pytest.fixture
+def judge(tmp_path):
+    config = yaml.safe_load((ROOT / "lightning_configs/predict/digits.yaml").read_text())
+    (quality,) = (c for c in config["trainer"]["callbacks"] if c["class_path"].endswith("SampleQuality"))
+    path = tmp_path / "judge.yaml"
+    path.write_text(yaml.safe_dump(quality["init_args"]["features"]["init_args"]["classifier"]))
+    return path
+
+
+def test_the_command_makes_a_reference_of_the_digits(in_root, tmp_path, judge, capsys):
+    images, labels = digits("heldout")
+    pixels = to_uint8(images).numpy().transpose(0, 2, 3, 1)
+    folder = tmp_path / "digits"
+    for number, (image, label) in enumerate(zip(pixels, labels.tolist(), strict=True)):
+        (folder / str(label)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[:, :, 0]).save(folder / str(label) / f"{number:04d}.png")
+    (folder / "3" / "broken.png").write_bytes(b"no image")
+    output = tmp_path / "made" / "digits.npz"
+    main(["reference", str(folder), "--output", str(output), "--features", f"judge:{judge}", "--keep-features"])
+    printed = capsys.readouterr().out
+    found = ReferenceStatistics.read(output)
+    assert found.num_images == len(found.features) == 500
+    assert torch.bincount(found.labels).tolist() == [50] * 10
+    expected = moments(found.features.numpy())
+    close(found.mean, expected[0])
+    close(found.covariance, expected[1])
+    for words in (
+        f"wrote {output}",
+        f"sha256 {found.provenance['sha256']}",
+        f"500 of {folder} (image folder), 8×8 grey",
+        f"sha256 {found.provenance['images']['sha256']}",
+        "1 could not be read: 3/broken.png (not an image)",
+        "mu, sigma of 48 features; the features of 500 images (with labels)",
+        f"weights sha256 {found.provenance['features']['weights_sha256']}",
+        "500 samples: biased upwards",
+    ):
+        assert words in printed, words
+    before = output.read_bytes()
+    message = refused(capsys, folder, "--output", output, "--features", f"judge:{judge}")
+    assert f"{output} exists already: remove it, or name another --output" in message
+    assert output.read_bytes() == before
+    assert [path.name for path in output.parent.iterdir()] == ["digits.npz"]
+
+
+def test_nothing_is_left_behind(in_root, tmp_path, capsys):
+    source = write(tmp_path, "image folder", [*pictures(5)[0], *pictures(1, size=16)[0]], np.zeros(6, int))
+    (tmp_path / "out").mkdir()
+    output = tmp_path / "out" / "statistics.npz"
+    assert "several sizes" in refused(capsys, source, "--output", output, "--features", PROJECTION)
+    assert "written as .npz" in refused(capsys, source, "--output", tmp_path / "out/x.npy", "--features", PROJECTION)
+    assert "no device" in refused(capsys, source, "--output", output, "--features", PROJECTION, "--device", "abacus")
+    assert "--features" in refused(capsys, source, "--output", output, "--features", "nothing", "--size=8")
+    assert "--batch-size must be" in refused(
+        capsys, source, "--output", output, "--features", PROJECTION, "--batch-size=0"
+    )
+    (tmp_path / "file").touch()
+    words = ["--size=8", "--features", PROJECTION]
+    assert "Not a directory" in refused(capsys, source, "--output", tmp_path / "file/x.npz", *words)
+    assert list((tmp_path / "out").iterdir()) == []
+    main(["reference", str(source), "--output", str(output), *words])
+    assert "halved (box)" in capsys.readouterr().out
+
+
+def test_one_and_two_processes_make_the_same(tmp_path):
+    """One image cannot be read; three processes have two batches; and one process that ends early ends the others."""
+    pixels, labels = pictures(50)
+    pixels = [*pixels[:20], png(pixels[20])[:50], *pixels[21:]]
+    few = pictures(5)
+    mixed = [*pictures(5)[0], *pictures(9, size=16)[0]]  # found by the second of two processes
+    sources = {
+        "mixed": write(tmp_path / "mixed", "parquet", mixed, np.zeros(14, int)),
+        "many": write(tmp_path / "many", "parquet", pixels, labels),
+        "few": write(tmp_path / "few", "npz", *few),
+    }
+    options = ["--features", PROJECTION, "--keep-features", "--batch-size=4", "--max-corrupt=0.05", "--device=cpu"]
+    commands = [
+        [ranks, ["reference", str(sources[name]), "--output", str(tmp_path / f"{name}{ranks}.npz"), *options]]
+        for name, ranks in (("many", 1), ("many", 2), ("few", 1), ("few", 3), ("mixed", 2))
+    ]
+    (tmp_path / "commands.json").write_text(json.dumps(commands))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.ranks", str(tmp_path / "commands.json")],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert json.loads(done.stdout) == [[0], [0, 0], [0], [0, 0, 0], [1, 2]], done.stderr
+    assert "process 0 cannot reach the others: one of them has ended" in done.stderr
+    assert not (tmp_path / "mixed2.npz").exists()
+    for one, several, count in (("many1", "many2", 49), ("few1", "few3", 5)):
+        one, several = (ReferenceStatistics.read(tmp_path / f"{name}.npz") for name in (one, several))
+        assert one.num_images == several.num_images == count
+        assert torch.equal(one.features, several.features)
+        assert torch.equal(one.labels, several.labels)
+        for name in ("mean", "covariance", "spatial_mean", "spatial_covariance"):
+            close(getattr(several, name), getattr(one, name))
+        for key in ("images", "features"):
+            assert one.provenance[key] == several.provenance[key]
+    assert one.provenance["images"]["sha256"] is not None
+    assert "2 processes on cpu" in done.stderr
+    many = ReferenceStatistics.read(tmp_path / "many2.npz").provenance["images"]
+    assert (many["num_images"], many["num_unreadable"]) == (50, 1)
+    assert many["unreadable"][0].startswith("train-00000-of-00002.parquet, row 20 (")
+
+
+def test_an_environment_of_no_launcher(in_root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    source = write(tmp_path, "npz", *pictures(5))
+    message = refused(capsys, source, "--output", tmp_path / "x.npz", "--features", PROJECTION)
+    assert "WORLD_SIZE is 2, and LOCAL_RANK, LOCAL_WORLD_SIZE" in message
+    assert "torchrun" in message
