@@ -63,12 +63,16 @@ def _of_each(runs: Sequence[Run], what: str, make: Callable[[Run], T | None]) ->
 
 def _ways_of_measuring(runs: Sequence[Run]) -> list[dict[str, Any]]:
     ways = [
-        ("predict", "Measured by predict", [run.metrics for run in runs]),
-        ("evaluate", "Measured by evaluate", [run.evaluation for run in runs]),
+        ("predict", "What predict measured", [run.metrics for run in runs]),
+        ("evaluate", "What evaluate measured", [run.evaluation for run in runs]),
     ]
     found = []
     for name, title, measured in ways:
-        if (figures := tables.figures(runs, measured)) is not None:
+        sound = [
+            each if _attempt(run, title, lambda run=run, each=each: tables.figures([run], [each])) else {}
+            for run, each in zip(runs, measured, strict=True)
+        ]
+        if (figures := tables.figures(runs, sound)) is not None:
             found.append({"id": name, "title": title, "figures": figures})
     return found
 
