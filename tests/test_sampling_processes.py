@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import yaml
 
@@ -79,6 +80,13 @@ def test_as_few_samples_as_there_are(in_root, tmp_path):
     main(words(config, tmp_path / "alone", 17, 2, 4))
     assert files(tmp_path / "seventeen") == files(tmp_path / "alone")
     assert figures(tmp_path / "seventeen") == figures(tmp_path / "alone")
+    with (
+        np.load(tmp_path / "seventeen/trajectory.npz") as found,
+        np.load(tmp_path / "alone/trajectory.npz") as expected,
+    ):
+        assert found["index"].tolist() == [0, 1, 2, 3]
+        for name in expected:
+            np.testing.assert_array_equal(found[name], expected[name])
 
 
 @pytest.mark.slow
