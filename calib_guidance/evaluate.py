@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,6 +119,12 @@ def _evaluate(options: argparse.Namespace, processes: Processes) -> None:
     own = {name: getattr(options, f"samples_{name}") for name in _OF_SAMPLES}
     sets = [open_images(source, **shared, **own) for source in options.samples]
     folders = _folders(options, sets)
+    for folder in folders:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK)):
+            raise ConfigurationError(
+                f"{folder} cannot be written: {there} is not a folder that may be written to (--output)"
+            )
     extractor = features_from_name(options.features)
     judge = None if options.judge is None else read_classifier(options.judge)
     clip = None if options.clip is None else read_classifier(options.clip)
@@ -135,7 +142,7 @@ def _evaluate(options: argparse.Namespace, processes: Processes) -> None:
         if known.images is not None and known.features is None:  # whose features are then taken
             batch = open_images(known.images)
             holds = holds._replace(num_features=batch.num_images, labels=batch.labelled)
-        shape = known.provenance.get("images", {}).get("image_shape")
+        shape = known.image_shape
     else:
         images = open_images(options.reference, **reading_options(options))
         spatial = extractor.spatial_width is not None
@@ -205,7 +212,9 @@ def _metrics(asked: str | None, measures: Measures, holds: ReferenceHolds, sets:
 def _measure(samples: ImageSet, quality: Quality, options: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     """The figures of one set, on every process."""
     quality.begin(samples.num_images, samples.labelled)
-    with tqdm(total=samples.num_images, desc=samples.name, unit="image", disable=not processes.is_first) as bar:
+    with tqdm(
+        total=samples.num_images, desc=samples.name, unit="image", leave=False, disable=not processes.is_first
+    ) as bar:
         for batch in samples.batches(options.batch_size, processes.rank, processes.world_size):
             quality.update(*batch)
             bar.update(len(batch.index) * processes.world_size)
@@ -253,11 +262,8 @@ def _write(folder: Path, results: dict[str, Any], judged: dict[str, np.ndarray] 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "metrics.json", results)
-        table = [
-            "| | | ± |",
-            "|---|---:|---:|",
-            *(f"| {label} | {value} | {spread.removeprefix('± ')} |" for label, value, spread in rows),
-        ]
+        cells = [f"| {label} | {value} | {spread.removeprefix('± ')} |" for label, value, spread in rows]
+        table = ["| | | ± |", "|---|---:|---:|", *cells]
         (folder / "metrics.md").write_text("\n".join([*table, "", *(f"- {line}" for line in lines), ""]))
         if judged is not None:
             write_judged(folder / "judge.npz", judged)

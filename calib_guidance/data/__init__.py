@@ -3,6 +3,7 @@
 from calib_guidance.data.denoise_requests import DenoiseRequests
 from calib_guidance.data.digits import DigitImages, Digits, digits
 from calib_guidance.data.image_data import ImageData, ImageSplit
+from calib_guidance.data.image_sets import ImageBatch, ImageSet, open_images
 from calib_guidance.data.imagenet import imagenet_labels, imagenet_names
 from calib_guidance.data.loading import ResumableLoader, heldout_loader, train_loader
 from calib_guidance.data.noising import Clean, Denoised, Noising, Noisy
@@ -14,7 +15,9 @@ __all__ = [
     "Denoised",
     "DigitImages",
     "Digits",
+    "ImageBatch",
     "ImageData",
+    "ImageSet",
     "ImageSplit",
     "Noising",
     "Noisy",
@@ -24,5 +27,6 @@ __all__ = [
     "heldout_loader",
     "imagenet_labels",
     "imagenet_names",
+    "open_images",
     "train_loader",
 ]

@@ -632,27 +632,32 @@ class ParquetImages(ImageSet):
         return files
 
     def _read(self, blocks: Iterable[range]) -> Iterator[list[_Row]]:
-        columns = [self.image_column, *([self.label_column] if self.label_column else [])]
-        number, table = -1, None
+        number, table, group = -1, None, range(0)  # the row group in memory, and its places
         for block in blocks:
-            rows = []
-            for place in block:
+            rows, place = [], block.start
+            while place < block.stop:
                 wanted = int(np.searchsorted(self.ends, place, side="right"))
                 if wanted != number:
-                    number, (file, group) = wanted, self.groups[wanted]
-                    try:
-                        with pq.ParquetFile(file) as parquet:
-                            table = parquet.read_row_group(group, columns)
-                    except (OSError, pa.ArrowException) as error:
-                        raise ConfigurationError(f"{file} is damaged: {error}") from error
-                i = place - int(self.ends[number]) + table.num_rows
-                image = table[self.image_column][i].as_py()
-                data = image["bytes"] if isinstance(image, dict) else image
-                label = table[self.label_column][i].as_py() if self.label_column else None
-                rows.append(
-                    _Row(place, f"{Path(file).name}, row {place}", data or b"", -1 if label is None else label, place)
-                )
+                    number, table = wanted, self._group(wanted)
+                    group = range(int(self.ends[wanted]) - table.num_rows, int(self.ends[wanted]))
+                part = range(place, min(block.stop, group.stop))
+                for i, row in zip(part, table.slice(place - group.start, len(part)).to_pylist(), strict=True):
+                    rows.append(self._row(i, Path(self.groups[number][0]).name, row))
+                place = part.stop
             yield rows
+
+    def _group(self, number: int) -> pa.Table:
+        file, group = self.groups[number]
+        try:
+            with pq.ParquetFile(file) as parquet:
+                return parquet.read_row_group(group, list(filter(None, (self.image_column, self.label_column))))
+        except (OSError, pa.ArrowException) as error:
+            raise ConfigurationError(f"{file} is damaged: {error}") from error
+
+    def _row(self, place: int, file: str, row: dict[str, Any]) -> _Row:
+        image, label = row[self.image_column], row.get(self.label_column)
+        data = image["bytes"] if isinstance(image, dict) else image
+        return _Row(place, f"{file}, row {place}", data or b"", -1 if label is None else label, place)
 
 
 class DatasetImages(ImageSet):

@@ -14,6 +14,7 @@ from calib_guidance.metrics.calibration import (
     classwise_calibration_error,
     maximum_calibration_error,
 )
+from calib_guidance.metrics.class_wise import class_wise_distances
 from calib_guidance.metrics.classification import (
     Accuracy,
     BrierScore,
@@ -23,7 +24,6 @@ from calib_guidance.metrics.classification import (
     negative_log_likelihood,
 )
 from calib_guidance.metrics.classifier_metrics import ClassifierMetrics
-from calib_guidance.metrics.class_wise import class_wise_distances
 from calib_guidance.metrics.density_coverage import DensityCoverage, density_coverage
 from calib_guidance.metrics.features import (
     FeatureExtractor,
@@ -87,12 +87,12 @@ __all__ = [
     "calibration_error_from_bins",
     "class_wise_distances",
     "classwise_calibration_error",
-    "frechet_distance_sd",
     "covariance_root",
     "density_coverage",
     "extrapolated_frechet_distance",
     "features_from_name",
     "frechet_distance",
+    "frechet_distance_sd",
     "inception_score",
     "kernel_distance",
     "kernel_distance_subsets",

@@ -24,6 +24,7 @@ from calib_guidance.classifiers.base import Classifier
 from calib_guidance.classifiers.off_the_shelf import build_network
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.images import from_uint8
+from calib_guidance.precision import exact_float32
 
 FORMS = (
     "inception[:WEIGHTS], dinov2[:WEIGHTS], timm:NAME[:WEIGHTS], torchvision:NAME[:WEIGHTS], judge:CLASSIFIER.yaml or "
@@ -73,6 +74,11 @@ class FeatureExtractor(nn.Module, ABC):
     width: int
     spatial_width: int | None = None
     num_logits: int | None = None
+
+    def __call__(self, images: Tensor) -> Features:
+        # TF32, the default for convolutions on GPUs, keeps 10 of the 23 bits that the definitions were computed with.
+        with exact_float32():
+            return super().__call__(images)
 
     @abstractmethod
     def forward(self, images: Tensor) -> Features:

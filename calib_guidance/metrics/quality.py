@@ -411,7 +411,8 @@ class Quality:
             self._notes.append(f"Fréchet distance: {note}")
         if not self.measures.extrapolate:
             return
-        smallest = max(n // 10, 2 * width)
+        # A tenth as in the paper; where that is not well above the width, the distance is no straight line in 1/N down there.
+        smallest = n // 10 if n // 10 > 2 * width else 5 * width
         if smallest >= n:
             self._notes.append(f"no extrapolation: subsets of {smallest} samples and more cannot be drawn from {n}")
             return
@@ -421,7 +422,9 @@ class Quality:
         variance = residual.square().sum() / (_POINTS - 2)
         sd = (variance * (1 / _POINTS + x.mean().square() / (x - x.mean()).square().sum())).sqrt()
         of = f"straight line in 1/N through {_POINTS} subsets of {smallest} to {n} samples"
-        self._add("frechet_distance_infinite", line.value, sd, of)
+        self._add("frechet_distance_infinite", line.value, sd, of, least=-math.inf)
+        if line.value < 0:
+            self._notes.append("Fréchet distance at N → ∞: below 0, too few samples for a straight line")
 
     def _sfid(self, rows: dict[str, Tensor]) -> None:
         metric = self._distances["sfid"]
@@ -480,7 +483,7 @@ class Quality:
         self._mean("judge_accuracy", correct, "samples")
         cells = torch.zeros(len(correct), _BINS, 3, dtype=torch.float64, device=self.device)
         terms = torch.stack([torch.ones_like(correct), rows["confidence"], correct], 1)
-        cells[torch.arange(len(correct)), equal_width_bin(rows["confidence"], _BINS)] = terms
+        cells[torch.arange(len(correct), device=self.device), equal_width_bin(rows["confidence"], _BINS)] = terms
         draws = calibration_error_from_bins(bootstrap_sums(cells.flatten(1), self.resamples).view(-1, _BINS, 3))
         of = f"bootstrap over samples, {self.resamples} draws"
         self._add("judge_ece", calibration_error_from_bins(cells.sum(0)), draws.std(), of, 0, 1)
@@ -506,7 +509,9 @@ def table_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
         value = results.get(key)
         if value is not None:
             spread = results.get("spread", {}).get(key)
-            rows.append((label, form.format(value), "" if spread is None else f"± {form.format(spread['sd'])}"))
+            text = form.format(value)
+            text = text.removeprefix("-") if float(text) == 0 else text  # rounding below zero
+            rows.append((label, text, "" if spread is None else f"± {form.format(spread['sd'])}"))
     return rows
 
 

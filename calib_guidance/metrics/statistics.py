@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -334,19 +336,15 @@ class ReferenceStatistics:
         except OSError as error:
             raise ConfigurationError(f"{path} cannot be written: {error.strerror or error}") from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
         return file_sha256(path)
 
-    def check(self, extractor: FeatureExtractor, image_shape: tuple[int, int, int] | None = None) -> None:
+    def check(self, extractor: FeatureExtractor) -> None:
         """Refuse to be compared with features of another kind.
 
         Widths are compared, and, where the file says what its features are of, all that the extractor says of itself (weights'
         hash, resize, normalisation …) but versions of libraries and where the weights lie.
-
-        Args:
-            extractor: that the samples are shown to.
-            image_shape: ``(C, H, W)`` of the samples, compared with that of the reference's images where both are given:
-                extractors resize either to their own size, which hides what the other lacks.
 
         Raises:
             ConfigurationError: they differ; names both.
@@ -361,13 +359,6 @@ class ReferenceStatistics:
                     f"{where} has statistics of {saved} {name}, {extractor.name} gives {now}: take the extractor that the "
                     "statistics were made with (--features), or make new ones with calib-guidance reference"
                 )
-        if None not in (image_shape, self.image_shape) and tuple(image_shape) != self.image_shape:
-            saved, now = ("×".join(map(str, shape)) for shape in (self.image_shape, image_shape))
-            cure = "--mode RGB or L" if self.image_shape[1:] == tuple(image_shape)[1:] else "--size N"
-            raise ConfigurationError(
-                f"{where} is of {saved} images, the samples are {now}: take a reference of that size, or make both the same "
-                f"with {cure}"
-            )
         if "features" in self.provenance:
             saved, now = _flat(self.provenance["features"]), _flat(json.loads(json.dumps(extractor.provenance())))
             different = [
@@ -415,12 +406,18 @@ def file_sha256(path: Path) -> str:
 
 
 def check_output(path: Path) -> None:
-    """Refuse to write statistics there.
+    """Refuse to write statistics there, before they are made. Nothing is left there.
 
     Raises:
-        ConfigurationError: the file exists, or is not named ``.npz``.
+        ConfigurationError: the file exists, is not named ``.npz``, or cannot be written.
     """
     if path.suffix != ".npz":
         raise ConfigurationError(f"--output {path}: statistics are written as .npz")
     if path.exists():
         raise ConfigurationError(f"{path} exists already: remove it, or name another --output")
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be written: {error.strerror}") from error

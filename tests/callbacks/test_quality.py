@@ -1,12 +1,13 @@
 """What is measured of the written samples, against the functions themselves."""
 
-import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from calib_guidance.callbacks import SampleQuality
+from calib_guidance.classifiers import OffTheShelfClassifier
 from calib_guidance.metrics import (
     FeatureExtractor,
     Features,
@@ -16,64 +17,93 @@ from calib_guidance.metrics import (
     mean_and_covariance,
     precision_recall,
 )
+from calib_guidance.networks import SmallResNet
+from calib_guidance.run_folder import RunFolder
+from tests.image_files import pictures, write
 
 
 class Pixels(FeatureExtractor):
-    name, width = "pixels", 4
+    name, width = "pixels", 64
 
     def forward(self, images):
         return Features(images.flatten(1).float())
 
 
-class Shards:
-    """The written samples of a run: three shards of images 2×2, of which the last is short."""
-
-    num_requests = 50
-
-    def __init__(self):
-        index = torch.arange(self.num_requests)
-        images = torch.randint(0, 200, (self.num_requests, 1, 2, 2), generator=torch.Generator().manual_seed(0))
-        self.columns = {"image": images.to(torch.uint8), "label": index % 10, "index": index}
-
-    def whole(self):
-        return self
-
-    def shards(self):
-        return [range(0, 20), range(20, 40), range(40, 50)]
-
-    def read(self, shard):
-        return {key: column[shard.start : shard.stop].numpy() for key, column in self.columns.items()}
-
-
-@pytest.mark.parametrize("options", [{}, {"kid": True, "density_coverage": True}], ids=["default", "all"])
-def test_is_the_functions_of_the_features(options):
-    generator = torch.Generator().manual_seed(1)
-    reference = [{"image": torch.rand(1, 2, 2, generator=generator) * 2 - 1} for _ in range(40)]
-    folder = Shards()
+def run_and_trainer(folder, count=50):
+    pixels, labels = pictures(count, channels=1)
+    run = RunFolder.open(write(folder, "run folder", pixels, labels))
     trainer = SimpleNamespace(
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
-        datamodule=SimpleNamespace(run_folder=folder),
+        datamodule=SimpleNamespace(run_folder=run),
+        default_root_dir=str(folder),
+        is_global_zero=True,
         global_rank=0,
         world_size=1,
     )
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(labels), trainer
+
+
+def measured(trainer, **options):
+    generator = torch.Generator().manual_seed(1)
+    reference = [{"image": torch.rand(1, 8, 8, generator=generator) * 2 - 1, "label": i % 3} for i in range(40)]
     quality = SampleQuality(Pixels(), reference, batch_size=8, **options)
     quality.setup(trainer, None, "predict")
-    found = quality.results(trainer)
-    generated = folder.columns["image"].flatten(1).float()
     real = torch.stack([((r["image"] + 1) * 127.5).floor().flatten() for r in reference])
+    return quality.results(trainer), real
+
+
+@pytest.mark.parametrize("more", [(), ("kid", "dc")], ids=["default", "more"])
+def test_is_the_functions_of_the_features(tmp_path, more):
+    images, _, trainer = run_and_trainer(tmp_path)
+    found, real = measured(trainer, metrics=("fid", "pr", *more)) if more else measured(trainer)
+    generated = images.flatten(1).float()
     precision, recall = precision_recall(real, generated)
     expected = {
         "frechet_distance": frechet_distance(*mean_and_covariance(real), *mean_and_covariance(generated)),
         "precision": precision,
         "recall": recall,
     }
-    if options:
+    if more:
         density, coverage = density_coverage(real, generated)
         expected |= {"kernel_distance": kernel_distance(real, generated), "density": density, "coverage": coverage}
-        # 40 are too few for subsets of 1,000.
-        assert all(math.isnan(found.pop(f"kernel_distance_{name}")) for name in ("mean", "sd"))
+        assert found["spread"]["kernel_distance"]["of"] == "100 subsets of 20, the spread of one"
     for name, value in expected.items():
         assert found.pop(name) == pytest.approx(float(value), rel=1e-9), name
-    note = found.pop("frechet_distance_note")
-    assert note == "40 samples: biased upwards, comparable only at the same number"
-    assert found == {"features": "pixels", "num_reference": 40}
+    (note,) = found["notes"]
+    assert note.startswith("Fréchet distance: 40 samples of 64 features: covariance without full rank")
+    assert found["spread"].keys() == expected.keys() - {"frechet_distance"}  # which has no derivative there
+    assert (found["features"], found["num_reference"], found["num_measured"]) == ("pixels", 40, 50)
+    samples = found["provenance"]["samples"]
+    assert (samples["uint8_rule"], samples["num_images"]) == ("truncate", 50)
+    assert found["provenance"]["reference"]["images"]["uint8_rule"] == "truncate"
+    assert not (tmp_path / "judge.npz").exists()
+
+
+def test_a_judge_beside_the_features_says_what_it_saw(tmp_path):
+    images, labels, trainer = run_and_trainer(tmp_path)
+    torch.manual_seed(0)
+    network = SmallResNet(3).eval()
+    found, _ = measured(trainer, judge=OffTheShelfClassifier(network, 3))
+    p = network(images / 127.5 - 1).softmax(1)
+    correct = (p.argmax(1) == labels).double()
+    assert found["judge_accuracy"] == pytest.approx(float(correct.mean()))
+    spread = found["spread"]["judge_accuracy"]
+    assert spread["sd"] == pytest.approx(float((correct.mean() * (1 - correct.mean()) / 50).sqrt()), rel=0.2)
+    with np.load(tmp_path / "judge.npz") as file:
+        assert np.array_equal(file["index"], np.arange(50))
+        assert np.array_equal(file["label"], labels)
+        assert np.array_equal(file["predicted"], p.argmax(1))
+        np.testing.assert_allclose(file["confidence"], p.gather(1, labels[:, None])[:, 0].detach(), atol=1e-5)
+
+
+def test_a_reference_of_statistics_leaves_out_what_needs_images(tmp_path):
+    images, _, trainer = run_and_trainer(tmp_path)
+    real = images[::2].flatten(1).double().numpy()
+    np.savez(tmp_path / "statistics.npz", mu=real.mean(0), sigma=np.cov(real, rowvar=False))
+    quality = SampleQuality(Pixels(), str(tmp_path / "statistics.npz"))
+    quality.setup(trainer, None, "predict")
+    found = quality.results(trainer)
+    expected = frechet_distance(*mean_and_covariance(torch.from_numpy(real)), *mean_and_covariance(images.flatten(1)))
+    assert found["frechet_distance"] == pytest.approx(float(expected), rel=1e-6)
+    assert "precision" not in found
+    assert any(note.startswith("pr left out: the reference holds no features") for note in found["notes"])

@@ -19,10 +19,12 @@ from calib_guidance.metrics import (
     PrecisionRecall,
     bootstrap,
     bootstrap_sums,
+    class_wise_distances,
     covariance_root,
     density_coverage,
     extrapolated_frechet_distance,
     frechet_distance,
+    frechet_distance_sd,
     inception_score,
     kernel_distance,
     kernel_distance_subsets,
@@ -348,3 +350,45 @@ def test_bad_arguments_are_refused():
     values = found.compute()  # 60 samples are too few for subsets of 1,000, not for the whole sets
     assert values["kernel_distance"].isfinite()
     assert values["kernel_distance_mean"].isnan()
+
+
+def test_spread_of_a_frechet_distance_is_the_jackknifes():
+    """Leaving out one sample after the other estimates the same derivative by differences."""
+    reference, generated = small_sets(n=400, m=300)
+    statistics = mean_and_covariance(reference)
+    found = frechet_distance_sd(statistics, generated)
+    n = len(generated)
+    without = torch.stack(
+        [frechet_distance(*statistics, *mean_and_covariance(generated[torch.arange(n) != i])) for i in range(n)]
+    )
+    jackknife = ((n - 1) / n * (without - without.mean()).square().sum()).sqrt()
+    assert float(found) == pytest.approx(float(jackknife), rel=0.02)
+    assert frechet_distance_sd(statistics, generated[:4]).isnan()
+    # Directions that neither set has are no infinite spread.
+    wide = [torch.cat([f, 0 * f], dim=1) for f in (reference, generated)]
+    assert float(frechet_distance_sd(mean_and_covariance(wide[0]), wide[1])) == pytest.approx(float(found), rel=1e-6)
+
+
+def test_class_wise_distances_are_those_of_each_class():
+    generator = torch.Generator().manual_seed(2)
+    labels, real_labels = torch.arange(130) % 3, torch.arange(120) % 3
+    labels[90:] = 0
+    generated = torch.randn(130, 4, generator=generator) + labels[:, None]
+    reference = torch.randn(120, 4, generator=generator) + real_labels[:, None]
+    real_labels[:35][real_labels[:35] == 2] = 1
+    found = class_wise_distances(reference, real_labels, generated, labels)
+    assert list(found) == ["0", "1", "2"]
+    for label, figures in found.items():
+        real, made = reference[real_labels == int(label)], generated[labels == int(label)]
+        assert (figures["num_samples"], figures["num_reference"]) == (len(made), len(real))
+        expected = frechet_distance(*mean_and_covariance(real), *mean_and_covariance(made))
+        assert figures["frechet_distance"] == pytest.approx(float(expected))
+        if label != "2":
+            assert [figures["precision"], figures["recall"]] == pytest.approx(
+                [float(v) for v in precision_recall(real, made)]
+            )
+            assert not figures["left_out"]
+    assert "precision" not in found["2"]
+    assert found["2"]["left_out"]["recall"] == "29 images in the smaller set; 30 are needed for k = 3"
+    wide = class_wise_distances(torch.cat([reference] * 5, 1), real_labels, torch.cat([generated] * 5, 1), labels)
+    assert wide["1"]["left_out"] == {"frechet_distance": "30 images in the smaller set; 41 are needed for 20 features"}

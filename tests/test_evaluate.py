@@ -1,0 +1,354 @@
+"""`calib-guidance evaluate`: anybody's samples against anybody's reference, and what is said of them."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import nn
+from torch_fidelity import calculate_metrics
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from calib_guidance.checkpoints import save_weights
+from calib_guidance.classifiers.clip import CLIPClassifier, build_clip
+from calib_guidance.cli import main
+from calib_guidance.data import digits
+from calib_guidance.images import to_uint8
+from calib_guidance.metrics import (
+    density_coverage,
+    extrapolated_frechet_distance,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    mean_and_covariance,
+    precision_recall,
+)
+from calib_guidance.metrics.calibration import calibration_error
+from calib_guidance.networks import SmallResNet
+from tests.conftest import ROOT
+from tests.image_files import Projection, pictures, write
+from tests.test_durable_sampling import predict
+from tests.test_sampling_processes import environment
+
+PROJECTION = ("--features", "tests.image_files:Projection")
+
+
+def evaluate(*arguments):
+    main(["evaluate", *map(str, arguments), "--device=cpu"])
+
+
+def refused(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        evaluate(*arguments)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def metrics(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """Samples in class folders, a reference as an npz, and what the extractor gives of both."""
+    folder = tmp_path_factory.mktemp("sets")
+    samples, real = pictures(120), pictures(130, seed=1)
+    paths = write(folder / "samples", "class folders", *samples), write(folder / "reference", "npz", *real)
+    with torch.no_grad():
+        found = [Projection()(torch.from_numpy(pixels).permute(0, 3, 1, 2)) for pixels, _ in (samples, real)]
+    return paths, found
+
+
+def judge(folder, channels=3):
+    torch.manual_seed(0)
+    network = SmallResNet(3, channels).eval()
+    save_weights(network, folder / "judge.safetensors")
+    small = {"class_path": "calib_guidance.networks.SmallResNet"}
+    small["init_args"] = {"num_classes": 3, "in_channels": channels}
+    content = {"class_path": "calib_guidance.classifiers.OffTheShelfClassifier"}
+    content["init_args"] = {"network": small, "num_classes": 3, "weights": str(folder / "judge.safetensors")}
+    (folder / "judge.yaml").write_text(yaml.safe_dump(content))
+    return network
+
+
+def test_figures_are_the_functions_of_the_features(sets, tmp_path, capsys):
+    (samples, reference), (generated, real) = sets
+    network = judge(tmp_path)
+    words = [samples, "--reference", reference, *PROJECTION, "--output", tmp_path / "out", "--extrapolate"]
+    evaluate(*words, "--judge", tmp_path / "judge.yaml")
+    found, printed = metrics(tmp_path / "out"), capsys.readouterr().out
+    statistics = mean_and_covariance(real.pool)
+    pixels, labels = (torch.from_numpy(value) for value in pictures(120))
+    logits = network(pixels.permute(0, 3, 1, 2) / 127.5 - 1).detach()
+    expected = {
+        "frechet_distance": frechet_distance(*statistics, *mean_and_covariance(generated.pool)),
+        "frechet_distance_infinite": extrapolated_frechet_distance(statistics, generated.pool, 80).value,
+        "spatial_frechet_distance": frechet_distance(
+            *mean_and_covariance(real.spatial), *mean_and_covariance(generated.spatial)
+        ),
+        "inception_score": inception_score(generated.logits).mean(),
+        "kernel_distance": kernel_distance(real.pool, generated.pool),
+        **dict(zip(("precision", "recall"), precision_recall(real.pool, generated.pool), strict=True)),
+        **dict(zip(("density", "coverage"), density_coverage(real.pool, generated.pool), strict=True)),
+        "judge_accuracy": (logits.argmax(1) == labels).double().mean(),
+        "judge_ece": calibration_error(logits, labels),
+    }
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(float(value), rel=1e-6), name
+        spread = found["spread"][name]
+        assert spread["low"] <= found[name] <= spread["high"], name
+        assert spread["sd"] > 0, name
+    of_class = precision_recall(real.pool[torch.from_numpy(pictures(130)[1]) == 1], generated.pool[labels == 1])
+    assert [found["by_class"]["1"][name] for name in ("precision", "recall")] == pytest.approx(
+        list(map(float, of_class))
+    )
+    said = found["provenance"]
+    assert (said["samples"]["num_images"], said["reference"]["images"]["num_images"]) == (120, 130)
+    for words in (said["features"]["weights_sha256"][:12], said["judge"]["weights_sha256"][:12], "random projection"):
+        assert words in printed
+    assert said["samples"]["sha256"][:12] in printed
+    assert "note       Fréchet distance: 120 samples: biased upwards" in printed
+    assert {"torch", "calib_guidance", "Pillow"} <= said["versions"].keys()
+    table = (tmp_path / "out/metrics.md").read_text()
+    assert f"| precision | {found['precision']:.3f} | {found['spread']['precision']['sd']:.3f} |" in table
+    with np.load(tmp_path / "out/judge.npz") as file:
+        assert np.array_equal(file["predicted"], logits.argmax(1))
+
+
+def test_several_sets_give_mean_and_deviation(sets, tmp_path, capsys):
+    (samples, reference), _ = sets
+    other = write(tmp_path / "samples", "class folders", *pictures(120, seed=5))
+    evaluate(samples, other, "--reference", reference, *PROJECTION, "--metrics=fid,pr", "--output", tmp_path / "out")
+    whole = metrics(tmp_path / "out")
+    names = [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()]
+    assert sorted(names) == sorted(whole["runs"])
+    assert all(name.endswith("samples-images") for name in names)
+    runs = [metrics(tmp_path / "out" / name) for name in names]
+    for key in ("frechet_distance", "precision", "recall"):
+        values = [run[key] for run in runs]
+        assert whole[key] == pytest.approx(np.mean(values))
+        assert whole["spread"][key]["sd"] == pytest.approx(np.std(values, ddof=1))
+        assert whole["spread"][key]["of"] == "2 runs"
+        sd = whole["spread"][key]["sd"]
+        assert f"{whole[key]:.3f} ± {sd:.3f}" in capsys.readouterr().out if key == "recall" else values[0] != values[1]
+
+
+def test_statistics_of_others_measure_what_they_can(sets, tmp_path):
+    (samples, _), (generated, real) = sets
+    pool = real.pool.double().numpy()
+    np.savez(tmp_path / "others.npz", mu=pool.mean(0), sigma=np.cov(pool, rowvar=False))
+    evaluate(samples, "--reference", tmp_path / "others.npz", *PROJECTION, "--output", tmp_path / "out")
+    found = metrics(tmp_path / "out")
+    expected = frechet_distance(*mean_and_covariance(real.pool), *mean_and_covariance(generated.pool))
+    assert found["frechet_distance"] == pytest.approx(float(expected), rel=1e-6)
+    assert found.keys().isdisjoint({"precision", "kernel_distance", "spatial_frechet_distance"})
+    assert any(
+        note.startswith("kid, pr, dc and classwise left out: the reference holds no features")
+        for note in found["notes"]
+    )
+    assert found["provenance"]["reference"]["sha256"]
+
+
+def test_clip_score_is_the_mean_cosine_to_the_prompts(sets, tmp_path):
+    (samples, reference), _ = sets
+    architecture = {
+        "embed_dim": 16,
+        "vision_cfg": {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 16},
+        "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }
+    torch.manual_seed(0)
+    save_file(build_clip(architecture).state_dict(), tmp_path / "clip.safetensors")
+    arguments = {
+        "prompts": ["a fox", "a car", "two cats"],
+        "model": architecture,
+        "weights": str(tmp_path / "clip.safetensors"),
+    }
+    content = {"class_path": "calib_guidance.classifiers.CLIPClassifier", "init_args": arguments}
+    (tmp_path / "clip.yaml").write_text(yaml.safe_dump(content))
+    words = ["--reference", reference, *PROJECTION, "--metrics=clip", "--clip", tmp_path / "clip.yaml"]
+    evaluate(samples, *words, "--output", tmp_path / "out")
+    pixels, labels = (torch.from_numpy(value) for value in pictures(120))
+    cosine = CLIPClassifier(**arguments).freeze().similarity(pixels.permute(0, 3, 1, 2) / 127.5 - 1)
+    expected = cosine.gather(1, labels[:, None])
+    found = metrics(tmp_path / "out")
+    assert found["clip_score"] == pytest.approx(float(expected.mean()), rel=1e-5)
+    assert found["spread"]["clip_score"]["sd"] == pytest.approx(float(expected.std() / 120**0.5), rel=0.2)
+
+
+@pytest.mark.slow
+def test_inception_gives_torch_fidelitys_figures_from_files_on(tmp_path):
+    """Random weights in its file format; 2,048 features of 20 and 10 images; one distance takes it ten seconds."""
+    torch.manual_seed(0)
+    network = FeatureExtractorInceptionV3.__new__(FeatureExtractorInceptionV3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Module, "load_state_dict", lambda *arguments: None)
+        torch.save({}, tmp_path / "inception.pth")
+        network.__init__("inception-v3-compat", ["2048"], feature_extractor_weights_path=tmp_path / "inception.pth")
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):  # as initialised, what comes out at the end is 1e-8
+            nn.init.kaiming_normal_(module.weight)
+    network.fc.weight.data *= 0.3 / network.fc.weight.std()
+    torch.save(network.state_dict(), tmp_path / "inception.pth")
+    contrast = np.concatenate([np.linspace(0.3, 1, 20), np.linspace(0.05, 0.6, 10)])[:, None, None, None]
+    pixels = (pictures(30, size=32)[0] * contrast).astype(np.uint8)
+    samples = write(tmp_path / "samples", "image folder", pixels[:20], np.zeros(20, int))
+    reference = write(tmp_path / "reference", "image folder", pixels[20:], np.zeros(10, int))
+    words = ["--features", f"inception:{tmp_path / 'inception.pth'}", "--metrics=fid,is,kid,pr", "--allow-few"]
+    evaluate(samples, "--reference", reference, *words, "--output", tmp_path / "out")
+    found = metrics(tmp_path / "out")
+    theirs = {
+        "cuda": False,
+        "verbose": False,
+        "feature_extractor": "inception-v3-compat",
+        "feature_extractor_weights_path": str(tmp_path / "inception.pth"),
+        "save_cpu_ram": True,
+        "cache_root": str(tmp_path / "cache"),
+    }
+    named = [{"path": str(path), "name": path.parent.name} for path in (samples, reference)]
+    kid = {"kid": True, "kid_subsets": 100, "kid_subset_size": 5}  # of which it draws those of the first set first
+    expected = {}
+    for (first, second), asked in ((named, {"fid": True, "isc": True, "prc": True}), (named[::-1], kid)):
+        inputs = {
+            f"input{number}{key}": value
+            for number, one in ((1, first), (2, second))
+            for key, value in (("", one["path"]), ("_cache_name", one["name"]))
+        }
+        expected |= calculate_metrics(**theirs, **inputs, **asked)
+    assert expected["frechet_inception_distance"] > 1e-3
+    assert expected["inception_score_mean"] > 1.001
+    assert 0 < expected["precision"] < 1
+    for ours, name in (
+        ("frechet_distance", "frechet_inception_distance"),
+        ("kernel_distance_mean", "kernel_inception_distance_mean"),
+        ("inception_score", "inception_score_mean"),
+        ("precision", "precision"),
+        ("recall", "recall"),
+    ):
+        assert found[ours] == pytest.approx(expected[name], rel=1e-5), ours
+    assert found["spread"]["kernel_distance"]["sd"] == pytest.approx(
+        expected["kernel_inception_distance_std"], rel=1e-5
+    )
+    assert found["provenance"]["features"]["resize"]["size"] == 299
+    assert "covariance without full rank" in found["notes"][0]
+
+
+def test_a_run_sampled_in_pieces_measures_as_one_sampled_at_once(in_root, tmp_path):
+    images, labels = digits("heldout")
+    np.savez(tmp_path / "heldout.npz", to_uint8(images).permute(0, 2, 3, 1).numpy(), labels.numpy())
+    for samples in (10, 20, 30):
+        predict(tmp_path / "pieces", samples=samples)
+    predict(tmp_path / "whole", samples=30)
+    content = yaml.safe_load((in_root / "lightning_configs/predict/digits.yaml").read_text())["trainer"]["callbacks"]
+    (quality,) = [c["init_args"] for c in content if c["class_path"].endswith("SampleQuality")]
+    (tmp_path / "judge.yaml").write_text(yaml.safe_dump(quality["features"]["init_args"]["classifier"]))
+    words = ["--reference", tmp_path / "heldout.npz", "--features", f"judge:{tmp_path / 'judge.yaml'}", "--allow-few"]
+    evaluate(tmp_path / "pieces", *words)
+    evaluate(tmp_path / "whole", *words)
+    pieces, whole = (metrics(tmp_path / name / "evaluation") for name in ("pieces", "whole"))
+    during = metrics(tmp_path / "whole")
+    for name in (
+        "frechet_distance",
+        "kernel_distance",
+        "precision",
+        "recall",
+        "coverage",
+        "judge_accuracy",
+        "judge_ece",
+    ):
+        assert pieces[name] == whole[name] == pytest.approx(during.get(name, whole[name]), rel=1e-6), name
+    assert pieces["spread"] == whole["spread"]
+    assert pieces["provenance"]["samples"]["sha256"] == whole["provenance"]["samples"]["sha256"]
+
+
+def test_two_processes_give_the_figures_of_one(sets, tmp_path):
+    (samples, reference), _ = sets
+    judge(tmp_path)
+    words = ["evaluate", str(samples), "--reference", str(reference), *PROJECTION, "--device=cpu"]
+    words += ["--judge", str(tmp_path / "judge.yaml")]
+    commands = [
+        [ranks, [*words, f"--batch-size={batch}", "--output", str(tmp_path / name)]]
+        for name, ranks, batch in (("one", 1, 50), ("shared", 2, 50), ("idle", 2, 200))
+    ]
+    (tmp_path / "commands.json").write_text(json.dumps(commands))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.ranks", str(tmp_path / "commands.json")],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert json.loads(done.stdout) == [[0], [0, 0], [0, 0]], done.stderr
+    one = metrics(tmp_path / "one")
+    for name_of_several in ("shared", "idle"):  # in the second there is no batch for the second process
+        several = metrics(tmp_path / name_of_several)
+        assert several["provenance"] == one["provenance"]
+        assert several["notes"] == one["notes"]
+        numbers = {name: value for name, value in one.items() if isinstance(value, float)}
+        assert len(numbers) == 11
+        for name, value in numbers.items():
+            assert several[name] == pytest.approx(value, rel=1e-9, abs=1e-9), name
+            if name in one["spread"]:
+                assert several["spread"][name]["sd"] == pytest.approx(one["spread"][name]["sd"], rel=1e-6)
+        with np.load(tmp_path / "one/judge.npz") as a, np.load(tmp_path / name_of_several / "judge.npz") as b:
+            assert all(np.array_equal(a[name], b[name]) for name in ("index", "label", "predicted"))
+
+
+def test_what_cannot_be_measured_is_refused_before_it_is(sets, tmp_path, capsys):
+    (samples, reference), _ = sets
+    judge(tmp_path, channels=1)
+    few = write(tmp_path / "few", "class folders", *pictures(9))
+    large = write(tmp_path / "large", "npz", *pictures(30, size=16))
+    grey = write(tmp_path / "grey", "npz", *pictures(30, channels=1))
+    (tmp_path / "empty").mkdir()
+    np.savez(tmp_path / "wide.npz", mu=np.zeros(20), sigma=np.eye(20))
+    np.savez(tmp_path / "mu.npz", mu=np.zeros(16), sigma=np.eye(16))
+    unlabelled = write(tmp_path / "unlabelled", "image folder", *pictures(40))
+    against = ["--reference", reference, *PROJECTION, "--output", tmp_path / "out"]
+    cases = (
+        ([few, *against], "fid cannot be taken of .*few.*: 9 samples with 16 features each.*--allow-few"),
+        ([few, *against, "--metrics=is"], "9 samples cannot be parted into 10 splits"),
+        ([samples, *against, "--metrics=fid,fdd"], "metrics: unknown fdd; known: fid, sfid"),
+        ([samples, *against, "--metrics=judge"], "judge cannot be taken of .*--judge CLASSIFIER.yaml"),
+        ([samples, *against, "--metrics=clip"], "--clip CLIP.yaml"),
+        ([unlabelled, *against, "--metrics=classwise"], "the samples' classes are not known"),
+        ([samples, *against, "--reference", large], "8×8 of 3 colours, the reference .* 16×16 of 3.*--size N"),
+        ([samples, *against, "--reference", grey], "8×8 of 1: they cannot be compared.*--mode"),
+        (
+            [samples, *against, "--reference", tmp_path / "wide.npz"],
+            "statistics of 20 features, random projection gives 16",
+        ),
+        ([samples, *against, "--reference", tmp_path / "mu.npz", "--metrics=pr"], "reference --keep-features"),
+        ([large, *against, "--reference", large], "the features cannot be taken of images 3×16×16"),
+        ([samples, *against, "--judge", tmp_path / "judge.yaml"], "the judge cannot be taken of images 3×8×8"),
+        ([samples, *against, "--clip", tmp_path / "judge.yaml"], "OffTheShelfClassifier, not CLIPClassifier"),
+        ([samples, *against, "--output", tmp_path / "mu.npz" / "out"], "mu.npz is not a folder"),
+        ([samples, samples, *against], "the same samples are named twice"),
+        ([tmp_path / "empty", *against], "empty"),
+        ([samples, *against, "--reference", tmp_path / "nothing.npz"], "nothing.npz"),
+    )
+    for arguments, message in cases:
+        error = refused(capsys, *arguments)
+        assert re.search(message, error.replace("\n", " ")), (message, error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_damage_is_named_and_counted(tmp_path, capsys):
+    samples = write(tmp_path / "samples", "image folder", *pictures(60))
+    reference = write(tmp_path / "reference", "npz", *pictures(60, seed=1))
+    (samples / "000007.png").write_bytes((samples / "000007.png").read_bytes()[:60])
+    words = [samples, "--reference", reference, *PROJECTION, "--output", tmp_path / "out", "--max-corrupt=0.1"]
+    evaluate(*words)
+    found = metrics(tmp_path / "out")
+    assert (found["num_samples"], found["provenance"]["samples"]["num_unreadable"]) == (59, 1)
+    assert "1 could not be read: " in (printed := capsys.readouterr().out)
+    assert "000007.png" in printed
+    shutil.rmtree(tmp_path / "out")
+    assert "000007.png" in refused(capsys, *words[:-1], "--max-corrupt=0")
+    assert not (tmp_path / "out").exists()
