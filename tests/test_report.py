@@ -135,7 +135,9 @@ def two(tmp_path_factory):
     kept = {"x0": rng.integers(0, 256, (2, 3, 3, 4, 4), dtype=np.uint8), "gradient": rng.normal(size=(2, 3, 3, 4, 4))}
     np.savez(second / "trajectory.npz", index=[0, 1], label=[0, 1], t=[999.0, 500.0, 0.0], **kept)
     (first / "evaluation").mkdir()
-    (first / "evaluation/metrics.json").write_text(json.dumps({"inception_score": 3.25, "num_measured": 12}))
+    (first / "evaluation/metrics.json").write_text(
+        json.dumps({"inception_score": 3.25, "num_measured": 12, "kernel_distance": 1.25e-7})
+    )
     page = report(first, second, "--output", root / "page.html")
     page.path, page.runs = root / "page.html", (first, second)
     return page
@@ -172,6 +174,7 @@ def test_numbers_are_those_that_were_measured(two):
         assert two.cells(name) == [first[name], second[name]]
     assert two.cells("inception_score") == [3.25]
     assert two.cells("clip_score") == []
+    assert two.all("td", **{"data-metric": "kernel_distance"})[0][2] == "1.25e-07"  # and not 0.0000
     cells = [e[2] for e in two.all("td", **{"data-metric": "frechet_distance"})]
     assert [" ".join(cell.split()) for cell in cells] == ["0.447 ± 0.0130.422 to 0.471", "0.600 ± 0.0100.580 to 0.620"]
     # Their intervals lie apart, those of precision are not known.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -96,6 +95,8 @@ def _cell(name: str, measured: Mapping[str, Any]) -> tuple[Cell, Mapping[str, An
     if not _is_number(value):
         return Cell(None, "–"), {}
     form = _label(name)[1]
+    if value and not float(form.format(value)):  # too small for the digits that the metric usually has
+        form = "{:.3g}"
     spread = measured.get("spread", {}).get(name) or {}
     sd = form.format(spread["sd"]) if _is_number(spread.get("sd")) else None
     ends = [spread.get("low"), spread.get("high")]
@@ -184,6 +185,8 @@ def figures(runs: Sequence[Run], measured: Sequence[Mapping[str, Any]]) -> Figur
     found = dict.fromkeys(name for each in measured for name, value in each.items() if _is_number(value))
     names = [name for name in TABLE if name in found]
     names += [name for name in found if name not in TABLE and name not in _COUNTS]
+    if all(each.get("num_measured") in (None, each.get("num_samples")) for each in measured):
+        found.pop("num_measured", None)  # all of them, as one expects
     names += [name for name in _COUNTS if name in found]
     by_class = []
     for run, each in zip(runs, measured, strict=True):
@@ -231,7 +234,5 @@ def provenance(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
             "run.made_by": ", ".join(sorted({f"{w['device']} on {w['host']}" for w in run.status["workers"]})) or None,
         }
         said.append(told)
-    keys = dict.fromkeys(key for told in said for key in told)
-    return [
-        (key, ["–" if told.get(key) in (None, [], math.nan) else as_text(told[key]) for told in said]) for key in keys
-    ]
+    keys = dict.fromkeys(key for told in said for key, value in told.items() if value not in (None, []))
+    return [(key, ["–" if told.get(key) in (None, []) else as_text(told[key]) for told in said]) for key in keys]
