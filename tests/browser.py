@@ -4,9 +4,9 @@ import base64
 import contextlib
 import json
 import os
+import select
 import shutil
 import subprocess
-import threading
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _PATIENCE = 120  # seconds for an answer, on a machine that has other things to do
@@ -42,8 +42,6 @@ class Browser:
         )
         os.close(theirs_in)
         os.close(theirs_out)
-        self._watchdog = threading.Timer(_PATIENCE, self.process.kill)
-        self._watchdog.start()
         self._buffer, self._number, self._session = b"", 0, None
         self.messages, self.requests, self._events = [], [], []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
@@ -53,6 +51,8 @@ class Browser:
 
     def _read(self):
         while b"\0" not in self._buffer:
+            if not select.select([self._in], [], [], _PATIENCE)[0]:
+                raise RuntimeError(f"the browser has said nothing for {_PATIENCE} seconds")
             found = os.read(self._in, 1 << 20)
             if not found:
                 raise RuntimeError("the browser has gone")
@@ -110,7 +110,6 @@ class Browser:
         path.write_bytes(base64.b64decode(data))
 
     def close(self):
-        self._watchdog.cancel()
         with contextlib.suppress(Exception):
             self._session = None
             self.call("Browser.close")

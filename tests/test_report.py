@@ -135,9 +135,8 @@ def two(tmp_path_factory):
     kept = {"x0": rng.integers(0, 256, (2, 3, 3, 4, 4), dtype=np.uint8), "gradient": rng.normal(size=(2, 3, 3, 4, 4))}
     np.savez(second / "trajectory.npz", index=[0, 1], label=[0, 1], t=[999.0, 500.0, 0.0], **kept)
     (first / "evaluation").mkdir()
-    (first / "evaluation/metrics.json").write_text(
-        json.dumps({"inception_score": 3.25, "num_measured": 12, "kernel_distance": 1.25e-7})
-    )
+    evaluated = {"inception_score": 3.25, "num_measured": 12, "kernel_distance": 1.25e-7}
+    (first / "evaluation/metrics.json").write_text(json.dumps(evaluated))
     page = report(first, second, "--output", root / "page.html")
     page.path, page.runs = root / "page.html", (first, second)
     return page
