@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 
 from calib_guidance.cli import main
+from calib_guidance.report import pictures
 from calib_guidance.run_folder import RunFolder
 from tests.browser import Browser, find_browser
 from tests.test_status_and_export import table
@@ -334,3 +335,11 @@ def test_the_browser_would_complain(browser, tmp_path):
     assert "oh" in browser.messages
     assert "http://127.0.0.1:9/none.png" in browser.requests
     assert browser.evaluate("document.documentElement.scrollWidth") > 390
+
+
+def test_large_samples_are_reduced_and_small_ones_kept():
+    picture = pictures.sample(np.full((1, 320, 240), 7, np.uint8), "a sample")
+    assert (picture.width, picture.height, picture.alt) == (120, 160, "a sample")
+    image = Image.open(io.BytesIO(base64.b64decode(picture.uri.partition(",")[2])))
+    assert np.array_equal(image, np.full((160, 120), 7))
+    assert pictures.sample(np.zeros((3, 8, 12), np.uint8), "")[1:3] == (12, 8)
