@@ -195,7 +195,7 @@ def test_inception_gives_torch_fidelitys_figures_from_files_on(tmp_path):
             nn.init.kaiming_normal_(module.weight)
     network.fc.weight.data *= 0.3 / network.fc.weight.std()
     torch.save(network.state_dict(), tmp_path / "inception.pth")
-    contrast = np.concatenate([np.linspace(0.3, 1, 20), np.linspace(0.05, 0.6, 10)])[:, None, None, None]
+    contrast = np.concatenate([np.linspace(0.05, 1, 20), np.linspace(0.05, 0.25, 10)])[:, None, None, None]
     pixels = (pictures(30, size=32)[0] * contrast).astype(np.uint8)
     samples = write(tmp_path / "samples", "image folder", pixels[:20], np.zeros(20, int))
     reference = write(tmp_path / "reference", "image folder", pixels[20:], np.zeros(10, int))

@@ -47,7 +47,12 @@ def frechet_distance(
     return mean_term + covariance1.trace() + covariance2.trace() - 2 * eigenvalues.sqrt().sum()
 
 
-def frechet_distance_sd(reference: tuple[Tensor, Tensor], generated: Tensor, root1: Tensor | None = None) -> Tensor:
+def frechet_distance_sd(
+    reference: tuple[Tensor, Tensor],
+    generated: Tensor,
+    root1: Tensor | None = None,
+    strata: Tensor | None = None,
+) -> Tensor:
     """Standard deviation of a Fréchet distance over draws of the generated samples, to first order (delta method).
 
     One sample x moves the distance by 2·(μ₂ − μ₁)·δ + δᵀ(I − R·(RᵀΣ₂R)^{−1/2}·Rᵀ)δ less its mean, over N, where δ = x − μ₂
@@ -58,6 +63,8 @@ def frechet_distance_sd(reference: tuple[Tensor, Tensor], generated: Tensor, roo
         reference: mean ``(D,)`` and covariance ``(D, D)``.
         generated: ``(N, D)`` features.
         root1: :func:`covariance_root` of the reference's covariance where it is known.
+        strata: ``(N,)`` classes, where each draw has the same number of each class, so that only what varies within classes
+            counts; None for draws in which the numbers vary too.
 
     Returns:
         Scalar float64; NaN with D samples or fewer, where the distance has no derivative.
@@ -77,7 +84,17 @@ def frechet_distance_sd(reference: tuple[Tensor, Tensor], generated: Tensor, roo
     for rows in generated.split(_ROWS):
         delta = rows.double() - mean
         influence.append(2 * delta @ (mean - mean1) + ((delta @ gradient) * delta).sum(1))
-    return torch.cat(influence).std() / n**0.5
+    moves = torch.cat(influence)
+    groups = (
+        torch.zeros(n, dtype=torch.long, device=moves.device)
+        if strata is None
+        else strata.unique(return_inverse=True)[1]
+    )
+    count = groups.bincount().double()
+    means = torch.zeros_like(count).index_add_(0, groups, moves) / count
+    if n <= len(count):
+        return torch.full((), torch.nan, dtype=torch.float64, device=moves.device)
+    return ((moves - means[groups]).square().sum() / (n - len(count)) / n).sqrt()
 
 
 def sample_count_note(num_samples: int, width: int) -> str | None:

@@ -404,8 +404,9 @@ class Quality:
         metric = self._distances["fid"]
         mean, covariance, root = metric.reference_mean, metric.reference_covariance, metric.reference_root
         n, width = len(rows["pool"]), self.extractor.width
-        sd = frechet_distance_sd((mean, covariance), rows["pool"], root)
-        self._add("frechet_distance", metric.compute(), sd, "samples, delta method, the reference fixed")
+        strata, of = _strata(rows["label"])
+        sd = frechet_distance_sd((mean, covariance), rows["pool"], root, strata)
+        self._add("frechet_distance", metric.compute(), sd, of)
         counts = [c for c in (n, self.reference.num_images) if c is not None]
         if note := sample_count_note(min(counts), width):
             self._notes.append(f"Fréchet distance: {note}")
@@ -429,8 +430,9 @@ class Quality:
     def _sfid(self, rows: dict[str, Tensor]) -> None:
         metric = self._distances["sfid"]
         reference = metric.reference_mean, metric.reference_covariance
-        sd = frechet_distance_sd(reference, rows["spatial"], metric.reference_root)
-        self._add("spatial_frechet_distance", metric.compute(), sd, "samples, delta method, the reference fixed")
+        strata, of = _strata(rows["label"])
+        sd = frechet_distance_sd(reference, rows["spatial"], metric.reference_root, strata)
+        self._add("spatial_frechet_distance", metric.compute(), sd, of)
 
     def _is(self, rows: dict[str, Tensor]) -> None:
         splits = inception_score(rows["logits"], _SPLITS)
@@ -473,10 +475,9 @@ class Quality:
             for name, reason in figures["left_out"].items():
                 reasons.setdefault((name, reason), []).append(label)
         for (name, reason), classes in reasons.items():
-            listed = ", ".join(classes[:10]) + (" …" if len(classes) > 10 else "")
-            self._notes.append(
-                f"{name} by class: left out of {len(classes)} of {len(found)} classes ({listed}): {reason}"
-            )
+            listed = f"classes {', '.join(classes[:10])}{' …' if len(classes) > 10 else ''} of {len(found)}"
+            which = f"all {len(found)} classes" if len(classes) == len(found) else listed
+            self._notes.append(f"{TABLE[name][0]} by class left out of {which}: {reason}")
 
     def _judge(self, rows: dict[str, Tensor]) -> None:
         correct = (rows["predicted"] == rows["label"]).double()
@@ -493,6 +494,14 @@ class Quality:
 
     def _clip(self, rows: dict[str, Tensor]) -> None:
         self._mean("clip_score", rows["similarity"], "samples", least=-1)
+
+
+def _strata(labels: Tensor) -> tuple[Tensor | None, str]:
+    """Classes within which samples are drawn, where they are as good as equally many, and what a spread is over then."""
+    count = labels.unique(return_counts=True)[1]
+    if len(count) > 1 and int(count.max()) - int(count.min()) <= 1 and int(labels.min()) >= 0:
+        return labels, "samples within their classes, which are balanced; delta method, the reference fixed"
+    return None, "samples, delta method, the reference fixed"
 
 
 def _check_labels(labels: Tensor, num_classes: int, whose: str) -> None:
