@@ -239,24 +239,27 @@ def test_one_run_by_itself_and_names_of_runs(tmp_path, capsys):
 
 
 def test_a_run_that_is_not_complete_and_damaged(tmp_path):
-    folder = make(tmp_path / "run", None, num_samples=16, shards=(0, 1, 2))
+    folder = make(tmp_path / "run", None, num_samples=20, shards=(0, 1, 2, 3))
     data = bytearray((folder / "samples/00000004.parquet").read_bytes())
     data[40] ^= 255  # found only by its checksum
     (folder / "samples/00000004.parquet").write_bytes(data)
     (folder / "samples/00000008.parquet").write_bytes(b"short")
+    data = (folder / "samples/00000012.parquet").read_bytes()
+    (folder / "samples/00000012.parquet").write_bytes(data[:8] + bytes(len(data) - 16) + data[-8:])
     (folder / "config.yaml").write_text("a: [")
     (folder / "metrics.json").write_text('{"precision": 0.5, "ece_t": {"t": [1]}, "gradient_norm_t": 3}')
     (folder / "judge.npz").write_bytes(b"PK no archive")
     (folder / "trajectory.npz").write_bytes(b"PK no archive")
     page = report(folder, "--output", tmp_path / "page.html")
     for remark in (
-        "Not complete: 8 of 16 samples are made",
+        "Not complete: 12 of 20 samples are made",
         "samples 4 to 7 are left out of this page",
         "samples 8 to 11 are left out of this page (00000008.parquet has 5 bytes",
+        "samples 12 to 15 are left out of this page (00000012.parquet is no table of samples",
         "config.yaml is damaged",
-        "ECE_t cannot be shown",
+        "ECE_t cannot be shown, what is kept of it is damaged: there is no 'ece'.",
         "The gradient norm cannot be shown",
-        "judge.npz is damaged",
+        "judge.npz is damaged (it is no whole npz file",
         "The strips over the trajectory cannot be shown",
     ):
         assert page.text.count(remark) == 1, remark

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -18,7 +17,7 @@ from calib_guidance.report.settings import differences, parts
 T = TypeVar("T")
 
 # What reading and drawing raise where a file holds something else than what is written there.
-_UNFIT = (AttributeError, KeyError, IndexError, TypeError, ValueError, OSError, EOFError, zipfile.BadZipFile)
+_UNFIT = (AttributeError, KeyError, IndexError, TypeError, ValueError, OSError)
 
 
 def _breakable(key: str) -> Markup:
@@ -34,7 +33,8 @@ def _attempt(run: Run, what: str, make: Callable[[], T]) -> T | None:
     try:
         return make()
     except _UNFIT as error:
-        run.remarks.append(f"{what} cannot be shown: {str(error) or type(error).__name__}.")
+        why = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+        run.remarks.append(f"{what} cannot be shown, what is kept of it is damaged: {why}.")
         return None
 
 

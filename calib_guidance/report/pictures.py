@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from calib_guidance.figures import Series, curves, guidance_schedule, reliability, sample_grid, side_by_side, strips
-from calib_guidance.report.runs import Run
+from calib_guidance.report.runs import Run, read_arrays
 
 LARGEST = 160  # pixels of a sample that is shown by itself; larger ones are reduced
 
@@ -125,8 +125,7 @@ def trajectory_strips(run: Run) -> Picture | None:
     path = run.path / "trajectory.npz"
     if not path.is_file():
         return None
-    with np.load(path, allow_pickle=False) as file:
-        kept = {name: file[name] for name in ("index", "label", "t", "x0", "gradient")}
+    kept = read_arrays(path, ("index", "label", "t", "x0", "gradient"))
     alt = (
         f"{run.name}: x̂0 and the classifier's gradient at {len(kept['t'])} steps from t = {max(kept['t']):g} to "
         f"{min(kept['t']):g}, of samples {', '.join(map(str, kept['index'].tolist()))} of the classes "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,23 @@ from calib_guidance.status import survey
 
 _COLUMNS = ("index", "label", "seed")
 _LISTED = 5  # shards or samples in a remark
+
+
+def read_arrays(path: Path, names: Collection[str]) -> dict[str, np.ndarray]:
+    """Arrays of an ``.npz`` file.
+
+    Raises:
+        ValueError: it is none, or lacks one of them.
+        FileNotFoundError: it is not there.
+    """
+    try:
+        # Of a file that is no archive numpy says that it may be pickled, and how to load it all the same.
+        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in names}
+    except KeyError as error:
+        raise ValueError(str(error.args[0])) from error
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"it is no whole npz file: {error}") from error
 
 
 def _listed(things: Sequence[str]) -> str:
@@ -127,7 +145,7 @@ class Run:
             try:
                 table = pq.read_table(self.folder.table_path(shard), columns=list(_COLUMNS))
                 found.append({name: table[name].to_numpy().astype(np.int64) for name in _COLUMNS})
-            except (pa.ArrowException, KeyError) as error:
+            except (pa.ArrowException, KeyError, OSError) as error:
                 self._leave_out(shard, f"{self.folder.table_path(shard).name} is no table of samples: {error}")
         empty = [np.zeros(0, np.int64)]
         return {name: np.concatenate([each[name] for each in found] or empty) for name in _COLUMNS}
@@ -182,13 +200,12 @@ class Run:
         """What evaluate wrote, else what predict did."""
         for name in ("evaluation/judge.npz", "judge.npz"):
             try:
-                with np.load(self.path / name, allow_pickle=False) as file:
-                    judge = {key: file[key] for key in ("index", "label", "predicted", "confidence")}
+                judge = read_arrays(self.path / name, ("index", "label", "predicted", "confidence"))
                 if len({column.shape for column in judge.values()}) != 1 or judge["index"].ndim != 1:
                     raise ValueError("its columns differ in length")
             except FileNotFoundError:
                 continue
-            except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            except ValueError as error:
                 self.remarks.append(f"{name} is damaged ({error}) and left out: what wrote it makes it anew.")
                 continue
             there = np.isin(judge["index"], self.columns["index"])
