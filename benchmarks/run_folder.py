@@ -2,28 +2,42 @@
 
     python benchmarks/run_folder.py
 
-Encoding, checksums, writing to the disk (with fsync), claiming, renewing and looking at the folder are timed inside runs of the
-shipped digits configuration, against the seconds that the same run samples. For ADM at 128×128 they are timed per image on
-smooth noise, which compresses like photographs do at best, and compared with one step of the network on this machine.
+The first table has whole runs, from their first batch to their last file, that keep samples beside the next batch, as shipped,
+against runs that keep each batch before they go on. What is written is compared first, byte for byte. A device that leaves the
+CPU alone is simulated: its samples are there after a pause.
+
+Encoding, checksums, writing to the disk (with fsync), claiming, renewing and looking at the folder are then timed inside runs
+of the shipped digits configuration that keep each batch before they go on, against the seconds that the same run samples. For
+ADM at 128×128 they are timed per image on smooth noise, which compresses like photographs do at best, and compared with one
+step of the network on this machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
+import lightning as L
 import torch
 import torch.nn.functional as F
 import yaml
+from torch import Tensor
 
-from calib_guidance.callbacks import SampleWriter
-from calib_guidance.lightning_cli import run_lightning
+from calib_guidance.callbacks import SampleWriter, sample_writer
+from calib_guidance.callbacks.background import Background
+from calib_guidance.images import to_uint8
+from calib_guidance.lightning_cli import CalibGuidanceCLI, run_lightning
+from calib_guidance.modules.faults import Attempt
 from calib_guidance.networks import UNet
 from calib_guidance.run_folder import RunFolder
 
@@ -54,20 +68,115 @@ class Clock:
         setattr(owner, name, timed)
 
 
-def predict(folder: str, samples: int, steps: int, shard: int, *more: str) -> None:
+class AtOnce(Background):
+    """Does each job before it goes on."""
+
+    def give(self, job: Callable[[], object]) -> None:
+        self._do(job)
+        self.check()
+
+
+class Prepared(CalibGuidanceCLI):
+    """All parts made, and nothing run."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+class Whole(L.Callback):
+    """Seconds from the first batch to the last file; list it last."""
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.started = time.perf_counter()
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.seconds = time.perf_counter() - self.started
+
+
+@contextlib.contextmanager
+def only_the_writer() -> Iterator[str]:
+    """An overlay without measurements, as an argument."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "callbacks.yaml")
+        path.write_text(
+            yaml.safe_dump({"trainer": {"callbacks": [{"class_path": "calib_guidance.callbacks.SampleWriter"}]}})
+        )
+        yield f"--config={path}"
+
+
+def smooth_noise(count: int, side: int) -> Tensor:
+    """RGB images ``(N, 3, side, side)`` that compress as photographs do at best."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(count, 3, side // 4, side // 4, generator=generator)
+    fine = torch.randn(count, 3, side, side, generator=generator)
+    return F.interpolate(noise, scale_factor=4, mode="bicubic") / 3 + 0.01 * fine
+
+
+def beside(name: str, rounds: int, samples: int, batch: int, steps: int, pause: float = 0.0, side: int = 0) -> None:
+    """One line of the table: digits in so many steps, or images that are there after a pause (seconds per batch)."""
+    root = tempfile.TemporaryDirectory()  # of the configuration; samples go elsewhere, a folder for each run
+    with only_the_writer() as overlay:
+        cli = predict(root.name, samples, steps, 2 * batch, overlay, batch=batch, cli=Prepared)
+    writer = next(callback for callback in cli.trainer.callbacks if isinstance(callback, SampleWriter))
+    cli.trainer.callbacks.append(whole := Whole())
+    if pause:
+        images = smooth_noise(batch, side)
+
+        def attempt(batch: dict[str, Tensor], float32: bool) -> Attempt:
+            time.sleep(pause)
+            return Attempt({"image": images}, torch.full((len(images),), torch.nan, dtype=torch.float64))
+
+        cli.model.attempt = attempt
+
+    def run(kind: type[Background]) -> tuple[float, float, dict[str, bytes]]:
+        """Seconds of the whole and of sampling, and the files."""
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(sample_writer, "Background", kind):
+            writer.folder = folder
+            cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
+            folder = RunFolder.open(folder)
+            sampling = sum(folder.record(shard)["seconds"] for shard in folder.shards())
+            return whole.seconds, sampling, {path.name: path.read_bytes() for path in folder.samples.iterdir()}
+
+    assert run(AtOnce)[2] == run(Background)[2], "what is written differs"
+    before, after, sampling = [], [], []
+    for _ in range(rounds):
+        seconds, alone, _ = run(AtOnce)
+        before.append(1e3 * seconds / samples)
+        sampling.append(1e3 * alone / samples)
+        after.append(1e3 * run(Background)[0] / samples)
+    root.cleanup()
+    ratios = sorted(b / a for b, a in zip(before, after, strict=True))
+    kept = [statistics.median(b - s for b, s in zip(found, sampling, strict=True)) for found in (before, after)]
+    print(
+        f"| {name} | {statistics.median(sampling):.2f} | {statistics.median(before):.2f} | {statistics.median(after):.2f} | "
+        f"{kept[0]:.2f} | {kept[1]:.2f} | {statistics.median(ratios):.2f} ({ratios[0]:.2f} … {ratios[-1]:.2f}) |",
+        flush=True,
+    )
+
+
+def predict(
+    folder: str,
+    samples: int,
+    steps: int,
+    shard: int,
+    *more: str,
+    batch: int = 100,
+    cli: type[CalibGuidanceCLI] = CalibGuidanceCLI,
+) -> CalibGuidanceCLI:
     """Sample digits without measuring them."""
-    run_lightning(
+    return run_lightning(
         [
             "predict",
             f"--config={CONFIG}",
             *more,
             f"--trainer.default_root_dir={folder}",
             f"--data.init_args.num_samples={samples}",
-            f"--data.init_args.batch_size={min(shard, 100)}",
+            f"--data.init_args.batch_size={min(shard, batch)}",
             f"--data.init_args.shard_size={shard}",
             f"--model.init_args.sampler.init_args.steps={steps}",
             *QUIET,
-        ]
+        ],
+        cli,
     )
 
 
@@ -75,12 +184,12 @@ def digits(samples: int) -> None:
     """Share of keeping samples in the shipped configuration."""
     clock = Clock()
     for owner, names in {
-        SampleWriter: ("_begin", "_tell", "_keep", "_write"),
+        SampleWriter: ("_begin", "_tell", "_keep"),
         RunFolder: ("remaining", "claim", "state", "holds", "renew", "release"),
     }.items():
         for name in names:
             clock.wrap(owner, name)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(sample_writer, "Background", AtOnce):
         predict(folder, samples, 100, 100)
         run = RunFolder.open(folder)
         sampling = sum(run.record(shard)["seconds"] for shard in run.shards())
@@ -92,26 +201,19 @@ def digits(samples: int) -> None:
 
 def adm128(shard: int) -> None:
     """What one image of 128×128 costs, and one step of ADM's network."""
-    writer = SampleWriter()
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(shard, 3, 32, 32, generator=generator)
-    images = F.interpolate(noise, scale_factor=4, mode="bicubic") / 3 + 0.01 * torch.randn(shard, 3, 128, 128)
+    writer, images = SampleWriter(), smooth_noise(shard, 128)
     columns = {"index": torch.arange(shard), "label": torch.arange(shard), "seed": torch.zeros(shard, dtype=torch.long)}
-
-    class Trainer:
-        class strategy:  # noqa: N801
-            root_device = torch.device("cpu")
-
+    columns["image"] = to_uint8(images)
+    made = sample_writer._Made(range(shard), range(shard), lambda: columns, [], 0.0, None, time.monotonic())
     with tempfile.TemporaryDirectory() as folder:
-        writer.run = RunFolder(folder, shard, shard)
+        writer.run, writer._device = RunFolder(folder, shard, shard), "cpu"
         writer.run.begin({}, {})
-        writer.measurements = {}
         writer._forget()
         started = time.perf_counter()
         writer.run.claim(range(shard))
-        writer._keep(columns | {"image": images})
+        writer._keep(made)
         encoded = time.perf_counter()
-        writer._write(range(shard), Trainer)
+        writer._write(range(shard), {})
         done = time.perf_counter()
         size = writer.run.record(range(shard))["bytes"]
     network = UNet(
@@ -135,11 +237,8 @@ def adm128(shard: int) -> None:
 
 def memory(samples: int) -> int:
     """Peak resident memory in kB of a process that makes so many digits, in two steps each."""
-    with tempfile.TemporaryDirectory() as folder:
-        callbacks = {"trainer": {"callbacks": [{"class_path": "calib_guidance.callbacks.SampleWriter"}]}}
-        path = Path(folder, "callbacks.yaml")
-        path.write_text(yaml.safe_dump(callbacks))
-        command = [sys.executable, __file__, "--run", f"{folder}/run", str(samples), str(path)]
+    with tempfile.TemporaryDirectory() as folder, only_the_writer() as overlay:
+        command = [sys.executable, __file__, "--run", f"{folder}/run", str(samples), overlay]
         return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
@@ -147,15 +246,29 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--samples", type=int, default=300)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only-table", action="store_true", help="whole runs alone, without the memory and ADM-128")
     parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     if options.run:
         folder, samples, overlay = options.run
-        predict(folder, int(samples), 2, 100, f"--config={overlay}")
+        predict(folder, int(samples), 2, 100, overlay)
         status = Path("/proc/self/status").read_text()
         print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
-    else:
+        sys.exit()
+    print(f"{torch.get_num_threads()} threads, {options.rounds} rounds; ms per image, medians\n")
+    print(
+        "| run | sampling alone | each batch kept first | beside the next | keeping, first | keeping, beside | ratio (range) |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    # Of what keeping costs the last batch is left, for which there is no next one.
+    beside("simulated device, 128×128, 50 ms per image", options.rounds, 96, 8, 2, 0.4, 128)
+    beside("simulated device, 32×32, 5 ms per image", options.rounds, 384, 32, 2, 0.16, 32)
+    beside("digits on the CPU, 2 steps", options.rounds, 400, 50, 2)
+    beside("digits on the CPU, 25 steps", options.rounds, 200, 50, 25)
+    if not options.only_table:
         adm128(64)
         digits(options.samples)
         few, many = memory(1000), memory(10000)

@@ -674,7 +674,7 @@ class RunFolder:
                 with contextlib.suppress(FileNotFoundError):
                     os.utime(self._claim_path(shard))
             else:
-                del self._held[shard.start]  # taken over: this worker was thought dead
+                self._held.pop(shard.start, None)  # written meanwhile, or taken over: this worker was thought dead
 
     def release(self, shard: range | None = None) -> None:
         """Give back the claim of a shard, or all claims of this worker."""

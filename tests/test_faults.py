@@ -262,6 +262,10 @@ def clock(monkeypatch):
     return clean_stop.time
 
 
+def unasked():
+    raise AssertionError("nothing is to be waited for")
+
+
 @pytest.fixture
 def stop(clock):
     """Of a run with 60 s to stop in, in a batch of 10 samples that took 20 s the last time, 30 of its shard being left."""
@@ -277,7 +281,7 @@ def stop(clock):
     stop.install(trainer)
     stop.begin(40)
     clock.now += 20
-    stop.end(10)
+    stop.end(10, unasked)
     stop.begin(30)
     yield stop
     for number, handler in handlers.items():
@@ -292,11 +296,19 @@ class TestPace:
         for left in (20, 10):
             clock.now += 20
             stop(None)
-            stop.end(10)
+            stop.end(10, unasked)
             stop.begin(left)
         clock.now += 20
+        written = []
         with pytest.raises(StoppedError, match="the shard at hand was finished"):
-            stop.end(10)
+            stop.end(10, lambda: written.append(True))
+        assert written
+
+    def test_a_shard_that_is_made_has_to_be_written_too(self, stop, clock):
+        stop.behind = 1.0
+        os.kill(os.getpid(), signal.SIGTERM)  # 60 s for 60 s of work, and writing
+        with pytest.raises(StoppedError, match="the shard at hand was given up"):
+            stop(None)
 
     def test_gives_up_at_once_what_cannot_be_finished(self, stop, clock):
         clock.now += 5
@@ -309,7 +321,7 @@ class TestPace:
         os.kill(os.getpid(), signal.SIGTERM)
         clock.now += 50  # a batch that takes longer than the last
         with pytest.raises(StoppedError, match="the shard at hand was given up"):
-            stop.end(10)
+            stop.end(10, unasked)
 
     def test_a_second_signal_stops_at_once(self, stop, clock):
         os.kill(os.getpid(), signal.SIGINT)
@@ -320,7 +332,7 @@ class TestPace:
             os.kill(os.getpid(), signal.SIGINT)
 
     def test_between_shards_nothing_is_waited_for(self, stop, clock):
-        stop.end(30)
+        stop.end(30, unasked)
         with pytest.raises(StoppedError, match="between two shards"):
             os.kill(os.getpid(), signal.SIGUSR1)
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -35,6 +36,9 @@ class CleanStop:
     Args:
         within: seconds, ≥ 0.
 
+    Attributes:
+        behind: seconds from the last sample of a shard until it was written, the last time.
+
     Raises:
         ConfigurationError: a negative time.
     """
@@ -42,7 +46,7 @@ class CleanStop:
     def __init__(self, within: float):
         if not within >= 0:
             raise ConfigurationError(f"stop_within must be a number of seconds of at least 0, got {within}")
-        self.within = within
+        self.within, self.behind = within, 0.0
         self._signal: signal.Signals | None = None
         self._noted = 0.0
         self._told = False
@@ -76,12 +80,13 @@ class CleanStop:
         """An observer: a step has been made."""
         self._look()
 
-    def end(self, samples: int) -> None:
-        """A batch of so many samples is done, and its shard is written where it was the last."""
+    def end(self, samples: int, finish: Callable[[], None]) -> None:
+        """A batch of so many samples is done; where it was the last of its shard, ``finish`` waits until that is written."""
         now = time.monotonic()
         self._pace, self._started = (now - self._started) / max(samples, 1), now
         self._left -= samples
         if self._left <= 0 and self._signal is not None:
+            finish()
             raise self._stop("the shard at hand was finished")
         self._look()
 
@@ -117,7 +122,7 @@ class CleanStop:
         if not self._told:
             log.warning(f"{self._signal.name}: finishing the shard at hand, or giving it up within {self.within:g} s")
             self._told = True
-        expected = time.monotonic() if self._pace is None else self._started + self._pace * self._left
+        expected = time.monotonic() if self._pace is None else self._started + self._pace * self._left + self.behind
         if max(expected, time.monotonic()) > end:
             raise self._stop("the shard at hand was given up")
 

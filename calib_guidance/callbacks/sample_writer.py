@@ -8,10 +8,10 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import lightning as L
@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from calib_guidance import __version__
+from calib_guidance.callbacks.background import Background, to_host
 from calib_guidance.callbacks.clean_stop import CleanStop
 from calib_guidance.callbacks.identity import measurement_names, run_identity
 from calib_guidance.callbacks.measurement import Measurement
@@ -33,6 +34,7 @@ from calib_guidance.run_folder import RunFolder, read_table
 
 log = logging.getLogger(__name__)
 UNREADABLE = "its image cannot be read"
+_WAITING = 2  # batches that are made and not in their shard yet
 
 
 def _png(image: np.ndarray) -> bytes:
@@ -61,6 +63,27 @@ def read_samples(folder: str | os.PathLike[str]) -> Iterator[dict[str, Tensor]]:
         yield _tensors(read_table(path))
 
 
+class _Made(NamedTuple):
+    """A batch on its way into its shard.
+
+    Attributes:
+        shard, rows: what it is of, and the requests that were asked for with it.
+        columns: waits for ``image`` uint8 ``(N, C, H, W)`` and the columns beside it.
+        wrong: ``{index, step, reason, configuration}`` of samples that could not be made.
+        seconds: that it took.
+        sums: waits for those of the shard, of which this is the last batch; None with the others.
+        at: when it was made, on the clock of time.monotonic.
+    """
+
+    shard: range
+    rows: range
+    columns: Callable[[], dict[str, Tensor]]
+    wrong: list[dict[str, Any]]
+    seconds: float
+    sums: Callable[[], dict[str, Tensor]] | None
+    at: float
+
+
 class SampleWriter(Measurement):
     """Keeps the samples of a run in shards, each written once and whole: a run can be stopped at any instant and goes on.
 
@@ -68,7 +91,8 @@ class SampleWriter(Measurement):
     numbers, are written beside them. See :class:`~calib_guidance.run_folder.RunFolder` for what the folder holds;
     ``datasets.load_dataset("parquet", data_files="FOLDER/samples/*.parquet")`` reads it.
 
-    Given again, the same command does what is left, with any number of devices and any batch size; several that know nothing of
+    Copies to the host, encoding and writing go on beside the next batch, two batches behind at most. Given again, the same
+    command does what is left, with any number of devices and any batch size; several that know nothing of
     each other may work at the same time. Whatever would change pixels is refused, but more samples are made as asked.
 
     Args:
@@ -99,6 +123,9 @@ class SampleWriter(Measurement):
         self.folder, self.uint8_rule, self.restart, self.lease = folder, uint8_rule, restart, lease
         self.stop = CleanStop(stop_within)
         self.run: RunFolder | None = None
+        self._background: Background | None = None
+        self._unfinished: range | None = None  # a shard of which batches are made, and not yet the last
+        self._given_up: range | None = None
 
     def target(self, trainer: L.Trainer) -> Path:
         """The folder of the run."""
@@ -173,16 +200,19 @@ class SampleWriter(Measurement):
             )
 
     def _forget(self) -> None:
-        """Begin a shard."""
+        """Begin a shard, in the background."""
         self._columns: dict[str, list[Any]] = {"image": []}
         self._left_out: list[dict[str, Any]] = []
         self._seconds = 0.0
-        for measurement in self.measurements.values():
-            measurement.reset()
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.stop.install(trainer)
         self.measurements = measurement_names(trainer)  # not in setup, where some may not have been set up themselves
+        for measurement in self.measurements.values():
+            measurement.reset()
+        device = trainer.strategy.root_device
+        self._device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self._background, self._unfinished, self._given_up = Background(_WAITING), None, None
         self._forget()
 
     def on_predict_batch_start(
@@ -193,6 +223,7 @@ class SampleWriter(Measurement):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        self._background.check()
         self.run.renew()
         loader = trainer.predict_dataloaders
         self.stop.begin(loader.shard.stop - loader.rows.start)
@@ -207,58 +238,75 @@ class SampleWriter(Measurement):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        loader = trainer.predict_dataloaders
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize(pl_module.device)  # once per batch, whose images go to the host next anyway
-        self._seconds += time.perf_counter() - self._started
-        rows = batch | outputs
-        wrong = {
-            sample.index: sample._asdict() | {"configuration": self.run.fingerprint} for sample in pl_module.left_out
-        }
-        found = rows["index"].tolist()
-        self._left_out += wrong.values()
-        unread = set(loader.rows) - set(found)
-        self._left_out += [{"index": i, "step": None, "reason": UNREADABLE} for i in sorted(unread)]
+        # The step has asked the device whether all is finite, so that the samples are there.
+        seconds = time.perf_counter() - self._started
+        loader, rows = trainer.predict_dataloaders, batch | outputs
+        wrong = [sample._asdict() | {"configuration": self.run.fingerprint} for sample in pl_module.left_out]
         if wrong:
-            kept = torch.tensor([row for row, index in enumerate(found) if index not in wrong], dtype=torch.long)
+            bad, found = {sample["index"] for sample in wrong}, rows["index"].tolist()
+            kept = torch.tensor([row for row, index in enumerate(found) if index not in bad], dtype=torch.long)
             rows = {key: column[kept.to(column.device)] for key, column in rows.items()}
-        self._keep(rows)
-        if loader.rows.stop == loader.shard.stop:
-            self._write(loader.shard, trainer)
-        self.stop.end(len(loader.rows))
-
-    def _keep(self, rows: dict[str, Tensor]) -> None:
-        """Take the samples of a batch into the shard."""
-        images = rows.pop("image")
         for measurement in self.measurements.values():
-            measurement.finished(images, rows["label"])
-        for key, column in rows.items():
-            self._columns.setdefault(key, []).extend(column.tolist())
-        eight_bit = to_uint8(images, self.uint8_rule).cpu().numpy()
-        # Compressing lets go of Python's lock, and is most of what keeping samples costs.
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            self._columns["image"] += [{"bytes": png, "path": None} for png in pool.map(_png, eight_bit)]
+            measurement.finished(rows["image"], rows["label"])
+        last = loader.rows.stop == loader.shard.stop
+        columns = to_host(rows | {"image": to_uint8(rows["image"], self.uint8_rule)})
+        sums = self._sums() if last else None
+        made = _Made(loader.shard, loader.rows, columns, wrong, seconds, sums, time.monotonic())
+        self._background.give(lambda: self._keep(made))
+        self._unfinished = None if last else loader.shard
+        self.stop.end(len(loader.rows), self._background.finish)
 
-    def _write(self, shard: range, trainer: L.Trainer) -> None:
-        features = {key: datasets.Value("int64") for key in self._columns if key != "image"}
-        schema = datasets.Features(features | {"image": datasets.Image()}).arrow_schema
+    def _sums(self) -> Callable[[], dict[str, Tensor]]:
+        """What measurements keep of the shard, which they forget."""
         sums = {
-            f"{name}.{key}": value.detach().cpu().numpy()
+            f"{name}.{key}": value.detach().clone()
             for name, measurement in self.measurements.items()
             for key, value in (measurement.sums() | measurement.rows()).items()
         }
-        device = trainer.strategy.root_device
-        words = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        for measurement in self.measurements.values():
+            measurement.reset()
+        return to_host(sums)
+
+    def _keep(self, made: _Made) -> None:
+        """Take a batch into its shard, in the background, and write the shard with its last one."""
+        if made.shard == self._given_up:
+            return
+        columns = made.columns()
+        images = columns.pop("image").numpy()
+        found = {key: column.tolist() for key, column in columns.items()}
+        for key, column in found.items():
+            self._columns.setdefault(key, []).extend(column)
+        unread = set(made.rows) - set(found["index"]) - {sample["index"] for sample in made.wrong}
+        self._left_out += [*made.wrong, *({"index": i, "step": None, "reason": UNREADABLE} for i in sorted(unread))]
+        self._seconds += made.seconds
+        # Compressing lets go of Python's lock, and is most of what keeping samples costs.
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            self._columns["image"] += [{"bytes": png, "path": None} for png in pool.map(_png, images)]
+        self.run.renew()  # the main thread may be waiting for this one
+        if made.sums is not None:
+            self._write(made.shard, made.sums())
+            self.stop.behind = time.monotonic() - made.at
+
+    def _write(self, shard: range, sums: dict[str, Tensor]) -> None:
+        features = {key: datasets.Value("int64") for key in self._columns if key != "image"}
+        schema = datasets.Features(features | {"image": datasets.Image()}).arrow_schema
         table = pa.Table.from_pydict(self._columns, schema=schema)
-        if not self.run.write(shard, table, sums, self._left_out, self._seconds, words):
+        arrays = {name: value.numpy() for name, value in sums.items()}
+        if not self.run.write(shard, table, arrays, self._left_out, self._seconds, self._device):
             log.warning(
                 f"samples {shard.start} … {shard[-1]} were taken over by another worker, which thought this one dead: lease "
                 f"({self.lease:g} s) is shorter than a batch takes"
             )
         self._forget()
 
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._background.finish()
+
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._given_up = self._unfinished
         self._release()
+        if (error := self._background and self._background.error) not in (None, exception):
+            log.error(f"what was made last is not written: {error}")
         self.stop.requeue()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -267,7 +315,9 @@ class SampleWriter(Measurement):
             self.stop.install(trainer)  # where nothing was left to sample, and a report follows
 
     def _release(self) -> None:
-        """Let others have what is not finished."""
+        """Let others have what is not finished, when shards that are made have been written."""
+        if self._background is not None:
+            self._background.close()
         if self.run is not None:
             self.run.release()
 

@@ -79,19 +79,19 @@ class DigitImages(Dataset):
         return {"image": self.images[row], "label": self.labels[row], "index": index}
 
 
-def random_affine(images: Tensor, generator: torch.Generator | None, degrees: float, shift: float) -> Tensor:
+def affine(images: Tensor, draws: Tensor, degrees: float, shift: float) -> Tensor:
     """Each image turned and moved on its own.
 
     Args:
         images: ``(N, C, H, W)`` in [-1, 1]; what comes in from outside is -1.
+        draws: ``(N, 3)`` in [0, 1): of angle and moves, from the most in one direction to the most in the other.
         degrees: largest rotation.
         shift: largest move, as a share of the side.
     """
-    n = len(images)
-    angle, dx, dy = (torch.rand(3, n, generator=generator) * 2 - 1).to(images.device)
+    angle, dx, dy = (draws.t() * 2 - 1).contiguous()
     angle = angle * degrees * torch.pi / 180
     rows = torch.stack([angle.cos(), -angle.sin(), 2 * shift * dx, angle.sin(), angle.cos(), 2 * shift * dy], dim=1)
-    grid = torch.nn.functional.affine_grid(rows.view(n, 2, 3), list(images.shape), align_corners=False)
+    grid = torch.nn.functional.affine_grid(rows.view(-1, 2, 3), list(images.shape), align_corners=False)
     return torch.nn.functional.grid_sample(images + 1, grid, align_corners=False) - 1
 
 
@@ -150,10 +150,16 @@ class Digits(L.LightningDataModule):
         """Rank and number of ranks; one alone where there is no trainer."""
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
-    def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
+    def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
         if self.trainer.training and (self.rotate or self.shift):
-            # A function of seed, epoch and batch, so that a resumed run turns its digits as an uninterrupted one.
+            # A function of seed, epoch and batch, so that a resumed run turns its digits as an uninterrupted one. Drawn here,
+            # where the index can be read without waiting for a GPU.
             key = hashed(run_seed(self.seed), self.trainer.current_epoch, int(batch["index"][0]))
-            generator = torch.Generator().manual_seed(key)
-            batch["image"] = random_affine(batch["image"], generator, self.rotate, self.shift)
+            draws = torch.rand(3, len(batch["index"]), generator=torch.Generator().manual_seed(key))
+            batch["draws"] = draws.t().contiguous()
+        return batch
+
+    def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
+        if "draws" in batch:
+            batch["image"] = affine(batch["image"], batch.pop("draws"), self.rotate, self.shift)
         return batch

@@ -18,6 +18,7 @@ class GuidedPrediction(NamedTuple):
     Attributes:
         prediction: of the denoiser; None where only the gradient was asked for and did not need it.
         gradient: ``(N, C, H, W)`` s·∇S, to be weighted by the sampler; None where guidance is off.
+        at_x0: whether it was taken at x̂0 and is no gradient with respect to x_t.
         noise_shift: ``(N, C, H, W)`` what to take from the noise prediction as it is; None where there is none.
         direction: ``(N, C, H, W)`` ∇S over its root mean square, to be added to the sample by the sampler.
         scale: s, for ``direction``.
@@ -34,6 +35,7 @@ class GuidedPrediction(NamedTuple):
     sine: float = 0.0
     logits: Tensor | None = None
     step_gradient: Tensor | None = None
+    at_x0: bool = False
 
 
 class Guide(Protocol):

@@ -132,7 +132,8 @@ class ClassifierGuidance(Guidance):
                 prediction = type(prediction)(*(None if p is None else p.detach() for p in prediction))
             seen_by = {"logits": logits, "step_gradient": gradient}
             if self.enters == "score":
-                return GuidedPrediction(prediction, self.scale * gradient, sine=sines[i], **seen_by)
+                at_x0 = self.at == "denoised"
+                return GuidedPrediction(prediction, self.scale * gradient, sine=sines[i], at_x0=at_x0, **seen_by)
             if self.enters == "sample":
                 size = rms(gradient)
                 direction = gradient * torch.where(size > 0, 1 / size, 0.0)

@@ -17,7 +17,7 @@ from calib_guidance.data.noising import Clean, Noising
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.losses import binned_smooth_ece, smooth_ece
 from calib_guidance.metrics import ClassifierMetrics, Levels
-from calib_guidance.modules.shared import Shared
+from calib_guidance.modules.shared import Shared, log_loss
 
 SMOOTH_ECE_FORMS = ("per_sample", "binned")
 HELDOUT_SEED = (
@@ -44,8 +44,9 @@ class CalibrateClassifier(L.LightningModule):
         freeze: name patterns of the classifier's parameters to keep as they are, e.g. ``network.layer1.*``; layers with
             nothing left to train (and their BatchNorm statistics) stay in evaluation mode.
         num_levels: equal ranges of t by which held-out data are measured.
-        channels_last: lay weights and images out channels-last, which is faster for convolutions on most GPUs.
-        compile: compile the classifier with torch.compile.
+        channels_last: lay weights and images out channels-last, as convolutions of half precision want them on GPUs; None
+            does so on GPUs.
+        compile: compile the classifier with torch.compile; its parameters keep their names.
         optimizer: builds the optimizer.
         lr_scheduler: builds the rate schedule, stepped at every optimizer step; none by default.
 
@@ -64,7 +65,7 @@ class CalibrateClassifier(L.LightningModule):
         label_smoothing: float = 0.0,
         freeze: Sequence[str] = (),
         num_levels: int = 10,
-        channels_last: bool = False,
+        channels_last: bool | None = None,
         compile: bool = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -91,8 +92,6 @@ class CalibrateClassifier(L.LightningModule):
         self.num_levels, self.channels_last = num_levels, channels_last
         self.metrics = ClassifierMetrics(classifier.num_classes, num_levels)
         self._freeze(freeze)
-        if channels_last:
-            classifier.to(memory_format=torch.channels_last)
         if compile:
             classifier.compile()
 
@@ -108,6 +107,10 @@ class CalibrateClassifier(L.LightningModule):
             self.classifier.get_parameter(name).requires_grad_(False)
 
     def setup(self, stage: str) -> None:
+        if self.channels_last is None:
+            self.channels_last = self.trainer.strategy.root_device.type == "cuda"
+        if self.channels_last:
+            self.classifier.to(memory_format=torch.channels_last)
         data = self.trainer.datamodule
         classes = getattr(data, "num_classes", None)
         if classes not in (None, self.classifier.num_classes):
@@ -171,7 +174,7 @@ class CalibrateClassifier(L.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         logits, _ = self._logits(batch)
         loss = self.loss(logits, batch["label"])
-        self.log("train/loss", loss, prog_bar=True)
+        log_loss(self, loss)
         return loss
 
     def _heldout_step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:

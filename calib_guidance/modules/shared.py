@@ -1,9 +1,12 @@
-"""What the copies of a module share."""
+"""What the modules that train have in common."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+
+import lightning as L
+from torch import Tensor
 
 
 class Shared:
@@ -24,3 +27,12 @@ class Shared:
 
     def __deepcopy__(self, memo: dict[int, object]) -> Shared:
         return self
+
+
+def log_loss(module: L.LightningModule, loss: Tensor) -> None:
+    """Log the loss of a training step, on the CPU in the progress bar too.
+
+    Loggers read it every ``log_every_n_steps`` steps. A progress bar reads what it shows after each, and a GPU would have
+    nothing to do until then.
+    """
+    module.log("train/loss", loss, prog_bar=module.device.type == "cpu")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from calib_guidance import published
 from calib_guidance.losses.diffusion import variational_bound_term
-from calib_guidance.modules.shared import Shared
+from calib_guidance.modules.shared import Shared, log_loss
 from calib_guidance.noise_schedule import NoiseSchedule, named_betas
 from calib_guidance.parameterization import diffuse, v_target, x0_coefficients
 
@@ -33,6 +33,7 @@ class TrainDiffusion(L.LightningModule):
         variance: ``fixed`` or ``learned_range``.
         label_dropout: share of samples trained without their label, so that one network serves as conditional and
             unconditional model (Ho & Salimans 2022).
+        compile: compile the network with torch.compile; its parameters keep their names.
         optimizer: builds the optimizer.
         lr_scheduler: builds the rate schedule, stepped at every optimizer step; none by default.
 
@@ -48,6 +49,7 @@ class TrainDiffusion(L.LightningModule):
         prediction: str = "epsilon",
         variance: str = "learned_range",
         label_dropout: float = 0.1,
+        compile: bool = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ):
@@ -73,6 +75,8 @@ class TrainDiffusion(L.LightningModule):
         from_x, from_output = x0_coefficients(prediction, tables.alphas_cumprod)
         self.register_buffer("x0_from_x", torch.tensor(from_x).float(), persistent=False)
         self.register_buffer("x0_from_output", torch.tensor(from_output).float(), persistent=False)
+        if compile:
+            network.compile()
 
     def loss(self, x0: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Loss per sample ``(N,)`` of images ``(N, C, H, W)`` with labels and steps ``(N,)`` and their noise."""
@@ -106,7 +110,7 @@ class TrainDiffusion(L.LightningModule):
         dropped = torch.rand(len(y), device=y.device) < self.label_dropout
         t = torch.randint(len(self.betas), (len(y),), device=y.device)
         loss = self.loss(x0, y.masked_fill(dropped, -1), t, torch.randn_like(x0)).mean()
-        self.log("train/loss", loss, prog_bar=True)
+        log_loss(self, loss)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

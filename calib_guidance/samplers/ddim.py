@@ -21,10 +21,12 @@ from calib_guidance.samplers.base import (
     refuse_sine,
     start,
 )
+from calib_guidance.samplers.guidance_term import DATA_STD, GuidanceTerm, check_guidance_term
 
 
 class DDIM(Sampler):
-    """DDIM (Song et al. 2021), guided through the score: ε ← ε − √(1−ᾱ)·s·∇S (Dhariwal & Nichol 2021, Algorithm 2).
+    """DDIM (Song et al. 2021), guided through the score: ε ← ε − √(1−ᾱ)·s·∇S (Dhariwal & Nichol 2021, Algorithm 2), or as
+    short steps of DDPM would be.
 
     x̂0 is clipped before guidance and not after it.
 
@@ -33,17 +35,30 @@ class DDIM(Sampler):
         eta: η ≥ 0 of the added noise; 0 is deterministic, 1 has the variance of ancestral sampling.
         clip_denoised: clip x̂0 to [-1, 1].
         recurrence: times that each step is done, re-noising in between (Bansal et al. 2023); 1 is plain sampling.
+        guidance_term: ``score``, or ``ancestral``, which carries a scale over from DDPM, see
+            :class:`~calib_guidance.samplers.multistep.Multistep`.
+        data_std: of ``ancestral``, see there.
 
     Raises:
         ValueError: numbers out of range.
     """
 
-    def __init__(self, steps: str | int = "ddim25", eta: float = 0.0, clip_denoised: bool = True, recurrence: int = 1):
+    def __init__(
+        self,
+        steps: str | int = "ddim25",
+        eta: float = 0.0,
+        clip_denoised: bool = True,
+        recurrence: int = 1,
+        guidance_term: str = "score",
+        data_std: float = DATA_STD,
+    ):
         if not eta >= 0:
             raise ValueError(f"eta must be at least 0, got {eta}")
         if recurrence < 1:
             raise ValueError(f"recurrence must be at least 1, got {recurrence}")
+        check_guidance_term(guidance_term, ("score", "ancestral"), data_std)
         self.steps, self.eta, self.clip_denoised, self.recurrence = steps, eta, clip_denoised, recurrence
+        self.guidance_term, self.data_std = guidance_term, data_std
 
     def levels(self, denoiser: Denoiser) -> NoiseLevels:
         return denoiser.schedule.respace(self.steps).levels
@@ -75,6 +90,7 @@ class DDIM(Sampler):
         to_score = on_device(np.sqrt(1 - abar), x)
         to_x0, sigma = on_device(np.sqrt(previous), x), on_device(sigmas, x)
         to_epsilon = on_device(np.sqrt(np.maximum(1 - previous - sigmas**2, 0)), x)
+        term = GuidanceTerm(self.guidance_term, schedule.levels, self.data_std, 1 + self.eta**2, x)
         keep, renoise = on_device(np.sqrt(1 - schedule.betas), x), on_device(np.sqrt(schedule.betas), x)
 
         for i in reversed(range(num_steps)):
@@ -83,12 +99,12 @@ class DDIM(Sampler):
                 x0 = guided.prediction.x0
                 epsilon = (from_x[i] * x - x0) / from_noise[i]
                 shift = guided.noise_shift
-                if guided.gradient is not None:
+                if guided.gradient is not None and not term.of_step(guided):
                     shift = to_score[i] * guided.gradient
                 if shift is not None:
                     epsilon = epsilon - shift
                     x0 = from_x[i] * x - from_noise[i] * epsilon
-                x_next = to_x0[i] * x0 + to_epsilon[i] * epsilon
+                x_next = to_x0[i] * x0 + to_epsilon[i] * epsilon + term.end(guided, i)
                 if self.eta and i:
                     x_next = x_next + sigma[i] * noise()
                 for observe in observers:

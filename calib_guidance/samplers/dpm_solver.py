@@ -12,11 +12,12 @@ from calib_guidance.denoisers.base import Denoiser
 from calib_guidance.guidance.base import Guidance
 from calib_guidance.rng import Noise
 from calib_guidance.samplers.base import Observer, StepRecord, on_device, start
-from calib_guidance.samplers.multistep import GuidedX0, Multistep
+from calib_guidance.samplers.guidance_term import DATA_STD, GuidanceTerm
+from calib_guidance.samplers.multistep import Multistep
 
 
 class DPMSolver(Multistep):
-    """DPM-Solver++ 2M and SDE-DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095), guided through x̂0.
+    """DPM-Solver++ 2M and SDE-DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095), guided as the guidance term says.
 
     With D = x̂0 + (x̂0 − x̂0_before)/(2r), r = h_before/h, a step of h = λ' − λ in λ = log(√ᾱ/√(1−ᾱ)) is
 
@@ -28,7 +29,7 @@ class DPMSolver(Multistep):
 
     Args:
         sde: solve the reverse SDE instead of the ODE.
-        steps, spacing, sigma_min, sigma_max, order, clip_denoised: see
+        steps, spacing, sigma_min, sigma_max, order, clip_denoised, guidance_term, data_std: see
             :class:`~calib_guidance.samplers.multistep.Multistep`.
     """
 
@@ -41,8 +42,10 @@ class DPMSolver(Multistep):
         sigma_max: float | None = None,
         order: int = 2,
         clip_denoised: bool = True,
+        guidance_term: str = "ancestral",
+        data_std: float = DATA_STD,
     ):
-        super().__init__(steps, spacing, sigma_min, sigma_max, order, clip_denoised)
+        super().__init__(steps, spacing, sigma_min, sigma_max, order, clip_denoised, guidance_term, data_std)
         self.sde = sde
 
     @torch.no_grad()
@@ -59,7 +62,7 @@ class DPMSolver(Multistep):
         num_steps, times = len(levels.times), levels.times.tolist()
         predict, guide = start(denoiser, guidance, levels, y, self.clip_denoised)
         sizes = self.step_sizes(levels)
-        guided_x0 = GuidedX0(sizes, x)
+        term = GuidanceTerm(self.guidance_term, levels, self.data_std, 2 if self.sde else 1, x)
         remaining = sizes.sigma_next / sizes.sigma  # e^(−h)
         keep = sizes.alpha_next / sizes.alpha * remaining
         if self.sde:
@@ -70,10 +73,10 @@ class DPMSolver(Multistep):
 
         before = None
         for i in reversed(range(num_steps)):
-            guided = guide(predict, x, i)
-            x0 = guided_x0(guided, i)
-            d = x0 if before is None else x0 + slope[i] * (x0 - before)
-            x_next = to_x[i] * x + to_d[i] * d
+            guided, begun, x0, arrived = term.begin(predict, guide, x, i)
+            # The slope of x̂0 along the solver's own path, which a step of guidance interrupts.
+            d = x0 if before is None else x0 + slope[i] * (arrived - before)
+            x_next = to_x[i] * begun + to_d[i] * d + term.end(guided, i)
             if self.sde and i:
                 x_next = x_next + to_noise[i] * noise()
             for observe in observers:

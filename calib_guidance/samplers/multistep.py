@@ -6,12 +6,12 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from calib_guidance.denoisers.base import Denoiser
-from calib_guidance.guidance.base import Guidance, GuidedPrediction
+from calib_guidance.guidance.base import Guidance
 from calib_guidance.noise_schedule import NoiseLevels
-from calib_guidance.samplers.base import Sampler, on_device, refuse_sample_shift, refuse_sine
+from calib_guidance.samplers.base import Sampler, refuse_sample_shift, refuse_sine
+from calib_guidance.samplers.guidance_term import DATA_STD, GUIDANCE_TERMS, check_guidance_term
 
 SPACINGS = ("logsnr", "karras", "timesteps")
 _RHO, _SIGMA_MAX = 7.0, 80.0
@@ -38,8 +38,20 @@ class StepSizes(NamedTuple):
 class Multistep(Sampler):
     """Noise levels and guidance of a solver that extrapolates from the x̂0 of the step before: one evaluation a step.
 
-    In these solvers classifier guidance is part of x̂0: x̂0 + (1−ᾱ)/√ᾱ·s·∇S is the posterior mean under the guided score, to
-    which x̂0 also comes in DDIM, so that a scale means the same there and here.
+    Guidance enters as ``guidance_term`` says:
+
+    - ``ancestral``: a gradient at x̂0 is held over the step, and adds to x' what is left in the sample of what the short steps
+      of DDPM would have added there (:func:`~calib_guidance.samplers.guidance_term.ancestral_shift`), so that a scale for 250
+      DDPM steps is one for few of these. A gradient with respect to x_t, which is of a score at that noise level, enters as in
+      ``score``.
+    - ``score``: as part of x̂0, which becomes x̂0 + (1−ᾱ)/√ᾱ·s·∇S, the posterior mean under the guided score, and which the
+      second order extrapolates. DDIM does this too.
+    - ``lie_trotter``, ``strang``: operator splitting (arXiv 2301.11558). The solver does its step without guidance, and the
+      guidance term dX/d ln σ = −(1−ᾱ)/√ᾱ·s·∇S (twice that in the SDE) is a step of its own, at a gradient that is taken once:
+      before it, or half before and half after it, of which those of two neighbours are done as one. It takes a second
+      evaluation of the network at each guided level, since the solver starts from another x than the gradient was taken at.
+
+    What guidance adds to ε (``enters: noise_difference``) is part of x̂0, and is not split.
 
     Args:
         steps: N; with ``spacing: timesteps`` any respacing of the process, e.g. ``"ddim25"``.
@@ -47,14 +59,19 @@ class Multistep(Sampler):
             (Karras et al. 2022); ``timesteps``: as the respaced discrete process has them, whose last steps are so long in ln σ
             that the second order extrapolates too far there.
         sigma_min, sigma_max: least and greatest σ of ``logsnr`` and ``karras``; by default those of the model's process, but at
-            most 80. (1−ᾱ)/√ᾱ grows as σ, so that guidance overshoots in few steps from high noise: a lower sigma_max, or a
-            guidance interval, is then better.
+            most 80.
         order: 1 or 2.
         clip_denoised: clip x̂0 to [-1, 1], before guidance.
+        guidance_term: see above.
+        data_std: d of ``ancestral``: standard deviation of the data along what guidance changes, for images that of their
+            leading principal components. It matters to the ODE, which keeps more of what is added at high noise than DDPM does,
+            and less to the SDE.
 
     Raises:
         ValueError: unknown names, numbers out of range, or noise levels where the spacing has its own.
     """
+
+    guidance_terms = GUIDANCE_TERMS
 
     def __init__(
         self,
@@ -64,7 +81,10 @@ class Multistep(Sampler):
         sigma_max: float | None = None,
         order: int = 2,
         clip_denoised: bool = True,
+        guidance_term: str = "ancestral",
+        data_std: float = DATA_STD,
     ):
+        check_guidance_term(guidance_term, self.guidance_terms, data_std)
         if spacing not in SPACINGS:
             raise ValueError(f"spacing: unknown {spacing!r}; known: {', '.join(SPACINGS)}")
         if spacing == "timesteps" and (sigma_min is not None or sigma_max is not None):
@@ -78,6 +98,7 @@ class Multistep(Sampler):
             raise ValueError(f"order must be 1 or 2, got {order}")
         self.steps, self.spacing, self.order, self.clip_denoised = steps, spacing, order, clip_denoised
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
+        self.guidance_term, self.data_std = guidance_term, data_std
 
     def levels(self, denoiser: Denoiser) -> NoiseLevels:
         schedule = denoiser.schedule
@@ -95,12 +116,20 @@ class Multistep(Sampler):
         return schedule.at_sigmas(sigmas[::-1])
 
     def num_evaluations(self, denoiser: Denoiser) -> int:
-        return len(self.levels(denoiser).times) * denoiser.evaluations
+        """Network evaluations per sample; under splitting of a sampler that is guided at every level."""
+        twice = 2 if self.guidance_term in ("lie_trotter", "strang") else 1
+        return len(self.levels(denoiser).times) * twice * denoiser.evaluations
 
     def check(self, denoiser: Denoiser, guidance: Guidance | None) -> None:
         self.levels(denoiser)
         refuse_sample_shift(type(self).__name__, guidance)
         refuse_sine(type(self).__name__, guidance)
+        for part in guidance.parts() if guidance else ():
+            if self.guidance_term in ("lie_trotter", "strang") and part.enters == "noise_difference":
+                raise ValueError(
+                    f"guidance_term: {self.guidance_term} does guidance as a step of its own, and enters: noise_difference is "
+                    "part of the predicted noise: set guidance_term to ancestral or score, or enters to score"
+                )
 
     def step_sizes(self, levels: NoiseLevels) -> StepSizes:
         """Step i from level i to level i − 1, or from level 0 to x̂0."""
@@ -110,24 +139,3 @@ class Multistep(Sampler):
         if self.order == 2:
             before[1:-1] = h[1:-1] / h[2:]
         return StepSizes(alpha, alpha_next, sigma, sigma_next, h, before)
-
-
-class GuidedX0:
-    """x̂0 under guidance, by level.
-
-    Args:
-        sizes: of the steps.
-        like: where it is computed.
-    """
-
-    def __init__(self, sizes: StepSizes, like: Tensor):
-        # 1 − ᾱ = (√ᾱ·σ)²
-        self.gradient, self.noise = on_device(sizes.alpha * sizes.sigma**2, like), on_device(sizes.sigma, like)
-
-    def __call__(self, guided: GuidedPrediction, i: int) -> Tensor:
-        x0 = guided.prediction.x0
-        if guided.gradient is not None:
-            x0 = x0 + self.gradient[i] * guided.gradient
-        if guided.noise_shift is not None:
-            x0 = x0 + self.noise[i] * guided.noise_shift
-        return x0

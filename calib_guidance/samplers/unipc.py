@@ -12,7 +12,8 @@ from calib_guidance.denoisers.base import Denoiser
 from calib_guidance.guidance.base import Guidance
 from calib_guidance.rng import Noise
 from calib_guidance.samplers.base import Observer, StepRecord, on_device, start
-from calib_guidance.samplers.multistep import GuidedX0, Multistep, StepSizes
+from calib_guidance.samplers.guidance_term import GuidanceTerm
+from calib_guidance.samplers.multistep import Multistep, StepSizes
 
 
 def corrector_weights(sizes: StepSizes) -> tuple[np.ndarray, np.ndarray]:
@@ -35,7 +36,7 @@ def corrector_weights(sizes: StepSizes) -> tuple[np.ndarray, np.ndarray]:
 
 
 class UniPC(Multistep):
-    """UniPC (Zhao et al. 2023, arXiv 2302.04867) on x̂0 with B(h) = e^(−h) − 1, guided through x̂0.
+    """UniPC (Zhao et al. 2023, arXiv 2302.04867) on x̂0 with B(h) = e^(−h) − 1, guided as the guidance term says.
 
     Each step predicts x' as DPM-Solver++ 2M does, which is UniP-2. What x̂0' is there then corrects the same step, without
     another evaluation, before the next one starts from it (UniC): with r = h_before/h,
@@ -43,11 +44,14 @@ class UniPC(Multistep):
         x' = √(1−ᾱ')/√(1−ᾱ)·x + √ᾱ'·(1 − e^(−h))·(x̂0 + ρ_1·(x̂0_before − x̂0)/(−r) + ρ_2·(x̂0' − x̂0)).
 
     The last step, which ends in x̂0, has order 1 and no corrector. The denoiser, guidance and observers see the predicted x.
+    Operator splitting is left to DPM-Solver++, since the corrector takes x̂0 from where the predictor ended.
 
     Args:
-        steps, spacing, sigma_min, sigma_max, order, clip_denoised: see
+        steps, spacing, sigma_min, sigma_max, order, clip_denoised, guidance_term, data_std: see
             :class:`~calib_guidance.samplers.multistep.Multistep`. The corrector raises the order by one.
     """
+
+    guidance_terms = ("ancestral", "score")
 
     @torch.no_grad()
     def __call__(
@@ -63,22 +67,22 @@ class UniPC(Multistep):
         num_steps, times = len(levels.times), levels.times.tolist()
         predict, guide = start(denoiser, guidance, levels, y, self.clip_denoised)
         sizes = self.step_sizes(levels)
-        guided_x0 = GuidedX0(sizes, x)
+        term = GuidanceTerm(self.guidance_term, levels, self.data_std, 1, x)
         remaining = sizes.sigma_next / sizes.sigma  # e^(−h)
         to_x = on_device(sizes.alpha_next / sizes.alpha * remaining, x)
         to_d, slope = on_device(sizes.alpha_next * (1 - remaining), x), on_device(sizes.before / 2, x)
         from_before, from_after = (on_device(weights, x) for weights in corrector_weights(sizes))
 
-        start_of_step, difference, last = x, 0.0, None
+        start_of_step, difference, added, last = x, 0.0, 0.0, None
         for i in reversed(range(num_steps)):
-            guided = guide(predict, x, i)
-            x0, corrected = guided_x0(guided, i), x
+            guided, corrected, x0, _ = term.begin(predict, guide, x, i)
             if last is not None:
                 k = i + 1
                 d = last + from_before[k] * difference + from_after[k] * (x0 - last)
-                corrected = to_x[k] * start_of_step + to_d[k] * d
+                corrected = to_x[k] * start_of_step + to_d[k] * d + added
                 difference = last - x0
-            x_next = to_x[i] * corrected + to_d[i] * (x0 - slope[i] * difference)
+            added = term.end(guided, i)
+            x_next = to_x[i] * corrected + to_d[i] * (x0 - slope[i] * difference) + added
             for observe in observers:
                 observe(StepRecord(i, num_steps, times[i], y, x, guided, x_next))
             x, start_of_step, last = x_next, corrected, x0

@@ -392,3 +392,19 @@ def test_class_wise_distances_are_those_of_each_class():
     assert found["2"]["left_out"]["recall"] == "29 images in the smaller set; 30 are needed for k = 3"
     wide = class_wise_distances(torch.cat([reference] * 5, 1), real_labels, torch.cat([generated] * 5, 1), labels)
     assert wide["1"]["left_out"] == {"frechet_distance": "30 images in the smaller set; 41 are needed for 20 features"}
+
+
+def test_spread_of_balanced_draws_is_what_varies_within_classes():
+    """Against 300 draws with the same number of each of three classes, which are far apart."""
+    generator = torch.Generator().manual_seed(4)
+    labels = torch.arange(300) % 3
+    centres = 4 * torch.eye(3, 4)
+    reference = mean_and_covariance(torch.randn(2000, 4, generator=generator) + centres[torch.arange(2000) % 3])
+    root, distances, spreads = covariance_root(reference[1]), [], []
+    for _ in range(300):
+        generated = 1.3 * torch.randn(300, 4, generator=generator) + centres[labels] + torch.tensor([1.5, 0, 0, 0])
+        distances.append(frechet_distance(*reference, *mean_and_covariance(generated), root))
+        spreads.append([frechet_distance_sd(reference, generated, root, strata) for strata in (labels, None)])
+    within, whole = torch.tensor(spreads, dtype=torch.float64).mean(0)
+    assert float(within) == pytest.approx(float(torch.stack(distances).std()), rel=0.12)
+    assert whole > 1.1 * within

@@ -31,6 +31,11 @@ SAMPLERS = {
     "dpm_solver_sde": DPMSolver(3, sde=True, spacing="karras"),
     "unipc": UniPC(3),
 }
+OTHER_TERMS = {
+    "ddim_ancestral": DDIM("2", guidance_term="ancestral"),
+    "dpm_solver_score": DPMSolver(3, guidance_term="score"),
+    "dpm_solver_split": DPMSolver(3, guidance_term="strang"),
+}
 
 
 class Decoder(nn.Module):
@@ -89,10 +94,10 @@ def run(sampler, denoiser, guidance=None):
     return sampler(denoiser, noise, Y, guidance)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", [*SAMPLERS, *OTHER_TERMS])
 def test_every_score_denoiser_and_classifier(parts, name):
     denoisers, classifiers = parts
-    sampler = SAMPLERS[name]
+    sampler = (SAMPLERS | OTHER_TERMS)[name]
     for (kind, denoiser), (way, classifier) in itertools.product(denoisers.items(), classifiers.items()):
         if "dit" in kind and way == "noise_aware":
             continue  # its classifier reads images with noise, and these are latents

@@ -34,7 +34,7 @@ def test_every_step_of_the_reference(name, order, enters):
     if enters == "noise_difference":
         denoiser = ClassifierFreeGuidance(denoiser, 1.5)
     guidance = ClassifierGuidance(linear(), scale=0.3, enters=enters) if enters else None
-    sampler = kind(order=order, **options, **SPACED)
+    sampler = kind(order=order, **options, **SPACED, guidance_term="score")
     sampler.check(denoiser, guidance)
     drawn, records, source = [], [], streams(6, denoiser)
 
@@ -101,14 +101,15 @@ def test_order_of_convergence_along_the_closed_form_of_one_gaussian(kind, order,
     assert least < errors[1] / errors[2] < most
 
 
+@pytest.mark.parametrize("term", ["score", "ancestral"])
 @pytest.mark.parametrize(("sde", "eta"), [(False, 0.0), (True, 1.0)])
-def test_first_order_is_ddim_guided_and_not(sde, eta):
-    denoiser, y = mixture(noise_schedule="cosine"), torch.arange(9) % 3
+def test_first_order_is_ddim_guided_and_not(sde, eta, term):
+    denoiser, y, guided = mixture(noise_schedule="cosine"), torch.arange(9) % 3, {"guidance_term": term}
     for guidance in (None, ClassifierGuidance(linear(), scale=0.2)):
-        first = DPMSolver("ddim20", sde, "timesteps", order=1)(denoiser, streams(9, denoiser), y, guidance)
-        ddim = DDIM("ddim20", eta)(denoiser, streams(9, denoiser), y, guidance)
+        first = DPMSolver("ddim20", sde, "timesteps", order=1, **guided)(denoiser, streams(9, denoiser), y, guidance)
+        ddim = DDIM("ddim20", eta, **guided)(denoiser, streams(9, denoiser), y, guidance)
         torch.testing.assert_close(first, ddim, atol=2e-5, rtol=2e-5)
-        second = DPMSolver("ddim20", sde, "timesteps")(denoiser, streams(9, denoiser), y, guidance)
+        second = DPMSolver("ddim20", sde, "timesteps", **guided)(denoiser, streams(9, denoiser), y, guidance)
         assert (second - ddim).abs().max() > 1e-2
 
 

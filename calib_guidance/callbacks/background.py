@@ -1,0 +1,102 @@
+"""Work beside the main thread: what a run does with a batch while the device makes the next one."""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+import torch
+from torch import Tensor
+
+
+class Background:
+    """Does jobs one after the other, in the order in which they are given, in a thread of its own.
+
+    When one has failed the later ones are left out, and the main thread gets what it raised the next time that it asks.
+
+    Args:
+        waiting: the most jobs that are given and not done, which bounds the memory that they hold.
+
+    Attributes:
+        error: what a job raised, None while none did.
+    """
+
+    def __init__(self, waiting: int):
+        self.waiting = waiting
+        self.error: BaseException | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="background")
+        self._jobs: deque[Future[None]] = deque()
+
+    def give(self, job: Callable[[], object]) -> None:
+        """Give a job, when there is room for it.
+
+        Raises:
+            BaseException: what an earlier one raised.
+        """
+        while len(self._jobs) >= self.waiting:
+            wait([self._jobs[0]])
+            self._jobs.popleft()
+        self.check()
+        self._jobs.append(self._thread.submit(self._do, job))
+
+    def _do(self, job: Callable[[], object]) -> None:
+        if self.error is not None:
+            return
+        try:
+            job()
+        except BaseException as error:
+            self.error = error
+
+    def check(self) -> None:
+        """Raise what a job has raised."""
+        if self.error is not None:
+            raise self.error
+
+    def finish(self) -> None:
+        """Wait until all jobs are done.
+
+        Raises:
+            BaseException: what one of them raised.
+        """
+        wait(self._jobs)
+        self._jobs.clear()
+        self.check()
+
+    def close(self) -> None:
+        """Wait until all jobs are done, and take no more."""
+        self._thread.shutdown()
+
+
+@functools.cache
+def _copies(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a GPU beside the one that computes."""
+    return torch.cuda.Stream(device)
+
+
+def to_host(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+    """Begin to copy tensors to the host, beside what a GPU computes next.
+
+    Args:
+        tensors: not to be changed in place before the copies are there.
+
+    Returns:
+        What waits for the copies and gives them; for any thread.
+    """
+    device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
+    if device is None:
+        return lambda: {name: tensor.cpu() for name, tensor in tensors.items()}
+    stream, done = _copies(device), torch.cuda.Event()
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        pinned = {name: torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for name, t in tensors.items()}
+        host = {name: pinned[name].copy_(tensor, non_blocking=True) for name, tensor in tensors.items()}
+        done.record(stream)
+
+    def there() -> dict[str, Tensor]:
+        done.synchronize()
+        tensors.clear()  # kept until now, so that their memory was nobody else's
+        return host
+
+    return there

@@ -1,0 +1,142 @@
+"""What guidance adds over a step, however long it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from calib_guidance.denoisers.base import Predict
+from calib_guidance.guidance.base import Guide, GuidedPrediction
+from calib_guidance.noise_schedule import NoiseLevels
+from calib_guidance.samplers.base import on_device
+
+GUIDANCE_TERMS = ("ancestral", "score", "lie_trotter", "strang")
+DATA_STD = 0.5  # what EDM takes that of images to be, pixel by pixel
+
+
+def check_guidance_term(term: str, known: Sequence[str], data_std: float) -> None:
+    """Raise ValueError where the term is none of those known, or ``data_std`` is out of range."""
+    if term not in known:
+        raise ValueError(f"guidance_term: unknown {term!r}; known: {', '.join(known)}")
+    if not 0 < data_std < math.inf:
+        raise ValueError(f"data_std must be a finite number above 0, got {data_std}")
+
+
+def ancestral_shift(sigma: np.ndarray, sigma_next: np.ndarray, data_std: float, memory: float) -> np.ndarray:
+    """What a step shall add to x/√ᾱ, per unit of gradient, so that it leaves in the sample what short DDPM steps leave.
+
+    In X = x/√ᾱ a DDPM step from σ to σ − dσ adds 2·(1−ᾱ)/√ᾱ·s·∇S·dσ/σ, whatever the number of steps. What becomes of it until
+    the end is linear response, closed for Gaussian data of standard deviation d, where x̂0 moves by k² = d²/(d² + σ²) of X: of
+    a displacement at σ, DDPM leaves k², the probability-flow ODE k. So a step from σ to σ' leaves, at a constant gradient,
+
+        I = ∫_σ'^σ 2·(1−ᾱ)/√ᾱ·k² dσ/σ = ∫_σ'^σ 2d²·σ / ((d² + σ²)·√(1 + σ²)) dσ,
+
+    and shall add I over what the sampler itself leaves of a displacement at σ', which is k'^p: p = 1 for the ODE, 2 for the
+    reverse SDE, 1 + η² for DDIM. Many short steps of the SDE add what they add without this.
+
+    Args:
+        sigma, sigma_next: ``(N,)`` noise levels σ = √(1/ᾱ − 1) before and after each step.
+        data_std: d.
+        memory: p.
+
+    Returns:
+        ``(N,)`` float64.
+    """
+    if data_std == 1:
+
+        def antiderivative(sigma: np.ndarray) -> np.ndarray:
+            return -1 / np.sqrt(1 + sigma**2)
+    elif data_std < 1:
+        q = math.sqrt(1 - data_std**2)
+
+        def antiderivative(sigma: np.ndarray) -> np.ndarray:
+            # √(1 + σ²) − q, without cancellation.
+            root = np.sqrt(1 + sigma**2)
+            return np.log((sigma**2 + data_std**2) / (root + q) ** 2) / (2 * q)
+    else:
+        q = math.sqrt(data_std**2 - 1)
+
+        def antiderivative(sigma: np.ndarray) -> np.ndarray:
+            return np.arctan(np.sqrt(1 + sigma**2) / q) / q
+
+    left = 2 * data_std**2 * (antiderivative(sigma) - antiderivative(sigma_next))
+    return left * (1 + (sigma_next / data_std) ** 2) ** (memory / 2)
+
+
+def kick(sigma: np.ndarray, sigma_next: np.ndarray) -> np.ndarray:
+    """What the guidance term alone adds to x/√ᾱ from σ to σ', per unit of gradient: ∫ (1−ᾱ)/√ᾱ dσ/σ, closed; ``(N,)``."""
+    return np.sqrt(1 + sigma**2) - np.sqrt(1 + sigma_next**2)
+
+
+class Begun(NamedTuple):
+    """Where the solver's part of a step starts.
+
+    Attributes:
+        guided: prediction and guidance.
+        x: ``(N, C, H, W)`` where it starts.
+        x0: ``(N, C, H, W)`` x̂0 there, with the guidance that belongs to it.
+        arrived: x̂0 where the step before ended, from which ``x`` differs where a step of guidance came between.
+    """
+
+    guided: GuidedPrediction
+    x: Tensor
+    x0: Tensor
+    arrived: Tensor
+
+
+class GuidanceTerm:
+    """The guidance of each step, of a sampler whose steps lead from level to level and from the least noisy one to x̂0.
+
+    Args:
+        term: one of ``GUIDANCE_TERMS``, see :class:`~calib_guidance.samplers.multistep.Multistep`.
+        levels: of the steps.
+        data_std, memory: see :func:`ancestral_shift`.
+        like: where it is computed.
+    """
+
+    def __init__(self, term: str, levels: NoiseLevels, data_std: float, memory: float, like: Tensor):
+        sigma, alpha = levels.sigmas, np.sqrt(levels.alphas_cumprod)
+        sigma_next = np.append(0.0, sigma[:-1])
+        self.ancestral, self.split = term == "ancestral", None
+        # 1 − ᾱ = (√ᾱ·σ)²
+        self.to_x0, self.noise = on_device(alpha * sigma**2, like), on_device(sigma, like)
+        shift = ancestral_shift(sigma, sigma_next, data_std, memory)
+        self.to_x = on_device(np.append(1.0, alpha[:-1]) * shift, like)
+        if term == "lie_trotter":
+            self.split = on_device(memory * alpha * kick(sigma, sigma_next), like)
+        elif term == "strang":
+            # The second half of a step and the first half of the next share the gradient.
+            middle = np.append(np.sqrt(sigma * sigma_next), sigma[-1])
+            self.split = on_device(memory * alpha * kick(middle[1:], middle[:-1]), like)
+
+    def begin(self, predict: Predict, guide: Guide, x: Tensor, i: int) -> Begun:
+        """Guidance at level ``i``, and what the solver does step ``i`` with."""
+        guided = guide(predict, x, i)
+        if self.split is None:
+            x0 = self._x0(guided, i)
+            return Begun(guided, x, x0, x0)
+        arrived = guided.prediction.x0
+        if guided.gradient is None:
+            return Begun(guided, x, arrived, arrived)
+        x = x + self.split[i] * guided.gradient
+        return Begun(guided, x, predict(x, i).x0, arrived)
+
+    def of_step(self, guided: GuidedPrediction) -> bool:
+        """Whether the gradient is added to x' over the step as a whole, not to x̂0."""
+        return self.ancestral and guided.at_x0 and guided.gradient is not None
+
+    def _x0(self, guided: GuidedPrediction, i: int) -> Tensor:
+        x0 = guided.prediction.x0
+        if guided.gradient is not None and not self.of_step(guided):
+            x0 = x0 + self.to_x0[i] * guided.gradient
+        if guided.noise_shift is not None:
+            x0 = x0 + self.noise[i] * guided.noise_shift
+        return x0
+
+    def end(self, guided: GuidedPrediction, i: int) -> Tensor | float:
+        """What is added to x' at the end of step ``i``."""
+        return self.to_x[i] * guided.gradient if self.of_step(guided) else 0.0

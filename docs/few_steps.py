@@ -1,0 +1,263 @@
+"""Digits against the number of network evaluations: the table and figure of few_steps.md, and that of the README.
+
+    python docs/few_steps.py
+
+Each setting is measured once and kept in ``outputs/few_steps``: a stopped run goes on, and a new setting is one run more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from calib_guidance.classifiers import OffTheShelfClassifier
+from calib_guidance.data import DigitImages
+from calib_guidance.denoisers import ADMDenoiser
+from calib_guidance.guidance import ClassifierGuidance, GuidanceSchedule
+from calib_guidance.images import to_uint8
+from calib_guidance.metrics import FrechetDistance, JudgeFeatures, PrecisionRecall
+from calib_guidance.networks import SmallResNet, UNet
+from calib_guidance.rng import SampleStreams
+from calib_guidance.samplers import DDIM, DDPM, DPMSolver, Sampler, UniPC
+from calib_guidance.scores import DivergenceRegularized
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+EVALUATIONS = (5, 10, 15, 25, 50, 100, 250)
+MEASURES = ("Fréchet ↓", "precision ↑", "recall ↑", "accuracy ↑")
+# The standard deviation of the digits' leading principal components, which the ODE's guidance goes by.
+LEADING = 1.6
+SDE, TWO_M = "DPM-Solver++ 2M SDE", "DPM-Solver++ 2M"
+SAMPLERS = ("DDPM", SDE, "DDIM", TWO_M, "UniPC")
+# Okabe & Ito's colours, which colour-blind readers tell apart.
+STYLES = dict(
+    zip(
+        SAMPLERS,
+        (
+            ("#000000", "o", "-"),
+            ("#D55E00", "s", "-"),
+            ("#0072B2", "^", "--"),
+            ("#009E73", "D", "--"),
+            ("#CC79A7", "v", ":"),
+        ),
+        strict=True,
+    )
+)
+
+
+class Setting(NamedTuple):
+    """One row's sampler and guidance at one number of evaluations."""
+
+    sampler: str
+    evaluations: int
+    guided: bool = True
+    term: str = "ancestral"
+    schedule: tuple[tuple[str, Any], ...] = ()
+
+    def build(self) -> Sampler:
+        n = self.evaluations
+        split = self.term in ("lie_trotter", "strang")
+        if self.sampler == "DDPM":
+            return DDPM(n)
+        if self.sampler == "DDIM":
+            return DDIM(f"ddim{n}", guidance_term=self.term, data_std=LEADING)
+        if self.sampler == SDE:
+            return DPMSolver(n // 2 if split else n, sde=True, guidance_term=self.term)
+        kind = UniPC if self.sampler == "UniPC" else DPMSolver
+        return kind(n // 2 if split else n, guidance_term=self.term, data_std=LEADING)
+
+
+def settings() -> Iterator[Setting]:
+    """Those of both tables and the figure, the short ones first."""
+    for n in EVALUATIONS:
+        for name in SAMPLERS:
+            yield Setting(name, n)
+            yield Setting(name, n, guided=False)
+    yield from OTHERS.values()
+
+
+OTHERS = {
+    **{f"{name}, guidance as part of x̂0": Setting(name, 25, term="score") for name in SAMPLERS[1:]},
+    **{f"{name}, 10, guidance as part of x̂0": Setting(name, 10, term="score") for name in SAMPLERS[1:]},
+    **{
+        f"{name}, 12 steps, {term.replace('_', '–').title()} splitting": Setting(name, 25, term=term)
+        for name in (SDE, TWO_M)
+        for term in ("lie_trotter", "strang")
+    },
+    f"{SDE}, guided at σ in [0.1, 10]": Setting(SDE, 25, schedule=(("sigma_interval", (0.1, 10.0)),)),
+    f"{SDE}, guided at σ in [0.1, 3]": Setting(SDE, 25, schedule=(("sigma_interval", (0.1, 3.0)),)),
+    f"{SDE}, guided every 2nd step": Setting(SDE, 25, schedule=(("every", 2),)),
+    f"{SDE}, guided every 3rd step": Setting(SDE, 25, schedule=(("every", 3),)),
+}
+
+
+@cache
+def models() -> tuple[ADMDenoiser, nn.Module, JudgeFeatures, torch.Tensor]:
+    """Denoiser, classifier that guides, judge, and its features of the held-out digits."""
+    network = UNet(
+        8, 1, 32, 2, 1, (2,), channel_mult=(1, 2), num_classes=10, num_head_channels=32, use_scale_shift_norm=True,
+        resblock_updown=True,
+    )  # fmt: skip
+    folder = "checkpoints/digits"
+    denoiser = ADMDenoiser(
+        network, f"{folder}/diffusion.safetensors", "cosine", prediction="v", class_conditional=False
+    )
+    guides = OffTheShelfClassifier(
+        SmallResNet(10, 1, [32, 64, 64], 1), 10, f"{folder}/classifier.safetensors", softplus_beta=3.0
+    )
+    judge = OffTheShelfClassifier(SmallResNet(10, 1, [48, 96, 48], 2), 10, f"{folder}/judge.safetensors")
+    features, digits = JudgeFeatures(judge).eval(), DigitImages(split="heldout")
+    with torch.no_grad():
+        reference = features(to_uint8(torch.stack([d["image"] for d in digits]), "truncate"))[0]
+    return denoiser.eval(), guides, features, reference
+
+
+def measure(setting: Setting, seed: int, n: int) -> list[float]:
+    """The ``MEASURES`` of ``n`` class-balanced digits."""
+    torch.set_num_threads(1)
+    denoiser, classifier, judge, reference = models()
+    score = DivergenceRegularized("js", alpha=0.1, epsilon=0.1, tau1=1.0, tau2=0.8)
+    guidance = ClassifierGuidance(classifier, score, schedule=GuidanceSchedule(**dict(setting.schedule)))
+    sampler, guidance = setting.build(), guidance if setting.guided else None
+    sampler.check(denoiser, guidance)
+    y, images = torch.arange(n) % 10, []
+    for index in torch.arange(n).split(100):
+        noise = SampleStreams([seed] * len(index), index.tolist(), denoiser.image_shape)
+        images.append(sampler(denoiser, noise, y[index], guidance))
+    with torch.no_grad():
+        features, logits = judge(to_uint8(torch.cat(images), "truncate"))
+    distance, coverage = FrechetDistance(reference, full_rank=False), PrecisionRecall(reference)
+    distance.update(features)
+    coverage.update(features=features, index=torch.arange(n))
+    both = coverage.compute()
+    right = (logits.argmax(1) == y).float().mean()
+    return [float(v) for v in (distance.compute(), both["precision"], both["recall"], right)]
+
+
+def key(setting: Setting, seed: int, n: int) -> str:
+    return json.dumps([*setting, LEADING, seed, n], ensure_ascii=False)
+
+
+def cells(found: dict[str, list[float]], setting: Setting, seeds: list[int], n: int, measures: range) -> list[str]:
+    """Mean ± standard deviation over the seeds that are measured."""
+    rows = [found[k] for seed in seeds if (k := key(setting, seed, n)) in found]
+    if not rows:
+        return ["–"] * len(measures)
+    texts = []
+    for m in measures:
+        values, digits = [row[m] for row in rows], 3 if m else 2
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        texts.append(f"{statistics.mean(values):.{digits}f}{spread}")
+    return texts
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def tables(found: dict[str, list[float]], seeds: list[int], n: int) -> dict[str, str]:
+    """Markdown by mark: ``few-steps`` is the README's, Fréchet distance alone."""
+    small, full = [], []
+    for guided in (True, False):
+        word = "guided" if guided else "unguided"
+        small.append([f"**{word}**", *[""] * len(EVALUATIONS)])
+        for name in SAMPLERS:
+            each = [Setting(name, e, guided) for e in EVALUATIONS]
+            small.append([name, *(cells(found, s, seeds, n, range(1))[0] for s in each)])
+            full += [[name, word, str(s.evaluations), *cells(found, s, seeds, n, range(4))] for s in each]
+    others = [[name, *cells(found, s, seeds, n, range(4))] for name, s in OTHERS.items()]
+    return {
+        "few-steps": markdown(["Fréchet ↓ by evaluations", *map(str, EVALUATIONS)], small),
+        "few-steps-others": markdown(["25 evaluations, or as named", *MEASURES], others),
+        "few-steps-all": markdown(["sampler", "guidance", "evaluations", *MEASURES], full),
+    }
+
+
+def insert(path: Path, texts: dict[str, str]) -> None:
+    """Put each table between its marks, where the page has them."""
+    page = path.read_text()
+    for mark, text in texts.items():
+        before, opening, rest = page.partition(f"<!-- {mark} -->")
+        _, closing, after = rest.partition(f"<!-- /{mark} -->")
+        if closing:
+            page = f"{before}{opening}\n{text}\n{closing}{after}"
+    path.write_text(page)
+
+
+def draw(found: dict[str, list[float]], seeds: list[int], n: int, path: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.5), sharey=True, layout="constrained")
+    for axis, guided in zip(axes, (True, False), strict=True):
+        for name, (colour, marker, line) in STYLES.items():
+            points = []
+            for e in EVALUATIONS:
+                keys = [key(Setting(name, e, guided), seed, n) for seed in seeds]
+                if values := [found[k][0] for k in keys if k in found]:
+                    points.append((e, statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0))
+            if not points:
+                continue
+            x, mean, spread = (torch.tensor(column) for column in zip(*points, strict=True))
+            axis.plot(x, mean, color=colour, marker=marker, ls=line, ms=4, lw=1.3, label=name)
+            axis.fill_between(x, (mean - spread).clamp(min=1e-3), mean + spread, color=colour, alpha=0.15, lw=0)
+        axis.set(xscale="log", yscale="log", xlabel="network evaluations", title="guided" if guided else "unguided")
+        axis.set_xticks(EVALUATIONS, [str(e) for e in EVALUATIONS])
+        axis.minorticks_off()
+        ticks = (0.2, 0.5, 1, 2, 5, 10)
+        axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.set(xlim=(4.5, 280), ylim=(0.15, 15))
+        axis.grid(alpha=0.3, lw=0.5)
+    axes[0].set_ylabel("Fréchet distance of 500 digits")
+    axes[1].legend(frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for suffix in (".png", ".pdf"):
+        figure.savefig(path.with_suffix(suffix), dpi=200)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Digits against the number of network evaluations.")
+    parser.add_argument(
+        "--pages", type=Path, nargs="*", default=[Path("docs/few_steps.md")], help="pages with the marks"
+    )
+    parser.add_argument("--figure", type=Path, default=Path("docs/images/few_steps.png"))
+    parser.add_argument("--cache", type=Path, default=Path("outputs/few_steps/results.json"), help="what is measured")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--most", type=int, default=max(EVALUATIONS), help="leave out settings of more evaluations")
+    parser.add_argument("-n", type=int, default=500, help="digits per setting")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args()
+    found = json.loads(options.cache.read_text()) if options.cache.exists() else {}
+    todo = [(s, seed) for s in settings() if s.evaluations <= options.most for seed in options.seeds]
+    todo = [(s, seed) for s, seed in todo if key(s, seed, options.n) not in found]
+    options.cache.parent.mkdir(parents=True, exist_ok=True)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of each worker, which have a core each
+    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+        jobs = {pool.submit(measure, s, seed, options.n): key(s, seed, options.n) for s, seed in todo}
+        for job in tqdm(as_completed(jobs), total=len(jobs), unit="setting"):
+            found[jobs[job]] = job.result()
+            partial = options.cache.with_suffix(".part")
+            partial.write_text(json.dumps(found, indent=0, ensure_ascii=False))
+            partial.replace(options.cache)
+    texts = tables(found, options.seeds, options.n)
+    for page in options.pages:
+        insert(page, texts)
+    draw(found, options.seeds, options.n, options.figure)
+    print(texts["few-steps"], texts["few-steps-others"], sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
