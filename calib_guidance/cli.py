@@ -18,6 +18,7 @@ _COMMANDS = {
     "evaluate": "calib_guidance.evaluate",
     "export": "calib_guidance.export",
     "reference": "calib_guidance.reference",
+    "report": "calib_guidance.report",
     "status": "calib_guidance.status",
     "sweep": "calib_guidance.sweep",
 }  # modules with a function of the command's name, which takes the words after it

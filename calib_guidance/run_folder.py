@@ -31,7 +31,7 @@ import socket
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,16 +127,20 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def read_table(data: bytes | str | os.PathLike[str]) -> dict[str, np.ndarray]:
+def read_table(data: bytes | str | os.PathLike[str], indices: Collection[int] | None = None) -> dict[str, np.ndarray]:
     """A parquet file of samples.
 
     Args:
         data: the file's path or its bytes.
+        indices: of the samples to decode; None for all of the file.
 
     Returns:
         ``image`` uint8 ``(N, C, H, W)`` and every other column ``(N,)`` int64: ``index``, ``label``, ``seed`` …
     """
-    table = pq.read_table(io.BytesIO(data) if isinstance(data, bytes) else data).to_pydict()
+    table = pq.read_table(io.BytesIO(data) if isinstance(data, bytes) else data)
+    if indices is not None:
+        table = table.filter(np.isin(table["index"], list(indices)))
+    table = table.to_pydict()
     pixels = [np.asarray(Image.open(io.BytesIO(image["bytes"]))) for image in table.pop("image")]
     images = [image[None] if image.ndim == 2 else image.transpose(2, 0, 1) for image in pixels]
     columns = {name: np.asarray(column, dtype=np.int64) for name, column in table.items()}
@@ -447,13 +451,13 @@ class RunFolder:
         records = (self._readable(shard) for shard in self.shards())
         return [sample for record in records if record is not None for sample in record["left_out"]]
 
-    def read(self, shard: range) -> dict[str, np.ndarray]:
-        """The samples of a shard that is done, see :func:`read_table`.
+    def read(self, shard: range, indices: Collection[int] | None = None) -> dict[str, np.ndarray]:
+        """The samples of a shard that is done, or those of them with such an index, see :func:`read_table`.
 
         Raises:
             DamagedShardError: they are not what was written.
         """
-        return read_table(self.read_bytes(shard))
+        return read_table(self.read_bytes(shard), indices)
 
     def read_bytes(self, shard: range) -> bytes:
         """The parquet file of a shard that is done.

@@ -30,7 +30,7 @@ FLOORS = [
     {"metrics", "data", "modules", "callbacks"},
     {"checkpoint_io"},
     {"lightning_cli"},
-    {"compare", "doctor", "evaluate", "export", "halving", "reference", "runs", "status", "sweep"},
+    {"compare", "doctor", "evaluate", "export", "halving", "reference", "report", "runs", "status", "sweep"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,0 +1,229 @@
+"""What the folder of a sampling run says, with a remark on everything that is missing or damaged."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+import zlib
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from calib_guidance.errors import ConfigurationError
+from calib_guidance.run_folder import DamagedShardError, RunFolder
+from calib_guidance.status import survey
+
+_COLUMNS = ("index", "label", "seed")
+_LISTED = 5  # shards or samples in a remark
+
+
+def read_arrays(path: Path, names: Collection[str]) -> dict[str, np.ndarray]:
+    """Arrays of an ``.npz`` file.
+
+    Raises:
+        ValueError: it is none, or lacks one of them.
+        FileNotFoundError: it is not there.
+    """
+    try:
+        # Of a file that is no archive numpy says that it may be pickled, and how to load it all the same.
+        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in names}
+    except KeyError as error:
+        raise ValueError(str(error.args[0])) from error
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"it is no whole npz file: {error}") from error
+
+
+def _listed(things: Sequence[str]) -> str:
+    more = f" and {len(things) - _LISTED} more" if len(things) > _LISTED else ""
+    return ", ".join(things[:_LISTED]) + more
+
+
+class Run:
+    """One run of a report.
+
+    Args:
+        path: its folder.
+        name: for people, unique in the report.
+
+    Attributes:
+        folder: its samples.
+        about: run.json: identity, versions, when it was begun.
+        status: see :func:`calib_guidance.status.survey`.
+        settings: config.yaml; empty where it cannot be read.
+        config_text: config.yaml as it is written.
+        metrics: metrics.json, what predict measured; empty where there is none.
+        evaluation: evaluation/metrics.json, what evaluate measured; empty where there is none.
+        judge: ``index``, ``label``, ``predicted`` and ``confidence`` (the judge's probability of the sample's class) ``(N,)``
+            each; None where there was no judge.
+        columns: ``index``, ``label`` and ``seed`` ``(N,)`` int64 of the samples that can be read, by index.
+        remarks: what is missing or damaged, and what to do about it.
+
+    Raises:
+        ConfigurationError: there is no run in the folder, or it cannot be read.
+    """
+
+    def __init__(self, path: Path, name: str):
+        if not path.is_dir():
+            raise ConfigurationError(f"{path}: no such folder; report takes those of calib-guidance predict")
+        self.path, self.name = path, name
+        self.remarks: list[str] = []
+        try:
+            self.about = RunFolder.read_run(path)
+            if self.about is None:
+                raise ConfigurationError(
+                    f"{path} holds no run: there is no run.json in it; report takes folders of calib-guidance predict"
+                )
+            self.folder = RunFolder.open(path)
+            self.status = survey(self.folder)
+            self._damaged: set[int] = set()
+            self._remark_on_status()
+            self.columns = self._read_columns()
+            self.config_text, self.settings = self._read_config()
+            self.metrics = self._read_json("metrics.json")
+            self.evaluation = self._read_json("evaluation/metrics.json")
+            self.judge = self._read_judge()
+        except OSError as error:
+            raise ConfigurationError(f"{error.filename or path} cannot be read: {error.strerror or error}") from error
+        measured, written = self.evaluation.get("num_measured"), self.status["samples"]["written"]
+        if measured not in (None, written):
+            self.remarks.append(
+                f"evaluation/metrics.json is of {measured} samples, and {written} are written now: calib-guidance evaluate "
+                f"{path} measures them all."
+            )
+        if self.status["complete"] and not self.metrics and not self.evaluation:
+            self.remarks.append(
+                "Nothing was measured: there is no metrics.json. The same predict command with RunReport among its callbacks "
+                f"measures what is there, or calib-guidance evaluate {path}."
+            )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that its samples are a function of, by dotted key."""
+        return self.about["identity"]
+
+    @property
+    def seeds(self) -> list[int]:
+        return np.unique(self.columns["seed"]).tolist()
+
+    def _remark_on_status(self) -> None:
+        samples = self.status["samples"]
+        if not self.status["complete"]:
+            self.remarks.append(
+                f"Not complete: {samples['written']} of {samples['asked']} samples are made, and only those are shown. The same "
+                f"predict command goes on; calib-guidance status {self.path} says who works on what."
+            )
+        for shard in self.status["damaged"]:
+            self._leave_out(range(shard["first"], shard["last"] + 1), shard["reason"])
+        if left_out := self.status["left_out"]:
+            reasons = [f"{sample['index']} ({sample['reason']})" for sample in left_out]
+            self.remarks.append(f"Left out, because they could not be made: samples {_listed(reasons)}.")
+        if foreign := self.status["foreign"]:
+            self.remarks.append(f"Files that belong to no shard are not counted: {_listed(foreign)}.")
+
+    def _leave_out(self, shard: range, reason: str) -> None:
+        """Leave a damaged shard out of the page, and say so once."""
+        if shard.start in self._damaged:
+            return
+        self._damaged.add(shard.start)
+        self.remarks.append(
+            f"Damaged: samples {shard.start} to {shard[-1]} are left out of this page ({reason}). The same predict command "
+            "makes them anew."
+        )
+
+    def _read_columns(self) -> dict[str, np.ndarray]:
+        """Without the images, of which nothing is read."""
+        found: list[dict[str, np.ndarray]] = []
+        for shard in self.folder.shards():
+            if shard.start in self._damaged or self.folder.state(shard).name != "done":
+                continue
+            try:
+                table = pq.read_table(self.folder.table_path(shard), columns=list(_COLUMNS))
+                found.append({name: table[name].to_numpy().astype(np.int64) for name in _COLUMNS})
+            except (pa.ArrowException, KeyError, OSError) as error:
+                self._leave_out(shard, f"{self.folder.table_path(shard).name} is no table of samples: {error}")
+        empty = [np.zeros(0, np.int64)]
+        return {name: np.concatenate([each[name] for each in found] or empty) for name in _COLUMNS}
+
+    def images(self, indices: Collection[int]) -> dict[int, np.ndarray]:
+        """Images uint8 ``(C, H, W)`` of the samples with such an index that are there.
+
+        Every shard is checked against its checksum; a damaged one is remarked on and left out.
+        """
+        wanted, found = np.unique(np.asarray(list(indices), np.int64)), {}
+        for shard in self.folder.shards():
+            inside = wanted[(wanted >= shard.start) & (wanted < shard.stop)]
+            if not len(inside) or shard.start in self._damaged:
+                continue
+            try:
+                rows = self.folder.read(shard, inside.tolist())
+            except (DamagedShardError, OSError, pa.ArrowException) as error:
+                self._leave_out(shard, str(error))
+                continue
+            found |= dict(zip(rows["index"].tolist(), rows["image"], strict=True))
+        return found
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        try:
+            content = json.loads(path.read_bytes())
+            if not isinstance(content, dict):
+                raise ValueError("it holds no figures by name")
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            self.remarks.append(f"{name} is damaged ({error}) and left out: what wrote it makes it anew.")
+            return {}
+        return content
+
+    def _read_config(self) -> tuple[str, dict[str, Any]]:
+        try:
+            text = (self.path / "config.yaml").read_text()
+            content = yaml.safe_load(text)
+            if not isinstance(content, dict):
+                raise ValueError("it holds no settings")
+        except FileNotFoundError:
+            problem = "There is no config.yaml"
+        except (ValueError, yaml.YAMLError) as error:
+            problem = f"config.yaml is damaged ({str(error).splitlines()[0]})"
+        else:
+            return text, content
+        self.remarks.append(f"{problem}: settings are those of run.json, which has all that samples are a function of.")
+        return "", {}
+
+    def _read_judge(self) -> dict[str, np.ndarray] | None:
+        """What evaluate wrote, else what predict did."""
+        for name in ("evaluation/judge.npz", "judge.npz"):
+            try:
+                judge = read_arrays(self.path / name, ("index", "label", "predicted", "confidence"))
+                if len({column.shape for column in judge.values()}) != 1 or judge["index"].ndim != 1:
+                    raise ValueError("its columns differ in length")
+            except FileNotFoundError:
+                continue
+            except ValueError as error:
+                self.remarks.append(f"{name} is damaged ({error}) and left out: what wrote it makes it anew.")
+                continue
+            there = np.isin(judge["index"], self.columns["index"])
+            return {key: column[there] for key, column in judge.items()}
+        return None
+
+
+def open_runs(paths: Sequence[Path]) -> list[Run]:
+    """The runs of a report, each named by as much of the end of its path as tells them apart.
+
+    Raises:
+        ConfigurationError: a folder that is no run, or is given twice.
+    """
+    resolved = [path.resolve() for path in paths]
+    for number, path in enumerate(resolved):
+        if path in resolved[:number]:
+            raise ConfigurationError(f"{paths[number]} is given twice; a report compares different runs")
+    length = 1
+    while len({path.parts[-length:] for path in resolved}) < len(resolved):
+        length += 1
+    return [Run(path, "/".join(end.parts[-length:])) for path, end in zip(paths, resolved, strict=True)]
