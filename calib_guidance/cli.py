@@ -1,5 +1,4 @@
-"""The commands: ``calib-guidance fit|validate|test|predict --config …``, ``compare``, ``sweep``, ``doctor``, ``status``, ``export``,
-``reference``, ``evaluate`` and ``report``."""
+"""The commands: ``calib-guidance fit|validate|test|predict --config …``, and those of the table below."""
 
 from __future__ import annotations
 
