@@ -680,5 +680,10 @@ def sweep(args: Sequence[str]) -> None:
     paths = draw(sweeper, samples, folder / "figures")
     best = asked.settings[_order(sweeper, samples)[0]]
     print(f"\n{text}\n\nbest by {asked.figures[0]}: {best.name}")
-    print("wrote\n" + "\n".join(f"  {path}" for path in (folder / "table.md", folder / "runs.csv", *paths)))
+    print(
+        "wrote\n"
+        + "\n".join(
+            f"  {path}" for path in (*(folder / name for name in ("table.md", "settings.csv", "runs.csv")), *paths)
+        )
+    )
     print(f"{sweeper.made} runs in {(time.monotonic() - started) / 60:.1f} minutes")

@@ -21,7 +21,7 @@ from calib_guidance.samplers.base import (
     refuse_sine,
     start,
 )
-from calib_guidance.samplers.guidance_term import DATA_STD, GuidanceTerm, check_guidance_term
+from calib_guidance.samplers.guidance_term import GuidanceTerm, choose_guidance_term
 
 
 class DDIM(Sampler):
@@ -37,10 +37,10 @@ class DDIM(Sampler):
         recurrence: times that each step is done, re-noising in between (Bansal et al. 2023); 1 is plain sampling.
         guidance_term: ``score``, or ``ancestral``, which carries a scale over from DDPM, see
             :class:`~calib_guidance.samplers.multistep.Multistep`.
-        data_std: of ``ancestral``, see there.
+        data_std: of ``ancestral``, see there; to be given where η < 1.
 
     Raises:
-        ValueError: numbers out of range.
+        ValueError: an unknown term, numbers out of range, or no ``data_std`` where it decides.
     """
 
     def __init__(
@@ -50,15 +50,15 @@ class DDIM(Sampler):
         clip_denoised: bool = True,
         recurrence: int = 1,
         guidance_term: str = "score",
-        data_std: float = DATA_STD,
+        data_std: float | None = None,
     ):
         if not eta >= 0:
             raise ValueError(f"eta must be at least 0, got {eta}")
         if recurrence < 1:
             raise ValueError(f"recurrence must be at least 1, got {recurrence}")
-        check_guidance_term(guidance_term, ("score", "ancestral"), data_std)
+        term, data_std = choose_guidance_term(guidance_term, data_std, 1 + eta**2, ("score", "ancestral"))
         self.steps, self.eta, self.clip_denoised, self.recurrence = steps, eta, clip_denoised, recurrence
-        self.guidance_term, self.data_std = guidance_term, data_std
+        self.guidance_term, self.data_std = term, data_std
 
     def levels(self, denoiser: Denoiser) -> NoiseLevels:
         return denoiser.schedule.respace(self.steps).levels

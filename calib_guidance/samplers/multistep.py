@@ -11,7 +11,7 @@ from calib_guidance.denoisers.base import Denoiser
 from calib_guidance.guidance.base import Guidance
 from calib_guidance.noise_schedule import NoiseLevels
 from calib_guidance.samplers.base import Sampler, refuse_sample_shift, refuse_sine
-from calib_guidance.samplers.guidance_term import DATA_STD, GUIDANCE_TERMS, check_guidance_term
+from calib_guidance.samplers.guidance_term import GUIDANCE_TERMS, choose_guidance_term
 
 SPACINGS = ("logsnr", "karras", "timesteps")
 _RHO, _SIGMA_MAX = 7.0, 80.0
@@ -38,12 +38,12 @@ class StepSizes(NamedTuple):
 class Multistep(Sampler):
     """Noise levels and guidance of a solver that extrapolates from the x̂0 of the step before: one evaluation a step.
 
-    Guidance enters as ``guidance_term`` says:
+    Classifier guidance enters as ``guidance_term`` says (classifier-free guidance is part of x̂0, and of any term):
 
     - ``ancestral``: a gradient at x̂0 is held over the step, and adds to x' what is left in the sample of what the short steps
       of DDPM would have added there (:func:`~calib_guidance.samplers.guidance_term.ancestral_shift`), so that a scale for 250
       DDPM steps is one for few of these. A gradient with respect to x_t, which is of a score at that noise level, enters as in
-      ``score``.
+      ``score``. Steps that the schedule leaves unguided (``every``, an interval) add nothing, nor do others for them.
     - ``score``: as part of x̂0, which becomes x̂0 + (1−ᾱ)/√ᾱ·s·∇S, the posterior mean under the guided score, and which the
       second order extrapolates. DDIM does this too.
     - ``lie_trotter``, ``strang``: operator splitting (arXiv 2301.11558). The solver does its step without guidance, and the
@@ -61,17 +61,21 @@ class Multistep(Sampler):
         sigma_min, sigma_max: least and greatest σ of ``logsnr`` and ``karras``; by default those of the model's process, but at
             most 80.
         order: 1 or 2.
-        clip_denoised: clip x̂0 to [-1, 1], before guidance.
-        guidance_term: see above.
-        data_std: d of ``ancestral``: standard deviation of the data along what guidance changes, for images that of their
-            leading principal components. It matters to the ODE, which keeps more of what is added at high noise than DDPM does,
-            and less to the SDE.
+        clip_denoised: clip x̂0 to [-1, 1], before guidance; not after it.
+        guidance_term: see above; by default ``ancestral`` of an SDE, ``score`` of an ODE, whose ``ancestral`` needs
+            ``data_std``.
+        data_std: d of ``ancestral``: standard deviation of the data, in the units of x̂0, along what guidance changes. An SDE takes
+            0.5 by default and hardly depends on it. The guidance of an ODE at high noise is proportional to it, so that it is to
+            be given, and tuned as a scale is: 1.6 for the digits, which is that of their leading principal components (0.5 a
+            pixel). Of large images, whose leading components have many times that of a pixel, nothing was measured.
 
     Raises:
-        ValueError: unknown names, numbers out of range, or noise levels where the spacing has its own.
+        ValueError: unknown names, numbers out of range, noise levels where the spacing has its own, or no ``data_std`` where it
+            decides.
     """
 
     guidance_terms = GUIDANCE_TERMS
+    memory = 1.0  # of a displacement of x the ODE leaves k^1
 
     def __init__(
         self,
@@ -81,10 +85,10 @@ class Multistep(Sampler):
         sigma_max: float | None = None,
         order: int = 2,
         clip_denoised: bool = True,
-        guidance_term: str = "ancestral",
-        data_std: float = DATA_STD,
+        guidance_term: str | None = None,
+        data_std: float | None = None,
     ):
-        check_guidance_term(guidance_term, self.guidance_terms, data_std)
+        term, data_std = choose_guidance_term(guidance_term, data_std, self.memory, self.guidance_terms)
         if spacing not in SPACINGS:
             raise ValueError(f"spacing: unknown {spacing!r}; known: {', '.join(SPACINGS)}")
         if spacing == "timesteps" and (sigma_min is not None or sigma_max is not None):
@@ -98,7 +102,7 @@ class Multistep(Sampler):
             raise ValueError(f"order must be 1 or 2, got {order}")
         self.steps, self.spacing, self.order, self.clip_denoised = steps, spacing, order, clip_denoised
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
-        self.guidance_term, self.data_std = guidance_term, data_std
+        self.guidance_term, self.data_std = term, data_std
 
     def levels(self, denoiser: Denoiser) -> NoiseLevels:
         schedule = denoiser.schedule

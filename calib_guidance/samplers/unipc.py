@@ -67,7 +67,7 @@ class UniPC(Multistep):
         num_steps, times = len(levels.times), levels.times.tolist()
         predict, guide = start(denoiser, guidance, levels, y, self.clip_denoised)
         sizes = self.step_sizes(levels)
-        term = GuidanceTerm(self.guidance_term, levels, self.data_std, 1, x)
+        term = GuidanceTerm(self.guidance_term, levels, self.data_std, self.memory, x)
         remaining = sizes.sigma_next / sizes.sigma  # e^(−h)
         to_x = on_device(sizes.alpha_next / sizes.alpha * remaining, x)
         to_d, slope = on_device(sizes.alpha_next * (1 - remaining), x), on_device(sizes.before / 2, x)

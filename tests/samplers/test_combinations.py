@@ -32,8 +32,10 @@ SAMPLERS = {
     "unipc": UniPC(3),
 }
 OTHER_TERMS = {
-    "ddim_ancestral": DDIM("2", guidance_term="ancestral"),
-    "dpm_solver_score": DPMSolver(3, guidance_term="score"),
+    "ddim_ancestral": DDIM("2", guidance_term="ancestral", data_std=1.6),
+    "dpm_solver_ancestral": DPMSolver(3, guidance_term="ancestral", data_std=1.6),
+    "dpm_solver_sde_score": DPMSolver(3, sde=True, guidance_term="score"),
+    "unipc_ancestral": UniPC(3, guidance_term="ancestral", data_std=1.6),
     "dpm_solver_split": DPMSolver(3, guidance_term="strang"),
 }
 

@@ -80,6 +80,24 @@ def test_few_steps_move_a_gaussian_nearly_as_a_thousand_of_ddpm_do(variance):
         assert error(6, "ancestral") < 0.3 * error(6, "score"), name
 
 
+def test_where_the_rule_is_the_default():
+    """Of the SDE, whose steps d hardly changes; the ODE's guidance is proportional to d at high noise."""
+    denoiser, guidance = GaussianMixture([[0.3, -0.2]], [0.25]), slope([0.2, -0.1])
+
+    def moved(kind, **options):
+        return gained(kind(steps=40, **options), denoiser, guidance)
+
+    rule = {"guidance_term": "ancestral"}
+    torch.testing.assert_close(moved(DPMSolver, sde=True), moved(DPMSolver, sde=True, **rule, data_std=0.5))
+    for ode in (DPMSolver, UniPC):
+        torch.testing.assert_close(moved(ode), moved(ode, guidance_term="score"))
+        half, whole = (moved(ode, **rule, data_std=d) for d in (0.5, 2.0))
+        assert (whole / half).min() > 2.5
+    half, whole = (moved(DPMSolver, sde=True, **rule, data_std=d) for d in (0.5, 2.0))
+    assert (whole / half).max() < 1.2
+    torch.testing.assert_close(moved(DPMSolver, sde=True, **rule), half)
+
+
 def energy_distance(a, b):
     def mean(x, y):
         return torch.cdist(x.flatten(1), y.flatten(1)).mean()
@@ -94,7 +112,8 @@ def test_a_guided_mixture_in_few_steps_is_nearer_to_that_of_250():
     expected = DDPM("250")(mixture, streams(n, mixture), y, guidance)
 
     def distance(steps, **options):
-        found = DPMSolver(steps, data_std=0.3, **options)(mixture, streams(n, mixture), y, guidance)
+        options = {"guidance_term": "ancestral", "data_std": 0.3} | options
+        found = DPMSolver(steps, **options)(mixture, streams(n, mixture), y, guidance)
         return sum(energy_distance(found[y == k], expected[y == k]) for k in range(3)) / 3
 
     assert distance(10, sde=True) < 0.1 < 5 < distance(10, sde=True, guidance_term="score")
@@ -160,6 +179,8 @@ def test_what_cannot_be_says_why():
             sampler(guidance_term="splat")
         with pytest.raises(ValueError, match="data_std must be a finite number above 0"):
             sampler(data_std=0.0)
+        with pytest.raises(ValueError, match=r"set data_std .*, guidance_term to score, or take an SDE"):
+            sampler(guidance_term="ancestral")
     for sampler in (DDIM, UniPC):
         with pytest.raises(ValueError, match="guidance_term: unknown 'strang'"):
             sampler(guidance_term="strang")

@@ -104,7 +104,11 @@ def test_order_of_convergence_along_the_closed_form_of_one_gaussian(kind, order,
 @pytest.mark.parametrize("term", ["score", "ancestral"])
 @pytest.mark.parametrize(("sde", "eta"), [(False, 0.0), (True, 1.0)])
 def test_first_order_is_ddim_guided_and_not(sde, eta, term):
-    denoiser, y, guided = mixture(noise_schedule="cosine"), torch.arange(9) % 3, {"guidance_term": term}
+    denoiser, y, guided = (
+        mixture(noise_schedule="cosine"),
+        torch.arange(9) % 3,
+        {"guidance_term": term, "data_std": 0.5},
+    )
     for guidance in (None, ClassifierGuidance(linear(), scale=0.2)):
         first = DPMSolver("ddim20", sde, "timesteps", order=1, **guided)(denoiser, streams(9, denoiser), y, guidance)
         ddim = DDIM("ddim20", eta, **guided)(denoiser, streams(9, denoiser), y, guidance)
