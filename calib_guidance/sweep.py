@@ -616,11 +616,11 @@ def draw(sweeper: Sweeper, samples: Sequence[int], folder: Path) -> list[Path]:
             values = {key: mean_and_deviation(sweeper.values(number, count, key)) for key in sweep.figures}
             known = {key: pair for key, pair in values.items() if pair[0] is not None}
             points.append((axis.place(sweep.settings[number].labels[axis.name]), known))
-        stem = folder / re.sub(r"\W+", "-", axis.name)
+        stem, held = folder / re.sub(r"\W+", "-", axis.name), _name({other: best.labels[other] for other in others})
         if any(known for _, known in points):
-            paths += ablation(points, axis.name, stem)
+            paths += ablation(points, axis.name, stem, held=held)
         if all({"precision", "recall"} <= known.keys() for _, known in points):
-            paths += precision_recall(points, axis.name, stem.with_name(f"{stem.name}-precision-recall"))
+            paths += precision_recall(points, axis.name, stem.with_name(f"{stem.name}-precision-recall"), held)
     return paths
 
 
@@ -680,10 +680,6 @@ def sweep(args: Sequence[str]) -> None:
     paths = draw(sweeper, samples, folder / "figures")
     best = asked.settings[_order(sweeper, samples)[0]]
     print(f"\n{text}\n\nbest by {asked.figures[0]}: {best.name}")
-    print(
-        "wrote\n"
-        + "\n".join(
-            f"  {path}" for path in (*(folder / name for name in ("table.md", "settings.csv", "runs.csv")), *paths)
-        )
-    )
+    paths = [*(folder / name for name in ("table.md", "settings.csv", "runs.csv")), *paths]
+    print("wrote\n" + "\n".join(f"  {path}" for path in paths))
     print(f"{sweeper.made} runs in {(time.monotonic() - started) / 60:.1f} minutes")

@@ -64,16 +64,18 @@ def ablation(
     path: str | os.PathLike[str],
     baseline: Mapping[str, tuple[float | None, float | None]] | None = None,
     log: bool = False,
+    held: str = "",
 ) -> list[Path]:
     """A panel for each metric over the values of a setting, with error bars.
 
     Args:
         points: the value, and of each metric mean and standard deviation (None where there is none). Numbers are drawn in
-            order and at their distance, words one after the other.
+            order, at their distance and joined by a line, words one after the other.
         name: of the setting: α, scale, τ2, γ …
         path: see :func:`~calib_guidance.figures.style.save`.
         baseline: the metrics without the setting, a horizontal line with its spread.
         log: a logarithmic axis, of values above 0.
+        held: what other settings are, said above the figure.
 
     Raises:
         ConfigurationError: there is no point, or no metric with a number; a logarithmic axis of other values.
@@ -102,9 +104,11 @@ def ablation(
                 axis.legend()
             unnamed = False
         style = {"color": COLOURS[number % 7], "marker": "os^Dv<>"[number % 7], "ms": 3.5, "lw": 1}
+        style |= {} if numeric else {"ls": "none"}  # nothing lies between two words
         axis.errorbar(x, mean, np.where(sd > 0, sd, np.nan), capsize=2, elinewidth=0.8, **style)
         axis.set_ylabel(LABELS.get(metric, metric.replace("_", " ")), fontsize=7)
         axis.margins(y=0.12)
+    axes[0].set_title(held, loc="left", fontsize=7)
     figure.align_ylabels()
     if log:
         axes[-1].set_xscale("log")
@@ -138,13 +142,14 @@ def _annotate(figure: Figure, axis: Axes, x: np.ndarray, y: np.ndarray, texts: S
 
 
 @paper
-def precision_recall(points: Sequence[Point], name: str, path: str | os.PathLike[str]) -> list[Path]:
+def precision_recall(points: Sequence[Point], name: str, path: str | os.PathLike[str], held: str = "") -> list[Path]:
     """Precision over recall as a setting changes, each point with its value, mean and standard deviation in both directions.
 
     Args:
         points: see :func:`ablation`; of the metrics ``precision`` and ``recall`` are drawn. Points without both are left out.
         name: of the setting: α, scale, τ2, γ …
         path: see :func:`~calib_guidance.figures.style.save`.
+        held: what other settings are, said above the figure.
 
     Raises:
         ConfigurationError: no point has both.
@@ -158,9 +163,12 @@ def precision_recall(points: Sequence[Point], name: str, path: str | os.PathLike
     axis = figure.add_subplot()
     x, y = recall[there], precision[there]
     bars = {"xerr": np.where(r_sd > 0, r_sd, np.nan)[there], "yerr": np.where(p_sd > 0, p_sd, np.nan)[there]}
-    axis.errorbar(x, y, **bars, color=COLOURS[0], ecolor="0.75", elinewidth=0.8, marker="o", ms=3.5, lw=0.8)
+    numeric = not any(isinstance(value, str) for value, _ in points)
+    style = {"marker": "o", "ms": 3.5, "lw": 0.8, "ls": "-" if numeric else "none"}
+    axis.errorbar(x, y, **bars, color=COLOURS[0], ecolor="0.75", elinewidth=0.8, **style)
     axis.margins(0.1)
     axis.set(xlabel="recall ↑", ylabel="precision ↑")
-    axis.set_title(f"numbers: {name}", loc="left", fontsize=7)
+    named = f"numbers: {name}" if numeric else name
+    axis.set_title(f"{named} (at {held})" if held else named, loc="left", fontsize=7)
     _annotate(figure, axis, x, y, [_text(value) for (value, _), kept in zip(points, there, strict=True) if kept])
     return save(figure, path)

@@ -64,10 +64,10 @@ class Multistep(Sampler):
         clip_denoised: clip x̂0 to [-1, 1], before guidance; not after it.
         guidance_term: see above; by default ``ancestral`` of an SDE, ``score`` of an ODE, whose ``ancestral`` needs
             ``data_std``.
-        data_std: d of ``ancestral``: standard deviation of the data, in the units of x̂0, along what guidance changes. An SDE takes
-            0.5 by default and hardly depends on it. The guidance of an ODE at high noise is proportional to it, so that it is to
-            be given, and tuned as a scale is: 1.6 for the digits, which is that of their leading principal components (0.5 a
-            pixel). Of large images, whose leading components have many times that of a pixel, nothing was measured.
+        data_std: d of ``ancestral``: standard deviation of the data, in the units of x̂0, along what guidance changes. An SDE
+            takes 0.5 by default and hardly depends on it. The guidance of an ODE at high noise is proportional to it, so that it
+            is to be given, and tuned as a scale is: 1.6 for the digits, which is that of their leading principal components (0.5
+            a pixel). Of large images, whose leading components have many times that of a pixel, nothing was measured.
 
     Raises:
         ValueError: unknown names, numbers out of range, noise levels where the spacing has its own, or no ``data_std`` where it

@@ -213,8 +213,10 @@ def test_ablation_has_a_panel_for_each_metric_with_error_bars(drawn, tmp_path):
 def test_ablation_of_words_and_of_one_value(drawn, tmp_path):
     names = ["plain", "tempered", "entropy", "reverse KL", "forward KL", "Jensen–Shannon"]
     points = [(name, {"recall": (0.5 + k / 100, 0.01)}) for k, name in enumerate(names)]
-    figure = drawn(ablation, points, "score", tmp_path / "words")
+    figure = drawn(ablation, points, "score", tmp_path / "words", held="scale = 2")
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == names
+    assert figure.axes[0].containers[0][0].get_linestyle() == "None"  # nothing lies between two words
+    assert figure.axes[0].get_title(loc="left") == "scale = 2"
     figure = drawn(ablation, [(1, {"my_metric": (2.0, None)})], "scale", tmp_path / "one")
     assert figure.axes[0].get_ylabel() == "my metric"
     figure = drawn(ablation, [(10.0**k, {"recall": (0.5, 0.1)}) for k in range(-3, 4)], "α", tmp_path / "log", log=True)
@@ -234,6 +236,11 @@ def test_precision_over_recall_names_each_value(drawn, tmp_path):
     assert axis.containers[0][0].get_xydata().tolist() == [[0.55, 0.83], [0.60, 0.80], [0.62, 0.78]]
     assert [text.get_text() for text in axis.texts] == ["0", "0.5", "1"]
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("recall ↑", "precision ↑")
+    assert axis.containers[0][0].get_linestyle() == "-"
+    words = [(name, measured) for name, (_, measured) in zip("abc", POINTS, strict=True)]
+    (axis,) = drawn(precision_recall, words, "score", tmp_path / "words", held="scale = 2").axes
+    assert axis.containers[0][0].get_linestyle() == "None"
+    assert axis.get_title(loc="left") == "score (at scale = 2)"
     # Of points that nearly coincide the texts still do not.
     near = [(k / 10, {"precision": (0.8 + k / 1e4, None), "recall": (0.6, None)}) for k in range(5)]
     spread = [(2.0, {"precision": (0.5, None), "recall": (0.3, None)})]

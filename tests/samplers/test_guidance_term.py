@@ -92,7 +92,7 @@ def test_where_the_rule_is_the_default():
     for ode in (DPMSolver, UniPC):
         torch.testing.assert_close(moved(ode), moved(ode, guidance_term="score"))
         half, whole = (moved(ode, **rule, data_std=d) for d in (0.5, 2.0))
-        assert (whole / half).min() > 2.5
+        assert (whole / half).min() > 2
     half, whole = (moved(DPMSolver, sde=True, **rule, data_std=d) for d in (0.5, 2.0))
     assert (whole / half).max() < 1.2
     torch.testing.assert_close(moved(DPMSolver, sde=True, **rule), half)
