@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from calib_guidance import samplers
-from calib_guidance.callbacks import GradientNorm, TrajectoryCalibration
+from calib_guidance.callbacks import GradientNorm, SampleWriter, TrajectoryCalibration, TrajectoryStrips
 from calib_guidance.classifiers import CLIPClassifier, Ensemble, NoiseAwareClassifier, OffTheShelfClassifier
 from calib_guidance.denoisers import ADMDenoiser, DiTDenoiser, EDMDenoiser, Relabelled
 from calib_guidance.guidance import ClassifierFreeGuidance, ClassifierGuidance, GuidanceSchedule, SwitchedGuidance
@@ -53,9 +53,17 @@ def loop(sampler, denoiser, guidance=None, device="meta"):
     """The observer records of a run that was watched from the second step on, and how many operations were seen."""
     y = torch.arange(SIZE, device=device) % 3
     noise = torch.empty(SIZE, *denoiser.image_shape, device=device).zero_()
-    run = SimpleNamespace(check=lambda: None, sampler=sampler, denoiser=denoiser, observers=[])
+    observers = [SampleWriter().stop]
+    run = SimpleNamespace(
+        check=lambda: None,
+        sampler=sampler,
+        denoiser=denoiser,
+        guidance=guidance,
+        observers=observers,
+        in_hand=list(range(SIZE)),
+    )
     trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
-    for callback in (TrajectoryCalibration(), GradientNorm()):
+    for callback in (TrajectoryCalibration(), GradientNorm(), TrajectoryStrips(samples=(0, 2, 7))):
         callback.setup(trainer, run, "predict")
     steps = []
     with NoWaiting() as watch:
@@ -86,6 +94,7 @@ def all_samplers():
     yield pytest.param(DDIM(STEPS, eta=1.0), id="eta")
     yield pytest.param(Heun(STEPS, s_churn=1.0, guide_correction=True), id="churn")
     yield pytest.param(DPMSolver(STEPS, sde=True), id="sde")
+    yield pytest.param(DPMSolver(STEPS, guidance_term="strang"), id="splitting")
 
 
 class Decoder(torch.nn.Conv2d):

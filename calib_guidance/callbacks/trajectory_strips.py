@@ -70,13 +70,16 @@ class TrajectoryStrips(Measurement, Revisable):
         rows = [row for row, index in enumerate(self.module.in_hand) if index in self.samples]
         if not rows:
             return
-        chosen = torch.tensor(rows, device=record.y.device)
+
+        def chosen(tensor: Tensor) -> Tensor:  # without an upload of indices, which would wait
+            return torch.stack([tensor[row] for row in rows])
+
         with torch.no_grad():
-            x0 = to_uint8(self.module.denoiser.decode(record.guided.prediction.x0[chosen]))
+            x0 = to_uint8(self.module.denoiser.decode(chosen(record.guided.prediction.x0)))
         gradient = record.guided.step_gradient
-        gradient = torch.full_like(record.x_t[chosen], torch.nan) if gradient is None else gradient[chosen]
+        gradient = torch.full_like(chosen(record.x_t), torch.nan) if gradient is None else chosen(gradient)
         # Of a step that is repeated, the last time.
-        self.noted[self.places[record.i]] = _Noted(rows, record.y[chosen], x0, gradient.float())
+        self.noted[self.places[record.i]] = _Noted(rows, chosen(record.y), x0, gradient.float())
 
     def count(self, rows: slice | Tensor) -> None:
         if len(self.noted) == len(self.places):  # else memory ran out on the way
