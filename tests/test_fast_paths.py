@@ -13,6 +13,7 @@ from calib_guidance.checkpoints import load_weights
 from calib_guidance.classifiers import NoiseAwareClassifier, OffTheShelfClassifier
 from calib_guidance.cli import main
 from calib_guidance.guidance import ClassifierGuidance
+from calib_guidance.lightning_cli import subclasses_listed_once
 from calib_guidance.metrics.frechet import frechet_distance, mean_and_covariance
 from calib_guidance.networks import EncoderUNet, SmallResNet
 from calib_guidance.networks.adm import GroupNorm
@@ -71,7 +72,8 @@ class TestCompiled:
             words += ["--trainer.enable_progress_bar=false", "--trainer.default_root_dir", str(tmp_path / name)]
             words += ["--data.init_args.num_samples=10", "--data.init_args.batch_size=4", *options]
             words += ["--model.init_args.sampler.init_args.steps=3"]
-            main(words)
+            with subclasses_listed_once():
+                main(words)
             parts = list(read_samples(tmp_path / name / "samples"))
             return torch.cat([p["image"] for p in parts]), json.loads((tmp_path / name / "metrics.json").read_text())
 

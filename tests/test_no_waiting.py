@@ -84,12 +84,15 @@ def loop(sampler, denoiser, guidance=None, device="meta"):
 
 
 def all_samplers():
-    """Every sampler that there is, with few steps, and the options that change the loop."""
+    """Every sampler that there is, with few steps."""
     for name in samplers.__all__:
         kind = getattr(samplers, name)
         if inspect.isclass(kind) and issubclass(kind, samplers.Sampler) and not inspect.isabstract(kind):
             options = inspect.signature(kind).parameters
             yield pytest.param(kind(**{next(o for o in ("steps", "num_steps") if o in options): STEPS}), id=name)
+
+
+def options_of_the_loop():
     yield pytest.param(DDPM(STEPS, recurrence=2), id="recurrence")
     yield pytest.param(DDIM(STEPS, eta=1.0), id="eta")
     yield pytest.param(Heun(STEPS, s_churn=1.0, guide_correction=True), id="churn")
@@ -154,6 +157,12 @@ def test_no_sampler_waits(meta, sampler):
         steps, seen = loop(sampler, meta[0]["adm"], guidance)
         assert len(steps) >= STEPS, name
         assert seen > 50, name
+
+
+@pytest.mark.parametrize("sampler", list(options_of_the_loop()))
+def test_no_option_of_a_sampler_waits(meta, sampler):
+    for name in ("unguided", "js", "noise_aware"):
+        loop(sampler, meta[0]["adm"], meta[1][name])
 
 
 @pytest.mark.parametrize("name", ["edm", "dit", "classifier_free", "autoguidance", "three_channels", "relabelled"])
