@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import lightning as L
@@ -56,12 +57,17 @@ class StopAfter(L.Callback):
 
 
 class KillOnce(L.Callback):
-    """SIGKILL to the first process that has dealt with so many batches of sampling. List it last."""
+    """SIGKILL to the first process that has dealt with so many batches of sampling, each a shard, and written them."""
 
     def __init__(self, batches: int, marker: str):
         self.batches, self.marker = batches, Path(marker)
 
     def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
         if batch_idx + 1 == self.batches and not self.marker.exists():
+            written = Path(trainer.default_root_dir, "shards")
+            for _ in range(6000):  # in the background
+                if len(list(written.glob("*.json"))) == self.batches:
+                    break
+                time.sleep(0.01)
             self.marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)

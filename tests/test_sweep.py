@@ -7,13 +7,16 @@ import sys
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from calib_guidance import sweep as module
 from calib_guidance.cli import main
+from calib_guidance.data import digits
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.halving import halve
+from calib_guidance.images import to_uint8
 from calib_guidance.lightning_cli import subclasses_listed_once
 from calib_guidance.run_folder import RunFolder
 from calib_guidance.sweep import Sweeper, read_sweep, table
@@ -49,11 +52,11 @@ def classes_listed_once():
 
 @pytest.fixture
 def quick(in_root, tmp_path):
-    """The digits' configuration with calibration along the trajectory as the only measurement."""
+    """The digits' configuration without figures of each run, and with few measurements."""
 
-    def quick(*callbacks):
+    def quick(*callbacks, measured=("TrajectoryCalibration",)):
         content = yaml.safe_load((in_root / FILE["configs"][0]).read_text())
-        names = ("SampleWriter", "TrajectoryCalibration", "RunReport")
+        names = ("SampleWriter", *measured, "RunReport")
         kept = [c for c in content["trainer"]["callbacks"] if c["class_path"].endswith(names)]
         kept[-1]["init_args"] = {"figures": False}
         content["trainer"]["callbacks"] = [*kept, *callbacks]
@@ -96,9 +99,10 @@ def records(folder):
 
 
 @pytest.mark.slow
-def test_a_grid_is_run_once_and_shared(write, tmp_path, capsys):
+def test_a_grid_is_run_once_and_shared(write, quick, tmp_path, capsys):
     """Two by two settings; a second sweep with the same resolved settings, written otherwise, samples nothing."""
-    sweep(write(), tmp_path / "out")
+    configs = quick(measured=("SampleQuality", "TrajectoryCalibration"))
+    sweep(write(configs=configs), tmp_path / "out")
     assert "4 runs in" in capsys.readouterr().out
     found = rows(tmp_path / "out/small")
     assert [(r["score"], r["scale"]) for r in found] == [("tempered", "1"), ("tempered", "4"), ("js", "1"), ("js", "4")]
@@ -120,7 +124,7 @@ def test_a_grid_is_run_once_and_shared(write, tmp_path, capsys):
         assert (tmp_path / f"out/small/figures/{stem}.png").stat().st_size > 1000
 
     before = records(tmp_path / "out")
-    base = [*FILE["configs"], "lightning_configs/score/tempered.yaml"]
+    base = [*configs, "lightning_configs/score/tempered.yaml"]
     again = write("again", configs=base, values=ONE, set=FILE["set"] | {TAU2: 0.8})  # as score/tempered says
     sweep(again, tmp_path / "out")
     assert "\n0 runs in" in capsys.readouterr().out
@@ -129,15 +133,24 @@ def test_a_grid_is_run_once_and_shared(write, tmp_path, capsys):
 
 
 def test_halving_spends_samples_on_the_best_and_reuses_them(write, quick, tmp_path, capsys):
-    path = write(configs=quick(), values=ONE, halving=HALVING, figures=["integral_ece"])
+    shipped = yaml.safe_load((ROOT / "lightning_configs/sweep/digits_halving.yaml").read_text())
+    path = write(
+        configs=quick(measured=("SampleQuality", "TrajectoryCalibration")),
+        values=ONE,
+        halving=shipped["halving"] | {"samples": 10},
+        figures=["frechet_distance", "integral_ece"],
+    )
     sweep(path, tmp_path / "out")
-    found = {(r["scale"], r["num_samples"]): r for r in rows(tmp_path / "out/small")}
-    ece = {scale: float(found[scale, "10"]["integral_ece"]) for scale in ("1", "4")}
+    found, scales = {(r["scale"], r["num_samples"]): r for r in rows(tmp_path / "out/small")}, ("1", "4")
+    ece = {scale: float(found[scale, "10"]["integral_ece"]) for scale in scales}
     best = min(ece, key=ece.get)
-    assert found.keys() == {("1", "10"), ("4", "10"), (best, "20"), (best, "30")}
+    assert found.keys() == {*((scale, "10") for scale in scales), (best, "30")}
     assert [int(r["num_samples"]) for r in rows(tmp_path / "out/small", "settings.csv")] == [
-        30 if scale == best else 10 for scale in ("1", "4")
+        30 if scale == best else 10 for scale in scales
     ]
+    lines = (tmp_path / "out/small/table.md").read_text().splitlines()
+    assert lines[0] == "| scale | samples | Fréchet ↓ | integral ECE ↓ |"
+    assert lines[2].startswith(f"| {best} | 30 | {float(found[best, '30']['frechet_distance']):.2f} |")
     small, large = (RunFolder.open(found[best, count]["folder"]) for count in ("10", "30"))
     assert large.num_requests == 30
     first = small.shards()[0]
@@ -156,11 +169,18 @@ def test_halving_spends_samples_on_the_best_and_reuses_them(write, quick, tmp_pa
 
 
 def test_a_killed_run_goes_on(write, quick, tmp_path, capsys):
-    """SIGKILL after two of three shards, by a forked sweep; the same command makes the third."""
+    """SIGKILL after two of three shards, by a forked sweep; the same command makes the third, and evaluates all."""
+    images, labels = digits("heldout")
+    np.savez(tmp_path / "heldout.npz", to_uint8(images).permute(0, 2, 3, 1).numpy(), labels.numpy())
+    callbacks = yaml.safe_load((ROOT / FILE["configs"][0]).read_text())["trainer"]["callbacks"]
+    (features,) = [c["init_args"]["features"] for c in callbacks if c["class_path"].endswith("SampleQuality")]
+    (tmp_path / "judge.yaml").write_text(yaml.safe_dump(features["init_args"]["classifier"]))
+    evaluate = {"reference": str(tmp_path / "heldout.npz"), "features": f"judge:{tmp_path / 'judge.yaml'}"}
     marker = str(tmp_path / "killed")
     kill = {"class_path": "tests.interruptions.KillOnce", "init_args": {"batches": 2, "marker": marker}}
     values = {"scale": {"key": SCALE, "values": [1]}}
-    path = write(configs=quick(kill), values=values, figures=["integral_ece"])
+    figures = ["frechet_distance", "integral_ece"]
+    path = write(configs=quick(kill), values=values, figures=figures, evaluate=evaluate | {"allow-few": True})
     process = get_context("fork").Process(target=sweep, args=(path, tmp_path / "out"))
     process.start()
     process.join()
@@ -173,7 +193,12 @@ def test_a_killed_run_goes_on(write, quick, tmp_path, capsys):
     assert len(after) == 3
     assert {key: after[key] for key in before} == before
     (row,) = rows(tmp_path / "out/small")
-    assert json.loads(Path(row["folder"], "metrics.json").read_text())["num_samples"] == 30
+    measured, evaluated = (
+        json.loads(Path(row["folder"], name).read_text()) for name in ("metrics.json", "evaluation/metrics.json")
+    )
+    assert measured["num_samples"] == evaluated["num_samples"] == 30
+    assert float(row["integral_ece"]) == measured["integral_ece"]
+    assert float(row["frechet_distance"]) == evaluated["frechet_distance"]
 
 
 def test_halving_promotes_the_best_of_each_rung():
@@ -291,7 +316,18 @@ def test_devices_are_what_is_asked_for_or_seen(monkeypatch):
     assert module._devices(None) == ["5", "7"]
 
 
-@pytest.mark.parametrize("path", sorted(p.name for p in (ROOT / "lightning_configs/sweep").glob("*.yaml")))
+SWEEPS = {p.name: yaml.safe_load(p.read_text()) for p in sorted((ROOT / "lightning_configs/sweep").glob("*.yaml"))}
+
+
+def test_halving_of_digits_is_of_their_grid():
+    content = SWEEPS["digits_halving.yaml"]
+    assert {key: value for key, value in content.items() if key != "halving"} == SWEEPS["digits.yaml"]
+    shard = content["set"]["data.init_args.batch_size"]
+    assert content["halving"]["samples"] % shard == content["num_samples"] % shard == 0
+
+
+# digits.yaml has the settings of digits_halving.yaml.
+@pytest.mark.parametrize("path", [name for name in SWEEPS if name != "digits.yaml"])
 def test_every_sweep_composes(path, in_root):
     """All settings resolve and can be built, and no two are the same."""
     found = read_sweep(in_root / "lightning_configs/sweep" / path)
