@@ -56,17 +56,8 @@ examples:
 """
 
 
-def evaluate(args: Sequence[str]) -> None:
-    """``calib-guidance evaluate``: see its ``--help``.
-
-    Args:
-        args: the words after ``evaluate``.
-
-    Raises:
-        ConfigurationError: images, a reference or features that cannot be used or do not fit each other, metrics that cannot be
-            taken of them, or an output that cannot be written.
-        CheckpointError: weights that cannot be read.
-    """
+def read_options(args: Sequence[str]) -> argparse.Namespace:
+    """Options of the command line after ``evaluate``; argparse's exit with status 2 where they are none."""
     parser = argparse.ArgumentParser(
         prog="calib-guidance evaluate",
         description="How good samples are, against a reference: every figure with its spread, and with what it was measured "
@@ -110,6 +101,21 @@ def evaluate(args: Sequence[str]) -> None:
     for name in ("batch_size", "neighbours"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(options, name)}")
+    return options
+
+
+def evaluate(args: Sequence[str]) -> None:
+    """``calib-guidance evaluate``: see its ``--help``.
+
+    Args:
+        args: the words after ``evaluate``.
+
+    Raises:
+        ConfigurationError: images, a reference or features that cannot be used or do not fit each other, metrics that cannot be
+            taken of them, or an output that cannot be written.
+        CheckpointError: weights that cannot be read.
+    """
+    options = read_options(args)
     with processes_from_environment(options.device) as processes:
         _evaluate(options, processes)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import csv
 import difflib
 import functools
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -35,6 +37,7 @@ from calib_guidance.doctor.files import (
     without_network,
 )
 from calib_guidance.errors import CheckpointError, ConfigurationError
+from calib_guidance.evaluate import read_options
 from calib_guidance.figures import ablation, precision_recall
 from calib_guidance.lightning_cli import innermost, run_lightning, shorten, subclasses_listed_once
 from calib_guidance.runs import OVERLAYS, QUIET, Run, cell, check_keys, do_runs, mean_and_deviation, sources
@@ -211,7 +214,8 @@ class Sweep:
                 words += ["--config", yaml.safe_dump(content, allow_unicode=True)]
                 options = self._evaluation(num_samples)
                 if options:
-                    files = [_file_hash(v) for v in options if Path(v).is_file()]
+                    named = [word.removeprefix("judge:") for word in options]
+                    files = [_file_hash(path) for path in named if Path(path).is_file()]
                     of = hashlib.sha256(json.dumps([options, files]).encode()).hexdigest()[:8]
                     folder = folder.with_name(f"{folder.name}-{of}")
                 words += [f"--{_FOLDER}={folder}", *QUIET]
@@ -227,10 +231,7 @@ class Sweep:
         ranked = num_samples in rungs and FIGURES[self.halving.rank_by(num_samples)].measured_by == "SampleQuality"
         if not self.evaluate or not (ranked or num_samples == self.num_samples):
             return []
-        given = {f"--{option}": value for option, value in self.evaluate.items() if value is not False}
-        return [
-            word for option, value in given.items() for word in ([option] if value is True else [option, str(value)])
-        ]
+        return _words(self.evaluate)
 
     def read(self, run: Run) -> dict[str, float | None]:
         """The figures of a run that is done; None where it measured no such thing."""
@@ -238,6 +239,12 @@ class Sweep:
         for path in (run.folder / "metrics.json", run.folder / "evaluation" / "metrics.json"):
             found |= json.loads(path.read_text()) if path.is_file() else {}
         return {key: found.get(key) for key in self.figures}
+
+
+def _words(options: Mapping[str, Any]) -> list[str]:
+    """Options as on a command line."""
+    given = {f"--{option}": value for option, value in options.items() if value is not False}
+    return [word for option, value in given.items() for word in ([option] if value is True else [option, str(value)])]
 
 
 @functools.cache
@@ -435,8 +442,7 @@ def read_sweep(path: Path) -> Sweep:
         raise ConfigurationError(f"{where}: a seed occurs twice: {seeds}")
     figures = _read_figures(content["figures"], where)
     halving = _read_halving(content.get("halving"), figures, num_samples, where)
-    if evaluate is not None and "reference" not in evaluate:
-        raise ConfigurationError(f"{where}: evaluate compares with a reference: add reference: FILE to it")
+    _check_evaluation(evaluate, where)
     axes = tuple(_read_axis(str(name), axis, where) for name, axis in content["values"].items())
     settings = _settings(content, axes, where)
     for key in figures:
@@ -445,6 +451,21 @@ def read_sweep(path: Path) -> Sweep:
             reason, setting = next((r, s) for r, s in zip(reasons, settings, strict=True) if r)
             raise ConfigurationError(f"{where}: {key} would not be measured with {setting.name}: {reason}")
     return Sweep(path.stem, axes, settings, tuple(seeds), num_samples, figures, halving, evaluate)
+
+
+def _check_evaluation(options: Mapping[str, Any] | None, where: str) -> None:
+    """Raise ConfigurationError for options that the command would refuse once a run is sampled."""
+    if options is None:
+        return
+    if "reference" not in options:
+        raise ConfigurationError(f"{where}: evaluate compares with a reference: add reference: FILE to it")
+    if "output" in options:
+        raise ConfigurationError(f"{where}, evaluate: what it finds is kept with each run: take output out")
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            read_options(["RUN", *_words(options)])
+        except SystemExit:
+            raise ConfigurationError(f"{where}, evaluate: {said.getvalue().rpartition('error: ')[2].strip()}") from None
 
 
 def _settings(content: Mapping[str, Any], axes: Sequence[Axis], where: str) -> tuple[Setting, ...]:
@@ -462,10 +483,11 @@ def _settings(content: Mapping[str, Any], axes: Sequence[Axis], where: str) -> t
 
 
 def _check_files(sweep: Sweep) -> None:
-    """Raise ConfigurationError for weights, or a reference, that are not here."""
-    reference = Path(sweep.evaluate["reference"]) if sweep.evaluate is not None else None
-    if reference is not None and reference.suffix and not reference.exists():  # not the name of a data set
-        raise ConfigurationError(f"{sweep.name}: evaluate's reference {reference} is not there")
+    """Raise ConfigurationError for weights, or files for the evaluation, that are not here."""
+    for option in ("reference", "features", "judge", "clip"):
+        path = Path(str((sweep.evaluate or {}).get(option, "")).removeprefix("judge:"))
+        if path.suffix in (".npz", ".yaml", ".yml") and not path.exists():  # not the name of a data set
+            raise ConfigurationError(f"{sweep.name}: evaluate's {option} {path} is not there")
     for setting in sweep.settings:
         for part in ("model", "trainer"):
             for option in all_options(setting.options.get(part), part):

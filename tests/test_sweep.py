@@ -284,6 +284,10 @@ def test_evaluation_is_of_all_samples_and_of_what_the_ranking_needs(write, tmp_p
         ),
         ({"configs": ["lightning_configs/fit/digits_classifier.yaml"]}, "sweeps sample"),
         ({"evaluate": {"reference": "nowhere.npz"}}, "reference nowhere.npz is not there"),
+        ({"evaluate": {"reference": "a/b", "features": "judge:no.yaml"}}, "features no.yaml is not there"),
+        ({"evaluate": {"reference": "a/b", "featurs": "inception"}}, "evaluate: unrecognized arguments: --featurs"),
+        ({"evaluate": {"reference": "a/b", "batch-size": "many"}}, "argument --batch-size: invalid int value: 'many'"),
+        ({"evaluate": {"reference": "a/b", "output": "o"}}, "kept with each run: take output out"),
         (
             {"set": {"model.init_args.denoiser.init_args.checkpoint": "nowhere.safetensors"}},
             "nowhere.safetensors: no such file",
