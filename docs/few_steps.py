@@ -127,7 +127,7 @@ def models() -> tuple[ADMDenoiser, nn.Module, JudgeFeatures, torch.Tensor]:
     judge = OffTheShelfClassifier(SmallResNet(10, 1, [48, 96, 48], 2), 10, f"{folder}/judge.safetensors")
     features, digits = JudgeFeatures(judge).eval(), DigitImages(split="heldout")
     with torch.no_grad():
-        reference = features(to_uint8(torch.stack([d["image"] for d in digits]), "truncate"))[0]
+        reference = features(to_uint8(torch.stack([d["image"] for d in digits]), "truncate")).pool
     return denoiser.eval(), guides, features, reference
 
 
@@ -144,7 +144,7 @@ def measure(setting: Setting, seed: int, n: int) -> list[float]:
         noise = SampleStreams([seed] * len(index), index.tolist(), denoiser.image_shape)
         images.append(sampler(denoiser, noise, y[index], guidance))
     with torch.no_grad():
-        features, logits = judge(to_uint8(torch.cat(images), "truncate"))
+        features, _, logits = judge(to_uint8(torch.cat(images), "truncate"))
     distance, coverage = FrechetDistance(reference, full_rank=False), PrecisionRecall(reference)
     distance.update(features)
     coverage.update(features=features, index=torch.arange(n))
