@@ -2,7 +2,8 @@
 
     python docs/few_steps.py
 
-Each setting is measured once and kept in ``outputs/few_steps``: a stopped run goes on, and a new setting is one run more.
+Each setting is measured once and kept in ``few_steps.json``: a stopped run goes on, a new setting is one run more, and where all are
+there the page is only drawn anew.
 """
 
 from __future__ import annotations
@@ -239,7 +240,7 @@ def main() -> None:
         "--pages", type=Path, nargs="*", default=[Path("docs/few_steps.md")], help="pages with the marks"
     )
     parser.add_argument("--figure", type=Path, default=Path("docs/images/few_steps.png"))
-    parser.add_argument("--cache", type=Path, default=Path("outputs/few_steps/results.json"), help="what is measured")
+    parser.add_argument("--cache", type=Path, default=Path("docs/few_steps.json"), help="what is measured")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--most", type=int, default=max(EVALUATIONS), help="leave out settings of more evaluations")
     parser.add_argument("-n", type=int, default=500, help="digits per setting")
