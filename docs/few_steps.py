@@ -247,7 +247,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     found = json.loads(options.cache.read_text()) if options.cache.exists() else {}
-    todo = [(s, seed) for s in settings() if s.evaluations <= options.most for seed in options.seeds]
+    wanted = sorted((s for s in settings() if s.evaluations <= options.most), key=lambda s: s.evaluations)
+    todo = [(s, seed) for s in wanted for seed in options.seeds]
     todo = [(s, seed) for s, seed in todo if key(s, seed, options.n) not in found]
     options.cache.parent.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"  # of each worker, which have a core each
