@@ -2,8 +2,8 @@
 
     python docs/few_steps.py
 
-Each setting is measured once and kept in ``few_steps.json``: a stopped run goes on, a new setting is one run more, and where all are
-there the page is only drawn anew.
+Each setting is measured once and kept in ``few_steps.json``: a stopped run goes on, a new setting is one run more, and where all
+are there the page is only drawn anew.
 """
 
 from __future__ import annotations
