@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test lint checkpoints compare calibrate-table calibrate-sweep figures clean
+.PHONY: install demo test lint checkpoints compare calibrate-table calibrate-sweep few-steps sweep-ranking benchmarks figures clean
 
 install: $(INSTALLED)
 
@@ -36,19 +36,35 @@ checkpoints: $(INSTALLED)
 compare: $(INSTALLED)
 	$(BIN)/calib-guidance compare --config lightning_configs/compare/digits.yaml --into README.md
 
-# The tables of the README on calibration, and the sweep over λ and β in docs/.
+# The tables and the figure of docs/calibration.md.
 calibrate-table: $(INSTALLED)
-	$(BIN)/calib-guidance compare --config lightning_configs/compare/calibration.yaml --output outputs/calibration --into README.md
+	$(BIN)/calib-guidance compare --config lightning_configs/compare/calibration.yaml --output outputs/calibration --into docs/calibration.md
 calibrate-sweep: $(INSTALLED)
 	$(BIN)/calib-guidance compare --config lightning_configs/compare/calibration_sweep.yaml --output outputs/calibration_sweep
 	$(BIN)/python docs/calibration_sweep.py outputs/calibration_sweep/runs.csv
 
-# The pictures of the README and of docs/.
-figures: demo
-	mkdir -p docs/images
+# Digits against the number of network evaluations: README and docs/few_steps.md. What docs/few_steps.json has is not measured again.
+few-steps: $(INSTALLED)
+	$(BIN)/python docs/few_steps.py --pages docs/few_steps.md README.md
+
+# How often few samples find the best setting: docs/sweep.md.
+sweep-ranking: $(INSTALLED)
+	$(BIN)/python docs/sweep_ranking.py
+
+# The report of the demo and the pictures of the README and of docs/.
+figures: demo few-steps
 	cp outputs/digits/figures/*.png docs/images/
+	$(BIN)/calib-guidance report outputs/digits
 	$(BIN)/python docs/gaussian_mixture.py
 	$(BIN)/python docs/overconfidence.py
+
+# Ratios of this machine against those of benchmarks/baseline.json; names what got slower. For an idle machine, about 15 minutes.
+benchmarks: $(INSTALLED)
+	mkdir -p outputs
+	rm -f outputs/benchmarks.json
+	for part in sampling_step guidance_share against_diffusers systems scaling fit_step metrics "run_folder --only-table"; do \
+	  set -- $$part; $(BIN)/python benchmarks/$$1.py $$2 --json outputs/benchmarks.json || exit 1; done
+	$(BIN)/python benchmarks/compare.py outputs/benchmarks.json
 
 clean:
 	rm -rf $(VENV) outputs build *.egg-info

@@ -10,11 +10,9 @@ also run in bf16. The last line reads JPEG files while a simulated device is bus
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import logging
-import os
 import statistics
 import tempfile
 import time
@@ -25,6 +23,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timing import Figure, in_turns, keep, machine, parser, ratio
 from torch import Tensor
 
 from calib_guidance.classifiers import OffTheShelfClassifier
@@ -34,6 +33,7 @@ from calib_guidance.images import to_uint8
 from calib_guidance.modules import CalibrateClassifier, TrainDiffusion
 from calib_guidance.networks import UNet
 
+FIGURES: dict[str, Figure] = {}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Step = Callable[[], Tensor]
 
@@ -55,23 +55,11 @@ def stepper(module: L.LightningModule, batch: dict[str, Tensor], half: bool = Fa
     return step
 
 
-def timed(step: Step) -> float:
-    """Seconds of a step, to its end on the device."""
-    started = time.perf_counter()
-    step()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 def report(name: str, plain: list[float], tuned: list[float], difference: str) -> None:
     """One line of the table."""
-    ratios = sorted(p / t for p, t in zip(plain, tuned, strict=True))
-    print(
-        f"| {name} | {1e3 * statistics.median(plain):.1f} | {1e3 * statistics.median(tuned):.1f} | "
-        f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} … {ratios[-1]:.2f}) | {difference} |",
-        flush=True,
-    )
+    found = FIGURES[f"{name}: plain / tuned"] = ratio(plain, tuned)
+    medians = " | ".join(f"{1e3 * statistics.median(seconds):.1f}" for seconds in (plain, tuned))
+    print(f"| {name} | {medians} | {found} | {difference} |", flush=True)
 
 
 def compare(name: str, plain: Step, tuned: Step, rounds: int) -> None:
@@ -81,8 +69,8 @@ def compare(name: str, plain: Step, tuned: Step, rounds: int) -> None:
         torch.manual_seed(0)
         losses.append(float(step()))
     difference = abs(losses[0] - losses[1])
-    times = [(timed(plain), timed(tuned)) for _ in range(rounds)]
-    report(name, *(list(column) for column in zip(*times, strict=True)), f"{difference:.1e} of {losses[0]:.2f}")
+    times = in_turns({"plain": plain, "tuned": tuned}, rounds)
+    report(name, times["plain"], times["tuned"], f"{difference:.1e} of {losses[0]:.2f}")
 
 
 def classifier(rounds: int, batch: int, size: int) -> None:
@@ -161,23 +149,20 @@ def loading(rounds: int, workers: int, pause: float, batches: int = 12, batch: i
 
 if __name__ == "__main__":
     parts = ("classifier", "diffusion", "denoised", "loading")
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--size", type=int, default=64, help="pixels a side")
-    parser.add_argument("--channels", type=int, default=64, help="of the ADM network")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--pause", type=float, default=0.3, help="seconds that the simulated device takes for a batch")
-    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    arguments = parser(__doc__, rounds=7)
+    arguments.add_argument("--batch", type=int, default=8)
+    arguments.add_argument("--size", type=int, default=64, help="pixels a side")
+    arguments.add_argument("--channels", type=int, default=64, help="of the ADM network")
+    arguments.add_argument("--workers", type=int, default=2)
+    arguments.add_argument(
+        "--pause", type=float, default=0.3, help="seconds that the simulated device takes for a batch"
+    )
+    arguments.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    options = arguments.parse_args()
     logging.getLogger("datasets").setLevel(logging.ERROR)
-    where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{options.threads} threads"
-    print(f"{where}, {options.rounds} rounds; ms per step, medians\n")
+    print(f"{machine()}, {options.rounds} rounds; ms per step, medians\n")
     print(
-        "| option | plain | tuned | plain / tuned (range) | difference of the losses |\n|---|---:|---:|---:|---:|",
-        flush=True,
+        "| option | plain | tuned | plain / tuned (min … max) | difference of the losses |\n|---|---:|---:|---:|---:|"
     )
     if "classifier" in options.parts:
         classifier(options.rounds, options.batch, options.size)
@@ -187,3 +172,4 @@ if __name__ == "__main__":
         denoised_online(options.rounds, options.batch, options.size, options.channels)
     if "loading" in options.parts:
         loading(options.rounds, options.workers, options.pause)
+    keep(options.json, "fit_step", FIGURES)

@@ -9,16 +9,15 @@ else, with the features, as the operating system counts it.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import resource
-import statistics
 import time
 from collections.abc import Callable
 
 import numpy as np
 import scipy.linalg
 import torch
+from timing import Figure, in_turns, keep, machine, parser, ratio
 from torch import Tensor
 
 from calib_guidance.metrics import covariance_root, frechet_distance, mean_and_covariance, precision_recall
@@ -39,8 +38,8 @@ def by_sqrtm(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Ten
     return float(difference @ difference + np.trace(covariance1.numpy() + covariance2.numpy() - 2 * root.real))
 
 
-def frechet(samples: int, width: int, rounds: int) -> None:
-    """Print the table of times."""
+def frechet(samples: int, width: int, rounds: int) -> dict[str, Figure]:
+    """Print the table of times; returns the ratios."""
     moments = [*mean_and_covariance(features(samples, width, 1)), *mean_and_covariance(features(samples, width, 2))]
     root = covariance_root(moments[1])
     forms: dict[str, Callable[[], float]] = {
@@ -48,20 +47,18 @@ def frechet(samples: int, width: int, rounds: int) -> None:
         "eigenvalues": lambda: float(frechet_distance(*moments)),
         "eigenvalues, reference's root kept": lambda: float(frechet_distance(*moments, root1=root)),
     }
-    times: dict[str, list[float]] = {name: [] for name in forms}
-    values = {}
-    for _ in range(rounds):
-        for name, form in forms.items():
-            started = time.perf_counter()
-            values[name] = form()
-            times[name].append(time.perf_counter() - started)
+    values = {name: form() for name, form in forms.items()}
+    times = in_turns(forms, rounds)
     theirs = next(iter(forms))
     print(f"Fréchet distance, {width} dimensions, {samples} samples, {rounds} rounds; medians (min … max)")
     print("| form | seconds | sqrtm / this | relative difference |\n|---|---:|---:|---:|")
+    figures = {}
     for name, seconds in times.items():
-        ratios = [a / b for a, b in zip(times[theirs], seconds, strict=True)]
+        figures[f"sqrtm / {name}"] = found = ratio(times[theirs], seconds)
         difference = abs(values[name] / values[theirs] - 1)
-        print(f"| {name} | {spread(seconds, 2)} | {spread(ratios, 1)} | {difference:.1e} |")
+        print(f"| {name} | {Figure.of(seconds)} | {found} | {difference:.1e} |")
+    del figures[f"sqrtm / {theirs}"]
+    return figures
 
 
 def memory(samples: int, width: int) -> None:
@@ -82,21 +79,14 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def spread(values: list[float], digits: int) -> str:
-    """Median (min … max)."""
-    median, low, high = (f"{v:.{digits}f}" for v in (statistics.median(values), min(values), max(values)))
-    return f"{median} ({low} … {high})"
-
-
 def main() -> None:
     """Print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=10_000)
-    parser.add_argument("--width", type=int, default=2048)
-    options = parser.parse_args()
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, scipy {scipy.__version__}")
-    frechet(options.samples, options.width, options.rounds)
+    arguments = parser(__doc__, rounds=3)
+    arguments.add_argument("--samples", type=int, default=10_000)
+    arguments.add_argument("--width", type=int, default=2048)
+    options = arguments.parse_args()
+    print(f"{machine()}, torch {torch.__version__}, scipy {scipy.__version__}")
+    keep(options.json, "metrics", frechet(options.samples, options.width, options.rounds))
     # In its own process, whose peak nothing before has raised.
     measured = multiprocessing.get_context("spawn").Process(target=memory, args=(options.samples, options.width))
     measured.start()

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import os
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 import yaml
+from timing import Figure, keep, machine, parser, ratio
 from torch import Tensor
 
 from calib_guidance.callbacks import SampleWriter, sample_writer
@@ -40,6 +40,8 @@ from calib_guidance.lightning_cli import CalibGuidanceCLI, run_lightning
 from calib_guidance.modules.faults import Attempt
 from calib_guidance.networks import UNet
 from calib_guidance.run_folder import RunFolder
+
+FIGURES: dict[str, Figure] = {}
 
 CONFIG = "lightning_configs/predict/digits.yaml"
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
@@ -145,11 +147,11 @@ def beside(name: str, rounds: int, samples: int, batch: int, steps: int, pause: 
         sampling.append(1e3 * alone / samples)
         after.append(1e3 * run(Background)[0] / samples)
     root.cleanup()
-    ratios = sorted(b / a for b, a in zip(before, after, strict=True))
-    kept = [statistics.median(b - s for b, s in zip(found, sampling, strict=True)) for found in (before, after)]
+    found = FIGURES[f"{name}: kept first / beside the next"] = ratio(before, after)
+    kept = [statistics.median(b - s for b, s in zip(times, sampling, strict=True)) for times in (before, after)]
     print(
         f"| {name} | {statistics.median(sampling):.2f} | {statistics.median(before):.2f} | {statistics.median(after):.2f} | "
-        f"{kept[0]:.2f} | {kept[1]:.2f} | {statistics.median(ratios):.2f} ({ratios[0]:.2f} … {ratios[-1]:.2f}) |",
+        f"{kept[0]:.2f} | {kept[1]:.2f} | {found} |",
         flush=True,
     )
 
@@ -243,14 +245,11 @@ def memory(samples: int) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--samples", type=int, default=300)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only-table", action="store_true", help="whole runs alone, without the memory and ADM-128")
-    parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    arguments = parser(__doc__, rounds=7)
+    arguments.add_argument("--samples", type=int, default=300, help="of the digits (%(default)s)")
+    arguments.add_argument("--only-table", action="store_true", help="whole runs alone, without the memory and ADM-128")
+    arguments.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
+    options = arguments.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     if options.run:
         folder, samples, overlay = options.run
@@ -258,7 +257,7 @@ if __name__ == "__main__":
         status = Path("/proc/self/status").read_text()
         print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
         sys.exit()
-    print(f"{torch.get_num_threads()} threads, {options.rounds} rounds; ms per image, medians\n")
+    print(f"{machine()}, {options.rounds} rounds; ms per image, medians\n")
     print(
         "| run | sampling alone | each batch kept first | beside the next | keeping, first | keeping, beside | ratio (range) |"
     )
@@ -268,6 +267,7 @@ if __name__ == "__main__":
     beside("simulated device, 32×32, 5 ms per image", options.rounds, 384, 32, 2, 0.16, 32)
     beside("digits on the CPU, 2 steps", options.rounds, 400, 50, 2)
     beside("digits on the CPU, 25 steps", options.rounds, 200, 50, 25)
+    keep(options.json, "run_folder", FIGURES)
     if not options.only_table:
         adm128(64)
         digits(options.samples)

@@ -10,7 +10,6 @@ machine's speed meets both.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import io
@@ -21,9 +20,10 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from guidance_share import ADM64
 from PIL import Image
+from timing import Figure, in_turns, keep, machine, parser, ratio
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from calib_guidance.classifiers import OffTheShelfClassifier
 from calib_guidance.compilation import Compiled
@@ -63,30 +63,24 @@ def plainly() -> Iterator[None]:
         yield
 
 
-def interleaved(
-    first: Callable[[], object], second: Callable[[], object], rounds: int
-) -> tuple[list[float], list[float]]:
-    """Seconds of each, taking turns, after one warm-up of both."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for round_ in range(rounds + 1):
-        for function, found in zip((first, second), times, strict=True):
-            started = time.perf_counter()
-            function()
-            if round_:
-                found.append(time.perf_counter() - started)
-    return times
+class Table:
+    """Prints a line for each part, and keeps the ratios."""
+
+    def __init__(self) -> None:
+        self.figures: dict[str, Figure] = {}
+
+    def add(
+        self, name: str, plain: Callable[[], object], here: Callable[[], object], rounds: int, error: float
+    ) -> float:
+        """Time both, in turns; returns the median seconds of ``here``."""
+        times = in_turns({"plain": plain, "here": here}, rounds)
+        found = self.figures[f"{name}: plain / here"] = ratio(times["plain"], times["here"])
+        medians = " | ".join(f"{1e3 * statistics.median(seconds):.1f}" for seconds in times.values())
+        print(f"| {name} | {medians} | {found} | {error:.1e} |")
+        return statistics.median(times["here"])
 
 
-def report(name: str, plain: list[float], tuned: list[float], difference: float) -> None:
-    """One line of the table."""
-    ratios = sorted(p / t for p, t in zip(plain, tuned, strict=True))
-    print(
-        f"| {name} | {1e3 * statistics.median(plain):.1f} | {1e3 * statistics.median(tuned):.1f} | "
-        f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} … {ratios[-1]:.2f}) | {difference:.1e} |"
-    )
-
-
-def network(name: str, unet: UNet, batch: int, rounds: int, compiled: bool) -> float:
+def network(table: Table, name: str, unet: UNet, batch: int, rounds: int, compiled: bool) -> float:
     """Forward pass of the diffusion network; returns its median time in seconds."""
     unet = unet.eval().requires_grad_(False)
     for parameter in unet.parameters():
@@ -121,12 +115,13 @@ def network(name: str, unet: UNet, batch: int, rounds: int, compiled: bool) -> f
             with plainly():
                 run_plain()
 
-        times = interleaved(timed_plain, run_tuned, rounds)
-    report(f"{name}, network{', compiled' if compiled else ''}", *times, difference)
-    return statistics.median(times[1])
+        label = f"{name}, network{', compiled' if compiled else ''}"
+        return table.add(label, timed_plain, run_tuned, rounds, difference)
 
 
-def classifier_gradient(name: str, classifier: OffTheShelfClassifier, shape: tuple[int, ...], rounds: int) -> float:
+def classifier_gradient(
+    table: Table, name: str, classifier: OffTheShelfClassifier, shape: tuple[int, ...], rounds: int
+) -> float:
     """Gradient of a logit with respect to the image; returns its median time in seconds."""
     plain = copy.deepcopy(classifier).eval().requires_grad_(False)
     tuned = classifier.freeze()
@@ -137,33 +132,8 @@ def classifier_gradient(name: str, classifier: OffTheShelfClassifier, shape: tup
         return torch.autograd.grad(model(source)[:, 0].sum(), source)[0]
 
     difference = float((gradient(plain) - gradient(tuned)).abs().max())
-    times = interleaved(lambda: gradient(plain), lambda: gradient(tuned), rounds)
-    report(f"{name}, classifier gradient{', compiled' if classifier.is_compiled else ''}", *times, difference)
-    return statistics.median(times[1])
-
-
-def operations(function: Callable[[], object]) -> int:
-    """Floating-point operations, a multiplication and an addition each one."""
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
-
-
-def guidance_share(
-    name: str, unet: UNet, classifier: OffTheShelfClassifier, batch: int, times: tuple[float, float]
-) -> None:
-    """What guidance takes of a step, against its share of the operations."""
-    x = torch.randn(batch, unet.in_channels, unet.image_size, unet.image_size)
-    emb = torch.zeros(batch, unet.emb_channels)
-    with torch.no_grad():
-        diffusion = operations(lambda: unet.decode(x, emb))
-    source = 1 * x.requires_grad_()  # the counter takes no leaf of the graph
-    guiding = operations(lambda: torch.autograd.grad(classifier(source)[:, 0].sum(), source))
-    counted, measured = guiding / (guiding + diffusion), times[1] / sum(times)
-    print(
-        f"{name}: guidance takes {100 * measured:.1f} % of a step, {100 * counted:.1f} % of its operations: "
-        f"{measured / counted:.2f} times its share"
-    )
+    label = f"{name}, classifier gradient{', compiled' if classifier.is_compiled else ''}"
+    return table.add(label, lambda: gradient(plain), lambda: gradient(tuned), rounds, difference)
 
 
 class Nothing(Denoiser):
@@ -184,75 +154,60 @@ def write(images: Tensor) -> None:
         Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(io.BytesIO(), format="PNG")
 
 
-def overhead(name: str, denoiser: Denoiser, batch: int, step: float) -> None:
-    """Sampler arithmetic, noise and, spread over 250 steps, writing, as a share of a step that takes ``step`` seconds."""
+def overhead(name: str, denoiser: Denoiser, batch: int, step: float) -> tuple[str, Figure]:
+    """What sampler, noise and, spread over 250 steps, writing take of a step of ``step`` seconds; how often they go into it."""
     sampler, y = DDPM("25"), torch.zeros(batch, dtype=torch.long)
-    found = []
+    parts: list[tuple[float, float, float]] = []
     for _ in range(6):
         noise = SampleStreams([0] * batch, range(batch), denoiser.image_shape)
         started = time.perf_counter()
-        x = sampler(Nothing(denoiser), noise, y)
+        for _ in range(25):
+            noise()
+        drawn = time.perf_counter()
+        x = sampler(Nothing(denoiser), SampleStreams([0] * batch, range(batch), denoiser.image_shape), y)
         made = time.perf_counter()
         write(x)
-        found.append((made - started) / 25 + (time.perf_counter() - made) / 250)
-    cost = statistics.median(found[1:])
-    print(
-        f"{name}: sampler arithmetic, noise and writing {1e3 * cost:.2f} ms a step of {1e3 * step:.0f} ms, "
-        f"{100 * cost / step:.2f} %"
-    )
+        done = time.perf_counter()
+        random = (drawn - started) / 25
+        parts.append(((made - drawn) / 25 - random, random, (done - made) / 250))
+    columns = [statistics.median(column) for column in zip(*parts[1:], strict=True)]
+    shares = [f"{1e3 * seconds:.3f} ms ({100 * seconds / step:.2f} %)" for seconds in (*columns, sum(columns))]
+    print(f"| {name} | {1e3 * step:.0f} ms | {' | '.join(shares)} |")
+    return f"{name}: step / sampler, noise and writing", Figure.of([step / sum(part) for part in parts[1:]])
 
 
 def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9, help="timed repetitions of each side (%(default)s)")
-    parser.add_argument("--compile", action="store_true", help="also the compiled network and classifier")
-    options = parser.parse_args()
+    """Print the tables."""
+    arguments = parser(__doc__, rounds=9)
+    arguments.add_argument("--compile", action="store_true", help="also the compiled network and classifier")
+    options = arguments.parse_args()
     torch.manual_seed(0)
     digits = {"model_channels": 32, "out_channels": 2, "num_res_blocks": 1, "attention_resolutions": (2,)}
     digits |= {"channel_mult": (1, 2), "num_classes": 10, "num_head_channels": 32}
-    adm64 = {
-        "model_channels": 64,
-        "num_res_blocks": 2,
-        "attention_resolutions": (2, 4, 8),
-        "channel_mult": (1, 2, 3, 4),
-    }
-    adm64 |= {"num_classes": 1000, "num_head_channels": 64, "use_new_attention_order": True}
-    common = {"use_scale_shift_norm": True, "resblock_updown": True}
-    print(f"{torch.get_num_threads()} threads, {options.rounds} rounds; milliseconds are medians")
+    digits |= {"use_scale_shift_norm": True, "resblock_updown": True}
+    table, steps = Table(), []
+    print(f"{machine()}, {options.rounds} rounds; milliseconds are medians")
     print("| what | plain, ms | here, ms | plain / here (min … max) | largest difference |\n|---|---:|---:|---:|---:|")
-    overheads, shares = [], []
-    for name, unet, batch, guide in (
-        (
-            "digits, batch 100",
-            UNet(8, 1, **digits, **common),
-            100,
-            OffTheShelfClassifier(SmallResNet(), 10, softplus_beta=3.0),
-        ),
-        (
-            "ADM-64 at 64 channels, batch 2",
-            UNet(64, 3, **adm64, **common),
-            2,
-            OffTheShelfClassifier("torchvision/resnet50"),
-        ),
-    ):
-        step = network(name, unet, batch, options.rounds, compiled=False)
+    systems = {
+        "digits, batch 100": (UNet(8, 1, **digits), 100, OffTheShelfClassifier(SmallResNet(), 10, softplus_beta=3.0)),
+        "ADM-64 at 64 channels, batch 2": (UNet(64, 3, **ADM64), 2, OffTheShelfClassifier("torchvision/resnet50")),
+    }
+    for name, (unet, batch, guide) in systems.items():
+        step = network(table, name, unet, batch, options.rounds, compiled=False)
         if options.compile:
-            network(name, unet, batch, options.rounds, compiled=True)
+            network(table, name, unet, batch, options.rounds, compiled=True)
         denoiser = ADMDenoiser(unet)
         shape = (batch, *denoiser.image_shape)
         if options.compile:
             compiled = copy.deepcopy(guide)
             compiled.is_compiled = True
-            classifier_gradient(name, compiled, shape, options.rounds)
-        guiding = classifier_gradient(name, guide, shape, options.rounds)
-        overheads.append((name, denoiser, batch, step + guiding))
-        shares.append((name, unet, guide, batch, (step, guiding)))
-    print()
-    for arguments in shares:
-        guidance_share(*arguments)
-    for arguments in overheads:
-        overhead(*arguments)
+            classifier_gradient(table, name, compiled, shape, options.rounds)
+        steps.append((name, denoiser, batch, step + classifier_gradient(table, name, guide, shape, options.rounds)))
+    print(
+        "\n| of a guided step | step | sampler | noise | writing, of 250 steps | together |\n|---|---:|---:|---:|---:|---:|"
+    )
+    table.figures |= dict(overhead(*step) for step in steps)
+    keep(options.json, "sampling_step", table.figures)
 
 
 if __name__ == "__main__":

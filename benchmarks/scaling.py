@@ -57,7 +57,7 @@ def main() -> None:
     """Print the table."""
     arguments = parser(__doc__, rounds=3)
     arguments.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes (1 2)")
-    arguments.add_argument("--images", type=int, default=2000, help="for each run (%(default)s)")
+    arguments.add_argument("--images", type=int, default=600, help="for each run (%(default)s)")
     options = arguments.parse_args()
     found: dict[int, list[float]] = {number: [] for number in options.processes}
     with tempfile.TemporaryDirectory() as root:

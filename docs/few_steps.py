@@ -2,7 +2,8 @@
 
     python docs/few_steps.py
 
-Each setting is measured once and kept in ``outputs/few_steps``: a stopped run goes on, and a new setting is one run more.
+Each setting is measured once and kept in ``few_steps.json``: a stopped run goes on, a new setting is one run more, and where all
+are there the page is only drawn anew.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ def models() -> tuple[ADMDenoiser, nn.Module, JudgeFeatures, torch.Tensor]:
     judge = OffTheShelfClassifier(SmallResNet(10, 1, [48, 96, 48], 2), 10, f"{folder}/judge.safetensors")
     features, digits = JudgeFeatures(judge).eval(), DigitImages(split="heldout")
     with torch.no_grad():
-        reference = features(to_uint8(torch.stack([d["image"] for d in digits]), "truncate"))[0]
+        reference = features(to_uint8(torch.stack([d["image"] for d in digits]), "truncate")).pool
     return denoiser.eval(), guides, features, reference
 
 
@@ -144,7 +145,7 @@ def measure(setting: Setting, seed: int, n: int) -> list[float]:
         noise = SampleStreams([seed] * len(index), index.tolist(), denoiser.image_shape)
         images.append(sampler(denoiser, noise, y[index], guidance))
     with torch.no_grad():
-        features, logits = judge(to_uint8(torch.cat(images), "truncate"))
+        features, _, logits = judge(to_uint8(torch.cat(images), "truncate"))
     distance, coverage = FrechetDistance(reference, full_rank=False), PrecisionRecall(reference)
     distance.update(features)
     coverage.update(features=features, index=torch.arange(n))
@@ -239,14 +240,15 @@ def main() -> None:
         "--pages", type=Path, nargs="*", default=[Path("docs/few_steps.md")], help="pages with the marks"
     )
     parser.add_argument("--figure", type=Path, default=Path("docs/images/few_steps.png"))
-    parser.add_argument("--cache", type=Path, default=Path("outputs/few_steps/results.json"), help="what is measured")
+    parser.add_argument("--cache", type=Path, default=Path("docs/few_steps.json"), help="what is measured")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--most", type=int, default=max(EVALUATIONS), help="leave out settings of more evaluations")
     parser.add_argument("-n", type=int, default=500, help="digits per setting")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     found = json.loads(options.cache.read_text()) if options.cache.exists() else {}
-    todo = [(s, seed) for s in settings() if s.evaluations <= options.most for seed in options.seeds]
+    wanted = sorted((s for s in settings() if s.evaluations <= options.most), key=lambda s: s.evaluations)
+    todo = [(s, seed) for s in wanted for seed in options.seeds]
     todo = [(s, seed) for s, seed in todo if key(s, seed, options.n) not in found]
     options.cache.parent.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"  # of each worker, which have a core each

@@ -40,6 +40,7 @@ FILE = {
     "figures": ["frechet_distance", "precision", "recall", "integral_ece"],
 }
 ONE = {"scale": {"key": SCALE, "values": [1, 4.0]}}
+SINGLE = {"scale": {"key": SCALE, "values": [1]}}
 HALVING = {"by": "integral_ece", "samples": 10, "factor": 2}
 
 
@@ -178,9 +179,8 @@ def test_a_killed_run_goes_on(write, quick, tmp_path, capsys):
     evaluate = {"reference": str(tmp_path / "heldout.npz"), "features": f"judge:{tmp_path / 'judge.yaml'}"}
     marker = str(tmp_path / "killed")
     kill = {"class_path": "tests.interruptions.KillOnce", "init_args": {"batches": 2, "marker": marker}}
-    values = {"scale": {"key": SCALE, "values": [1]}}
     figures = ["frechet_distance", "integral_ece"]
-    path = write(configs=quick(kill), values=values, figures=figures, evaluate=evaluate | {"allow-few": True})
+    path = write(configs=quick(kill), values=SINGLE, figures=figures, evaluate=evaluate | {"allow-few": True})
     process = get_context("fork").Process(target=sweep, args=(path, tmp_path / "out"))
     process.start()
     process.join()
@@ -246,7 +246,7 @@ def test_the_table_has_mean_and_deviation_over_seeds(write, tmp_path):
 def test_evaluation_is_of_all_samples_and_of_what_the_ranking_needs(write, tmp_path):
     reference = tmp_path / "reference.npz"
     reference.write_bytes(b"statistics")
-    asked = {"values": ONE, "evaluate": {"reference": str(reference), "features": "inception"}}
+    asked = {"values": SINGLE, "evaluate": {"reference": str(reference), "features": "inception"}}
     by_ece = read_sweep(write(**asked, halving=HALVING))
     commands = {count: by_ece.runs([0], count, tmp_path)[0].commands for count in by_ece.halving.rungs}
     assert [len(commands[count]) for count in (10, 20, 30)] == [1, 1, 2]
@@ -296,7 +296,7 @@ def test_evaluation_is_of_all_samples_and_of_what_the_ranking_needs(write, tmp_p
 )
 def test_what_cannot_run_is_said_before_any_run(write, tmp_path, capsys, changes, message):
     with pytest.raises(SystemExit) as stop:
-        sweep(write(**({"values": ONE} | changes)), tmp_path / "out")
+        sweep(write(**({"values": SINGLE} | changes)), tmp_path / "out")
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -306,7 +306,7 @@ def test_halving_without_optuna_names_the_extra(write, tmp_path, capsys, monkeyp
     monkeypatch.setitem(sys.modules, "optuna", None)
     monkeypatch.delitem(sys.modules, "calib_guidance.halving")
     with pytest.raises(SystemExit):
-        sweep(write(values=ONE, halving=HALVING), tmp_path / "out")
+        sweep(write(values=SINGLE, halving=HALVING), tmp_path / "out")
     assert "pip install 'calib_guidance[sweep]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
