@@ -67,11 +67,15 @@ class TestCompiled:
         compiler = torch.compile
         monkeypatch.setattr(torch, "compile", lambda f, dynamic, mode: compiler(f, dynamic=dynamic, backend=backend))
 
+        names = ("SampleWriter", "TrajectoryCalibration", "GradientNorm", "RunReport")
+        callbacks = [{"class_path": f"calib_guidance.callbacks.{name}"} for name in names]
+        callbacks[-1]["init_args"] = {"figures": False}
+
         def predict(name, *options):
             words = ["predict", "--config", "lightning_configs/predict/digits.yaml", "--trainer.accelerator=cpu"]
             words += ["--trainer.enable_progress_bar=false", "--trainer.default_root_dir", str(tmp_path / name)]
             words += ["--data.init_args.num_samples=10", "--data.init_args.batch_size=4", *options]
-            words += ["--model.init_args.sampler.init_args.steps=3"]
+            words += ["--model.init_args.sampler.init_args.steps=3", f"--trainer.callbacks={json.dumps(callbacks)}"]
             with subclasses_listed_once():
                 main(words)
             parts = list(read_samples(tmp_path / name / "samples"))
