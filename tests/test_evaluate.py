@@ -249,8 +249,13 @@ def test_a_run_sampled_in_pieces_measures_as_one_sampled_at_once(in_root, tmp_pa
     (tmp_path / "judge.yaml").write_text(yaml.safe_dump(quality["features"]["init_args"]["classifier"]))
     words = ["--reference", tmp_path / "heldout.npz", "--features", f"judge:{tmp_path / 'judge.yaml'}", "--allow-few"]
     evaluate(tmp_path / "pieces", *words)
-    evaluate(tmp_path / "whole", *words)
+    alone = metrics(tmp_path / "pieces/evaluation")
+    evaluate(tmp_path / "pieces", tmp_path / "whole", *words, "--output", tmp_path / "both")
     pieces, whole = (metrics(tmp_path / name / "evaluation") for name in ("pieces", "whole"))
+    assert pieces == alone  # with each run, where report finds it, and not with the mean
+    assert sorted(path.name for path in (tmp_path / "both").iterdir()) == ["metrics.json", "metrics.md"]
+    assert metrics(tmp_path / "both")["runs"] == {"pieces": pieces, "whole": whole}
+    assert "weights" in (tmp_path / "both/metrics.md").read_text()
     during = metrics(tmp_path / "whole")
     for name in (
         "frechet_distance",

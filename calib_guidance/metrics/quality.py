@@ -17,7 +17,7 @@ from calib_guidance.classifiers.base import Classifier
 from calib_guidance.classifiers.clip import CLIPClassifier
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.images import from_uint8
-from calib_guidance.metrics.base import RankMetric
+from calib_guidance.metrics.base import KeptRows
 from calib_guidance.metrics.bootstrap import bootstrap_sums
 from calib_guidance.metrics.calibration import calibration_error_from_bins, equal_width_bin
 from calib_guidance.metrics.class_wise import class_wise_distances
@@ -57,40 +57,6 @@ NO_FEATURES = (
     "reference --keep-features"
 )
 _95 = 1.959964  # standard deviations
-
-
-class KeptRows(RankMetric):
-    """Values of every sample, kept until all are there, then of all ranks and by index.
-
-    Args:
-        columns: of each name, an empty tensor ``(0, …)`` of the shape and type of its rows.
-    """
-
-    def __init__(self, columns: dict[str, Tensor], **kwargs: object):
-        super().__init__(**kwargs)
-        self.columns = columns | {"index": torch.zeros(0, dtype=torch.long)}
-        for name in self.columns:
-            self.add_state(name, [], dist_reduce_fx="cat")
-
-    def update(self, **rows: Tensor) -> None:
-        """Keep ``(N, …)`` of every column, ``index`` ``(N,)`` among them."""
-        for name, empty in self.columns.items():
-            getattr(self, name).append(rows[name].to(self.device, empty.dtype))
-
-    def sync(self, *args: object, **kwargs: object) -> None:
-        for name, empty in self.columns.items():
-            if not getattr(self, name):  # torchmetrics would gather an empty list as a tensor of another shape
-                getattr(self, name).append(empty.to(self.device))
-        super().sync(*args, **kwargs)
-
-    def compute(self) -> dict[str, Tensor]:
-        """Every column, rows in order of index."""
-        rows = {}
-        for name, empty in self.columns.items():
-            value = getattr(self, name)
-            rows[name] = value if isinstance(value, Tensor) else torch.cat([empty.to(self.device), *value])
-        order = rows["index"].argsort(stable=True)
-        return {name: value[order] for name, value in rows.items()}
 
 
 class ReferenceHolds(NamedTuple):
@@ -491,6 +457,7 @@ class Quality:
         for label, figures in self._found.get("by_class", {}).items():
             of_class = correct[rows["label"] == int(label)]
             figures["judge_accuracy"] = float(of_class.mean())
+            figures["spread"]["judge_accuracy"] = float(of_class.std(correction=0) / len(of_class) ** 0.5)
 
     def _clip(self, rows: dict[str, Tensor]) -> None:
         self._mean("clip_score", rows["similarity"], "samples", least=-1)
