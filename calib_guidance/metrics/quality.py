@@ -336,7 +336,7 @@ class Quality:
             "features": self.extractor.name,
             "num_measured": n,
             "num_reference": reference.num_images,
-            "provenance": self._provenance,
+            "provenance": dict(self._provenance),
         }
 
     def judged(self) -> dict[str, np.ndarray] | None:
