@@ -1,6 +1,6 @@
 """Metrics as torchmetrics classes, each with a pure functional twin."""
 
-from calib_guidance.metrics.bootstrap import bootstrap, bootstrap_sums
+from calib_guidance.metrics.bootstrap import bootstrap, bootstrap_sums, jackknife_sd
 from calib_guidance.metrics.calibration import (
     AdaptiveCalibrationError,
     CalibrationError,
@@ -98,6 +98,7 @@ __all__ = [
     "frechet_distance",
     "frechet_distance_sd",
     "inception_score",
+    "jackknife_sd",
     "kernel_distance",
     "kernel_distance_subsets",
     "maximum_calibration_error",

@@ -353,11 +353,9 @@ class Quality:
     def _add(
         self, name: str, value: Tensor | float, sd: Tensor | float, of: str, least: float = 0, most: float = math.inf
     ) -> None:
-        value, sd = float(value), float(sd)
-        self._found[name] = value
+        self._found[name] = float(value)
         if math.isfinite(sd):
-            low, high = max(least, value - _95 * sd), min(most, value + _95 * sd)
-            self._spread[name] = {"sd": sd, "low": low, "high": high, "of": of}
+            self._spread[name] = spread(value, sd, of, least, most)
 
     def _mean(self, name: str, values: Tensor, of: str, least: float = 0, most: float = 1, scale: float = 1) -> None:
         """A mean over samples, or over reference images, and its bootstrap."""
@@ -463,6 +461,14 @@ class Quality:
         self._mean("clip_score", rows["similarity"], "samples", least=-1)
 
 
+def spread(
+    value: Tensor | float, sd: Tensor | float, of: str, least: float = 0, most: float = math.inf
+) -> dict[str, Any]:
+    """A figure's spread for ``metrics.json``: ``sd``, ``low`` and ``high`` (95 %, normal, within the possible) and ``of``."""
+    value, sd = float(value), float(sd)
+    return {"sd": sd, "low": max(least, value - _95 * sd), "high": min(most, value + _95 * sd), "of": of}
+
+
 def _strata(labels: Tensor) -> tuple[Tensor | None, str]:
     """Classes within which samples are drawn, where they are as good as equally many, and what a spread is over then."""
     count = labels.unique(return_counts=True)[1]
@@ -484,10 +490,10 @@ def table_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
     for key, (label, form) in TABLE.items():
         value = results.get(key)
         if value is not None:
-            spread = results.get("spread", {}).get(key)
+            found = results.get("spread", {}).get(key)
             text = form.format(value)
             text = text.removeprefix("-") if float(text) == 0 else text  # rounding below zero
-            rows.append((label, text, "" if spread is None else f"± {form.format(spread['sd'])}"))
+            rows.append((label, text, "" if found is None else f"± {form.format(found['sd'])}"))
     return rows
 
 
@@ -512,11 +518,15 @@ def described(results: dict[str, Any]) -> list[str]:
             (least, worst), (most, best) = min(shares), max(shares)
             named = f"{least:.3f} (class {worst}) … {most:.3f} (class {best}), {len(shares)} classes"
             lines.append(f"by class   {TABLE[name][0]} {named}")
+    return lines + described_spreads(results) + [f"note       {note}" for note in results["notes"]]
+
+
+def described_spreads(results: dict[str, Any]) -> list[str]:
+    """What the spreads are of: a line for each kind."""
     over: dict[str, list[str]] = {}
-    for name, spread in results["spread"].items():
-        over.setdefault(spread["of"], []).append(TABLE[name][0])
-    lines += [f"±          {', '.join(names)}: {of}" for of, names in over.items()]
-    return lines + [f"note       {note}" for note in results["notes"]]
+    for name, each in results["spread"].items():
+        over.setdefault(each["of"], []).append(TABLE[name][0])
+    return [f"±          {', '.join(names)}: {of}" for of, names in over.items()]
 
 
 def _images(images: dict[str, Any], count: int | None) -> str:
