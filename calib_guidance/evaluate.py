@@ -37,6 +37,7 @@ from calib_guidance.reference import KINDS, add_reading_options, reading_options
 
 _OF_SAMPLES = ("split", "subset", "image_column", "label_column")  # which the two sets may have differently
 _NEED_FEATURES = {"kid", "pr", "dc", "classwise"}
+_COLOUR = {1: "grey", 3: "RGB"}
 _EXAMPLES = """
 the reference may also be a file of statistics (.npz): of calib-guidance reference, of ADM's evaluator (mu, sigma, mu_s, sigma_s,
 arr_0), or mu and sigma alone (EDM, clean-fid, pytorch-fid).
@@ -178,8 +179,8 @@ def _check_shape(samples: ImageSet, shape: Sequence[int] | None, reference: str)
         return
     (channels, *size), (c, *s) = samples.image_shape, shape
     both = (
-        f"{samples.name} has images {'×'.join(map(str, size))} of {channels} colours, the reference {reference} "
-        f"{'×'.join(map(str, s))} of {c}"
+        f"{samples.name} has images {'×'.join(map(str, size))} {_COLOUR[channels]}, the reference {reference} "
+        f"{'×'.join(map(str, s))} {_COLOUR[c]}"
     )
     cure = (
         "--size N resizes and crops both, where they are images"

@@ -438,10 +438,13 @@ class Quality:
         for label, figures in found.items():
             for name, reason in figures["left_out"].items():
                 reasons.setdefault((name, reason), []).append(label)
+        alike: dict[tuple[str, tuple[str, ...]], list[str]] = {}
         for (name, reason), classes in reasons.items():
+            alike.setdefault((reason, tuple(classes)), []).append(TABLE[name][0])
+        for (reason, classes), names in alike.items():
             listed = f"classes {', '.join(classes[:10])}{' …' if len(classes) > 10 else ''} of {len(found)}"
             which = f"all {len(found)} classes" if len(classes) == len(found) else listed
-            self._notes.append(f"{TABLE[name][0]} by class left out of {which}: {reason}")
+            self._notes.append(f"{' and '.join(names)} by class left out of {which}: {reason}")
 
     def _judge(self, rows: dict[str, Tensor]) -> None:
         correct = (rows["predicted"] == rows["label"]).double()

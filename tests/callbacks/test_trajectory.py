@@ -84,6 +84,21 @@ def test_spread_of_calibration_is_that_of_leaving_out_shards(in_root, tmp_path, 
     assert "±          integral ECE: jackknife over 20 blocks of samples" in printed
 
 
+def test_quality_may_be_added_after_the_report(in_root, tmp_path, capsys):
+    """As lightning_configs/quality does; what it and the trajectory find stands in one metrics.json."""
+    callbacks = yaml.safe_load((in_root / "lightning_configs/predict/digits.yaml").read_text())["trainer"]["callbacks"]
+    (quality,) = [c for c in callbacks if c["class_path"].endswith("SampleQuality")]
+    (tmp_path / "quality.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": [quality]}}))
+    path = configuration(tmp_path / "run", batch_size=4)
+    main(["predict", "--config", str(path), "--config", str(tmp_path / "quality.yaml"), *QUICK])
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["spread"].keys() >= {"integral_ece", "precision", "judge_accuracy"}
+    assert metrics["frechet_distance"] > 0
+    printed = capsys.readouterr().out
+    assert f"wrote to {tmp_path / 'run'}: samples, metrics.json, judge.npz, trajectory.npz, config.yaml" in printed
+    assert "±          integral ECE: jackknife over 5 blocks of samples" in printed
+
+
 def test_jackknife_over_blocks_is_what_samples_spread_and_their_bootstrap_says():
     """Of 4 steps that one sample passes with like confidence; 60 draws of 400 samples in 20 blocks."""
     generator, steps, bins = torch.Generator().manual_seed(0), 4, 15
