@@ -324,7 +324,10 @@ def test_what_cannot_be_measured_is_refused_before_it_is(sets, tmp_path, capsys)
         ([samples, *against, "--metrics=clip"], "--clip CLIP.yaml"),
         ([unlabelled, *against, "--metrics=classwise"], "the samples' classes are not known"),
         ([samples, *against, "--reference", large], "8×8 RGB, the reference .* 16×16 RGB.*--size N"),
-        ([samples, *against, "--reference", grey], "8×8 RGB, the reference .* 8×8 grey: they cannot be compared.*--mode"),
+        (
+            [samples, *against, "--reference", grey],
+            "8×8 RGB, the reference .* 8×8 grey: they cannot be compared.*--mode",
+        ),
         (
             [samples, *against, "--reference", tmp_path / "wide.npz"],
             "statistics of 20 features, random projection gives 16",

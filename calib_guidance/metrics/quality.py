@@ -41,6 +41,7 @@ TABLE = {
     "spatial_frechet_distance": ("spatial Fréchet distance", "{:.3f}"),
     "inception_score": ("Inception score", "{:.3f}"),
     "kernel_distance": ("kernel distance", "{:.4f}"),
+    "kernel_distance_mean": ("kernel distance, mean of subsets", "{:.4f}"),
     "precision": ("precision", "{:.3f}"),
     "recall": ("recall", "{:.3f}"),
     "density": ("density", "{:.3f}"),
@@ -360,9 +361,12 @@ class Quality:
     def _mean(self, name: str, values: Tensor, of: str, least: float = 0, most: float = 1, scale: float = 1) -> None:
         """A mean over samples, or over reference images, and its bootstrap."""
         values = values.double()[:, None] * scale
-        sums = bootstrap_sums(values, self.resamples)
-        of = f"bootstrap over {of}, {self.resamples} draws"
-        self._add(name, values.mean(), (sums / len(values)).std(), of, least, most)
+        n = len(values)
+        if n and most == 1 and float(values.mean()) in (0, 1):  # a share, of which a bootstrap would be certain
+            self._add(name, values.mean(), 1 / n, f"no difference among {n:,} {of}: 1/{n:,}", least, most)
+            return
+        sd = (bootstrap_sums(values, self.resamples) / n).std()
+        self._add(name, values.mean(), sd, f"bootstrap over {of}, {self.resamples} draws", least, most)
 
     def _fid(self, rows: dict[str, Tensor]) -> None:
         metric = self._distances["fid"]
@@ -415,7 +419,7 @@ class Quality:
         self._add(
             "kernel_distance", kernel_distance(reference, generated), subsets.std(correction=0), of, least=-math.inf
         )
-        self._found["kernel_distance_mean"] = float(subsets.mean())
+        self._add("kernel_distance_mean", subsets.mean(), subsets.std(correction=0), of, least=-math.inf)
 
     def _pr(self, rows: dict[str, Tensor]) -> None:
         of_generated, of_reference = inside_each_other(self._reference_features, rows["pool"], self.measures.k)
