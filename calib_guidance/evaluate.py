@@ -273,6 +273,8 @@ def _write(folder: Path, results: dict[str, Any], judged: dict[str, np.ndarray] 
         (folder / "metrics.md").write_text("\n".join([*table, "", *(f"- {line}" for line in lines), ""]))
         if judged is not None:
             write_judged(folder / "judge.npz", judged)
+        else:
+            (folder / "judge.npz").unlink(missing_ok=True)  # of an earlier evaluation
     except OSError as error:
         raise ConfigurationError(f"{error.filename or folder} cannot be written: {error.strerror or error}") from error
     wide = max(len(label) for label, _, _ in rows)

@@ -269,6 +269,9 @@ def test_a_run_sampled_in_pieces_measures_as_one_sampled_at_once(in_root, tmp_pa
         assert pieces[name] == whole[name] == pytest.approx(during.get(name, whole[name]), rel=1e-6), name
     assert pieces["spread"] == whole["spread"]
     assert pieces["provenance"]["samples"]["sha256"] == whole["provenance"]["samples"]["sha256"]
+    evaluate(tmp_path / "pieces", *words, "--metrics=pr")
+    assert (tmp_path / "whole/evaluation/judge.npz").exists()
+    assert not (tmp_path / "pieces/evaluation/judge.npz").exists()  # of figures that are no longer there
 
 
 def test_two_processes_give_the_figures_of_one(sets, tmp_path):
