@@ -37,6 +37,7 @@ from calib_guidance.reference import KINDS, add_reading_options, reading_options
 
 _OF_SAMPLES = ("split", "subset", "image_column", "label_column")  # which the two sets may have differently
 _NEED_FEATURES = {"kid", "pr", "dc", "classwise"}
+_COLOUR = {1: "grey", 3: "RGB"}
 _EXAMPLES = """
 the reference may also be a file of statistics (.npz): of calib-guidance reference, of ADM's evaluator (mu, sigma, mu_s, sigma_s,
 arr_0), or mu and sigma alone (EDM, clean-fid, pytorch-fid).
@@ -44,7 +45,7 @@ arr_0), or mu and sigma alone (EDM, clean-fid, pytorch-fid).
 metrics:
   fid        Fréchet distance of pooled features         pr         improved precision and recall
   sfid       of spatial ones (ADM's sFID)                dc         density and coverage, k = 5
-  is         Inception score, 10 splits                  classwise  fid and pr of each class with enough images
+  is         Inception score, 10 splits                  classwise  fid, pr and dc of each class with enough images
   kid        kernel distance (KID), 100 subsets          judge      accuracy and ECE of a classifier on the samples
   clip       mean cosine between sample and its prompt
 By default all that the features, the reference and the options allow.
@@ -87,7 +88,8 @@ def read_options(args: Sequence[str]) -> argparse.Namespace:
         type=Path,
         metavar="DIR",
         help="folder for metrics.json, metrics.md and judge.npz (default: RUN/evaluation of a run folder, else "
-        "outputs/evaluation/NAME); of several sets, for a folder of each and for their mean (default: outputs/evaluation)",
+        "outputs/evaluation/NAME). Of several sets, for their mean and a folder of each that is no run folder (default: "
+        "outputs/evaluation): what is measured of a run always stands in RUN/evaluation then, where report finds it",
     )
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (default: 64)")
     parser.add_argument(
@@ -124,12 +126,12 @@ def _evaluate(options: argparse.Namespace, processes: Processes) -> None:
     shared = {name: value for name, value in reading_options(options).items() if name not in _OF_SAMPLES}
     own = {name: getattr(options, f"samples_{name}") for name in _OF_SAMPLES}
     sets = [open_images(source, **shared, **own) for source in options.samples]
-    folders = _folders(options, sets)
-    for folder in folders:
+    names, folders = _names(sets), _folders(options, sets)
+    for folder in folders if len(sets) == 1 else (*folders, _output(options)):
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not (there.is_dir() and os.access(there, os.W_OK)):
             raise ConfigurationError(
-                f"{folder} cannot be written: {there} is not a folder that may be written to (--output)"
+                f"{folder} cannot be written: {there} is not a folder that may be written to (--output, of a single set)"
             )
     extractor = features_from_name(options.features)
     judge = None if options.judge is None else read_classifier(options.judge)
@@ -175,7 +177,7 @@ def _evaluate(options: argparse.Namespace, processes: Processes) -> None:
         if processes.is_first:
             _write(folder, found[-1], quality.judged())
     if processes.is_first and len(sets) > 1:
-        _summarise(_output(options), [folder.name for folder in folders], found)
+        _summarise(_output(options), names, found)
 
 
 def _check_shape(samples: ImageSet, shape: Sequence[int] | None, reference: str) -> None:
@@ -183,8 +185,8 @@ def _check_shape(samples: ImageSet, shape: Sequence[int] | None, reference: str)
         return
     (channels, *size), (c, *s) = samples.image_shape, shape
     both = (
-        f"{samples.name} has images {'×'.join(map(str, size))} of {channels} colours, the reference {reference} "
-        f"{'×'.join(map(str, s))} of {c}"
+        f"{samples.name} has images {'×'.join(map(str, size))} {_COLOUR[channels]}, the reference {reference} "
+        f"{'×'.join(map(str, s))} {_COLOUR[c]}"
     )
     cure = (
         "--size N resizes and crops both, where they are images"
@@ -246,21 +248,25 @@ def _output(options: argparse.Namespace) -> Path:
     return options.output or Path("outputs/evaluation")
 
 
-def _folders(options: argparse.Namespace, sets: Sequence[ImageSet]) -> list[Path]:
-    """Where what is found of each set goes."""
-    if len(sets) == 1:
-        (samples,) = sets
-        if options.output is not None:
-            return [options.output]
-        if isinstance(samples, RunImages):
-            return [samples.run.path / "evaluation"]
+def _names(sets: Sequence[ImageSet]) -> list[str]:
+    """A name for each set: as many of the last parts of its path as it takes to tell them apart."""
     paths = [Path(samples.name).expanduser().resolve().with_suffix("") for samples in sets]
     if len(set(paths)) != len(paths):
         raise ConfigurationError("evaluate: the same samples are named twice")
-    words = 1  # as many of the last parts of a path as it takes to tell the sets apart
+    words = 1
     while len({path.parts[-words:] for path in paths}) != len(paths):
         words += 1
-    return [_output(options) / "-".join(path.parts[-words:]) for path in paths]
+    return ["-".join(path.parts[-words:]) for path in paths]
+
+
+def _folders(options: argparse.Namespace, sets: Sequence[ImageSet]) -> list[Path]:
+    """Where what is found of each set goes."""
+    if len(sets) == 1 and options.output is not None:
+        return [options.output]
+    return [
+        samples.run.path / "evaluation" if isinstance(samples, RunImages) else _output(options) / name
+        for samples, name in zip(sets, _names(sets), strict=True)
+    ]
 
 
 def _write(folder: Path, results: dict[str, Any], judged: dict[str, np.ndarray] | None) -> None:
@@ -273,6 +279,8 @@ def _write(folder: Path, results: dict[str, Any], judged: dict[str, np.ndarray] 
         (folder / "metrics.md").write_text("\n".join([*table, "", *(f"- {line}" for line in lines), ""]))
         if judged is not None:
             write_judged(folder / "judge.npz", judged)
+        else:
+            (folder / "judge.npz").unlink(missing_ok=True)  # of an earlier evaluation
     except OSError as error:
         raise ConfigurationError(f"{error.filename or folder} cannot be written: {error.strerror or error}") from error
     wide = max(len(label) for label, _, _ in rows)
@@ -284,6 +292,7 @@ def _write(folder: Path, results: dict[str, Any], judged: dict[str, np.ndarray] 
 
 def _summarise(folder: Path, names: Sequence[str], found: Sequence[dict[str, Any]]) -> None:
     """Mean and standard deviation over sets, as a table with a line for each."""
+    folder.mkdir(parents=True, exist_ok=True)
     keys = [key for key in TABLE if all(results.get(key) is not None for results in found)]
     mean = {key: statistics.mean(results[key] for results in found) for key in keys}
     spread = {}
@@ -307,7 +316,16 @@ def _summarise(folder: Path, names: Sequence[str], found: Sequence[dict[str, Any
         ["**mean ± sd**", *total],
     ]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    content = {**mean, "spread": spread, "runs": dict(zip(names, found, strict=True))}
+    counts = sorted({results["num_measured"] for results in found})
+    notes = [f"± is the standard deviation over {len(found)} runs"]
+    if len(counts) > 1:
+        listed = ", ".join(f"{count:,}" for count in counts)
+        notes.append(f"{listed} samples: Fréchet distances of different numbers of samples do not compare")
+    # What all have in common; their own spreads and what they say of their own samples stand with each.
+    own = ("samples ", "±", "by class")
+    shared = [line for line in described(found[0]) if all(line in described(results) for results in found[1:])]
+    notes += [line for line in shared if not line.startswith(own)]
+    content = {**mean, "spread": spread, "notes": notes, "runs": dict(zip(names, found, strict=True))}
     write_json(folder / "metrics.json", content)
-    (folder / "metrics.md").write_text(text + "\n")
-    print(f"\n{text}\nwrote {folder / 'metrics.json'}, metrics.md")
+    (folder / "metrics.md").write_text("\n".join([text, "", *(f"- {line}" for line in notes), ""]))
+    print(f"\n{text}\n" + "\n".join(notes) + f"\nwrote {folder / 'metrics.json'}, metrics.md")

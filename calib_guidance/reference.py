@@ -156,8 +156,7 @@ def _make(options: argparse.Namespace, processes: Processes) -> None:
     if processes.is_first:
         sha256 = statistics.save(options.output)
         seconds = time.perf_counter() - started
-        print(
-            f"wrote {options.output} in {seconds:.0f} s with {processes.world_size} processes on {processes.device.type}"
-        )
+        workers = "1 process" if processes.world_size == 1 else f"{processes.world_size} processes"
+        print(f"wrote {options.output} in {seconds:.0f} s with {workers} on {processes.device.type}")
         print(f"            sha256 {sha256}")
         print("\n".join(_lines(statistics.provenance, statistics)))

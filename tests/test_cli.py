@@ -82,7 +82,7 @@ def test_every_predict_configuration_samples(in_root, tmp_path, capsys, overlay)
     assert resolved["model"]["init_args"]["sampler"]["init_args"]["steps"] == "3"
     printed = capsys.readouterr().out
     assert "Fréchet distance" in printed
-    assert str(tmp_path / "metrics.json") in printed
+    assert f"wrote to {tmp_path}: samples, metrics.json" in printed
 
 
 @pytest.mark.parametrize("name", FITS)

@@ -104,6 +104,20 @@ class TestNoGo:
         assert "GFLOP" in report or "TFLOP" in report
         assert "whole run" not in report
 
+    def test_a_reference_that_is_not_there(self, examine, tmp_path):
+        callbacks = yaml.safe_load((ROOT / "lightning_configs/predict/digits.yaml").read_text())["trainer"]["callbacks"]
+        (quality,) = [c for c in callbacks if c["class_path"].endswith("SampleQuality")]
+        quality["init_args"]["reference"] = str(tmp_path / "reference.npz")
+        (tmp_path / "quality.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": [quality]}}))
+        words = (DIGITS, f"--config={tmp_path / 'quality.yaml'}", "--data.init_args.batch_size=2")
+        status, report = examine(*words)
+        assert status == 1
+        assert f"{tmp_path / 'reference.npz'}: no such reference" in report
+        (tmp_path / "reference.npz").write_bytes(b"")
+        status, report = examine(*words)
+        assert status == 0
+        assert f"{tmp_path / 'reference.npz'}" in "".join(marked(report, "ok"))
+
     def test_too_little_memory_names_the_batch_size_that_fits(self, examine, monkeypatch):
         monkeypatch.setattr(rehearsal, "free_memory", lambda device: 5 * 10**6)
         status, report = examine(DIGITS)

@@ -249,8 +249,13 @@ def test_a_run_sampled_in_pieces_measures_as_one_sampled_at_once(in_root, tmp_pa
     (tmp_path / "judge.yaml").write_text(yaml.safe_dump(quality["features"]["init_args"]["classifier"]))
     words = ["--reference", tmp_path / "heldout.npz", "--features", f"judge:{tmp_path / 'judge.yaml'}", "--allow-few"]
     evaluate(tmp_path / "pieces", *words)
-    evaluate(tmp_path / "whole", *words)
+    alone = metrics(tmp_path / "pieces/evaluation")
+    evaluate(tmp_path / "pieces", tmp_path / "whole", *words, "--output", tmp_path / "both")
     pieces, whole = (metrics(tmp_path / name / "evaluation") for name in ("pieces", "whole"))
+    assert pieces == alone  # with each run, where report finds it, and not with the mean
+    assert sorted(path.name for path in (tmp_path / "both").iterdir()) == ["metrics.json", "metrics.md"]
+    assert metrics(tmp_path / "both")["runs"] == {"pieces": pieces, "whole": whole}
+    assert "weights" in (tmp_path / "both/metrics.md").read_text()
     during = metrics(tmp_path / "whole")
     for name in (
         "frechet_distance",
@@ -264,6 +269,9 @@ def test_a_run_sampled_in_pieces_measures_as_one_sampled_at_once(in_root, tmp_pa
         assert pieces[name] == whole[name] == pytest.approx(during.get(name, whole[name]), rel=1e-6), name
     assert pieces["spread"] == whole["spread"]
     assert pieces["provenance"]["samples"]["sha256"] == whole["provenance"]["samples"]["sha256"]
+    evaluate(tmp_path / "pieces", *words, "--metrics=pr")
+    assert (tmp_path / "whole/evaluation/judge.npz").exists()
+    assert not (tmp_path / "pieces/evaluation/judge.npz").exists()  # of figures that are no longer there
 
 
 def test_two_processes_give_the_figures_of_one(sets, tmp_path):
@@ -318,8 +326,11 @@ def test_what_cannot_be_measured_is_refused_before_it_is(sets, tmp_path, capsys)
         ([samples, *against, "--metrics=judge"], "judge cannot be taken of .*--judge CLASSIFIER.yaml"),
         ([samples, *against, "--metrics=clip"], "--clip CLIP.yaml"),
         ([unlabelled, *against, "--metrics=classwise"], "the samples' classes are not known"),
-        ([samples, *against, "--reference", large], "8×8 of 3 colours, the reference .* 16×16 of 3.*--size N"),
-        ([samples, *against, "--reference", grey], "8×8 of 1: they cannot be compared.*--mode"),
+        ([samples, *against, "--reference", large], "8×8 RGB, the reference .* 16×16 RGB.*--size N"),
+        (
+            [samples, *against, "--reference", grey],
+            "8×8 RGB, the reference .* 8×8 grey: they cannot be compared.*--mode",
+        ),
         (
             [samples, *against, "--reference", tmp_path / "wide.npz"],
             "statistics of 20 features, random projection gives 16",

@@ -107,6 +107,22 @@ def test_the_table_names_every_row_once():
     assert len(ROWS) == 50
 
 
+@pytest.mark.parametrize(
+    ("row", "size"), [("imagenet64/edm18", 64), ("imagenet128/resnet101_js", 128), ("imagenet256/dit", 256)]
+)
+def test_quality_is_one_overlay_more(row, size, in_root):
+    overlay = f"--config=lightning_configs/quality/imagenet{size}.yaml"
+    plain, more = (
+        read_configuration([f"--config={PREDICT / row}.yaml", *words]).options.as_dict() for words in ([], [overlay])
+    )
+    *others, quality = more["trainer"].pop("callbacks")
+    assert others == plain["trainer"].pop("callbacks")
+    assert all(more[part] == plain[part] for part in ("model", "data", "trainer"))
+    assert name_of(quality) == "SampleQuality"
+    assert name_of(quality["init_args"]["features"]) == "InceptionFeatures"
+    assert quality["init_args"]["reference"] == f"checkpoints/VIRTUAL_imagenet{size}_labeled.npz"
+
+
 def full_size(cli):
     """Weights of each published network that the row has, counted after building all of it without memory for them."""
     model = copy.deepcopy(cli.options.model)

@@ -251,7 +251,7 @@ def test_a_reference_of_another_size(in_root, tmp_path, capsys, kind):
     with pytest.raises(SystemExit) as stop:
         main(["evaluate", *words, "--output", str(tmp_path / "found")])
     assert stop.value.code == 2
-    assert f"16×16 of 3 colours, the reference {reference} 8×8 of 3" in capsys.readouterr().err
+    assert f"16×16 RGB, the reference {reference} 8×8 RGB" in capsys.readouterr().err
     main(["evaluate", *words, "--output", str(tmp_path / "found"), "--size=8"])
     assert json.loads((tmp_path / "found/metrics.json").read_text())["frechet_distance"] > 0
 

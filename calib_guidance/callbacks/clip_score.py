@@ -16,6 +16,7 @@ from calib_guidance.callbacks.trajectory import StepMoments, TrajectoryMeasureme
 from calib_guidance.classifiers.clip import CLIPClassifier
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.figures import Series, curves
+from calib_guidance.metrics.quality import spread
 from calib_guidance.samplers import StepRecord
 
 
@@ -89,9 +90,12 @@ class TrajectoryCLIPScore(TrajectoryMeasurement):
     def results(self, trainer: L.Trainer) -> dict[str, Any]:
         mean, deviation = (value[:: self.every].tolist() for value in compute(self.metric, trainer))
         self.curve = {"t": self.t[:: self.every], "mean": mean, "sd": deviation}
-        final = float(compute(self.final, trainer)[0])
-        # NaN: shards were made without this measurement.
-        return {} if math.isnan(final) else {"clip_score": final, "clip_score_t": self.curve}
+        final, deviation = (float(value) for value in compute(self.final, trainer))
+        if math.isnan(final):  # shards were made without this measurement
+            return {}
+        sd = deviation / float(self.final.sums[0, 0]) ** 0.5
+        spreads = {"clip_score": spread(final, sd, "samples, of their mean", -1, 1)}
+        return {"clip_score": final, "spread": spreads, "clip_score_t": self.curve}
 
     def draw(self, folder: Path, trainer: L.Trainer) -> list[Path]:
         if all(math.isnan(value) for value in self.curve["mean"]):

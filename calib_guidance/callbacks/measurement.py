@@ -39,6 +39,12 @@ class Measurement(L.Callback):
     def load(self, kept: dict[str, Tensor]) -> None:
         """Take the sums and rows of all samples in place of those that were kept."""
 
+    def load_blocks(self, sums: dict[str, Tensor]) -> None:
+        """Take the sums of blocks of samples ``(G, …)``, which add up to those of :meth:`load`: a spread may come of them.
+
+        Only where there are blocks enough, and after :meth:`load`.
+        """
+
     def results(self, trainer: L.Trainer) -> dict[str, Any]:
         """Figures by name. Called on every rank, and may synchronise them; only rank 0's answer is used."""
         return {}

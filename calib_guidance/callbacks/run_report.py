@@ -12,7 +12,7 @@ from calib_guidance import __version__
 from calib_guidance.callbacks.measurement import Measurement
 from calib_guidance.callbacks.sample_writer import SampleWriter
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.metrics.quality import described, table_rows, write_json
+from calib_guidance.metrics.quality import described, described_spreads, table_rows, write_json
 from calib_guidance.run_folder import RunFolder, ShardState
 
 _LISTED = 10  # shards or samples in a message
@@ -62,8 +62,12 @@ class RunReport(Measurement):
         measurements = [callback for callback in trainer.callbacks if isinstance(callback, Measurement)]
         writer.load_sums(trainer)
         results: dict[str, Any] = {}
+        spreads: dict[str, Any] = {}
         for measurement in measurements:
-            results |= measurement.results(trainer)
+            found = measurement.results(trainer)
+            spreads |= found.get("spread", {})
+            results |= found
+        results["spread"] = spreads
         if not trainer.is_global_zero:
             return
         results["num_evaluations"] = pl_module.sampler.num_evaluations(pl_module.denoiser)
@@ -75,8 +79,9 @@ class RunReport(Measurement):
         path = folder / "metrics.json"
         write_json(path, results)
         figures = [p for m in measurements for p in m.draw(folder / "figures", trainer)] if self.figures else []
-        judged = [folder / "judge.npz"] if "judge_accuracy" in results else []
-        self._print(results, [run.samples, path, *judged, folder / "config.yaml", *figures])
+        judged = ["judge.npz"] if "judge_accuracy" in results else []
+        written = [run.samples, path, *(folder / name for name in (*judged, "trajectory.npz", "config.yaml"))]
+        self._print(results, folder, [path for path in written if path.exists()], figures)
 
     @staticmethod
     def _print_missing(run: RunFolder, missing: list[tuple[range, ShardState]]) -> None:
@@ -90,13 +95,17 @@ class RunReport(Measurement):
         print("the same command goes on; whoever makes the last one reports")
 
     @staticmethod
-    def _print(results: dict[str, Any], paths: list[Path]) -> None:
+    def _print(results: dict[str, Any], folder: Path, written: list[Path], figures: list[Path]) -> None:
         rows = table_rows(results)
         wide = max(len(label) for label, _, _ in rows)
         print(f"\n{results['num_samples']} samples, {results['num_evaluations']} network evaluations each")
         print("\n".join(f"  {label:<{wide}}  {value:>8}  {spread}".rstrip() for label, value, spread in rows))
-        if "features" in results:
-            print("\n".join(described(results)))
+        for line in described(results) if "features" in results else described_spreads(results):
+            print(line)
         if left_out := results.get("left_out"):
             print(f"left out {len(left_out)}: {', '.join(str(sample['index']) for sample in left_out[:_LISTED])}")
-        print("wrote\n" + "\n".join(f"  {path}" for path in paths if path.exists()))
+        names = [str(path.relative_to(folder) if path.is_relative_to(folder) else path) for path in written]
+        print(f"wrote to {folder}: {', '.join(names)}")
+        if figures:
+            endings = ", ".join(dict.fromkeys(path.suffix for path in figures))
+            print(f"figures/ ({endings}): {', '.join(dict.fromkeys(path.stem for path in figures))}")

@@ -34,6 +34,7 @@ from calib_guidance.run_folder import RunFolder, read_table
 
 log = logging.getLogger(__name__)
 UNREADABLE = "its image cannot be read"
+_FEWEST_BLOCKS, _MOST_BLOCKS = 5, 50  # of which a spread is taken, in memory at a time
 _WAITING = 2  # batches that are made and not in their shard yet
 
 
@@ -337,9 +338,17 @@ class SampleWriter(Measurement):
         """Give every measurement what is kept of the whole folder, or nothing where some shard was made without it."""
         run, measurements = self.run.whole(), measurement_names(trainer)
         joined = {f"{name}.{key}" for name, measurement in measurements.items() for key in measurement.rows()}
+        added = {f"{name}.{key}" for name, measurement in measurements.items() for key in measurement.sums()}
         totals: dict[str, np.ndarray] = {}
-        for number, shard in enumerate(run.shards()):
+        shards = run.shards()
+        num_blocks = min(len(shards), _MOST_BLOCKS)
+        blocks: list[dict[str, np.ndarray]] = [{} for _ in range(num_blocks)]
+        for number, shard in enumerate(shards):
             kept = run.read_sums(shard)
+            block = blocks[number * num_blocks // len(shards)]
+            for key in added & kept.keys():
+                fits = key in block and block[key].shape == kept[key].shape
+                block[key] = block[key] + kept[key] if fits else kept[key]
             both = totals.keys() & kept.keys() if number else set()
             totals = {
                 **({} if number else kept),
@@ -352,6 +361,10 @@ class SampleWriter(Measurement):
             found = {key: torch.from_numpy(totals[f"{name}.{key}"]) for key in expected if f"{name}.{key}" in totals}
             if found.keys() == expected.keys():
                 measurement.load(found)
+                if num_blocks >= _FEWEST_BLOCKS:
+                    names = {key: f"{name}.{key}" for key in measurement.sums()}
+                    sums = {key: np.stack([block[full] for block in blocks]) for key, full in names.items()}
+                    measurement.load_blocks({key: torch.from_numpy(value) for key, value in sums.items()})
             else:
                 log.warning(
                     f"{type(measurement).__name__} is left out of the report: some samples were made without it, or with other "

@@ -505,7 +505,7 @@ class FolderImages(ImageSet):
         hidden = re.compile(r"(^|/)\.")
         self.files = sorted((path for path in found if not hidden.search(path.as_posix())), key=lambda path: path.parts)
         if not self.files:
-            raise ConfigurationError(f"{self.path} holds no images ({', '.join(sorted(endings)[:8])} …)")
+            raise ConfigurationError(f"{self.path} holds no images (.png, .jpg, .webp or another that Pillow reads)")
         self.labels = self._classes(name, split)
         self.labelled = self.labels is not None
         super().__init__(name, len(self.files), **options)

@@ -264,6 +264,12 @@ def check_files(cli: Unbuilt, report: Report) -> Found:
                 else:
                     report.add("missing", f"{option.value}: no such file of labels", f"asked for by {option.name}")
                     option.owner[option.key] = POLICIES[0]
+            elif option.key == "reference" and option.value.endswith(".npz"):
+                if Path(option.value).is_file():
+                    report.add("ok", option.value)
+                else:
+                    cure = "make it with calib-guidance reference; ADM's are named in checkpoints/README.md"
+                    report.add("missing", f"{option.value}: no such reference", cure, f"asked for by {option.name}")
     checkpoint = cli.options.get("ckpt_path")
     if checkpoint not in (None, "last", "best", "hpc", "registry") and not Path(checkpoint).is_file():
         report.add("missing", f"{checkpoint}: no such checkpoint to go on from", "asked for by --ckpt_path")

@@ -1,6 +1,6 @@
 """Metrics as torchmetrics classes, each with a pure functional twin."""
 
-from calib_guidance.metrics.bootstrap import bootstrap, bootstrap_sums
+from calib_guidance.metrics.bootstrap import bootstrap, bootstrap_sums, jackknife_sd
 from calib_guidance.metrics.calibration import (
     AdaptiveCalibrationError,
     CalibrationError,
@@ -14,7 +14,7 @@ from calib_guidance.metrics.calibration import (
     classwise_calibration_error,
     maximum_calibration_error,
 )
-from calib_guidance.metrics.class_wise import class_wise_distances
+from calib_guidance.metrics.class_wise import ClassWiseDistances, class_wise_distances
 from calib_guidance.metrics.classification import (
     Accuracy,
     BrierScore,
@@ -24,6 +24,7 @@ from calib_guidance.metrics.classification import (
     negative_log_likelihood,
 )
 from calib_guidance.metrics.classifier_metrics import ClassifierMetrics
+from calib_guidance.metrics.clip_score import CLIPScore, clip_score
 from calib_guidance.metrics.density_coverage import DensityCoverage, density_coverage
 from calib_guidance.metrics.features import (
     FeatureExtractor,
@@ -56,7 +57,9 @@ __all__ = [
     "Accuracy",
     "AdaptiveCalibrationError",
     "BrierScore",
+    "CLIPScore",
     "CalibrationError",
+    "ClassWiseDistances",
     "ClassifierMetrics",
     "ClasswiseCalibrationError",
     "DensityCoverage",
@@ -87,6 +90,7 @@ __all__ = [
     "calibration_error_from_bins",
     "class_wise_distances",
     "classwise_calibration_error",
+    "clip_score",
     "covariance_root",
     "density_coverage",
     "extrapolated_frechet_distance",
@@ -94,6 +98,7 @@ __all__ = [
     "frechet_distance",
     "frechet_distance_sd",
     "inception_score",
+    "jackknife_sd",
     "kernel_distance",
     "kernel_distance_subsets",
     "maximum_calibration_error",

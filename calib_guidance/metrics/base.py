@@ -22,6 +22,40 @@ class RankMetric(Metric):
         return True
 
 
+class KeptRows(RankMetric):
+    """Values of every sample, kept until all are there, then of all ranks and by index.
+
+    Args:
+        columns: of each name, an empty tensor ``(0, …)`` of the shape and type of its rows.
+    """
+
+    def __init__(self, columns: dict[str, Tensor], **kwargs: object):
+        super().__init__(**kwargs)
+        self.columns = columns | {"index": torch.zeros(0, dtype=torch.long)}
+        for name in self.columns:
+            self.add_state(name, [], dist_reduce_fx="cat")
+
+    def update(self, **rows: Tensor) -> None:
+        """Keep ``(N, …)`` of every column, ``index`` ``(N,)`` among them."""
+        for name, empty in self.columns.items():
+            getattr(self, name).append(rows[name].to(self.device, empty.dtype))
+
+    def sync(self, *args: object, **kwargs: object) -> None:
+        for name, empty in self.columns.items():
+            if not getattr(self, name):  # torchmetrics would gather an empty list as a tensor of another shape
+                getattr(self, name).append(empty.to(self.device))
+        super().sync(*args, **kwargs)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Every column, rows in order of index."""
+        rows = {}
+        for name, empty in self.columns.items():
+            value = getattr(self, name)
+            rows[name] = value if isinstance(value, Tensor) else torch.cat([empty.to(self.device), *value])
+        order = rows["index"].argsort(stable=True)
+        return {name: value[order] for name, value in rows.items()}
+
+
 class FeatureMetric(RankMetric):
     """A function of all generated features and a reference. Keeps the features, in float32.
 

@@ -1,4 +1,4 @@
-"""Spread of a figure over samples that might as well have been drawn (Efron 1979)."""
+"""Spread of a figure over samples that might as well have been drawn (Efron 1979): bootstrap and jackknife."""
 
 from __future__ import annotations
 
@@ -53,6 +53,21 @@ def bootstrap_sums(terms: Tensor, resamples: int = 200, seed: int = 0) -> Tensor
     rng, terms = np.random.RandomState(seed), terms.double()
     times = (torch.from_numpy(np.bincount(rng.randint(n, size=n), minlength=n)) for _ in range(resamples))
     return torch.stack([t.to(terms) @ terms for t in times])
+
+
+def jackknife_sd(without: Tensor) -> Tensor:
+    """Standard deviation of a figure of G blocks of samples, from what it is without each of them (Quenouille, Tukey).
+
+    For figures of which only sums over blocks are kept. It is itself known to about 1/√(2·(G − 1)) of its value.
+
+    Args:
+        without: ``(G, …)`` the figure of all but block g, G ≥ 2; blocks of about equally many samples.
+
+    Returns:
+        ``(…)`` float64.
+    """
+    without = without.double()
+    return (len(without) - 1) ** 0.5 * without.std(0, correction=0)
 
 
 def _count(samples: tuple[Tensor, ...]) -> int:

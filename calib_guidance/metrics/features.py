@@ -209,8 +209,8 @@ class _ResizedFeatures(FeatureExtractor):
 class TimmFeatures(_ResizedFeatures):
     """What a timm model gives to its head, by default DINOv2's class token as Stein et al. (2023) measure FD_DINOv2.
 
-    The image size is the model's own, DINOv2's 224 (https://arxiv.org/abs/2306.04675); timm resamples the position
-    embedding of transformers.
+    The image size is the model's own. DINOv2's is 224, which the field measures with (https://arxiv.org/abs/2306.04675), not
+    the 518 of timm's settings, and the provenance says so; timm resamples the position embedding of transformers.
 
     Args:
         model: name that timm knows, with its tag.
@@ -229,6 +229,7 @@ class TimmFeatures(_ResizedFeatures):
         settings = timm.data.resolve_data_config(pretrained_cfg=self.network.pretrained_cfg)
         own = settings["input_size"][-1]
         size = size or (224 if "dinov2" in model else own)
+        self.own_size = own
         if size != own and hasattr(self.network, "set_input_size"):
             self.network.set_input_size(img_size=(size, size))
         self.name, self.weights, self.library = f"timm {model}", weights, f"timm {timm.__version__}"
@@ -240,6 +241,12 @@ class TimmFeatures(_ResizedFeatures):
     def forward(self, images: Tensor) -> Features:
         features = self.network.forward_features(self.shown(images))
         return Features(self.network.forward_head(features, pre_logits=True).flatten(1).float())
+
+    def provenance(self) -> dict[str, Any]:
+        known = super().provenance()
+        if self.size != self.own_size:
+            known["resize"]["how"] += f", where timm's settings say {self.own_size}"
+        return known
 
 
 class TorchvisionFeatures(_ResizedFeatures):

@@ -17,7 +17,7 @@ from calib_guidance.classifiers.base import Classifier
 from calib_guidance.classifiers.clip import CLIPClassifier
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.images import from_uint8
-from calib_guidance.metrics.base import RankMetric
+from calib_guidance.metrics.base import KeptRows
 from calib_guidance.metrics.bootstrap import bootstrap_sums
 from calib_guidance.metrics.calibration import calibration_error_from_bins, equal_width_bin
 from calib_guidance.metrics.class_wise import class_wise_distances
@@ -41,6 +41,7 @@ TABLE = {
     "spatial_frechet_distance": ("spatial Fréchet distance", "{:.3f}"),
     "inception_score": ("Inception score", "{:.3f}"),
     "kernel_distance": ("kernel distance", "{:.4f}"),
+    "kernel_distance_mean": ("kernel distance, mean of subsets", "{:.4f}"),
     "precision": ("precision", "{:.3f}"),
     "recall": ("recall", "{:.3f}"),
     "density": ("density", "{:.3f}"),
@@ -57,40 +58,6 @@ NO_FEATURES = (
     "reference --keep-features"
 )
 _95 = 1.959964  # standard deviations
-
-
-class KeptRows(RankMetric):
-    """Values of every sample, kept until all are there, then of all ranks and by index.
-
-    Args:
-        columns: of each name, an empty tensor ``(0, …)`` of the shape and type of its rows.
-    """
-
-    def __init__(self, columns: dict[str, Tensor], **kwargs: object):
-        super().__init__(**kwargs)
-        self.columns = columns | {"index": torch.zeros(0, dtype=torch.long)}
-        for name in self.columns:
-            self.add_state(name, [], dist_reduce_fx="cat")
-
-    def update(self, **rows: Tensor) -> None:
-        """Keep ``(N, …)`` of every column, ``index`` ``(N,)`` among them."""
-        for name, empty in self.columns.items():
-            getattr(self, name).append(rows[name].to(self.device, empty.dtype))
-
-    def sync(self, *args: object, **kwargs: object) -> None:
-        for name, empty in self.columns.items():
-            if not getattr(self, name):  # torchmetrics would gather an empty list as a tensor of another shape
-                getattr(self, name).append(empty.to(self.device))
-        super().sync(*args, **kwargs)
-
-    def compute(self) -> dict[str, Tensor]:
-        """Every column, rows in order of index."""
-        rows = {}
-        for name, empty in self.columns.items():
-            value = getattr(self, name)
-            rows[name] = value if isinstance(value, Tensor) else torch.cat([empty.to(self.device), *value])
-        order = rows["index"].argsort(stable=True)
-        return {name: value[order] for name, value in rows.items()}
 
 
 class ReferenceHolds(NamedTuple):
@@ -370,7 +337,7 @@ class Quality:
             "features": self.extractor.name,
             "num_measured": n,
             "num_reference": reference.num_images,
-            "provenance": self._provenance,
+            "provenance": dict(self._provenance),
         }
 
     def judged(self) -> dict[str, np.ndarray] | None:
@@ -387,18 +354,19 @@ class Quality:
     def _add(
         self, name: str, value: Tensor | float, sd: Tensor | float, of: str, least: float = 0, most: float = math.inf
     ) -> None:
-        value, sd = float(value), float(sd)
-        self._found[name] = value
+        self._found[name] = float(value)
         if math.isfinite(sd):
-            low, high = max(least, value - _95 * sd), min(most, value + _95 * sd)
-            self._spread[name] = {"sd": sd, "low": low, "high": high, "of": of}
+            self._spread[name] = spread(value, sd, of, least, most)
 
     def _mean(self, name: str, values: Tensor, of: str, least: float = 0, most: float = 1, scale: float = 1) -> None:
         """A mean over samples, or over reference images, and its bootstrap."""
         values = values.double()[:, None] * scale
-        sums = bootstrap_sums(values, self.resamples)
-        of = f"bootstrap over {of}, {self.resamples} draws"
-        self._add(name, values.mean(), (sums / len(values)).std(), of, least, most)
+        n = len(values)
+        if n and most == 1 and float(values.mean()) in (0, 1):  # a share, of which a bootstrap would be certain
+            self._add(name, values.mean(), 1 / n, f"no difference among {n:,} {of}: 1/{n:,}", least, most)
+            return
+        sd = (bootstrap_sums(values, self.resamples) / n).std()
+        self._add(name, values.mean(), sd, f"bootstrap over {of}, {self.resamples} draws", least, most)
 
     def _fid(self, rows: dict[str, Tensor]) -> None:
         metric = self._distances["fid"]
@@ -451,7 +419,7 @@ class Quality:
         self._add(
             "kernel_distance", kernel_distance(reference, generated), subsets.std(correction=0), of, least=-math.inf
         )
-        self._found["kernel_distance_mean"] = float(subsets.mean())
+        self._add("kernel_distance_mean", subsets.mean(), subsets.std(correction=0), of, least=-math.inf)
 
     def _pr(self, rows: dict[str, Tensor]) -> None:
         of_generated, of_reference = inside_each_other(self._reference_features, rows["pool"], self.measures.k)
@@ -474,10 +442,13 @@ class Quality:
         for label, figures in found.items():
             for name, reason in figures["left_out"].items():
                 reasons.setdefault((name, reason), []).append(label)
+        alike: dict[tuple[str, tuple[str, ...]], list[str]] = {}
         for (name, reason), classes in reasons.items():
+            alike.setdefault((reason, tuple(classes)), []).append(TABLE[name][0])
+        for (reason, classes), names in alike.items():
             listed = f"classes {', '.join(classes[:10])}{' …' if len(classes) > 10 else ''} of {len(found)}"
             which = f"all {len(found)} classes" if len(classes) == len(found) else listed
-            self._notes.append(f"{TABLE[name][0]} by class left out of {which}: {reason}")
+            self._notes.append(f"{' and '.join(names)} by class left out of {which}: {reason}")
 
     def _judge(self, rows: dict[str, Tensor]) -> None:
         correct = (rows["predicted"] == rows["label"]).double()
@@ -491,9 +462,18 @@ class Quality:
         for label, figures in self._found.get("by_class", {}).items():
             of_class = correct[rows["label"] == int(label)]
             figures["judge_accuracy"] = float(of_class.mean())
+            figures["spread"]["judge_accuracy"] = float(of_class.std(correction=0) / len(of_class) ** 0.5)
 
     def _clip(self, rows: dict[str, Tensor]) -> None:
         self._mean("clip_score", rows["similarity"], "samples", least=-1)
+
+
+def spread(
+    value: Tensor | float, sd: Tensor | float, of: str, least: float = 0, most: float = math.inf
+) -> dict[str, Any]:
+    """A figure's spread for ``metrics.json``: ``sd``, ``low`` and ``high`` (95 %, normal, within the possible) and ``of``."""
+    value, sd = float(value), float(sd)
+    return {"sd": sd, "low": max(least, value - _95 * sd), "high": min(most, value + _95 * sd), "of": of}
 
 
 def _strata(labels: Tensor) -> tuple[Tensor | None, str]:
@@ -517,10 +497,10 @@ def table_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
     for key, (label, form) in TABLE.items():
         value = results.get(key)
         if value is not None:
-            spread = results.get("spread", {}).get(key)
+            found = results.get("spread", {}).get(key)
             text = form.format(value)
             text = text.removeprefix("-") if float(text) == 0 else text  # rounding below zero
-            rows.append((label, text, "" if spread is None else f"± {form.format(spread['sd'])}"))
+            rows.append((label, text, "" if found is None else f"± {form.format(found['sd'])}"))
     return rows
 
 
@@ -545,11 +525,15 @@ def described(results: dict[str, Any]) -> list[str]:
             (least, worst), (most, best) = min(shares), max(shares)
             named = f"{least:.3f} (class {worst}) … {most:.3f} (class {best}), {len(shares)} classes"
             lines.append(f"by class   {TABLE[name][0]} {named}")
+    return lines + described_spreads(results) + [f"note       {note}" for note in results["notes"]]
+
+
+def described_spreads(results: dict[str, Any]) -> list[str]:
+    """What the spreads are of: a line for each kind."""
     over: dict[str, list[str]] = {}
-    for name, spread in results["spread"].items():
-        over.setdefault(spread["of"], []).append(TABLE[name][0])
-    lines += [f"±          {', '.join(names)}: {of}" for of, names in over.items()]
-    return lines + [f"note       {note}" for note in results["notes"]]
+    for name, each in results["spread"].items():
+        over.setdefault(each["of"], []).append(TABLE[name][0])
+    return [f"±          {', '.join(names)}: {of}" for of, names in over.items()]
 
 
 def _images(images: dict[str, Any], count: int | None) -> str:

@@ -92,6 +92,8 @@ def ece_over_t(runs: Sequence[Run]) -> Picture | None:
     found = [(run, run.metrics["ece_t"]) for run in runs if run.metrics.get("ece_t")]
     series = [Series(run.name, each["t"], each["ece"], each.get("sd")) for run, each in found]
     caption = "Calibration error of the guiding classifier on what it was shown at each step, and its mean over steps."
+    if any(each.get("sd") for _, each in found):
+        caption += " The band is one standard deviation over samples."
     return _curves(series, "ECE_t", r"ECE$_t$ of the classifier", caption, averages=True) if series else None
 
 

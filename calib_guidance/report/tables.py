@@ -21,6 +21,7 @@ _BETTER = {
     "frechet_distance_infinite": "lower",
     "spatial_frechet_distance": "lower",
     "kernel_distance": "lower",
+    "kernel_distance_mean": "lower",
     "inception_score": "higher",
     "precision": "higher",
     "recall": "higher",

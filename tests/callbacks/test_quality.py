@@ -65,6 +65,8 @@ def test_is_the_functions_of_the_features(tmp_path, more):
     }
     if more:
         density, coverage = density_coverage(real, generated)
+        assert found.pop("kernel_distance_mean") != found["kernel_distance"]
+        assert found["spread"].pop("kernel_distance_mean") != found["spread"]["density"]
         expected |= {"kernel_distance": kernel_distance(real, generated), "density": density, "coverage": coverage}
         assert found["spread"]["kernel_distance"]["of"] == "100 subsets of 20, the spread of one"
     for name, value in expected.items():
@@ -77,6 +79,16 @@ def test_is_the_functions_of_the_features(tmp_path, more):
     assert (samples["uint8_rule"], samples["num_images"]) == ("truncate", 50)
     assert found["provenance"]["reference"]["images"]["uint8_rule"] == "truncate"
     assert not (tmp_path / "judge.npz").exists()
+
+
+def test_a_share_of_all_is_not_certain(tmp_path):
+    """Balls that hold all of the reference hold every sample; a bootstrap of that would have no spread."""
+    _, _, trainer = run_and_trainer(tmp_path)
+    found, _ = measured(trainer, metrics=("pr",), k=39)
+    assert found["precision"] == 1
+    spread = found["spread"]["precision"]
+    assert spread == {"sd": 0.02, "low": pytest.approx(1 - 1.96 / 50, abs=1e-4), "high": 1, "of": spread["of"]}
+    assert spread["of"] == "no difference among 50 samples: 1/50"
 
 
 def test_a_judge_beside_the_features_says_what_it_saw(tmp_path):

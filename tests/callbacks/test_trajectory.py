@@ -3,12 +3,15 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 import yaml
 
 from calib_guidance.callbacks.trajectory import StepMoments
 from calib_guidance.cli import main
+from calib_guidance.metrics import bootstrap_sums, calibration_error_from_bins, jackknife_sd
 from calib_guidance.noise_schedule import NoiseSchedule, named_betas
+from calib_guidance.run_folder import RunFolder
 from tests.test_faults import QUICK, configuration
 
 
@@ -50,3 +53,70 @@ def test_reliability_by_range_of_t_and_the_schedule_are_saved(in_root, tmp_path)
     sine = 2 * 0.3 * np.sin(np.pi * np.arange(4) / 4) * [0, 1, 1, 0]
     (with_sine,) = [values for name, values in schedule["strength"].items() if "0.3" in name]
     np.testing.assert_allclose(with_sine, expected + sine)
+
+
+def test_spread_of_calibration_is_that_of_leaving_out_shards(in_root, tmp_path, capsys):
+    path = configuration(tmp_path / "run", num_samples=100, batch_size=5)
+    main(["predict", "--config", str(path), *QUICK])
+    printed = capsys.readouterr().out
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    run = RunFolder.open(tmp_path / "run")
+    sums = []
+    for shard in run.shards():
+        (steps,) = [v for k, v in run.read_sums(shard).items() if k.startswith("TrajectoryCalibration-")]
+        sums.append(steps)
+    sums = np.stack(sums)
+    assert len(sums) == 20
+
+    def ece_t(bins):
+        return np.abs(bins[..., 1] - bins[..., 2]).sum(-1) / bins[..., 0].sum(-1)
+
+    whole = ece_t(sums.sum(0))
+    assert metrics["integral_ece"] == pytest.approx(np.nanmean(whole))
+    without = np.stack([ece_t(sums.sum(0) - one) for one in sums])
+    sd = [np.sqrt(19 / 20 * np.square(v - v.mean(0)).sum(0)) for v in (without, np.nanmean(without, 1))]
+    np.testing.assert_allclose(metrics["ece_t"]["sd"], sd[0])
+    found = metrics["spread"]["integral_ece"]
+    assert found["sd"] == pytest.approx(sd[1])
+    assert found["of"] == metrics["ece_t"]["of"] == "jackknife over 20 blocks of samples"
+    assert found["low"] < metrics["integral_ece"] < found["high"]
+    assert f"integral ECE          {metrics['integral_ece']:.3f}  ± {sd[1]:.3f}" in printed
+    assert "±          integral ECE: jackknife over 20 blocks of samples" in printed
+
+
+def test_quality_may_be_added_after_the_report(in_root, tmp_path, capsys):
+    """As lightning_configs/quality does; what it and the trajectory find stands in one metrics.json."""
+    callbacks = yaml.safe_load((in_root / "lightning_configs/predict/digits.yaml").read_text())["trainer"]["callbacks"]
+    (quality,) = [c for c in callbacks if c["class_path"].endswith("SampleQuality")]
+    (tmp_path / "quality.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": [quality]}}))
+    path = configuration(tmp_path / "run", batch_size=4)
+    main(["predict", "--config", str(path), "--config", str(tmp_path / "quality.yaml"), *QUICK])
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["spread"].keys() >= {"integral_ece", "precision", "judge_accuracy"}
+    assert metrics["frechet_distance"] > 0
+    printed = capsys.readouterr().out
+    assert f"wrote to {tmp_path / 'run'}: samples, metrics.json, judge.npz, trajectory.npz, config.yaml" in printed
+    assert "±          integral ECE: jackknife over 5 blocks of samples" in printed
+
+
+def test_jackknife_over_blocks_is_what_samples_spread_and_their_bootstrap_says():
+    """Of 4 steps that one sample passes with like confidence; 60 draws of 400 samples in 20 blocks."""
+    generator, steps, bins = torch.Generator().manual_seed(0), 4, 15
+    found = []
+    for _ in range(60):
+        confidence = 0.2 + 0.7 * torch.rand(400, generator=generator, dtype=torch.float64)
+        correct = (torch.rand(400, generator=generator) < confidence - 0.15).double()
+        cells = torch.zeros(400, steps, bins, 3, dtype=torch.float64)
+        for step in range(steps):
+            seen = (confidence + 0.02 * step).clamp(max=1)
+            cells[torch.arange(400), step, (seen * bins).long().clamp(max=bins - 1)] = torch.stack(
+                [torch.ones(400, dtype=torch.float64), seen, correct], 1
+            )
+        blocks = cells.view(20, 20, steps, bins, 3).sum(1)
+        integral = calibration_error_from_bins(cells.sum(0)).mean()
+        jackknife = jackknife_sd(calibration_error_from_bins(cells.sum(0) - blocks).mean(1))
+        drawn = bootstrap_sums(cells.flatten(1), 100).view(-1, steps, bins, 3)
+        found.append(torch.stack([integral, jackknife, calibration_error_from_bins(drawn).mean(1).std()]))
+    integral, jackknife, bootstrapped = torch.stack(found).T
+    assert float(jackknife.square().mean().sqrt()) == pytest.approx(float(integral.std()), rel=0.25)
+    assert float(jackknife.mean()) == pytest.approx(float(bootstrapped.mean()), rel=0.25)

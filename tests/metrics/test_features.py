@@ -56,6 +56,7 @@ def test_dinov2_is_measured_at_224_pixels():
     assert extractor(images()).pool.shape == (2, extractor.width) == (2, 384)
     assert extractor.network.pos_embed.shape[1] == 16 * 16 + 1
     assert (extractor.size, extractor.how) == (224, "bicubic")
+    assert extractor.provenance()["resize"]["how"].endswith(", where timm's settings say 518")
 
 
 def test_torchvision_models_give_the_input_of_their_last_layer(tmp_path):

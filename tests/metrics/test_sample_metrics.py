@@ -12,6 +12,8 @@ from torchmetrics.image import InceptionScore as TheirInceptionScore
 from torchmetrics.image.kid import poly_mmd
 
 from calib_guidance.metrics import (
+    ClassWiseDistances,
+    CLIPScore,
     DensityCoverage,
     FrechetDistance,
     InceptionScore,
@@ -20,6 +22,7 @@ from calib_guidance.metrics import (
     bootstrap,
     bootstrap_sums,
     class_wise_distances,
+    clip_score,
     covariance_root,
     density_coverage,
     extrapolated_frechet_distance,
@@ -253,11 +256,14 @@ def test_bootstrap():
 
 
 REFERENCE, GENERATED = small_sets()
+CLASSES = torch.arange(len(GENERATED)) % 2
 BUILD = {
     "frechet": lambda **k: FrechetDistance(REFERENCE, **k),
     "precision": lambda **k: PrecisionRecall(REFERENCE, **k),
     "kernel": lambda **k: KernelDistance(REFERENCE, subsets=5, subset_size=20, **k),
     "density": lambda **k: DensityCoverage(REFERENCE, **k),
+    "classes": lambda **k: ClassWiseDistances(REFERENCE, CLASSES[: len(REFERENCE)], 2, **k),
+    "clip": lambda **k: CLIPScore(**k),
     "inception": lambda **k: InceptionScore(len(GENERATED), GENERATED.shape[1], splits=4, **k),
 }
 
@@ -266,11 +272,21 @@ def update(metric, index):
     """What a rank sees, in batches of 8."""
     for rows in index.split(8) if len(index) else ():
         known = (rows,) if isinstance(metric, InceptionScore | KernelDistance) else ()
+        known = (CLASSES[rows],) if isinstance(metric, ClassWiseDistances | CLIPScore) else known
         metric.update(GENERATED[rows], *known)
 
 
 def as_dict(values):
-    return values if isinstance(values, dict) else {"value": values}
+    if not isinstance(values, dict):
+        return {"value": values}
+    if not all(isinstance(value, dict) for value in values.values()):
+        return values
+    return {
+        f"{name} of class {label}": torch.tensor(value)
+        for label, figures in values.items()
+        for name, value in figures.items()
+        if isinstance(value, float)
+    }
 
 
 @pytest.mark.parametrize("name", BUILD)
@@ -318,10 +334,22 @@ def test_states_merge_and_reset(name):
     torch.testing.assert_close(as_dict(first.compute()), expected, rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("name", ["frechet", "precision", "kernel", "density"])
+@pytest.mark.parametrize("name", ["frechet", "precision", "kernel", "density", "classes"])
 def test_features_of_another_width_are_refused(name):
     with pytest.raises(ValueError, match=r"features \(M, 4\).*shape \(3, 5\)"):
-        BUILD[name]().update(torch.zeros(3, 5))
+        BUILD[name]().update(torch.zeros(3, 5), *([CLASSES[:3]] if name == "classes" else []))
+
+
+def test_classes_of_their_metrics_give_what_the_functions_do():
+    found = BUILD["classes"]()
+    update(found, torch.arange(len(GENERATED)))
+    assert found.compute() == class_wise_distances(REFERENCE, CLASSES[: len(REFERENCE)], GENERATED, CLASSES, 2)
+    assert found.compute()["0"].keys() > {"frechet_distance", "precision"}
+    found = BUILD["clip"]()
+    update(found, torch.arange(len(GENERATED)))
+    own = [float(GENERATED[i, i % 2]) for i in range(len(GENERATED))]
+    assert float(found.compute()) == pytest.approx(sum(own) / len(own))
+    assert float(clip_score(GENERATED, CLASSES)) == pytest.approx(sum(own) / len(own))
 
 
 def test_bad_arguments_are_refused():
@@ -341,6 +369,9 @@ def test_bad_arguments_are_refused():
         "splits of 0 rows": lambda: InceptionScore(60, 4, rows=0),
         r"needs logits \(N, 3\)": lambda: InceptionScore(60, 3).update(GENERATED, torch.arange(60)),
         "index 0 … 59 is out of range": lambda: InceptionScore(50, 4).update(GENERATED, torch.arange(60)),
+        r"class for each of 60 features, got \(2,\)": lambda: ClassWiseDistances(GENERATED, CLASSES[:2]),
+        r"class for each of 60 features, got \(3,\)": lambda: BUILD["classes"]().update(GENERATED, CLASSES[:3]),
+        r"prompts \(N,\), got \(60, 4\) and \(3,\)": lambda: CLIPScore().update(GENERATED, CLASSES[:3]),
         r"got \(4,\) and \(3, 3\)": lambda: FrechetDistance((torch.zeros(4), torch.eye(3))),
     }.items():
         with pytest.raises(ValueError, match=match.strip()):
@@ -371,10 +402,10 @@ def test_spread_of_a_frechet_distance_is_the_jackknifes():
 
 def test_class_wise_distances_are_those_of_each_class():
     generator = torch.Generator().manual_seed(2)
-    labels, real_labels = torch.arange(130) % 3, torch.arange(120) % 3
-    labels[90:] = 0
+    labels, real_labels = torch.arange(130) % 3, torch.arange(140) % 3
+    labels[90:] = real_labels[120:] = 0
     generated = torch.randn(130, 4, generator=generator) + labels[:, None]
-    reference = torch.randn(120, 4, generator=generator) + real_labels[:, None]
+    reference = torch.randn(140, 4, generator=generator) + real_labels[:, None]
     real_labels[:35][real_labels[:35] == 2] = 1
     found = class_wise_distances(reference, real_labels, generated, labels)
     assert list(found) == ["0", "1", "2"]
@@ -387,11 +418,24 @@ def test_class_wise_distances_are_those_of_each_class():
             assert [figures["precision"], figures["recall"]] == pytest.approx(
                 [float(v) for v in precision_recall(real, made)]
             )
-            assert not figures["left_out"]
+            assert figures["left_out"].keys() == ({"density", "coverage"} if label == "1" else set())
+        if label == "0":
+            assert [figures["density"], figures["coverage"]] == pytest.approx(
+                [float(v) for v in density_coverage(real, made)]
+            )
+            recall = figures["recall"]
+            assert figures["spread"]["recall"] == pytest.approx((recall * (1 - recall) / len(real)) ** 0.5)
     assert "precision" not in found["2"]
     assert found["2"]["left_out"]["recall"] == "29 images in the smaller set; 30 are needed for k = 3"
     wide = class_wise_distances(torch.cat([reference] * 5, 1), real_labels, torch.cat([generated] * 5, 1), labels)
-    assert wide["1"]["left_out"] == {"frechet_distance": "30 images in the smaller set; 41 are needed for 20 features"}
+    assert (
+        wide["1"]["left_out"]
+        | {
+            "frechet_distance": "30 images in the smaller set; 41 are needed for 20 features",
+            "density": "30 images in the smaller set; 50 are needed for k = 5",
+        }
+        == wide["1"]["left_out"]
+    )
 
 
 def test_spread_of_balanced_draws_is_what_varies_within_classes():
