@@ -5,6 +5,7 @@ import io
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -138,7 +139,7 @@ def two(tmp_path_factory):
     (first / "evaluation").mkdir()
     evaluated = {"inception_score": 3.25, "num_measured": 12, "kernel_distance": 1.25e-7}
     (first / "evaluation/metrics.json").write_text(json.dumps(evaluated))
-    page = report(first, second, "--output", root / "page.html")
+    page = report(first, second, "--figures", root / "figures", "--output", root / "page.html")
     page.path, page.runs = root / "page.html", (first, second)
     return page
 
@@ -166,6 +167,17 @@ def test_every_picture_is_one_and_is_described(two):
         assert attributes["alt"]
         data = base64.b64decode(attributes["src"].removeprefix("data:image/png;base64,"))
         assert Image.open(io.BytesIO(data)).size == (int(attributes["width"]), int(attributes["height"]))
+
+
+def test_its_figures_are_kept_as_png_and_pdf(two):
+    kept = {path.name: path.read_bytes() for path in (two.path.parent / "figures").iterdir()}
+    names = {Path(name).stem for name in kept}
+    assert {"ece_t", "gradient_norm", "side_by_side", "trajectory_second", "samples_first_b_x_"} <= names
+    assert kept.keys() == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
+    on_page = two.path.read_text()
+    for name in names:
+        assert kept[f"{name}.pdf"].startswith(b"%PDF")
+        assert base64.b64encode(kept[f"{name}.png"]).decode() in on_page
 
 
 def test_numbers_are_those_that_were_measured(two):
@@ -284,6 +296,7 @@ def test_a_run_that_has_only_begun(tmp_path):
         (["run", "empty/../run"], "empty/../run is given twice"),
         (["run", "--output", "empty"], "--output: empty is a folder"),
         (["run", "--output", "run/run.json/page.html"], "--output: run/run.json cannot be made"),
+        (["run", "--figures", "run/run.json"], "--figures: run/run.json cannot be made"),
         (["broken"], "broken/run.json is damaged"),
     ],
 )

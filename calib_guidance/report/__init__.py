@@ -13,16 +13,14 @@ from calib_guidance.report.runs import open_runs
 __all__ = ["report"]
 
 
-def _check_output(path: Path) -> None:
-    """Raise ConfigurationError where the page cannot be written, before it is made."""
-    if path.is_dir():
-        raise ConfigurationError(f"--output: {path} is a folder; name the file, such as {path / 'report.html'}")
+def _make_folder(path: Path, option: str) -> None:
+    """Raise ConfigurationError where nothing can be written, before anything is made."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigurationError(f"--output: {path.parent} cannot be made: {error.strerror}") from error
-    if not os.access(path.parent, os.W_OK):
-        raise ConfigurationError(f"--output: {path.parent} is not writable; name another place")
+        raise ConfigurationError(f"{option}: {path} cannot be made: {error.strerror}") from error
+    if not os.access(path, os.W_OK):
+        raise ConfigurationError(f"{option}: {path} is not writable; name another place")
 
 
 def report(args: Sequence[str]) -> None:
@@ -49,15 +47,22 @@ def report(args: Sequence[str]) -> None:
     parser.add_argument(
         "--output", type=Path, help="file to write (report.html, in the run's folder where there is one run)"
     )
+    parser.add_argument("--figures", type=Path, help="folder to keep the page's figures in, each as PNG and PDF")
     options = parser.parse_args(list(args))
     folder = options.runs[0] if len(options.runs) == 1 else Path()
     output: Path = options.output or folder / "report.html"
     runs = open_runs(options.runs)
-    _check_output(output)
+    if output.is_dir():
+        raise ConfigurationError(f"--output: {output} is a folder; name the file, such as {output / 'report.html'}")
+    _make_folder(output.parent, "--output")
+    if options.figures:
+        _make_folder(options.figures, "--figures")
     # After what can be refused at once: importing torch and matplotlib takes seconds.
     from calib_guidance.report.page import render
+    from calib_guidance.report.pictures import kept_in
 
-    page = render(runs)
+    with kept_in(options.figures):
+        page = render(runs)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(page, encoding="utf-8")
@@ -67,4 +72,6 @@ def report(args: Sequence[str]) -> None:
     for run in runs:
         for remark in run.remarks:
             print(f"{run.name}: {remark}")
+    if options.figures:
+        print(f"wrote {len(list(options.figures.glob('*.pdf')))} figures, as PNG and PDF, to {options.figures}")
     print(f"wrote {output} ({len(page.encode()) / 1e6:.1f} MB)")

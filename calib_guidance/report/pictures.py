@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import math
+import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,15 +54,30 @@ def sample(image: np.ndarray, alt: str) -> Picture:
     return _picture(buffer.getvalue(), alt)
 
 
-def _drawn(alt: str, caption: str, draw: Callable[..., list[Path]], *arguments: Any, **options: Any) -> Picture:
+@contextlib.contextmanager
+def kept_in(folder: Path | None) -> Iterator[None]:
+    """While inside, figures are kept in a folder, as PNG and PDF; with None only the page has them."""
+    token = _FOLDER.set(folder)
+    try:
+        yield
+    finally:
+        _FOLDER.reset(token)
+
+
+def _drawn(
+    name: str, alt: str, caption: str, draw: Callable[..., list[Path]], *arguments: Any, **options: Any
+) -> Picture:
     """What one of the functions of calib_guidance.figures draws, given a path for the place of ``path``."""
-    with tempfile.TemporaryDirectory() as folder:
-        paths = draw(*(Path(folder, "figure") if each is _PATH else each for each in arguments), **options)
+    name = re.sub(r"[^\w.-]+", "_", name)
+    with contextlib.ExitStack() as stack:
+        folder = _FOLDER.get() or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        paths = draw(*(folder / name if each is _PATH else each for each in arguments), **options)
         (png,) = (path for path in paths if path.suffix == ".png")
         return _picture(png.read_bytes(), alt, caption)
 
 
 _PATH = object()
+_FOLDER: ContextVar[Path | None] = ContextVar("folder", default=None)
 
 
 def _plain(name: str) -> str:
@@ -81,10 +99,10 @@ def _range(series: Series) -> str:
     )
 
 
-def _curves(series: Sequence[Series], name: str, label: str, caption: str, **options: Any) -> Picture:
+def _curves(file: str, series: Sequence[Series], name: str, label: str, caption: str, **options: Any) -> Picture:
     alt = f"{name} over the diffusion step t: {'; '.join(map(_range, series))}."
     plain = [each._replace(name=_plain(each.name)) for each in series]
-    return _drawn(alt, caption, curves, plain, _PATH, label, **options)
+    return _drawn(file, alt, caption, curves, plain, _PATH, label, **options)
 
 
 def ece_over_t(runs: Sequence[Run]) -> Picture | None:
@@ -94,7 +112,7 @@ def ece_over_t(runs: Sequence[Run]) -> Picture | None:
     caption = "Calibration error of the guiding classifier on what it was shown at each step, and its mean over steps."
     if any(each.get("sd") for _, each in found):
         caption += " The band is one standard deviation over samples."
-    return _curves(series, "ECE_t", r"ECE$_t$ of the classifier", caption, averages=True) if series else None
+    return _curves("ece_t", series, "ECE_t", r"ECE$_t$ of the classifier", caption, averages=True) if series else None
 
 
 def gradient_norm_over_t(runs: Sequence[Run]) -> Picture | None:
@@ -102,7 +120,7 @@ def gradient_norm_over_t(runs: Sequence[Run]) -> Picture | None:
     found = [(run, run.metrics["gradient_norm_t"]) for run in runs if run.metrics.get("gradient_norm_t")]
     series = [Series(run.name, each["t"], each["mean"], each.get("sd")) for run, each in found]
     caption = "Norm of the gradient that guides, mean over samples; the band is one standard deviation of samples."
-    return _curves(series, "Gradient norm", r"$\|\nabla S\|$", caption) if series else None
+    return _curves("gradient_norm", series, "Gradient norm", r"$\|\nabla S\|$", caption) if series else None
 
 
 def reliability_by_level(run: Run) -> Picture | None:
@@ -119,7 +137,9 @@ def reliability_by_level(run: Run) -> Picture | None:
     ]
     alt = f"Reliability diagrams of {run.name} by noise level. {'; '.join(said)}."
     caption = f"{run.name}: accuracy over confidence of the guiding classifier, by noise level."
-    return _drawn(alt, caption, reliability, bins, [_plain(level) for level in found["levels"]], _PATH)
+    return _drawn(
+        f"reliability_{run.name}", alt, caption, reliability, bins, [_plain(level) for level in found["levels"]], _PATH
+    )
 
 
 def trajectory_strips(run: Run) -> Picture | None:
@@ -135,7 +155,7 @@ def trajectory_strips(run: Run) -> Picture | None:
     )
     caption = f"{run.name}: what the denoiser predicts, and below it the gradient that guides it, red up and blue down."
     names = [f"class {label}" for label in kept["label"].tolist()]
-    return _drawn(alt, caption, strips, kept["x0"], kept["gradient"], kept["t"], names, _PATH)
+    return _drawn(f"trajectory_{run.name}", alt, caption, strips, kept["x0"], kept["gradient"], kept["t"], names, _PATH)
 
 
 def guidance_schedules(runs: Sequence[Run]) -> list[Picture]:
@@ -158,7 +178,8 @@ def guidance_schedules(runs: Sequence[Run]) -> list[Picture]:
         caption = f"Guidance schedule{of}, the scale included."
         alt = f"Strength of guidance over the diffusion step t: {said}."
         values = {_plain(name): each for name, each in strengths.items()} if len(runs) > 1 else strengths
-        pictures.append(_drawn(alt, caption, guidance_schedule, t, values, _PATH, unit))
+        name = f"guidance_schedule_{len(pictures) + 1}" if len(groups) > 1 else "guidance_schedule"
+        pictures.append(_drawn(name, alt, caption, guidance_schedule, t, values, _PATH, unit))
     return pictures
 
 
@@ -175,7 +196,7 @@ def grid(run: Run, rows: int = 10, columns: int = 10) -> Picture | None:
     shown = sorted(set(batch["label"].tolist()))
     alt = f"{run.name}: the first samples of the classes {', '.join(map(str, shown))}, a row each."
     caption = f"{run.name}: the first samples by index of each class, not chosen."
-    return _drawn(alt, caption, sample_grid, [batch], _PATH, rows, columns)
+    return _drawn(f"samples_{run.name}", alt, caption, sample_grid, [batch], _PATH, rows, columns)
 
 
 def same_noise(columns: dict[str, dict[str, Any]]) -> Picture:
@@ -191,4 +212,4 @@ def same_noise(columns: dict[str, dict[str, Any]]) -> Picture:
     )
     caption = "The first sample of each class, from the same noise in a column: a row for each run."
     named = {_plain(name): each for name, each in columns.items()}
-    return _drawn(alt, caption, side_by_side, named, _PATH, first["index"].tolist())
+    return _drawn("side_by_side", alt, caption, side_by_side, named, _PATH, first["index"].tolist())
