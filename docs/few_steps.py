@@ -69,20 +69,21 @@ class Setting(NamedTuple):
     guided: bool = True
     term: str = "ancestral"
     schedule: tuple[tuple[str, Any], ...] = ()
+    sampling: tuple[tuple[str, Any], ...] = ()  # further options of the sampler; not for DDIM and Heun
 
     def build(self) -> Sampler:
         n = self.evaluations
         split = self.term in ("lie_trotter", "strang")
         if self.sampler == "DDPM":
-            return DDPM(n)
+            return DDPM(n, **dict(self.sampling))
         if self.sampler == "Heun":  # two evaluations a step, and one at the last
             return Heun((n + 1) // 2, clip_denoised=True)
         if self.sampler == "DDIM":
             return DDIM(f"ddim{n}", guidance_term=self.term, data_std=LEADING)
         if self.sampler == SDE:
-            return DPMSolver(n // 2 if split else n, sde=True, guidance_term=self.term)
+            return DPMSolver(n // 2 if split else n, sde=True, guidance_term=self.term, **dict(self.sampling))
         kind = UniPC if self.sampler == "UniPC" else DPMSolver
-        return kind(n // 2 if split else n, guidance_term=self.term, data_std=LEADING)
+        return kind(n // 2 if split else n, guidance_term=self.term, data_std=LEADING, **dict(self.sampling))
 
 
 def settings() -> Iterator[Setting]:
@@ -94,6 +95,7 @@ def settings() -> Iterator[Setting]:
     yield from OTHERS.values()
 
 
+UNCLIPPED = (("clip_denoised", False),)
 OTHERS = {
     **{f"{name}, guidance as part of x̂0": Setting(name, 25, term="score") for name in (SDE, "DDIM", TWO_M, "UniPC")},
     **{
@@ -108,6 +110,13 @@ OTHERS = {
     f"{SDE}, guided at σ in [0.1, 3]": Setting(SDE, 25, schedule=(("sigma_interval", (0.1, 3.0)),)),
     f"{SDE}, guided every 2nd step": Setting(SDE, 25, schedule=(("every", 2),)),
     f"{SDE}, guided every 3rd step": Setting(SDE, 25, schedule=(("every", 3),)),
+    **{
+        f"DDPM, {variance.replace('_', ' ')} variance": Setting("DDPM", 25, sampling=(("variance", variance),))
+        for variance in ("fixed_small", "fixed_large")
+    },
+    **{f"{name}, x̂0 not clipped": Setting(name, 25, sampling=UNCLIPPED) for name in ("DDPM", SDE, TWO_M)},
+    f"{TWO_M}, first order": Setting(TWO_M, 25, sampling=(("order", 1),)),
+    f"{SDE}, first order": Setting(SDE, 25, sampling=(("order", 1),)),
 }
 
 
@@ -155,7 +164,8 @@ def measure(setting: Setting, seed: int, n: int) -> list[float]:
 
 
 def key(setting: Setting, seed: int, n: int) -> str:
-    return json.dumps([*setting, LEADING, seed, n], ensure_ascii=False)
+    chosen = setting if setting.sampling else setting[:-1]
+    return json.dumps([*chosen, LEADING, seed, n], ensure_ascii=False)
 
 
 def cells(found: dict[str, list[float]], setting: Setting, seeds: list[int], n: int, measures: range) -> list[str]:
