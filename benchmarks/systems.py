@@ -118,7 +118,7 @@ def trajectory(system: System, guidance: Guidance | None, steps: int, batch: int
 
 def matrix_rate(device: str, dtype: torch.dtype) -> float:
     """Operations per second of large matrix products, 10¹²."""
-    n = 8192 if device == "cuda" else 1024
+    n = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     times = in_turns({"product": lambda: a @ b}, 10)["product"]
     return 2 * n**3 / statistics.median(times) / 1e12
