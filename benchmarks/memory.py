@@ -9,6 +9,7 @@ first step (interpreter, libraries, weights).
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import multiprocessing
 from multiprocessing.connection import Connection
@@ -31,6 +32,7 @@ def begin() -> float:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 2**20
     gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed and not given back would be used again unseen
     Path("/proc/self/clear_refs").write_text("5")  # else the peak would be that of drawing random weights
     return _resident("VmRSS")
 
