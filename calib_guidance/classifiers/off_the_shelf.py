@@ -19,6 +19,7 @@ from calib_guidance.checkpoints import CheckpointError, load_weights, tensors_on
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.classifiers.smoothing import smooth_activations
 from calib_guidance.compilation import Compiled
+from calib_guidance.convolutions import pack_convolutions
 from calib_guidance.precision import DTYPES, WideGradient
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -157,11 +158,18 @@ class OffTheShelfClassifier(Classifier):
             self.network = smooth_activations(self.network, softplus_beta, self.activations)
 
     def freeze(self) -> Classifier:
-        """Also folds BatchNorm into the convolutions, gives the weights their type and lays them out channels-last, once."""
+        """Also folds BatchNorm into the convolutions, gives the weights their type and lays them out channels-last, once.
+
+        On a CPU the convolutions then keep two more copies of their weights, see
+        :class:`~calib_guidance.convolutions.PackedConv2d`.
+        """
         super().freeze()
         if not self._frozen:
             self.network = fold_batch_norm(self.network).to(self.dtype, memory_format=torch.channels_last)
-            self._compiled = Compiled(self.network) if self.is_compiled else None
+            if self.is_compiled:
+                self._compiled = Compiled(self.network)
+            else:
+                pack_convolutions(self.network)
             self._frozen = True
         return super().freeze()
 

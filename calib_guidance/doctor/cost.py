@@ -49,7 +49,9 @@ class Counter(TorchDispatchMode):
         if (formula := flop_registry.get(func._overloadpacket)) is not None:
             self.operations += formula(*args, **(kwargs or {}), out_val=result)
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._known:
+            if not isinstance(tensor, Tensor) or tensor.is_mkldnn:  # packed weights show no storage
+                continue
+            if (storage := tensor.untyped_storage()) not in self._known:
                 self._known[storage] = None
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)

@@ -1,0 +1,121 @@
+"""Convolutions whose weights stay as they are, in the layout that the CPU's kernels want."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
+
+# Operators of oneDNN, which torch.compile puts in the place of convolutions when it freezes weights.
+_ops = torch.ops.mkldnn
+_PLAIN = ("none", [], "")  # no activation fused
+
+
+def _operations(x: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
+    return 2 * out_shape[0] * out_shape[2] * out_shape[3] * torch.Size(weight).numel()
+
+
+def _operations_transposed(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * x[0] * x[2] * x[3] * torch.Size(weight).numel()
+
+
+if torch.backends.mkldnn.is_available():  # builds without oneDNN do not have the operators
+    register_flop_formula(_ops._convolution_pointwise)(_operations)
+    register_flop_formula(_ops._convolution_transpose_pointwise)(_operations_transposed)
+
+
+class _Convolve(torch.autograd.Function):
+    """The convolution, and as its gradient with respect to the image the transposed one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, conv: PackedConv2d) -> Tensor:
+        ctx.conv, ctx.shape = conv, x.shape
+        return _ops._convolution_pointwise(
+            x, conv.packed(x.shape), conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups, *_PLAIN
+        )
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        conv = ctx.conv
+        unused = conv.unused(ctx.shape)
+        weight = conv.packed(ctx.shape, backward=True)
+        return _ops._convolution_transpose_pointwise(
+            gradient, weight, None, conv.padding, unused, conv.stride, conv.dilation, conv.groups, *_PLAIN
+        ), None
+
+
+class PackedConv2d(nn.Conv2d):
+    """A convolution that keeps its weights packed for the CPU, once for the image and once for its gradient.
+
+    What cannot be packed (another device, half precision, autocast, weights that learn) is convolved as ever. The gradient of a
+    packed one cannot be differentiated again. Copies and files hold the plain weights alone.
+    """
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d) -> PackedConv2d:
+        """The same convolution, with the same parameters (not copies)."""
+        packed = cls.__new__(cls)
+        packed.__dict__ = dict(conv.__dict__, _packed={})
+        return packed
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__, _packed={})
+
+    def can_pack(self, x: Tensor) -> bool:
+        return (
+            x.device.type == "cpu"
+            and x.dtype == self.weight.dtype == torch.float32
+            and not self.weight.requires_grad
+            and torch.backends.mkldnn.is_available()
+            and torch.backends.mkldnn.enabled
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+        )
+
+    def out_size(self, shape: Sequence[int]) -> list[int]:
+        """``[N, C, H, W]`` of the output for an input of ``shape``."""
+        sides = zip(shape[2:], self.padding, self.dilation, self.kernel_size, self.stride, strict=True)
+        return [
+            shape[0],
+            self.out_channels,
+            *((s + 2 * p - d * (k - 1) - 1) // stride + 1 for s, p, d, k, stride in sides),
+        ]
+
+    def unused(self, shape: Sequence[int]) -> list[int]:
+        """Rows and columns at the end of an input of ``shape`` that no stride reaches."""
+        sides = zip(shape[2:], self.padding, self.dilation, self.kernel_size, self.stride, strict=True)
+        return [(s + 2 * p - d * (k - 1) - 1) % stride for s, p, d, k, stride in sides]
+
+    def packed(self, shape: Sequence[int], backward: bool = False) -> Tensor:
+        """The weights, packed for the first ``shape`` of inputs; for others oneDNN rearranges them again where it must."""
+        made_of = (self.weight.data_ptr(), self.weight._version)
+        if self._packed.get("made of") != made_of:
+            self._packed = {"made of": made_of}
+        if backward not in self._packed:
+            weight, settings = self.weight.detach().contiguous(), (self.stride, self.dilation, self.groups)
+            if backward:
+                self._packed[backward] = _ops._reorder_convolution_transpose_weight(
+                    weight, self.padding, self.unused(shape), *settings, self.out_size(shape)
+                )
+            else:
+                self._packed[backward] = _ops._reorder_convolution_weight(weight, self.padding, *settings, list(shape))
+        return self._packed[backward]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Convolve.apply(x, self) if self.can_pack(x) else super().forward(x)
+
+
+def pack_convolutions(network: nn.Module) -> None:
+    """Put :class:`PackedConv2d` in the place of a frozen network's convolutions.
+
+    In eager mode oneDNN rearranges the weights at every call: for two images of 64×64, ResNet-50 spends twice as long on that as
+    on convolving.
+    """
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Conv2d and child.padding_mode == "zeros" and not isinstance(child.padding, str):
+                setattr(module, name, PackedConv2d.of(child))
