@@ -115,12 +115,14 @@ def read_comparison(path: Path, output: Path) -> Comparison:
     ``{seed}`` and ``{folder}`` stand for those of the run, ``{needed}`` for the folder of the needed row's run of that seed.
 
     Raises:
-        ConfigurationError: no such file, unknown keys, missing overlays or no such row above.
+        ConfigurationError: no such file, unknown or missing keys, missing overlays or no such row above.
     """
     if not path.is_file():
         raise ConfigurationError(f"compare: no such file: {path}")
     content = yaml.safe_load(path.read_text())
     check_keys(content, _KEYS, str(path))
+    if missing := _KEYS - content.keys():
+        raise ConfigurationError(f"{path}: missing keys {sorted(missing)}")
     for name, stage in content["stages"].items():
         check_keys(stage, _STAGE_KEYS, f"{path}, stage {name!r}")
     code = sources()

@@ -10,6 +10,7 @@ from calib_guidance.cli import main
 from calib_guidance.compare import Column, Table, markdown_table, read_comparison
 from calib_guidance.errors import LeftOutError
 from calib_guidance.runs import Run
+from tests.conftest import ROOT
 
 FILE = {
     "stages": {
@@ -79,6 +80,22 @@ def test_the_readmes_comparison_has_every_row_that_it_promises(in_root, tmp_path
         assert "switched" in names
     assert "classifier-free + js" in names
     assert len({run.fingerprint for run in runs}) == len(runs)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "lightning_configs/compare").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_comparison_can_be_run(in_root, tmp_path, path):
+    comparison = read_comparison(path, tmp_path)
+    assert len(comparison.rows) >= 3
+    assert {run.seed for run in comparison.runs} >= {0, 1, 2}
+    assert len({run.fingerprint for run in comparison.runs}) == len(comparison.runs)
+
+
+def test_a_file_without_rows_says_so(tmp_path, capsys):
+    path = tmp_path / "compare.yaml"
+    path.write_text("stages: {}\nseeds: [0]\ntables: {}\n")
+    with pytest.raises(SystemExit):
+        main(["compare", "--config", str(path), "--output", str(tmp_path / "runs")])
+    assert "missing keys ['groups', 'rows']" in capsys.readouterr().err
 
 
 def test_a_run_that_leaves_samples_out_is_done_and_says_so(tmp_path, monkeypatch):
