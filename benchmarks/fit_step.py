@@ -147,7 +147,8 @@ def loading(rounds: int, workers: int, pause: float, batches: int = 12, batch: i
     report(name, *(list(column) for column in zip(*times, strict=True)), f"{difference:.1e}")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Print the tables."""
     parts = ("classifier", "diffusion", "denoised", "loading")
     arguments = parser(__doc__, rounds=7)
     arguments.add_argument("--batch", type=int, default=8)
@@ -173,3 +174,7 @@ if __name__ == "__main__":
     if "loading" in options.parts:
         loading(options.rounds, options.workers, options.pause)
     keep(options.json, "fit_step", FIGURES)
+
+
+if __name__ == "__main__":
+    main()

@@ -244,7 +244,8 @@ def memory(samples: int) -> int:
         return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Print the tables."""
     arguments = parser(__doc__, rounds=7)
     arguments.add_argument("--samples", type=int, default=300, help="of the digits (%(default)s)")
     arguments.add_argument("--only-table", action="store_true", help="whole runs alone, without the memory and ADM-128")
@@ -274,3 +275,7 @@ if __name__ == "__main__":
         few, many = memory(1000), memory(10000)
         share = 100 * (many / few - 1)
         print(f"peak memory: {few / 1e3:.0f} MB for 1,000 samples, {many / 1e3:.0f} MB for 10,000: {share:+.1f} %")
+
+
+if __name__ == "__main__":
+    main()

@@ -93,7 +93,7 @@ def edm64(full: bool, dtype: str, compiled: bool) -> System:
     return System(denoiser, lambda n: Heun(n), {"none": None, "ResNet-101, Algorithm 2": guide}, 18, (128, 4))
 
 
-COLUMNS = ("system", "guidance", "batch", "images per second", "TFLOP/s", "of matrix products")
+COLUMNS = ("system", "guidance", "batch", "images per second", "TFLOP/s", "matrix products")
 COLUMNS += ("guidance, of the step", "by operations", "peak, GiB")
 SYSTEMS = {"ADM-128": adm128, "DiT-XL/2": dit, "EDM-64": edm64}
 
@@ -116,12 +116,17 @@ def trajectory(system: System, guidance: Guidance | None, steps: int, batch: int
     return run
 
 
-def matrix_rate(device: str, dtype: torch.dtype) -> float:
-    """Operations per second of large matrix products, 10¹²."""
-    n = 8192 if device == "cuda" else 2048
+def matrix_products(device: str, dtype: torch.dtype) -> tuple[Callable[[], None], float]:
+    """Large matrix products, as fast as the device makes them, and how many operations they are."""
+    n, times = (8192, 20) if device == "cuda" else (2048, 5)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    times = in_turns({"product": lambda: a @ b}, 10)["product"]
-    return 2 * n**3 / statistics.median(times) / 1e12
+    out = torch.empty_like(a)
+
+    def run() -> None:
+        for _ in range(times):
+            torch.mm(a, b, out=out)
+
+    return run, 2 * n**3 * times
 
 
 def operations(system: System, steps: int) -> dict[str, float]:
@@ -156,9 +161,8 @@ def main() -> None:
     options = arguments.parse_args()
     full = options.width == "full"
     torch.manual_seed(0)
-    rate = matrix_rate(device, getattr(torch, options.dtype) if full else torch.float32)
-    print(f"{machine()}, {options.width} width, {options.steps} steps, {options.rounds} rounds")
-    print(f"matrix products: {rate:.2f} TFLOP/s\n")
+    products, product_operations = matrix_products(device, getattr(torch, options.dtype) if full else torch.float32)
+    print(f"{machine()}, {options.width} width, {options.steps} steps, {options.rounds} rounds\n")
     print(f"| {' | '.join(COLUMNS)} |\n|---|---|{'---:|' * (len(COLUMNS) - 2)}")
     figures: dict[str, Figure] = {}
     for name in options.system:
@@ -173,12 +177,15 @@ def main() -> None:
         for kind, guidance in system.guidances.items():
             runs[kind] = trajectory(system, guidance and guidance.to(device), options.steps, batch, device)
             peaks[kind] = watched(runs[kind]) if device == "cuda" else None
-        times = in_turns(runs, options.rounds)
+        times = in_turns(runs | {"products": products}, options.rounds)
+        rates = [product_operations / s / 1e12 for s in times.pop("products")]
         for kind, seconds in times.items():
-            speeds = Figure.of([batch * counts[kind] / s / 1e12 for s in seconds])
+            speeds = [batch * counts[kind] / s / 1e12 for s in seconds]
+            of_products = ratio(speeds, rates)
             images = batch * options.steps / system.published_steps / statistics.median(seconds)
             share = Figure.of([1 - plain / s for plain, s in zip(times["none"], seconds, strict=True)])
-            cells = [name, kind, batch, f"{images:.3g}", f"{speeds.median:.2f}", f"{100 * speeds.median / rate:.0f} %"]
+            cells = [name, kind, batch, f"{images:.3g}", f"{statistics.median(speeds):.2f}"]
+            cells.append(f"{statistics.median(rates):.2f} ({100 * of_products.median:.0f} %)")
             if kind == "none":
                 cells += ["–", "–"]
             else:
@@ -187,9 +194,7 @@ def main() -> None:
                 figures[f"{name}: unguided / {kind}"] = ratio(times["none"], seconds)
             cells.append("–" if peaks[kind] is None else f"{peaks[kind]:.1f}")
             print(f"| {' | '.join(map(str, cells))} |")
-            figures[f"{name}, {kind}: share of matrix products"] = Figure(
-                *(v / rate for v in speeds[:3]), speeds.rounds
-            )
+            figures[f"{name}, {kind}: share of matrix products"] = of_products
     keep(options.json, f"systems, {options.width}", figures)
 
 
