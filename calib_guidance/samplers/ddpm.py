@@ -87,14 +87,14 @@ class DDPM(Sampler):
                 x0, fraction, _ = guided.prediction
                 if guided.noise_shift is not None:
                     x0 = x0 + from_noise[i] * guided.noise_shift
-                x_next = from_x0[i] * x0 + from_x[i] * x
-                log_variance = low[i] + fraction * span[i] if learned else low[i].expand(len(x), 1, 1, 1)
+                x_next = torch.addcmul(from_x[i] * x, from_x0[i], x0)
+                log_variance = torch.addcmul(low[i], fraction, span[i]) if learned else low[i].expand(len(x), 1, 1, 1)
+                variance = log_variance.exp()
                 if guided.gradient is not None:
-                    variance = log_variance.exp()
                     largest_variance = torch.maximum(largest_variance, variance[:, :1, :1, :1])
-                    x_next = x_next + (variance + guided.sine * largest_variance) * guided.gradient
+                    x_next = torch.addcmul(x_next, variance + guided.sine * largest_variance, guided.gradient)
                 if i:
-                    x_next = x_next + (0.5 * log_variance).exp() * noise()
+                    x_next = torch.addcmul(x_next, variance.sqrt(), noise())
                 for observe in observers:
                     observe(StepRecord(i, num_steps, timesteps[i], y, x, guided, x_next))
                 x = x_next
