@@ -58,7 +58,7 @@ figures: demo few-steps
 	$(BIN)/python docs/gaussian_mixture.py
 	$(BIN)/python docs/overconfidence.py
 
-# Ratios of this machine against those of benchmarks/baseline.json; names what got slower. For an idle machine, about 15 minutes.
+# Ratios of this machine against those of benchmarks/baseline.json; names what got slower. For an idle machine, about 20 minutes.
 benchmarks: $(INSTALLED)
 	mkdir -p outputs
 	rm -f outputs/benchmarks.json

@@ -44,6 +44,7 @@ def main() -> None:
             rows.append(f"| {name} | {before} | {now} | {now.median / before.median:.2f} |")
         gone = known["figures"].keys() - result["figures"].keys()
         rows += [f"| {name} | {Figure(*known['figures'][name])} | – | gone |" for name in sorted(gone)]
+    rows += [f"| **{benchmark}** (not measured now) | | | |" for benchmark in sorted(baseline.keys() - new.keys())]
     print("| figure, more is better | baseline | now | now / baseline |\n|---|---:|---:|---:|")
     print("\n".join(rows))
     if worse:

@@ -217,6 +217,8 @@ def main() -> None:
         shape = (batch, *denoiser.image_shape)
         step += classifier_gradient(table, name, guide, shape, options.rounds, options.compile)
         steps.append((name, denoiser, batch, step))
+    larger = OffTheShelfClassifier("torchvision/resnet50")
+    classifier_gradient(table, "ResNet-50 at 64 pixels, batch 8", larger, (8, 3, 64, 64), options.rounds, False)
     print(
         "\n| of a guided step | step | sampler | noise | writing, of 250 steps | together |\n|---|---:|---:|---:|---:|---:|"
     )

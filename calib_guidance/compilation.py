@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import torch
@@ -42,5 +41,6 @@ class Compiled:
             return self._fast(*inputs)
         return self._fast(*(_OwnGradient.apply(x) if x.requires_grad else x for x in inputs)).clone()
 
-    def __deepcopy__(self, memo: dict[int, object]) -> Compiled:
-        return Compiled(copy.deepcopy(self.function, memo))
+    def __reduce__(self) -> tuple[type[Compiled], tuple[Callable[..., Tensor]]]:
+        """Copied and pickled without what was compiled, which is not to be had by others."""
+        return Compiled, (self.function,)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,11 +31,14 @@ class _Convolve(torch.autograd.Function):
     """The convolution, and as its gradient with respect to the image the transposed one."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, conv: PackedConv2d) -> Tensor:
-        ctx.conv, ctx.shape = conv, x.shape
+    def forward(x: Tensor, conv: PackedConv2d) -> Tensor:
         return _ops._convolution_pointwise(
             x, conv.packed(x.shape), conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups, *_PLAIN
         )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, PackedConv2d], output: Tensor) -> None:
+        ctx.conv, ctx.shape = inputs[1], inputs[0].shape
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -52,22 +55,31 @@ class PackedConv2d(nn.Conv2d):
     """A convolution that keeps its weights packed for the CPU, once for the image and once for its gradient.
 
     What cannot be packed (another device, half precision, autocast, weights that learn) is convolved as ever. The gradient of a
-    packed one cannot be differentiated again. Copies and files hold the plain weights alone.
+    packed one cannot be differentiated again. Copies and files hold the plain weights alone. Weights that change are packed anew,
+    but for changes that PyTorch does not notice (``weight.data``).
     """
 
     @classmethod
     def of(cls, conv: nn.Conv2d) -> PackedConv2d:
         """The same convolution, with the same parameters (not copies)."""
         packed = cls.__new__(cls)
-        packed.__dict__ = dict(conv.__dict__, _packed={})
+        packed.__dict__ = dict(conv.__dict__, _parameters=dict(conv._parameters), _packed={})
         return packed
 
     def __getstate__(self) -> dict[str, Any]:
         return dict(self.__dict__, _packed={})
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedConv2d:
+        """Moves to another device or number format, and packs anew after it."""
+        self._packed = {}
+        return super()._apply(fn, recurse)
+
     def can_pack(self, x: Tensor) -> bool:
         return (
             x.device.type == "cpu"
+            and x.ndim == 4
+            and x.shape[1] == self.in_channels
+            and min(self.out_size(x.shape)) > 0
             and x.dtype == self.weight.dtype == torch.float32
             and not self.weight.requires_grad
             and torch.backends.mkldnn.is_available()
@@ -92,7 +104,7 @@ class PackedConv2d(nn.Conv2d):
 
     def packed(self, shape: Sequence[int], backward: bool = False) -> Tensor:
         """The weights, packed for the first ``shape`` of inputs; for others oneDNN rearranges them again where it must."""
-        made_of = (self.weight.data_ptr(), self.weight._version)
+        made_of = (self.weight.data_ptr(), None if self.weight.is_inference() else self.weight._version)
         if self._packed.get("made of") != made_of:
             self._packed = {"made of": made_of}
         if backward not in self._packed:

@@ -103,6 +103,38 @@ def test_weights_that_change_are_packed_anew():
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_another_number_format_and_back_is_packed_anew():
+    conv = PackedConv2d.of(frozen(8, 12, 3))
+    x = torch.randn(2, 8, 9, 9)
+    conv(x)
+    rounded = copy.deepcopy(conv).half().float()
+    torch.testing.assert_close(conv.half().float()(x), nn.functional.conv2d(x, rounded.weight, rounded.bias))
+
+
+def test_weights_that_were_made_in_inference_mode():
+    with torch.inference_mode():
+        conv = frozen(8, 12, 3)
+        packed = PackedConv2d.of(conv)
+        inside = packed(torch.ones(1, 8, 4, 4))
+    expected = nn.functional.conv2d(torch.ones(1, 8, 4, 4), conv.weight.clone(), conv.bias.clone())
+    torch.testing.assert_close(inside, expected)
+    torch.testing.assert_close(packed(torch.ones(1, 8, 4, 4)), expected)
+
+
+def test_functional_gradients_go_through():
+    conv = frozen(8, 12, 3)
+    packed, x = PackedConv2d.of(conv), torch.randn(2, 8, 9, 9)
+    found, expected = (torch.func.grad(lambda x, c=c: c(x).square().sum())(x) for c in (packed, conv))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_what_does_not_fit_fails_in_pytorchs_words():
+    conv = PackedConv2d.of(frozen(8, 12, 3))
+    for shape, words in (((2, 4, 9, 9), "8 channels"), ((2, 8, 2, 2), "Kernel size can't be greater")):
+        with pytest.raises(RuntimeError, match=words):
+            conv(torch.randn(shape))
+
+
 def test_what_cannot_be_packed_is_convolved_as_ever():
     x = torch.randn(2, 8, 9, 9)
     conv = frozen(8, 12, 3)
@@ -113,6 +145,8 @@ def test_what_cannot_be_packed_is_convolved_as_ever():
     for dtype in (torch.bfloat16, torch.float64):
         assert torch.equal(copy.deepcopy(packed).to(dtype)(x.to(dtype)), copy.deepcopy(conv).to(dtype)(x.to(dtype)))
     assert packed.to("meta")(x.to("meta")).shape == (2, 12, 7, 7)
+    alone = torch.randn(8, 9, 9)
+    torch.testing.assert_close(PackedConv2d.of(conv)(alone), conv(alone))
     learning = PackedConv2d.of(frozen(8, 12, 3)).requires_grad_()
     learning(x).sum().backward()
     assert learning.weight.grad.abs().sum() > 0

@@ -223,7 +223,7 @@ class GradientNorm(TrajectoryMeasurement):
         if self.mean.isnan().all():
             return []
         series = [Series("", self.t, self.mean.tolist(), self.deviation.tolist())]
-        paths = curves(series, folder / "gradient_norm", r"$\|\nabla S\|$  (mean ± sd over samples)")
+        paths = curves(series, folder / "gradient_norm", "$\\|\\nabla S\\|$\n(mean ± sd over samples)")
         if self.schedule:
             t, unit, strengths = (self.schedule[key] for key in ("t", "unit", "strength"))
             paths += guidance_schedule(t, strengths, folder / "guidance_schedule", unit)

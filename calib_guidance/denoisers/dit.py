@@ -39,13 +39,14 @@ class DiTDenoiser(DiscreteDenoiser):
         num_steps: length of the diffusion process that it was trained for.
         prediction: ``epsilon`` (published) or ``v``.
         class_conditional: false hands the null class to the network always.
-        dtype: ``float32``, ``float16`` or ``bfloat16`` of a network that is given by name or None.
-        vae_dtype: ``float32`` or ``bfloat16`` of the decoder.
+        dtype: ``float32`` (None), ``float16`` or ``bfloat16`` of a network that is given by name or None. A network of your own
+            has a dtype of its own.
+        vae_dtype: ``float32`` (None) or ``bfloat16`` of an autoencoder's decoder. Another module has a dtype of its own.
         compile: compile the network, see :class:`~calib_guidance.compilation.Compiled`.
 
     Raises:
         CheckpointError: the file or folder does not fit the network, or is none.
-        ValueError: nothing to know the network by, a ``decode_batch`` below 1, or unknown names.
+        ValueError: nothing to know the network by, a ``decode_batch`` below 1, unknown names, or a dtype that goes elsewhere.
     """
 
     clip = False
@@ -61,8 +62,8 @@ class DiTDenoiser(DiscreteDenoiser):
         num_steps: int = 1000,
         prediction: str = "epsilon",
         class_conditional: bool = True,
-        dtype: str = "float32",
-        vae_dtype: str = "float32",
+        dtype: str | None = None,
+        vae_dtype: str | None = None,
         compile: bool = False,
     ):
         super().__init__()
@@ -81,7 +82,11 @@ class DiTDenoiser(DiscreteDenoiser):
         self.is_compiled = compile
         self._decode = Compiled(network.decode) if compile else network.decode
         if isinstance(vae, str | dict) or hasattr(vae, "quant_conv"):
-            vae = VAEDecoder(vae, latent_scale, vae_dtype)
+            vae = VAEDecoder(vae, latent_scale, vae_dtype or "float32")
+        elif vae_dtype is not None:
+            raise ValueError(
+                "vae_dtype is for an autoencoder (vae); give a decoder of your own its dtype in its init_args"
+            )
         self.vae = None if vae is None else vae.eval().requires_grad_(False)
 
     def decode(self, x0: Tensor) -> Tensor:
@@ -103,7 +108,7 @@ class DiTDenoiser(DiscreteDenoiser):
 
 
 def _load(
-    network: DiT | str | None, checkpoint: str | None, dtype: str, settings: dict[str, object]
+    network: DiT | str | None, checkpoint: str | None, dtype: str | None, settings: dict[str, object]
 ) -> tuple[DiT, dict[str, object]]:
     """The network that is given, named, recognised or described by the folder, with its weights, and what was loaded."""
     folder, described, state = None, {}, {}
@@ -115,14 +120,16 @@ def _load(
         state = read_state_dict(checkpoint)
     names = published.recognise(state, "dit")
     if network is None and described:
-        network = _described(described, dtype)
+        network = _described(described, dtype or "float32")
     elif network is None and not names:
         raise ValueError(
             "network: this is no published file, and weights in a single file do not say how many heads they have: name the "
             "network, such as dit_xl_2_256, or give its class_path"
         )
     elif not isinstance(network, DiT):
-        network = named_dit(network or names[0], dtype)
+        network = named_dit(network or names[0], dtype or "float32")
+    elif dtype is not None:
+        raise ValueError("dtype is for published networks; give a network of your own its dtype in its init_args")
     for name, value in network.architecture.items():
         if described.get(name, value) != value:
             raise CheckpointError(

@@ -55,6 +55,10 @@ class KeptRows(RankMetric):
         order = rows["index"].argsort(stable=True)
         return {name: value[order] for name, value in rows.items()}
 
+    def rows(self) -> dict[str, Tensor]:
+        """What :meth:`compute` gives, ``(N, …)`` also where N is 1, of which torchmetrics makes plain numbers."""
+        return {name: value.reshape(-1, *self.columns[name].shape[1:]) for name, value in self.compute().items()}
+
 
 class FeatureMetric(RankMetric):
     """A function of all generated features and a reference. Keeps the features, in float32.

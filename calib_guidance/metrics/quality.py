@@ -321,7 +321,7 @@ class Quality:
             normal) and ``of``, what it is over; ``notes``; ``provenance`` of features, reference, judge and CLIP model;
             ``num_samples``, ``num_reference`` and ``features``.
         """
-        self._rows_of_all = rows = self._rows.compute()
+        self._rows_of_all = rows = self._rows.rows()
         n = len(rows["index"])
         self._found: dict[str, Any] = {}
         self._spread: dict[str, dict[str, Any]] = {}

@@ -105,7 +105,7 @@ def refuse_sine(sampler: str, guidance: Guidance | None) -> None:
         if part.enters == "score" and part.schedule.gamma:
             raise ValueError(
                 f"the sine factor is defined through the variance of a DDPM step, and {sampler} has none: set the guidance "
-                "schedule's gamma to 0, or sample with DDPM"
+                "schedule's gamma to 0 (--model.init_args.guidance.init_args.schedule.init_args.gamma 0), or sample with DDPM"
             )
 
 

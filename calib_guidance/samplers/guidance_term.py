@@ -104,7 +104,8 @@ class Begun(NamedTuple):
         guided: prediction and guidance.
         x: ``(N, C, H, W)`` where it starts.
         x0: ``(N, C, H, W)`` x̂0 there, with the guidance that belongs to it.
-        arrived: x̂0 where the step before ended, from which ``x`` differs where a step of guidance came between.
+        arrived: ``(N, C, H, W)`` x̂0 where the solver's own part of the step before ended, from which ``x`` differs by what
+            guidance added since.
     """
 
     guided: GuidedPrediction
@@ -131,6 +132,9 @@ class GuidanceTerm:
         self.to_x0, self.noise = on_device(alpha * sigma**2, like), on_device(sigma, like)
         shift = ancestral_shift(sigma, sigma_next, data_std, memory)
         self.to_x = on_device(np.append(1.0, alpha[:-1]) * shift, like)
+        # How far x̂0 moves with x: k²/√ᾱ.
+        self.response = on_device(data_std**2 / (data_std**2 + sigma**2) / alpha, like)
+        self._added: Tensor | None = None
         if term == "lie_trotter":
             self.split = on_device(memory * alpha * kick(sigma, sigma_next), like)
         elif term == "strang":
@@ -143,7 +147,7 @@ class GuidanceTerm:
         guided = guide(predict, x, i)
         if self.split is None:
             x0 = self._x0(guided, i)
-            return Begun(guided, x, x0, x0)
+            return Begun(guided, x, x0, x0 if self._added is None else x0 - self.response[i] * self._added)
         arrived = guided.prediction.x0
         if guided.gradient is None:
             return Begun(guided, x, arrived, arrived)
@@ -164,4 +168,5 @@ class GuidanceTerm:
 
     def end(self, guided: GuidedPrediction, i: int) -> Tensor | float:
         """What is added to x' at the end of step ``i``."""
-        return self.to_x[i] * guided.gradient if self.of_step(guided) else 0.0
+        self._added = self.to_x[i] * guided.gradient if self.of_step(guided) else None
+        return 0.0 if self._added is None else self._added

@@ -75,12 +75,12 @@ class UniPC(Multistep):
 
         start_of_step, difference, added, last = x, 0.0, 0.0, None
         for i in reversed(range(num_steps)):
-            guided, corrected, x0, _ = term.begin(predict, guide, x, i)
+            guided, corrected, x0, arrived = term.begin(predict, guide, x, i)
             if last is not None:
                 k = i + 1
-                d = last + from_before[k] * difference + from_after[k] * (x0 - last)
+                d = last + from_before[k] * difference + from_after[k] * (arrived - last)
                 corrected = to_x[k] * start_of_step + to_d[k] * d + added
-                difference = last - x0
+                difference = last - arrived
             added = term.end(guided, i)
             x_next = to_x[i] * corrected + to_d[i] * (x0 - slope[i] * difference) + added
             for observe in observers:

@@ -76,7 +76,10 @@ def test_few_steps_move_a_gaussian_nearly_as_a_thousand_of_ddpm_do(variance):
             found = gained(sampler(n, guidance_term=term, data_std=d), denoiser, guidance)
             return float(((found - expected) / expected).abs().max())
 
-        assert error(100, "ancestral") < 0.05, name
+        assert error(100, "ancestral") < 0.01, name
+        assert error(25, "ancestral") < 0.02, name
+        # The SDE's own steps are exact here; those of the ODE samplers are of second order.
+        assert error(6, "ancestral") < (0.01 if name == "sde" else 0.1), name
         assert error(6, "ancestral") < 0.3 * error(6, "score"), name
 
 
@@ -116,8 +119,8 @@ def test_a_guided_mixture_in_few_steps_is_nearer_to_that_of_250():
         found = DPMSolver(steps, **options)(mixture, streams(n, mixture), y, guidance)
         return sum(energy_distance(found[y == k], expected[y == k]) for k in range(3)) / 3
 
-    assert distance(10, sde=True) < 0.1 < 5 < distance(10, sde=True, guidance_term="score")
-    assert distance(25, sde=True) < 0.03
+    assert distance(10, sde=True) < 0.04 < 5 < distance(10, sde=True, guidance_term="score")
+    assert distance(25, sde=True) < 0.015
     assert distance(10) < 0.6 < 1 < distance(10, guidance_term="score")
     assert distance(25) < 0.1 * distance(25, guidance_term="score")
 
