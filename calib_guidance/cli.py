@@ -1,7 +1,8 @@
-"""The commands: ``calib-guidance fit|validate|test|predict --config …``, and those of the table below."""
+"""The commands of ``calib-guidance``: Lightning's four, and those of the second table below."""
 
 from __future__ import annotations
 
+import difflib
 import errno
 import importlib
 import os
@@ -10,26 +11,48 @@ from collections.abc import Sequence
 
 from calib_guidance.errors import CheckpointError, ConfigurationError, RunError, StoppedError
 
-# Imported when asked for: status and export need neither torch nor Lightning, whose import takes longer than they do.
+_LIGHTNING = {
+    "fit": "train a classifier or a diffusion model, calibrate it",
+    "validate": "measure a classifier on held-out data",
+    "test": "the same on test data",
+    "predict": "make guided samples, or denoised images to train on",
+}
+# What each does, in a module of calib_guidance with a function of its name, which takes the words after it. Imported when asked
+# for: status and export need neither torch nor Lightning, whose import takes longer than they do.
 _COMMANDS = {
-    "compare": "calib_guidance.compare",
-    "doctor": "calib_guidance.doctor",
-    "evaluate": "calib_guidance.evaluate",
-    "export": "calib_guidance.export",
-    "reference": "calib_guidance.reference",
-    "report": "calib_guidance.report",
-    "status": "calib_guidance.status",
-    "sweep": "calib_guidance.sweep",
-}  # modules with a function of the command's name, which takes the words after it
+    "compare": "many runs and seeds, as tables",
+    "doctor": "check files, shapes, memory and time of a run before it",
+    "evaluate": "measure samples: FID, precision, recall, accuracy and more",
+    "export": "a run's samples as npz, PNG or a data set",
+    "reference": "statistics of a reference set, for evaluate",
+    "report": "one HTML page of a run, or of several",
+    "status": "what of a run is done, and how long the rest takes",
+    "sweep": "values over configuration keys, a run for each",
+}
+
+
+def _overview() -> str:
+    lines = [f"  {name:10} {what}" for name, what in (_LIGHTNING | _COMMANDS).items()]
+    return "\n".join(
+        ("usage: calib-guidance COMMAND …", "", *lines, "", "calib-guidance COMMAND --help has the options of each.")
+    )
 
 
 def _run(command: str | None, words: Sequence[str], args: Sequence[str] | None) -> None:
-    if command in _COMMANDS:
-        getattr(importlib.import_module(_COMMANDS[command]), command)(words)
-    else:
+    if command is None:
+        raise ConfigurationError(f"which command?\n{_overview()}")
+    if command in ("-h", "--help"):
+        print(_overview())
+    elif command in _COMMANDS:
+        getattr(importlib.import_module(f"calib_guidance.{command}"), command)(words)
+    elif command in _LIGHTNING or command.startswith("-"):
         from calib_guidance.lightning_cli import run_lightning
 
         run_lightning(args)
+    else:
+        near = difflib.get_close_matches(command, _LIGHTNING | _COMMANDS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigurationError(f"unknown command {command!r}{hint}\n{_overview()}")
 
 
 def main(args: Sequence[str] | None = None) -> None:

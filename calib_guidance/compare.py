@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -19,9 +20,11 @@ from calib_guidance.configurations import expand_bases
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.runs import OVERLAYS, QUIET, Run, cell, check_keys, do_runs, slug, sources
 
-_KEYS = {"stages", "seeds", "tables", "groups", "rows"}
 _ROW_KEYS = {"name", "overlays", "arguments", "groups", "needs", "commands"}
 _STAGE_KEYS = {"command", "configs", "arguments"}
+_COLUMN_KEYS = {"title", "file", "key", "digits"}
+_KEYS = {"stages": dict, "seeds": list, "tables": dict, "groups": dict, "rows": list}
+_COMMANDS = ("fit", "validate", "test", "predict")
 
 
 @dataclass(frozen=True)
@@ -93,15 +96,74 @@ def _fingerprint(commands: Sequence[Sequence[str]], code: bytes) -> str:
     return digest.hexdigest()
 
 
-def _for_stage(words: Sequence[str] | Mapping[str, Sequence[str]] | None, stage: str) -> list[str]:
+def _expect(value: object, kind: type, where: str) -> Any:
+    """The value; ConfigurationError where it is of another kind."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        name = {dict: "a mapping", list: "a list", int: "a whole number", str: "a text"}[kind]
+        raise ConfigurationError(f"{where} must be {name}, got {value!r}")
+    return value
+
+
+def _for_stage(words: object, stage: str, where: str) -> list[str]:
     """Overlays or arguments for one stage: of all stages where they are a list."""
-    return list(words.get(stage, ()) if isinstance(words, Mapping) else words or ())
+    words = words.get(stage) if isinstance(words, Mapping) else words
+    return [_expect(word, str, where) for word in _expect([] if words is None else words, list, where)]
 
 
-def _fill(text: str, known: Mapping[str, object]) -> str:
+def _fill(text: str, known: Mapping[str, object], where: str) -> str:
     for place, value in known.items():
         text = text.replace(place, str(value))
+    if unknown := re.search(r"\{\w+\}", text):
+        raise ConfigurationError(f"{where}: unknown {unknown[0]} in {text!r}; known: {', '.join(known)}")
     return text
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What the file says, with its parts of the kinds that they must be."""
+    if not path.is_file():
+        raise ConfigurationError(f"compare: no such file: {path}")
+    try:
+        content = _expect(yaml.safe_load(path.read_text()), dict, str(path))
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{path} is no YAML: {error}") from error
+    check_keys(content, _KEYS, str(path))
+    if missing := _KEYS.keys() - content.keys():
+        raise ConfigurationError(f"{path}: missing keys {sorted(missing)}")
+    for key, kind in _KEYS.items():
+        _expect(content[key], kind, f"{path}, {key}")
+    for seed in content["seeds"]:
+        _expect(seed, int, f"{path}, a seed")
+    for name, stage in content["stages"].items():
+        where = f"{path}, stage {name!r}"
+        check_keys(_expect(stage, dict, where), _STAGE_KEYS, where)
+    for number, row in enumerate(content["rows"], 1):
+        where = f"{path}, row {number}"
+        check_keys(_expect(row, dict, where), _ROW_KEYS, where)
+        _expect(row.get("name"), str, f"{where}: name")
+    commands = [stage.get("command") for stage in content["stages"].values()]
+    commands += [command for row in content["rows"] for command in row.get("commands", {}).values()]
+    if wrong := [command for command in commands if command not in _COMMANDS]:
+        raise ConfigurationError(f"{path}: unknown command {wrong[0]!r}; known: {', '.join(_COMMANDS)}")
+    return content
+
+
+def _read_tables(content: Mapping[str, Any], where: str) -> tuple[Table, ...]:
+    tables = []
+    for mark, table in content.items():
+        check_keys(_expect(table, dict, f"{where}, table {mark!r}"), {"title", "columns"}, f"{where}, table {mark!r}")
+        columns = []
+        for column in _expect(table.get("columns"), list, f"{where}, columns of table {mark!r}"):
+            check_keys(
+                _expect(column, dict, f"{where}, a column of {mark!r}"), _COLUMN_KEYS, f"{where}, a column of {mark!r}"
+            )
+            for key in ("title", "file", "key"):
+                _expect(column.get(key), str, f"{where}, {key} of a column of {mark!r}")
+            _expect(column.get("digits", 0), int, f"{where}, digits of column {column['title']!r}")
+            columns.append(Column(**column))
+        tables.append(
+            Table(mark, _expect(table.get("title"), str, f"{where}, title of table {mark!r}"), tuple(columns))
+        )
+    return tuple(tables)
 
 
 def read_comparison(path: Path, output: Path) -> Comparison:
@@ -115,22 +177,17 @@ def read_comparison(path: Path, output: Path) -> Comparison:
     ``{seed}`` and ``{folder}`` stand for those of the run, ``{needed}`` for the folder of the needed row's run of that seed.
 
     Raises:
-        ConfigurationError: no such file, unknown or missing keys, missing overlays or no such row above.
+        ConfigurationError: no such file, values of another kind, unknown or missing keys, unknown places in arguments, missing
+            overlays or no such row above.
     """
-    if not path.is_file():
-        raise ConfigurationError(f"compare: no such file: {path}")
-    content = yaml.safe_load(path.read_text())
-    check_keys(content, _KEYS, str(path))
-    if missing := _KEYS - content.keys():
-        raise ConfigurationError(f"{path}: missing keys {sorted(missing)}")
-    for name, stage in content["stages"].items():
-        check_keys(stage, _STAGE_KEYS, f"{path}, stage {name!r}")
+    content = _read(path)
+    tables = _read_tables(content["tables"], str(path))
     code = sources()
     rows: list[tuple[str, str]] = []
     runs = []
     for group, group_overlays in content["groups"].items():
         for row in content["rows"]:
-            check_keys(row, _ROW_KEYS, f"{path}, row {row.get('name')!r}")
+            where = f"{path}, row {row['name']!r}"
             if group not in row.get("groups", [group]):
                 continue
             for seed in content["seeds"]:
@@ -139,30 +196,27 @@ def read_comparison(path: Path, output: Path) -> Comparison:
                 if "needs" in row:
                     needed = output / slug(group) / slug(row["needs"]) / f"seed{seed}"
                     if (group, row["needs"]) not in rows:
-                        raise ConfigurationError(
-                            f"{path}, row {row['name']!r}: needs {row['needs']!r}, which no row above is"
-                        )
+                        raise ConfigurationError(f"{where}: needs {row['needs']!r}, which no row above is")
                 commands = []
                 for stage, settings in content["stages"].items():
-                    names = [*_for_stage(group_overlays, stage), *_for_stage(row.get("overlays"), stage)]
-                    configs = [*settings["configs"], *(str(OVERLAYS / f"{name}.yaml") for name in names)]
+                    names = _for_stage(group_overlays, stage, f"{path}, overlays of group {group!r}")
+                    names += _for_stage(row.get("overlays"), stage, f"{where}: overlays")
+                    configs = [*_for_stage(settings.get("configs"), stage, f"{path}, configs of stage {stage!r}")]
+                    configs = [*configs, *(str(OVERLAYS / f"{name}.yaml") for name in names)]
                     if missing := [c for c in configs if not Path(c).is_file()]:
-                        raise ConfigurationError(f"{path}, row {row['name']!r}: no such files: {', '.join(missing)}")
-                    arguments = [*settings.get("arguments", ()), *_for_stage(row.get("arguments"), stage)]
+                        raise ConfigurationError(f"{where}: no such files: {', '.join(missing)}")
+                    arguments = _for_stage(settings.get("arguments"), stage, f"{path}, arguments of stage {stage!r}")
+                    arguments += _for_stage(row.get("arguments"), stage, f"{where}: arguments")
                     command = row.get("commands", {}).get(stage, settings["command"])
                     words = [command, *(word for config in configs for word in ("--config", config))]
-                    known = {"{seed}": seed, "{folder}": folder, "{needed}": needed}
-                    words += [_fill(argument, known) for argument in arguments]
+                    known = {"{seed}": seed, "{folder}": folder} | ({"{needed}": needed} if needed else {})
+                    words += [_fill(argument, known, where) for argument in arguments]
                     commands.append((*expand_bases(words), *QUIET))
                 fingerprint = _fingerprint(commands, code)
                 runs.append(Run(len(rows), seed, tuple(commands), folder, fingerprint, needed))
             rows.append((group, row["name"]))
     if len({run.folder for run in runs}) != len(runs):
         raise ConfigurationError(f"{path}: two rows of a group have the same name, or a seed occurs twice")
-    tables = tuple(
-        Table(mark, table["title"], tuple(Column(**column) for column in table["columns"]))
-        for mark, table in content["tables"].items()
-    )
     return Comparison(tables, tuple(rows), tuple(runs))
 
 
@@ -219,6 +273,9 @@ def _finish(comparison: Comparison, output: Path, into: Path | None) -> None:
         if into:
             insert(text, table.mark, into)
         print(f"\n{text}")
+        for column in table.columns:
+            if all(column.read(run.folder) is None for run in comparison.runs):
+                print(f"note: no run has {column.key} in its {column.file}, which column {column.title!r} is of")
 
 
 def compare(args: Sequence[str]) -> None:

@@ -133,6 +133,12 @@ def _evaluate(options: argparse.Namespace, processes: Processes) -> None:
             raise ConfigurationError(
                 f"{folder} cannot be written: {there} is not a folder that may be written to (--output, of a single set)"
             )
+    # Before the networks, whose weights may have to be fetched.
+    is_file = ReferenceStatistics.holds(options.reference)
+    if is_file:
+        known = ReferenceStatistics.read(options.reference)
+    else:
+        images = open_images(options.reference, **reading_options(options))
     extractor = features_from_name(options.features)
     judge = None if options.judge is None else read_classifier(options.judge)
     clip = None if options.clip is None else read_classifier(options.clip)
@@ -142,9 +148,7 @@ def _evaluate(options: argparse.Namespace, processes: Processes) -> None:
         (), extractor, judge, clip, options.neighbours, full_rank=not options.allow_few, extrapolate=options.extrapolate
     )
     # All that can be refused is, before the first image goes through a network.
-    is_file = ReferenceStatistics.holds(options.reference)
     if is_file:
-        known = ReferenceStatistics.read(options.reference)
         known.check(extractor)
         holds = ReferenceHolds.of(known)
         if known.images is not None and known.features is None:  # whose features are then taken
@@ -152,7 +156,6 @@ def _evaluate(options: argparse.Namespace, processes: Processes) -> None:
             holds = holds._replace(num_features=batch.num_images, labels=batch.labelled)
         shape = known.image_shape
     else:
-        images = open_images(options.reference, **reading_options(options))
         spatial = extractor.spatial_width is not None
         holds = ReferenceHolds(images.num_images, images.num_images, spatial, images.labelled)
         shape = images.image_shape

@@ -239,31 +239,38 @@ def insert(path: Path, texts: dict[str, str]) -> None:
 
 
 def draw(found: dict[str, list[float]], seeds: list[int], n: int, path: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.5), sharey=True, layout="constrained")
-    for axis, guided in zip(axes, (True, False), strict=True):
-        for name, (colour, marker, line) in STYLES.items():
-            points = []
-            for e in EVALUATIONS:
-                keys = [key(Setting(name, e, guided), seed, n) for seed in seeds]
-                if values := [found[k][0] for k in keys if k in found]:
-                    points.append((e, statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0))
-            if not points:
-                continue
-            x, mean, spread = (torch.tensor(column) for column in zip(*points, strict=True))
-            axis.plot(x, mean, color=colour, marker=marker, ls=line, ms=4, lw=1.3, label=name)
-            axis.fill_between(x, (mean - spread).clamp(min=1e-3), mean + spread, color=colour, alpha=0.15, lw=0)
-        axis.set(xscale="log", yscale="log", xlabel="network evaluations", title="guided" if guided else "unguided")
-        axis.set_xticks(EVALUATIONS, [str(e) for e in EVALUATIONS])
-        axis.minorticks_off()
-        ticks = (0.2, 0.5, 1, 2, 5, 10)
-        axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-        axis.set(xlim=(4.5, 280), ylim=(0.15, 15))
-        axis.grid(alpha=0.3, lw=0.5)
-    axes[0].set_ylabel("Fréchet distance of 500 digits")
-    axes[1].legend(frameon=False, fontsize=8)
+    figure, axes = plt.subplots(2, 4, figsize=(11, 5.2), sharex=True, layout="constrained")
+    for row, guided in zip(axes, (True, False), strict=True):
+        for m, (axis, measure) in enumerate(zip(row, MEASURES, strict=True)):
+            for name, (colour, marker, line) in STYLES.items():
+                points = []
+                for e in EVALUATIONS:
+                    keys = [key(Setting(name, e, guided), seed, n) for seed in seeds]
+                    if values := [found[k][m] for k in keys if k in found]:
+                        points.append(
+                            (e, statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
+                        )
+                if not points:
+                    continue
+                x, mean, spread = (torch.tensor(column) for column in zip(*points, strict=True))
+                axis.plot(x, mean, color=colour, marker=marker, ls=line, ms=4, lw=1.3, label=name)
+                axis.fill_between(x, (mean - spread).clamp(min=1e-3), mean + spread, color=colour, alpha=0.15, lw=0)
+            axis.set(xscale="log", title=f"{measure}, {'guided' if guided else 'unguided'}", xlim=(4.5, 280))
+            axis.set_xticks(EVALUATIONS, [str(e) for e in EVALUATIONS])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3, lw=0.5)
+            if m == 0:
+                ticks = (0.2, 0.5, 1, 2, 5, 10, 20, 50)
+                axis.set(yscale="log", ylim=(0.15, 70))
+                axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+                axis.minorticks_off()
+            else:
+                axis.set(ylim=(0, 1.02))
+    figure.supxlabel("network evaluations", fontsize=10)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     for suffix in (".png", ".pdf"):
-        figure.savefig(path.with_suffix(suffix), dpi=200)
+        figure.savefig(path.with_suffix(suffix), dpi=160)
     plt.close(figure)
 
 

@@ -339,3 +339,34 @@ def test_the_module_is_a_command(in_root):
     done = subprocess.run([sys.executable, "-m", "calib_guidance", "predict", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert "--config" in done.stdout
+
+
+class TestOverview:
+    def test_help_names_every_command(self, capsys):
+        main(["--help"])
+        out = capsys.readouterr().out
+        for command in ("fit", "validate", "test", "predict", "compare", "doctor", "evaluate", "export", "reference"):
+            assert f"  {command} " in out
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [(["predcit", "--config", "x"], "unknown command 'predcit'; did you mean predict?"), ([], "which command?")],
+    )
+    def test_what_is_no_command_is_answered_with_them(self, capsys, words, message):
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        assert stopped.value.code == 2
+        err = capsys.readouterr().err
+        assert message in err
+        assert "  sweep " in err
+
+
+def test_one_sample_is_measured_as_far_as_it_can_be(in_root, tmp_path, capsys):
+    predict(tmp_path, samples=1, batch=1)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["num_measured"] == 1
+    assert metrics["judge_accuracy"] in (0, 1)
+    assert any("2 are needed" in note for note in metrics["notes"])
+    with pytest.raises(SystemExit):  # and before Inception's weights are fetched
+        main(["evaluate", str(tmp_path), "--reference", str(tmp_path / "nope.npz")])
+    assert "nope.npz" in capsys.readouterr().err

@@ -90,12 +90,21 @@ def test_every_comparison_can_be_run(in_root, tmp_path, path):
     assert len({run.fingerprint for run in comparison.runs}) == len(comparison.runs)
 
 
-def test_a_file_without_rows_says_so(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stages: {}\nseeds: [0]\ntables: {}\n", "missing keys ['groups', 'rows']"),
+        ("rows: [", "is no YAML"),
+        ("- a", "must be a mapping, got ['a']"),
+        ("", "must be a mapping, got None"),
+    ],
+)
+def test_a_file_that_is_no_comparison_says_so(tmp_path, capsys, text, message):
     path = tmp_path / "compare.yaml"
-    path.write_text("stages: {}\nseeds: [0]\ntables: {}\n")
+    path.write_text(text)
     with pytest.raises(SystemExit):
         main(["compare", "--config", str(path), "--output", str(tmp_path / "runs")])
-    assert "missing keys ['groups', 'rows']" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_run_that_leaves_samples_out_is_done_and_says_so(tmp_path, monkeypatch):
@@ -194,6 +203,22 @@ def test_rows_that_need_others_come_after_them(file, tmp_path):
         ({"rows": [{"name": "a", "needs": "b"}]}, "needs 'b', which no row above is"),
         ({"stages": {"s": {"comand": "fit"}}}, "stage 's': unknown keys ['comand']"),
         ({"rows": [{"name": "a"}, {"name": "A"}]}, "same name"),
+        ({"rows": [{"nam": "a"}]}, "row 1: unknown keys ['nam']"),
+        ({"rows": [{"overlays": []}]}, "row 1: name must be a text"),
+        ({"rows": [{"name": "a", "overlays": "score/js"}]}, "overlays must be a list, got 'score/js'"),
+        ({"rows": [{"name": "a", "arguments": "--foo"}]}, "arguments must be a list"),
+        (
+            {"rows": [{"name": "a", "arguments": ["--x={foldr}"]}]},
+            "unknown {foldr} in '--x={foldr}'; known: {seed}, {folder}",
+        ),
+        ({"seeds": 3}, "seeds must be a list, got 3"),
+        ({"seeds": ["a"]}, "a seed must be a whole number, got 'a'"),
+        ({"groups": ["g"]}, "groups must be a mapping"),
+        ({"stages": {"s": {"command": "predcit"}}}, "unknown command 'predcit'; known: fit"),
+        (
+            {"tables": {"t": {"title": "x", "columns": [{"title": "a", "file": "f", "key": "k", "digits": "two"}]}}},
+            "digits",
+        ),
     ],
 )
 def test_files_that_cannot_run_say_why(file, tmp_path, capsys, changes, message):
