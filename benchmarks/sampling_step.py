@@ -28,8 +28,10 @@ from torch import Tensor, nn
 from calib_guidance.classifiers import OffTheShelfClassifier
 from calib_guidance.compilation import Compiled
 from calib_guidance.denoisers import ADMDenoiser, Denoiser, Prediction
+from calib_guidance.guidance import Guidance, GuidedPrediction
 from calib_guidance.images import to_uint8
 from calib_guidance.networks import SmallResNet, UNet, adm
+from calib_guidance.noise_schedule import NoiseLevels
 from calib_guidance.rng import SampleStreams
 from calib_guidance.samplers import DDPM
 
@@ -166,6 +168,25 @@ class Nothing(Denoiser):
         return lambda x_t, i: Prediction(x_t, x_t)
 
 
+class Constant(Guidance):
+    """Guidance whose gradient costs nothing: what remains is what the sampler does with it."""
+
+    def trajectory(self, levels: object, y: object, decode: object) -> Callable[..., GuidedPrediction]:
+        def guide(
+            predict: Callable[..., Prediction], x_t: Tensor, i: int, gradient_only: bool = False
+        ) -> GuidedPrediction:
+            prediction = predict(x_t, i)
+            return GuidedPrediction(prediction, prediction.x0, sine=0.5, at_x0=True)
+
+        return guide
+
+    def active(self, levels: NoiseLevels) -> list[bool]:
+        return [True] * len(levels.times)
+
+    def parts(self) -> tuple[Guidance]:
+        return (self,)
+
+
 def write(images: Tensor) -> None:
     """PNG of each image, as they are kept."""
     for image in to_uint8(images, "truncate").numpy():
@@ -182,7 +203,7 @@ def overhead(name: str, denoiser: Denoiser, batch: int, step: float) -> tuple[st
         for _ in range(25):
             noise()
         drawn = time.perf_counter()
-        x = sampler(Nothing(denoiser), SampleStreams([0] * batch, range(batch), denoiser.image_shape), y)
+        x = sampler(Nothing(denoiser), SampleStreams([0] * batch, range(batch), denoiser.image_shape), y, Constant())
         made = time.perf_counter()
         write(x)
         done = time.perf_counter()

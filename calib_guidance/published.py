@@ -362,7 +362,9 @@ def build(
     names = [] if state is None else recognise(state, kind)
     if isinstance(network, nn.Module):
         if dtype is not None:
-            raise ValueError("dtype is for published networks; give a network of your own its dtype in its init_args")
+            raise ValueError(
+                "dtype is for published networks; a network of your own has its own (network.init_args.dtype)"
+            )
         return network, TABLE[names[0]] if len(names) == 1 else None
     if network is None:
         known = ", ".join(other.name for other in TABLE.values() if other.kind == kind)

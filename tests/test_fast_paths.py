@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import threading
 
 import pytest
@@ -12,10 +13,11 @@ from calib_guidance.callbacks import read_samples
 from calib_guidance.checkpoints import load_weights
 from calib_guidance.classifiers import NoiseAwareClassifier, OffTheShelfClassifier
 from calib_guidance.cli import main
+from calib_guidance.denoisers import ADMDenoiser, DiTDenoiser
 from calib_guidance.guidance import ClassifierGuidance
 from calib_guidance.lightning_cli import subclasses_listed_once
 from calib_guidance.metrics.frechet import frechet_distance, mean_and_covariance
-from calib_guidance.networks import EncoderUNet, SmallResNet
+from calib_guidance.networks import DiT, EncoderUNet, SmallResNet, UNet
 from calib_guidance.networks.adm import GroupNorm
 from calib_guidance.rng import SampleStreams
 from calib_guidance.samplers import DDPM
@@ -50,6 +52,39 @@ class TestCompiled:
         )
         torch.testing.assert_close(compiled(x), plain(x), atol=1e-4, rtol=0)
         torch.testing.assert_close(gradient(compiled, x, y), gradient(plain, x, y), atol=1e-4, rtol=0)
+
+    @pytest.mark.parametrize("make", ["adm", "dit", "noise_aware"])
+    def test_every_network_gives_what_it_gives_and_can_be_copied(self, make, monkeypatch):
+        """With the compiler's front alone: its kernels are tested above."""
+        compiler = torch.compile
+        monkeypatch.setattr(
+            torch, "compile", lambda f, dynamic, mode: compiler(f, dynamic=dynamic, backend="aot_eager")
+        )
+        torch.manual_seed(0)
+        t, y, x = torch.tensor([10, 900]), torch.tensor([1, 2]), digits(2)
+        encoder = {"channel_mult": (1,), "num_head_channels": 32}
+
+        def build(compiled):
+            torch.manual_seed(1)
+            if make == "noise_aware":
+                network = EncoderUNet(8, 1, 32, 3, 1, **encoder, resblock_updown=False)
+                return NoiseAwareClassifier(network, compile=compiled).freeze()
+            if make == "dit":
+                return DiTDenoiser(DiT(8, 2, 32, 1, 2, in_channels=1, out_channels=2, num_classes=3), compile=compiled)
+            return ADMDenoiser(UNet(8, 1, 32, 2, 1, **encoder, num_classes=3), compile=compiled)
+
+        def run(part):
+            if make == "noise_aware":
+                return gradient(part, x, y, t)
+            return part.trajectory(part.schedule.levels, y)(x, 500).x0
+
+        plain, compiled = build(False), build(True)
+        for part in (plain, compiled):
+            for parameter in part.parameters():  # zero at first, some of them
+                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
+        expected = run(plain)
+        for part in (compiled, copy.deepcopy(compiled), pickle.loads(pickle.dumps(compiled))):
+            torch.testing.assert_close(run(part), expected, atol=1e-4, rtol=1e-4)
 
     def test_short_batches_are_filled_up_and_compile_nothing_anew(self, in_root, tmp_path, monkeypatch):
         """10 digits in batches of 4, 4 and 2."""

@@ -1,4 +1,4 @@
-"""Nothing inside the sampling loop makes the host wait for the device.
+"""Nothing inside the sampling loop makes the host wait for the device, or makes tensors at every step that could be kept.
 
 On the meta device, which has shapes and no numbers, a second device is at hand everywhere: what crosses over to it is seen, and
 what reads from it fails.
@@ -19,19 +19,21 @@ from calib_guidance.denoisers import ADMDenoiser, DiTDenoiser, EDMDenoiser, Rela
 from calib_guidance.guidance import ClassifierFreeGuidance, ClassifierGuidance, GuidanceSchedule, SwitchedGuidance
 from calib_guidance.modules.faults import FirstNonFinite
 from calib_guidance.networks import DiT, EncoderUNet, SmallResNet, UNet
-from calib_guidance.samplers import DDIM, DDPM, DPMSolver, Heun
+from calib_guidance.samplers import DDIM, DDPM, DPMSolver, Heun, UniPC
 from calib_guidance.scores import DivergenceRegularized, EntropyRegularized, Tilted
 
 SIZE, STEPS = 4, 3
+# What Python asks for by shape: the same at every step, and so to be made before the loop. (Zeros are of backward passes.)
+MAKES = {"ones", "full", "arange", "linspace", "eye"}
 READS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2", "unique_dim"}
 
 
 class NoWaiting(TorchDispatchMode):
     """While on, refuses what reads numbers on the host, what copies between devices, and uploads of Python's numbers."""
 
-    def __init__(self):
+    def __init__(self, may_make):
         super().__init__()
-        self.on, self.seen = False, 0
+        self.on, self.seen, self.may_make = False, 0, may_make
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
@@ -41,6 +43,7 @@ class NoWaiting(TorchDispatchMode):
             if name in ("index", "index_put", "index_put_"):  # masks are counted on the host
                 assert not any(i is not None and i.dtype == torch.bool for i in args[1]), f"{func} by a mask"
             assert name != "lift_fresh", "a tensor is made of Python's numbers"
+            assert name not in MAKES or self.may_make, f"{func} makes at every step what could be kept"
         result = func(*args, **(kwargs or {}))
         if self.on and name in ("_to_copy", "copy_"):
             devices = {t.device.type for t in (*tree_leaves(args), *tree_leaves(result)) if isinstance(t, torch.Tensor)}
@@ -48,7 +51,7 @@ class NoWaiting(TorchDispatchMode):
         return result
 
 
-def loop(sampler, denoiser, guidance=None, device="meta"):
+def loop(sampler, denoiser, guidance=None, device="meta", may_make=False):
     """The observer records of a run that was watched from the second step on, and how many operations were seen."""
     y = torch.arange(SIZE, device=device) % 3
     noise = torch.empty(SIZE, *denoiser.image_shape, device=device).zero_()
@@ -65,7 +68,7 @@ def loop(sampler, denoiser, guidance=None, device="meta"):
     for callback in (TrajectoryCalibration(), GradientNorm(), TrajectoryStrips(samples=(0, 2, 7))):
         callback.setup(trainer, run, "predict")
     steps = []
-    with NoWaiting() as watch:
+    with NoWaiting(may_make) as watch:
 
         def begin(record):
             steps.append(record.i)
@@ -74,7 +77,8 @@ def loop(sampler, denoiser, guidance=None, device="meta"):
             watch.on = device == "meta"
 
         try:
-            sampler(denoiser, lambda: noise, y, guidance, [begin, FirstNonFinite(), *run.observers])
+            # Last, so that what observers make at their first call is not of every step.
+            sampler(denoiser, lambda: noise, y, guidance, [FirstNonFinite(), *run.observers, begin])
         finally:
             watch.on = False
             if device == "cuda":
@@ -98,6 +102,8 @@ def options_of_the_loop():
     yield pytest.param(Heun(STEPS, s_churn=1.0, guide_correction=True), id="churn")
     yield pytest.param(DPMSolver(STEPS, sde=True), id="sde")
     yield pytest.param(DPMSolver(STEPS, guidance_term="strang"), id="splitting")
+    yield pytest.param(DPMSolver(STEPS, guidance_term="ancestral", data_std=1.0), id="ancestral ODE")
+    yield pytest.param(UniPC(STEPS, guidance_term="ancestral", data_std=1.0), id="ancestral UniPC")
 
 
 class Decoder(torch.nn.Conv2d):
@@ -188,7 +194,8 @@ def test_neither_does_clip(meta):
     clip = CLIPClassifier(["a", "b", "c"], {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}, cutouts=2)
     with torch.device("meta"):
         denoiser = ADMDenoiser(UNet(8, 3, 32, 6, 1, channel_mult=(1,))).to("meta")
-    loop(DDPM(STEPS), denoiser, ClassifierGuidance(clip.to("meta")))
+    # Where the cut-outs lie follows from t: they are made at every step.
+    loop(DDPM(STEPS), denoiser, ClassifierGuidance(clip.to("meta")), may_make=True)
 
 
 @pytest.mark.parametrize(
@@ -198,8 +205,9 @@ def test_neither_does_clip(meta):
         lambda t: t.cpu(),
         lambda t: t[t > 0],
         lambda t: t * torch.tensor([2.0], device="meta"),
+        lambda t: t * torch.full((1,), 2.0, device="meta"),
     ],
-    ids=["scalar", "copy", "mask", "upload"],
+    ids=["scalar", "copy", "mask", "upload", "made at every step"],
 )
 def test_what_waits_is_noticed(meta, read):
     class Waits(ClassifierFreeGuidance):
@@ -214,7 +222,7 @@ def test_what_waits_is_noticed(meta, read):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_nothing_synchronises():
     denoisers, guidances = parts("cuda")
-    for sampler in (DDPM(STEPS), DDIM(STEPS, eta=1.0), DPMSolver(STEPS, sde=True), Heun(STEPS)):
+    for sampler in (p.values[0] for p in (*all_samplers(), *options_of_the_loop())):
         for name, denoiser in denoisers.items():
             for kind in ("unguided", "js", "through_denoiser") if name != "adm" else guidances:
                 try:

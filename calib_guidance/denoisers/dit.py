@@ -129,7 +129,7 @@ def _load(
     elif not isinstance(network, DiT):
         network = named_dit(network or names[0], dtype or "float32")
     elif dtype is not None:
-        raise ValueError("dtype is for published networks; give a network of your own its dtype in its init_args")
+        raise ValueError("dtype is for published networks; a network of your own has its own (network.init_args.dtype)")
     for name, value in network.architecture.items():
         if described.get(name, value) != value:
             raise CheckpointError(

@@ -7,6 +7,7 @@ can be computed once per trajectory (:meth:`UNet.embed`) instead of once per ste
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -17,6 +18,14 @@ from torch import Tensor, nn
 from calib_guidance.precision import DTYPES
 
 _GROUPS = 32
+
+
+@functools.lru_cache(maxsize=32)
+def _frequencies(half: int, max_period: float, device: torch.device) -> Tensor:
+    """``(half,)`` float32: made once, where a network is called at every step."""
+    with torch.inference_mode(False):  # tensors of inference mode could not be part of a gradient later
+        steps = torch.arange(half, dtype=torch.float32, device=device)
+        return torch.exp(-math.log(max_period) * steps / half)
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -30,9 +39,9 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0
     Returns:
         ``(N, dim)`` float32.
     """
-    half = dim // 2
-    steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
-    angles = timesteps[:, None].float() * torch.exp(-math.log(max_period) * steps / half)
+    # The compiler makes constants of its own, and warns of a cache.
+    frequencies = _frequencies.__wrapped__ if torch.compiler.is_compiling() else _frequencies
+    angles = timesteps[:, None].float() * frequencies(dim // 2, max_period, timesteps.device)
     embedding = torch.cat([angles.cos(), angles.sin()], dim=1)
     return F.pad(embedding, (0, dim % 2))
 

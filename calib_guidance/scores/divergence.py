@@ -6,6 +6,7 @@ here under its name in ``DIVERGENCES``. Log space keeps saturated classifiers ex
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -53,11 +54,17 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+@functools.lru_cache(maxsize=8)
+def _targets_log(num_classes: int, epsilon: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """log q_y of every class y, ``(K, K)``: made once, not at every step."""
+    with torch.inference_mode(False):  # tensors of inference mode could not be part of a gradient later
+        q = torch.full((num_classes, num_classes), (1 - epsilon) / num_classes, dtype=dtype, device=device)
+        return q.fill_diagonal_((1 - epsilon) / num_classes + epsilon).log()
+
+
 def smoothed_one_hot_log(y: Tensor, num_classes: int, epsilon: float, dtype: torch.dtype) -> Tensor:
     """log q_y with q_y(i) = (1−ε)/K + ε·[i = y], ``(N, K)``; ε = 1 gives −∞ off the class."""
-    q = torch.full((len(y), num_classes), (1 - epsilon) / num_classes, dtype=dtype, device=y.device)
-    q.scatter_(1, y[:, None], (1 - epsilon) / num_classes + epsilon)
-    return q.log()
+    return _targets_log(num_classes, epsilon, dtype, y.device)[y]
 
 
 def divergence_regularized(

@@ -154,7 +154,7 @@ def test_what_cannot_be_says_why(golden, weights, tmp_path):
         EDMDenoiser(checkpoint=str(tmp_path / "filter.pt"))
     with pytest.raises(ValueError, match="network: give a published name .edm_imagenet64"):
         EDMDenoiser()
-    with pytest.raises(ValueError, match="give a network of your own its dtype"):
+    with pytest.raises(ValueError, match="a network of your own has its own"):
         EDMDenoiser(UNet(**architecture), dtype="float16")
     with pytest.raises(ValueError, match=r"out_channels must be in_channels \(3\), got 6"):
         EDMDenoiser(UNet(**architecture | {"out_channels": 6}))
