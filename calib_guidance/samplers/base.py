@@ -120,8 +120,8 @@ def start(
         prediction = raw(x_t, i)
         if not (clip and denoiser.clip):
             return prediction
-        # A network that overflows must not pass for one that says ±1.
-        return prediction._replace(x0=prediction.x0.clamp(-1, 1).masked_fill(prediction.x0.isinf(), torch.nan))
+        # A network that overflows must not pass for one that says ±1: 0·∞ is not a number.
+        return prediction._replace(x0=prediction.x0.clamp(-1, 1).add(prediction.x0, alpha=0))
 
     def unguided(predict: Predict, x_t: Tensor, i: int, gradient_only: bool = False) -> GuidedPrediction:
         return GuidedPrediction(None if gradient_only else predict(x_t, i))

@@ -76,7 +76,7 @@ def test_few_steps_move_a_gaussian_nearly_as_a_thousand_of_ddpm_do(variance):
             found = gained(sampler(n, guidance_term=term, data_std=d), denoiser, guidance)
             return float(((found - expected) / expected).abs().max())
 
-        assert error(100, "ancestral") < 0.01, name
+        assert error(100, "ancestral") < 0.02, name
         assert error(25, "ancestral") < 0.02, name
         # The SDE's own steps are exact here; those of the ODE samplers are of second order.
         assert error(6, "ancestral") < (0.01 if name == "sde" else 0.1), name
