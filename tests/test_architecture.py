@@ -10,6 +10,7 @@ FLOORS = [
     {
         "compilation",
         "configurations",
+        "convolutions",
         "errors",
         "images",
         "rng",

@@ -170,7 +170,7 @@ def test_halving_spends_samples_on_the_best_and_reuses_them(write, quick, tmp_pa
 
 
 def test_a_killed_run_goes_on(write, quick, tmp_path, capsys):
-    """SIGKILL after two of three shards, by a forked sweep; the same command makes the third, and evaluates all."""
+    """SIGKILL after two of three shards, by a sweep of its own process; the same command makes the third, and evaluates all."""
     images, labels = digits("heldout")
     np.savez(tmp_path / "heldout.npz", to_uint8(images).permute(0, 2, 3, 1).numpy(), labels.numpy())
     callbacks = yaml.safe_load((ROOT / FILE["configs"][0]).read_text())["trainer"]["callbacks"]
@@ -181,7 +181,7 @@ def test_a_killed_run_goes_on(write, quick, tmp_path, capsys):
     kill = {"class_path": "tests.interruptions.KillOnce", "init_args": {"batches": 2, "marker": marker}}
     figures = ["frechet_distance", "integral_ece"]
     path = write(configs=quick(kill), values=SINGLE, figures=figures, evaluate=evaluate | {"allow-few": True})
-    process = get_context("fork").Process(target=sweep, args=(path, tmp_path / "out"))
+    process = get_context("spawn").Process(target=sweep, args=(path, tmp_path / "out"))
     process.start()
     process.join()
     assert process.exitcode == -9

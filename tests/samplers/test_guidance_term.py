@@ -77,7 +77,7 @@ def test_few_steps_move_a_gaussian_nearly_as_a_thousand_of_ddpm_do(variance):
             return float(((found - expected) / expected).abs().max())
 
         assert error(100, "ancestral") < 0.02, name
-        assert error(25, "ancestral") < 0.02, name
+        assert error(25, "ancestral") < 0.03, name
         # The SDE's own steps are exact here; those of the ODE samplers are of second order.
         assert error(6, "ancestral") < (0.01 if name == "sde" else 0.1), name
         assert error(6, "ancestral") < 0.3 * error(6, "score"), name
