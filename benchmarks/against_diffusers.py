@@ -16,11 +16,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 from timing import in_turns, keep, machine, parser, ratio
 from torch import Tensor
 
-from calib_guidance.denoisers import DiTDenoiser
-from calib_guidance.guidance import ClassifierFreeGuidance
+from calib_guidance.denoisers import ClassifierFreeGuidance, DiTDenoiser
 from calib_guidance.networks import DiT
-from calib_guidance.networks.dit_weights import to_diffusers
 from calib_guidance.samplers import DDIM
+from calib_guidance.weights.dit import to_diffusers
 
 WEIGHT = 4.0
 SIZES = {  # width, depth, heads, latents' side; channels of the autoencoder

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
-from calib_guidance.losses import binned_smooth_ece, smooth_ece
+from calib_guidance.training import binned_smooth_ece, smooth_ece
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 FORMS: dict[str, Loss] = {"per sample": smooth_ece, "binned": binned_smooth_ece}

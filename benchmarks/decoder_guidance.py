@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from calib_guidance.classifiers import OffTheShelfClassifier
-from calib_guidance.denoisers import DiTDenoiser, LinearDecoder, TinyDecoder, VAEDecoder
-from calib_guidance.doctor.cost import Counter
-from calib_guidance.guidance import ClassifierFreeGuidance, ClassifierGuidance, GuidanceSchedule
+from calib_guidance.cli.doctor.cost import Counter
+from calib_guidance.denoisers import ClassifierFreeGuidance, DiTDenoiser, LinearDecoder, TinyDecoder, VAEDecoder
+from calib_guidance.diffusion.rng import SampleStreams
+from calib_guidance.guidance import ClassifierGuidance, GuidanceSchedule
 from calib_guidance.networks import DiT
-from calib_guidance.rng import SampleStreams
 from calib_guidance.samplers import DDPM
 
 BLOCKS = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
@@ -106,7 +106,7 @@ def trajectories(system: System, steps: int, batch: int) -> tuple[dict[str, Call
     }
     runs, shares = {}, {}
     for name, options in kinds.items():
-        guidance = ClassifierGuidance(system.classifier, **{"scale": 0.5, "enters": "noise_difference"} | options)
+        guidance = ClassifierGuidance(system.classifier, **{"scale": 0.5, "apply_to": "cfg_residual"} | options)
         active = guidance.schedule.active(sampler.levels(free))
         shares[name] = sum(active) / len(active) if guidance.scale else 0.0
 

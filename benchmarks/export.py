@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from calib_guidance.run_folder import RunFolder
+from calib_guidance.runs.store import RunFolder
 
 COMMANDS = {
     "status": ["status"],

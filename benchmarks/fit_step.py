@@ -26,12 +26,13 @@ from PIL import Image
 from timing import Figure, in_turns, keep, machine, parser, ratio
 from torch import Tensor
 
+from calib_guidance.backend.images import to_uint8
 from calib_guidance.classifiers import OffTheShelfClassifier
-from calib_guidance.data import Denoised, ImageData, Noisy
+from calib_guidance.data import ImageData
 from calib_guidance.denoisers import ADMDenoiser
-from calib_guidance.images import to_uint8
-from calib_guidance.modules import CalibrateClassifier, TrainDiffusion
 from calib_guidance.networks import UNet
+from calib_guidance.tasks import CalibrateClassifier, TrainDiffusion
+from calib_guidance.training import DenoisedInput, NoisyInput
 
 FIGURES: dict[str, Figure] = {}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -80,7 +81,7 @@ def classifier(rounds: int, batch: int, size: int) -> None:
     images = {"image": torch.rand(batch, 3, size, size) * 2 - 1, "label": torch.arange(batch)}
 
     def build(channels_last: bool, compile: bool) -> CalibrateClassifier:
-        module = CalibrateClassifier(copy.deepcopy(network), Noisy(), channels_last=channels_last, compile=compile)
+        module = CalibrateClassifier(copy.deepcopy(network), NoisyInput(), channels_last=channels_last, compile=compile)
         if channels_last:  # which a trainer has it do before it fits
             module.classifier.to(memory_format=torch.channels_last)
         return module
@@ -113,8 +114,8 @@ def denoised_online(rounds: int, batch: int, size: int, channels: int) -> None:
 
     def build(precision: str) -> Step:
         denoiser = ADMDenoiser(copy.deepcopy(unet), noise_schedule="cosine", prediction="v")
-        noising = Denoised(denoiser, "250", precision=precision)
-        return stepper(CalibrateClassifier(copy.deepcopy(network), noising, channels_last=False), images)
+        input_transform = DenoisedInput(denoiser, "250", precision=precision)
+        return stepper(CalibrateClassifier(copy.deepcopy(network), input_transform, channels_last=False), images)
 
     compare(f"denoised online, ADM {size}×{size}: precision bf16", build("fp32"), build("bf16"), rounds)
 

@@ -17,11 +17,11 @@ from timing import Figure, in_turns, keep, machine, parser
 from torch import Tensor
 
 from calib_guidance.classifiers import OffTheShelfClassifier
+from calib_guidance.cli.doctor.cost import Counter
 from calib_guidance.denoisers import ADMDenoiser
-from calib_guidance.doctor.cost import Counter
+from calib_guidance.diffusion.rng import SampleStreams
 from calib_guidance.guidance import ClassifierGuidance
 from calib_guidance.networks import UNet
-from calib_guidance.rng import SampleStreams
 from calib_guidance.samplers import DDPM
 from calib_guidance.scores import DivergenceRegularized
 

@@ -20,9 +20,9 @@ from guidance_share import ADM64
 
 from calib_guidance.classifiers import OffTheShelfClassifier
 from calib_guidance.denoisers import ADMDenoiser
+from calib_guidance.diffusion.rng import SampleStreams
 from calib_guidance.guidance import ClassifierGuidance
 from calib_guidance.networks import UNet
-from calib_guidance.rng import SampleStreams
 from calib_guidance.samplers import DDPM
 
 
@@ -47,12 +47,14 @@ def _resident(name: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 2**10
 
 
-def measure(batch: int, at: str | None, answer: Connection) -> None:
+def measure(batch: int, options: dict[str, object] | None, answer: Connection) -> None:
     """Send the MiB that three steps take at their peak, of ADM-64 at 64 channels under ResNet-50."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     denoiser = ADMDenoiser(UNet(64, 3, **ADM64)).to(device)
     guidance = (
-        None if at is None else ClassifierGuidance(OffTheShelfClassifier("torchvision/resnet50"), at=at).to(device)
+        None
+        if options is None
+        else ClassifierGuidance(OffTheShelfClassifier("torchvision/resnet50"), **options).to(device)
     )
     before = begin()
     noise = SampleStreams([0] * batch, range(batch), denoiser.image_shape, device)
@@ -65,7 +67,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16], help="images (1 4 16)")
     sizes = options.parse_args().batch
-    kinds = {"unguided": None, "x̂0": "denoised", "x̂0, through the denoiser": "through_denoiser"}
+    kinds = {"unguided": None, "x̂0": {}, "x̂0, through the denoiser": {"backprop_through_denoiser": True}}
     print(f"| guided on | {' | '.join(f'batch {size}, MiB' for size in sizes)} | MiB an image more |")
     print(f"|---|{'---:|' * (len(sizes) + 1)}")
     context = multiprocessing.get_context("spawn")

@@ -33,13 +33,13 @@ import yaml
 from timing import Figure, keep, machine, parser, ratio
 from torch import Tensor
 
+from calib_guidance.backend.images import to_uint8
 from calib_guidance.callbacks import SampleWriter, sample_writer
 from calib_guidance.callbacks.background import Background
-from calib_guidance.images import to_uint8
-from calib_guidance.lightning_cli import CalibGuidanceCLI, run_lightning
-from calib_guidance.modules.faults import Attempt
+from calib_guidance.cli.lightning import CalibGuidanceCLI, run_lightning
 from calib_guidance.networks import UNet
-from calib_guidance.run_folder import RunFolder
+from calib_guidance.runs.store import RunFolder
+from calib_guidance.tasks.retry import Attempt
 
 FIGURES: dict[str, Figure] = {}
 

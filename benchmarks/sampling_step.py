@@ -25,14 +25,14 @@ from PIL import Image
 from timing import Figure, in_turns, keep, machine, parser, ratio
 from torch import Tensor, nn
 
+from calib_guidance.backend.compilation import Compiled
+from calib_guidance.backend.images import to_uint8
 from calib_guidance.classifiers import OffTheShelfClassifier
-from calib_guidance.compilation import Compiled
 from calib_guidance.denoisers import ADMDenoiser, Denoiser, Prediction
+from calib_guidance.diffusion.rng import SampleStreams
+from calib_guidance.diffusion.schedules import NoiseLevels
 from calib_guidance.guidance import Guidance, GuidedPrediction
-from calib_guidance.images import to_uint8
 from calib_guidance.networks import SmallResNet, UNet, adm
-from calib_guidance.noise_schedule import NoiseLevels
-from calib_guidance.rng import SampleStreams
 from calib_guidance.samplers import DDPM
 
 

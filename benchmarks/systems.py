@@ -20,11 +20,18 @@ from torch import Tensor
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from calib_guidance.classifiers import OffTheShelfClassifier
-from calib_guidance.denoisers import ADMDenoiser, Denoiser, DiTDenoiser, EDMDenoiser, TinyDecoder
-from calib_guidance.doctor.cost import Counter
-from calib_guidance.guidance import ClassifierFreeGuidance, ClassifierGuidance, Guidance, GuidanceSchedule
+from calib_guidance.cli.doctor.cost import Counter
+from calib_guidance.denoisers import (
+    ADMDenoiser,
+    ClassifierFreeGuidance,
+    Denoiser,
+    DiTDenoiser,
+    EDMDenoiser,
+    TinyDecoder,
+)
+from calib_guidance.diffusion.rng import SampleStreams
+from calib_guidance.guidance import ClassifierGuidance, Guidance, GuidanceSchedule
 from calib_guidance.networks import DiT, UNet
-from calib_guidance.rng import SampleStreams
 from calib_guidance.samplers import DDPM, Heun, Sampler, StepRecord
 from calib_guidance.scores import DivergenceRegularized, TemperedLogProb
 
@@ -74,7 +81,7 @@ def dit(full: bool, dtype: str, compiled: bool) -> System:
     types = {"dtype": dtype, "vae_dtype": dtype} if full else {}
     denoiser = DiTDenoiser(network, vae=vae, decode_batch=8, compile=compiled, **types)
     free = ClassifierFreeGuidance(denoiser, 1.5, channels=3)
-    shared = {"classifier": classifier(full), "scale": 0.5, "enters": "noise_difference"}
+    shared = {"classifier": classifier(full), "scale": 0.5, "apply_to": "cfg_residual"}
     guidances = {
         "none": None,
         "full decoder": ClassifierGuidance(**shared),
@@ -88,7 +95,7 @@ def edm64(full: bool, dtype: str, compiled: bool) -> System:
     """EDM at 64×64, 18 Heun steps, arXiv 2310.11311's Algorithm 2."""
     network = "edm_imagenet64" if full else UNet(32, 3, model_channels=64, out_channels=3, **UNET)
     denoiser = EDMDenoiser(network, dtype=dtype if full else None, compile=compiled)
-    shift = {"scale": 0.004, "at": "normalized", "enters": "sample"}
+    shift = {"scale": 0.004, "classifier_input": "x_t_normalized", "apply_to": "sample"}
     guide = ClassifierGuidance(classifier(full), TemperedLogProb(tau2=0.0), **shift)
     return System(denoiser, lambda n: Heun(n), {"none": None, "ResNet-101, Algorithm 2": guide}, 18, (128, 4))
 

@@ -27,7 +27,7 @@ class LeftOutError(RunError):
     status = 3
 
 
-class NoMemoryError(RunError):
+class OutOfMemoryError(RunError):
     """Not even the smallest batch fits into the memory."""
 
 

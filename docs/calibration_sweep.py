@@ -13,7 +13,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from calib_guidance.figures import COLOURS
+from calib_guidance.plots import COLOURS
 
 MEASURES = {
     "NLL": ("sweep/NLL ↓",),

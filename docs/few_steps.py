@@ -24,14 +24,15 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from calib_guidance.backend.images import to_uint8
 from calib_guidance.classifiers import OffTheShelfClassifier
 from calib_guidance.data import DigitImages
 from calib_guidance.denoisers import ADMDenoiser
+from calib_guidance.diffusion.rng import SampleStreams
+from calib_guidance.evaluation import JudgeFeatures
 from calib_guidance.guidance import ClassifierGuidance, GuidanceSchedule
-from calib_guidance.images import to_uint8
-from calib_guidance.metrics import FrechetDistance, JudgeFeatures, PrecisionRecall
+from calib_guidance.metrics import FrechetDistance, PrecisionRecall
 from calib_guidance.networks import SmallResNet, UNet
-from calib_guidance.rng import SampleStreams
 from calib_guidance.samplers import DDIM, DDPM, DPMSolver, Heun, Sampler, UniPC
 from calib_guidance.scores import DivergenceRegularized
 
@@ -67,7 +68,7 @@ class Setting(NamedTuple):
     sampler: str
     evaluations: int
     guided: bool = True
-    term: str = "ancestral"
+    term: str = "ddpm_equivalent"
     schedule: tuple[tuple[str, Any], ...] = ()
     sampling: tuple[tuple[str, Any], ...] = ()  # further options of the sampler; not for DDIM and Heun
 
@@ -79,11 +80,11 @@ class Setting(NamedTuple):
         if self.sampler == "Heun":  # two evaluations a step, and one at the last
             return Heun((n + 1) // 2, clip_denoised=True)
         if self.sampler == "DDIM":
-            return DDIM(f"ddim{n}", guidance_term=self.term, data_std=LEADING)
+            return DDIM(f"ddim{n}", guidance_scaling=self.term, data_std=LEADING)
         if self.sampler == SDE:
-            return DPMSolver(n // 2 if split else n, sde=True, guidance_term=self.term, **dict(self.sampling))
+            return DPMSolver(n // 2 if split else n, sde=True, guidance_scaling=self.term, **dict(self.sampling))
         kind = UniPC if self.sampler == "UniPC" else DPMSolver
-        return kind(n // 2 if split else n, guidance_term=self.term, data_std=LEADING, **dict(self.sampling))
+        return kind(n // 2 if split else n, guidance_scaling=self.term, data_std=LEADING, **dict(self.sampling))
 
 
 def settings() -> Iterator[Setting]:

@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from calib_guidance.backend.images import from_uint8
 from calib_guidance.denoisers import VAEDecoder, fit_linear_decoder
 from calib_guidance.denoisers.decoders import UPSAMPLINGS
-from calib_guidance.images import from_uint8
-from calib_guidance.networks.diffusers_folder import load_autoencoder
+from calib_guidance.weights.diffusers_folder import load_autoencoder
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 

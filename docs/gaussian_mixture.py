@@ -23,9 +23,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
-from calib_guidance.denoisers.analytic import GaussianMixture, GaussianMixtureClassifier
-from calib_guidance.figures import COLOURS, Contours, direction_field
+from calib_guidance.classifiers.gaussian_mixture import GaussianMixtureClassifier
+from calib_guidance.denoisers.gaussian_mixture import GaussianMixture
 from calib_guidance.guidance import ClassifierGuidance
+from calib_guidance.plots import COLOURS, Contours, direction_field
 from calib_guidance.samplers import DDIM, DDPM, Sampler
 from calib_guidance.scores import DivergenceRegularized, EntropyRegularized, Score, TemperedLogProb, Tilted
 from calib_guidance.scores.divergence import smoothed_one_hot_log
@@ -53,7 +54,8 @@ class Method(NamedTuple):
 
     name: str
     score: Score | None = None
-    at: str = "denoised"
+    classifier_input: str = "x0"
+    backprop_through_denoiser: bool = False
     drawn: bool = True
 
 
@@ -61,7 +63,7 @@ METHODS = [
     Method("exact samples"),
     Method("plain, xₜ (exact)", TemperedLogProb(), "x_t"),
     Method("plain, x̂₀", TemperedLogProb()),
-    Method("plain, through x̂₀(xₜ)", TemperedLogProb(), "through_denoiser"),
+    Method("plain, through x̂₀(xₜ)", TemperedLogProb(), backprop_through_denoiser=True),
     Method("τ₂ = 0.5", TemperedLogProb(1.0, 0.5)),
     Method("τ₂ = 0", TemperedLogProb(1.0, 0.0)),
     Method("entropy, λ = 1", EntropyRegularized(1.0)),
@@ -101,8 +103,13 @@ def draw(method: Method, mixture: GaussianMixture, sampler: Sampler, n: int) -> 
     """``(n, 2, 1, 1)`` samples of class Y."""
     if method.score is None:
         return mixture.sample(n, Y, torch.Generator().manual_seed(SEED + 1))
-    classifier = GaussianMixtureClassifier(mixture, noise_aware=method.at == "x_t")
-    guidance = ClassifierGuidance(classifier, method.score, at=method.at)
+    classifier = GaussianMixtureClassifier(mixture, noise_aware=method.classifier_input == "x_t")
+    guidance = ClassifierGuidance(
+        classifier,
+        method.score,
+        classifier_input=method.classifier_input,
+        backprop_through_denoiser=method.backprop_through_denoiser,
+    )
     return sampler(mixture, Gaussians(n), torch.full((n,), Y), guidance)
 
 

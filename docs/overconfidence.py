@@ -19,12 +19,13 @@ from matplotlib.lines import Line2D
 from torch import Tensor, nn
 
 from calib_guidance.classifiers import Classifier
-from calib_guidance.denoisers.analytic import GaussianMixture, GaussianMixtureClassifier
-from calib_guidance.figures import COLOURS
+from calib_guidance.classifiers.gaussian_mixture import GaussianMixtureClassifier
+from calib_guidance.denoisers.gaussian_mixture import GaussianMixture
 from calib_guidance.guidance import ClassifierGuidance
-from calib_guidance.losses import binned_smooth_ece, smooth_ece
 from calib_guidance.metrics import CalibrationError
+from calib_guidance.plots import COLOURS
 from calib_guidance.samplers import DDPM, StepRecord
+from calib_guidance.training import binned_smooth_ece, smooth_ece
 
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK, _ = COLOURS
 

@@ -15,15 +15,15 @@ import torch
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
-from calib_guidance.compare import insert
-from calib_guidance.doctor.files import Unbuilt
-from calib_guidance.figures import COLOURS, COLUMN, paper, save
-from calib_guidance.halving import halve
-from calib_guidance.images import to_uint8
-from calib_guidance.lightning_cli import run_lightning
+from calib_guidance.backend.images import to_uint8
+from calib_guidance.cli.doctor.files import Unbuilt
+from calib_guidance.cli.lightning import run_lightning
+from calib_guidance.experiments.compare import insert
+from calib_guidance.experiments.halving import halve
+from calib_guidance.experiments.sweep import FIGURES, Setting, Sweeper, read_sweep
 from calib_guidance.metrics import CalibrationError, FrechetDistance
-from calib_guidance.run_folder import RunFolder
-from calib_guidance.sweep import FIGURES, Setting, Sweeper, read_sweep
+from calib_guidance.plots import COLOURS, COLUMN, paper, save
+from calib_guidance.runs.store import RunFolder
 
 DOCS = Path(__file__).parent
 CONFIG = Path("lightning_configs/sweep/digits.yaml")

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from calib_guidance.metrics.features import FeatureExtractor, Features
-from calib_guidance.run_folder import RunFolder
+from calib_guidance.evaluation.features import FeatureExtractor, Features
+from calib_guidance.runs.store import RunFolder
 
 NUM_CLASSES = 3
 KINDS = (

@@ -13,7 +13,7 @@ import time
 import traceback
 from pathlib import Path
 
-import calib_guidance.lightning_cli  # noqa: F401 (before the forks)
+import calib_guidance.cli.lightning  # noqa: F401 (before the forks)
 from calib_guidance.cli import main
 
 SECONDS = 90  # for one command

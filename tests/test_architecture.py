@@ -1,4 +1,4 @@
-"""A module imports only from lower floors, and only the top one knows Lightning."""
+"""A folder imports only from the folders on lower floors, and only the top ones know Lightning."""
 
 import ast
 from pathlib import Path
@@ -6,70 +6,50 @@ from pathlib import Path
 import calib_guidance
 
 ROOT = Path(calib_guidance.__file__).parent
-FLOORS = [
-    {
-        "compilation",
-        "configurations",
-        "convolutions",
-        "errors",
-        "images",
-        "rng",
-        "run_folder",
-        "scores",
-        "losses",
-        "noise_schedule",
-        "parameterization",
-        "precision",
-        "processes",
-        "lr_schedules",
-        "threads",
-    },
-    {"networks", "checkpoints", "edm_pickle", "hub", "published"},
-    {"denoisers", "classifiers"},
-    {"guidance"},
-    {"samplers", "figures"},
-    {"metrics", "data", "modules", "callbacks"},
-    {"checkpoint_io"},
-    {"lightning_cli"},
-    {"compare", "doctor", "evaluate", "export", "halving", "reference", "report", "runs", "status", "sweep"},
-    {"cli"},
-    {"__main__"},
-]
-FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-KNOW_LIGHTNING = {"modules", "callbacks", "data", "checkpoint_io", "lightning_cli", "doctor"}
+# Lowest floor first. No two folders share a floor.
+FLOORS = """
+    diffusion scores backend networks weights denoisers classifiers guidance samplers training metrics runs data plots
+    evaluation tasks callbacks report cli experiments
+""".split()  # noqa: SIM905, one name after the other reads best
+AT_THE_ROOT = {"__init__", "__main__", "errors"}
+KNOW_LIGHTNING = {"tasks", "callbacks", "data", "cli", "experiments"}
 
 
 def imports(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
+            if node.module == "calib_guidance":
+                yield from (f"calib_guidance.{alias.name}" for alias in node.names if alias.name in FLOORS)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
 
 
-def modules():
+def folders():
     for path in sorted(ROOT.rglob("*.py")):
-        part = path.relative_to(ROOT).parts[0].removesuffix(".py")
-        if part != "__init__":
-            yield part, path
+        folder, *rest = path.relative_to(ROOT).parts
+        if rest:
+            yield folder, path
 
 
-def test_every_part_has_a_floor():
-    assert {part for part, _ in modules()} == set(FLOOR)
+def test_the_root_holds_folders():
+    assert {path.stem for path in ROOT.glob("*.py")} == AT_THE_ROOT
+    assert {folder for folder, _ in folders()} == set(FLOORS)
 
 
 def test_imports_lead_down():
     wrong = []
-    for part, path in modules():
+    for folder, path in folders():
         for name in imports(path):
-            words = name.split(".")
-            if words[0] == "calib_guidance" and len(words) > 1 and words[1] != part and FLOOR[words[1]] > FLOOR[part]:
+            ours, *parts = name.split(".")
+            known = ours == "calib_guidance" and parts and parts[0] in FLOORS
+            if known and FLOORS.index(parts[0]) > FLOORS.index(folder):
                 wrong.append(f"{path.relative_to(ROOT)} imports {name}")
     assert not wrong
 
 
 def test_only_the_top_knows_lightning():
-    knowing = {part for part, path in modules() if any(name.split(".")[0] == "lightning" for name in imports(path))}
+    knowing = {folder for folder, path in folders() if any(name.split(".")[0] == "lightning" for name in imports(path))}
     assert knowing <= KNOW_LIGHTNING
 
 
@@ -77,3 +57,11 @@ def test_scores_know_no_diffusion():
     for path in (ROOT / "scores").glob("*.py"):
         ours = {name for name in imports(path) if name.startswith("calib_guidance")}
         assert all(name.startswith("calib_guidance.scores") for name in ours)
+
+
+def test_networks_know_no_files():
+    """Architectures know neither weights files nor the names of published models."""
+    for path in (ROOT / "networks").glob("*.py"):
+        assert not {"safetensors", "pickle", "huggingface_hub", "pathlib", "os"} & {
+            n.split(".")[0] for n in imports(path)
+        }

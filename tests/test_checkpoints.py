@@ -20,17 +20,18 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from safetensors.torch import save_file
 from torch import nn
 
-from calib_guidance.checkpoint_io import AtomicCheckpointIO
-from calib_guidance.checkpoints import (
+from calib_guidance.callbacks.checkpoint_io import AtomicCheckpointIO
+from calib_guidance.classifiers import OffTheShelfClassifier
+from calib_guidance.evaluation.features import InceptionFeatures
+from calib_guidance.networks import SmallResNet
+from calib_guidance.weights import pickles
+from calib_guidance.weights.io import (
     CheckpointError,
     load_weights,
     read_state_dict,
     read_weights,
     tensors_only,
 )
-from calib_guidance.classifiers import OffTheShelfClassifier
-from calib_guidance.metrics.features import InceptionFeatures
-from calib_guidance.networks import SmallResNet
 from tests.edm_files import edm_bytes, edm_modules
 
 
@@ -272,7 +273,6 @@ class TestHarm:
 
     def test_a_pickle_changes_nothing_that_it_names(self, tmp_path):
         """Attributes can be set on whatever a pickle names, by the opcode that sets an object's state."""
-        from calib_guidance import edm_pickle
 
         def build(target):
             return b"\x80\x02c%s\n(N}(X\x04\x00\x00\x00evilK\x01utb." % target
@@ -288,7 +288,7 @@ class TestHarm:
             (tmp_path / "a.pkl").write_bytes(build(target))
             with pytest.raises(CheckpointError):
                 read_state_dict(tmp_path / "a.pkl")
-        named = (torch._utils._rebuild_tensor_v2, nn.ModuleDict, OrderedDict, np.dtype, *vars(edm_pickle).values())
+        named = (torch._utils._rebuild_tensor_v2, nn.ModuleDict, OrderedDict, np.dtype, *vars(pickles).values())
         assert not any(hasattr(thing, "evil") for thing in named)
 
     def test_tensors_outside_of_their_storage(self, tmp_path):

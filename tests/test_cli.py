@@ -13,9 +13,9 @@ from datasets import load_dataset
 from PIL import Image
 
 from calib_guidance.callbacks import read_samples
-from calib_guidance.checkpoints import read_state_dict, save_weights
 from calib_guidance.cli import main
 from calib_guidance.networks import SmallResNet
+from calib_guidance.weights.io import read_state_dict, save_weights
 from tests.conftest import ROOT
 
 PREDICT = ["predict", "--config", "lightning_configs/predict/digits.yaml"]
@@ -327,7 +327,7 @@ class TestRefusals:
         assert "set the guidance schedule's gamma to 0" in message
 
     def test_a_noise_difference_without_classifier_free_guidance(self, out, capsys):
-        message = refuse(capsys, out, "--model.init_args.guidance.init_args.enters=noise_difference")
+        message = refuse(capsys, out, "--model.init_args.guidance.init_args.apply_to=cfg_residual")
         assert "needs classifier-free guidance" in message
 
     def test_a_folder_that_cannot_be_written(self, in_root, tmp_path, capsys):

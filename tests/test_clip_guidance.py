@@ -8,10 +8,10 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from calib_guidance.backend.images import from_uint8
 from calib_guidance.callbacks import read_samples
 from calib_guidance.classifiers import CLIPClassifier
 from calib_guidance.cli import main
-from calib_guidance.images import from_uint8
 
 PROMPTS = ["a photo of a red fox", "a blue car"]
 ARCHITECTURE = {
@@ -53,7 +53,7 @@ def sample(folder, clip, guidance, every=1, num_classes=2):
         },
         "model": part(
             "modules.GuidedSampling",
-            denoiser=part("denoisers.Relabelled", denoiser=denoiser, classes=[7, 2][:num_classes]),
+            denoiser=part("denoisers.RemapClasses", denoiser=denoiser, classes=[7, 2][:num_classes]),
             sampler=part("samplers.DDPM", steps="3"),
             guidance=guidance,
         ),

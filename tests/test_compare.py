@@ -5,11 +5,11 @@ import csv
 import pytest
 import yaml
 
-from calib_guidance import runs
 from calib_guidance.cli import main
-from calib_guidance.compare import Column, Table, markdown_table, read_comparison
 from calib_guidance.errors import LeftOutError
-from calib_guidance.runs import Run
+from calib_guidance.experiments import runner
+from calib_guidance.experiments.compare import Column, Table, markdown_table, read_comparison
+from calib_guidance.experiments.runner import Run
 from tests.conftest import ROOT
 
 FILE = {
@@ -111,9 +111,9 @@ def test_a_run_that_leaves_samples_out_is_done_and_says_so(tmp_path, monkeypatch
     def lose(words):
         raise LeftOutError("1 samples could not be made")
 
-    monkeypatch.setattr(runs, "run_lightning", lose)
+    monkeypatch.setattr(runner, "run_lightning", lose)
     run = Run(0, 0, (("predict",),), tmp_path / "run", "fingerprint")
-    assert runs.work(run, 1) == ["1 samples could not be made"]
+    assert runner.work(run, 1) == ["1 samples could not be made"]
     assert run.done()
 
 
@@ -139,7 +139,7 @@ def test_runs_are_made_once_and_put_into_a_table(file, tmp_path, capsys):
     assert table.count("±") == 5  # the unguided row has no classifier to calibrate
     assert "old" not in readme.read_text()
     assert readme.read_text() == f"before\n<!-- comparison -->\n{table}<!-- /comparison -->\nafter\n"
-    with open(tmp_path / "runs/runs.csv") as runs:
+    with open(tmp_path / "runs/runner.csv") as runs:
         assert [(row["group"], row["name"], row["seed"]) for row in csv.DictReader(runs)] == [
             ("unconditional", "js", "0"),
             ("unconditional", "js", "1"),

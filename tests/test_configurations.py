@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from calib_guidance.cli import main
-from calib_guidance.configurations import expand_bases
+from calib_guidance.cli.configs import expand_bases
 from calib_guidance.errors import ConfigurationError
 
 

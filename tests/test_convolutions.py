@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from calib_guidance.backend.convolutions import PackedConv2d, pack_convolutions
 from calib_guidance.classifiers import OffTheShelfClassifier
-from calib_guidance.convolutions import PackedConv2d, pack_convolutions
-from calib_guidance.doctor.cost import Counter
+from calib_guidance.cli.doctor.cost import Counter
 
 
 def frozen(*arguments, **options):

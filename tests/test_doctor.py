@@ -7,11 +7,11 @@ from huggingface_hub import hf_hub_download, is_offline_mode
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
-from calib_guidance.checkpoints import save_weights
 from calib_guidance.cli import main
-from calib_guidance.doctor import cost, files, parts, rehearsal
+from calib_guidance.cli.doctor import cost, files, parts, rehearsal
 from calib_guidance.networks import SmallResNet
-from calib_guidance.run_folder import RunFolder
+from calib_guidance.runs.store import RunFolder
+from calib_guidance.weights.io import save_weights
 from tests.conftest import ROOT
 
 DIGITS = "--config=lightning_configs/predict/digits.yaml"
@@ -71,7 +71,7 @@ class TestGo:
         overlay = "--config=lightning_configs/digits/denoised_inputs.yaml"
         status, report = examine("--config=lightning_configs/fit/digits_calibration.yaml", overlay)
         assert status == 0
-        assert "noising.denoiser: ADMDenoiser" in report
+        assert "input_transform.denoiser: ADMDenoiser" in report
 
     def test_an_interval_is_less_work(self, examine):
         overlay = "--config=lightning_configs/digits/unguided.yaml"

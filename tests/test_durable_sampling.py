@@ -14,10 +14,10 @@ import torch
 import yaml
 
 from calib_guidance.callbacks import read_samples
-from calib_guidance.checkpoints import read_state_dict, save_weights
 from calib_guidance.cli import main
-from calib_guidance.lightning_cli import CalibGuidanceCLI, run_lightning
-from calib_guidance.run_folder import RunFolder
+from calib_guidance.cli.lightning import CalibGuidanceCLI, run_lightning
+from calib_guidance.runs.store import RunFolder
+from calib_guidance.weights.io import read_state_dict, save_weights
 from tests.conftest import ROOT
 from tests.test_run_folder import flip
 
@@ -238,7 +238,7 @@ class _Prepared(CalibGuidanceCLI):
 
 
 class Workers:
-    """Processes that sample in one folder, each begun in milliseconds: forked off when all parts are made."""
+    """DistributedContext that sample in one folder, each begun in milliseconds: forked off when all parts are made."""
 
     def __init__(self, folder, samples, batch=4):
         callbacks = [{"class_path": "calib_guidance.callbacks.SampleWriter", "init_args": {}}]

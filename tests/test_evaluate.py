@@ -15,11 +15,10 @@ from torch import nn
 from torch_fidelity import calculate_metrics
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from calib_guidance.checkpoints import save_weights
+from calib_guidance.backend.images import to_uint8
 from calib_guidance.classifiers.clip import CLIPClassifier, build_clip
 from calib_guidance.cli import main
 from calib_guidance.data import digits
-from calib_guidance.images import to_uint8
 from calib_guidance.metrics import (
     density_coverage,
     extrapolated_frechet_distance,
@@ -31,6 +30,7 @@ from calib_guidance.metrics import (
 )
 from calib_guidance.metrics.calibration import calibration_error
 from calib_guidance.networks import SmallResNet
+from calib_guidance.weights.io import save_weights
 from tests.conftest import ROOT
 from tests.image_files import Projection, pictures, write
 from tests.test_durable_sampling import predict

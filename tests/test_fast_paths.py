@@ -9,19 +9,19 @@ import pytest
 import torch
 from torch import nn
 
+from calib_guidance.backend.threads import available_cores, sensible_threads
 from calib_guidance.callbacks import read_samples
-from calib_guidance.checkpoints import load_weights
 from calib_guidance.classifiers import NoiseAwareClassifier, OffTheShelfClassifier
 from calib_guidance.cli import main
+from calib_guidance.cli.lightning import subclasses_listed_once
 from calib_guidance.denoisers import ADMDenoiser, DiTDenoiser
+from calib_guidance.diffusion.rng import SampleStreams
 from calib_guidance.guidance import ClassifierGuidance
-from calib_guidance.lightning_cli import subclasses_listed_once
 from calib_guidance.metrics.frechet import frechet_distance, mean_and_covariance
 from calib_guidance.networks import DiT, EncoderUNet, SmallResNet, UNet
 from calib_guidance.networks.adm import GroupNorm
-from calib_guidance.rng import SampleStreams
 from calib_guidance.samplers import DDPM
-from calib_guidance.threads import available_cores, sensible_threads
+from calib_guidance.weights.io import load_weights
 from tests.digits import digits_denoiser
 
 

@@ -17,7 +17,7 @@ from calib_guidance.callbacks import clean_stop, read_samples
 from calib_guidance.callbacks.clean_stop import SIGNALS, CleanStop
 from calib_guidance.cli import main
 from calib_guidance.errors import ConfigurationError, StoppedError
-from calib_guidance.modules.faults import in_float32, is_out_of_memory
+from calib_guidance.tasks.retry import in_float32, is_out_of_memory
 from tests.conftest import ROOT
 
 SAMPLES, BATCH, STEPS = 20, 10, 4

@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 WNIDS = ("n01440764", "n02123045", "n07753592")  # tench, tabby, banana
 FIT = ROOT / "lightning_configs/fit"
 NOISINGS, OBJECTIVES = ("clean", "noisy", "denoised_imagenet128"), ("cross_entropy", "smooth_ece")
-OFFLINE = {"noising": "denoised_offline", "objective": "smooth_ece_binned"}
+OFFLINE = {"input_transform": "denoised_offline", "objective": "smooth_ece_binned"}
 PLAIN = {"fit": "50"}
 # In place of ADM-128, which is built in a test of its own: 421 million parameters.
 SMALL_ADM = {
@@ -32,7 +32,10 @@ SMALL_ADM = {
     },
 }
 CASES = [
-    *({"fit": f, "noising": n, "objective": o} for f, n, o in itertools.product(("50", "101"), NOISINGS, OBJECTIVES)),
+    *(
+        {"fit": f, "input_transform": n, "objective": o}
+        for f, n, o in itertools.product(("50", "101"), NOISINGS, OBJECTIVES)
+    ),
     *({"fit": name} for name in sorted(p.stem for p in FIT.glob("imagenet*.yaml") if "resnet" not in p.stem)),
 ]
 
@@ -57,14 +60,16 @@ def fit(folder, source, case, tmp_path, max_corrupt=0.2, **model):
     name = case["fit"] if "_" in case["fit"] else f"imagenet128_resnet{case['fit']}"
     configs = [FIT / f"{name}.yaml"]
     configs += [
-        ROOT / f"lightning_configs/{part}/{case[part]}.yaml" for part in ("noising", "objective") if part in case
+        ROOT / f"lightning_configs/{part}/{case[part]}.yaml"
+        for part in ("input_transform", "objective")
+        if part in case
     ]
     merged = yaml.safe_load(configs[0].read_text())
     classifier = merged["model"]["init_args"]["classifier"]["init_args"]
     changes = {"classifier": {"init_args": {("weights" if "weights" in classifier else "checkpoint"): None}}} | model
-    if case.get("noising") == "denoised_imagenet128":
+    if case.get("input_transform") == "denoised_imagenet128":
         denoiser = {"init_args": {"checkpoint": None, "network": SMALL_ADM}}
-        changes["noising"] = {"init_args": {"denoiser": denoiser}}
+        changes["input_transform"] = {"init_args": {"denoiser": denoiser}}
     callbacks = [c for c in merged["trainer"]["callbacks"] if "ModelCheckpoint" not in c["class_path"]]
     callbacks[-1]["init_args"]["path"] = None
     trainer = {
@@ -91,7 +96,7 @@ def test_configuration(images, in_root, tmp_path, case):
     assert measured["nll"]["overall"] > 0
     assert 0 <= measured["ece"]["overall"] <= 1
     levels = sum(count > 0 for count in measured["count"])
-    assert levels == 1 if case.get("noising") == "clean" else levels >= 1
+    assert levels == 1 if case.get("input_transform") == "clean" else levels >= 1
     config = (
         yaml.safe_load((ROOT / f"lightning_configs/fit/{case['fit']}.yaml").read_text()) if "_" in case["fit"] else None
     )
@@ -104,7 +109,7 @@ def test_configuration(images, in_root, tmp_path, case):
 
 
 def test_the_denoiser_is_the_one_that_is_sampled():
-    """That of noising/denoised_imagenet128 and of the offline way is backbone/adm128."""
+    """That of input/denoised_imagenet128 and of the offline way is backbone/adm128."""
 
     def denoiser(path, *keys):
         node = yaml.safe_load((ROOT / "lightning_configs" / path).read_text())["model"]["init_args"]
@@ -113,7 +118,7 @@ def test_the_denoiser_is_the_one_that_is_sampled():
         return node["denoiser"]
 
     sampled = denoiser("backbone/adm128.yaml")
-    assert denoiser("noising/denoised_imagenet128.yaml", "noising") == sampled
+    assert denoiser("input/denoised_imagenet128.yaml", "input_transform") == sampled
     assert denoiser("predict/imagenet128_denoised.yaml") == sampled
 
 
@@ -154,12 +159,12 @@ class TestRefusals:
         return capsys.readouterr().err
 
     def test_a_denoiser_of_another_image_size(self, images, in_root, tmp_path, capsys, monkeypatch):
-        config = yaml.safe_load((ROOT / "lightning_configs/noising/denoised_imagenet128.yaml").read_text())
-        denoiser = config["model"]["init_args"]["noising"]["init_args"]["denoiser"]["init_args"]
+        config = yaml.safe_load((ROOT / "lightning_configs/input/denoised_imagenet128.yaml").read_text())
+        denoiser = config["model"]["init_args"]["input_transform"]["init_args"]["denoiser"]["init_args"]
         denoiser["network"] = SMALL_ADM | {"init_args": SMALL_ADM["init_args"] | {"image_size": 64}}
         denoiser["checkpoint"] = None
-        noising = config["model"]["init_args"]["noising"]
-        message = self.refuse(capsys, tmp_path / "out", images, PLAIN, tmp_path, noising=noising)
+        input_transform = config["model"]["init_args"]["input_transform"]
+        message = self.refuse(capsys, tmp_path / "out", images, PLAIN, tmp_path, input_transform=input_transform)
         assert "the data has images of 3×128×128, the denoiser takes 3×64×64" in message
 
     def test_no_images(self, in_root, tmp_path, capsys):

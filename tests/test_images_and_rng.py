@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from calib_guidance.images import from_uint8, to_uint8
-from calib_guidance.rng import DIFFUSION, SampleStreams, random_label, random_steps
+from calib_guidance.backend.images import from_uint8, to_uint8
+from calib_guidance.diffusion.rng import DIFFUSION, SampleStreams, random_label, random_steps
 
 
 def test_the_two_published_roundings():

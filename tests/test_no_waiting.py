@@ -15,12 +15,13 @@ from torch.utils._pytree import tree_leaves
 from calib_guidance import samplers
 from calib_guidance.callbacks import GradientNorm, SampleWriter, TrajectoryCalibration, TrajectoryStrips
 from calib_guidance.classifiers import CLIPClassifier, Ensemble, NoiseAwareClassifier, OffTheShelfClassifier
-from calib_guidance.denoisers import ADMDenoiser, DiTDenoiser, EDMDenoiser, Relabelled
-from calib_guidance.guidance import ClassifierFreeGuidance, ClassifierGuidance, GuidanceSchedule, SwitchedGuidance
-from calib_guidance.modules.faults import FirstNonFinite
+from calib_guidance.denoisers import ADMDenoiser, ClassifierFreeGuidance, DiTDenoiser, EDMDenoiser, RemapClasses
+from calib_guidance.diffusion import Interval
+from calib_guidance.guidance import ClassifierGuidance, GuidanceSchedule, SwitchedGuidance
 from calib_guidance.networks import DiT, EncoderUNet, SmallResNet, UNet
 from calib_guidance.samplers import DDIM, DDPM, DPMSolver, Heun, UniPC
 from calib_guidance.scores import DivergenceRegularized, EntropyRegularized, Tilted
+from calib_guidance.tasks.retry import FirstNonFinite
 
 SIZE, STEPS = 4, 3
 # What Python asks for by shape: the same at every step, and so to be made before the loop. (Zeros are of backward passes.)
@@ -101,9 +102,9 @@ def options_of_the_loop():
     yield pytest.param(DDIM(STEPS, eta=1.0), id="eta")
     yield pytest.param(Heun(STEPS, s_churn=1.0, guide_correction=True), id="churn")
     yield pytest.param(DPMSolver(STEPS, sde=True), id="sde")
-    yield pytest.param(DPMSolver(STEPS, guidance_term="strang"), id="splitting")
-    yield pytest.param(DPMSolver(STEPS, guidance_term="ancestral", data_std=1.0), id="ancestral ODE")
-    yield pytest.param(UniPC(STEPS, guidance_term="ancestral", data_std=1.0), id="ancestral UniPC")
+    yield pytest.param(DPMSolver(STEPS, guidance_scaling="strang"), id="splitting")
+    yield pytest.param(DPMSolver(STEPS, guidance_scaling="ddpm_equivalent", data_std=1.0), id="ancestral ODE")
+    yield pytest.param(UniPC(STEPS, guidance_scaling="ddpm_equivalent", data_std=1.0), id="ancestral UniPC")
 
 
 class Decoder(torch.nn.Conv2d):
@@ -130,19 +131,19 @@ def parts(device):
             "adm": learned,
             "edm": EDMDenoiser(UNet(8, 1, 32, 1, num_classes=3, **adm)),
             "dit": dit,
-            "classifier_free": ClassifierFreeGuidance(learned, 1.5, GuidanceSchedule(interval=(100, 900))),
+            "classifier_free": ClassifierFreeGuidance(learned, 1.5, Interval((100, 900))),
             "autoguidance": ClassifierFreeGuidance(learned, 1.5, negative=learned),
             "three_channels": ClassifierFreeGuidance(dit, 1.5, channels=3),
-            "relabelled": Relabelled(learned, [2, 0, 1]),
+            "relabelled": RemapClasses(learned, [2, 0, 1]),
         }
         encoder = EncoderUNet(8, 1, 32, 3, 1, channel_mult=(1,), num_head_channels=32, resblock_updown=False)
-        noise_aware = ClassifierGuidance(NoiseAwareClassifier(encoder, temperature=[1.0, 2.0]), at="x_t")
+        noise_aware = ClassifierGuidance(NoiseAwareClassifier(encoder, temperature=[1.0, 2.0]), classifier_input="x_t")
         js = DivergenceRegularized("js", 0.1)
         guidances = {
             "unguided": None,
             "js": ClassifierGuidance(off_the_shelf(), js, schedule=GuidanceSchedule(every=2)),
             "through_denoiser": ClassifierGuidance(
-                off_the_shelf(), EntropyRegularized(0.1, "confidence"), at="through_denoiser"
+                off_the_shelf(), EntropyRegularized(0.1, "confidence"), backprop_through_denoiser=True
             ),
             "noise_aware": noise_aware,
             "ensemble": ClassifierGuidance(Ensemble([off_the_shelf(), off_the_shelf()]), Tilted(-0.2, 2)),
@@ -177,13 +178,13 @@ def test_no_denoiser_waits(meta, name):
     for sampler, kind in ((DDPM(STEPS), "js"), (Heun(STEPS), "through_denoiser"), (DPMSolver(STEPS), "unguided")):
         loop(sampler, denoiser, guidances[kind])
     if name == "classifier_free":
-        loop(DDPM(STEPS), denoiser, ClassifierGuidance(off_the_shelf().to("meta"), enters="noise_difference"))
+        loop(DDPM(STEPS), denoiser, ClassifierGuidance(off_the_shelf().to("meta"), apply_to="cfg_residual"))
 
 
 def test_neither_does_guidance_that_moves_the_sample(meta):
     for classifier in (off_the_shelf(), off_the_shelf(resize=12)):
         guidance = ClassifierGuidance(
-            classifier.to("meta"), at="normalized", enters="sample", schedule=GuidanceSchedule(0.3)
+            classifier.to("meta"), classifier_input="x_t_normalized", apply_to="sample", schedule=GuidanceSchedule(0.3)
         )
         loop(Heun(STEPS, guide_correction=True), meta[0]["edm"], guidance)
 

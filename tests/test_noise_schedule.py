@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from calib_guidance.noise_schedule import NoiseSchedule, named_betas, respaced_timesteps
+from calib_guidance.diffusion.schedules import NoiseSchedule, named_betas, respaced_timesteps
 
 TABLES = (
     "betas",

@@ -8,15 +8,15 @@ import torch
 import torchvision
 from torch import nn
 
-from calib_guidance import published
-from calib_guidance.checkpoints import CheckpointError, load_weights, save_weights
 from calib_guidance.classifiers import Ensemble, NoiseAwareClassifier
 from calib_guidance.data import SampleRequests
 from calib_guidance.denoisers import ADMDenoiser, EDMDenoiser
 from calib_guidance.guidance import ClassifierGuidance
-from calib_guidance.modules import GuidedSampling
 from calib_guidance.networks import EncoderUNet, UNet
 from calib_guidance.samplers import Heun
+from calib_guidance.tasks import GuidedSampling
+from calib_guidance.weights import registry
+from calib_guidance.weights.io import CheckpointError, load_weights, save_weights
 from tests.conftest import ROOT
 from tests.edm_files import edm_bytes
 
@@ -89,17 +89,17 @@ LANDMARKS = {
 @pytest.mark.parametrize("name", LANDMARKS)
 def test_full_size_architectures(name):
     parameters, shapes = LANDMARKS[name]
-    network = published.reference(name)
-    assert sum(p.numel() for p in network.parameters()) == parameters == published.TABLE[name].parameters
+    network = registry.reference(name)
+    assert sum(p.numel() for p in network.parameters()) == parameters == registry.TABLE[name].parameters
     state = network.state_dict()
     for key, shape in shapes.items():
         assert (tuple(state[key].shape) if key in state else None) == shape, key
-    assert published.recognise(state) == [name]
-    assert published.recognise({k: v for k, v in state.items() if k != "time_embed.0.bias"}) == []
+    assert registry.recognise(state) == [name]
+    assert registry.recognise({k: v for k, v in state.items() if k != "time_embed.0.bias"}) == []
 
 
 def test_heads_and_order_of_the_published_attention():
-    heads = {name: published.unseen(published.reference(name)) for name in LANDMARKS}
+    heads = {name: registry.unseen(registry.reference(name)) for name in LANDMARKS}
     assert {name for name, what in heads.items() if "new" in what["attention_order"]} == {"adm_imagenet64"}
     assert heads["adm_imagenet128"]["attention_heads"] == "16×4"  # a fixed number; the others have 64 channels each
     assert heads["adm_imagenet64"]["attention_heads"] == "3×6, 3×9, 8×12, 4×9, 4×6"
@@ -111,10 +111,10 @@ def test_heads_and_order_of_the_published_attention():
 
 
 def test_a_network_whose_weights_are_known_takes_no_time_to_make_random_ones():
-    state = published.reference("adm_classifier128").state_dict()
-    network, entry = published.build(None, "adm_classifier", "bfloat16", state)
+    state = registry.reference("adm_classifier128").state_dict()
+    network, entry = registry.build(None, "adm_classifier", "bfloat16", state)
     assert entry.name == "adm_classifier128"
-    made = published.unet("adm_classifier128", "bfloat16")
+    made = registry.unet("adm_classifier128", "bfloat16")
     for (name, found), (other, expected) in zip(network.named_parameters(), made.named_parameters(), strict=True):
         assert (name, found.dtype, found.stride()) == (other, expected.dtype, expected.stride())
         assert found.device.type == "cpu"
@@ -123,18 +123,18 @@ def test_a_network_whose_weights_are_known_takes_no_time_to_make_random_ones():
 def test_others_are_recognised_by_a_few_shapes():
     with torch.device("meta"):
         resnets = {depth: torchvision.models.get_model(f"resnet{depth}").state_dict() for depth in (50, 101)}
-    assert published.recognise(resnets[50]) == ["resnet50_v1", "resnet50_v2"]
-    assert published.recognise(resnets[101], "classifier") == ["resnet101_v1", "resnet101_v2"]
-    assert published.recognise(resnets[101], "adm") == []
+    assert registry.recognise(resnets[50]) == ["resnet50_v1", "resnet50_v2"]
+    assert registry.recognise(resnets[101], "classifier") == ["resnet101_v1", "resnet101_v2"]
+    assert registry.recognise(resnets[101], "adm") == []
 
 
 def test_where_public_files_are():
-    assert published.by_file("checkpoints/128x128_diffusion.pt").name == "adm_imagenet128"
-    assert published.by_file("/data/sd-vae-ft-ema/diffusion_pytorch_model.safetensors").name == "sd_vae_ft_ema"
-    assert published.by_file("checkpoints/diffusion.pt") is None
+    assert registry.by_file("checkpoints/128x128_diffusion.pt").name == "adm_imagenet128"
+    assert registry.by_file("/data/sd-vae-ft-ema/diffusion_pytorch_model.safetensors").name == "sd_vae_ft_ema"
+    assert registry.by_file("checkpoints/diffusion.pt") is None
     for library in (torchvision.models.ResNet50_Weights, torchvision.models.ResNet101_Weights):
         for weights in library:
-            entry = published.by_file(weights.url.rpartition("/")[2])
+            entry = registry.by_file(weights.url.rpartition("/")[2])
             assert entry.source == weights.url
             assert entry.parameters == weights.meta["num_params"]
             assert abs(entry.bytes / 2**20 - weights.meta["_file_size"]) < 0.01
@@ -142,14 +142,14 @@ def test_where_public_files_are():
     with pytest.raises(
         ValueError, match="unknown published network 'adm_imagenet32'; known: adm_imagenet64, .*class_path"
     ):
-        published.entry("adm_imagenet32", "adm")
+        registry.entry("adm_imagenet32", "adm")
     with pytest.raises(ValueError, match="known: adm_classifier64"):
-        published.entry("adm_imagenet64", "adm_classifier")
+        registry.entry("adm_imagenet64", "adm_classifier")
 
 
 def test_the_readme_of_checkpoints_has_the_table():
-    assert published.markdown() in (ROOT / "checkpoints/README.md").read_text()
-    for name, entry in published.TABLE.items():
+    assert registry.markdown() in (ROOT / "checkpoints/README.md").read_text()
+    for name, entry in registry.TABLE.items():
         assert entry.name == name
         assert entry.source.endswith(entry.file)
         assert entry.licence
@@ -169,7 +169,7 @@ def small(monkeypatch, golden):
         architecture = {k: v for k, v in config.items() if k not in IGNORED} | {"dtype": "float16"}
         if kind == "adm_classifier":
             architecture = {k: v for k, v in architecture.items() if k not in ("num_classes", "num_heads_upsample")}
-        entries[name] = published.Published(
+        entries[name] = registry.Published(
             name,
             kind,
             f"{name}.pt",
@@ -181,12 +181,12 @@ def small(monkeypatch, golden):
             architecture,
             {"noise_schedule": "cosine", "prediction": "epsilon", "num_steps": 1000},
         )
-    monkeypatch.setattr(published, "TABLE", {**published.TABLE, **entries})
+    monkeypatch.setattr(registry, "TABLE", {**registry.TABLE, **entries})
     yield {
         name: golden(fixture)
         for name, fixture in (("adm_small", "adm_unet_c"), ("adm_small_classifier", "adm_classifier"))
     }
-    published.reference.cache_clear()
+    registry.reference.cache_clear()
 
 
 class TestDenoiser:
@@ -215,7 +215,7 @@ class TestDenoiser:
         fixture = small["adm_small"]
         file = str(tmp_path / "any.pt")
         torch.save(fixture.weights(), file)
-        architecture = dict(published.TABLE["adm_small"].architecture) | {"dtype": "float32"}
+        architecture = dict(registry.TABLE["adm_small"].architecture) | {"dtype": "float32"}
         own = UNet(**architecture)
         assert ADMDenoiser(own, file).provenance["noise_schedule"] == "cosine"
         with pytest.raises(CheckpointError, match="adm_small, which was made with attention order .*order: False"):
@@ -225,7 +225,7 @@ class TestDenoiser:
         ):
             ADMDenoiser(UNet(**architecture | {"num_head_channels": -1, "num_heads": 1}), file)
         for option, value in (("noise_schedule", "linear"), ("prediction", "v"), ("num_steps", 4000)):
-            said = published.TABLE["adm_small"].settings[option]
+            said = registry.TABLE["adm_small"].settings[option]
             message = f"made with {option.replace('_', ' ')} {said}, here {value}.*set {option}: {said}"
             with pytest.raises(CheckpointError, match=message):
                 ADMDenoiser(UNet(**architecture), file, **{option: value})
@@ -233,7 +233,7 @@ class TestDenoiser:
                 ADMDenoiser("adm_small", **{option: value})
         # The same shapes, trained otherwise by somebody who says so.
         other = UNet(**architecture | {"use_new_attention_order": True})
-        notes = {"noise_schedule": "linear", "prediction": "v", "num_steps": 1000} | published.unseen(other)
+        notes = {"noise_schedule": "linear", "prediction": "v", "num_steps": 1000} | registry.unseen(other)
         save_weights(fixture.weights(), tmp_path / "own.safetensors", **notes)
         denoiser = ADMDenoiser(other, str(tmp_path / "own.safetensors"))
         assert (denoiser.prediction, denoiser.provenance["noise_schedule"]) == ("v", "linear")
@@ -265,8 +265,8 @@ class TestDenoiser:
     def test_shapes_of_several_published_networks(self, tmp_path, small, monkeypatch):
         from dataclasses import replace
 
-        twin = replace(published.TABLE["adm_small"], name="adm_twin")
-        monkeypatch.setattr(published, "TABLE", {**published.TABLE, "adm_twin": twin})
+        twin = replace(registry.TABLE["adm_small"], name="adm_twin")
+        monkeypatch.setattr(registry, "TABLE", {**registry.TABLE, "adm_twin": twin})
         torch.save(small["adm_small"].weights(), tmp_path / "any.pt")
         with pytest.raises(CheckpointError, match="of adm_small and adm_twin of the published.*state network"):
             ADMDenoiser(None, str(tmp_path / "any.pt"))
@@ -285,7 +285,7 @@ class TestClassifier:
 
     def test_another_order_of_the_attention_is_refused(self, tmp_path, small):
         torch.save(small["adm_small_classifier"].weights(), tmp_path / "any.pt")
-        architecture = published.TABLE["adm_small_classifier"].architecture
+        architecture = registry.TABLE["adm_small_classifier"].architecture
         other = EncoderUNet(**architecture | {"use_new_attention_order": not architecture["use_new_attention_order"]})
         with pytest.raises(CheckpointError, match="made with attention order"):
             NoiseAwareClassifier(other, str(tmp_path / "any.pt"))
@@ -296,7 +296,7 @@ class TestClassifier:
         classifier = NoiseAwareClassifier("adm_small_classifier", dtype="float32")
         size, classes = classifier.network.image_size, classifier.num_classes
         network = UNet(size, 3, 32, 3, 1, (), channel_mult=(1,), num_classes=classes)
-        guidance = ClassifierGuidance(Ensemble([classifier, classifier]), at="x_t")
+        guidance = ClassifierGuidance(Ensemble([classifier, classifier]), classifier_input="x_t")
         module = GuidedSampling(EDMDenoiser(network, noise_schedule=schedule), Heun(2), guidance)
         module.trainer = L.Trainer(accelerator="cpu", logger=False, inference_mode=False)
         module.trainer.datamodule = SampleRequests(1, classes)

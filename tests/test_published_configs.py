@@ -10,7 +10,7 @@ import yaml
 
 from calib_guidance.callbacks import read_samples
 from calib_guidance.cli import main
-from calib_guidance.doctor.files import all_options, is_weights, leave_out, read_configuration
+from calib_guidance.cli.doctor.files import all_options, is_weights, leave_out, read_configuration
 from calib_guidance.networks import DiT, EncoderUNet, UNet
 from tests.conftest import ROOT
 

@@ -10,12 +10,12 @@ import torch
 import yaml
 from PIL import Image
 
+from calib_guidance.backend.images import to_uint8
 from calib_guidance.cli import main
 from calib_guidance.data import digits
 from calib_guidance.data.image_sets import open_images
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.images import to_uint8
-from calib_guidance.metrics.statistics import ReferenceStatistics
+from calib_guidance.evaluation.statistics import ReferenceStatistics
 from tests.conftest import ROOT
 from tests.image_files import KINDS, Projection, pictures, png, write
 from tests.test_sampling_processes import environment

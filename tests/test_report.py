@@ -14,7 +14,7 @@ from PIL import Image
 
 from calib_guidance.cli import main
 from calib_guidance.report import pictures
-from calib_guidance.run_folder import RunFolder
+from calib_guidance.runs.store import RunFolder
 from tests.browser import Browser, find_browser
 from tests.test_status_and_export import table
 
@@ -22,7 +22,7 @@ VOID = {"br", "img", "link", "meta", "wbr"}
 CONFIG = {
     "trainer": {"devices": 1, "callbacks": [{"class_path": "x.RunReport", "init_args": {"figures": True}}]},
     "model": {
-        "class_path": "calib_guidance.modules.GuidedSampling",
+        "class_path": "calib_guidance.tasks.GuidedSampling",
         "init_args": {"sampler": {"class_path": "calib_guidance.samplers.DDPM", "init_args": {"steps": "50"}}},
     },
     "data": {"class_path": "calib_guidance.data.SampleRequests", "init_args": {"seed": 0, "num_samples": 12}},

@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 
-from calib_guidance.checkpoints import read_state_dict
 from calib_guidance.cli import main
+from calib_guidance.weights.io import read_state_dict
 from tests.conftest import ROOT
 
 EPOCHS, STEPS, EVERY = 3, 4, 3  # steps an epoch, and steps between checkpoints

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from calib_guidance import run_folder
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.run_folder import DamagedShardError, RunFolder
+from calib_guidance.runs import store
+from calib_guidance.runs.store import DamagedShardError, RunFolder
 
 IDENTITY = {"model.sampler.steps": "100", "data.seed": 0, "data.labels": "balanced"}
 FORK = get_context("fork")  # this module's imports are small, and a fork costs milliseconds
@@ -284,7 +284,7 @@ class TestClaims:
 
     def test_on_another_machine_the_lease_decides(self, tmp_path, monkeypatch):
         other = begin(tmp_path, lease=60)
-        monkeypatch.setattr(run_folder, "_place", lambda: "elsewhere")
+        monkeypatch.setattr(store, "_place", lambda: "elsewhere")
         here = begin(tmp_path, lease=60)
         monkeypatch.undo()
         assert here.claim(range(0, 4))
@@ -310,7 +310,7 @@ class TestClaims:
         assert path.stat().st_mtime > time.time() - 10
 
     def test_a_live_worker_is_not_waited_for_and_a_dead_one_taken_over(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(run_folder, "_place", lambda: "elsewhere")
+        monkeypatch.setattr(store, "_place", lambda: "elsewhere")
         dead, alive = begin(tmp_path, lease=1.0), begin(tmp_path, lease=1.0)
         monkeypatch.undo()
         dead.claim(range(0, 4))
@@ -368,7 +368,7 @@ def test_four_workers_share_and_one_is_killed(tmp_path):
 
 def test_it_is_light_to_import():
     """So that ``status`` answers at once, and a thousand processes can be started and killed."""
-    script = "import sys, calib_guidance.run_folder; print(*sys.modules)"
+    script = "import sys, calib_guidance.runs.store; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert {"numpy", "pyarrow"} <= set(done.stdout.split())
     assert not {"torch", "lightning", "datasets"} & set(done.stdout.split())

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from calib_guidance.cli import main
-from calib_guidance.run_folder import RunFolder
+from calib_guidance.runs.store import RunFolder
 from tests.conftest import ROOT
 
 

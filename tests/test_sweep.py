@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import yaml
 
-from calib_guidance import sweep as module
+from calib_guidance.backend.images import to_uint8
 from calib_guidance.cli import main
+from calib_guidance.cli.lightning import subclasses_listed_once
 from calib_guidance.data import digits
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.halving import halve
-from calib_guidance.images import to_uint8
-from calib_guidance.lightning_cli import subclasses_listed_once
-from calib_guidance.run_folder import RunFolder
-from calib_guidance.sweep import Sweeper, read_sweep, table
+from calib_guidance.experiments import sweep as module
+from calib_guidance.experiments.halving import halve
+from calib_guidance.experiments.sweep import Sweeper, read_sweep, table
+from calib_guidance.runs.store import RunFolder
 from tests.conftest import ROOT
 
 SCALE = "model.init_args.guidance.init_args.scale"
@@ -304,7 +304,7 @@ def test_what_cannot_run_is_said_before_any_run(write, tmp_path, capsys, changes
 
 def test_halving_without_optuna_names_the_extra(write, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    monkeypatch.delitem(sys.modules, "calib_guidance.halving")
+    monkeypatch.delitem(sys.modules, "calib_guidance.experiments.halving")
     with pytest.raises(SystemExit):
         sweep(write(values=SINGLE, halving=HALVING), tmp_path / "out")
     assert "pip install 'calib_guidance[sweep]'" in capsys.readouterr().err

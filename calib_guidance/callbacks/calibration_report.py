@@ -15,8 +15,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 
-from calib_guidance.figures import reliability
 from calib_guidance.metrics import Levels
+from calib_guidance.plots import reliability
 
 
 def _plain(measured: Levels) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from calib_guidance.callbacks.measurement import compute
 from calib_guidance.callbacks.trajectory import StepMoments, TrajectoryMeasurement
 from calib_guidance.classifiers.clip import CLIPClassifier
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.figures import Series, curves
-from calib_guidance.metrics.quality import spread
+from calib_guidance.evaluation.quality import spread
+from calib_guidance.plots import Series, curves
 from calib_guidance.samplers import StepRecord
 
 

@@ -13,9 +13,9 @@ import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 from torch import Tensor
 
-from calib_guidance.checkpoints import save_weights
 from calib_guidance.classifiers import fit_temperature
 from calib_guidance.errors import ConfigurationError
+from calib_guidance.weights.io import save_weights
 
 TEMPERATURES = ("none", "scalar", "by_level")
 _WEIGHTS_OPTION = {"OffTheShelfClassifier": "weights", "NoiseAwareClassifier": "checkpoint"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import lightning as L
 
-from calib_guidance.checkpoints import save_weights
+from calib_guidance.weights.io import save_weights
 
 
 class ExportWeights(L.Callback):

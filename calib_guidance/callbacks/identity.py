@@ -74,7 +74,7 @@ def _config(trainer: L.Trainer) -> dict[str, Any]:
     if saver is None:
         raise ConfigurationError(
             "SampleWriter stores what samples were made with, and finds it in the resolved configuration: sample with "
-            "`calib-guidance predict`, or with calib_guidance.cli.main from Python"
+            "`calib-guidance predict`, or with calib_guidance.cli.commands.main from Python"
         )
     return saver.config.as_dict()
 

@@ -10,14 +10,15 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from calib_guidance.backend.distributed import DistributedContext
+from calib_guidance.backend.images import to_uint8
 from calib_guidance.callbacks.measurement import Measurement
 from calib_guidance.classifiers import Classifier
 from calib_guidance.data.image_sets import open_images
-from calib_guidance.images import to_uint8
-from calib_guidance.metrics import FeatureExtractor, mean_and_covariance
-from calib_guidance.metrics.quality import Measures, Quality, write_judged
-from calib_guidance.metrics.statistics import ReferenceStatistics
-from calib_guidance.processes import Processes
+from calib_guidance.evaluation import FeatureExtractor
+from calib_guidance.evaluation.quality import Measures, Quality, write_judged
+from calib_guidance.evaluation.statistics import ReferenceStatistics
+from calib_guidance.metrics import mean_and_covariance
 
 
 class SampleQuality(Measurement):
@@ -27,15 +28,15 @@ class SampleQuality(Measurement):
     sample is in ``judge.npz`` beside ``metrics.json``. ``calib-guidance evaluate`` measures the same way.
 
     Args:
-        features: the extractor, :class:`~calib_guidance.metrics.JudgeFeatures`,
-            :class:`~calib_guidance.metrics.InceptionFeatures` or another of :mod:`calib_guidance.metrics.features`.
+        features: the extractor, :class:`~calib_guidance.evaluation.JudgeFeatures`,
+            :class:`~calib_guidance.evaluation.InceptionFeatures` or another of :mod:`calib_guidance.evaluation.features`.
         reference: data set of {image in [-1, 1], label, index} that nothing was trained on, or a path: statistics that
             ``calib-guidance reference`` or another tool wrote, or images as it takes them.
-        metrics: names of :data:`~calib_guidance.metrics.quality.METRICS`; those that the features, the reference or the number
+        metrics: names of :data:`~calib_guidance.evaluation.quality.METRICS`; those that the features, the reference or the number
             of samples do not allow are left out with a note.
         judge: names the samples' classes; None takes the features' where they are a judge's.
         k: neighbours for precision and recall.
-        uint8_rule: of a reference that is a data set, see :func:`calib_guidance.images.to_uint8`.
+        uint8_rule: of a reference that is a data set, see :func:`calib_guidance.backend.images.to_uint8`.
         batch_size: images at a time.
     """
 
@@ -57,7 +58,7 @@ class SampleQuality(Measurement):
         if stage != "predict":
             return
         device = trainer.strategy.root_device
-        self.processes = Processes(trainer.global_rank, trainer.world_size, device)
+        self.processes = DistributedContext(trainer.global_rank, trainer.world_size, device)
         if isinstance(self.reference, str):
             extractor = self.features
             reference = ReferenceStatistics.of(

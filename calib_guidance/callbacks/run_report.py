@@ -12,8 +12,8 @@ from calib_guidance import __version__
 from calib_guidance.callbacks.measurement import Measurement
 from calib_guidance.callbacks.sample_writer import SampleWriter
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.metrics.quality import described, described_spreads, table_rows, write_json
-from calib_guidance.run_folder import RunFolder, ShardState
+from calib_guidance.evaluation.quality import described, described_spreads, table_rows, write_json
+from calib_guidance.runs.store import RunFolder, ShardState
 
 _LISTED = 10  # shards or samples in a message
 

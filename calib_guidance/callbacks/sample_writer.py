@@ -23,14 +23,14 @@ from PIL import Image
 from torch import Tensor
 
 from calib_guidance import __version__
+from calib_guidance.backend.images import UINT8_RULES, to_uint8
 from calib_guidance.callbacks.background import Background, to_host
 from calib_guidance.callbacks.clean_stop import CleanStop
 from calib_guidance.callbacks.identity import measurement_names, run_identity
 from calib_guidance.callbacks.measurement import Measurement
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.figures import sample_grid
-from calib_guidance.images import UINT8_RULES, to_uint8
-from calib_guidance.run_folder import RunFolder, read_table
+from calib_guidance.plots import sample_grid
+from calib_guidance.runs.store import RunFolder, read_table
 
 log = logging.getLogger(__name__)
 UNREADABLE = "its image cannot be read"
@@ -89,7 +89,7 @@ class SampleWriter(Measurement):
     """Keeps the samples of a run in shards, each written once and whole: a run can be stopped at any instant and goes on.
 
     The images are what the module's predict step returns as ``image``; its further columns and those of the requests, all whole
-    numbers, are written beside them. See :class:`~calib_guidance.run_folder.RunFolder` for what the folder holds;
+    numbers, are written beside them. See :class:`~calib_guidance.runs.store.RunFolder` for what the folder holds;
     ``datasets.load_dataset("parquet", data_files="FOLDER/samples/*.parquet")`` reads it.
 
     Copies to the host, encoding and writing go on beside the next batch, two batches behind at most. Given again, the same
@@ -98,7 +98,7 @@ class SampleWriter(Measurement):
 
     Args:
         folder: of the run; the trainer's default_root_dir by default.
-        uint8_rule: see :func:`calib_guidance.images.to_uint8`.
+        uint8_rule: see :func:`calib_guidance.backend.images.to_uint8`.
         restart: remove an earlier run from the folder first, with its samples.
         lease: seconds after which a worker that gives no sign of life is dead, and its shard another's.
         stop_within: seconds within which SIGTERM, SIGUSR1 or Ctrl-C are answered, see

@@ -14,18 +14,18 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from calib_guidance.callbacks.measurement import Measurement, compute
-from calib_guidance.figures import Series, curves, guidance_schedule, reliability, strength
+from calib_guidance.diffusion.schedules import NoiseLevels
+from calib_guidance.evaluation.quality import spread
 from calib_guidance.guidance import Guidance, GuidanceSchedule
 from calib_guidance.metrics import CalibrationError, calibration_error_from_bins, jackknife_sd
 from calib_guidance.metrics.levels import Terms
-from calib_guidance.metrics.quality import spread
-from calib_guidance.noise_schedule import NoiseLevels
-from calib_guidance.samplers import DDPM, Revisable, Sampler, StepRecord
+from calib_guidance.plots import Series, curves, guidance_schedule, reliability, strength
+from calib_guidance.samplers import DDPM, BufferedObserver, Sampler, StepRecord
 
 _RANGES = 5  # of t, for reliability diagrams
 
 
-class TrajectoryMeasurement(Measurement, Revisable):
+class TrajectoryMeasurement(Measurement, BufferedObserver):
     """Watches every step of the sampler."""
 
     metric: Metric
@@ -164,7 +164,7 @@ class StepMoments(Metric):
 
 
 def _strengths(guidance: Guidance | None, sampler: Sampler, levels: NoiseLevels) -> dict[str, Any] | None:
-    """What ∇S is multiplied by at each step, with the sine factor and without, see :func:`~calib_guidance.figures.strength`.
+    """What ∇S is multiplied by at each step, with the sine factor and without, see :func:`~calib_guidance.plots.strength`.
 
     None without guidance, and where its parts enter in ways that cannot be compared.
     """
@@ -172,7 +172,7 @@ def _strengths(guidance: Guidance | None, sampler: Sampler, levels: NoiseLevels)
         return None
     parts = guidance.parts()
     in_score = "variance" if isinstance(sampler, DDPM) else "noise"
-    units = {{"score": in_score, "sample": "shift", "noise_difference": "difference"}[part.enters] for part in parts}
+    units = {{"score": in_score, "sample": "shift", "cfg_residual": "difference"}[part.apply_to] for part in parts}
     if len(units) > 1:
         return None
     unit = units.pop()

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from calib_guidance.backend.images import to_uint8
 from calib_guidance.callbacks.measurement import Measurement
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.figures import strips
-from calib_guidance.images import to_uint8
-from calib_guidance.samplers import Revisable, StepRecord
+from calib_guidance.plots import strips
+from calib_guidance.samplers import BufferedObserver, StepRecord
 
 
 class _Noted(NamedTuple):
@@ -28,7 +28,7 @@ class _Noted(NamedTuple):
     gradient: Tensor
 
 
-class TrajectoryStrips(Measurement, Revisable):
+class TrajectoryStrips(Measurement, BufferedObserver):
     """Keeps x̂0 and the classifier's gradient of a few samples at a few steps (arXiv 2310.11311, Figure 4).
 
     ``trajectory.npz`` in the folder of the run holds ``index`` and ``label`` ``(k,)``, ``t`` ``(steps,)`` from noise to image,

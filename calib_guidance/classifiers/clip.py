@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calib_guidance.checkpoints import load_weights
+from calib_guidance.backend.compilation import Compiled
+from calib_guidance.backend.precision import DTYPES, WideGradient, autocast
 from calib_guidance.classifiers.base import Classifier
-from calib_guidance.compilation import Compiled
-from calib_guidance.precision import DTYPES, WideGradient, autocast
+from calib_guidance.weights.io import load_weights
 
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -155,7 +155,7 @@ class CLIPClassifier(Classifier):
             in float32.
         temperature: of the logits, one or one for each of equal ranges of t, see :class:`~calib_guidance.classifiers.Classifier`.
         compile: compile the image network once it is frozen, forward and backward, see
-            :class:`~calib_guidance.compilation.Compiled`.
+            :class:`~calib_guidance.backend.compilation.Compiled`.
 
     Images of any size are resized as a whole to the network's (bicubic, antialiased).
 

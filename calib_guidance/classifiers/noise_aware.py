@@ -7,26 +7,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from calib_guidance import published
-from calib_guidance.checkpoints import load_weights, part_of, read_weights
+from calib_guidance.backend.compilation import Compiled
+from calib_guidance.backend.precision import WideGradient
 from calib_guidance.classifiers.base import Classifier
-from calib_guidance.compilation import Compiled
-from calib_guidance.precision import WideGradient
+from calib_guidance.weights import registry
+from calib_guidance.weights.io import load_weights, part_of, read_weights
 
 
 class NoiseAwareClassifier(Classifier):
     """A network of (x_t, t), such as ADM's :class:`~calib_guidance.networks.EncoderUNet`.
 
     Args:
-        network: maps ``(N, C, H, W)`` and steps ``(N,)`` to logits, and states its ``num_classes``; or a name of
-            :mod:`calib_guidance.published` (``adm_classifier128``); or None, for the published one that has the shapes of the
-            checkpoint.
+        network: maps ``(N, C, H, W)`` and steps ``(N,)`` to logits, and states its ``num_classes``; or a published name
+            (``adm_classifier128``, :mod:`calib_guidance.weights.registry`); or None, for the published one that has the shapes of
+            the checkpoint.
         checkpoint: weights file; None leaves the network as it is (for ``fit``).
         temperature: of the logits, one or one for each of equal ranges of t, see :class:`~calib_guidance.classifiers.Classifier`.
         dtype: of a published network's convolutions: ``float16``, ``bfloat16`` or ``float32``; None takes float32, in which the
             published figures were sampled. A network of your own has a dtype of its own.
         compile: compile the network once it is frozen, forward and backward, see
-            :class:`~calib_guidance.compilation.Compiled`.
+            :class:`~calib_guidance.backend.compilation.Compiled`.
 
     Attributes:
         noise_schedule: name of the one whose steps t are, where it is known: of published weights.
@@ -47,7 +47,7 @@ class NoiseAwareClassifier(Classifier):
         super().__init__(temperature)
         self.is_compiled, self._compiled = compile, None
         weights = None if checkpoint is None else read_weights(checkpoint)
-        network, entry = published.build(network, "adm_classifier", dtype, weights and weights.state)
+        network, entry = registry.build(network, "adm_classifier", dtype, weights and weights.state)
         self.network, self.num_classes = network, network.num_classes
         # What a file of this project's own says of itself shows that it was trained here, on whatever noise.
         own = entry is None or (weights is not None and weights.notes)
@@ -63,7 +63,7 @@ class NoiseAwareClassifier(Classifier):
             "architecture": type(self.network).__name__,
             "num_classes": self.num_classes,
             "temperature": self.temperature,
-        } | published.unseen(self.network)
+        } | registry.unseen(self.network)
 
     def check_image(self, shape: tuple[int, int, int]) -> None:
         """Raise ValueError if images of ``(C, H, W)`` do not fit the network."""
@@ -76,7 +76,9 @@ class NoiseAwareClassifier(Classifier):
 
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         if t is None:
-            raise ValueError("a noise-aware classifier needs the step t: train it with noising Noisy, guide it at x_t")
+            raise ValueError(
+                "a noise-aware classifier needs the step t: train it with NoisyInput and guide it with classifier_input: x_t"
+            )
         network = self._compiled or self.network
         if getattr(self.network, "dtype", None) != torch.float16:
             return self.temper(network(x, t), t)

@@ -15,12 +15,12 @@ import torchvision
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
-from calib_guidance.checkpoints import CheckpointError, load_weights, tensors_only
+from calib_guidance.backend.compilation import Compiled
+from calib_guidance.backend.convolutions import pack_convolutions
+from calib_guidance.backend.precision import DTYPES, WideGradient
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.classifiers.smoothing import smooth_activations
-from calib_guidance.compilation import Compiled
-from calib_guidance.convolutions import pack_convolutions
-from calib_guidance.precision import DTYPES, WideGradient
+from calib_guidance.weights.io import CheckpointError, load_weights, tensors_only
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -35,7 +35,7 @@ def build_network(
         num_classes: width of the last layer.
         weights: None for random ones, a name that the library knows (``IMAGENET1K_V2``; ``pretrained`` for timm), or a
             local file.
-        notes: what a local file must say of itself, where it says it (see :func:`~calib_guidance.checkpoints.load_weights`).
+        notes: what a local file must say of itself, where it says it (see :func:`~calib_guidance.weights.io.load_weights`).
 
     Raises:
         ValueError: an unknown library or model.
@@ -107,7 +107,7 @@ class OffTheShelfClassifier(Classifier):
         dtype: ``float32``, ``bfloat16`` or ``float16`` of the network once it is frozen, which is when it guides. Images, logits
             and gradients are float32 whatever it is.
         compile: compile the network once it is frozen, forward and backward, see
-            :class:`~calib_guidance.compilation.Compiled`.
+            :class:`~calib_guidance.backend.compilation.Compiled`.
 
     Raises:
         ValueError: unknown names or values out of range.
@@ -161,7 +161,7 @@ class OffTheShelfClassifier(Classifier):
         """Also folds BatchNorm into the convolutions, gives the weights their type and lays them out channels-last, once.
 
         On a CPU the convolutions then keep two more copies of their weights, see
-        :class:`~calib_guidance.convolutions.PackedConv2d`.
+        :class:`~calib_guidance.backend.convolutions.PackedConv2d`.
         """
         super().freeze()
         if not self._frozen:

@@ -6,21 +6,16 @@ from calib_guidance.data.image_data import ImageData, ImageSplit
 from calib_guidance.data.image_sets import ImageBatch, ImageSet, open_images
 from calib_guidance.data.imagenet import imagenet_labels, imagenet_names
 from calib_guidance.data.loading import ResumableLoader, heldout_loader, train_loader
-from calib_guidance.data.noising import Clean, Denoised, Noising, Noisy
 from calib_guidance.data.sample_requests import SampleRequests
 
 __all__ = [
-    "Clean",
     "DenoiseRequests",
-    "Denoised",
     "DigitImages",
     "Digits",
     "ImageBatch",
     "ImageData",
     "ImageSet",
     "ImageSplit",
-    "Noising",
-    "Noisy",
     "ResumableLoader",
     "SampleRequests",
     "digits",

@@ -20,9 +20,9 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from calib_guidance.backend.images import from_uint8
 from calib_guidance.data.loading import hashed, seeded
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.images import from_uint8
 
 # What PIL's decoders raise on damaged files.
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)

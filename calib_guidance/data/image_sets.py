@@ -29,11 +29,11 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from calib_guidance.backend.distributed import DistributedContext
 from calib_guidance.data.image_datasets import DECODING_ERRORS, contents
 from calib_guidance.data.loading import CorruptImages
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.processes import Processes
-from calib_guidance.run_folder import DamagedShardError, RunFolder
+from calib_guidance.runs.store import DamagedShardError, RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -266,7 +266,7 @@ class ImageSet(ABC):
                     if batch is not None:
                         yield batch
 
-    def gather(self, processes: Processes) -> None:
+    def gather(self, processes: DistributedContext) -> None:
         """Make what each process found out about its share known to all; each has to call it, when it has read its share.
 
         Raises:

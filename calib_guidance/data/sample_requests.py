@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
+from calib_guidance.diffusion.rng import random_label
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.rng import random_label
-from calib_guidance.run_folder import RunFolder
+from calib_guidance.runs.store import RunFolder
 
 POLICIES = ("balanced", "uniform")
 
@@ -95,7 +95,7 @@ def cut(rows: range, size: int) -> list[range]:
 
 
 class RequestData(L.LightningDataModule):
-    """Requests in shards, which workers take from a :class:`~calib_guidance.run_folder.RunFolder`.
+    """Requests in shards, which workers take from a :class:`~calib_guidance.runs.store.RunFolder`.
 
     Attributes:
         requests: all of them.

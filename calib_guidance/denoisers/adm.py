@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from calib_guidance import published
-from calib_guidance.checkpoints import CheckpointError, Weights, load_weights, part_of, read_weights
-from calib_guidance.compilation import Compiled
+from calib_guidance.backend.compilation import Compiled
 from calib_guidance.denoisers.discrete import DiscreteDenoiser
+from calib_guidance.diffusion.parameterization import check_prediction
+from calib_guidance.diffusion.schedules import NoiseSchedule, named_betas
 from calib_guidance.networks.adm import UNet
-from calib_guidance.noise_schedule import NoiseSchedule, named_betas
-from calib_guidance.parameterization import check_prediction
+from calib_guidance.weights import registry
+from calib_guidance.weights.io import CheckpointError, Weights, load_weights, part_of, read_weights
 
 
-def _known(stated: dict[str, str | None], weights: Weights | None, entry: published.Published | None) -> dict[str, str]:
+def _known(stated: dict[str, str | None], weights: Weights | None, entry: registry.Published | None) -> dict[str, str]:
     """Settings of a diffusion model: as stated, else as its file says, else as it was published, else the usual ones."""
     settings = {}
     for name, value in stated.items():
@@ -31,8 +31,8 @@ class ADMDenoiser(DiscreteDenoiser):
     """An ADM UNet over a linear or cosine schedule.
 
     Args:
-        network: the UNet, twice as many output as input channels mean a learned variance; or a name of
-            :mod:`calib_guidance.published` (``adm_imagenet128``), which stands for architecture and settings; or None, for the
+        network: the UNet, twice as many output as input channels mean a learned variance; or a published
+            name (``adm_imagenet128``, :mod:`calib_guidance.weights.registry`) for architecture and settings; or None, for the
             published one that has the shapes of the checkpoint.
         checkpoint: weights file; None keeps the network as it is.
         noise_schedule: ``linear`` (published 128, 256, 512) or ``cosine`` (published 64); None takes what the weights were
@@ -42,7 +42,7 @@ class ADMDenoiser(DiscreteDenoiser):
         class_conditional: false hands no label to the network, which makes an unconditional model of one that was trained
             with label dropout.
         image_size: side in pixels of what is sampled; None takes the network's.
-        compile: compile the network, see :class:`~calib_guidance.compilation.Compiled`.
+        compile: compile the network, see :class:`~calib_guidance.backend.compilation.Compiled`.
         dtype: of a published network's convolutions: ``float16``, ``bfloat16`` or ``float32``; None takes the published
             one, which for most is float16. CPUs compute faster in float32 or bfloat16.
 
@@ -66,12 +66,12 @@ class ADMDenoiser(DiscreteDenoiser):
         super().__init__()
         weights = None if checkpoint is None else read_weights(checkpoint)
         named = isinstance(network, str)
-        network, entry = published.build(network, "adm", dtype, weights and weights.state)
+        network, entry = registry.build(network, "adm", dtype, weights and weights.state)
         weights = weights and part_of(weights, network)
         settings = _known({"noise_schedule": noise_schedule, "prediction": prediction}, weights, entry)
         settings["num_steps"] = num_steps
         if named:
-            published.check(entry.name, settings)
+            registry.check(entry.name, settings)
         size = network.image_size if image_size is None else image_size
         self.image_shape = (network.in_channels, size, size)
         network.check_image(self.image_shape)
@@ -80,7 +80,7 @@ class ADMDenoiser(DiscreteDenoiser):
                 f"out_channels must be in_channels ({network.in_channels}) or, with learned variance, twice that; got "
                 f"{network.out_channels}"
             )
-        self.provenance = settings | published.unseen(network)
+        self.provenance = settings | registry.unseen(network)
         if weights is not None:
             self.provenance |= load_weights(network, weights, **settings)
         noise_schedule, prediction = settings["noise_schedule"], settings["prediction"]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from calib_guidance.noise_schedule import NoiseLevels, NoiseSchedule
+from calib_guidance.diffusion.schedules import NoiseLevels, NoiseSchedule
 
 
 class Prediction(NamedTuple):
@@ -18,13 +18,13 @@ class Prediction(NamedTuple):
         x0: ``(N, C, H, W)`` estimate of the clean image, not clipped.
         variance_fraction: ``(N, C, H, W)`` place of the reverse step's log-variance between the posterior's (0) and that of
             β (1), not clamped; None where the variance is not learned.
-        noise_difference: ``(N, C, H, W)`` conditional minus unconditional noise prediction, times the guidance weight; only
+        cfg_residual: ``(N, C, H, W)`` conditional minus unconditional noise prediction, times the guidance weight; only
             of classifier-free guidance.
     """
 
     x0: Tensor
     variance_fraction: Tensor | None = None
-    noise_difference: Tensor | None = None
+    cfg_residual: Tensor | None = None
 
 
 Predict = Callable[[Tensor, int | Tensor], Prediction]
@@ -65,7 +65,7 @@ class Denoiser(nn.Module, ABC):
         Returns:
             ``predict(x_t, i)``, the prediction for ``x_t`` ``(N, C, H, W)`` at level ``i``. Samplers take all samples
             through the same step and give ``i`` as a number; a long tensor ``(N,)``, on the device of ``x_t``, gives every
-            sample a step of its own (``noise_difference`` is then 0, not None, for samples where it is off).
+            sample a step of its own (``cfg_residual`` is then 0, not None, for samples where it is off).
         """
 
     def decode(self, x0: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calib_guidance.checkpoints import load_weights, save_weights
-from calib_guidance.networks.diffusers_folder import load_autoencoder
+from calib_guidance.weights.diffusers_folder import load_autoencoder
+from calib_guidance.weights.io import load_weights, save_weights
 
 UPSAMPLINGS = ("nearest", "bilinear")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from calib_guidance.denoisers.base import Denoiser, Predict, Prediction, at_step
-from calib_guidance.noise_schedule import NoiseLevels
-from calib_guidance.parameterization import x0_coefficients
+from calib_guidance.diffusion.parameterization import x0_coefficients
+from calib_guidance.diffusion.schedules import NoiseLevels
 
 
 class DiscreteDenoiser(Denoiser):

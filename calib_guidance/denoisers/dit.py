@@ -8,16 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from calib_guidance import published
-from calib_guidance.checkpoints import CheckpointError, read_state_dict
-from calib_guidance.compilation import Compiled
+from calib_guidance.backend.compilation import Compiled
 from calib_guidance.denoisers.decoders import VAEDecoder
 from calib_guidance.denoisers.discrete import DiscreteDenoiser
-from calib_guidance.networks import diffusers_folder
+from calib_guidance.diffusion.parameterization import check_prediction
+from calib_guidance.diffusion.schedules import NoiseSchedule, named_betas
 from calib_guidance.networks.dit import DiT, named_dit
-from calib_guidance.networks.dit_weights import load_dit
-from calib_guidance.noise_schedule import NoiseSchedule, named_betas
-from calib_guidance.parameterization import check_prediction
+from calib_guidance.weights import diffusers_folder, registry
+from calib_guidance.weights.dit import load_dit
+from calib_guidance.weights.io import CheckpointError, read_state_dict
 
 
 class DiTDenoiser(DiscreteDenoiser):
@@ -42,7 +41,7 @@ class DiTDenoiser(DiscreteDenoiser):
         dtype: ``float32`` (None), ``float16`` or ``bfloat16`` of a network that is given by name or None. A network of your own
             has a dtype of its own.
         vae_dtype: ``float32`` (None) or ``bfloat16`` of an autoencoder's decoder. Another module has a dtype of its own.
-        compile: compile the network, see :class:`~calib_guidance.compilation.Compiled`.
+        compile: compile the network, see :class:`~calib_guidance.backend.compilation.Compiled`.
 
     Raises:
         CheckpointError: the file or folder does not fit the network, or is none.
@@ -118,7 +117,7 @@ def _load(
         state = diffusers_folder.read_weights(folder)
     elif checkpoint is not None:
         state = read_state_dict(checkpoint)
-    names = published.recognise(state, "dit")
+    names = registry.recognise(state, "dit")
     if network is None and described:
         network = _described(described, dtype or "float32")
     elif network is None and not names:
@@ -139,7 +138,7 @@ def _load(
     if checkpoint is None:
         return network, {}
     for name in names:
-        published.check(name, settings | {"num_heads": network.architecture["num_attention_heads"]}, checkpoint)
+        registry.check(name, settings | {"num_heads": network.architecture["num_attention_heads"]}, checkpoint)
     return network, load_dit(network, state, checkpoint) | {"published": names}
 
 

@@ -6,14 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calib_guidance import published
-from calib_guidance.checkpoints import load_weights, read_weights
-from calib_guidance.compilation import Compiled
+from calib_guidance.backend.compilation import Compiled
 from calib_guidance.denoisers.base import Denoiser, Predict, Prediction, at_step
+from calib_guidance.diffusion.schedules import NoiseLevels, NoiseSchedule, named_betas
 from calib_guidance.errors import CheckpointError
 from calib_guidance.networks.adm import UNet
-from calib_guidance.networks.edm_weights import edm_architecture, from_edm, is_edm
-from calib_guidance.noise_schedule import NoiseLevels, NoiseSchedule, named_betas
+from calib_guidance.weights import registry
+from calib_guidance.weights.edm import edm_architecture, from_edm, is_edm
+from calib_guidance.weights.io import load_weights, read_weights
 
 
 class EDMDenoiser(Denoiser):
@@ -23,7 +23,7 @@ class EDMDenoiser(Denoiser):
     and F is float32, whatever the type of the sample.
 
     Args:
-        network: the UNet; or a name of :mod:`calib_guidance.published` (``edm_imagenet64``); or None, for the one that the
+        network: the UNet; or a name of :mod:`calib_guidance.weights.registry` (``edm_imagenet64``); or None, for the one that the
             weights' names and shapes tell.
         checkpoint: weights file, by EDM's names or by those of :class:`~calib_guidance.networks.UNet`; None keeps the network
             as it is.
@@ -35,7 +35,7 @@ class EDMDenoiser(Denoiser):
         image_size: side in pixels of what is sampled; None takes the network's.
         dtype: ``float32``, ``float16`` or ``bfloat16``, of the body of a network that is built here; None takes the one that a
             named network was published with (float16), and float32 for others.
-        compile: compile the network, see :class:`~calib_guidance.compilation.Compiled`.
+        compile: compile the network, see :class:`~calib_guidance.backend.compilation.Compiled`.
 
     Raises:
         CheckpointError: the file does not fit the network, was trained otherwise, or does not tell which it belongs to.
@@ -98,10 +98,10 @@ def _load(
     """The network with its weights, and where it is from."""
     settings = {"sigma_data": sigma_data}
     if isinstance(network, str):
-        published.check(published.entry(network, "edm").name, settings)
+        registry.check(registry.entry(network, "edm").name, settings)
     if checkpoint is None:
-        network, _ = published.build(network, "edm", dtype)
-        return network, settings | published.unseen(network)
+        network, _ = registry.build(network, "edm", dtype)
+        return network, settings | registry.unseen(network)
     weights = read_weights(checkpoint)
     if is_edm(weights.state):
         try:
@@ -113,5 +113,5 @@ def _load(
         # What an EDM pickle says of its preconditioning is compared like what files of this project say.
         notes = {name: str(value) for name, value in weights.arguments.items() if name in settings}
         weights = weights._replace(state=state, notes=weights.notes | notes)
-    network, _ = published.build(network, "edm", dtype, weights.state)
+    network, _ = registry.build(network, "edm", dtype, weights.state)
     return network, load_weights(network, weights, **settings)

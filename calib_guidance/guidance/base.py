@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor, nn
 
 from calib_guidance.denoisers.base import Predict, Prediction
-from calib_guidance.noise_schedule import NoiseLevels
+from calib_guidance.diffusion.schedules import NoiseLevels
 
 
 class GuidedPrediction(NamedTuple):

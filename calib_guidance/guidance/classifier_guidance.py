@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.denoisers.base import Predict
+from calib_guidance.diffusion.schedules import NoiseLevels
 from calib_guidance.guidance.base import Decode, Guidance, Guide, GuidedPrediction, identity
 from calib_guidance.guidance.schedules import GuidanceSchedule
-from calib_guidance.noise_schedule import NoiseLevels
 from calib_guidance.scores.base import Score
 from calib_guidance.scores.log_prob import TemperedLogProb
 
-AT = ("denoised", "x_t", "normalized", "through_denoiser")
-ENTERS = ("score", "noise_difference", "sample")
+CLASSIFIER_INPUTS = ("x0", "x_t", "x_t_normalized")
+APPLY_TO = ("score", "cfg_residual", "sample")
 
 
 def rms(x: Tensor) -> Tensor:
@@ -44,13 +44,14 @@ class ClassifierGuidance(Guidance):
         classifier: frozen here; its input gradients are what guides.
         score: what to climb; plain log-probability by default.
         scale: s; 0 switches guidance off, and the classifier is then never run.
-        at: what the classifier sees. ``denoised``: x̂0 (better calibrated, the default), with the gradient taken there and not
-            carried through the diffusion network; ``x_t``: the noisy sample and t, for noise-aware classifiers; ``normalized``:
-            x_t/√ᾱ over its root mean square where that exceeds 1 (arXiv 2310.11311, Algorithm 2), with the gradient taken
-            there; ``through_denoiser``: x̂0, with the gradient carried back to x_t (Bansal et al. 2023), which costs a
-            backward pass of the diffusion network.
+        classifier_input: what the classifier sees. ``x0``: the denoised image (better calibrated, the default), with the gradient
+            taken there and not carried through the diffusion network; ``x_t``: the noisy sample and t, for noise-aware
+            classifiers; ``x_t_normalized``: x_t/√ᾱ over its root mean square where that exceeds 1 (arXiv 2310.11311,
+            Algorithm 2), with the gradient taken there.
+        backprop_through_denoiser: with ``x0``, carry the gradient back to x_t (Bansal et al. 2023), which costs a backward pass
+            of the diffusion network.
         schedule: sine factor and interval; constant everywhere by default.
-        enters: ``score`` adds to the score of the diffusion model, as the sampler's algorithm says; ``noise_difference`` gives
+        apply_to: ``score`` adds to the score of the diffusion model, as the sampler's algorithm says; ``cfg_residual`` gives
             the gradient the norm of classifier-free guidance's noise difference and adds it there (arXiv 2310.11311,
             Algorithm 3), with strength scale·(1 + γ·sin(π·progress)); ``sample`` moves the sample itself along the gradient,
             whose size is left out (Algorithm 2), which the Heun sampler does.
@@ -66,20 +67,27 @@ class ClassifierGuidance(Guidance):
         classifier: Classifier,
         score: Score | None = None,
         scale: float = 1.0,
-        at: str = "denoised",
+        classifier_input: str = "x0",
+        backprop_through_denoiser: bool = False,
         schedule: GuidanceSchedule | None = None,
-        enters: str = "score",
+        apply_to: str = "score",
         decoder: nn.Module | None = None,
     ):
         super().__init__()
-        if at not in AT:
-            raise ValueError(f"at: unknown {at!r}; known: {', '.join(AT)}")
-        if enters not in ENTERS:
-            raise ValueError(f"enters: unknown {enters!r}; known: {', '.join(ENTERS)}")
+        if classifier_input not in CLASSIFIER_INPUTS:
+            known = ", ".join(CLASSIFIER_INPUTS)
+            raise ValueError(f"classifier_input must be one of {known}, got {classifier_input!r}")
+        if backprop_through_denoiser and classifier_input != "x0":
+            raise ValueError(
+                f"backprop_through_denoiser needs classifier_input: x0, got {classifier_input}: set one of the two"
+            )
+        if apply_to not in APPLY_TO:
+            raise ValueError(f"apply_to must be one of {', '.join(APPLY_TO)}, got {apply_to!r}")
         if not math.isfinite(scale):
             raise ValueError(f"scale must be a finite number, got {scale}")
         self.classifier, self.score = classifier.freeze(), score or TemperedLogProb()
-        self.scale, self.at, self.enters = scale, at, enters
+        self.scale, self.classifier_input, self.apply_to = scale, classifier_input, apply_to
+        self.backprop_through_denoiser = backprop_through_denoiser
         self.schedule = schedule or GuidanceSchedule()
         self.decoder = decoder and decoder.eval().requires_grad_(False)
         self.group_size = self.score.group_size
@@ -109,22 +117,22 @@ class ClassifierGuidance(Guidance):
                 return GuidedPrediction(None if gradient_only else predict(x_t, i))
             with torch.enable_grad():
                 prediction = None
-                if self.at == "through_denoiser":
+                if self.backprop_through_denoiser:
                     source = x_t.detach().requires_grad_()
                     prediction = predict(source, i)
                     shown = prediction.x0
                 else:
-                    if self.at == "denoised" or not gradient_only:
+                    if self.classifier_input == "x0" or not gradient_only:
                         with torch.no_grad():
                             prediction = predict(x_t, i)
-                    if self.at == "denoised":
+                    if self.classifier_input == "x0":
                         seen = prediction.x0
                     else:
-                        seen = x_t if self.at == "x_t" else x_t * to_ve[i]
-                        if self.at == "normalized":
+                        seen = x_t if self.classifier_input == "x_t" else x_t * to_ve[i]
+                        if self.classifier_input == "x_t_normalized":
                             seen = seen / rms(seen).clamp(min=1)
                     source = shown = seen.detach().to(dtype or seen.dtype).requires_grad_()
-                if self.at in ("denoised", "through_denoiser"):
+                if self.classifier_input == "x0":
                     shown = decode(shown)
                 logits = self.classifier(shown.to(dtype or shown.dtype), table[i])
                 value = self.score(logits, y, fractions[i]).sum()
@@ -133,16 +141,16 @@ class ClassifierGuidance(Guidance):
             if prediction is not None:
                 prediction = type(prediction)(*(None if p is None else p.detach() for p in prediction))
             seen_by = {"logits": logits, "step_gradient": gradient}
-            if self.enters == "score":
-                at_x0 = self.at == "denoised"
+            if self.apply_to == "score":
+                at_x0 = self.classifier_input == "x0" and not self.backprop_through_denoiser
                 return GuidedPrediction(prediction, self.scale * gradient, sine=sines[i], at_x0=at_x0, **seen_by)
-            if self.enters == "sample":
+            if self.apply_to == "sample":
                 size = rms(gradient)
                 direction = gradient * torch.where(size > 0, 1 / size, 0.0)
                 return GuidedPrediction(prediction, direction=direction, scale=self.scale, sine=sines[i], **seen_by)
-            if prediction.noise_difference is None:  # classifier-free guidance is off here
+            if prediction.cfg_residual is None:  # classifier-free guidance is off here
                 return GuidedPrediction(prediction, **seen_by)
-            shift = self.scale * (1 + sines[i]) * match_norm(gradient, prediction.noise_difference)
+            shift = self.scale * (1 + sines[i]) * match_norm(gradient, prediction.cfg_residual)
             return GuidedPrediction(prediction, noise_shift=shift, **seen_by)
 
         return guide

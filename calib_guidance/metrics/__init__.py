@@ -14,7 +14,6 @@ from calib_guidance.metrics.calibration import (
     classwise_calibration_error,
     maximum_calibration_error,
 )
-from calib_guidance.metrics.class_wise import ClassWiseDistances, class_wise_distances
 from calib_guidance.metrics.classification import (
     Accuracy,
     BrierScore,
@@ -24,19 +23,9 @@ from calib_guidance.metrics.classification import (
     negative_log_likelihood,
 )
 from calib_guidance.metrics.classifier_metrics import ClassifierMetrics
+from calib_guidance.metrics.classwise import ClasswiseDistances, classwise_distances
 from calib_guidance.metrics.clip_score import CLIPScore, clip_score
 from calib_guidance.metrics.density_coverage import DensityCoverage, density_coverage
-from calib_guidance.metrics.features import (
-    FeatureExtractor,
-    Features,
-    InceptionFeatures,
-    JudgeFeatures,
-    ModuleFeatures,
-    TimmFeatures,
-    TorchvisionFeatures,
-    features_from_name,
-    read_classifier,
-)
 from calib_guidance.metrics.frechet import (
     Extrapolation,
     FrechetDistance,
@@ -59,27 +48,20 @@ __all__ = [
     "BrierScore",
     "CLIPScore",
     "CalibrationError",
-    "ClassWiseDistances",
     "ClassifierMetrics",
     "ClasswiseCalibrationError",
+    "ClasswiseDistances",
     "DensityCoverage",
     "Extrapolation",
-    "FeatureExtractor",
-    "Features",
     "FrechetDistance",
-    "InceptionFeatures",
     "InceptionScore",
-    "JudgeFeatures",
     "KernelDistance",
     "Levels",
     "MaximumCalibrationError",
-    "ModuleFeatures",
     "NegativeLogLikelihood",
     "PrecisionRecall",
     "ReliabilityBins",
     "SmoothCalibrationError",
-    "TimmFeatures",
-    "TorchvisionFeatures",
     "accuracy",
     "adaptive_calibration_error",
     "bootstrap",
@@ -88,13 +70,12 @@ __all__ = [
     "calibration_bins",
     "calibration_error",
     "calibration_error_from_bins",
-    "class_wise_distances",
     "classwise_calibration_error",
+    "classwise_distances",
     "clip_score",
     "covariance_root",
     "density_coverage",
     "extrapolated_frechet_distance",
-    "features_from_name",
     "frechet_distance",
     "frechet_distance_sd",
     "inception_score",
@@ -105,7 +86,6 @@ __all__ = [
     "mean_and_covariance",
     "negative_log_likelihood",
     "precision_recall",
-    "read_classifier",
     "sample_count_note",
     "smooth_calibration_error",
 ]

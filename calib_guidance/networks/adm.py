@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calib_guidance.precision import DTYPES
+from calib_guidance.backend.precision import DTYPES
 
 _GROUPS = 32
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from calib_guidance.backend.precision import DTYPES
 from calib_guidance.networks.adm import timestep_embedding
-from calib_guidance.precision import DTYPES
 
 # Width, depth and heads of the published sizes; the heads of a weights file cannot be told from its shapes.
 SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from calib_guidance.figures import Series, curves, guidance_schedule, reliability, sample_grid, side_by_side, strips
+from calib_guidance.plots import Series, curves, guidance_schedule, reliability, sample_grid, side_by_side, strips
 from calib_guidance.report.runs import Run, read_arrays
 
 LARGEST = 160  # pixels of a sample that is shown by itself; larger ones are reduced
@@ -67,7 +67,7 @@ def kept_in(folder: Path | None) -> Iterator[None]:
 def _drawn(
     name: str, alt: str, caption: str, draw: Callable[..., list[Path]], *arguments: Any, **options: Any
 ) -> Picture:
-    """What one of the functions of calib_guidance.figures draws, given a path for the place of ``path``."""
+    """What one of the functions of calib_guidance.plots draws, given a path for the place of ``path``."""
     name = re.sub(r"[^\w.-]+", "_", name)
     with contextlib.ExitStack() as stack:
         folder = _FOLDER.get() or Path(stack.enter_context(tempfile.TemporaryDirectory()))

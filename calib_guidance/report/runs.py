@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import yaml
 
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.run_folder import DamagedShardError, RunFolder
-from calib_guidance.status import survey
+from calib_guidance.runs.status import survey
+from calib_guidance.runs.store import DamagedShardError, RunFolder
 
 _COLUMNS = ("index", "label", "seed")
 _LISTED = 5  # shards or samples in a remark
@@ -54,7 +54,7 @@ class Run:
     Attributes:
         folder: its samples.
         about: run.json: identity, versions, when it was begun.
-        status: see :func:`calib_guidance.status.survey`.
+        status: see :func:`calib_guidance.runs.status.survey`.
         settings: config.yaml; empty where it cannot be read.
         config_text: config.yaml as it is written.
         metrics: metrics.json, what predict measured; empty where there is none.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from calib_guidance.metrics.quality import TABLE
+from calib_guidance.evaluation.quality import TABLE
 from calib_guidance.report.runs import Run
 from calib_guidance.report.settings import as_text, flatten
 

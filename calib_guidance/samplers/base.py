@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from calib_guidance.denoisers.base import Denoiser, Predict, Prediction
+from calib_guidance.diffusion.rng import Noise
+from calib_guidance.diffusion.schedules import NoiseLevels
 from calib_guidance.guidance.base import Guidance, Guide, GuidedPrediction
-from calib_guidance.noise_schedule import NoiseLevels
-from calib_guidance.rng import Noise
 
 
 class StepRecord(NamedTuple):
@@ -40,7 +40,7 @@ class StepRecord(NamedTuple):
 Observer = Callable[[StepRecord], None]
 
 
-class Revisable(ABC):
+class BufferedObserver(ABC):
     """An observer that learns only when a batch is done which of its samples are kept, and counts those."""
 
     @abstractmethod
@@ -92,17 +92,17 @@ class Sampler(ABC):
 def refuse_sample_shift(sampler: str, guidance: Guidance | None) -> None:
     """Raise ValueError where guidance is to move the sample itself, which is defined for Heun steps."""
     for part in guidance.parts() if guidance else ():
-        if part.enters == "sample":
+        if part.apply_to == "sample":
             raise ValueError(
-                f"enters: sample is arXiv 2310.11311's Algorithm 2, a step of the Heun sampler, and {sampler} has none: set the "
-                "guidance's enters to score, or the sampler to calib_guidance.samplers.Heun"
+                f"apply_to: sample is arXiv 2310.11311's Algorithm 2, a step of the Heun sampler, and {sampler} has none: set "
+                "the guidance's apply_to to score, or the sampler to calib_guidance.samplers.Heun"
             )
 
 
 def refuse_sine(sampler: str, guidance: Guidance | None) -> None:
     """Raise ValueError where the score is to be amplified by the variance of a step that has none."""
     for part in guidance.parts() if guidance else ():
-        if part.enters == "score" and part.schedule.gamma:
+        if part.apply_to == "score" and part.schedule.gamma:
             raise ValueError(
                 f"the sine factor is defined through the variance of a DDPM step, and {sampler} has none: set the guidance "
                 "schedule's gamma to 0 (--model.init_args.guidance.init_args.schedule.init_args.gamma 0), or sample with DDPM"

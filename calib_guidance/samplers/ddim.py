@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from calib_guidance.denoisers.base import Denoiser
+from calib_guidance.diffusion.rng import Noise
+from calib_guidance.diffusion.schedules import NoiseLevels
 from calib_guidance.guidance.base import Guidance
-from calib_guidance.noise_schedule import NoiseLevels
-from calib_guidance.rng import Noise
 from calib_guidance.samplers.base import (
     Observer,
     Sampler,
@@ -21,7 +21,7 @@ from calib_guidance.samplers.base import (
     refuse_sine,
     start,
 )
-from calib_guidance.samplers.guidance_term import GuidanceTerm, choose_guidance_term
+from calib_guidance.samplers.guidance_scaling import GuidanceScaling, choose_guidance_scaling
 
 
 class DDIM(Sampler):
@@ -35,9 +35,9 @@ class DDIM(Sampler):
         eta: η ≥ 0 of the added noise; 0 is deterministic, 1 has the variance of ancestral sampling.
         clip_denoised: clip x̂0 to [-1, 1].
         recurrence: times that each step is done, re-noising in between (Bansal et al. 2023); 1 is plain sampling.
-        guidance_term: ``score``, or ``ancestral``, which carries a scale over from DDPM, see
+        guidance_scaling: ``score``, or ``ddpm_equivalent``, which carries a scale over from DDPM, see
             :class:`~calib_guidance.samplers.multistep.Multistep`.
-        data_std: of ``ancestral``, see there; to be given where η < 1.
+        data_std: of ``ddpm_equivalent``, see there; to be given where η < 1.
 
     Raises:
         ValueError: an unknown term, numbers out of range, or no ``data_std`` where it decides.
@@ -49,16 +49,16 @@ class DDIM(Sampler):
         eta: float = 0.0,
         clip_denoised: bool = True,
         recurrence: int = 1,
-        guidance_term: str = "score",
+        guidance_scaling: str = "score",
         data_std: float | None = None,
     ):
         if not eta >= 0:
             raise ValueError(f"eta must be at least 0, got {eta}")
         if recurrence < 1:
             raise ValueError(f"recurrence must be at least 1, got {recurrence}")
-        term, data_std = choose_guidance_term(guidance_term, data_std, 1 + eta**2, ("score", "ancestral"))
+        term, data_std = choose_guidance_scaling(guidance_scaling, data_std, 1 + eta**2, ("score", "ddpm_equivalent"))
         self.steps, self.eta, self.clip_denoised, self.recurrence = steps, eta, clip_denoised, recurrence
-        self.guidance_term, self.data_std = term, data_std
+        self.guidance_scaling, self.data_std = term, data_std
 
     def levels(self, denoiser: Denoiser) -> NoiseLevels:
         return denoiser.schedule.respace(self.steps).levels
@@ -90,7 +90,7 @@ class DDIM(Sampler):
         to_score = on_device(np.sqrt(1 - abar), x)
         to_x0, sigma = on_device(np.sqrt(previous), x), on_device(sigmas, x)
         to_epsilon = on_device(np.sqrt(np.maximum(1 - previous - sigmas**2, 0)), x)
-        term = GuidanceTerm(self.guidance_term, schedule.levels, self.data_std, 1 + self.eta**2, x)
+        term = GuidanceScaling(self.guidance_scaling, schedule.levels, self.data_std, 1 + self.eta**2, x)
         keep, renoise = on_device(np.sqrt(1 - schedule.betas), x), on_device(np.sqrt(schedule.betas), x)
 
         for i in reversed(range(num_steps)):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from calib_guidance.denoisers.base import Denoiser
+from calib_guidance.diffusion.rng import Noise
+from calib_guidance.diffusion.schedules import NoiseLevels
 from calib_guidance.guidance.base import Guidance
-from calib_guidance.noise_schedule import NoiseLevels
-from calib_guidance.rng import Noise
 from calib_guidance.samplers.base import Observer, Sampler, StepRecord, on_device, refuse_sample_shift, start
 
 VARIANCES = ("auto", "learned_range", "fixed_small", "fixed_large")

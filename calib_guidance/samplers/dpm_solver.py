@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from calib_guidance.denoisers.base import Denoiser
+from calib_guidance.diffusion.rng import Noise
 from calib_guidance.guidance.base import Guidance
-from calib_guidance.rng import Noise
 from calib_guidance.samplers.base import Observer, StepRecord, on_device, start
-from calib_guidance.samplers.guidance_term import GuidanceTerm
+from calib_guidance.samplers.guidance_scaling import GuidanceScaling
 from calib_guidance.samplers.multistep import Multistep
 
 
@@ -29,7 +29,7 @@ class DPMSolver(Multistep):
 
     Args:
         sde: solve the reverse SDE instead of the ODE: more steps without guidance, fewer with it.
-        steps, spacing, sigma_min, sigma_max, order, clip_denoised, guidance_term, data_std: see
+        steps, spacing, sigma_min, sigma_max, order, clip_denoised, guidance_scaling, data_std: see
             :class:`~calib_guidance.samplers.multistep.Multistep`.
     """
 
@@ -42,11 +42,11 @@ class DPMSolver(Multistep):
         sigma_max: float | None = None,
         order: int = 2,
         clip_denoised: bool = True,
-        guidance_term: str | None = None,
+        guidance_scaling: str | None = None,
         data_std: float | None = None,
     ):
         self.sde, self.memory = sde, 2.0 if sde else 1.0
-        super().__init__(steps, spacing, sigma_min, sigma_max, order, clip_denoised, guidance_term, data_std)
+        super().__init__(steps, spacing, sigma_min, sigma_max, order, clip_denoised, guidance_scaling, data_std)
 
     @torch.no_grad()
     def __call__(
@@ -62,7 +62,7 @@ class DPMSolver(Multistep):
         num_steps, times = len(levels.times), levels.times.tolist()
         predict, guide = start(denoiser, guidance, levels, y, self.clip_denoised)
         sizes = self.step_sizes(levels)
-        term = GuidanceTerm(self.guidance_term, levels, self.data_std, self.memory, x)
+        term = GuidanceScaling(self.guidance_scaling, levels, self.data_std, self.memory, x)
         remaining = sizes.sigma_next / sizes.sigma  # e^(−h)
         keep = sizes.alpha_next / sizes.alpha * remaining
         if self.sde:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from calib_guidance.denoisers.base import Denoiser
+from calib_guidance.diffusion.rng import Noise
+from calib_guidance.diffusion.schedules import NoiseLevels, NoiseSchedule
 from calib_guidance.guidance.base import Guidance, GuidedPrediction
 from calib_guidance.guidance.classifier_guidance import rms
-from calib_guidance.noise_schedule import NoiseLevels, NoiseSchedule
-from calib_guidance.rng import Noise
 from calib_guidance.samplers.base import Observer, Sampler, StepRecord, start
 
 _LEAST_STRENGTH = 1e-5
@@ -25,10 +25,10 @@ class Heun(Sampler):
 
     Guidance enters by what it asks for:
 
-    - ``enters: sample`` (arXiv 2310.11311, Algorithm 2): the gradient is taken at x before churn, and moves x̂ by
+    - ``apply_to: sample`` (arXiv 2310.11311, Algorithm 2): the gradient is taken at x before churn, and moves x̂ by
       s_j·rms(x)·∇S/rms(∇S) at executed step j of N, s_j = max(s·(N+1−j)/(N+1), 1e-5) + s·γ·sin(π·j/N).
-    - ``enters: score`` as in DDIM: ε ← ε − √(1−ᾱ)·s·∇S, at x̂.
-    - ``enters: noise_difference``: ε is shifted as classifier-free guidance would shift it, at x̂.
+    - ``apply_to: score`` as in DDIM: ε ← ε − √(1−ᾱ)·s·∇S, at x̂.
+    - ``apply_to: cfg_residual``: ε is shifted as classifier-free guidance would shift it, at x̂.
 
     Args:
         num_steps: N.
@@ -93,21 +93,21 @@ class Heun(Sampler):
 
     def check(self, denoiser: Denoiser, guidance: Guidance | None) -> None:
         parts = guidance.parts() if guidance else ()
-        if len({part.enters == "sample" for part in parts}) > 1:
+        if len({part.apply_to == "sample" for part in parts}) > 1:
             raise ValueError(
-                "one part of the guidance enters: sample and another does not, but a step takes the gradient either before "
-                "churn or after it: set enters to sample in all of them, or in none"
+                "one part of the guidance has apply_to: sample and another does not, but a step takes the gradient either before "
+                "churn or after it: set apply_to to sample in all of them, or in none"
             )
         for part in parts:
-            if part.enters == "sample" and part.scale < 0:
+            if part.apply_to == "sample" and part.scale < 0:
                 raise ValueError(
-                    f"the strength of enters: sample is at least 1e-5, so that scale cannot be negative, got {part.scale}: set "
+                    f"the strength of apply_to: sample is at least 1e-5, so that scale cannot be negative, got {part.scale}: set "
                     "it to 0 to switch guidance off"
                 )
-            if part.enters == "score" and part.schedule.gamma:
+            if part.apply_to == "score" and part.schedule.gamma:
                 raise ValueError(
-                    "the sine factor of enters: score is defined through the variance of a DDPM step, and Heun has none: set "
-                    "the guidance schedule's gamma to 0, or enters to sample"
+                    "the sine factor of apply_to: score is defined through the variance of a DDPM step, and Heun has none: set "
+                    "the guidance schedule's gamma to 0, or apply_to to sample"
                 )
 
     @torch.no_grad()
@@ -125,7 +125,7 @@ class Heun(Sampler):
         predict, guide = start(denoiser, guidance, levels, y, self.clip_denoised)
         to_vp, times = np.sqrt(levels.alphas_cumprod).tolist(), levels.times.tolist()
         current, raised, following = current.tolist(), raised.tolist(), [0.0, *current[:-1].tolist()]
-        moves = guidance is not None and any(part.enters == "sample" for part in guidance.parts())
+        moves = guidance is not None and any(part.apply_to == "sample" for part in guidance.parts())
 
         def shift(guided: GuidedPrediction, x: Tensor, i: int) -> Tensor | float:
             """What guidance that enters the sample adds to it at step ``i``."""

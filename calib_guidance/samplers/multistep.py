@@ -8,10 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from calib_guidance.denoisers.base import Denoiser
+from calib_guidance.diffusion.schedules import NoiseLevels
 from calib_guidance.guidance.base import Guidance
-from calib_guidance.noise_schedule import NoiseLevels
 from calib_guidance.samplers.base import Sampler, refuse_sample_shift, refuse_sine
-from calib_guidance.samplers.guidance_term import GUIDANCE_TERMS, choose_guidance_term
+from calib_guidance.samplers.guidance_scaling import GUIDANCE_SCALINGS, choose_guidance_scaling
 
 SPACINGS = ("logsnr", "karras", "timesteps")
 _RHO, _SIGMA_MAX = 7.0, 80.0
@@ -38,10 +38,11 @@ class StepSizes(NamedTuple):
 class Multistep(Sampler):
     """Noise levels and guidance of a solver that extrapolates from the x̂0 of the step before: one evaluation a step.
 
-    Classifier guidance enters as ``guidance_term`` says (classifier-free guidance is part of x̂0, and of any term):
+    Classifier guidance enters as ``guidance_scaling`` says (classifier-free guidance is part of x̂0, and of any term):
 
-    - ``ancestral``: a gradient at x̂0 is held over the step, and adds to x' what is left in the sample of what the short steps
-      of DDPM would have added there (:func:`~calib_guidance.samplers.guidance_term.ancestral_shift`), so that a scale for 250
+    - ``ddpm_equivalent``: a gradient at x̂0 is held over the step, and adds to x' what is left in the sample of what
+      the short steps
+      of DDPM would have added there (:func:`~calib_guidance.samplers.guidance_scaling.ancestral_shift`), so that a scale for 250
       DDPM steps is one for few of these. A gradient with respect to x_t, which is of a score at that noise level, enters as in
       ``score``. Steps that the schedule leaves unguided (``every``, an interval) add nothing, nor do others for them.
     - ``score``: as part of x̂0, which becomes x̂0 + (1−ᾱ)/√ᾱ·s·∇S, the posterior mean under the guided score, and which the
@@ -51,7 +52,7 @@ class Multistep(Sampler):
       before it, or half before and half after it, of which those of two neighbours are done as one. It takes a second
       evaluation of the network at each guided level, since the solver starts from another x than the gradient was taken at.
 
-    What guidance adds to ε (``enters: noise_difference``) is part of x̂0, and is not split.
+    What guidance adds to ε (``apply_to: cfg_residual``) is part of x̂0, and is not split.
 
     Args:
         steps: N; with ``spacing: timesteps`` any respacing of the process, e.g. ``"ddim25"``.
@@ -62,9 +63,11 @@ class Multistep(Sampler):
             most 80.
         order: 1 or 2.
         clip_denoised: clip x̂0 to [-1, 1], before guidance; not after it.
-        guidance_term: see above; by default ``ancestral`` of an SDE, ``score`` of an ODE, whose ``ancestral`` needs
+        guidance_scaling: see above; by default ``ddpm_equivalent`` of an SDE, ``score`` of an ODE, whose
+        ``ddpm_equivalent`` needs
             ``data_std``.
-        data_std: d of ``ancestral``: standard deviation of the data, in the units of x̂0, along what guidance changes. An SDE
+        data_std: d of ``ddpm_equivalent``: standard deviation of the data, in the units of x̂0, along what guidance
+        changes. An SDE
             takes 0.5 by default and hardly depends on it. The guidance of an ODE at high noise is proportional to it, so that it
             is to be given, and tuned as a scale is: 1.6 for the digits, which is that of their leading principal components (0.5
             a pixel). Of large images, whose leading components have many times that of a pixel, nothing was measured.
@@ -74,7 +77,7 @@ class Multistep(Sampler):
             decides.
     """
 
-    guidance_terms = GUIDANCE_TERMS
+    guidance_scalings = GUIDANCE_SCALINGS
     memory = 1.0  # of a displacement of x the ODE leaves k^1
 
     def __init__(
@@ -85,10 +88,10 @@ class Multistep(Sampler):
         sigma_max: float | None = None,
         order: int = 2,
         clip_denoised: bool = True,
-        guidance_term: str | None = None,
+        guidance_scaling: str | None = None,
         data_std: float | None = None,
     ):
-        term, data_std = choose_guidance_term(guidance_term, data_std, self.memory, self.guidance_terms)
+        term, data_std = choose_guidance_scaling(guidance_scaling, data_std, self.memory, self.guidance_scalings)
         if spacing not in SPACINGS:
             raise ValueError(f"spacing: unknown {spacing!r}; known: {', '.join(SPACINGS)}")
         if spacing == "timesteps" and (sigma_min is not None or sigma_max is not None):
@@ -102,7 +105,7 @@ class Multistep(Sampler):
             raise ValueError(f"order must be 1 or 2, got {order}")
         self.steps, self.spacing, self.order, self.clip_denoised = steps, spacing, order, clip_denoised
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
-        self.guidance_term, self.data_std = term, data_std
+        self.guidance_scaling, self.data_std = term, data_std
 
     def levels(self, denoiser: Denoiser) -> NoiseLevels:
         schedule = denoiser.schedule
@@ -121,7 +124,7 @@ class Multistep(Sampler):
 
     def num_evaluations(self, denoiser: Denoiser) -> int:
         """Network evaluations per sample; under splitting of a sampler that is guided at every level."""
-        twice = 2 if self.guidance_term in ("lie_trotter", "strang") else 1
+        twice = 2 if self.guidance_scaling in ("lie_trotter", "strang") else 1
         return len(self.levels(denoiser).times) * twice * denoiser.evaluations
 
     def check(self, denoiser: Denoiser, guidance: Guidance | None) -> None:
@@ -129,10 +132,11 @@ class Multistep(Sampler):
         refuse_sample_shift(type(self).__name__, guidance)
         refuse_sine(type(self).__name__, guidance)
         for part in guidance.parts() if guidance else ():
-            if self.guidance_term in ("lie_trotter", "strang") and part.enters == "noise_difference":
+            if self.guidance_scaling in ("lie_trotter", "strang") and part.apply_to == "cfg_residual":
                 raise ValueError(
-                    f"guidance_term: {self.guidance_term} does guidance as a step of its own, and enters: noise_difference is "
-                    "part of the predicted noise: set guidance_term to ancestral or score, or enters to score"
+                    f"guidance_scaling: {self.guidance_scaling} does guidance as a step of its own, and apply_to: "
+                    f"cfg_residual is "
+                    "part of the predicted noise: set guidance_scaling to ancestral or score, or apply_to to score"
                 )
 
     def step_sizes(self, levels: NoiseLevels) -> StepSizes:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from calib_guidance.denoisers.base import Denoiser
+from calib_guidance.diffusion.rng import Noise
 from calib_guidance.guidance.base import Guidance
-from calib_guidance.rng import Noise
 from calib_guidance.samplers.base import Observer, StepRecord, on_device, start
-from calib_guidance.samplers.guidance_term import GuidanceTerm
+from calib_guidance.samplers.guidance_scaling import GuidanceScaling
 from calib_guidance.samplers.multistep import Multistep, StepSizes
 
 
@@ -47,11 +47,11 @@ class UniPC(Multistep):
     Operator splitting is left to DPM-Solver++, since the corrector takes x̂0 from where the predictor ended.
 
     Args:
-        steps, spacing, sigma_min, sigma_max, order, clip_denoised, guidance_term, data_std: see
+        steps, spacing, sigma_min, sigma_max, order, clip_denoised, guidance_scaling, data_std: see
             :class:`~calib_guidance.samplers.multistep.Multistep`. The corrector raises the order by one.
     """
 
-    guidance_terms = ("ancestral", "score")
+    guidance_scalings = ("ddpm_equivalent", "score")
 
     @torch.no_grad()
     def __call__(
@@ -67,7 +67,7 @@ class UniPC(Multistep):
         num_steps, times = len(levels.times), levels.times.tolist()
         predict, guide = start(denoiser, guidance, levels, y, self.clip_denoised)
         sizes = self.step_sizes(levels)
-        term = GuidanceTerm(self.guidance_term, levels, self.data_std, self.memory, x)
+        term = GuidanceScaling(self.guidance_scaling, levels, self.data_std, self.memory, x)
         remaining = sizes.sigma_next / sizes.sigma  # e^(−h)
         to_x = on_device(sizes.alpha_next / sizes.alpha * remaining, x)
         to_d, slope = on_device(sizes.alpha_next * (1 - remaining), x), on_device(sizes.before / 2, x)

@@ -8,9 +8,8 @@ import torch
 
 from calib_guidance.callbacks import SampleQuality
 from calib_guidance.classifiers import OffTheShelfClassifier
+from calib_guidance.evaluation import FeatureExtractor, Features
 from calib_guidance.metrics import (
-    FeatureExtractor,
-    Features,
     density_coverage,
     frechet_distance,
     kernel_distance,
@@ -18,7 +17,7 @@ from calib_guidance.metrics import (
     precision_recall,
 )
 from calib_guidance.networks import SmallResNet
-from calib_guidance.run_folder import RunFolder
+from calib_guidance.runs.store import RunFolder
 from tests.image_files import pictures, write
 
 

@@ -11,9 +11,9 @@ import torch
 import yaml
 
 from calib_guidance.callbacks.background import Background, to_host
+from calib_guidance.cli.lightning import CalibGuidanceCLI, run_lightning
 from calib_guidance.errors import StoppedError
-from calib_guidance.lightning_cli import CalibGuidanceCLI, run_lightning
-from calib_guidance.run_folder import RunFolder
+from calib_guidance.runs.store import RunFolder
 
 
 class TestBackground:

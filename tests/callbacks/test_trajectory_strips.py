@@ -8,11 +8,11 @@ import pytest
 import torch
 import yaml
 
+from calib_guidance.backend.images import to_uint8
 from calib_guidance.callbacks import TrajectoryStrips, read_samples
 from calib_guidance.cli import main
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.images import to_uint8
-from calib_guidance.modules import GuidedSampling
+from calib_guidance.tasks import GuidedSampling
 from tests.conftest import ROOT
 from tests.test_faults import FAILING, QUICK, configuration
 

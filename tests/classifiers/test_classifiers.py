@@ -9,10 +9,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torchvision.transforms import v2
 
-from calib_guidance.checkpoints import CheckpointError, load_weights, read_state_dict, save_weights
 from calib_guidance.classifiers import NoiseAwareClassifier, OffTheShelfClassifier
 from calib_guidance.classifiers.smoothing import smooth_activations
 from calib_guidance.networks import EncoderUNet, SmallResNet
+from calib_guidance.weights.io import CheckpointError, load_weights, read_state_dict, save_weights
 
 
 class CountReLU(TorchFunctionMode):

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
-from calib_guidance.checkpoints import CheckpointError
 from calib_guidance.classifiers import CLIPClassifier
 from calib_guidance.classifiers.clip import build_clip, resampling_matrix, spread
 from calib_guidance.scores import TemperedLogProb
+from calib_guidance.weights.io import CheckpointError
 
 ARCHITECTURE = {
     "embed_dim": 16,

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from calib_guidance.data import Clean, Denoised, Noisy, digits
+from calib_guidance.data import digits
 from calib_guidance.denoisers import GaussianMixture
+from calib_guidance.diffusion.rng import DIFFUSION, SampleStreams
+from calib_guidance.diffusion.schedules import NoiseSchedule, named_betas
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.noise_schedule import NoiseSchedule, named_betas
-from calib_guidance.rng import DIFFUSION, SampleStreams
+from calib_guidance.training import CleanInput, DenoisedInput, NoisyInput
 from tests.digits import digits_denoiser
 
 MEANS = [[-0.6, 0.2], [0.3, 0.5], [0.4, -0.4]]
@@ -39,12 +40,12 @@ def digits_batch(count):
 class TestClean:
     def test_images_as_they_are_with_the_steps_that_they_bring(self):
         batch = batch_of(5)
-        x, t = Clean()(batch)
+        x, t = CleanInput()(batch)
         assert x is batch["image"]
         assert t is None
         batch["t"] = torch.tensor([1, 2, 3, 4, 5])
-        assert Clean(500)(batch, seed=3)[1] is batch["t"]
-        assert Clean(500).num_steps == 500
+        assert CleanInput(500)(batch, seed=3)[1] is batch["t"]
+        assert CleanInput(500).num_steps == 500
 
 
 class TestSteps:
@@ -54,7 +55,7 @@ class TestSteps:
     def test_noise_and_steps_follow_the_schedule(self, seed):
         torch.manual_seed(0)
         batch = batch_of(4000)
-        noisy, t = Noisy("cosine")(batch, seed)
+        noisy, t = NoisyInput("cosine")(batch, seed)
         assert t.min() < 10
         assert t.max() > 990
         # The standard deviation of a uniform step is 1000/√12.
@@ -69,7 +70,7 @@ class TestSteps:
         """Sections of 10 steps need not hold whole steps: 3, 0 and 1 of each 10/3 of them."""
         torch.manual_seed(0)
         n = 6000
-        _, t = Noisy(steps="10", weights=[3.0, 0.0, 1.0])(batch_of(n, (1, 1, 1)), seed)
+        _, t = NoisyInput(steps="10", weights=[3.0, 0.0, 1.0])(batch_of(n, (1, 1, 1)), seed)
         spaced = NoiseSchedule(named_betas("linear")).respace("10").timesteps.tolist()
         counts = torch.tensor([int((t == s).sum()) for s in spaced])
         assert counts.sum() == n
@@ -79,14 +80,14 @@ class TestSteps:
         assert ((counts - n * expected).abs() <= 5 * (n * expected * (1 - expected)).sqrt()).all()
 
     def test_a_key_is_a_sample_whatever_is_beside_it(self):
-        noising, batch = Noisy("cosine", steps="50"), batch_of(40, first=1000)
-        x, t = noising(batch, seed=7)
+        input_transform, batch = NoisyInput("cosine", steps="50"), batch_of(40, first=1000)
+        x, t = input_transform(batch, seed=7)
         torch.rand(3)  # the global generator does not enter
         for chosen in (torch.arange(5, 6), torch.arange(39, -1, -3)):
-            part, steps = noising(rows(batch, chosen), seed=7)
+            part, steps = input_transform(rows(batch, chosen), seed=7)
             assert torch.equal(part, x[chosen])
             assert torch.equal(steps, t[chosen])
-        other, _ = noising(batch, seed=8)
+        other, _ = input_transform(batch, seed=8)
         assert not torch.equal(other, x)
         abar = torch.tensor(NoiseSchedule(named_betas("cosine")).alphas_cumprod)[t].view(-1, 1, 1, 1)
         noise = SampleStreams([7] * 40, range(1000, 1040), (1, 2, 2), stream=DIFFUSION)()
@@ -94,12 +95,12 @@ class TestSteps:
         torch.testing.assert_close(x, expected.float(), atol=1e-6, rtol=1e-5)
 
     def test_without_a_key_every_call_draws_anew_from_the_global_generator(self):
-        noising, batch = Noisy(), batch_of(8)
+        input_transform, batch = NoisyInput(), batch_of(8)
         torch.manual_seed(1)
-        first, second = noising(batch), noising(batch)
+        first, second = input_transform(batch), input_transform(batch)
         assert not torch.equal(first[0], second[0])
         torch.manual_seed(1)
-        again = noising(batch)
+        again = input_transform(batch)
         assert torch.equal(again[0], first[0])
         assert torch.equal(again[1], first[1])
 
@@ -107,25 +108,25 @@ class TestSteps:
         """Half precision tells 1,000 steps apart no longer."""
         batch = batch_of(500)
         torch.manual_seed(0)
-        _, expected = Noisy()(batch)
+        _, expected = NoisyInput()(batch)
         torch.manual_seed(0)
-        x, t = Noisy().to(torch.bfloat16)(batch)
+        x, t = NoisyInput().to(torch.bfloat16)(batch)
         assert torch.equal(t, expected)
         assert x.dtype == torch.float32
 
     @pytest.mark.parametrize("weights", [[], [-1.0, 2.0], [0.0, 0.0], [float("nan"), 1.0], [[1.0]]])
     def test_weights_that_are_none(self, weights):
         with pytest.raises(ValueError, match="weights must be numbers of at least 0, not all of them 0"):
-            Noisy(weights=weights)
+            NoisyInput(weights=weights)
 
     def test_a_respacing_that_cannot_be(self):
         with pytest.raises(ValueError, match="cannot take 2000 of the 1000 steps"):
-            Noisy(steps="2000")
+            NoisyInput(steps="2000")
 
-    @pytest.mark.parametrize("build", [Noisy, lambda: Denoised(mixture())])
+    @pytest.mark.parametrize("build", [NoisyInput, lambda: DenoisedInput(mixture())])
     def test_images_that_were_denoised_already(self, build):
         batch = batch_of(2, (2, 1, 1)) | {"t": torch.tensor([1, 2])}
-        with pytest.raises(ConfigurationError, match="set the noising to calib_guidance.data.Clean"):
+        with pytest.raises(ConfigurationError, match="set the input_transform to calib_guidance.training.CleanInput"):
             build()(batch)
 
 
@@ -134,9 +135,9 @@ class TestDenoised:
     def test_the_closed_form_of_a_mixture(self, class_conditional):
         """x̂0 of a mixture is E[x0 | x_t], given the class where it is told."""
         model, batch = mixture(class_conditional=class_conditional), batch_of(30, (2, 1, 1))
-        x, t = Denoised(model, "20", precision="fp32")(batch, seed=2)
+        x, t = DenoisedInput(model, "20", precision="fp32")(batch, seed=2)
         assert set(t.tolist()) <= set(model.schedule.respace("20").timesteps.tolist())
-        x_t, steps = Noisy(steps="20")(batch, seed=2)  # the same keys: the same noise
+        x_t, steps = NoisyInput(steps="20")(batch, seed=2)  # the same keys: the same noise
         assert torch.equal(steps, t)
         for n in range(30):
             label = batch["label"][n : n + 1] if class_conditional else None
@@ -150,8 +151,8 @@ class TestDenoised:
         batch = batch_of(50, (2, 1, 1))
         batch["image"] = batch["image"] * 4
         wide = Wide([[2.0, -2.0]], [1.0])
-        x, _ = Denoised(wide, precision="fp32")(batch, seed=0)
-        free, _ = Denoised(GaussianMixture([[2.0, -2.0]], [1.0]), precision="fp32")(batch, seed=0)
+        x, _ = DenoisedInput(wide, precision="fp32")(batch, seed=0)
+        free, _ = DenoisedInput(GaussianMixture([[2.0, -2.0]], [1.0]), precision="fp32")(batch, seed=0)
         assert free.abs().max() > 1.5
         assert torch.equal(x, free.clamp(-1, 1))
 
@@ -159,8 +160,8 @@ class TestDenoised:
     def test_half_precision_is_near(self, in_root, precision, largest, mean):
         """Measured on 500 digits: bf16 0.012 at most and 0.0012 on average, fp16 0.0015 and 0.0002; grey levels are 0.0078."""
         batch = digits_batch(60)
-        expected, t = Denoised(digits_denoiser(), "100", precision="fp32")(batch, seed=0)
-        found, steps = Denoised(digits_denoiser(), "100", precision=precision)(batch, seed=0)
+        expected, t = DenoisedInput(digits_denoiser(), "100", precision="fp32")(batch, seed=0)
+        found, steps = DenoisedInput(digits_denoiser(), "100", precision=precision)(batch, seed=0)
         assert torch.equal(steps, t)
         assert found.dtype == torch.float32
         difference = (found - expected).abs()
@@ -169,42 +170,42 @@ class TestDenoised:
 
     def test_fp32_stays_so_inside_the_autocast_of_a_trainer(self, in_root):
         batch = digits_batch(5)
-        noising = Denoised(digits_denoiser(), "100", precision="fp32")
-        expected, _ = noising(batch, seed=0)
+        input_transform = DenoisedInput(digits_denoiser(), "100", precision="fp32")
+        expected, _ = input_transform(batch, seed=0)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found, _ = noising(batch, seed=0)
+            found, _ = input_transform(batch, seed=0)
         assert torch.equal(found, expected)
 
     def test_the_model_is_neither_trained_nor_saved_nor_copied(self, in_root):
         denoiser = digits_denoiser().train()
         owner = nn.Module()
-        owner.noising = Denoised(denoiser, "100", precision="fp32")
+        owner.input_transform = DenoisedInput(denoiser, "100", precision="fp32")
         assert not list(owner.parameters())
         assert not owner.state_dict()
         batch = digits_batch(4)
         batch["image"] = batch["image"].clone().requires_grad_()
         with torch.enable_grad():
-            x, _ = owner.noising(batch, seed=0)
+            x, _ = owner.input_transform(batch, seed=0)
         assert not x.requires_grad
         assert not any(m.training for m in denoiser.modules())
         assert not any(p.requires_grad for p in denoiser.parameters())
         # A copy, as averages of weights make one, works with the same weights and costs no memory.
-        again, _ = copy.deepcopy(owner).train().noising(batch, seed=0)
+        again, _ = copy.deepcopy(owner).train().input_transform(batch, seed=0)
         assert torch.equal(again, x)
         next(denoiser.parameters()).data.fill_(float("nan"))
-        assert copy.deepcopy(owner).noising(batch, seed=0)[0].isnan().any()
+        assert copy.deepcopy(owner).input_transform(batch, seed=0)[0].isnan().any()
 
     def test_what_does_not_fit_the_data(self):
-        noising = Denoised(mixture(class_conditional=True))
-        noising.check_image((2, 1, 1))
-        noising.check_classes(3)
+        input_transform = DenoisedInput(mixture(class_conditional=True))
+        input_transform.check_image((2, 1, 1))
+        input_transform.check_classes(3)
         with pytest.raises(ConfigurationError, match="images of 3×8×8, the denoiser takes 2×1×1"):
-            noising.check_image((3, 8, 8))
+            input_transform.check_image((3, 8, 8))
         with pytest.raises(ConfigurationError, match="10 classes, the denoiser 3"):
-            noising.check_classes(10)
-        Denoised(mixture()).check_classes(10)  # an unconditional model takes any
-        for anything in (Clean(), Noisy()):
+            input_transform.check_classes(10)
+        DenoisedInput(mixture()).check_classes(10)  # an unconditional model takes any
+        for anything in (CleanInput(), NoisyInput()):
             anything.check_image((3, 8, 8))
             anything.check_classes(10)
         with pytest.raises(ValueError, match="known: bf16, fp16, fp32"):
-            Denoised(mixture(), precision="half")
+            DenoisedInput(mixture(), precision="half")

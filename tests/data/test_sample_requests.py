@@ -6,7 +6,7 @@ import torch
 from calib_guidance.data import SampleRequests
 from calib_guidance.data.sample_requests import RequestData, ShardLoader, cut
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.run_folder import RunFolder
+from calib_guidance.runs.store import RunFolder
 from tests.test_run_folder import table
 
 

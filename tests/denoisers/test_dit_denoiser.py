@@ -17,18 +17,25 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from calib_guidance import published
-from calib_guidance.checkpoints import CheckpointError
+from calib_guidance.backend.images import from_uint8
 from calib_guidance.classifiers import Classifier
-from calib_guidance.denoisers import DiTDenoiser, LinearDecoder, TinyDecoder, VAEDecoder, fit_linear_decoder
-from calib_guidance.guidance import ClassifierFreeGuidance, ClassifierGuidance, GuidanceSchedule
-from calib_guidance.images import from_uint8
-from calib_guidance.modules import GuidedSampling
+from calib_guidance.denoisers import (
+    ClassifierFreeGuidance,
+    DiTDenoiser,
+    LinearDecoder,
+    TinyDecoder,
+    VAEDecoder,
+    fit_linear_decoder,
+)
+from calib_guidance.diffusion.rng import SampleStreams
+from calib_guidance.guidance import ClassifierGuidance, GuidanceSchedule
 from calib_guidance.networks import DiT
-from calib_guidance.networks.dit_weights import load_dit, to_diffusers
-from calib_guidance.rng import SampleStreams
 from calib_guidance.samplers import DDPM
 from calib_guidance.scores import TemperedLogProb
+from calib_guidance.tasks import GuidedSampling
+from calib_guidance.weights import registry
+from calib_guidance.weights.dit import load_dit, to_diffusers
+from calib_guidance.weights.io import CheckpointError
 from docs.fit_linear_decoder import main
 
 VAE = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 16}
@@ -170,9 +177,9 @@ class TestFiles:
         """With the shapes of DiT-XL/2's official file cut down to a tiny network's, and the table with them."""
         network = tiny_dit(num_classes=1000, sample_size=32, patch_size=8)
         state = {"x_embedder.proj.weight": network.transformer.pos_embed.proj.weight}
-        entry = published.TABLE["dit_xl_2_256"]
+        entry = registry.TABLE["dit_xl_2_256"]
         small = dataclasses.replace(entry, landmarks={"x_embedder.proj.weight": (64, 4, 8, 8)}, parameters=64 * 4 * 64)
-        monkeypatch.setattr(published, "TABLE", {**published.TABLE, "dit_xl_2_256": small})
+        monkeypatch.setattr(registry, "TABLE", {**registry.TABLE, "dit_xl_2_256": small})
         torch.save(state, tmp_path / "dit.pt")
         path = str(tmp_path / "dit.pt")
         with pytest.raises(CheckpointError, match=r"made with num heads 16, here 4\..* set num_heads: 16"):
@@ -214,8 +221,8 @@ class TestPredictions:
         fixture.assert_close("cfg_output", 2 * found.variance_fraction - 1, fixture["cfg_output"][:2, 4:])
         plain = fixture["cfg_plain_output"][:, :4]
         difference = weight * (plain[:2] - plain[2:])
-        torch.testing.assert_close(found.noise_difference[:, :3], difference[:, :3], atol=2e-4, rtol=1e-3)
-        assert not found.noise_difference[:, 3].any()
+        torch.testing.assert_close(found.cfg_residual[:, :3], difference[:, :3], atol=2e-4, rtol=1e-3)
+        assert not found.cfg_residual[:, 3].any()
         assert difference[:, 3].abs().max() > 0.1
 
     @torch.no_grad()
@@ -314,7 +321,7 @@ class TestGuidance:
         denoiser = DiTDenoiser(copy.deepcopy(network), vae=copy.deepcopy(vae), decode_batch=1).double()
         classifier, y = Linear().double(), torch.tensor([4, 7])
         free = ClassifierFreeGuidance(denoiser, 1.5, channels=3)
-        guidance = ClassifierGuidance(classifier, scale=0.5, enters="noise_difference")
+        guidance = ClassifierGuidance(classifier, scale=0.5, apply_to="cfg_residual")
         at = levels(free, 300)
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(2, 4, 8, 8, generator=generator, dtype=torch.float64)
@@ -331,8 +338,8 @@ class TestGuidance:
             difference = (score(x0 + 1e-2 * direction) - score(x0 - 1e-2 * direction)) / 2e-2
             analytic = (guided.step_gradient * direction).sum(dim=(1, 2, 3))
             torch.testing.assert_close(analytic, difference, atol=2e-4, rtol=2e-3)
-        shift, noise_difference = guided.noise_shift, guided.prediction.noise_difference
-        torch.testing.assert_close(shift.flatten(1).norm(dim=1), 0.5 * noise_difference.flatten(1).norm(dim=1))
+        shift, cfg_residual = guided.noise_shift, guided.prediction.cfg_residual
+        torch.testing.assert_close(shift.flatten(1).norm(dim=1), 0.5 * cfg_residual.flatten(1).norm(dim=1))
 
     def test_samples_climb_the_score_at_some_steps_or_all_and_through_any_decoder(self, denoiser, fixture):
         y = torch.tensor([0, 3, 5])
@@ -360,7 +367,7 @@ class TestGuidance:
             "linear": {"decoder": linear},
             "tiny": {"decoder": tiny},
         }.items():
-            guidance = ClassifierGuidance(classifier, **{"scale": 0.5, "enters": "noise_difference"} | arguments)
+            guidance = ClassifierGuidance(classifier, **{"scale": 0.5, "apply_to": "cfg_residual"} | arguments)
             classifier.calls = 0
             noise = SampleStreams([0] * 3, range(3), denoiser.image_shape)
             latents = DDPM("6")(free, noise, y, guidance)

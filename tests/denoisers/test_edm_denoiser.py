@@ -4,11 +4,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from calib_guidance import published
-from calib_guidance.checkpoints import CheckpointError, save_weights
 from calib_guidance.denoisers import EDMDenoiser
 from calib_guidance.networks import UNet
-from calib_guidance.networks.edm_weights import edm_architecture, from_edm
+from calib_guidance.weights import registry
+from calib_guidance.weights.edm import edm_architecture, from_edm
+from calib_guidance.weights.io import CheckpointError, save_weights
 from tests.edm_files import edm_bytes
 
 
@@ -135,8 +135,8 @@ def test_weights_say_what_they_were_trained_with(golden, weights, tmp_path):
 
 
 def test_published_weights_are_recognised_after_the_key_map():
-    names = published.reference("edm_imagenet64").state_dict()
-    assert published.recognise(names, "edm") == ["edm_imagenet64"]
+    names = registry.reference("edm_imagenet64").state_dict()
+    assert registry.recognise(names, "edm") == ["edm_imagenet64"]
 
 
 def test_what_cannot_be_says_why(golden, weights, tmp_path):

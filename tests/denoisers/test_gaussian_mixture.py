@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
-from calib_guidance.denoisers.analytic import GaussianMixture, GaussianMixtureClassifier
+from calib_guidance.classifiers.gaussian_mixture import GaussianMixtureClassifier
+from calib_guidance.denoisers.gaussian_mixture import GaussianMixture
+from calib_guidance.diffusion.rng import SampleStreams
 from calib_guidance.guidance import ClassifierGuidance, GuidanceSchedule, SwitchedGuidance
-from calib_guidance.rng import SampleStreams
 from calib_guidance.samplers import DDIM, DDPM
 from calib_guidance.scores import DivergenceRegularized, EntropyRegularized, TemperedLogProb, Tilted
+from tests.inputs import seeing
 
 # Full, unequal covariances and unequal weights; the classes overlap (Bayes error 0.075), so that guidance matters.
 MEANS = [[-1.2, 0.4], [0.6, 1.1], [0.9, -0.8]]
@@ -66,7 +68,7 @@ def draw(sampler, mixture, guidance=None, n=N, seed=1, observers=()):
 
 
 def exact_guidance(mixture, **settings):
-    return ClassifierGuidance(GaussianMixtureClassifier(mixture, noise_aware=True), at="x_t", **settings)
+    return ClassifierGuidance(GaussianMixtureClassifier(mixture, noise_aware=True), classifier_input="x_t", **settings)
 
 
 def gradient(function, x):
@@ -453,13 +455,13 @@ class TestExactGuidance:
         # Measured: 1.0 and 0.15; 0.15 and 0.015.
         assert gaps[1] < gaps[0] / 5
 
-    @pytest.mark.parametrize(("at", "noise_aware"), [("x_t", True), ("denoised", False), ("through_denoiser", False)])
+    @pytest.mark.parametrize(("at", "noise_aware"), [("x_t", True), ("x0", False), ("through_denoiser", False)])
     def test_a_low_marginal_temperature_pulls_to_the_mode(self, mixture, at, noise_aware):
         """Mean distance to μ_y at τ2 = 1, 0.5, 0: 0.71, 0.61, 0.55; 0.73, 0.55, 0.44; 0.65, 0.55, 0.46. Variance goes along."""
         distances, variances = [], []
         for tau2 in (1.0, 0.5, 0.0):
             score = TemperedLogProb(1.0, tau2)
-            guidance = ClassifierGuidance(GaussianMixtureClassifier(mixture, noise_aware), score, at=at)
+            guidance = ClassifierGuidance(GaussianMixtureClassifier(mixture, noise_aware), score, **seeing(at))
             x = draw(DDPM("100"), mixture, guidance, n=2000).flatten(1).double()
             distances.append((x - torch.tensor(MEANS[Y])).norm(dim=1))
             variances.append(float(x.var(0).sum()))
@@ -483,17 +485,19 @@ class TestWhatTheClassifierSees:
     )
 
     @pytest.mark.parametrize("score", scores, ids=lambda s: type(s).__name__)
-    @pytest.mark.parametrize("at", ["denoised", "x_t", "through_denoiser"])
+    @pytest.mark.parametrize("at", ["x0", "x_t", "through_denoiser"])
     def test_gradients_are_those_of_finite_differences(self, mixture, score, at):
         """At x̂0 the denoiser is left out; through it, S(f(x̂0(x_t))) is differentiated in x_t; all in float64."""
         y, timesteps, scale = torch.tensor([0, 1, 2, 2, 1, 0]), [30, 400, 800], 1.7
         classifier = GaussianMixtureClassifier(mixture, noise_aware=at == "x_t")
-        guide = ClassifierGuidance(classifier, score, scale=scale, at=at).trajectory(mixture.schedule.at(timesteps), y)
+        guide = ClassifierGuidance(classifier, score, scale=scale, **seeing(at)).trajectory(
+            mixture.schedule.at(timesteps), y
+        )
         predict = mixture.trajectory(mixture.schedule.at(timesteps), y)
         for i, t in enumerate(timesteps):
             x_t, time = points(), t / 999
             x0 = predict(x_t, i).x0
-            shown = x0 if at == "denoised" else x_t
+            shown = x0 if at == "x0" else x_t
 
             def value(v, i=i, t=t, time=time):
                 seen = predict(v, i).x0 if at == "through_denoiser" else v
@@ -514,10 +518,10 @@ class TestWhatTheClassifierSees:
         abar = float(mixture.schedule.alphas_cumprod[200])
         predict = mixture.trajectory(mixture.schedule.at(timesteps), y)
         plain, through = (
-            ClassifierGuidance(GaussianMixtureClassifier(mixture), at=at).trajectory(mixture.schedule.at(timesteps), y)(
-                predict, x_t, 0
-            )
-            for at in ("denoised", "through_denoiser")
+            ClassifierGuidance(GaussianMixtureClassifier(mixture), **seeing(at)).trajectory(
+                mixture.schedule.at(timesteps), y
+            )(predict, x_t, 0)
+            for at in ("x0", "through_denoiser")
         )
         jacobian = torch.autograd.functional.jacobian(lambda v: mixture.posterior_mean(v, abar).flatten(1).sum(0), x_t)
         jacobian = jacobian.flatten(2).transpose(0, 1)  # (N, of x̂0, of x_t)
@@ -550,13 +554,13 @@ class TestOff:
         [{"scale": 0.0}, {"schedule": GuidanceSchedule(interval=[1000, 2000])}],
         ids=["scale_0", "interval_outside"],
     )
-    @pytest.mark.parametrize("at", ["denoised", "x_t", "through_denoiser"])
+    @pytest.mark.parametrize("at", ["x0", "x_t", "through_denoiser"])
     def test_off_is_no_guidance_byte_by_byte(self, mixture, sampler, settings, at):
         classifier = Counting(mixture, noise_aware=True)
-        off = draw(sampler, mixture, ClassifierGuidance(classifier, at=at, **settings), n=16)
+        off = draw(sampler, mixture, ClassifierGuidance(classifier, **seeing(at), **settings), n=16)
         assert off.numpy().tobytes() == draw(sampler, mixture, n=16).numpy().tobytes()
         assert classifier.steps == []
-        on = draw(sampler, mixture, ClassifierGuidance(classifier, at=at), n=16)
+        on = draw(sampler, mixture, ClassifierGuidance(classifier, **seeing(at)), n=16)
         assert len(classifier.steps) == sampler.num_evaluations(mixture)
         assert not torch.equal(on, off)
 
@@ -566,7 +570,11 @@ class TestOff:
         records = []
         sampler = DDIM("ddim25")  # t = 0, 40 … 960
         draw(
-            sampler, mixture, ClassifierGuidance(classifier, at="x_t", schedule=schedule), 8, observers=[records.append]
+            sampler,
+            mixture,
+            ClassifierGuidance(classifier, classifier_input="x_t", schedule=schedule),
+            8,
+            observers=[records.append],
         )
         assert classifier.steps == [480, 440, 400, 360, 320, 280, 240, 200]
         plain = []
@@ -583,7 +591,9 @@ class TestSwitched:
         clean, aware = Counting(mixture), Counting(mixture, noise_aware=True)
         soft = TemperedLogProb(1.0, 0.5)
         guidance = SwitchedGuidance(
-            ClassifierGuidance(clean, soft, scale=2.0), ClassifierGuidance(aware, scale=3.0, at="x_t"), switch_at=200
+            ClassifierGuidance(clean, soft, scale=2.0),
+            ClassifierGuidance(aware, scale=3.0, classifier_input="x_t"),
+            switch_at=200,
         )
         records = []
         draw(DDPM("ddim25"), mixture, guidance, 8, observers=[records.append])
@@ -601,7 +611,9 @@ class TestSwitched:
 
     def test_one_half_may_be_off(self, mixture):
         clean, aware = Counting(mixture), Counting(mixture, noise_aware=True)
-        guidance = SwitchedGuidance(ClassifierGuidance(clean, scale=0.0), ClassifierGuidance(aware, at="x_t"), 200)
+        guidance = SwitchedGuidance(
+            ClassifierGuidance(clean, scale=0.0), ClassifierGuidance(aware, classifier_input="x_t"), 200
+        )
         records = []
         draw(DDPM("ddim25"), mixture, guidance, 8, observers=[records.append])
         assert clean.steps == []
@@ -674,9 +686,9 @@ class TestStreams:
         return torch.cat(images), torch.cat(noises)
 
     @pytest.mark.parametrize("sampler", [DDPM("20", recurrence=2), DDIM("20"), DDIM("20", eta=1.0)])
-    @pytest.mark.parametrize(("at", "noise_aware"), [("denoised", False), ("x_t", True), ("through_denoiser", False)])
+    @pytest.mark.parametrize(("at", "noise_aware"), [("x0", False), ("x_t", True), ("through_denoiser", False)])
     def test_samples_do_not_depend_on_their_batch(self, mixture, sampler, at, noise_aware):
-        guidance = ClassifierGuidance(GaussianMixtureClassifier(mixture, noise_aware), at=at, scale=0.7)
+        guidance = ClassifierGuidance(GaussianMixtureClassifier(mixture, noise_aware), **seeing(at), scale=0.7)
         indices = list(range(21))
         together, noise = self.run(sampler, mixture, guidance, [indices])
         for size in (1, 7):

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from calib_guidance.denoisers import ADMDenoiser, Relabelled
-from calib_guidance.guidance import ClassifierFreeGuidance
+from calib_guidance.denoisers import ADMDenoiser, ClassifierFreeGuidance, RemapClasses
 from calib_guidance.networks import UNet
 
 
@@ -24,7 +23,7 @@ def predict(denoiser, y, x):
 
 def test_labels_ask_for_the_classes_they_stand_for(denoiser):
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    relabelled = Relabelled(denoiser, [7, 2, 7])
+    relabelled = RemapClasses(denoiser, [7, 2, 7])
     found = predict(relabelled, torch.tensor([0, 1, 2, -1]), x)
     expected = predict(denoiser, torch.tensor([7, 2, 7, -1]), x)
     torch.testing.assert_close(found, expected, atol=0, rtol=0)
@@ -41,15 +40,15 @@ def test_labels_ask_for_the_classes_they_stand_for(denoiser):
 
 def test_classifier_free_guidance_goes_around(denoiser):
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    found = predict(ClassifierFreeGuidance(Relabelled(denoiser, [7, 2])), torch.tensor([0, 1]), x)
+    found = predict(ClassifierFreeGuidance(RemapClasses(denoiser, [7, 2])), torch.tensor([0, 1]), x)
     expected = predict(ClassifierFreeGuidance(denoiser), torch.tensor([7, 2]), x)
     torch.testing.assert_close(found, expected, atol=0, rtol=0)
 
 
 def test_refused(denoiser):
     with pytest.raises(ValueError, match=r"0 … 9, the denoiser's; got \[10, -1\]"):
-        Relabelled(denoiser, [3, 10, -1])
+        RemapClasses(denoiser, [3, 10, -1])
     with pytest.raises(ValueError, match="one or more numbers"):
-        Relabelled(denoiser, [])
+        RemapClasses(denoiser, [])
     with pytest.raises(ValueError, match="not class-conditional"):
-        Relabelled(ADMDenoiser(denoiser.network, class_conditional=False), [0])
+        RemapClasses(ADMDenoiser(denoiser.network, class_conditional=False), [0])

@@ -1,24 +1,20 @@
-"""Where guidance enters, where it is off, and that off means that no classifier runs."""
+"""Where guidance apply_to, where it is off, and that off means that no classifier runs."""
 
 import pytest
 import torch
 from torch import nn
 
 from calib_guidance.classifiers import Classifier
-from calib_guidance.denoisers import ADMDenoiser, Denoiser, Prediction
+from calib_guidance.denoisers import ADMDenoiser, ClassifierFreeGuidance, Denoiser, Prediction
 from calib_guidance.denoisers.base import NoiseSchedule
-from calib_guidance.guidance import (
-    ClassifierFreeGuidance,
-    ClassifierGuidance,
-    GuidanceSchedule,
-    SwitchedGuidance,
-    match_norm,
-)
+from calib_guidance.diffusion import Interval
+from calib_guidance.diffusion.rng import SampleStreams
+from calib_guidance.diffusion.schedules import named_betas
+from calib_guidance.guidance import ClassifierGuidance, GuidanceSchedule, SwitchedGuidance, match_norm
 from calib_guidance.networks import UNet
-from calib_guidance.noise_schedule import named_betas
-from calib_guidance.rng import SampleStreams
 from calib_guidance.samplers import DDIM, DDPM
 from calib_guidance.scores import TemperedLogProb
+from tests.inputs import seeing
 
 Y = torch.tensor([0, 1, 2])
 
@@ -56,27 +52,27 @@ def sample(denoiser, guidance=None, sampler=None, y=Y, records=None):
 @pytest.mark.parametrize(
     "off", [{"scale": 0.0}, {"schedule": GuidanceSchedule(interval=[5000, 6000])}], ids=["scale", "interval"]
 )
-@pytest.mark.parametrize("at", ["denoised", "x_t", "through_denoiser"])
+@pytest.mark.parametrize("at", ["x0", "x_t", "through_denoiser"])
 def test_switched_off_the_classifier_never_runs_and_samples_are_those_without_guidance(denoiser, sampler, off, at):
     classifier = Linear()
-    guided = sample(denoiser, ClassifierGuidance(classifier, at=at, **off), sampler)
+    guided = sample(denoiser, ClassifierGuidance(classifier, **seeing(at), **off), sampler)
     assert not classifier.seen
     assert torch.equal(guided, sample(denoiser, None, sampler))
 
 
 def test_an_interval_runs_the_classifier_inside_it_only(denoiser):
     classifier, records = Linear(), []
-    guidance = ClassifierGuidance(classifier, at="x_t", schedule=GuidanceSchedule(interval=[200, 600]))
+    guidance = ClassifierGuidance(classifier, classifier_input="x_t", schedule=GuidanceSchedule(interval=[200, 600]))
     sample(denoiser, guidance, records=records)
     assert [int(t[0]) for _, t in classifier.seen] == [571, 428, 285]
     assert [r.t for r in records if r.guided.gradient is not None] == [571, 428, 285]
 
 
-@pytest.mark.parametrize("at", ["denoised", "x_t", "through_denoiser"])
+@pytest.mark.parametrize("at", ["x0", "x_t", "through_denoiser"])
 def test_the_classifier_sees_what_it_should_and_no_parameter_gets_a_gradient(denoiser, at):
     classifier, records = Linear(), []
     with torch.enable_grad():  # as in a training loop: nothing may leak into it
-        images = sample(denoiser, ClassifierGuidance(classifier, at=at), records=records)
+        images = sample(denoiser, ClassifierGuidance(classifier, **seeing(at)), records=records)
     assert not images.requires_grad
     assert classifier.weight.grad is None
     for (seen, t), record in zip(classifier.seen, records, strict=True):
@@ -105,7 +101,7 @@ def test_through_the_denoiser_is_the_chain_rule(denoiser):
     x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     y, steps = Y[:2], double.schedule.at([0, 300, 700])
     predict = double.trajectory(steps, y)
-    guide = ClassifierGuidance(classifier.float(), at="through_denoiser").trajectory(steps, y)
+    guide = ClassifierGuidance(classifier.float(), backprop_through_denoiser=True).trajectory(steps, y)
     found = guide(predict, x, 1).gradient
     score = TemperedLogProb()
 
@@ -122,7 +118,9 @@ def test_through_the_denoiser_is_the_chain_rule(denoiser):
 
 def test_switched_guidance_hands_over_at_its_step(denoiser):
     early, late = Linear(), Linear()
-    guidance = SwitchedGuidance(ClassifierGuidance(early), ClassifierGuidance(late, at="x_t"), switch_at=428)
+    guidance = SwitchedGuidance(
+        ClassifierGuidance(early), ClassifierGuidance(late, classifier_input="x_t"), switch_at=428
+    )
     sample(denoiser, guidance)
     assert [int(t[0]) for _, t in early.seen] == [999, 856, 714, 571]  # spaced positions round half to even
     assert [int(t[0]) for _, t in late.seen] == [428, 285, 143, 0]
@@ -159,12 +157,12 @@ class TestClassifierFree:
         epsilon = unconditional + 3 * (conditional - unconditional)
         expected = x / abar**0.5 - (1 / abar - 1) ** 0.5 * epsilon
         torch.testing.assert_close(found.x0, expected, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(found.noise_difference, 3 * (conditional - unconditional), atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(found.cfg_residual, 3 * (conditional - unconditional), atol=1e-4, rtol=1e-3)
 
     def test_each_sample_at_a_step_of_its_own_inside_the_interval_or_outside(self, denoiser):
         """As the same samples at that step together; where it is off, the difference is 0."""
         x = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-        free = ClassifierFreeGuidance(denoiser, 3.0, GuidanceSchedule(interval=[200, 600]))
+        free = ClassifierFreeGuidance(denoiser, 3.0, Interval(interval=[200, 600]))
         with torch.no_grad():
             predict = free.trajectory(denoiser.schedule.at([100, 400, 900]), Y)
             found = predict(x, torch.tensor([1, 2, 0]))
@@ -172,13 +170,13 @@ class TestClassifierFree:
                 expected = predict(x, i)
                 torch.testing.assert_close(found.x0[n], expected.x0[n], atol=1e-4, rtol=1e-4)
                 torch.testing.assert_close(found.variance_fraction[n], expected.variance_fraction[n])
-                difference = expected.noise_difference
+                difference = expected.cfg_residual
                 assert (difference is None) == (i != 1)
                 difference = torch.zeros_like(x) if difference is None else difference
-                torch.testing.assert_close(found.noise_difference[n], difference[n], atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(found.cfg_residual[n], difference[n], atol=1e-4, rtol=1e-4)
 
     def test_outside_the_interval_the_conditional_model_is_used_alone(self, denoiser):
-        off = ClassifierFreeGuidance(denoiser, 3.0, GuidanceSchedule(interval=[5000, 6000]))
+        off = ClassifierFreeGuidance(denoiser, 3.0, Interval([5000, 6000]))
         assert torch.equal(sample(off), sample(denoiser))
 
     @pytest.mark.parametrize("sampler", [DDPM("8"), DDIM("8")], ids=["ddpm", "ddim"])
@@ -186,17 +184,17 @@ class TestClassifierFree:
         free, scores = ClassifierFreeGuidance(denoiser, 2.0), {}
         for scale in (0.0, 3.0):
             classifier = Linear()
-            guidance = ClassifierGuidance(classifier, scale=scale, enters="noise_difference")
+            guidance = ClassifierGuidance(classifier, scale=scale, apply_to="cfg_residual")
             images = sample(free, guidance, sampler)
             scores[scale] = TemperedLogProb()(classifier(images), Y).mean()
         assert scores[3.0] > scores[0.0] + 0.1
 
     def test_the_shift_has_the_norm_of_the_noise_difference(self, denoiser):
         records = []
-        guidance = ClassifierGuidance(Linear(), scale=0.5, enters="noise_difference", schedule=GuidanceSchedule(0.3))
+        guidance = ClassifierGuidance(Linear(), scale=0.5, apply_to="cfg_residual", schedule=GuidanceSchedule(0.3))
         sample(ClassifierFreeGuidance(denoiser, 2.0), guidance, records=records)
         for record in records:
-            shift, difference = record.guided.noise_shift, record.guided.prediction.noise_difference
+            shift, difference = record.guided.noise_shift, record.guided.prediction.cfg_residual
             strength = 0.5 * (1 + GuidanceSchedule(0.3).sine(record.i / 8))
             torch.testing.assert_close(shift.flatten(1).norm(dim=1), strength * difference.flatten(1).norm(dim=1))
             torch.testing.assert_close(
@@ -205,7 +203,7 @@ class TestClassifierFree:
 
     def test_a_zero_gradient_gives_no_guidance_not_nan(self, denoiser):
         free = ClassifierFreeGuidance(denoiser, 2.0)
-        guidance = ClassifierGuidance(Linear(weight=0.0), scale=0.5, enters="noise_difference")
+        guidance = ClassifierGuidance(Linear(weight=0.0), scale=0.5, apply_to="cfg_residual")
         assert torch.equal(sample(free, guidance), sample(free))
         gradient = torch.stack([torch.zeros(1, 2, 2), torch.ones(1, 2, 2)])
         matched = match_norm(gradient, torch.full((2, 1, 2, 2), 3.0))
@@ -235,7 +233,7 @@ class TestClassifierFree:
             torch.testing.assert_close(found.x0, expected, atol=1e-4, rtol=1e-4)
             assert torch.equal(found.variance_fraction, strong.variance_fraction)
             difference = 2.5 * (negative - strong.x0) / at.sigmas[0]
-            torch.testing.assert_close(found.noise_difference, difference.float(), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(found.cfg_residual, difference.float(), atol=1e-4, rtol=1e-4)
             assert torch.equal(predict(x, 1).x0, denoiser.trajectory(at, Y)(x, 1).x0)
             each = predict(x, torch.tensor([0, 1, 0])).x0
             torch.testing.assert_close(each[1], predict(x, 1).x0[1], atol=1e-4, rtol=1e-4)
@@ -272,7 +270,7 @@ def test_recurrence_repeats_each_step(denoiser, sampler):
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 def test_predictions_are_consistent_with_the_forward_process(prediction):
     """A network that answers exactly gives the clean image back."""
-    from calib_guidance.parameterization import diffuse, v_target, x0_coefficients
+    from calib_guidance.diffusion.parameterization import diffuse, v_target, x0_coefficients
 
     schedule = NoiseSchedule(named_betas("cosine"))
     generator = torch.Generator().manual_seed(0)
@@ -335,7 +333,7 @@ class TestWhereAndWhatGuides:
         classifier, levels = Linear(), DDPM("8").levels(denoiser)
         x_t = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         x_t[1] *= 1e-3
-        guide = ClassifierGuidance(classifier, at="normalized").trajectory(levels, Y)
+        guide = ClassifierGuidance(classifier, classifier_input="x_t_normalized").trajectory(levels, Y)
         found = guide(None, x_t, 4, gradient_only=True)
         ((shown, t),) = classifier.seen
         ve = x_t / levels.alphas_cumprod[4] ** 0.5
@@ -354,7 +352,7 @@ class TestWhereAndWhatGuides:
 
         levels, x_t = DDPM("8").levels(denoiser), torch.randn(3, 1, 4, 4)
         guidance = ClassifierGuidance(
-            Flat(), TemperedLogProb(1.0, 0.0), 0.004, "x_t", GuidanceSchedule(0.3), enters="sample"
+            Flat(), TemperedLogProb(1.0, 0.0), 0.004, "x_t", schedule=GuidanceSchedule(0.3), apply_to="sample"
         )
         found = guidance.trajectory(levels, Y)(None, x_t, 4, gradient_only=True)
         assert found.direction.square().mean((1, 2, 3)).tolist() == pytest.approx([1.0, 0.0, 1.0])
@@ -364,7 +362,7 @@ class TestWhereAndWhatGuides:
     @pytest.mark.parametrize("sampler", [DDPM("8"), DDIM("8")], ids=["ddpm", "ddim"])
     def test_moving_the_sample_is_refused_where_it_is_not_defined(self, denoiser, sampler):
         with pytest.raises(ValueError, match="Algorithm 2.*Heun"):
-            sampler.check(denoiser, ClassifierGuidance(Linear(), enters="sample"))
+            sampler.check(denoiser, ClassifierGuidance(Linear(), apply_to="sample"))
 
     def test_a_decoder_of_its_own_stands_in_for_the_denoisers(self, denoiser):
         class Halve(nn.Module):

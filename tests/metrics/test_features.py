@@ -11,10 +11,10 @@ import torchvision
 import yaml
 from torch import nn
 
-from calib_guidance.checkpoints import CheckpointError, save_weights
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.metrics import TimmFeatures, TorchvisionFeatures, features_from_name
+from calib_guidance.evaluation import TimmFeatures, TorchvisionFeatures, features_from_name
 from calib_guidance.networks import SmallResNet
+from calib_guidance.weights.io import CheckpointError, save_weights
 
 MEAN, STD = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 

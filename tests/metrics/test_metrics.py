@@ -8,12 +8,11 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from torchmetrics.image.fid import _compute_fid
 
 from calib_guidance.classifiers import OffTheShelfClassifier
+from calib_guidance.evaluation import InceptionFeatures, JudgeFeatures
 from calib_guidance.metrics import (
     Accuracy,
     CalibrationError,
     FrechetDistance,
-    InceptionFeatures,
-    JudgeFeatures,
     MaximumCalibrationError,
     PrecisionRecall,
     ReliabilityBins,

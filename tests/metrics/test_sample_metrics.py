@@ -12,7 +12,7 @@ from torchmetrics.image import InceptionScore as TheirInceptionScore
 from torchmetrics.image.kid import poly_mmd
 
 from calib_guidance.metrics import (
-    ClassWiseDistances,
+    ClasswiseDistances,
     CLIPScore,
     DensityCoverage,
     FrechetDistance,
@@ -21,7 +21,7 @@ from calib_guidance.metrics import (
     PrecisionRecall,
     bootstrap,
     bootstrap_sums,
-    class_wise_distances,
+    classwise_distances,
     clip_score,
     covariance_root,
     density_coverage,
@@ -262,7 +262,7 @@ BUILD = {
     "precision": lambda **k: PrecisionRecall(REFERENCE, **k),
     "kernel": lambda **k: KernelDistance(REFERENCE, subsets=5, subset_size=20, **k),
     "density": lambda **k: DensityCoverage(REFERENCE, **k),
-    "classes": lambda **k: ClassWiseDistances(REFERENCE, CLASSES[: len(REFERENCE)], 2, **k),
+    "classes": lambda **k: ClasswiseDistances(REFERENCE, CLASSES[: len(REFERENCE)], 2, **k),
     "clip": lambda **k: CLIPScore(**k),
     "inception": lambda **k: InceptionScore(len(GENERATED), GENERATED.shape[1], splits=4, **k),
 }
@@ -272,7 +272,7 @@ def update(metric, index):
     """What a rank sees, in batches of 8."""
     for rows in index.split(8) if len(index) else ():
         known = (rows,) if isinstance(metric, InceptionScore | KernelDistance) else ()
-        known = (CLASSES[rows],) if isinstance(metric, ClassWiseDistances | CLIPScore) else known
+        known = (CLASSES[rows],) if isinstance(metric, ClasswiseDistances | CLIPScore) else known
         metric.update(GENERATED[rows], *known)
 
 
@@ -343,7 +343,7 @@ def test_features_of_another_width_are_refused(name):
 def test_classes_of_their_metrics_give_what_the_functions_do():
     found = BUILD["classes"]()
     update(found, torch.arange(len(GENERATED)))
-    assert found.compute() == class_wise_distances(REFERENCE, CLASSES[: len(REFERENCE)], GENERATED, CLASSES, 2)
+    assert found.compute() == classwise_distances(REFERENCE, CLASSES[: len(REFERENCE)], GENERATED, CLASSES, 2)
     assert found.compute()["0"].keys() > {"frechet_distance", "precision"}
     found = BUILD["clip"]()
     update(found, torch.arange(len(GENERATED)))
@@ -369,7 +369,7 @@ def test_bad_arguments_are_refused():
         "splits of 0 rows": lambda: InceptionScore(60, 4, rows=0),
         r"needs logits \(N, 3\)": lambda: InceptionScore(60, 3).update(GENERATED, torch.arange(60)),
         "index 0 … 59 is out of range": lambda: InceptionScore(50, 4).update(GENERATED, torch.arange(60)),
-        r"class for each of 60 features, got \(2,\)": lambda: ClassWiseDistances(GENERATED, CLASSES[:2]),
+        r"class for each of 60 features, got \(2,\)": lambda: ClasswiseDistances(GENERATED, CLASSES[:2]),
         r"class for each of 60 features, got \(3,\)": lambda: BUILD["classes"]().update(GENERATED, CLASSES[:3]),
         r"prompts \(N,\), got \(60, 4\) and \(3,\)": lambda: CLIPScore().update(GENERATED, CLASSES[:3]),
         r"got \(4,\) and \(3, 3\)": lambda: FrechetDistance((torch.zeros(4), torch.eye(3))),
@@ -407,7 +407,7 @@ def test_class_wise_distances_are_those_of_each_class():
     generated = torch.randn(130, 4, generator=generator) + labels[:, None]
     reference = torch.randn(140, 4, generator=generator) + real_labels[:, None]
     real_labels[:35][real_labels[:35] == 2] = 1
-    found = class_wise_distances(reference, real_labels, generated, labels)
+    found = classwise_distances(reference, real_labels, generated, labels)
     assert list(found) == ["0", "1", "2"]
     for label, figures in found.items():
         real, made = reference[real_labels == int(label)], generated[labels == int(label)]
@@ -427,7 +427,7 @@ def test_class_wise_distances_are_those_of_each_class():
             assert figures["spread"]["recall"] == pytest.approx((recall * (1 - recall) / len(real)) ** 0.5)
     assert "precision" not in found["2"]
     assert found["2"]["left_out"]["recall"] == "29 images in the smaller set; 30 are needed for k = 3"
-    wide = class_wise_distances(torch.cat([reference] * 5, 1), real_labels, torch.cat([generated] * 5, 1), labels)
+    wide = classwise_distances(torch.cat([reference] * 5, 1), real_labels, torch.cat([generated] * 5, 1), labels)
     assert (
         wide["1"]["left_out"]
         | {

@@ -4,10 +4,10 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 
-from calib_guidance.checkpoints import CheckpointError
 from calib_guidance.networks import DiT
 from calib_guidance.networks.dit import named_dit
-from calib_guidance.networks.dit_weights import from_official, load_dit, to_diffusers
+from calib_guidance.weights.dit import from_official, load_dit, to_diffusers
+from calib_guidance.weights.io import CheckpointError
 
 
 def tiny(**changes):

@@ -5,7 +5,7 @@ import torch
 
 from calib_guidance.networks import UNet
 from calib_guidance.networks.adm import AttentionBlock, ResBlock
-from calib_guidance.networks.edm_weights import block_from_edm, edm_architecture, from_edm, is_edm
+from calib_guidance.weights.edm import block_from_edm, edm_architecture, from_edm, is_edm
 
 PUBLISHED = {  # EDM's ImageNet-64 network
     "image_size": 64,

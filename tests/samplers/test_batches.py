@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from calib_guidance.classifiers import OffTheShelfClassifier
+from calib_guidance.diffusion.rng import SampleStreams
 from calib_guidance.guidance import ClassifierGuidance, GuidanceSchedule
 from calib_guidance.networks import SmallResNet
-from calib_guidance.rng import SampleStreams
 from calib_guidance.samplers import DDIM, DDPM, DPMSolver, UniPC
 from calib_guidance.scores import DivergenceRegularized, Tilted
 from tests.digits import digits_denoiser

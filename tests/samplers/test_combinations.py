@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from calib_guidance.classifiers import Classifier, Ensemble, NoiseAwareClassifier, OffTheShelfClassifier
-from calib_guidance.denoisers import ADMDenoiser, DiTDenoiser, EDMDenoiser, Relabelled
-from calib_guidance.guidance import ClassifierFreeGuidance, ClassifierGuidance, GuidanceSchedule, SwitchedGuidance
+from calib_guidance.denoisers import ADMDenoiser, ClassifierFreeGuidance, DiTDenoiser, EDMDenoiser, RemapClasses
+from calib_guidance.diffusion.rng import SampleStreams
+from calib_guidance.guidance import ClassifierGuidance, GuidanceSchedule, SwitchedGuidance
 from calib_guidance.networks import DiT, EncoderUNet, SmallResNet, UNet
-from calib_guidance.rng import SampleStreams
 from calib_guidance.samplers import DDIM, DDPM, DPMSolver, Heun, UniPC
 from calib_guidance.scores import DivergenceRegularized, EntropyRegularized, TemperedLogProb, Tilted
 
@@ -32,11 +32,11 @@ SAMPLERS = {
     "unipc": UniPC(3),
 }
 OTHER_TERMS = {
-    "ddim_ancestral": DDIM("2", guidance_term="ancestral", data_std=1.6),
-    "dpm_solver_ancestral": DPMSolver(3, guidance_term="ancestral", data_std=1.6),
-    "dpm_solver_sde_score": DPMSolver(3, sde=True, guidance_term="score"),
-    "unipc_ancestral": UniPC(3, guidance_term="ancestral", data_std=1.6),
-    "dpm_solver_split": DPMSolver(3, guidance_term="strang"),
+    "ddim_ancestral": DDIM("2", guidance_scaling="ddpm_equivalent", data_std=1.6),
+    "dpm_solver_ancestral": DPMSolver(3, guidance_scaling="ddpm_equivalent", data_std=1.6),
+    "dpm_solver_sde_score": DPMSolver(3, sde=True, guidance_scaling="score"),
+    "unipc_ancestral": UniPC(3, guidance_scaling="ddpm_equivalent", data_std=1.6),
+    "dpm_solver_split": DPMSolver(3, guidance_scaling="strang"),
 }
 
 
@@ -75,7 +75,7 @@ def parts():
         "classifier_free": ClassifierFreeGuidance(plain, 1.5),
         "autoguidance": ClassifierFreeGuidance(plain, 1.5, negative=ADMDenoiser(weaker), negative_labels=True),
         "dit_three_channels": ClassifierFreeGuidance(DiTDenoiser(dit, vae=Decoder()), 1.5, channels=3),
-        "relabelled": Relabelled(plain, [2, 0, 1]),
+        "relabelled": RemapClasses(plain, [2, 0, 1]),
     }
     noise_aware = NoiseAwareClassifier(
         random_(EncoderUNet(8, 1, 32, 3, 1, channel_mult=(1,), num_head_channels=32, resblock_updown=False))
@@ -85,9 +85,9 @@ def parts():
     return denoisers, classifiers
 
 
-def guide(classifier: Classifier, score, enters="score", **options):
-    at = "x_t" if isinstance(classifier, NoiseAwareClassifier) else "denoised"
-    return ClassifierGuidance(classifier, score, 3.0, enters=enters, **{"at": at} | options)
+def guide(classifier: Classifier, score, apply_to="score", **options):
+    at = "x_t" if isinstance(classifier, NoiseAwareClassifier) else "x0"
+    return ClassifierGuidance(classifier, score, 3.0, apply_to=apply_to, **{"classifier_input": at} | options)
 
 
 def run(sampler, denoiser, guidance=None):
@@ -114,12 +114,12 @@ def test_every_score_denoiser_and_classifier(parts, name):
         assert len(seen) == len(scores)
 
 
-@pytest.mark.parametrize("enters", ["noise_difference", "sample"])
-def test_other_ways_to_enter(parts, enters):
+@pytest.mark.parametrize("apply_to", ["cfg_residual", "sample"])
+def test_other_ways_to_enter(parts, apply_to):
     denoisers, classifiers = parts
-    free = enters == "noise_difference"
+    free = apply_to == "cfg_residual"
     for (kind, denoiser), (name, sampler) in itertools.product(denoisers.items(), SAMPLERS.items()):
-        guided = guide(classifiers["off_the_shelf"], None, enters, schedule=GuidanceSchedule(0.3))
+        guided = guide(classifiers["off_the_shelf"], None, apply_to, schedule=GuidanceSchedule(0.3))
         if isinstance(denoiser, ClassifierFreeGuidance) if free else isinstance(sampler, Heun):
             assert not torch.allclose(run(sampler, denoiser, guided), run(sampler, denoiser), atol=1e-5), (kind, name)
         elif not free:
@@ -136,7 +136,7 @@ def test_switched_recurrent_and_through_the_denoiser(parts, name):
     )
     for kind in ("adm", "edm", "classifier_free"):
         plain = run(sampler, denoisers[kind])
-        through = guide(classifiers["off_the_shelf"], SCORES["js"], at="through_denoiser")
+        through = guide(classifiers["off_the_shelf"], SCORES["js"], backprop_through_denoiser=True)
         for guidance in (switched, through):
             assert not torch.equal(run(sampler, denoisers[kind], guidance), plain)
     if isinstance(sampler, (DDPM, DDIM)):

@@ -7,14 +7,14 @@ import torch
 from test_parity import RecordedNoise, SmallConv
 from torch import nn
 
-from calib_guidance.classifiers import Classifier
-from calib_guidance.denoisers import EDMDenoiser, GaussianMixture, GaussianMixtureClassifier
-from calib_guidance.guidance import ClassifierFreeGuidance, ClassifierGuidance, GuidanceSchedule, SwitchedGuidance
+from calib_guidance.classifiers import Classifier, GaussianMixtureClassifier
+from calib_guidance.denoisers import ClassifierFreeGuidance, EDMDenoiser, GaussianMixture
+from calib_guidance.diffusion.rng import SampleStreams
+from calib_guidance.guidance import ClassifierGuidance, GuidanceSchedule, SwitchedGuidance
 from calib_guidance.networks import UNet
-from calib_guidance.networks.edm_weights import edm_architecture, from_edm
-from calib_guidance.rng import SampleStreams
 from calib_guidance.samplers import DDIM, DDPM, Heun
 from calib_guidance.scores import TemperedLogProb
+from calib_guidance.weights.edm import edm_architecture, from_edm
 from tests.digits import digits_denoiser
 
 
@@ -50,7 +50,9 @@ def rms(x):
 
 def algorithm_2(classifier, scale=0.004, gamma=0.3, **kwargs):
     score = TemperedLogProb(1.0, 0.0)
-    return ClassifierGuidance(classifier, score, scale, "normalized", GuidanceSchedule(gamma), "sample", **kwargs)
+    return ClassifierGuidance(
+        classifier, score, scale, "x_t_normalized", schedule=GuidanceSchedule(gamma), apply_to="sample", **kwargs
+    )
 
 
 @pytest.mark.parametrize("name", ["edm_guided_churn0", "edm_guided_churn"])
@@ -142,7 +144,7 @@ def test_guided_by_the_exact_classifier_it_samples_the_class():
     """ε − √(1−ᾱ)·∇log p(y|x_t) is the conditional model's ε: the samples are its, one by one."""
     free, own = GaussianMixture(**MIXTURE), GaussianMixture(**MIXTURE, class_conditional=True)
     y = torch.arange(300) % 3
-    guidance = ClassifierGuidance(GaussianMixtureClassifier(free, noise_aware=True), at="x_t")
+    guidance = ClassifierGuidance(GaussianMixtureClassifier(free, noise_aware=True), classifier_input="x_t")
     errors = []
     for correction in (False, True):
         sampler = Heun(40, guide_correction=correction)
@@ -193,13 +195,15 @@ def test_where_each_kind_of_guidance_enters():
 
     free = ClassifierFreeGuidance(own, 2.0)
     x0, _, difference = free.trajectory(level, y)(x_t, 0)
-    guidance = ClassifierGuidance(linear(), scale=0.7, enters="noise_difference")
+    guidance = ClassifierGuidance(linear(), scale=0.7, apply_to="cfg_residual")
     found = sampler(free, streams(3, free), y, guidance, [records.append])
     g = gradient(linear(), x0)
     shift = 0.7 * g * (difference.flatten(1).norm(dim=1) / g.flatten(1).norm(dim=1)).view(3, 1, 1, 1)
     torch.testing.assert_close(found, (x0 + sigma * shift).float())
 
-    found = sampler(own, streams(3, own), y, ClassifierGuidance(linear(), scale=0.2, at="x_t", enters="sample"))
+    found = sampler(
+        own, streams(3, own), y, ClassifierGuidance(linear(), scale=0.2, classifier_input="x_t", apply_to="sample")
+    )
     g = gradient(linear(), x_t)
     strength = 0.2 * 2 / 2 * (rms(x) / rms(g)).view(3, 1, 1, 1)
     torch.testing.assert_close(
@@ -231,14 +235,16 @@ def test_shifts_of_the_sample_are_averaged_in_the_correction():
 
 
 @pytest.mark.parametrize("correction", [False, True])
-@pytest.mark.parametrize("enters", ["score", "sample"])
-def test_where_guidance_is_off_the_classifier_does_not_run(correction, enters):
+@pytest.mark.parametrize("apply_to", ["score", "sample"])
+def test_where_guidance_is_off_the_classifier_does_not_run(correction, apply_to):
     own, y = GaussianMixture(**MIXTURE, class_conditional=True), torch.arange(3)
     sampler = Heun(6, s_churn=2.0, guide_correction=correction)
 
     def run(**schedule):
         classifier, records = linear(), []
-        guidance = ClassifierGuidance(classifier, at="x_t", enters=enters, schedule=GuidanceSchedule(**schedule))
+        guidance = ClassifierGuidance(
+            classifier, classifier_input="x_t", apply_to=apply_to, schedule=GuidanceSchedule(**schedule)
+        )
         images = sampler(own, streams(3, own), y, guidance, [records.append])
         return images, classifier.calls, [r.i for r in records if r.guided.logits is not None]
 
@@ -250,7 +256,7 @@ def test_where_guidance_is_off_the_classifier_does_not_run(correction, enters):
     assert guided == [5, 3, 1]  # and the correction of those steps, not of the others
     assert calls == 3 * (1 + correction)
     images, calls, guided = run(sigma_interval=[0.5, 20.0])
-    at = sampler.sigmas()[enters == "score"]  # where the gradient is taken: before churn, or after it
+    at = sampler.sigmas()[apply_to == "score"]  # where the gradient is taken: before churn, or after it
     assert guided == [i for i in (5, 4, 3, 2, 1, 0) if 0.5 <= at[i] <= 20.0]
     assert 2 <= len(guided) <= 4
     assert not torch.equal(images, plain)
@@ -327,11 +333,11 @@ def test_what_cannot_be_says_why(edm):
     ):
         with pytest.raises(ValueError, match=message):
             Heun(**arguments)
-    moving, scoring = ClassifierGuidance(linear(), enters="sample"), ClassifierGuidance(linear())
+    moving, scoring = ClassifierGuidance(linear(), apply_to="sample"), ClassifierGuidance(linear())
     Heun().check(edm, SwitchedGuidance(scoring, scoring))
     with pytest.raises(ValueError, match="in all of them, or in none"):
         Heun().check(edm, SwitchedGuidance(moving, scoring))
-    with pytest.raises(ValueError, match="gamma to 0, or enters to sample"):
+    with pytest.raises(ValueError, match="gamma to 0, or apply_to to sample"):
         Heun().check(edm, ClassifierGuidance(linear(), schedule=GuidanceSchedule(0.3)))
     with pytest.raises(ValueError, match="cannot be negative"):
-        Heun().check(edm, ClassifierGuidance(linear(), scale=-1.0, enters="sample"))
+        Heun().check(edm, ClassifierGuidance(linear(), scale=-1.0, apply_to="sample"))

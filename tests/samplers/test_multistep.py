@@ -8,8 +8,9 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from test_heun import MIXTURE, linear, streams
 
-from calib_guidance.denoisers import GaussianMixture, GaussianMixtureClassifier
-from calib_guidance.guidance import ClassifierFreeGuidance, ClassifierGuidance, GuidanceSchedule
+from calib_guidance.classifiers import GaussianMixtureClassifier
+from calib_guidance.denoisers import ClassifierFreeGuidance, GaussianMixture
+from calib_guidance.guidance import ClassifierGuidance, GuidanceSchedule
 from calib_guidance.samplers import DDIM, DPMSolver, UniPC
 
 SPACED = {"steps": 12, "spacing": "karras", "sigma_min": 0.02, "sigma_max": 60.0}
@@ -24,17 +25,17 @@ def mixture(**options):
     return GaussianMixture(**MIXTURE, class_conditional=True, **options)
 
 
-@pytest.mark.parametrize("enters", [None, "score", "noise_difference"])
+@pytest.mark.parametrize("apply_to", [None, "score", "cfg_residual"])
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("name", REFERENCES)
-def test_every_step_of_the_reference(name, order, enters):
+def test_every_step_of_the_reference(name, order, apply_to):
     """The reference is given the levels and, at its own samples, x̂0 shifted as the score or the noise is."""
     kind, options, reference, settings = REFERENCES[name]
     denoiser, y = mixture(), torch.arange(6) % 3
-    if enters == "noise_difference":
+    if apply_to == "cfg_residual":
         denoiser = ClassifierFreeGuidance(denoiser, 1.5)
-    guidance = ClassifierGuidance(linear(), scale=0.3, enters=enters) if enters else None
-    sampler = kind(order=order, **options, **SPACED, guidance_term="score")
+    guidance = ClassifierGuidance(linear(), scale=0.3, apply_to=apply_to) if apply_to else None
+    sampler = kind(order=order, **options, **SPACED, guidance_scaling="score")
     sampler.check(denoiser, guidance)
     drawn, records, source = [], [], streams(6, denoiser)
 
@@ -64,9 +65,9 @@ def test_every_step_of_the_reference(name, order, enters):
         i, abar = record.i, levels.alphas_cumprod[record.i]
         guided = guide(predict, x, i) if guide else None
         x0 = guided.prediction.x0 if guide else predict(x, i).x0
-        if enters == "score":
+        if apply_to == "score":
             x0 = x0 + (1 - abar) / math.sqrt(abar) * guided.gradient
-        elif enters == "noise_difference":
+        elif apply_to == "cfg_residual":
             x0 = x0 + math.sqrt((1 - abar) / abar) * guided.noise_shift
         torch.testing.assert_close(record.x_t, x.float(), atol=1e-5, rtol=1e-5)
         extra = {}
@@ -101,13 +102,13 @@ def test_order_of_convergence_along_the_closed_form_of_one_gaussian(kind, order,
     assert least < errors[1] / errors[2] < most
 
 
-@pytest.mark.parametrize("term", ["score", "ancestral"])
+@pytest.mark.parametrize("term", ["score", "ddpm_equivalent"])
 @pytest.mark.parametrize(("sde", "eta"), [(False, 0.0), (True, 1.0)])
 def test_first_order_is_ddim_guided_and_not(sde, eta, term):
     denoiser, y, guided = (
         mixture(noise_schedule="cosine"),
         torch.arange(9) % 3,
-        {"guidance_term": term, "data_std": 0.5},
+        {"guidance_scaling": term, "data_std": 0.5},
     )
     for guidance in (None, ClassifierGuidance(linear(), scale=0.2)):
         first = DPMSolver("ddim20", sde, "timesteps", order=1, **guided)(denoiser, streams(9, denoiser), y, guidance)
@@ -131,7 +132,7 @@ def test_the_sde_keeps_the_distribution():
 def test_guided_by_the_exact_classifier_it_samples_the_class(kind):
     """x̂0 + (1−ᾱ)/√ᾱ·∇log p(y|x_t) is the conditional model's x̂0: the samples are its, one by one."""
     free, own, y = GaussianMixture(**MIXTURE), mixture(), torch.arange(300) % 3
-    guidance = ClassifierGuidance(GaussianMixtureClassifier(free, noise_aware=True), at="x_t")
+    guidance = ClassifierGuidance(GaussianMixtureClassifier(free, noise_aware=True), classifier_input="x_t")
     sampler = kind(30, spacing="timesteps")  # whole steps, which the classifier knows
     expected = sampler(own, streams(300, own), y)
     found = sampler(free, streams(300, free), y, guidance)
@@ -208,7 +209,7 @@ def test_what_cannot_be_says_why(kind):
         with pytest.raises(ValueError, match=message):
             sampler.check(denoiser, None)
     for guidance, message in (
-        (ClassifierGuidance(linear(), enters="sample"), f"{kind.__name__} has none"),
+        (ClassifierGuidance(linear(), apply_to="sample"), f"{kind.__name__} has none"),
         (ClassifierGuidance(linear(), schedule=GuidanceSchedule(0.3)), "gamma to 0"),
     ):
         with pytest.raises(ValueError, match=message):

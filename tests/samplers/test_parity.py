@@ -116,7 +116,9 @@ def test_guided_ddim(golden):
     classifier = EncoderUNet(**config)
     classifier.load_state_dict(description.weights())
     guidance = ClassifierGuidance(
-        NoiseAwareClassifier(classifier), scale=fixture.json["hyperparameters"]["classifier_scale"], at="x_t"
+        NoiseAwareClassifier(classifier),
+        scale=fixture.json["hyperparameters"]["classifier_scale"],
+        classifier_input="x_t",
     )
     for step, record in enumerate(run(DDIM("ddim10"), denoiser(golden), fixture, guidance)):
         for name, value in (

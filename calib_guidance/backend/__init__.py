@@ -1,0 +1,1 @@
+"""Devices: number formats, compilation, packed convolutions, threads, distributed context, 8-bit images."""

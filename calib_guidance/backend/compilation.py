@@ -1,0 +1,46 @@
+"""Networks compiled for fixed shapes, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class _OwnGradient(torch.autograd.Function):
+    """The same tensor, whose gradient gets memory of its own."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
+        return gradient.clone()
+
+
+class Compiled:
+    """A function of tensors compiled by torch.compile for the shapes that it meets; on a GPU recorded as CUDA graphs.
+
+    A graph writes to the same memory at every call. What leaves here, output and input gradients, is copied out of it, so that it
+    may be kept for as long as one likes; inputs are copied in by PyTorch. Every new shape costs a compilation:
+    :class:`~calib_guidance.tasks.retry.FaultTolerant` pads short batches.
+
+    Args:
+        function: from tensors to one tensor, such as a network or a method of one.
+    """
+
+    def __init__(self, function: Callable[..., Tensor]):
+        self.function = function
+        # Of "reduce-overhead" CPUs take nothing: it is the CUDA graphs.
+        self._fast = torch.compile(function, dynamic=False, mode="reduce-overhead")
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if inputs[0].device.type != "cuda":
+            return self._fast(*inputs)
+        return self._fast(*(_OwnGradient.apply(x) if x.requires_grad else x for x in inputs)).clone()
+
+    def __reduce__(self) -> tuple[type[Compiled], tuple[Callable[..., Tensor]]]:
+        """Copied and pickled without what was compiled, which is not to be had by others."""
+        return Compiled, (self.function,)

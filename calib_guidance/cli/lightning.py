@@ -1,0 +1,227 @@
+"""The one LightningCLI: ``fit``, ``validate``, ``test`` and ``predict``."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import importlib
+import inspect
+import logging
+import re
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jsonargparse
+import lightning as L
+from jsonargparse import set_config_read_mode
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero
+
+from calib_guidance.backend.threads import set_threads
+from calib_guidance.callbacks import CalibrationReport, RequeueBetweenSteps, SampleWriter, StepSeeds
+from calib_guidance.callbacks.checkpoint_io import AtomicCheckpointIO
+from calib_guidance.callbacks.sample_writer import UNREADABLE
+from calib_guidance.cli.configs import expand_bases
+from calib_guidance.errors import ConfigurationError, LeftOutError
+from calib_guidance.weights.io import CheckpointError
+
+_PREDICT_CKPT = (
+    "predict takes no --ckpt_path: Lightning would put the training module of that checkpoint in place of the sampling "
+    "one. Name the weights in the YAML instead: the `checkpoint` of the denoiser or the `weights` of the classifier"
+)
+
+
+class SaveResolvedConfig(SaveConfigCallback):
+    """Saves the resolved configuration; for ``predict``, beside the samples and only once sampling starts."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "predict":
+            super().setup(trainer, pl_module, stage)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            path = Path(trainer.default_root_dir, self.config_filename)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, path, skip_none=False, overwrite=True, skip_validation=True)
+
+
+def import_class(class_path: str) -> type:
+    """The class that a ``class_path`` names."""
+    module, _, name = class_path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def innermost(error: BaseException) -> BaseException:
+    """What a constructor raised, which jsonargparse wraps in pages of unions and types.
+
+    This package's own errors say what their causes mean, so that the way down ends at them.
+    """
+    while not isinstance(error, ConfigurationError | CheckpointError) and (
+        deeper := error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    ):
+        error = deeper
+    return error
+
+
+def _unknown_class(class_path: str) -> str:
+    """What is wrong with a ``class_path`` that names nothing."""
+    module, _, name = class_path.rpartition(".")
+    try:
+        near = difflib.get_close_matches(name, vars(importlib.import_module(module)), 1)
+    except ImportError as error:
+        return f"there is no {class_path} ({error})"
+    return f"there is no {class_path}{f' (did you mean {near[0]!r}?)' if near else ''}"
+
+
+def shorten(message: str) -> str:
+    """What a parse error is about, without the pages of union types around it."""
+    where = ".".join(re.findall(r'Parser key "([^"]+)"', message))
+    classes = re.findall(r"Problem with given class_path '([\w.]+)'", message)
+    option = re.search(r"Option '([\w.]+)' is not accepted", message)
+    if classes and re.search(r"module '[\w.]+' has no attribute '\w+'|No module named '[\w.]+'", message):
+        return f"{where}: {_unknown_class(classes[-1])}"
+    if "a dict without class_path but with init_args entry" in message:
+        return (
+            f"{where}: options (init_args) are given, and no class_path says of what. An overlay that only sets options goes "
+            "after one that names the class, such as guidance/ after classifier/"
+        )
+    values = re.findall(
+        r"Expected an? <class '\w+'>\. Got value: .*|Import path \S+ does not correspond to .*", message
+    )
+    if len(values) == 1:
+        return f"{where}: {values[0]}"
+    if option is None or not classes:
+        return message
+    named = import_class(classes[-1])
+    accepted = list(inspect.signature(named).parameters)
+    near = difflib.get_close_matches(option[1], accepted, 1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return f"{where}: {named.__name__} has no option {option[1]!r}{hint}; it has: {', '.join(accepted)}"
+
+
+@contextlib.contextmanager
+def subclasses_listed_once() -> Iterator[None]:
+    """While a configuration is read, remembers the subclasses of each type.
+
+    jsonargparse lists all subclasses of nn.Module, over a thousand with the libraries that are loaded here, each time that it
+    tries whether a name such as ``adm_classifier128`` is a class: 11 of the 13 seconds that reading took.
+    """
+    hints, name = jsonargparse._typehints, "get_all_subclass_paths"
+    original = getattr(hints, name, None)
+    if original is None:  # another version, in which it may not be needed
+        yield
+        return
+    setattr(hints, name, functools.cache(original))
+    try:
+        yield
+    finally:
+        setattr(hints, name, original)
+
+
+class CalibGuidanceCLI(LightningCLI):
+    """LightningCLI with what sampling needs set: any module and data class, gradients inside predict."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: object) -> None:
+        try:
+            with subclasses_listed_once():
+                super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            raise ConfigurationError(shorten(str(error))) from error
+
+    def before_instantiate_classes(self) -> None:
+        if self.subcommand == "predict":
+            config = self.config.predict
+            if config.ckpt_path is not None:
+                raise ConfigurationError(_PREDICT_CKPT)
+            config.return_predictions = False  # the writer has them; in memory they would grow with the run
+
+    def _parse_ckpt_path(self) -> None:
+        """Keeps Lightning from merging a checkpoint's hyper-parameters over the configuration: the YAML says what is run."""
+
+    def instantiate_trainer(self, **kwargs: object) -> L.Trainer:
+        """The trainer, with what makes a run resumable: atomic checkpoints in a place that does not change."""
+        plugins = self._get(self.config_init, "trainer").get("plugins") or []
+        plugins = list(plugins) if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+        trainer = super().instantiate_trainer(**kwargs)
+        threads = set_threads(trainer.num_devices)
+        rank_zero.rank_zero_info(f"{threads.count} CPU threads for each process ({threads.reason})")
+        for callback in trainer.checkpoint_callbacks:
+            # Lightning's default is in the logger's folder, a new one for every run, where `--ckpt_path last` finds nothing.
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(Path(trainer.default_root_dir, "checkpoints"))
+        return trainer
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, object]:
+        """Lets ``--ckpt_path last`` also find what was written when SLURM took the nodes away, where that is newer."""
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if any(isinstance(callback, CalibrationReport) for callback in self.trainer.callbacks) and "verbose" in kwargs:
+            kwargs["verbose"] = False  # it prints the same figures in one table
+        if kwargs.get("ckpt_path") == "last":
+            folders = [Path(callback.dirpath) for callback in self.trainer.checkpoint_callbacks if callback.dirpath]
+            last = [path for folder in folders for path in folder.glob("last*.ckpt")]
+            preempted = list(Path(self.trainer.default_root_dir).glob("hpc_ckpt_*.ckpt"))
+            newest = max([*last, *preempted], key=lambda path: path.stat().st_mtime, default=None)
+            if newest in preempted:
+                kwargs["ckpt_path"] = str(newest)
+        return kwargs
+
+    def after_predict(self) -> None:
+        """Lets the exit status say that samples were left out. Images that cannot be read are bounded by ``max_corrupt``."""
+        writer = next((callback for callback in self.trainer.callbacks if isinstance(callback, SampleWriter)), None)
+        if writer is None or not self.trainer.is_global_zero:
+            return
+        run = writer.run.whole()
+        left_out = [] if run.remaining() else [s for s in run.left_out() if s["reason"] != UNREADABLE]
+        if left_out:
+            listed = ", ".join(str(sample["index"]) for sample in left_out[:10])
+            raise LeftOutError(
+                f"{len(left_out)} samples could not be made and are left out: {listed}{' …' if len(left_out) > 10 else ''} "
+                f"(calib-guidance status {run.path} says why)"
+            )
+
+    def instantiate_classes(self) -> None:
+        try:
+            with subclasses_listed_once():
+                super().instantiate_classes()
+        except (ValueError, RuntimeError, ImportError, OSError) as error:
+            raise ConfigurationError(str(innermost(error))) from error
+
+
+def run_lightning(args: Sequence[str] | None, cli: type[CalibGuidanceCLI] = CalibGuidanceCLI) -> CalibGuidanceCLI:
+    """One Lightning subcommand; None takes the words of the process."""
+    for message in (
+        ".*LightningCLI's args parameter is intended.*",  # main(args) is for that
+        ".*does not have many workers.*",  # requests and in-memory digits need none
+        ".*`IterableDataset` has `__len__` defined.*",  # and with none, that length is exact
+        ".*Total length of `ShardLoader` across ranks is zero.*",  # nothing left to sample
+        ".*LeafSpec.*is deprecated.*",  # Lightning's own
+        ".*set_vital.*is deprecated.*",  # torchdata's own
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    # Advertisements of cloud services among the log lines of a run.
+    logging.getLogger(rank_zero.__name__).addFilter(lambda record: "Tip: For seamless cloud" not in record.getMessage())
+    # Lightning has options of classes read as configuration files where they are addresses: hf://… would ask the hub.
+    set_config_read_mode(fsspec_enabled=False)
+    return cli(
+        # Errors as exceptions, not as pages of usage.
+        parser_kwargs={
+            "exit_on_error": False,
+            **{name: {"exit_on_error": False} for name in LightningCLI.subcommands()},
+        },
+        save_config_callback=SaveResolvedConfig,
+        save_config_kwargs={"overwrite": True},
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        # Predict runs under inference mode unless told not to, and guidance takes gradients inside it.
+        trainer_defaults={"inference_mode": False, "callbacks": [StepSeeds(), RequeueBetweenSteps()]},
+        args=expand_bases(sys.argv[1:] if args is None else args),
+    )

@@ -1,0 +1,46 @@
+"""Where along a trajectory something is on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from calib_guidance.diffusion.schedules import NoiseLevels
+
+
+def _check_interval(name: str, interval: Sequence[float] | None) -> tuple[float, ...] | None:
+    if interval is not None and (len(interval) != 2 or interval[0] > interval[1]):
+        raise ValueError(f"{name} must be [low, high] with low ≤ high, got {list(interval)}")
+    return None if interval is None else tuple(interval)
+
+
+class Interval:
+    """Steps at which guidance is on (Kynkäänniemi et al. 2024, arXiv 2404.07724).
+
+    Args:
+        interval: ``[t_low, t_high]``, both included, on the scale of the full process (0 … 999); None is everywhere.
+        sigma_interval: the same on the scale of σ = √(1/ᾱ − 1); where both are given both must hold.
+        every: on at the first step and every so many-th after it.
+
+    Raises:
+        ValueError: an interval that is not two ascending numbers, or ``every`` below 1.
+    """
+
+    def __init__(
+        self,
+        interval: Sequence[float] | None = None,
+        sigma_interval: Sequence[float] | None = None,
+        every: int = 1,
+    ):
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        self.every = every
+        self.interval = _check_interval("interval", interval)
+        self.sigma_interval = _check_interval("sigma_interval", sigma_interval)
+
+    def active(self, levels: NoiseLevels) -> list[bool]:
+        """Whether guidance is on at each of the levels."""
+        on = levels.executed % self.every == 0
+        for values, bounds in ((levels.times, self.interval), (levels.sigmas, self.sigma_interval)):
+            if bounds is not None:
+                on = on & (bounds[0] <= values) & (values <= bounds[1])
+        return on.tolist()

@@ -1,0 +1,336 @@
+"""``calib-guidance evaluate SAMPLES … --reference REF``: how good anybody's samples are, and what exactly was measured."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+from tqdm import tqdm
+
+from calib_guidance import __version__
+from calib_guidance.backend.distributed import DistributedContext, distributed_context
+from calib_guidance.classifiers import CLIPClassifier
+from calib_guidance.data.image_sets import ImageSet, RunImages, open_images
+from calib_guidance.errors import ConfigurationError
+from calib_guidance.evaluation.features import FORMS, features_from_name, read_classifier
+from calib_guidance.evaluation.quality import (
+    METRICS,
+    NO_FEATURES,
+    TABLE,
+    Measures,
+    Quality,
+    ReferenceHolds,
+    described,
+    table_rows,
+    write_json,
+    write_judged,
+)
+from calib_guidance.evaluation.reference import KINDS, add_reading_options, reading_options
+from calib_guidance.evaluation.statistics import ReferenceStatistics
+
+_OF_SAMPLES = ("split", "subset", "image_column", "label_column")  # which the two sets may have differently
+_NEED_FEATURES = {"kid", "pr", "dc", "classwise"}
+_COLOUR = {1: "grey", 3: "RGB"}
+_EXAMPLES = """
+the reference may also be a file of statistics (.npz): of calib-guidance reference, of ADM's evaluator (mu, sigma, mu_s, sigma_s,
+arr_0), or mu and sigma alone (EDM, clean-fid, pytorch-fid).
+
+metrics:
+  fid        Fréchet distance of pooled features         pr         improved precision and recall
+  sfid       of spatial ones (ADM's sFID)                dc         density and coverage, k = 5
+  is         Inception score, 10 splits                  classwise  fid, pr and dc of each class with enough images
+  kid        kernel distance (KID), 100 subsets          judge      accuracy and ECE of a classifier on the samples
+  clip       mean cosine between sample and its prompt
+By default all that the features, the reference and the options allow.
+
+examples:
+  calib-guidance evaluate outputs/imagenet128/resnet101_js --reference VIRTUAL_imagenet128.npz --features inception
+  calib-guidance evaluate outputs/compare/*/tempered-relu/seed* --reference heldout.npz --features judge:judge.yaml
+  torchrun --nproc-per-node 8 -m calib_guidance evaluate samples.npz --reference /data/val --size 256 --features dinov2
+"""
+
+
+def read_options(args: Sequence[str]) -> argparse.Namespace:
+    """Options of the command line after ``evaluate``; argparse's exit with status 2 where they are none."""
+    parser = argparse.ArgumentParser(
+        prog="calib-guidance evaluate",
+        description="How good samples are, against a reference: every figure with its spread, and with what it was measured "
+        "with. Several sets of samples, such as the same run with several seeds, also give mean ± standard deviation.",
+        epilog=KINDS + _EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("samples", nargs="+", metavar="SAMPLES", help="the images, see below")
+    parser.add_argument("--reference", required=True, metavar="REF", help="images, or statistics of them")
+    parser.add_argument("--features", default="inception", metavar="NAME", help=f"{FORMS} (default: inception)")
+    parser.add_argument(
+        "--metrics", metavar="NAME,…", help=f"of {','.join(METRICS)} (default: all that can be taken, see below)"
+    )
+    parser.add_argument("--judge", metavar="CLASSIFIER.yaml", help="classifier that names the samples' classes")
+    parser.add_argument("--clip", metavar="CLIP.yaml", help="CLIPClassifier with a prompt for each class")
+    parser.add_argument(
+        "--extrapolate", action="store_true", help="also the Fréchet distance at infinitely many samples"
+    )
+    parser.add_argument(
+        "--allow-few",
+        action="store_true",
+        help="Fréchet distances of no more samples than features, which compare only at the same number",
+    )
+    parser.add_argument("--neighbours", type=int, default=3, metavar="K", help="of precision and recall (default: 3)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder for metrics.json, metrics.md and judge.npz (default: RUN/evaluation of a run folder, else "
+        "outputs/evaluation/NAME). Of several sets, for their mean and a folder of each that is no run folder (default: "
+        "outputs/evaluation): what is measured of a run always stands in RUN/evaluation then, where report finds it",
+    )
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (default: 64)")
+    parser.add_argument(
+        "--device", help="cpu, cuda or cuda:NUMBER (default: a GPU for each process where there are enough)"
+    )
+    add_reading_options(parser)
+    own = parser.add_argument_group("reading samples, where they are tables that differ from the reference in this")
+    for name in _OF_SAMPLES:
+        own.add_argument(f"--samples-{name.replace('_', '-')}", metavar="NAME")
+    options = parser.parse_args(list(args))
+    for name in ("batch_size", "neighbours"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(options, name)}")
+    return options
+
+
+def evaluate(args: Sequence[str]) -> None:
+    """``calib-guidance evaluate``: see its ``--help``.
+
+    Args:
+        args: the words after ``evaluate``.
+
+    Raises:
+        ConfigurationError: images, a reference or features that cannot be used or do not fit each other, metrics that cannot be
+            taken of them, or an output that cannot be written.
+        CheckpointError: weights that cannot be read.
+    """
+    options = read_options(args)
+    with distributed_context(options.device) as processes:
+        _evaluate(options, processes)
+
+
+def _evaluate(options: argparse.Namespace, processes: DistributedContext) -> None:
+    shared = {name: value for name, value in reading_options(options).items() if name not in _OF_SAMPLES}
+    own = {name: getattr(options, f"samples_{name}") for name in _OF_SAMPLES}
+    sets = [open_images(source, **shared, **own) for source in options.samples]
+    names, folders = _names(sets), _folders(options, sets)
+    for folder in folders if len(sets) == 1 else (*folders, _output(options)):
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK)):
+            raise ConfigurationError(
+                f"{folder} cannot be written: {there} is not a folder that may be written to (--output, of a single set)"
+            )
+    # Before the networks, whose weights may have to be fetched.
+    is_file = ReferenceStatistics.holds(options.reference)
+    if is_file:
+        known = ReferenceStatistics.read(options.reference)
+    else:
+        images = open_images(options.reference, **reading_options(options))
+    extractor = features_from_name(options.features)
+    judge = None if options.judge is None else read_classifier(options.judge)
+    clip = None if options.clip is None else read_classifier(options.clip)
+    if clip is not None and not isinstance(clip, CLIPClassifier):
+        raise ConfigurationError(f"--clip: {options.clip} describes {type(clip).__name__}, not CLIPClassifier")
+    measures = Measures(
+        (), extractor, judge, clip, options.neighbours, full_rank=not options.allow_few, extrapolate=options.extrapolate
+    )
+    # All that can be refused is, before the first image goes through a network.
+    if is_file:
+        known.check(extractor)
+        holds = ReferenceHolds.of(known)
+        if known.images is not None and known.features is None:  # whose features are then taken
+            batch = open_images(known.images)
+            holds = holds._replace(num_features=batch.num_images, labels=batch.labelled)
+        shape = known.image_shape
+    else:
+        spatial = extractor.spatial_width is not None
+        holds = ReferenceHolds(images.num_images, images.num_images, spatial, images.labelled)
+        shape = images.image_shape
+    for samples in sets:
+        _check_shape(samples, shape, options.reference)
+    measures = measures._replace(metrics=_metrics(options.metrics, measures, holds, sets)).to(processes.device)
+    for shape in dict.fromkeys(samples.image_shape for samples in sets):
+        measures.check(shape, processes.device)
+    reference = ReferenceStatistics.of(
+        options.reference,
+        extractor,
+        options.batch_size,
+        keep_features=bool(_NEED_FEATURES & set(measures.metrics)),
+        spatial="sfid" in measures.metrics,
+        processes=processes,
+        **({} if is_file else reading_options(options)),
+    )
+    quality = Quality(measures, reference, device=processes.device)
+    found = []
+    for samples, folder in zip(sets, folders, strict=True):
+        found.append(_measure(samples, quality, options, processes))
+        if processes.is_first:
+            _write(folder, found[-1], quality.judged())
+    if processes.is_first and len(sets) > 1:
+        _summarise(_output(options), names, found)
+
+
+def _check_shape(samples: ImageSet, shape: Sequence[int] | None, reference: str) -> None:
+    if shape is None or tuple(shape) == samples.image_shape:
+        return
+    (channels, *size), (c, *s) = samples.image_shape, shape
+    both = (
+        f"{samples.name} has images {'×'.join(map(str, size))} {_COLOUR[channels]}, the reference {reference} "
+        f"{'×'.join(map(str, s))} {_COLOUR[c]}"
+    )
+    cure = (
+        "--size N resizes and crops both, where they are images"
+        if size != s
+        else "--mode RGB or --mode L makes both alike"
+    )
+    raise ConfigurationError(f"{both}: they cannot be compared. Take a reference like the samples; {cure}")
+
+
+def _metrics(asked: str | None, measures: Measures, holds: ReferenceHolds, sets: Sequence[ImageSet]) -> tuple[str, ...]:
+    """The metrics to take: those that are asked for, or all that apply to the sets.
+
+    Raises:
+        ConfigurationError: one that is asked for cannot be taken, or none can.
+    """
+    metrics = measures.applicable(holds) if asked is None else tuple(name.strip() for name in asked.split(","))
+    measures = measures._replace(metrics=metrics)
+    unmet: dict[str, str] = {}
+    for samples in sets:
+        for name, reason in measures.unmet(holds, samples.num_images, samples.labelled).items():
+            unmet[name] = f"{samples.name}: {reason}"
+    # What too few samples do to a Fréchet distance is not left to a note among the others: it is the figure that is looked for.
+    fatal = unmet.keys() if asked is not None else unmet.keys() & {"fid"}
+    if fatal:
+        raise ConfigurationError(
+            "; ".join(f"{name} cannot be taken of {unmet[name]}" for name in METRICS if name in fatal)
+        )
+    return metrics
+
+
+def _measure(
+    samples: ImageSet, quality: Quality, options: argparse.Namespace, processes: DistributedContext
+) -> dict[str, Any]:
+    """The figures of one set, on every process."""
+    quality.begin(samples.num_images, samples.labelled)
+    with tqdm(
+        total=samples.num_images, desc=samples.name, unit="image", leave=False, disable=not processes.is_first
+    ) as bar:
+        for batch in samples.batches(options.batch_size, processes.rank, processes.world_size):
+            quality.update(*batch)
+            bar.update(len(batch.index) * processes.world_size)
+    samples.gather(processes)
+    results = quality.compute()
+    if options.metrics is None and quality.reference.features is None:
+        results["notes"].append(f"kid, pr, dc and classwise left out: {NO_FEATURES}")
+    results["notes"] += samples.notes
+    results["num_samples"] = results["num_measured"]
+    results["provenance"] |= {
+        "samples": samples.provenance(),
+        "versions": {
+            "calib_guidance": __version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "Pillow": PIL.__version__,
+        },
+    }
+    return results
+
+
+def _output(options: argparse.Namespace) -> Path:
+    return options.output or Path("outputs/evaluation")
+
+
+def _names(sets: Sequence[ImageSet]) -> list[str]:
+    """A name for each set: as many of the last parts of its path as it takes to tell them apart."""
+    paths = [Path(samples.name).expanduser().resolve().with_suffix("") for samples in sets]
+    if len(set(paths)) != len(paths):
+        raise ConfigurationError("evaluate: the same samples are named twice")
+    words = 1
+    while len({path.parts[-words:] for path in paths}) != len(paths):
+        words += 1
+    return ["-".join(path.parts[-words:]) for path in paths]
+
+
+def _folders(options: argparse.Namespace, sets: Sequence[ImageSet]) -> list[Path]:
+    """Where what is found of each set goes."""
+    if len(sets) == 1 and options.output is not None:
+        return [options.output]
+    return [
+        samples.run.path / "evaluation" if isinstance(samples, RunImages) else _output(options) / name
+        for samples, name in zip(sets, _names(sets), strict=True)
+    ]
+
+
+def _write(folder: Path, results: dict[str, Any], judged: dict[str, np.ndarray] | None) -> None:
+    rows, lines = table_rows(results), described(results)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "metrics.json", results)
+        cells = [f"| {label} | {value} | {spread.removeprefix('± ')} |" for label, value, spread in rows]
+        table = ["| | | ± |", "|---|---:|---:|", *cells]
+        (folder / "metrics.md").write_text("\n".join([*table, "", *(f"- {line}" for line in lines), ""]))
+        if judged is not None:
+            write_judged(folder / "judge.npz", judged)
+        else:
+            (folder / "judge.npz").unlink(missing_ok=True)  # of an earlier evaluation
+    except OSError as error:
+        raise ConfigurationError(f"{error.filename or folder} cannot be written: {error.strerror or error}") from error
+    wide = max(len(label) for label, _, _ in rows)
+    print(f"\n{results['num_samples']:,} samples of {results['provenance']['samples']['source']}")
+    print("\n".join(f"  {label:<{wide}}  {value:>8}  {spread}".rstrip() for label, value, spread in rows))
+    print("\n".join(lines))
+    print(f"wrote {folder / 'metrics.json'}, metrics.md" + ("" if judged is None else ", judge.npz"))
+
+
+def _summarise(folder: Path, names: Sequence[str], found: Sequence[dict[str, Any]]) -> None:
+    """Mean and standard deviation over sets, as a table with a line for each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    keys = [key for key in TABLE if all(results.get(key) is not None for results in found)]
+    mean = {key: statistics.mean(results[key] for results in found) for key in keys}
+    spread = {}
+    for key in keys:
+        sd = statistics.stdev(results[key] for results in found)
+        spread[key] = {
+            "sd": sd,
+            "low": mean[key] - 1.959964 * sd,
+            "high": mean[key] + 1.959964 * sd,
+            "of": f"{len(found)} runs",
+        }
+    cells = [
+        [name, *(TABLE[key][1].format(results[key]) for key in keys)]
+        for name, results in zip(names, found, strict=True)
+    ]
+    total = [f"{TABLE[key][1].format(mean[key])} ± {TABLE[key][1].format(spread[key]['sd'])}" for key in keys]
+    lines = [
+        ["samples", *(TABLE[key][0] for key in keys)],
+        ["---", *["---:"] * len(keys)],
+        *cells,
+        ["**mean ± sd**", *total],
+    ]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    counts = sorted({results["num_measured"] for results in found})
+    notes = [f"± is the standard deviation over {len(found)} runs"]
+    if len(counts) > 1:
+        listed = ", ".join(f"{count:,}" for count in counts)
+        notes.append(f"{listed} samples: Fréchet distances of different numbers of samples do not compare")
+    # What all have in common; their own spreads and what they say of their own samples stand with each.
+    own = ("samples ", "±", "by class")
+    shared = [line for line in described(found[0]) if all(line in described(results) for results in found[1:])]
+    notes += [line for line in shared if not line.startswith(own)]
+    content = {**mean, "spread": spread, "notes": notes, "runs": dict(zip(names, found, strict=True))}
+    write_json(folder / "metrics.json", content)
+    (folder / "metrics.md").write_text("\n".join([text, "", *(f"- {line}" for line in notes), ""]))
+    print(f"\n{text}\n" + "\n".join(notes) + f"\nwrote {folder / 'metrics.json'}, metrics.md")

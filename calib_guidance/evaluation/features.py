@@ -1,0 +1,447 @@
+"""Feature extractors for distances between sets of images."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import io
+import os
+import pickle
+import sys
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+import yaml
+from torch import Tensor, nn
+
+from calib_guidance.backend.images import from_uint8
+from calib_guidance.backend.precision import exact_float32
+from calib_guidance.classifiers.base import Classifier
+from calib_guidance.classifiers.off_the_shelf import build_network
+from calib_guidance.errors import ConfigurationError
+from calib_guidance.weights.io import CheckpointError, read_weights, tensors_only
+
+FORMS = (
+    "inception[:WEIGHTS], dinov2[:WEIGHTS], timm:NAME[:WEIGHTS], torchvision:NAME[:WEIGHTS], judge:CLASSIFIER.yaml or "
+    "PYTHON.MODULE:NAME"
+)
+_DINOV2 = "vit_large_patch14_dinov2.lvd142m"
+_TORCH = f"torch {torch.__version__.partition('+')[0]}"
+
+
+class Features(NamedTuple):
+    """What an extractor sees in N images.
+
+    Attributes:
+        pool: ``(N, D)`` float32, one vector an image.
+        spatial: ``(N, D_s)`` float32, a layer before pooling, of which the sFID is made; None where none is defined.
+        logits: ``(N, K)`` float32, of which the Inception score is made, or a judge's; None where there are none.
+    """
+
+    pool: Tensor
+    spatial: Tensor | None = None
+    logits: Tensor | None = None
+
+
+def state_sha256(module: nn.Module) -> str:
+    """Hash over names, types, shapes and bytes of a module's weights and buffers, in hexadecimal.
+
+    The same whatever file or device they are in.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class FeatureExtractor(nn.Module, ABC):
+    """Maps 8-bit images to features.
+
+    Attributes:
+        name: says in reports what the numbers were measured with.
+        width: D of the pooled features.
+        spatial_width: D_s of the spatial ones, None without.
+        num_logits: K of the logits, None without.
+    """
+
+    name: str
+    width: int
+    spatial_width: int | None = None
+    num_logits: int | None = None
+
+    def __call__(self, images: Tensor) -> Features:
+        # TF32, the default for convolutions on GPUs, keeps 10 of the 23 bits that the definitions were computed with.
+        with exact_float32():
+            return super().__call__(images)
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> Features:
+        """Features of uint8 images ``(N, C, H, W)``, C = 1 or 3."""
+
+    def provenance(self) -> dict[str, Any]:
+        """What the features are a function of: two sets whose values differ here do not compare.
+
+        ``extractor``, ``library`` with its version, ``weights`` (as they were named), ``weights_sha256`` (see
+        :func:`state_sha256`), ``resize`` (``size``, ``how``, ``library``) and ``normalisation``.
+        """
+        return {
+            "extractor": self.name,
+            "library": _TORCH,
+            "weights": None,
+            "weights_sha256": state_sha256(self),
+            "resize": {"size": None, "how": "none", "library": None},
+            "normalisation": "none",
+        }
+
+
+def _in_colour(images: Tensor) -> Tensor:
+    """Grey images with their one channel three times."""
+    return images.expand(-1, 3, -1, -1)
+
+
+class InceptionFeatures(FeatureExtractor):
+    """The Inception-v3 that FID is defined with, through torch-fidelity, with its own resize (TensorFlow 1's bilinear).
+
+    Pool features (2048), of FID, KID, precision and recall; the first 7 channels of ``mixed_6/conv`` (17×17×7 = 2023, in
+    that order), of ADM's sFID; and logits (1008) without bias, of the Inception score.
+
+    Args:
+        weights: ``weights-inception-2015-12-05-6726825d.pth`` on this machine, or ``hf://…``; None lets torch-fidelity
+            download it.
+
+    Raises:
+        ImportError: torch-fidelity is not installed.
+        CheckpointError: the file cannot be read or fetched, does not fit, or holds more than tensors.
+    """
+
+    name = "Inception-v3 (2015-12-05), torch-fidelity"
+    width, spatial_width, num_logits = 2048, 2023, 1008
+
+    def __init__(self, weights: str | None = None):
+        super().__init__()
+        try:
+            import torch_fidelity
+            from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise ImportError(
+                "InceptionFeatures needs torch-fidelity: pip install 'calib_guidance[inception]'"
+            ) from error
+        self.weights, self.library = weights, f"torch-fidelity {torch_fidelity.__version__}"
+        file: io.BytesIO | None = None
+        if weights is not None:  # read here, so that any format will do and no file is executed; the class wants a file
+            file = io.BytesIO()
+            torch.save(read_weights(weights).state, file)
+            file.seek(0)
+        try:
+            with tensors_only():
+                self.network = FeatureExtractorInceptionV3(
+                    "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=file
+                )
+        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+            if weights is not None:
+                raise CheckpointError(
+                    f"{weights} does not fit torch-fidelity's Inception-v3 ({str(error).splitlines()[0]}): name "
+                    f"{Path(URL_INCEPTION_V3).name}"
+                ) from error
+            raise CheckpointError(
+                f"Inception's weights could not be fetched ({type(error).__name__}: {error}): fetch {URL_INCEPTION_V3} "
+                "elsewhere and name the file, inception:FILE or InceptionFeatures' weights"
+            ) from error
+        self._seen: list[Tensor] = []
+        # torch-fidelity's name for TensorFlow's mixed_6/conv.
+        self.network.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: self._seen.append(output))
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Features:
+        self._seen.clear()
+        pool, logits = self.network(_in_colour(images))
+        spatial = self._seen.pop()[:, :7].permute(0, 2, 3, 1)  # as TensorFlow lays it out, and statistics files with it
+        return Features(pool.float(), spatial.flatten(1).float(), logits.float())
+
+    def provenance(self) -> dict[str, Any]:
+        resize = {"size": 299, "how": "bilinear, not antialiased, as TensorFlow 1", "library": self.library}
+        return super().provenance() | {
+            "library": self.library,
+            "weights": self.weights,
+            "resize": resize,
+            "normalisation": "(x − 128)/128",
+        }
+
+
+def _last_linear(network: nn.Module, whose: str) -> nn.Linear:
+    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise ValueError(f"features: {whose} has no linear layer whose input could serve as features")
+    return linear[-1]
+
+
+class _ResizedFeatures(FeatureExtractor):
+    """Whole images in colour, resized without cropping and normalised by channel; what subclasses share."""
+
+    def _prepare(self, size: int, how: str, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        self.size, self.how = size, how
+        self.mean, self.std = tuple(mean), tuple(std)
+
+    def shown(self, images: Tensor) -> Tensor:
+        """``(N, 3, size, size)`` as the network was trained with, of uint8 ``(N, C, H, W)``."""
+        x = _in_colour(images).float()
+        if x.shape[-2:] != (self.size, self.size):
+            x = F.interpolate(x, (self.size, self.size), mode=self.how, antialias=True, align_corners=False)
+        mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        return (x.clamp(0, 255) / 255 - mean) / std  # bicubic overshoots, which 8-bit images cannot
+
+    def provenance(self) -> dict[str, Any]:
+        how = f"{self.how}, antialiased, whole image, in float32"
+        return super().provenance() | {
+            "library": self.library,
+            "weights": self.weights,
+            "resize": {"size": self.size, "how": how, "library": _TORCH},
+            "normalisation": f"mean {list(self.mean)}, standard deviation {list(self.std)} of [0, 1]",
+        }
+
+
+class TimmFeatures(_ResizedFeatures):
+    """What a timm model gives to its head, by default DINOv2's class token as Stein et al. (2023) measure FD_DINOv2.
+
+    The image size is the model's own. DINOv2's is 224, which the field measures with (https://arxiv.org/abs/2306.04675), not
+    the 518 of timm's settings, and the provenance says so; timm resamples the position embedding of transformers.
+
+    Args:
+        model: name that timm knows, with its tag.
+        weights: ``pretrained``, a local file or ``hf://…`` with timm's names; None leaves random ones.
+        size: side in pixels to which images are resized.
+
+    Raises:
+        ValueError: an unknown name, or a size that the model cannot be given.
+        CheckpointError: the file does not fit, or timm cannot fetch it.
+    """
+
+    def __init__(self, model: str = _DINOV2, weights: str | None = "pretrained", size: int | None = None):
+        super().__init__()
+        entry = timm.get_pretrained_cfg(model, allow_unregistered=False) if timm.is_model(model) else None
+        self.network = build_network(f"timm/{model}", 0 if entry is None else entry.num_classes, weights)
+        settings = timm.data.resolve_data_config(pretrained_cfg=self.network.pretrained_cfg)
+        own = settings["input_size"][-1]
+        size = size or (224 if "dinov2" in model else own)
+        self.own_size = own
+        if size != own and hasattr(self.network, "set_input_size"):
+            self.network.set_input_size(img_size=(size, size))
+        self.name, self.weights, self.library = f"timm {model}", weights, f"timm {timm.__version__}"
+        self.width = self.network.head_hidden_size
+        self._prepare(size, settings["interpolation"], settings["mean"], settings["std"])
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Features:
+        features = self.network.forward_features(self.shown(images))
+        return Features(self.network.forward_head(features, pre_logits=True).flatten(1).float())
+
+    def provenance(self) -> dict[str, Any]:
+        known = super().provenance()
+        if self.size != self.own_size:
+            known["resize"]["how"] += f", where timm's settings say {self.own_size}"
+        return known
+
+
+class TorchvisionFeatures(_ResizedFeatures):
+    """What the last linear layer of a torchvision classifier sees.
+
+    Args:
+        model: name that torchvision knows.
+        weights: one of the names that it has for the model's weights, a local file or ``hf://…``; None leaves random ones.
+
+    Images get the size, mean and standard deviation that torchvision names with the weights.
+
+    Raises:
+        ValueError: an unknown name, or a model without a linear layer.
+        CheckpointError: the file does not fit, or torchvision cannot fetch it.
+    """
+
+    def __init__(self, model: str, weights: str | None = "DEFAULT"):
+        super().__init__()
+        self.network = build_network(f"torchvision/{model}", 1000, weights)
+        known = torchvision.models.get_model_weights(model)
+        shown = (known[weights] if weights in known.__members__ else known.DEFAULT).transforms()
+        self.name, self.weights, self.library = (
+            f"torchvision {model}",
+            weights,
+            f"torchvision {torchvision.__version__.partition('+')[0]}",
+        )
+        if weights in known.__members__:
+            self.weights = known[weights].name  # DEFAULT moves
+        linear = _last_linear(self.network, self.name)
+        self.width = linear.in_features
+        self._seen: list[Tensor] = []
+        linear.register_forward_pre_hook(lambda module, inputs: self._seen.append(inputs[0]))
+        self._prepare(shown.crop_size[0], shown.interpolation.value, shown.mean, shown.std)
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Features:
+        self._seen.clear()
+        self.network(self.shown(images))
+        return Features(self._seen.pop().flatten(1).float())
+
+
+class JudgeFeatures(FeatureExtractor):
+    """What a classifier's last linear layer sees, and what it says: for data that Inception does not know.
+
+    Args:
+        classifier: the judge; independent of those that guide, or the figures flatter.
+
+    Raises:
+        ValueError: a classifier without a linear layer.
+    """
+
+    def __init__(self, classifier: Classifier):
+        super().__init__()
+        self._sha256 = state_sha256(classifier)  # freezing folds weights into others
+        self.classifier = classifier.freeze()
+        linear = _last_linear(classifier, "the judge")
+        self.width, self.num_logits = linear.in_features, classifier.num_classes
+        self.name = f"input of the last linear layer ({self.width} wide) of {type(classifier).__name__}"
+        self._seen: list[Tensor] = []
+        linear.register_forward_pre_hook(lambda module, inputs: self._seen.append(inputs[0]))
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Features:
+        self._seen.clear()
+        logits = self.classifier(from_uint8(images))
+        return Features(self._seen.pop().flatten(1).float(), None, logits.float())
+
+    def provenance(self) -> dict[str, Any]:
+        known = getattr(self.classifier, "provenance", {})
+        size = known.get("resize")
+        resize = {"size": size, "how": "bilinear, antialiased" if size else "none", "library": _TORCH if size else None}
+        return super().provenance() | {
+            "weights": known.get("file"),
+            "weights_sha256": self._sha256,
+            "architecture": known.get("architecture", type(self.classifier).__name__),
+            "resize": resize,
+            "normalisation": f"[-1, 1], {known.get('normalize', 'none')}",
+        }
+
+
+class ModuleFeatures(FeatureExtractor):
+    """A module of one's own, which maps float32 images ``(N, C, H, W)`` in [-1, 1] to features ``(N, D)``.
+
+    Args:
+        module: with an attribute ``width``, D, where none is given here.
+        width: D.
+
+    Raises:
+        ValueError: no width.
+    """
+
+    def __init__(self, module: nn.Module, width: int | None = None):
+        super().__init__()
+        width = getattr(module, "width", None) if width is None else width
+        if not isinstance(width, int):
+            raise ValueError(f"{type(module).__name__} does not say how wide its features are: set its attribute width")
+        self.module, self.width = module.requires_grad_(False).eval(), width
+        self.name = f"{type(module).__module__}.{type(module).__qualname__}"
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Features:
+        return Features(self.module(from_uint8(images)).flatten(1).float())
+
+    def provenance(self) -> dict[str, Any]:
+        # What the module does to images only its code tells, so the code counts as weights do.
+        module = sys.modules[type(self.module).__module__]
+        code = Path(module.__file__).read_bytes() if getattr(module, "__file__", None) else b""
+        return super().provenance() | {
+            "library": f"{_TORCH}, code {hashlib.sha256(code).hexdigest()[:12]}",
+            "resize": {"size": None, "how": "the module's own", "library": None},
+            "normalisation": "[-1, 1]",
+        }
+
+
+def _build(description: object) -> object:
+    """What ``class_path`` and ``init_args`` describe, within each other as in a configuration file."""
+    if isinstance(description, list):
+        return [_build(value) for value in description]
+    if not isinstance(description, dict):
+        return description
+    if "class_path" not in description:
+        return {key: _build(value) for key, value in description.items()}
+    module, _, name = description["class_path"].rpartition(".")
+    return getattr(importlib.import_module(module), name)(**_build(description.get("init_args") or {}))
+
+
+def read_classifier(path: str | Path) -> Classifier:
+    """The classifier of a YAML file with ``class_path`` and ``init_args``, as ``calib-guidance fit`` exports it.
+
+    Raises:
+        ConfigurationError: no such file, or one that describes no classifier.
+        CheckpointError: its weights cannot be read or do not fit.
+    """
+    try:
+        classifier = _build(yaml.safe_load(Path(path).read_text()))
+    except OSError as error:
+        raise ConfigurationError(f"judge: {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigurationError(f"judge: {path} does not describe a classifier: {error}") from error
+    if not isinstance(classifier, Classifier):
+        raise ConfigurationError(
+            f"judge: {path} describes no classifier; expected class_path and init_args of one, as in the classifier.yaml that "
+            "calib-guidance fit writes"
+        )
+    return classifier
+
+
+def _own(path: str, name: str) -> FeatureExtractor:
+    """What a name of a Python module is or makes."""
+    if (
+        os.getcwd() not in sys.path and "" not in sys.path
+    ):  # an installed command does not look into the working directory
+        sys.path.append(os.getcwd())
+    try:
+        found = getattr(importlib.import_module(path), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigurationError(f"--features {path}:{name}: {error}; expected {FORMS}") from error
+    made = found if isinstance(found, nn.Module) else found() if callable(found) else found
+    if not isinstance(made, nn.Module):
+        raise ConfigurationError(
+            f"--features {path}:{name} is neither a torch module, nor a class or function without arguments that makes one"
+        )
+    return made if isinstance(made, FeatureExtractor) else ModuleFeatures(made)
+
+
+def features_from_name(text: str) -> FeatureExtractor:
+    """The extractor that the command line names, in evaluation mode.
+
+    ``inception[:WEIGHTS]``, ``dinov2[:WEIGHTS]``, ``timm:NAME[:WEIGHTS]``, ``torchvision:NAME[:WEIGHTS]``,
+    ``judge:CLASSIFIER.yaml`` (see :func:`read_classifier`), or ``PYTHON.MODULE:NAME``: a :class:`FeatureExtractor`, or a
+    torch module as :class:`ModuleFeatures` takes it, or a class or function without arguments that makes one.
+
+    Raises:
+        ConfigurationError: another form, an unknown name, or a library that is not installed.
+        CheckpointError: weights that cannot be read or fetched, or do not fit.
+    """
+    kind, _, rest = text.partition(":")
+    try:
+        if kind == "inception":
+            made: FeatureExtractor = InceptionFeatures(rest or None)
+        elif kind == "dinov2":
+            made = TimmFeatures(weights=rest or "pretrained")
+        elif kind in ("timm", "torchvision") and rest:
+            name, _, weights = rest.partition(":")
+            make = TimmFeatures if kind == "timm" else TorchvisionFeatures
+            made = make(name, weights) if weights else make(name)
+        elif kind == "judge" and rest:
+            made = JudgeFeatures(read_classifier(rest))
+        elif kind and rest:
+            made = _own(kind, rest)
+        else:
+            raise ConfigurationError(f"--features {text!r}: expected {FORMS}")
+    except (ImportError, ValueError) as error:
+        if isinstance(error, ConfigurationError):
+            raise
+        raise ConfigurationError(f"--features {text}: {error}") from error
+    return made.eval()

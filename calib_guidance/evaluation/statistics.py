@@ -1,0 +1,425 @@
+"""What the features of a reference are summed up to, and the files that hold it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calib_guidance import __version__
+from calib_guidance.backend.distributed import DistributedContext
+from calib_guidance.data.image_sets import ImageSet, open_images
+from calib_guidance.errors import ConfigurationError
+from calib_guidance.evaluation.features import FeatureExtractor
+
+_SYMMETRY = 1e-4  # of the largest entry: float32 statistics are symmetric to 1e-6
+
+
+class Moments:
+    """Mean and covariance of rows that come in batches, in float64.
+
+    Batches and processes are merged about their own means (Chan, Golub & LeVeque 1983), so that nothing cancels.
+
+    Args:
+        width: D.
+        device: that computes.
+    """
+
+    def __init__(self, width: int, device: torch.device):
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+        self.mean = torch.zeros(width, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(width, width, dtype=torch.float64, device=device)
+
+    def update(self, rows: Tensor) -> None:
+        """Add rows ``(N, D)``, N ≥ 1."""
+        rows = rows.to(self.mean)
+        mean = rows.mean(0)
+        centred, shift, count = rows - mean, mean - self.mean, self.count + len(rows)
+        self.scatter += centred.T @ centred + torch.outer(shift, shift) * (self.count * len(rows) / count)
+        self.mean += shift * (len(rows) / count)
+        self.count = count
+
+    def gather(self, processes: DistributedContext) -> tuple[Tensor, Tensor]:
+        """Mean ``(D,)`` and covariance ``(D, D)``, divisor n − 1, of all rows of all processes, on the CPU."""
+        count = processes.sum(self.count)
+        mean = processes.sum(self.mean * self.count) / count
+        shift = self.mean - mean
+        scatter = processes.sum(self.scatter + self.count * torch.outer(shift, shift))
+        return mean.cpu(), ((scatter + scatter.T) / (2 * (count - 1))).cpu()
+
+
+@dataclass
+class ReferenceStatistics:
+    """Mean and covariance of a reference's features, and the features themselves where they were kept.
+
+    Attributes:
+        mean, covariance: ``(D,)`` and ``(D, D)`` float64, divisor n − 1.
+        spatial_mean, spatial_covariance: those of the spatial features, for sFID; None where there are none.
+        features: ``(M, D)`` float32, for precision and recall, density and coverage, KID and classes; None where not kept.
+        labels: ``(M,)`` int64 of the features; None where not known.
+        num_images: that mean and covariance are of; None where the file does not say.
+        provenance: in JSON's types. Of our own: ``features`` (of the extractor), ``images`` (of the image set), ``versions``;
+            of any file: ``file``, ``format`` and its ``sha256``.
+        images: path of the file, where it also holds images (``arr_0`` of ADM's reference batches).
+        image_shape: ``(C, H, W)`` of the images; None where the file does not say.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    spatial_mean: Tensor | None = None
+    spatial_covariance: Tensor | None = None
+    features: Tensor | None = None
+    labels: Tensor | None = None
+    num_images: int | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    images: str | None = None
+    image_shape: tuple[int, int, int] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        source: str | os.PathLike[str],
+        extractor: FeatureExtractor,
+        batch_size: int = 64,
+        keep_features: bool = False,
+        spatial: bool = True,
+        processes: DistributedContext | None = None,
+        **options: Any,
+    ) -> ReferenceStatistics:
+        """The statistics of a reference, be it a file of statistics, which is read and checked, or images.
+
+        Features that are asked for and not in the file are taken of the images in it, where there are any; mean and covariance
+        stay those of the file, which are of more images in ADM's reference batches.
+
+        Args:
+            source: what :meth:`read` or :func:`~calib_guidance.data.image_sets.open_images` takes.
+            extractor, batch_size, keep_features, spatial, processes: see :meth:`from_images`.
+            options: of ``open_images``.
+
+        Raises:
+            ConfigurationError: see :meth:`read`, :meth:`check` and ``open_images``.
+        """
+        measure = {"batch_size": batch_size, "keep_features": keep_features, "processes": processes}
+        if not cls.holds(source):
+            return cls.from_images(open_images(source, **options), extractor, spatial=spatial, **measure)
+        found = cls.read(source)
+        found.check(extractor)
+        if keep_features and found.features is None and found.images is not None:
+            batch = cls.from_images(open_images(found.images), extractor, spatial=False, **measure)
+            found.features, found.labels = batch.features, batch.labels
+            found.provenance["images"] = batch.provenance["images"]
+        return found
+
+    @classmethod
+    def from_images(
+        cls,
+        images: ImageSet,
+        extractor: FeatureExtractor,
+        batch_size: int = 64,
+        keep_features: bool = False,
+        spatial: bool = True,
+        processes: DistributedContext | None = None,
+    ) -> ReferenceStatistics:
+        """Statistics of images, read once, in batches; of sums in float64, the same over any number of processes.
+
+        Args:
+            images: at least two of them.
+            extractor: of the features; it is put on the device of the process.
+            batch_size: images at a time.
+            keep_features: keep the features too, 4·D bytes an image, in order of the images.
+            spatial: also those of spatial features, where the extractor has any.
+            processes: that share the images; None is this one alone.
+
+        Raises:
+            ConfigurationError: fewer than two images, features that are not finite, or what :meth:`ImageSet.batches` raises.
+        """
+        processes = processes or DistributedContext()
+        extractor.eval().to(processes.device)
+        pool = Moments(extractor.width, processes.device)
+        spatial = spatial and extractor.spatial_width is not None
+        second = Moments(extractor.spatial_width, processes.device) if spatial else None
+        kept: list[tuple[Tensor, Tensor, Tensor]] = []
+        for batch in images.batches(batch_size, processes.rank, processes.world_size):
+            with torch.no_grad():
+                found = extractor(batch.image.to(processes.device))
+            if not found.pool.isfinite().all():
+                raise ConfigurationError(
+                    f"{images.name}: features of some of images {int(batch.index[0])} … {int(batch.index[-1])} are not finite: "
+                    "the weights of the extractor do not fit it, or are damaged"
+                )
+            pool.update(found.pool)
+            if second is not None:
+                second.update(found.spatial)
+            if keep_features:
+                kept.append((batch.index, found.pool.float(), batch.label))
+        images.gather(processes)
+        count = int(processes.sum(pool.count))
+        if count < 2:
+            raise ConfigurationError(f"{images.name}: statistics need two images or more, there are {count}")
+        mean, covariance = pool.gather(processes)
+        spatial_mean, spatial_covariance = (None, None) if second is None else second.gather(processes)
+        features, labels = cls._gather(kept, extractor.width, processes) if keep_features else (None, None)
+        if labels is not None and not images.labelled:
+            labels = None
+        return cls(
+            mean,
+            covariance,
+            spatial_mean,
+            spatial_covariance,
+            features,
+            labels,
+            count,
+            {
+                "features": extractor.provenance(),
+                "images": images.provenance(),
+                "versions": {"calib_guidance": __version__, "torch": torch.__version__, "numpy": np.__version__},
+            },
+            image_shape=images.image_shape,
+        )
+
+    @staticmethod
+    def _gather(
+        kept: list[tuple[Tensor, Tensor, Tensor]], width: int, processes: DistributedContext
+    ) -> tuple[Tensor, Tensor]:
+        """Features and labels of all processes, in order of index."""
+        empty = [(torch.zeros(0, dtype=torch.long), torch.zeros(0, width), torch.zeros(0, dtype=torch.long))]
+        index, features, labels = (
+            processes.gather_rows(torch.cat([part.cpu() for part in parts]))
+            for parts in zip(*(kept or empty), strict=True)
+        )
+        order = index.argsort()
+        return features[order], labels[order]
+
+    @staticmethod
+    def holds(path: str | os.PathLike[str]) -> bool:
+        """Whether a path is a file of statistics, an ``.npz`` with ``mu``, and not one of images alone."""
+        path = Path(path).expanduser()
+        if path.suffix in (".pkl", ".pt", ".pth"):
+            return True  # which read refuses, and says what to do
+        if path.suffix != ".npz" or not zipfile.is_zipfile(path):
+            return False
+        with zipfile.ZipFile(path) as archive:
+            return "mu.npy" in archive.namelist()
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> ReferenceStatistics:
+        """Statistics of a file: our own, ADM's reference batches (``mu``, ``sigma``, ``mu_s``, ``sigma_s``, ``arr_0``), or
+        ``mu`` and ``sigma`` alone, as EDM, clean-fid, pytorch-fid and torch-fidelity's users write them.
+
+        Nothing pickled in it is executed. Images in it are not read.
+
+        Raises:
+            ConfigurationError: no such file, or one that holds no statistics, not both, or ones of shapes that do not fit.
+        """
+        path = Path(path).expanduser()
+        if path.suffix != ".npz":
+            raise ConfigurationError(
+                f"{path}: statistics are read of .npz files with mu and sigma. What is pickled (.pkl of EDM2, .pt) is not "
+                "loaded: save mu and sigma of it with numpy.savez, or make them with calib-guidance reference"
+            )
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                names = set(file.files)
+                if missing := {"mu", "sigma"} - names:
+                    raise ConfigurationError(
+                        f"{path} has no {' and no '.join(sorted(missing))}, it has: {', '.join(sorted(names)) or 'nothing'}. "
+                        "Statistics are mu (D,) and sigma (D, D); calib-guidance reference makes them of images"
+                    )
+                used = ("mu", "sigma", "mu_s", "sigma_s", "features", "labels", "num_images", "provenance")
+                arrays = {name: file[name] for name in used if name in names}
+        except FileNotFoundError as error:
+            raise ConfigurationError(f"there is no file {path}") from error
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            if isinstance(error, ConfigurationError):
+                raise
+            why = "it holds pickled objects, which are not loaded" if "allow_pickle" in str(error) else error
+            raise ConfigurationError(f"{path} cannot be read: {why}") from error
+        mean, covariance = cls._pair(path, arrays, "mu", "sigma")
+        spatial = cls._pair(path, arrays, "mu_s", "sigma_s") if {"mu_s", "sigma_s"} & names else (None, None)
+        statistics = cls(mean, covariance, *spatial)
+        if "arr_0" in names:
+            statistics.images, statistics.image_shape = str(path), open_images(path).image_shape
+        statistics._take_own(path, arrays)
+        statistics.provenance |= {
+            "file": str(path),
+            "format": "calib-guidance" if "provenance" in arrays else f"{', '.join(sorted(names))} in .npz",
+            "sha256": file_sha256(path),
+        }
+        return statistics
+
+    @staticmethod
+    def _pair(path: Path, arrays: Mapping[str, np.ndarray], mu: str, sigma: str) -> tuple[Tensor, Tensor]:
+        if missing := {mu, sigma} - arrays.keys():
+            raise ConfigurationError(f"{path} has one of {mu} and {sigma}, and no {missing.pop()}")
+        mean, covariance = arrays[mu], arrays[sigma]
+        shapes = f"{path}: {mu} is {mean.dtype} {mean.shape}, {sigma} {covariance.dtype} {covariance.shape}"
+        if (
+            mean.ndim != 1
+            or covariance.shape != (len(mean), len(mean))
+            or {mean.dtype.kind, covariance.dtype.kind} != {"f"}
+        ):
+            raise ConfigurationError(f"{shapes}: (D,) and (D, D) of floats belong together")
+        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+            raise ConfigurationError(f"{path}: {mu} or {sigma} is not finite everywhere")
+        covariance = covariance.astype(np.float64)
+        if abs(covariance - covariance.T).max() > _SYMMETRY * abs(covariance).max() or covariance.diagonal().min() < 0:
+            raise ConfigurationError(f"{path}: {sigma} is no covariance: not symmetric, or negative on its diagonal")
+        return torch.from_numpy(mean.astype(np.float64)), torch.from_numpy((covariance + covariance.T) / 2)
+
+    def _take_own(self, path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+        """What our own files have besides."""
+        try:
+            if "provenance" in arrays:
+                self.provenance = json.loads(str(arrays["provenance"]))
+                self.image_shape = tuple(self.provenance["images"]["image_shape"])
+            if "num_images" in arrays:
+                self.num_images = int(arrays["num_images"])
+            if "features" in arrays:
+                self.features = torch.from_numpy(arrays["features"].astype(np.float32))
+            if "labels" in arrays and self.features is not None:
+                self.labels = torch.from_numpy(arrays["labels"].astype(np.int64))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigurationError(f"{path}: what lies beside mu and sigma cannot be read: {error}") from error
+        if self.features is not None:
+            rows, width = self.features.shape if self.features.ndim == 2 else (-1, -1)
+            if width != len(self.mean) or (self.labels is not None and self.labels.shape != (rows,)):
+                raise ConfigurationError(
+                    f"{path}: features {tuple(self.features.shape)} and their labels do not fit mu of width {len(self.mean)}"
+                )
+
+    def save(self, path: str | os.PathLike[str]) -> str:
+        """Write an ``.npz``, whole or not at all, and over nothing.
+
+        ``mu``, ``sigma``, ``mu_s``, ``sigma_s`` as others read them; ``features``, ``labels``, ``num_images``, and ``provenance``
+        as JSON text. The same statistics make the same bytes.
+
+        Returns:
+            SHA-256 of the file.
+
+        Raises:
+            ConfigurationError: the file exists, is not named ``.npz``, or cannot be written.
+        """
+        path = Path(path).expanduser()
+        check_output(path)
+        tensors = {
+            "mu": self.mean,
+            "sigma": self.covariance,
+            "mu_s": self.spatial_mean,
+            "sigma_s": self.spatial_covariance,
+            "features": self.features,
+            "labels": self.labels,
+        }
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items() if tensor is not None}
+        if self.num_images is not None:
+            arrays["num_images"] = np.array(self.num_images)
+        arrays["provenance"] = np.array(json.dumps(self.provenance, ensure_ascii=False))
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "xb") as file:
+                np.savez(file, **arrays)
+                file.flush()
+                os.fsync(file.fileno())
+            check_output(path)  # made by another meanwhile
+            os.rename(temporary, path)
+        except OSError as error:
+            raise ConfigurationError(f"{path} cannot be written: {error.strerror or error}") from error
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        return file_sha256(path)
+
+    def check(self, extractor: FeatureExtractor) -> None:
+        """Refuse to be compared with features of another kind.
+
+        Widths are compared, and, where the file says what its features are of, all that the extractor says of itself (weights'
+        hash, resize, normalisation …) but versions of libraries and where the weights lie.
+
+        Raises:
+            ConfigurationError: they differ; names both.
+        """
+        where = self.provenance.get("file", "the reference")
+        pairs = [("features", len(self.mean), extractor.width)]
+        if self.spatial_mean is not None and extractor.spatial_width is not None:
+            pairs.append(("spatial features", len(self.spatial_mean), extractor.spatial_width))
+        for name, saved, now in pairs:
+            if saved != now:
+                raise ConfigurationError(
+                    f"{where} has statistics of {saved} {name}, {extractor.name} gives {now}: take the extractor that the "
+                    "statistics were made with (--features), or make new ones with calib-guidance reference"
+                )
+        if "features" in self.provenance:
+            saved, now = _flat(self.provenance["features"]), _flat(json.loads(json.dumps(extractor.provenance())))
+            different = [
+                f"{key}: {saved.get(key)} in the reference, {now.get(key)} now"
+                for key in sorted((saved.keys() | now.keys()) - {"weights"})  # their hash counts, not where they lie
+                if _unversioned(saved.get(key)) != _unversioned(now.get(key))
+            ]
+            if different:
+                listed = "".join(f"\n  {line}" for line in different)
+                raise ConfigurationError(
+                    f"{where} has statistics of other features than {extractor.name}:{listed}\ntake the extractor that they were "
+                    "made with (--features), or make new ones with calib-guidance reference"
+                )
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the figures should know of the reference, a sentence each."""
+        notes = []
+        if "features" not in self.provenance:
+            notes.append("the reference's file does not say which features, resize and images its statistics are of")
+        if self.features is not None and self.num_images is None:
+            notes.append(
+                f"mean and covariance are those of the reference's file, features those of the {len(self.features)} images in it"
+            )
+        return notes
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def _unversioned(value: object) -> object:
+    """``torch 2.11.0`` as ``torch``."""
+    return re.sub(r" \d+\.\d[\w.]*", "", value) if isinstance(value, str) else value
+
+
+def file_sha256(path: Path) -> str:
+    """Of a file's bytes, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_output(path: Path) -> None:
+    """Refuse to write statistics there, before they are made. Nothing is left there.
+
+    Raises:
+        ConfigurationError: the file exists, is not named ``.npz``, or cannot be written.
+    """
+    if path.suffix != ".npz":
+        raise ConfigurationError(f"--output {path}: statistics are written as .npz")
+    if path.exists():
+        raise ConfigurationError(f"{path} exists already: remove it, or name another --output")
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be written: {error.strerror}") from error

@@ -1,0 +1,29 @@
+"""Figures, each from saved data, as PNG and as PDF, to be read at the width of a column."""
+
+from calib_guidance.plots.ablation import ablation, precision_recall
+from calib_guidance.plots.curves import Series, curves
+from calib_guidance.plots.direction_field import Contours, direction_field
+from calib_guidance.plots.grids import sample_grid, side_by_side
+from calib_guidance.plots.guidance_schedule import guidance_schedule, strength
+from calib_guidance.plots.reliability import reliability
+from calib_guidance.plots.strips import strips
+from calib_guidance.plots.style import COLOURS, COLUMN, paper, save
+
+__all__ = [
+    "COLOURS",
+    "COLUMN",
+    "Contours",
+    "Series",
+    "ablation",
+    "curves",
+    "direction_field",
+    "guidance_schedule",
+    "paper",
+    "precision_recall",
+    "reliability",
+    "sample_grid",
+    "save",
+    "side_by_side",
+    "strength",
+    "strips",
+]

@@ -1,0 +1,174 @@
+"""What a setting does: the ablation tables of arXiv 2310.11311 and arXiv 2511.05844 as figures."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
+
+from calib_guidance.errors import ConfigurationError
+from calib_guidance.plots.style import COLOURS, COLUMN, paper, save
+
+LABELS = {
+    "frechet_distance": "Fréchet distance ↓",
+    "spatial_frechet_distance": "spatial Fréchet\ndistance ↓",
+    "inception_score": "Inception score ↑",
+    "kernel_distance": "kernel distance ↓",
+    "precision": "precision ↑",
+    "recall": "recall ↑",
+    "density": "density ↑",
+    "coverage": "coverage ↑",
+    "judge_accuracy": "accuracy (judge) ↑",
+    "judge_ece": "ECE (judge) ↓",
+    "integral_ece": "integral ECE ↓",
+    "clip_score": "CLIP score ↑",
+}
+
+Value = float | str
+Point = tuple[Value, Mapping[str, tuple[float | None, float | None]]]
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _measured(points: Sequence[Point], metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of a metric at each point; 0 for a spread that is not known, which draws none."""
+    found = [metrics.get(metric, (None, None)) for _, metrics in points]
+    mean, sd = (np.array([_number(pair[k]) for pair in found]) for k in (0, 1))
+    return mean, np.nan_to_num(sd)
+
+
+def _text(value: Value) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
+
+
+def _sorted(points: Sequence[Point], name: str) -> list[Point]:
+    if not points:
+        raise ConfigurationError(f"there is nothing to draw over {name}: no value of it has been measured")
+    numeric = not any(isinstance(value, str) for value, _ in points)
+    return sorted(points, key=lambda point: point[0]) if numeric else list(points)
+
+
+@paper
+def ablation(
+    points: Sequence[Point],
+    name: str,
+    path: str | os.PathLike[str],
+    baseline: Mapping[str, tuple[float | None, float | None]] | None = None,
+    log: bool = False,
+    held: str = "",
+) -> list[Path]:
+    """A panel for each metric over the values of a setting, with error bars.
+
+    Args:
+        points: the value, and of each metric mean and standard deviation (None where there is none). Numbers are drawn in
+            order, at their distance and joined by a line, words one after the other.
+        name: of the setting: α, scale, τ2, γ …
+        path: see :func:`~calib_guidance.plots.style.save`.
+        baseline: the metrics without the setting, a horizontal line with its spread.
+        log: a logarithmic axis, of values above 0.
+        held: what other settings are, said above the figure.
+
+    Raises:
+        ConfigurationError: there is no point, or no metric with a number; a logarithmic axis of other values.
+    """
+    points = _sorted(points, name)
+    metrics = list(dict.fromkeys(m for _, measured in points for m in measured))
+    metrics = [metric for metric in metrics if np.isfinite(_measured(points, metric)[0]).any()]
+    if not metrics:
+        raise ConfigurationError(f"there is nothing to draw over {name}: no metric has a number")
+    numeric = not any(isinstance(value, str) for value, _ in points)
+    if log and not (numeric and all(value > 0 for value, _ in points)):
+        raise ConfigurationError(f"{name} has values that a logarithmic axis cannot show: draw it without log")
+    x = np.array([value for value, _ in points], float) if numeric else np.arange(len(points), dtype=float)
+    texts = [_text(value) for value, _ in points]
+    slanted = (not numeric) and max(map(len, texts)) * len(texts) > 40
+    figure = Figure(figsize=(COLUMN, 0.45 + 0.3 * slanted + 1.1 * len(metrics)))
+    axes = figure.subplots(len(metrics), 1, sharex=True, squeeze=False)[:, 0]
+    unnamed = True  # the baseline, in a legend
+    for number, (axis, metric) in enumerate(zip(axes, metrics, strict=True)):
+        mean, sd = _measured(points, metric)
+        if baseline and np.isfinite(level := _number(baseline.get(metric, (None, None))[0])):
+            spread = np.nan_to_num(_number(baseline[metric][1]))
+            axis.axhspan(level - spread, level + spread, color="0.85", lw=0)
+            axis.axhline(level, color="0.4", lw=0.8, ls="--", label=f"without {name}")
+            if unnamed:
+                axis.legend()
+            unnamed = False
+        style = {"color": COLOURS[number % 7], "marker": "os^Dv<>"[number % 7], "ms": 3.5, "lw": 1}
+        style |= {} if numeric else {"ls": "none"}  # nothing lies between two words
+        axis.errorbar(x, mean, np.where(sd > 0, sd, np.nan), capsize=2, elinewidth=0.8, **style)
+        axis.set_ylabel(LABELS.get(metric, metric.replace("_", " ")), fontsize=7)
+        axis.margins(y=0.12)
+    axes[0].set_title(held, loc="left", fontsize=7)
+    figure.align_ylabels()
+    if log:
+        axes[-1].set_xscale("log")
+    if not numeric or len(points) <= 6:
+        axes[-1].set_xticks(x, texts, **({"rotation": 30, "ha": "right"} if slanted else {}))
+        axes[-1].minorticks_off()
+    axes[-1].set_xlabel(name)
+    return save(figure, path)
+
+
+def _annotate(figure: Figure, axis: Axes, x: np.ndarray, y: np.ndarray, texts: Sequence[str]) -> None:
+    """Texts beside points, each at the first of eight places where it covers neither another one nor a point."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw_without_rendering()  # lays out, so that places are known
+    figure.set_layout_engine("none")
+    dots = axis.transData.transform(np.column_stack([x, y]))
+    taken = [Bbox.from_bounds(a - 5, b - 5, 10, 10) for a, b in dots]
+    places = [(4, 4), (4, -4), (-4, 4), (-4, -4), (0, 6), (0, -6), (7, 0), (-7, 0)]
+    for dot, (a, b, text) in enumerate(zip(x, y, texts, strict=True)):
+        others = taken[:dot] + taken[dot + 1 :]
+        for right, up in places:
+            ha, va = ("left", "center", "right")[1 - np.sign(right)], ("bottom", "center", "top")[1 - np.sign(up)]
+            note = axis.annotate(
+                text, (a, b), (right, up), textcoords="offset points", ha=ha, va=va, fontsize=6.5, annotation_clip=False
+            )
+            box = note.get_window_extent(renderer)
+            if not any(box.overlaps(other) for other in others) or (right, up) == places[-1]:
+                taken.append(box)
+                break
+            note.remove()
+
+
+@paper
+def precision_recall(points: Sequence[Point], name: str, path: str | os.PathLike[str], held: str = "") -> list[Path]:
+    """Precision over recall as a setting changes, each point with its value, mean and standard deviation in both directions.
+
+    Args:
+        points: see :func:`ablation`; of the metrics ``precision`` and ``recall`` are drawn. Points without both are left out.
+        name: of the setting: α, scale, τ2, γ …
+        path: see :func:`~calib_guidance.plots.style.save`.
+        held: what other settings are, said above the figure.
+
+    Raises:
+        ConfigurationError: no point has both.
+    """
+    points = _sorted(points, name)
+    (precision, p_sd), (recall, r_sd) = (_measured(points, metric) for metric in ("precision", "recall"))
+    there = np.isfinite(precision) & np.isfinite(recall)
+    if not there.any():
+        raise ConfigurationError(f"there is nothing to draw over {name}: no value has both precision and recall")
+    figure = Figure(figsize=(COLUMN, 2.5))
+    axis = figure.add_subplot()
+    x, y = recall[there], precision[there]
+    bars = {"xerr": np.where(r_sd > 0, r_sd, np.nan)[there], "yerr": np.where(p_sd > 0, p_sd, np.nan)[there]}
+    numeric = not any(isinstance(value, str) for value, _ in points)
+    style = {"marker": "o", "ms": 3.5, "lw": 0.8, "ls": "-" if numeric else "none"}
+    axis.errorbar(x, y, **bars, color=COLOURS[0], ecolor="0.75", elinewidth=0.8, **style)
+    axis.margins(0.1)
+    axis.set(xlabel="recall ↑", ylabel="precision ↑")
+    named = f"numbers: {name}" if numeric else name
+    axis.set_title(f"{named} (at {held})" if held else named, loc="left", fontsize=7)
+    _annotate(figure, axis, x, y, [_text(value) for (value, _), kept in zip(points, there, strict=True) if kept])
+    return save(figure, path)

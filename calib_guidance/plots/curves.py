@@ -1,0 +1,120 @@
+"""Quantities over the trajectory: ECE_t (arXiv 2310.11311, Figure 1; arXiv 2511.05844, Figure 1), gradient norms."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from calib_guidance.errors import ConfigurationError
+from calib_guidance.plots.style import COLOURS, COLUMN, LINE_STYLES, paper, save
+
+_LINES = COLOURS[:7]
+
+
+class Series(NamedTuple):
+    """One line.
+
+    Attributes:
+        name: for the legend.
+        t: ``(N,)`` step of the full process at each point.
+        mean: ``(N,)`` the quantity; None or NaN where it was not measured.
+        sd: ``(N,)`` half-width of a band around it; None for none.
+    """
+
+    name: str
+    t: Sequence[float]
+    mean: Sequence[float | None]
+    sd: Sequence[float | None] | None = None
+
+
+def numbers(values: Sequence[float | None]) -> np.ndarray:
+    """float64, None as NaN: how JSON says it."""
+    return np.array([np.nan if value is None else value for value in values], np.float64)
+
+
+def line_style(number: int) -> dict[str, Any]:
+    """Colour and dashes of a line among others; no two alike up to 28."""
+    return {"color": _LINES[number % 7], "ls": LINE_STYLES[number % 4]}
+
+
+def trajectory_axis(axis: Axes, t: np.ndarray) -> None:
+    """t from noise on the left to the image on the right."""
+    low, high = (t.min(), t.max()) if len(t) else (0, 1)
+    room = 0.02 * (high - low) or 1
+    axis.set_xlim(high + room, low - room)
+    axis.set_xlabel("diffusion step $t$  (noise → image)")
+
+
+def line(axis: Axes, t: np.ndarray, values: np.ndarray, **style: Any) -> None:
+    """A line that shows points without neighbours too."""
+    order = np.argsort(t)
+    t, values = t[order], values[order]
+    axis.plot(t, values, **style)
+    there = np.isfinite(values)
+    alone = there & ~np.append(False, there[:-1]) & ~np.append(there[1:], False)
+    if alone.any():
+        axis.plot(t[alone], values[alone], ls="", marker="o", ms=3, color=style["color"])
+
+
+@paper
+def curves(
+    series: Sequence[Series],
+    path: str | os.PathLike[str],
+    label: str,
+    averages: bool = False,
+    least: float | None = 0.0,
+    log: bool = False,
+) -> list[Path]:
+    """Quantities over the trajectory, from noise on the left to the image on the right.
+
+    Args:
+        series: one line each, in the legend where there are several.
+        path: see :func:`~calib_guidance.plots.style.save`.
+        label: of the quantity, for the axis.
+        averages: also the mean over the points of each line, of ECE_t the integral ECE: in the legend, and of a line that is
+            alone a horizontal one.
+        least: that the quantity can be, where the axis begins; None begins it where the data do.
+        log: a logarithmic axis, which begins where the data do.
+
+    Raises:
+        ConfigurationError: no line has a point.
+    """
+    series = [Series(*each) for each in series]
+    means = [numbers(each.mean) for each in series]
+    if not any(np.isfinite(mean).any() for mean in means):
+        raise ConfigurationError(f"there is nothing to draw: {label} has not been measured at any step")
+    figure = Figure(figsize=(COLUMN, 2.1 + 0.14 * (len(series) if len(series) > 1 else 0)))
+    axis = figure.add_subplot()
+    for number, (each, mean) in enumerate(zip(series, means, strict=True)):
+        t, style, name = numbers(each.t), line_style(number), each.name
+        average = np.nanmean(mean) if averages and np.isfinite(mean).any() else None
+        if average is not None:
+            name = f"{name} (mean {average:.3f})" if len(series) > 1 else f"mean {average:.3f}"
+        line(axis, t, mean, **style, label=name if len(series) > 1 else "_")
+        if each.sd is not None:
+            order, sd = np.argsort(t), numbers(each.sd)
+            low, high = mean - sd, mean + sd
+            # On a logarithmic axis a band cannot go on to 0: it ends at a tenth.
+            low = np.maximum(low, mean / 10) if log else low if least is None else np.maximum(low, least)
+            axis.fill_between(t[order], low[order], high[order], color=style["color"], alpha=0.18, lw=0)
+        if average is not None and len(series) == 1:
+            axis.axhline(average, color=_LINES[1], lw=1, ls="--", label=name)
+    if log:
+        axis.set_yscale("log")
+    elif least is not None:
+        axis.set_ylim(bottom=least)
+    trajectory_axis(axis, np.concatenate([numbers(each.t) for each in series]))
+    axis.set_ylabel(label)
+    if len(series) > 1:
+        longest = max(len(text) for text in axis.get_legend_handles_labels()[1])
+        columns = 3 if longest < 11 else 2 if longest < 25 else 1
+        figure.legend(loc="outside upper center", ncols=columns, handlelength=2.6, columnspacing=1.2)
+    elif averages:
+        axis.legend()
+    return save(figure, path)

@@ -1,0 +1,158 @@
+"""Guided sampling as a Lightning predict loop."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from calib_guidance.classifiers.base import Classifier
+from calib_guidance.classifiers.noise_aware import NoiseAwareClassifier
+from calib_guidance.denoisers import ClassifierFreeGuidance
+from calib_guidance.denoisers.base import Denoiser
+from calib_guidance.diffusion.rng import SampleStreams
+from calib_guidance.diffusion.schedules import named_betas
+from calib_guidance.errors import ConfigurationError
+from calib_guidance.guidance import Guidance
+from calib_guidance.samplers.base import Sampler
+from calib_guidance.scores.base import Score
+from calib_guidance.tasks.retry import Attempt, FaultTolerant, FirstNonFinite, in_float32
+
+
+def _one_class_problems(score: Score) -> Iterator[str]:
+    """Of one class, whose probability is 1 whatever the logit, most scores have no gradient."""
+    with torch.enable_grad():
+        logits = torch.zeros(score.group_size, 1, requires_grad=True)
+        value = score(logits, torch.zeros(score.group_size, dtype=torch.long)).sum()
+        (gradient,) = torch.autograd.grad(value, logits)
+    if not (gradient > 0).all():
+        yield (
+            f"the requests have one class, of which {type(score).__name__} is always equally certain, so that it cannot guide: "
+            "set the score to TemperedLogProb with tau2: 0, which climbs the logit itself, or give classes to choose from"
+        )
+
+
+class GuidedSampling(FaultTolerant):
+    """Samples the requests of the data module, through faults as :class:`~calib_guidance.tasks.retry.FaultTolerant` says.
+
+    Args:
+        denoiser: the diffusion model, possibly under classifier-free guidance.
+        sampler: the sampling loop.
+        guidance: classifier guidance; None samples the model as it is.
+
+    Callbacks that watch the trajectory append themselves to ``observers``.
+    """
+
+    def __init__(self, denoiser: Denoiser, sampler: Sampler, guidance: Guidance | None = None):
+        super().__init__()
+        self.denoiser, self.sampler, self.guidance = denoiser, sampler, guidance
+        self.group_size = guidance.group_size if guidance is not None else 1
+        self._checked = False
+
+    def check(self) -> None:
+        """Raise ConfigurationError where the parts of this run cannot go together. Nothing is sampled or written here."""
+        if self._checked:
+            return
+        # Nothing is compiled for the single images that are looked at here.
+        with torch.compiler.set_stance("force_eager"):
+            for problem in self.problems():
+                raise ConfigurationError(problem)
+        self._checked = True
+
+    def problems(self) -> Iterator[str]:
+        """Why the parts of this run cannot go together, one reason after the other."""
+        if self.guidance is not None and self.trainer.predict_loop.inference_mode:
+            yield "guidance takes gradients, and PyTorch's inference mode turns them off: set trainer.inference_mode to false"
+        requests = self.trainer.datamodule
+        try:
+            self.sampler.check(self.denoiser, self.guidance)
+        except ValueError as error:
+            yield str(error)
+            return  # without levels nothing else can be looked at
+        try:
+            with torch.no_grad():  # a corner is enough to see whether there is a decoder
+                self.denoiser.decode(torch.zeros(1, *self.denoiser.image_shape, device=self.device)[..., :4, :4])
+        except ValueError as error:
+            yield str(error)
+            return
+        yield from self._class_problems(requests.num_classes)
+        group = self.group_size
+        for name in ("batch_size", "shard_size", "num_samples"):
+            if (getattr(requests, name) or 0) % group:
+                yield (
+                    f"the score tilts over groups of {group} samples, so data.init_args.{name} must be a multiple of {group}, "
+                    f"got {getattr(requests, name)}"
+                )
+
+    def _class_problems(self, num_classes: int) -> Iterator[str]:
+        if self.denoiser.num_classes not in (None, num_classes):
+            yield (
+                f"the requests have {num_classes} classes, the denoiser {self.denoiser.num_classes}: set "
+                "data.init_args.num_classes to the denoiser's, or its class_conditional to false"
+            )
+        levels = self.sampler.levels(self.denoiser)
+        one = torch.zeros(1, dtype=torch.long, device=self.device)
+        for part in self.guidance.parts() if self.guidance is not None else ():
+            if part.trajectory(levels, one) is None:
+                continue  # switched off: its classifier is not run, not even to look at it
+            if part.apply_to == "cfg_residual" and not isinstance(self.denoiser, ClassifierFreeGuidance):
+                yield (
+                    "apply_to: cfg_residual needs classifier-free guidance: wrap the denoiser in "
+                    "calib_guidance.denoisers.ClassifierFreeGuidance, or set apply_to to score"
+                )
+            image = torch.zeros(1, *self.denoiser.image_shape, device=self.device)
+            if part.classifier_input == "x0":
+                with torch.no_grad():
+                    image = (part.decoder or self.denoiser.decode)(image)
+            yield from self._classifier_problems(part.classifier, image, num_classes, one)
+            yield from self._noise_problems(part.classifier)
+            if num_classes == 1:
+                yield from _one_class_problems(part.score)
+
+    def _classifier_problems(
+        self, classifier: Classifier, image: Tensor, num_classes: int, step: Tensor
+    ) -> Iterator[str]:
+        size = "×".join(map(str, image.shape[1:]))
+        try:
+            if hasattr(classifier, "check_image"):
+                classifier.check_image(tuple(image.shape[1:]))
+            with torch.no_grad():
+                logits = classifier(image, step)
+        except (ValueError, RuntimeError) as error:
+            yield f"the classifier cannot take images of {size}: {error}"
+            return
+        if logits.shape != (1, num_classes):
+            yield (
+                f"the requests have {num_classes} classes, the classifier {logits.shape[-1]}: name a classifier of these "
+                "classes, or set data.init_args.num_classes"
+            )
+
+    def _noise_problems(self, classifier: Classifier) -> Iterator[str]:
+        """The t that a classifier is told must be of the noise that it was trained on."""
+        known = {module.noise_schedule for module in classifier.modules() if isinstance(module, NoiseAwareClassifier)}
+        for name in sorted(known - {None}):
+            expected, found = named_betas(name), self.denoiser.schedule
+            if len(found) != len(expected) or not np.allclose(found.alphas_cumprod, np.cumprod(1 - expected)):
+                yield (
+                    f"the classifier was trained on the noise of a {name} schedule of {len(expected)} steps, and the "
+                    "denoiser's t means other noise, so that it would see more or less than it is told: set the denoiser's "
+                    f"noise_schedule to {name} if its network knows σ alone (EDM), or name a classifier of its schedule"
+                )
+
+    def networks(self) -> dict[str, nn.Module]:
+        """What samples are made with, by name."""
+        return {"denoiser": self.denoiser} | ({} if self.guidance is None else {"guidance": self.guidance})
+
+    def setup(self, stage: str) -> None:
+        if stage == "predict":
+            self.check()
+
+    def attempt(self, batch: dict[str, Tensor], float32: bool) -> Attempt:
+        noise = SampleStreams(batch["seed"].tolist(), batch["index"].tolist(), self.denoiser.image_shape, self.device)
+        watch = FirstNonFinite()
+        with in_float32(self.denoiser, *filter(None, [self.guidance])) if float32 else contextlib.nullcontext():
+            x0 = self.sampler(self.denoiser, noise, batch["label"], self.guidance, [watch, *self.observers])
+            return Attempt({"image": self.denoiser.decode(x0)}, watch.t)

@@ -1,0 +1,135 @@
+"""Training a diffusion model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from calib_guidance.diffusion.parameterization import diffuse, v_target, x0_coefficients
+from calib_guidance.diffusion.schedules import NoiseSchedule, named_betas
+from calib_guidance.tasks.common import Shared, log_loss
+from calib_guidance.training.diffusion_losses import variational_bound_term
+from calib_guidance.weights import registry
+
+VARIANCES = ("fixed", "learned_range")
+
+
+class TrainDiffusion(L.LightningModule):
+    """Fits an ADM network: mean squared error on ε or v, plus the variational bound where the variance is learned.
+
+    The hybrid loss is that of Improved DDPM (Nichol & Dhariwal 2021, Eq. 16), with the bound's gradient kept from the mean. An
+    average of the weights comes from Lightning's ``EMAWeightAveraging`` callback.
+
+    Args:
+        network: maps (x_t, t, y) to the prediction, and to the variance's interpolation in further channels where learned.
+        noise_schedule: ``linear`` or ``cosine``.
+        num_steps: length of the diffusion process.
+        prediction: ``epsilon`` or ``v``.
+        variance: ``fixed`` or ``learned_range``.
+        label_dropout: share of samples trained without their label, so that one network serves as conditional and
+            unconditional model (Ho & Salimans 2022).
+        compile: compile the network with torch.compile; its parameters keep their names.
+        optimizer: builds the optimizer.
+        lr_scheduler: builds the rate schedule, stepped at every optimizer step; none by default.
+
+    Raises:
+        ValueError: unknown names, or a share outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        noise_schedule: str = "linear",
+        num_steps: int = 1000,
+        prediction: str = "epsilon",
+        variance: str = "learned_range",
+        label_dropout: float = 0.1,
+        compile: bool = False,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ):
+        super().__init__()
+        if variance not in VARIANCES:
+            raise ValueError(f"variance: unknown {variance!r}; known: {', '.join(VARIANCES)}")
+        if not 0 <= label_dropout <= 1:
+            raise ValueError(f"label_dropout must lie in [0, 1], got {label_dropout}")
+        self.network = network
+        self.prediction, self.variance, self.label_dropout = prediction, variance, label_dropout
+        self.optimizer, self.lr_scheduler = Shared(optimizer), None if lr_scheduler is None else Shared(lr_scheduler)
+        self.weights_notes = {"prediction": prediction, "noise_schedule": noise_schedule, "num_steps": num_steps}
+        self.weights_notes |= registry.unseen(network)
+        tables = NoiseSchedule(named_betas(noise_schedule, num_steps))
+        for name in (
+            "alphas_cumprod",
+            "betas",
+            "posterior_log_variance_clipped",
+            "posterior_mean_coef1",
+            "posterior_mean_coef2",
+        ):
+            self.register_buffer(name, torch.tensor(getattr(tables, name)).float(), persistent=False)
+        from_x, from_output = x0_coefficients(prediction, tables.alphas_cumprod)
+        self.register_buffer("x0_from_x", torch.tensor(from_x).float(), persistent=False)
+        self.register_buffer("x0_from_output", torch.tensor(from_output).float(), persistent=False)
+        if compile:
+            network.compile()
+
+    def loss(self, x0: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Loss per sample ``(N,)`` of images ``(N, C, H, W)`` with labels and steps ``(N,)`` and their noise."""
+
+        def at(table: Tensor) -> Tensor:
+            return table[t].view(-1, 1, 1, 1)
+
+        abar = at(self.alphas_cumprod)
+        x_t = diffuse(x0, noise, abar)
+        output = self.network(x_t, t, y if self.network.num_classes is not None else None)
+        target = noise if self.prediction == "epsilon" else v_target(x0, noise, abar)
+        if self.variance == "fixed":
+            return F.mse_loss(output, target, reduction="none").flatten(1).mean(1)
+        output, interpolation = output.chunk(2, dim=1)
+        mse = F.mse_loss(output, target, reduction="none").flatten(1).mean(1)
+        x0_hat = at(self.x0_from_x) * x_t + at(self.x0_from_output) * output.detach()
+        coef1, coef2 = at(self.posterior_mean_coef1), at(self.posterior_mean_coef2)
+        low, high = at(self.posterior_log_variance_clipped), at(self.betas).log()
+        bound = variational_bound_term(
+            x0,
+            true_mean=coef1 * x0 + coef2 * x_t,
+            true_log_variance=low,
+            mean=coef1 * x0_hat + coef2 * x_t,
+            log_variance=low + (interpolation + 1) / 2 * (high - low),
+            is_first_step=t == 0,
+        )
+        return mse + bound * len(self.betas) / 1000
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        x0, y = batch["image"], batch["label"]
+        dropped = torch.rand(len(y), device=y.device) < self.label_dropout
+        t = torch.randint(len(self.betas), (len(y),), device=y.device)
+        loss = self.loss(x0, y.masked_fill(dropped, -1), t, torch.randn_like(x0)).mean()
+        log_loss(self, loss)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        x0, y = batch["image"], batch["label"]
+        # The same steps and noise every time, spread over the process, so that values can be compared between epochs.
+        generator = torch.Generator().manual_seed(batch_idx)
+        noise = torch.randn(x0.shape, generator=generator).to(x0)
+        t = torch.linspace(0, len(self.betas) - 1, len(x0), device=x0.device).long()
+        t = t[torch.randperm(len(x0), generator=generator).to(t.device)]
+        self.log("val/loss", self.loss(x0, y, t, noise).mean(), prog_bar=True, sync_dist=True, batch_size=len(x0))
+        none = torch.full_like(y, -1)
+        unconditional = self.loss(x0, none, t, noise).mean()
+        self.log("val/loss_unconditional", unconditional, sync_dist=True, batch_size=len(x0))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["weights_notes"] = {"network": {name: str(value) for name, value in self.weights_notes.items()}}
+
+    def configure_optimizers(self) -> object:
+        optimizer = self.optimizer(self.network.parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}

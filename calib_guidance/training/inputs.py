@@ -1,0 +1,232 @@
+"""What a classifier is trained on: clean images, noisy ones, or what a diffusion model makes of those."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from calib_guidance.backend.precision import autocast
+from calib_guidance.denoisers.base import Denoiser
+from calib_guidance.diffusion.parameterization import diffuse
+from calib_guidance.diffusion.rng import DIFFUSION, SampleStreams, random_steps
+from calib_guidance.diffusion.schedules import NoiseSchedule, named_betas
+from calib_guidance.errors import ConfigurationError
+from calib_guidance.samplers.base import start
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+
+
+class InputTransform(nn.Module, ABC):
+    """``input_transform(batch, seed) -> (x, t)``.
+
+    Attributes:
+        num_steps: length of the diffusion process that t refers to.
+    """
+
+    num_steps: int
+
+    @abstractmethod
+    def forward(self, batch: dict[str, Tensor], seed: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """What the classifier sees.
+
+        Args:
+            batch: ``image`` ``(N, C, H, W)`` in [-1, 1], ``label`` and ``index`` ``(N,)``, and ``t`` ``(N,)`` of images that
+                were denoised beforehand.
+            seed: None draws from torch's global generator, anew at every call. With a number ≥ 0, step and noise of a sample
+                are functions of (seed, index) alone: the same at every batch size, on every device and on any number of them.
+
+        Returns:
+            Images ``(N, C, H, W)`` in the type of ``image``, and their steps ``(N,)``, 0 … num_steps − 1; None for images
+            without.
+        """
+
+    def check_image(self, shape: Sequence[int]) -> None:
+        """Raise ConfigurationError where it cannot take images of ``(C, H, W)``."""
+
+    def check_classes(self, num_classes: int) -> None:
+        """Raise ConfigurationError where it cannot take labels 0 … num_classes − 1."""
+
+
+class CleanInput(InputTransform):
+    """Images as they are, with the steps that a data set of denoised images brings along.
+
+    Args:
+        num_steps: length of the process that those steps are of.
+    """
+
+    def __init__(self, num_steps: int = 1000):
+        super().__init__()
+        self.num_steps = num_steps
+
+    def forward(self, batch: dict[str, Tensor], seed: int | None = None) -> tuple[Tensor, Tensor | None]:
+        return batch["image"], batch.get("t")
+
+
+class _Diffusion(nn.Module):
+    """x_t ~ q(x_t | x0) at steps of a (respaced) schedule.
+
+    Args:
+        schedule: of the full process.
+        steps: respacing as samplers take it; None keeps all steps.
+        weights: relative weights of equal sections of the respaced schedule, from the cleanest to the noisiest; None draws
+            all steps alike.
+
+    Raises:
+        ValueError: a respacing that cannot be, or weights that are not numbers ≥ 0 with a sum above 0.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, steps: str | int | None, weights: Sequence[float] | None):
+        super().__init__()
+        self.schedule = schedule if steps is None else schedule.respace(steps)
+        share = np.ones(1) if weights is None else np.asarray(weights, dtype=np.float64)
+        if not (share.ndim == 1 and share.size and np.isfinite(share).all() and (share >= 0).all() and share.any()):
+            raise ValueError(f"weights must be numbers of at least 0, not all of them 0, got {weights}")
+        # The density is constant within a section, so that sections need not hold whole steps. Both axes are scaled to whole
+        # numbers, where the edges of steps and sections meet exactly.
+        size, sections = len(self.schedule), len(share)
+        ends, edges = np.arange(1, size + 1) * sections, np.arange(sections + 1) * size
+        cumulative = np.interp(ends, edges, np.append(0.0, share.cumsum()))
+        self._cumulative = cumulative / cumulative[-1]
+        for name, table in (
+            ("cumulative", self._cumulative),
+            ("alphas_cumprod", self.schedule.alphas_cumprod),
+        ):
+            self.register_buffer(name, torch.tensor(table).float(), persistent=False)
+        self.register_buffer("timesteps", torch.tensor(self.schedule.timesteps), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Diffusion:
+        """Moves to a device and stays float32: in half precision the tables would tell few steps apart."""
+        return super()._apply(lambda buffer: buffer.to(fn(buffer).device), recurse)
+
+    def forward(self, batch: dict[str, Tensor], seed: int | None) -> tuple[Tensor, Tensor]:
+        """x_t ``(N, C, H, W)`` and the respaced step ``(N,)`` of each."""
+        if "t" in batch:
+            raise ConfigurationError(
+                "the images carry a step t already, as data sets of denoised images do: set the input_transform to "
+                "calib_guidance.training.CleanInput, or the data to clean images"
+            )
+        x0 = batch["image"]
+        if seed is None:
+            # Zero-weight steps stay out: the first entry above u is never one that adds nothing.
+            i = torch.searchsorted(self.cumulative, torch.rand(len(x0), device=x0.device), right=True)
+            noise = torch.randn_like(x0)
+        else:
+            indices = batch["index"].tolist()
+            drawn = np.searchsorted(self._cumulative, random_steps(seed, indices), side="right")
+            i = torch.from_numpy(drawn).to(x0.device)
+            noise = SampleStreams([seed] * len(x0), indices, x0.shape[1:], x0.device, DIFFUSION)()
+        return diffuse(x0, noise, self.alphas_cumprod[i].view(-1, 1, 1, 1)).to(x0.dtype), i
+
+
+class NoisyInput(InputTransform):
+    """x_t ~ q(x_t | x0) with t drawn over the schedule (Dhariwal & Nichol 2021, section 4).
+
+    Args:
+        noise_schedule: ``linear`` or ``cosine``, that of the diffusion model to be guided.
+        num_steps: length of that process.
+        steps: respacing as samplers take it, e.g. ``"250"``; None draws from all steps.
+        weights: relative weights of equal sections of the respaced schedule, from the cleanest to the noisiest; None draws
+            all steps alike.
+
+    Raises:
+        ValueError: an unknown schedule, a respacing that cannot be, or weights that are not numbers ≥ 0 with a sum above 0.
+    """
+
+    def __init__(
+        self,
+        noise_schedule: str = "linear",
+        num_steps: int = 1000,
+        steps: str | int | None = None,
+        weights: Sequence[float] | None = None,
+    ):
+        super().__init__()
+        self.num_steps = num_steps
+        self.diffusion = _Diffusion(NoiseSchedule(named_betas(noise_schedule, num_steps)), steps, weights)
+
+    def forward(self, batch: dict[str, Tensor], seed: int | None = None) -> tuple[Tensor, Tensor]:
+        x_t, i = self.diffusion(batch, seed)
+        return x_t, self.diffusion.timesteps[i]
+
+
+class _Frozen:
+    """Holds a module that is neither trained, nor saved, nor copied with its owner: PyTorch does not see it there."""
+
+    def __init__(self, module: nn.Module):
+        self.module, self.device = module.eval().requires_grad_(False), None
+
+    def on(self, device: torch.device) -> nn.Module:
+        """The module, moved to ``device`` when it is first used there."""
+        if device != self.device:
+            self.module.to(device)
+            self.device = device
+        return self.module
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _Frozen:
+        return self
+
+
+class DenoisedInput(InputTransform):
+    """x̂0(x_t) of a frozen diffusion model, clipped and decoded as guidance shows it to the classifier (arXiv 2310.11311).
+
+    No gradient is kept. The model is no part of this module's parameters, state and copies.
+
+    Args:
+        denoiser: the diffusion model to be guided; a class-conditional one is given the labels.
+        steps: respacing as samplers take it, e.g. ``"250"``; None draws from all steps.
+        weights: relative weights of equal sections of the respaced schedule, from the cleanest to the noisiest; None draws
+            all steps alike.
+        precision: ``bf16`` or ``fp16`` autocast of the network, or ``fp32``, which runs it as sampling does (in its own
+            ``dtype``). Of a network that predicts ε, x̂0 has √(1/ᾱ − 1) times the rounding error.
+
+    Raises:
+        ValueError: an unknown precision, a respacing that cannot be, or weights that are not numbers ≥ 0 with a sum above 0.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        steps: str | int | None = None,
+        weights: Sequence[float] | None = None,
+        precision: str = "bf16",
+    ):
+        super().__init__()
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision: unknown {precision!r}; known: {', '.join(PRECISIONS)}")
+        self.frozen, self.precision = _Frozen(denoiser), precision
+        self.num_steps = len(denoiser.schedule)
+        self.diffusion = _Diffusion(denoiser.schedule, steps, weights)
+
+    def check_image(self, shape: Sequence[int]) -> None:
+        expected = self.frozen.module.image_shape
+        if tuple(shape) != tuple(expected):
+            found, wanted = ("×".join(map(str, s)) for s in (shape, expected))
+            raise ConfigurationError(
+                f"the data has images of {found}, the denoiser takes {wanted} (channels, height, width): set the image size of "
+                "the data, or the image_size and in_channels of the denoiser's network, so that they agree"
+            )
+
+    def check_classes(self, num_classes: int) -> None:
+        expected = self.frozen.module.num_classes
+        if expected not in (None, num_classes):
+            raise ConfigurationError(
+                f"the data has {num_classes} classes, the denoiser {expected}: set data.init_args.num_classes to the "
+                "denoiser's, or its class_conditional to false"
+            )
+
+    @torch.no_grad()
+    def forward(
+        self, batch: dict[str, Tensor], seed: int | None = None, precision: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As of :class:`InputTransform`; ``precision`` stands in for the configured one."""
+        x_t, i = self.diffusion(batch, seed)
+        denoiser, dtype = self.frozen.on(x_t.device), PRECISIONS[precision or self.precision]
+        # Off where it is not asked for, even inside the autocast of a trainer: embeddings and coefficients stay float32.
+        with autocast(x_t.device, None):
+            predict, _ = start(denoiser, None, self.diffusion.schedule.levels, batch["label"], clip=True)
+            with autocast(x_t.device, dtype):
+                x0 = denoiser.decode(predict(x_t, i).x0)
+        return x0.to(x_t.dtype), self.diffusion.timesteps[i]

@@ -1,0 +1,119 @@
+"""Models in the folders that diffusers writes: a ``config.json`` beside the weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from calib_guidance.weights.hub import FILES, PREFIX, fetch
+from calib_guidance.weights.io import CheckpointError, load_state, read_state_dict
+
+# Before diffusers 0.15, autoencoders named the parts of their attention otherwise; published files still do.
+_OLD_ATTENTION = re.compile(r"(.*attentions\.\d+\.)(query|key|value|proj_attn)\.(weight|bias)")
+_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def is_folder(source: str) -> bool:
+    """Whether ``source`` names a folder, here or on the Hugging Face hub, and not a file."""
+    return Path(source).is_dir() or (source.startswith(PREFIX) and Path(source.split("@")[0]).suffix not in FILES)
+
+
+def _inside(source: str, name: str) -> str:
+    if not source.startswith(PREFIX):
+        return str(Path(source) / name)
+    repo, at, revision = source.partition("@")
+    if "/" not in repo.removeprefix(PREFIX):
+        raise CheckpointError(f"{source}: expected hf://OWNER/NAME, with /FOLDER or @REVISION behind it where needed")
+    return f"{repo}/{name}{at}{revision}"
+
+
+def _file(source: str, name: str) -> Path | None:
+    """Where a file of the folder lies on this machine; None where the folder does not have it."""
+    try:
+        path = fetch(_inside(source, name))
+    except CheckpointError as error:
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        cause = error.__cause__  # of the local kind where it may well be there, but not here and out of reach
+        if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
+            return None
+        raise
+    return path if path.is_file() else None
+
+
+def subfolder(source: str, name: str) -> str:
+    """The part ``name`` of a pipeline's folder (``transformer``, ``vae``), or the folder itself where it is that part."""
+    is_pipeline = _file(source, "model_index.json") is not None or (Path(source) / name).is_dir()
+    return _inside(source, name) if is_pipeline else source
+
+
+def read_config(source: str, kind: str) -> dict[str, Any]:
+    """What a folder's ``config.json`` says of its model.
+
+    Args:
+        source: folder, or ``hf://OWNER/NAME[/FOLDER][@REVISION]``.
+        kind: class that it must be of.
+
+    Raises:
+        CheckpointError: there is none, it is not JSON, or it is of another class.
+    """
+    path = _file(source, "config.json")
+    if path is None:
+        raise CheckpointError(
+            f"{source}: no config.json; expected a folder that diffusers wrote for a {kind}, or hf://OWNER/NAME for one of the "
+            "Hugging Face hub"
+        )
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from error
+    found = config.get("_class_name") if isinstance(config, Mapping) else None
+    if found != kind:
+        raise CheckpointError(f"{path} describes a {found}, expected a {kind}")
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def read_weights(source: str) -> dict[str, Tensor]:
+    """Tensors of a folder by name: safetensors where there are any, otherwise ``.bin``, of which nothing is executed.
+
+    Raises:
+        CheckpointError: neither is there, or it cannot be read.
+    """
+    for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
+        path = _file(source, name)
+        if path is not None:
+            return read_state_dict(path)
+    raise CheckpointError(
+        f"{source}: neither diffusion_pytorch_model.safetensors nor diffusion_pytorch_model.bin in it"
+    )
+
+
+def load_autoencoder(source: str | Mapping[str, Any], kind: str) -> nn.Module:
+    """An autoencoder with the weights of its folder, or by its arguments with random ones.
+
+    Args:
+        source: folder, or ``hf://OWNER/NAME[/FOLDER][@REVISION]``; of a pipeline's folder, its ``vae`` is taken. Or arguments.
+        kind: ``AutoencoderKL`` or ``AutoencoderTiny``.
+
+    Raises:
+        CheckpointError: the folder holds no such model, or its weights do not fit its configuration.
+    """
+    import diffusers  # seconds to import, and only latent models need it
+
+    build = getattr(diffusers, kind)
+    if isinstance(source, Mapping):
+        return build(**source).eval()
+    source = subfolder(source, "vae")
+    model = build.from_config(read_config(source, kind))
+    state = {}
+    for name, value in read_weights(source).items():
+        if match := _OLD_ATTENTION.fullmatch(name):
+            name = f"{match[1]}{_ATTENTION[match[2]]}.{match[3]}"
+        state[name] = value
+    load_state(model, state, source)
+    return model.eval()

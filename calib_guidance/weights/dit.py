@@ -1,0 +1,103 @@
+"""Names of DiT's weights: as published with the paper, in diffusers, and here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from calib_guidance.networks.dit import DiT
+from calib_guidance.weights.io import CheckpointError, load_state
+
+# (official, here). Attention's query, key and value lie in one tensor in the official files.
+_OFFICIAL = [
+    (r"pos_embed", "transformer.pos_embed.pos_embed"),
+    (r"x_embedder\.proj\.(\w+)", r"transformer.pos_embed.proj.\1"),
+    (r"t_embedder\.mlp\.(0|2)\.(\w+)", r"time_embed.\1.\2"),
+    (r"y_embedder\.embedding_table\.weight", "label_emb.weight"),
+    (r"blocks\.(\d+)\.attn\.proj\.(\w+)", r"transformer.transformer_blocks.\1.attn1.to_out.0.\2"),
+    (r"blocks\.(\d+)\.mlp\.fc1\.(\w+)", r"transformer.transformer_blocks.\1.ff.net.0.proj.\2"),
+    (r"blocks\.(\d+)\.mlp\.fc2\.(\w+)", r"transformer.transformer_blocks.\1.ff.net.2.\2"),
+    (r"blocks\.(\d+)\.adaLN_modulation\.1\.(\w+)", r"transformer.transformer_blocks.\1.norm1.linear.\2"),
+    (r"final_layer\.adaLN_modulation\.1\.(\w+)", r"transformer.proj_out_1.\1"),
+    (r"final_layer\.linear\.(\w+)", r"transformer.proj_out_2.\1"),
+]
+_QKV = re.compile(r"blocks\.(\d+)\.attn\.qkv\.(\w+)")
+_COPIES = re.compile(r"transformer_blocks\.(\d+)\.norm1\.emb\.(.+)")
+_EMBEDDERS = {
+    "timestep_embedder.linear_1.weight": "time_embed.0.weight",
+    "timestep_embedder.linear_1.bias": "time_embed.0.bias",
+    "timestep_embedder.linear_2.weight": "time_embed.2.weight",
+    "timestep_embedder.linear_2.bias": "time_embed.2.bias",
+    "class_embedder.embedding_table.weight": "label_emb.weight",
+}
+
+
+def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of :class:`~calib_guidance.networks.dit.DiT` from those of an official ``.pt`` file."""
+    found: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if match := _QKV.fullmatch(name):
+            prefix = f"transformer.transformer_blocks.{match[1]}.attn1"
+            found |= {f"{prefix}.to_{c}.{match[2]}": v for c, v in zip("qkv", value.chunk(3), strict=True)}
+            continue
+        for pattern, here in _OFFICIAL:
+            if match := re.fullmatch(pattern, name):
+                name = match.expand(here)
+                break
+        found[name] = value  # a name that is not known stays, and is then refused as unexpected
+    return found
+
+
+def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of :class:`~calib_guidance.networks.dit.DiT` from those of diffusers' ``DiTTransformer2DModel``.
+
+    Raises:
+        CheckpointError: the copies of the embedders, one in every block there, are not all the same.
+    """
+    found = {}
+    for name, value in state.items():
+        match = _COPIES.fullmatch(name)
+        if not match:
+            found[f"transformer.{name}"] = value
+        elif match[1] == "0":
+            found[_EMBEDDERS.get(match[2], name)] = value
+        elif not torch.equal(value, state.get(f"transformer_blocks.0.norm1.emb.{match[2]}", value.new_empty(0))):
+            raise CheckpointError(
+                f"{name} differs from that of block 0. In DiT all blocks share one embedder; in these weights they do not, "
+                "as after training diffusers' copies one by one, and such a network is not a DiT"
+            )
+    return found
+
+
+def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The reverse of :func:`from_diffusers`, less the table of positions, which diffusers computes."""
+    inner = {n.removeprefix("transformer."): v for n, v in state.items() if n.startswith("transformer.")}
+    inner.pop("pos_embed.pos_embed", None)
+    for block in {n.split(".")[1] for n in inner if n.startswith("transformer_blocks.")}:
+        inner |= {f"transformer_blocks.{block}.norm1.emb.{there}": state[here] for there, here in _EMBEDDERS.items()}
+    return inner
+
+
+def load_dit(network: DiT, state: Mapping[str, Tensor], source: str) -> dict[str, object]:
+    """Load weights of any of the three kinds, told by their names.
+
+    Args:
+        network: what to load into.
+        state: weights by name.
+        source: where they are from, for messages.
+
+    Returns:
+        What was loaded, see :func:`~calib_guidance.weights.io.load_weights`.
+
+    Raises:
+        CheckpointError: names or shapes do not fit.
+    """
+    if "x_embedder.proj.weight" in state:
+        state = from_official(state)
+    elif "pos_embed.proj.weight" in state:
+        positions = "transformer.pos_embed.pos_embed"
+        state = from_diffusers(state) | {positions: network.state_dict()[positions]}
+    return load_state(network, state, source)

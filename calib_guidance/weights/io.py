@@ -1,0 +1,365 @@
+"""Reading and writing weights. Nothing here executes what a file contains."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Container, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from calib_guidance.errors import CheckpointError
+from calib_guidance.weights import registry
+from calib_guidance.weights.hub import fetch
+from calib_guidance.weights.pickles import read_edm_pickle
+
+# Where trainers put the weights, averages first: they are what is sampled from.
+_NESTS = ("ema", "state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict")
+_LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # what torch.save wrote first, before it wrote zip archives
+
+
+class Weights(NamedTuple):
+    """What was read of a weights file.
+
+    Attributes:
+        path: of the file or folder, on this machine.
+        state: tensors by name.
+        notes: what the file says of its weights, where this project wrote it (see :func:`save_weights`).
+        parts: of a Lightning checkpoint, notes by the path of the part that they are of; None for other files.
+        arguments: of an EDM pickle, what the network was made with.
+    """
+
+    path: Path
+    state: dict[str, Tensor]
+    notes: Mapping[str, str] = {}
+    parts: Mapping[str, Mapping[str, str]] | None = None
+    arguments: Mapping[str, Any] = {}
+
+
+@contextlib.contextmanager
+def tensors_only() -> Iterator[None]:
+    """While libraries load weights in their own ways, torch.load executes nothing, whatever they ask of it."""
+    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ[names[0]] = "1"
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).split("\n") if str(error) else ["no detail"]
+    # torch.load begins with the advice to execute what is in the file; what it refuses stands further down.
+    refused = (line.strip() for line in lines if "GLOBAL" in line or "WeightsUnpickler error" in line)
+    return f"{type(error).__name__}: {next(refused, lines[0])}"
+
+
+def _missing(path: Path) -> str:
+    known = registry.by_file(path)
+    where = "name an existing one (see checkpoints/README.md)"
+    if known is not None:
+        where = f"the public {known.name} is at {known.source} ({known.bytes / 1e6:,.0f} MB, licence {known.licence})"
+    return f"{path}: no such weights file; {where}"
+
+
+def _what_else(head: bytes) -> str:
+    """What a file is that is no weights file, from how it begins."""
+    text = head.lstrip().lower()
+    if not head:
+        return "an empty file: the download or the disk failed"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "a web page: the download got an error or a log-in page; fetch the file itself"
+    if text.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer: run `git lfs pull` where it came from"
+    if head.startswith(b"\x1f\x8b"):
+        return "a gzip archive: unpack it"
+    if head[257:262] == b"ustar":
+        return "a tar archive: unpack it"
+    return f"a file that begins with {head[:12]!r}"
+
+
+def _read_safetensors(path: Path) -> Weights:
+    try:
+        with safe_open(path, framework="pt") as file:
+            notes = file.metadata() or {}
+        return Weights(path, load_file(path), notes)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file, perhaps a truncated one ({error})") from error
+
+
+def _read_folder(path: Path) -> Weights:
+    """A folder of diffusers or transformers: one safetensors file, or several with an index."""
+    indices, files = sorted(path.glob("*.safetensors.index.json")), sorted(path.glob("*.safetensors"))
+    if len(indices) == 1:
+        return _read_shards(indices[0])
+    usual = [file for file in files if file.name in ("diffusion_pytorch_model.safetensors", "model.safetensors")]
+    if len(usual or files) != 1:
+        found = ", ".join(file.name for file in [*indices, *files]) or "none"
+        raise CheckpointError(
+            f"{path}: expected a folder with one .safetensors file or one .safetensors.index.json, found {found}: name the file"
+        )
+    return _read_safetensors((usual or files)[0])
+
+
+def _read_shards(index: Path) -> Weights:
+    try:
+        places = json.loads(index.read_text())["weight_map"]
+        shards = sorted(set(places.values()))
+        inside = all(name == Path(name).name for name in shards)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: not an index of sharded weights ({_first_line(error)})") from error
+    if not inside:
+        raise CheckpointError(f"{index}: names files outside of its folder ({_some(shards)})")
+    if lacking := [name for name in shards if not (index.parent / name).is_file()]:
+        raise CheckpointError(f"{index}: {len(lacking)} of {len(shards)} shards are missing: {_some(lacking)}")
+    state: dict[str, Tensor] = {}
+    for name in shards:
+        state |= _read_safetensors(index.parent / name).state
+    if state.keys() != places.keys():
+        wrong = sorted(state.keys() ^ places.keys())
+        raise CheckpointError(f"{index}: the shards do not hold what it lists: {_some(wrong)}")
+    return Weights(index, state)
+
+
+def _is_state(content: object) -> bool:
+    return isinstance(content, Mapping) and bool(content) and all(isinstance(v, Tensor) for v in content.values())
+
+
+def _read_torch(path: Path, is_archive: bool) -> Weights:
+    # Mapped, so that loading holds the weights in memory once.
+    with torch.serialization.safe_globals([argparse.Namespace]):  # in which training scripts keep their options
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    outermost = content
+    while isinstance(content, Mapping) and not _is_state(content):
+        nested = [content[name] for name in _NESTS if isinstance(content.get(name), Mapping)]
+        nested = [part for part in nested if _is_state(part)] or nested
+        if not nested:
+            break
+        content = nested[0]
+    if not _is_state(content):
+        found = (
+            f"a mapping with {_some(sorted(map(str, content)))}"
+            if isinstance(content, Mapping)
+            else type(content).__name__
+        )
+        raise CheckpointError(f"{path}: expected a mapping of names to tensors, found {found}")
+    state = {name.replace("_orig_mod.", ""): value for name, value in content.items()}
+    averaged = state.keys() - {"n_averaged"}
+    if averaged and all(name.startswith("module.") for name in averaged):
+        state = {name.removeprefix("module."): state[name] for name in state if name in averaged}
+    parts = outermost.get("weights_notes", {}) if "pytorch-lightning_version" in outermost else None
+    return Weights(path, state, parts=parts)
+
+
+def _read_edm(path: Path) -> Weights:
+    with open(path, "rb") as file:
+        network = read_edm_pickle(file)
+    return Weights(path, network.state, arguments=network.arguments)
+
+
+def read_weights(path: str | os.PathLike[str]) -> Weights:
+    """What is in a weights file, whatever it is called; see :func:`read_state_dict`.
+
+    Raises:
+        CheckpointError: no such file, not a weights file, or a file that holds more than tensors and plain containers.
+    """
+    if Path(path).name == "None":
+        raise CheckpointError(
+            "the weights file is named 'None': jsonargparse reads null on the command line as that text; write null in a YAML "
+            "file and give it as another --config"
+        )
+    path = fetch(path)
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.is_file():
+        raise CheckpointError(_missing(path))
+    if path.name.endswith(".safetensors.index.json"):
+        return _read_shards(path)
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 27:
+        return _read_safetensors(path)
+    is_archive = head.startswith(b"PK\x03\x04")
+    if not is_archive and not head.startswith(b"\x80"):
+        raise CheckpointError(f"{path}: expected weights (torch, safetensors or EDM pickle), found {_what_else(head)}")
+    try:
+        if is_archive or _LEGACY_MAGIC in head[:32]:
+            return _read_torch(path, is_archive)
+        return _read_edm(path)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged or hostile pickle fails in as many ways as there are opcodes
+        raise CheckpointError(
+            f"{path}: not a weights file that can be read without executing code, or a truncated one ({_first_line(error)})"
+        ) from error
+
+
+def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Tensors of a weights file by name, without executing anything in it.
+
+    Reads ``.safetensors``; folders of them with an index, as diffusers writes them; files of torch.save in both of its formats,
+    with weights nested under ``state_dict``, ``model`` or ``ema`` (averages are preferred) and the prefixes of DataParallel,
+    ``torch.compile`` and averages taken off; pickles of EDM (``ema``); and ``hf://OWNER/REPO/PATH`` of the hub.
+
+    Raises:
+        CheckpointError: no such file, not a weights file, or a file that holds more than tensors and plain containers.
+    """
+    return read_weights(path).state
+
+
+def _some(names: list[str], limit: int = 8) -> str:
+    return ", ".join(names[:limit]) + (f" … and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def part_of(weights: Weights, module: nn.Module) -> Weights:
+    """Of a Lightning checkpoint, the part that fits a module by names and shapes; other weights as they are.
+
+    Raises:
+        CheckpointError: no part, or several.
+    """
+    if weights.parts is None:
+        return weights
+    expected = {name: value.shape for name, value in module.state_dict().items()}
+    first, fitting, names = next(iter(expected), ""), [], list(weights.state)
+    for prefix in [name.removesuffix(first) for name in names if name == first or name.endswith(f".{first}")]:
+        part = {name.removeprefix(prefix): value for name, value in weights.state.items() if name.startswith(prefix)}
+        if {name: value.shape for name, value in part.items()} == expected:
+            fitting.append((prefix, part))
+    if len(fitting) != 1:
+        parts = sorted({".".join(name.split(".")[:2]) for name in names})
+        found = (
+            f"several parts fit: {', '.join(prefix.rstrip('.') for prefix, _ in fitting)}"
+            if fitting
+            else "no part fits"
+        )
+        raise CheckpointError(
+            f"{weights.path} is a training checkpoint in which {found} {type(module).__name__} by names and shapes (it "
+            f"has {_some(parts, 4)}): name the weights that ExportWeights or ExportClassifier wrote, or the architecture that "
+            "was trained"
+        )
+    ((prefix, part),) = fitting
+    return weights._replace(state=part, notes=weights.parts.get(prefix.rstrip("."), {}), parts=None)
+
+
+def load_weights(module: nn.Module, source: str | os.PathLike[str] | Weights, **settings: object) -> dict[str, object]:
+    """Load a weights file into a module, every name and shape of which must fit.
+
+    What shapes do not tell is compared with what the file says of itself and, where the file is a published one, with
+    how that was made (:mod:`calib_guidance.weights.registry`). Of a training checkpoint the part that fits is taken.
+
+    Args:
+        module: what to load into.
+        source: weights file, or what was read of one.
+        settings: what the weights are used with, e.g. ``noise_schedule``, by name.
+
+    Returns:
+        What was loaded, for the report of a run: ``file``, ``bytes`` (of its tensors), ``published`` (names that have these
+        shapes) and what shapes do not tell.
+
+    Raises:
+        CheckpointError: naming the file, and each missing or unexpected name, wrong shape, or other setting.
+    """
+    weights = part_of(source if isinstance(source, Weights) else read_weights(source), module)
+    settings = settings | registry.unseen(module)
+    for name, value in settings.items():
+        if name in weights.notes and weights.notes[name] != str(value):
+            raise CheckpointError(
+                f"{weights.path} was trained with {name}: {weights.notes[name]}, the configuration says {name}: {value}. "
+                f"These weights would load, and with another {name} be something else than was trained: set {name} to "
+                f"{weights.notes[name]}"
+            )
+    return load_state(module, weights.state, weights.path, settings, weights.notes)
+
+
+def load_state(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    settings: Mapping[str, object] | None = None,
+    compared: Container[str] = (),
+) -> dict[str, object]:
+    """Load weights by name into a module, every name and shape of which must fit.
+
+    Args:
+        module: what to load into.
+        state: the weights, by the module's names.
+        path: where they come from, for the message.
+        settings: what they are used with, by name, to be compared with how they were published, where they were.
+        compared: settings that have been compared with what the file says of itself, and are not once more: it may be
+            somebody's own, trained otherwise in the same shapes.
+
+    Returns:
+        As :func:`load_weights`.
+
+    Raises:
+        CheckpointError: naming the file, and each missing or unexpected name, wrong shape, or other setting.
+    """
+    settings = registry.unseen(module) | dict(settings or {})
+    state, expected = dict(state), module.state_dict()
+    for name in expected.keys() - state.keys():
+        if name.endswith(".num_batches_tracked"):  # a count for training only, which older files do not have
+            state[name] = expected[name]
+    missing = sorted(expected.keys() - state.keys())
+    unexpected = sorted(state.keys() - expected.keys())
+    shapes = sorted(
+        f"{name} (file {tuple(state[name].shape)}, network {tuple(expected[name].shape)})"
+        for name in expected.keys() & state.keys()
+        if state[name].shape != expected[name].shape
+    )
+    problems = [
+        f"{what}: {_some(names)}"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if names
+    ]
+    names = registry.recognise(state)
+    if problems:
+        known = f" (the file has the names and shapes of {' or '.join(names)})" if names else ""
+        raise CheckpointError(
+            f"{path} does not fit {type(module).__name__}; "
+            + "; ".join(problems)
+            + f"{known}. Name the file that belongs to "
+            "this architecture, or the architecture that belongs to this file"
+        )
+    if len(names) == 1:
+        registry.check(names[0], {k: v for k, v in settings.items() if k not in compared}, path)
+    module.load_state_dict(state)
+    size = sum(value.numel() * value.element_size() for value in state.values())
+    return {"file": str(path), "bytes": size, "published": names} | settings
+
+
+def save_weights(weights: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str], **notes: object) -> None:
+    """Write weights as safetensors, complete or not at all (temporary file, then rename).
+
+    Args:
+        weights: a module, or tensors by name.
+        path: file to write.
+        notes: what shapes do not tell, kept as text in the file and checked when it is loaded.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    state = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file(state, temporary, metadata={name: str(value) for name, value in notes.items()})
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

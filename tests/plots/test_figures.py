@@ -1,0 +1,308 @@
+"""Each figure shows the numbers that it was given, with names, in both formats."""
+
+import math
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgba
+
+from calib_guidance.diffusion.schedules import NoiseSchedule, named_betas
+from calib_guidance.errors import ConfigurationError
+from calib_guidance.guidance import GuidanceSchedule
+from calib_guidance.plots import (
+    COLOURS,
+    Contours,
+    Series,
+    ablation,
+    curves,
+    direction_field,
+    guidance_schedule,
+    precision_recall,
+    reliability,
+    sample_grid,
+    side_by_side,
+    strength,
+    strips,
+)
+
+LEVELS = NoiseSchedule(named_betas("linear")).respace("100").levels
+T = [0, 250, 500, 999]
+
+
+def lines(axis, at_least=2):
+    return [line for line in axis.get_lines() if len(line.get_xdata()) >= at_least]
+
+
+def images(n, classes=10, size=8, channels=1, first=0):
+    """Samples of a run: every pixel of image i is i."""
+    index = np.arange(first, first + n)
+    pixels = np.broadcast_to(index[:, None, None, None], (n, channels, size, size)).astype(np.uint8)
+    return {"image": pixels, "index": index, "label": index % classes, "seed": np.zeros(n, np.int64)}
+
+
+def shown(axis):
+    """Value and place (column, row) of each image of one value."""
+    found = {}
+    for image in axis.get_images():
+        left, _, _, top = image.get_extent()
+        found[int(left), top] = int(np.unique(image.get_array()).item())
+    return found
+
+
+# Curves
+
+
+def test_a_curve_with_its_band_and_mean(drawn, tmp_path):
+    figure = drawn(curves, [Series("", T, [1.0, 2, 3, 4], [0.5, 3, 1, 1])], tmp_path / "a.png", "norm", averages=True)
+    (axis,) = figure.axes
+    curve, average = lines(axis)
+    assert curve.get_xydata().tolist() == [[0, 1], [250, 2], [500, 3], [999, 4]]
+    assert list(average.get_ydata()) == [2.5, 2.5]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["mean 2.500"]
+    band = axis.collections[0].get_paths()[0].vertices
+    assert band[:, 1].max() == 5
+    assert band[:, 1].min() == 0  # 2 − 3 is less than the quantity can be
+    assert axis.get_ylabel() == "norm"
+    left, right = axis.get_xlim()
+    assert left > 999 > 0 > right  # noise on the left
+    assert {path.name for path in tmp_path.iterdir()} == {"a.png", "a.pdf"}
+
+
+def test_many_curves_can_be_told_apart_without_colour(drawn, tmp_path):
+    names = [f"score {k}" for k in range(9)]
+    series = [(name, T, [k, k + 1, k + 2, k + 3], None) for k, name in enumerate(names)]
+    figure = drawn(curves, series, tmp_path / "many", "ECE$_t$", averages=True)
+    found = lines(figure.axes[0])
+    assert [line.get_ydata()[0] for line in found] == list(range(9))
+    assert len({(line.get_color(), line.get_linestyle()) for line in found}) == 9
+    assert len({line.get_linestyle() for line in found}) == 4
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == [f"{name} (mean {k + 1.5:.3f})" for k, name in enumerate(names)]
+
+
+def test_points_without_neighbours_are_seen(drawn, tmp_path):
+    figure = drawn(curves, [Series("", T, [1.0, None, 3.0, 4.0])], tmp_path / "a", "norm")
+    (alone,) = [line for line in lines(figure.axes[0], 1) if line.get_marker() == "o"]
+    assert alone.get_xydata().tolist() == [[0, 1]]
+    figure = drawn(curves, [Series("", [7], [2.0], [1.0])], tmp_path / "one", "norm")
+    assert [line.get_marker() for line in lines(figure.axes[0], 1)][-1] == "o"
+    with pytest.raises(ConfigurationError, match="not been measured"):
+        curves([Series("", T, [math.nan] * 4)], tmp_path / "none", "norm")
+
+
+def test_a_logarithmic_axis_shows_what_vanishes(drawn, tmp_path):
+    figure = drawn(curves, [Series("", T, [1e-4, 1e-2, 1, 10], [1, 1, 1, 1])], tmp_path / "a", "norm", log=True)
+    assert figure.axes[0].get_yscale() == "log"
+    assert figure.axes[0].collections[0].get_paths()[0].vertices[:, 1].min() > 0
+
+
+# Reliability
+
+
+def test_reliability_bars_are_accuracy_and_gap(drawn, tmp_path):
+    bins = np.zeros((3, 4, 3))
+    bins[0, 3] = 10, 9, 8  # ten samples of confidence 0.9, eight right
+    bins[2, 1], bins[2, 2] = (4, 1.6, 3), (12, 6.6, 6)
+    figure = drawn(reliability, bins, ["t = 0–9", "empty", "t = 20–29"], tmp_path / "r")
+    first, first_share, second, second_share = figure.axes
+    assert [axis.get_title() for axis in (first, second)] == ["t = 0–9\nECE 0.100", "t = 20–29\nECE 0.125"]
+    accuracy, gap = first.containers
+    assert [(bar.get_x(), bar.get_height()) for bar in accuracy] == [(0.75, 0.8)]
+    assert [(bar.get_y(), bar.get_height()) for bar in gap] == [(0.8, pytest.approx(0.1))]
+    assert [bar.get_height() for bar in second_share.containers[0]] == [0, 0.25, 0.75, 0]
+    assert [bar.get_height() for bar in second.containers[0]] == [0.75, 0.5]
+    assert first_share.get_xlabel() == "confidence"
+    assert (first.get_ylabel(), first_share.get_ylabel()) == ("accuracy", "share")
+    drawn(reliability, np.tile(bins[2], (5, 1, 1)), [f"t = {k}" for k in range(5)], tmp_path / "five")
+    with pytest.raises(ConfigurationError, match="seen no samples"):
+        reliability(bins[1:2], ["empty"], tmp_path / "none")
+
+
+# Grids
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grid_has_a_class_in_each_row(drawn, tmp_path, channels):
+    samples = images(40, channels=channels)
+    batches = [{name: column[part] for name, column in samples.items()} for part in (slice(0, 25), slice(25, 40))]
+    figure = drawn(sample_grid, batches, tmp_path / "grid", rows=4, columns=3)
+    expected = {(c, float(r)): 10 * c + r for r in range(4) for c in range(3)}
+    assert shown(figure.axes[0]) == expected
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["0", "1", "2", "3"]
+    with pytest.raises(ConfigurationError, match="no samples"):
+        sample_grid([], tmp_path / "none")
+
+
+def test_side_by_side_has_a_run_in_each_row_and_the_same_sample_in_each_column(drawn, tmp_path):
+    a, b = images(12), images(12, first=3)
+    b["image"] = b["image"] + 100
+    figure = drawn(side_by_side, {"plain": a, "tempered, Softplus, scale 2": b}, tmp_path / "side", samples=4)
+    assert shown(figure.axes[0]) == {(c, float(r)): c + 3 + 100 * r for c in range(4) for r in range(2)}
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["3", "4", "5", "6"]
+    figure = drawn(side_by_side, {"plain": a, "tempered": b}, tmp_path / "chosen", indices=[9, 4])
+    assert shown(figure.axes[0])[0, 0.0] == 9
+    other = b | {"seed": b["seed"] + 1}
+    for runs, indices, words in (
+        ({"a": a, "b": other}, None, "seed 0 in a and 1 in b"),
+        ({"a": a, "b": b | {"label": b["label"] + 1}}, None, "label 3 in a and 4 in b"),
+        ({"a": a, "b": b}, [1], r"samples \[1\]"),
+        ({"a": a, "b": images(3, first=50)}, None, "no sample in common"),
+        ({"a": a, "b": images(12, size=16)}, None, "other sizes: a 8×8, b 16×16"),
+        ({}, None, "no runs"),
+    ):
+        with pytest.raises(ConfigurationError, match=words):
+            side_by_side(runs, tmp_path / "none", indices=indices)
+
+
+# Strips
+
+
+def test_strips_show_one_scale_for_each_sample(drawn, tmp_path):
+    x0 = np.broadcast_to(np.arange(6, dtype=np.uint8).reshape(2, 3, 1, 1, 1), (2, 3, 3, 4, 4))
+    gradient = np.ones((2, 3, 2, 4, 4)) * np.array([0.5, 0.25, np.nan]).reshape(1, 3, 1, 1, 1)
+    gradient[1] *= -4
+    figure = drawn(strips, x0, gradient, [999, 500, 0], ["class 3", "class 5"], tmp_path / "s")
+    (axis,) = figure.axes
+    pictures = [im for im in axis.get_images() if im.get_array().ndim == 3]
+    maps = [im for im in axis.get_images() if im.get_array().ndim == 2]
+    assert [int(np.unique(im.get_array()).item()) for im in pictures] == list(range(6))
+    assert [float(np.unique(im.get_array()).item()) for im in maps] == [
+        0.5,
+        0.25,
+        -2,
+        -1,
+    ]  # none where no classifier ran
+    assert [im.get_clim() for im in maps] == [(-0.5, 0.5)] * 2 + [(-2, 2)] * 2
+    assert [text.get_text() for text in axis.texts] == ["±0.5", "±2"]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["999", "500", "0"]
+    assert {im.get_interpolation() for im in axis.get_images()} == {"nearest"}
+    figure = drawn(strips, x0, gradient, [999, 500, 0], ["3", "5"], tmp_path / "steps", per_step=True)
+    maps = [im for im in figure.axes[0].get_images() if im.get_array().ndim == 2]
+    assert [im.get_clim()[1] for im in maps] == [0.5, 0.25, 2, 1]
+    figure = drawn(strips, x0, gradient * np.nan, [999, 500, 0], ["3", "5"], tmp_path / "unguided")
+    assert len(figure.axes[0].get_images()) == 6
+    with pytest.raises(ConfigurationError, match="no trajectory"):
+        strips(x0[:0], gradient[:0], [999, 500, 0], [], tmp_path / "none")
+
+
+# Ablations
+
+POINTS = [
+    (0.5, {"frechet_distance": (5.27, 0.1), "precision": (0.80, None), "recall": (0.60, 0.01)}),
+    (0.0, {"frechet_distance": (6.0, 0.2), "precision": (0.83, 0.02), "recall": (0.55, 0.02)}),
+    (1.0, {"frechet_distance": (None, None), "precision": (0.78, 0.01), "recall": (0.62, 0.01)}),
+]
+
+
+def test_ablation_has_a_panel_for_each_metric_with_error_bars(drawn, tmp_path):
+    figure = drawn(ablation, POINTS, r"$\tau_2$", tmp_path / "a", baseline={"recall": (0.59, 0.01)})
+    distance, precision, recall = figure.axes
+    values = [axis.containers[0][0].get_xydata() for axis in figure.axes]
+    np.testing.assert_array_equal(values[0], [[0, 6.0], [0.5, 5.27], [1, np.nan]])
+    np.testing.assert_array_equal(values[1], [[0, 0.83], [0.5, 0.80], [1, 0.78]])
+    bars = [segment[:, 1] for segment in distance.containers[0][2][0].get_segments() if len(segment)]
+    np.testing.assert_allclose(bars[:2], [[5.8, 6.2], [5.17, 5.37]])
+    spreads = [np.diff(segment[:, 1]) for segment in precision.containers[0][2][0].get_segments() if len(segment)]
+    assert np.isnan(spreads[1]).all() or len(spreads) == 2  # of 0.5 no spread is known
+    assert [axis.get_ylabel() for axis in figure.axes] == ["Fréchet distance ↓", "precision ↑", "recall ↑"]
+    assert recall.get_xlabel() == r"$\tau_2$"
+    assert [line.get_ydata()[0] for line in recall.get_lines() if line.get_linestyle() == "--"] == [0.59]
+    assert not [line for line in distance.get_lines() if line.get_linestyle() == "--"]
+
+
+def test_ablation_of_words_and_of_one_value(drawn, tmp_path):
+    names = ["plain", "tempered", "entropy", "reverse KL", "forward KL", "Jensen–Shannon"]
+    points = [(name, {"recall": (0.5 + k / 100, 0.01)}) for k, name in enumerate(names)]
+    figure = drawn(ablation, points, "score", tmp_path / "words", held="scale = 2")
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == names
+    assert figure.axes[0].containers[0][0].get_linestyle() == "None"  # nothing lies between two words
+    assert figure.axes[0].get_title(loc="left") == "scale = 2"
+    figure = drawn(ablation, [(1, {"my_metric": (2.0, None)})], "scale", tmp_path / "one")
+    assert figure.axes[0].get_ylabel() == "my metric"
+    figure = drawn(ablation, [(10.0**k, {"recall": (0.5, 0.1)}) for k in range(-3, 4)], "α", tmp_path / "log", log=True)
+    assert figure.axes[0].get_xscale() == "log"
+    for points, log, words in (
+        ([], False, "no value"),
+        ([(1, {"recall": (None, None)})], False, "no metric"),
+        (POINTS, True, "logarithmic"),
+    ):
+        with pytest.raises(ConfigurationError, match=words):
+            ablation(points, "α", tmp_path / "none", log=log)
+
+
+def test_precision_over_recall_names_each_value(drawn, tmp_path):
+    figure = drawn(precision_recall, POINTS, r"$\tau_2$", tmp_path / "pr")
+    (axis,) = figure.axes
+    assert axis.containers[0][0].get_xydata().tolist() == [[0.55, 0.83], [0.60, 0.80], [0.62, 0.78]]
+    assert [text.get_text() for text in axis.texts] == ["0", "0.5", "1"]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("recall ↑", "precision ↑")
+    assert axis.containers[0][0].get_linestyle() == "-"
+    words = [(name, measured) for name, (_, measured) in zip("abc", POINTS, strict=True)]
+    (axis,) = drawn(precision_recall, words, "score", tmp_path / "words", held="scale = 2").axes
+    assert axis.containers[0][0].get_linestyle() == "None"
+    assert axis.get_title(loc="left") == "score (at scale = 2)"
+    # Of points that nearly coincide the texts still do not.
+    near = [(k / 10, {"precision": (0.8 + k / 1e4, None), "recall": (0.6, None)}) for k in range(5)]
+    spread = [(2.0, {"precision": (0.5, None), "recall": (0.3, None)})]
+    drawn(precision_recall, near + spread, "γ", tmp_path / "near")
+    with pytest.raises(ConfigurationError, match="both"):
+        precision_recall([(1, {"precision": (0.5, None)})], "γ", tmp_path / "none")
+
+
+# Schedule
+
+
+def test_strength_follows_the_papers(drawn, tmp_path):
+    alphas = LEVELS.alphas_cumprod
+    betas = np.append(1 - alphas[0], 1 - alphas[1:] / alphas[:-1])
+    progress = np.arange(100) / 100
+    largest = [betas[k:].max() for k in range(100)]
+    expected = 2 * (betas + 0.3 * np.sin(np.pi * progress) * largest) / betas.max()
+    np.testing.assert_allclose(strength(GuidanceSchedule(0.3), LEVELS, scale=2.0), expected)
+    np.testing.assert_allclose(strength(GuidanceSchedule(), LEVELS, "noise"), np.sqrt(1 - alphas))
+    np.testing.assert_allclose(
+        strength(GuidanceSchedule(0.5), LEVELS, "difference"), 1 + 0.5 * np.sin(np.pi * progress)
+    )
+    shift = strength(GuidanceSchedule(), LEVELS, "shift")
+    assert (shift[-1], shift[0]) == (1, pytest.approx(2 / 101))
+    off = strength(GuidanceSchedule(interval=[200, 600]), LEVELS, "difference")
+    assert ((off > 0) == ((LEVELS.times >= 200) & (LEVELS.times <= 600))).all()
+    with pytest.raises(ValueError, match="unknown 'x'"):
+        strength(GuidanceSchedule(), LEVELS, "x")
+    curves = {"without": shift, "with": off}
+    figure = drawn(guidance_schedule, LEVELS.times, curves, tmp_path / "g", "difference")
+    found = lines(figure.axes[0])
+    np.testing.assert_array_equal([line.get_ydata() for line in found], [shift, off])
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == list(curves)
+    assert figure.axes[0].get_ylim()[0] == 0
+
+
+# Directions
+
+
+def test_arrows_that_lead_away_from_the_mode_have_another_colour(drawn, tmp_path):
+    v = np.linspace(-1, 1, 5)
+    points = np.stack(np.meshgrid(v, v), -1).reshape(-1, 2)
+    mode = np.array([0.0, 0.0])
+    gradients = {"joint": -points, "conditional": np.stack([np.ones(25), np.full(25, 0.0)], 1)}
+    gradients["conditional"][3] = np.nan
+    own = Contours(v, v, np.exp(-(points**2).sum(1)).reshape(5, 5), [0.5, 0.9])
+    figure = drawn(direction_field, points, gradients, mode, tmp_path / "f", own, [own], {"k": (0.5, 0.5)})
+    joint, conditional = figure.axes
+    assert [axis.get_title() for axis in figure.axes] == ["joint", "conditional"]
+    arrows = [next(c for c in axis.collections if hasattr(c, "U")) for axis in figure.axes]
+    assert len(arrows[0].U) == 24  # none at the mode itself
+    assert len(arrows[1].U) == 24  # none where there is no number
+    assert (arrows[0].get_facecolor() == to_rgba(COLOURS[0])).all()
+    right = arrows[1].get_offsets()[:, 0] > 0
+    away = (arrows[1].get_facecolor() == to_rgba(COLOURS[1])).all(1)
+    assert (right == away).all()
+    np.testing.assert_allclose(np.hypot(arrows[0].U, arrows[0].V) ** 2, np.linalg.norm(arrows[0].get_offsets(), axis=1))
+    assert (conditional.get_xlabel(), joint.get_ylabel()) == ("$x_1$", "$x_2$")
+
+
+def test_files_depend_on_nothing_but_what_is_drawn(tmp_path):
+    series = [Series("", T, [1, 2, 3, 4])]
+    one, two = (curves(series, tmp_path / name / "x.y", "norm") for name in ("a", "b"))
+    assert [path.name for path in one] == ["x.y.png", "x.y.pdf"]
+    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]

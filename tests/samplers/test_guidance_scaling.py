@@ -1,0 +1,192 @@
+"""Guidance over steps of any length: against short DDPM steps, closed forms of one Gaussian, a mixture and the digits."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_heun import streams
+from torch import nn
+
+from calib_guidance.classifiers import Classifier, GaussianMixtureClassifier, OffTheShelfClassifier
+from calib_guidance.denoisers import ClassifierFreeGuidance, GaussianMixture
+from calib_guidance.guidance import ClassifierGuidance
+from calib_guidance.networks import SmallResNet
+from calib_guidance.samplers import DDIM, DDPM, DPMSolver, UniPC
+from calib_guidance.samplers.guidance_scaling import ancestral_shift
+from calib_guidance.scores import TemperedLogProb
+from tests.digits import digits_denoiser
+
+
+class Slope(Classifier):
+    """Logits whose gradient is the same everywhere."""
+
+    num_classes = 1
+
+    def __init__(self, gradient):
+        super().__init__()
+        self.gradient, self.calls = nn.Parameter(torch.tensor(gradient)), 0
+
+    def forward(self, x, t=None):
+        self.calls += 1
+        return x.flatten(1) @ self.gradient[:, None]
+
+
+def slope(gradient, **options):
+    return ClassifierGuidance(Slope(gradient), TemperedLogProb(1.0, 0.0), **options)
+
+
+def gained(sampler, denoiser, guidance, n=1):
+    """What guidance moves each sample by."""
+    y = torch.zeros(n, dtype=torch.long)
+    return (sampler(denoiser, streams(n, denoiser), y, guidance) - sampler(denoiser, streams(n, denoiser), y)).flatten(
+        1
+    )
+
+
+@pytest.mark.parametrize("data_std", [0.3, 1.0, 1.7])
+@pytest.mark.parametrize("memory", [1.0, 1.25, 2.0])
+def test_the_closed_form_is_the_integral(data_std, memory):
+    sigma, sigma_next = np.array([0.02, 0.7, 5.0, 80.0, 3e4]), np.array([0.0, 0.02, 0.7, 5.0, 80.0])
+    found = ancestral_shift(sigma, sigma_next, data_std, memory)
+    for high, low, value in zip(sigma, sigma_next, found, strict=True):
+        edges = np.append(0.0, np.geomspace(1e-7, high, 200_001)) if low == 0 else np.geomspace(low, high, 200_001)
+        middle, width = (edges[1:] + edges[:-1]) / 2, np.diff(edges)
+        # 2·(1−ᾱ)/√ᾱ·k² dσ/σ, of which the sampler leaves k'^p.
+        abar, kept = 1 / (1 + middle**2), data_std**2 / (data_std**2 + middle**2)
+        left = (2 * (1 - abar) / np.sqrt(abar) * kept / middle * width).sum()
+        expected = left / (data_std**2 / (data_std**2 + low**2)) ** (memory / 2)
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("variance", [0.25, 1.0, 4.0])
+def test_few_steps_move_a_gaussian_nearly_as_a_thousand_of_ddpm_do(variance):
+    denoiser, guidance = GaussianMixture([[0.3, -0.2]], [variance]), slope([0.2, -0.1])
+    expected, d = gained(DDPM("1000"), denoiser, guidance), math.sqrt(variance)
+    samplers = {
+        "sde": lambda n, **k: DPMSolver(n, sde=True, **k),
+        "ode": lambda n, **k: DPMSolver(n, **k),
+        "unipc": lambda n, **k: UniPC(n, **k),
+        "ddim": lambda n, **k: DDIM(4 * n if n < 100 else 2 * n, **k),
+        "ddim_eta": lambda n, **k: DDIM(4 * n if n < 100 else 2 * n, 0.5, **k),
+    }
+    for name, sampler in samplers.items():
+
+        def error(n, term, sampler=sampler):
+            found = gained(sampler(n, guidance_scaling=term, data_std=d), denoiser, guidance)
+            return float(((found - expected) / expected).abs().max())
+
+        assert error(100, "ddpm_equivalent") < 0.02, name
+        assert error(25, "ddpm_equivalent") < 0.03, name
+        # The SDE's own steps are exact here; those of the ODE samplers are of second order.
+        assert error(6, "ddpm_equivalent") < (0.01 if name == "sde" else 0.1), name
+        assert error(6, "ddpm_equivalent") < 0.3 * error(6, "score"), name
+
+
+def test_where_the_rule_is_the_default():
+    """Of the SDE, whose steps d hardly changes; the ODE's guidance is proportional to d at high noise."""
+    denoiser, guidance = GaussianMixture([[0.3, -0.2]], [0.25]), slope([0.2, -0.1])
+
+    def moved(kind, **options):
+        return gained(kind(steps=40, **options), denoiser, guidance)
+
+    rule = {"guidance_scaling": "ddpm_equivalent"}
+    torch.testing.assert_close(moved(DPMSolver, sde=True), moved(DPMSolver, sde=True, **rule, data_std=0.5))
+    for ode in (DPMSolver, UniPC):
+        torch.testing.assert_close(moved(ode), moved(ode, guidance_scaling="score"))
+        half, whole = (moved(ode, **rule, data_std=d) for d in (0.5, 2.0))
+        assert (whole / half).min() > 2
+    half, whole = (moved(DPMSolver, sde=True, **rule, data_std=d) for d in (0.5, 2.0))
+    assert (whole / half).max() < 1.2
+    torch.testing.assert_close(moved(DPMSolver, sde=True, **rule), half)
+
+
+def energy_distance(a, b):
+    def mean(x, y):
+        return torch.cdist(x.flatten(1), y.flatten(1)).mean()
+
+    return float(2 * mean(a, b) - mean(a, a) - mean(b, b))
+
+
+def test_a_guided_mixture_in_few_steps_is_nearer_to_that_of_250():
+    mixture = GaussianMixture([[0.6, 0.4], [-0.6, 0.4], [0.0, -0.6]], [0.1, 0.06, 0.08])
+    guidance = ClassifierGuidance(GaussianMixtureClassifier(mixture), scale=1.0)
+    n, y = 600, torch.arange(600) % 3
+    expected = DDPM("250")(mixture, streams(n, mixture), y, guidance)
+
+    def distance(steps, **options):
+        options = {"guidance_scaling": "ddpm_equivalent", "data_std": 0.3} | options
+        found = DPMSolver(steps, **options)(mixture, streams(n, mixture), y, guidance)
+        return sum(energy_distance(found[y == k], expected[y == k]) for k in range(3)) / 3
+
+    assert distance(10, sde=True) < 0.04 < 5 < distance(10, sde=True, guidance_scaling="score")
+    assert distance(25, sde=True) < 0.015
+    assert distance(10) < 0.6 < 1 < distance(10, guidance_scaling="score")
+    assert distance(25) < 0.1 * distance(25, guidance_scaling="score")
+
+
+def test_digits_in_ten_steps_are_of_their_class():
+    """Ten steps at the scale of 250. Without the rule guidance overshoots and no class is left."""
+    denoiser = digits_denoiser(class_conditional=False)
+    classifier = OffTheShelfClassifier(
+        SmallResNet(10, 1, [32, 64, 64], 1), 10, "checkpoints/digits/classifier.safetensors", softplus_beta=3.0
+    )
+    judge = OffTheShelfClassifier(SmallResNet(10, 1, [48, 96, 48], 2), 10, "checkpoints/digits/judge.safetensors")
+    y, guidance = torch.arange(100) % 10, ClassifierGuidance(classifier, TemperedLogProb(1.0, 0.8))
+    right = []
+    for term in ("ddpm_equivalent", "score"):
+        images = DPMSolver(10, sde=True, guidance_scaling=term)(denoiser, streams(100, denoiser), y, guidance)
+        with torch.no_grad():
+            right.append(float((judge(images.clamp(-1, 1)).argmax(1) == y).float().mean()))
+    assert right[0] > 0.9
+    assert right[1] < 0.5
+
+
+@pytest.mark.parametrize(("term", "least", "most"), [("lie_trotter", 1.7, 2.4), ("strang", 3.3, 4.7)])
+def test_order_of_splitting_along_the_closed_form(term, least, most):
+    """Under a constant gradient g the ODE moves a Gaussian of variance 1 by g·½·ln(1 + σ_max²)."""
+    denoiser, gradient, high = GaussianMixture([[0.3, -0.2]], [1.0]), torch.tensor([0.2, -0.1]), 20.0
+    exact, errors = gradient * math.log1p(high**2) / 2, []
+    for n in (24, 48, 96):
+        sampler = DPMSolver(n, sigma_min=0.003, sigma_max=high, guidance_scaling=term)
+        errors.append(float((gained(sampler, denoiser, slope(gradient.tolist())) - exact).abs().max()))
+    assert least < errors[0] / errors[1] < most
+    assert least < errors[1] / errors[2] < most
+
+
+def test_splitting_takes_one_gradient_a_step_and_the_network_twice():
+    denoiser, y = GaussianMixture([[0.3, -0.2]], [1.0]), torch.zeros(2, dtype=torch.long)
+    asked, inner = [], denoiser.posterior_mean
+    denoiser.posterior_mean = lambda *arguments: asked.append(1) or inner(*arguments)
+    sampler, guidance = DPMSolver(6, guidance_scaling="strang"), slope([0.2, -0.1])
+    sampler(denoiser, streams(2, denoiser), y, guidance)
+    assert (len(asked), guidance.classifier.calls) == (sampler.num_evaluations(denoiser), 6)
+    asked.clear()
+    sampler(denoiser, streams(2, denoiser), y)
+    assert len(asked) == 6
+
+
+@pytest.mark.parametrize("sde", [False, True])
+def test_splitting_tends_to_the_guided_score(sde):
+    denoiser, guidance = GaussianMixture([[0.3, -0.2]], [1.0]), slope([0.2, -0.1])
+    levels = {"sde": sde, "sigma_min": 0.01, "sigma_max": 20.0}
+    fine = gained(DPMSolver(300, guidance_scaling="score", **levels), denoiser, guidance)
+    for term in ("lie_trotter", "strang"):
+        found = gained(DPMSolver(300, guidance_scaling=term, **levels), denoiser, guidance)
+        torch.testing.assert_close(found, fine, rtol=0.04, atol=0)
+
+
+def test_what_cannot_be_says_why():
+    for sampler in (DDIM, DPMSolver, UniPC):
+        with pytest.raises(ValueError, match="guidance_scaling: unknown 'splat'; known: "):
+            sampler(guidance_scaling="splat")
+        with pytest.raises(ValueError, match="data_std must be a finite number above 0"):
+            sampler(data_std=0.0)
+        with pytest.raises(ValueError, match=r"set data_std .*, guidance_scaling to score, or take an SDE"):
+            sampler(guidance_scaling="ddpm_equivalent")
+    for sampler in (DDIM, UniPC):
+        with pytest.raises(ValueError, match="guidance_scaling: unknown 'strang'"):
+            sampler(guidance_scaling="strang")
+    denoiser = ClassifierFreeGuidance(GaussianMixture([[0.3, -0.2]], [1.0], class_conditional=True))
+    with pytest.raises(ValueError, match="set guidance_scaling to ancestral or score"):
+        DPMSolver(guidance_scaling="strang").check(denoiser, slope([0.2, -0.1], apply_to="cfg_residual"))
