@@ -28,7 +28,7 @@ test: lint
 # How checkpoints/digits was made. Replaces it.
 checkpoints: $(INSTALLED)
 	$(BIN)/calib-guidance fit --config lightning_configs/fit/digits_classifier.yaml
-	$(BIN)/calib-guidance fit --config lightning_configs/fit/digits_judge.yaml
+	$(BIN)/calib-guidance fit --config lightning_configs/fit/digits_eval_classifier.yaml
 	$(BIN)/calib-guidance fit --config lightning_configs/fit/digits_diffusion.yaml
 	$(BIN)/calib-guidance fit --config lightning_configs/fit/digits_noise_aware.yaml
 

@@ -29,7 +29,7 @@ from calib_guidance.classifiers import OffTheShelfClassifier
 from calib_guidance.data import DigitImages
 from calib_guidance.denoisers import ADMDenoiser
 from calib_guidance.diffusion.rng import SampleStreams
-from calib_guidance.evaluation import JudgeFeatures
+from calib_guidance.evaluation import ClassifierFeatures
 from calib_guidance.guidance import ClassifierGuidance, GuidanceSchedule
 from calib_guidance.metrics import FrechetDistance, PrecisionRecall
 from calib_guidance.networks import SmallResNet, UNet
@@ -137,8 +137,8 @@ CLAIMED = {
 
 
 @cache
-def models() -> tuple[ADMDenoiser, nn.Module, JudgeFeatures, torch.Tensor]:
-    """Denoiser, classifier that guides, judge, and its features of the held-out digits."""
+def models() -> tuple[ADMDenoiser, nn.Module, ClassifierFeatures, torch.Tensor]:
+    """Denoiser, classifier that guides, evaluation classifier, and its features of the held-out digits."""
     network = UNet(
         8, 1, 32, 2, 1, (2,), channel_mult=(1, 2), num_classes=10, num_head_channels=32, use_scale_shift_norm=True,
         resblock_updown=True,
@@ -150,8 +150,10 @@ def models() -> tuple[ADMDenoiser, nn.Module, JudgeFeatures, torch.Tensor]:
     guides = OffTheShelfClassifier(
         SmallResNet(10, 1, [32, 64, 64], 1), 10, f"{folder}/classifier.safetensors", softplus_beta=3.0
     )
-    judge = OffTheShelfClassifier(SmallResNet(10, 1, [48, 96, 48], 2), 10, f"{folder}/judge.safetensors")
-    features, digits = JudgeFeatures(judge).eval(), DigitImages(split="heldout")
+    eval_classifier = OffTheShelfClassifier(
+        SmallResNet(10, 1, [48, 96, 48], 2), 10, f"{folder}/eval_classifier.safetensors"
+    )
+    features, digits = ClassifierFeatures(eval_classifier).eval(), DigitImages(split="heldout")
     with torch.no_grad():
         reference = features(to_uint8(torch.stack([d["image"] for d in digits]), "truncate")).pool
     return denoiser.eval(), guides, features, reference
@@ -160,7 +162,7 @@ def models() -> tuple[ADMDenoiser, nn.Module, JudgeFeatures, torch.Tensor]:
 def measure(setting: Setting, seed: int, n: int) -> list[float]:
     """The ``MEASURES`` of ``n`` class-balanced digits."""
     torch.set_num_threads(1)
-    denoiser, classifier, judge, reference = models()
+    denoiser, classifier, eval_classifier, reference = models()
     score = DivergenceRegularized("js", alpha=0.1, epsilon=0.1, tau1=1.0, tau2=0.8)
     guidance = ClassifierGuidance(classifier, score, schedule=GuidanceSchedule(**dict(setting.schedule)))
     sampler, guidance = setting.build(), guidance if setting.guided else None
@@ -170,7 +172,7 @@ def measure(setting: Setting, seed: int, n: int) -> list[float]:
         noise = SampleStreams([seed] * len(index), index.tolist(), denoiser.image_shape)
         images.append(sampler(denoiser, noise, y[index], guidance))
     with torch.no_grad():
-        features, _, logits = judge(to_uint8(torch.cat(images), "truncate"))
+        features, _, logits = eval_classifier(to_uint8(torch.cat(images), "truncate"))
     distance, coverage = FrechetDistance(reference, full_rank=False), PrecisionRecall(reference)
     distance.update(features)
     coverage.update(features=features, index=torch.arange(n))

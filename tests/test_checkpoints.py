@@ -137,7 +137,7 @@ class TestFormats:
         torch.manual_seed(0)
         network, other = SmallResNet(widths=(8, 16, 16), blocks=1), SmallResNet(widths=(8, 8, 8), blocks=1)
         module = L.LightningModule()
-        module.classifier, module.judge = nn.ModuleDict({"network": network}), other
+        module.classifier, module.second = nn.ModuleDict({"network": network}), other
         trainer = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", barebones=True)
         trainer.strategy.connect(module)
         trainer.save_checkpoint(tmp_path / "last.ckpt")
@@ -145,21 +145,21 @@ class TestFormats:
         load_weights(found, tmp_path / "last.ckpt")
         same(found.state_dict(), network.state_dict())
         with pytest.raises(
-            CheckpointError, match=r"no part fits SmallResNet.*it has classifier.network, judge.*ExportWeights"
+            CheckpointError, match=r"no part fits SmallResNet.*it has classifier.network, second.*ExportWeights"
         ):
             load_weights(SmallResNet(widths=(8, 8, 16), blocks=1), tmp_path / "last.ckpt")
         content = torch.load(tmp_path / "last.ckpt", weights_only=True)
-        content["weights_notes"] = {"classifier.network": {"temperature": "2.0"}, "judge": {}}
+        content["weights_notes"] = {"classifier.network": {"temperature": "2.0"}, "second": {}}
         torch.save(content, tmp_path / "noted.ckpt")
         load_weights(found, tmp_path / "noted.ckpt", temperature=2.0)
         with pytest.raises(
             CheckpointError, match="was trained with temperature: 2.0, the configuration says temperature: 1.0"
         ):
             load_weights(found, tmp_path / "noted.ckpt", temperature=1.0)
-        module.judge = network
+        module.second = network
         content["state_dict"] = module.state_dict()
         torch.save(content, tmp_path / "twice.ckpt")
-        with pytest.raises(CheckpointError, match="several parts fit: classifier.network, judge SmallResNet"):
+        with pytest.raises(CheckpointError, match="several parts fit: classifier.network, second SmallResNet"):
             load_weights(found, tmp_path / "twice.ckpt")
 
 

@@ -68,7 +68,7 @@ def test_every_predict_configuration_samples(in_root, tmp_path, capsys, overlay)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     guided = overlay is None or "unguided" not in overlay
     assert metrics["num_evaluations"] == (6 if overlay and "classifier_free" in overlay else 3)
-    assert {"frechet_distance", "precision", "recall", "judge_accuracy", "seconds_per_image"} <= metrics.keys()
+    assert {"frechet_distance", "precision", "recall", "classifier_accuracy", "seconds_per_image"} <= metrics.keys()
     assert ("integral_ece" in metrics) == guided
     (diffusion,) = [weights for weights in metrics["weights"].values() if "prediction" in weights]
     assert (diffusion["prediction"], diffusion["file"]) == ("v", "checkpoints/digits/diffusion.safetensors")
@@ -189,7 +189,7 @@ def test_two_processes_write_the_samples_of_one(in_root, tmp_path, samples):
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / n / "samples").iterdir()} for n in ("one", "two"))
     assert one == two
     found, expected = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("two", "one"))
-    for key in ("frechet_distance", "precision", "recall", "judge_accuracy", "integral_ece"):
+    for key in ("frechet_distance", "precision", "recall", "classifier_accuracy", "integral_ece"):
         assert found[key] == pytest.approx(expected[key], rel=1e-6), key
 
 
@@ -365,7 +365,7 @@ def test_one_sample_is_measured_as_far_as_it_can_be(in_root, tmp_path, capsys):
     predict(tmp_path, samples=1, batch=1)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["num_measured"] == 1
-    assert metrics["judge_accuracy"] in (0, 1)
+    assert metrics["classifier_accuracy"] in (0, 1)
     assert any("2 are needed" in note for note in metrics["notes"])
     with pytest.raises(SystemExit):  # and before Inception's weights are fetched
         main(["evaluate", str(tmp_path), "--reference", str(tmp_path / "nope.npz")])

@@ -80,7 +80,7 @@ def test_a_row_runs_and_what_is_saved_stands_alone(in_root, write, tmp_path):
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm_solver", "dpm_solver_sde", "unipc"])
 def test_overlays_of_samplers_make_digits(in_root, write, tmp_path, name):
-    """25 evaluations each; the judge names most of what was asked for."""
+    """25 evaluations each; the evaluation classifier names most of what was asked for."""
     callbacks = yaml.safe_load(Path("lightning_configs/predict/digits.yaml").read_text())["trainer"]["callbacks"]
     needed = [
         c for c in callbacks if c["class_path"].rsplit(".", 1)[1] in ("SampleWriter", "SampleQuality", "RunReport")
@@ -104,4 +104,4 @@ def test_overlays_of_samplers_make_digits(in_root, write, tmp_path, name):
     settings = yaml.safe_load((tmp_path / "run/config.yaml").read_text())["model"]["init_args"]["sampler"]
     assert settings["class_path"].lower().endswith(name.removesuffix("_sde").replace("_", ""))
     assert settings["init_args"]["clip_denoised"]
-    assert json.loads((tmp_path / "run/metrics.json").read_text())["judge_accuracy"] >= 0.8
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["classifier_accuracy"] >= 0.8

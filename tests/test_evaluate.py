@@ -65,23 +65,23 @@ def sets(tmp_path_factory):
     return paths, found
 
 
-def judge(folder, channels=3):
+def eval_classifier(folder, channels=3):
     torch.manual_seed(0)
     network = SmallResNet(3, channels).eval()
-    save_weights(network, folder / "judge.safetensors")
+    save_weights(network, folder / "eval_classifier.safetensors")
     small = {"class_path": "calib_guidance.networks.SmallResNet"}
     small["init_args"] = {"num_classes": 3, "in_channels": channels}
     content = {"class_path": "calib_guidance.classifiers.OffTheShelfClassifier"}
-    content["init_args"] = {"network": small, "num_classes": 3, "weights": str(folder / "judge.safetensors")}
-    (folder / "judge.yaml").write_text(yaml.safe_dump(content))
+    content["init_args"] = {"network": small, "num_classes": 3, "weights": str(folder / "eval_classifier.safetensors")}
+    (folder / "eval_classifier.yaml").write_text(yaml.safe_dump(content))
     return network
 
 
 def test_figures_are_the_functions_of_the_features(sets, tmp_path, capsys):
     (samples, reference), (generated, real) = sets
-    network = judge(tmp_path)
+    network = eval_classifier(tmp_path)
     words = [samples, "--reference", reference, *PROJECTION, "--output", tmp_path / "out", "--extrapolate"]
-    evaluate(*words, "--judge", tmp_path / "judge.yaml")
+    evaluate(*words, "--eval-classifier", tmp_path / "eval_classifier.yaml")
     found, printed = metrics(tmp_path / "out"), capsys.readouterr().out
     statistics = mean_and_covariance(real.pool)
     pixels, labels = (torch.from_numpy(value) for value in pictures(120))
@@ -96,8 +96,8 @@ def test_figures_are_the_functions_of_the_features(sets, tmp_path, capsys):
         "kernel_distance": kernel_distance(real.pool, generated.pool),
         **dict(zip(("precision", "recall"), precision_recall(real.pool, generated.pool), strict=True)),
         **dict(zip(("density", "coverage"), density_coverage(real.pool, generated.pool), strict=True)),
-        "judge_accuracy": (logits.argmax(1) == labels).double().mean(),
-        "judge_ece": calibration_error(logits, labels),
+        "classifier_accuracy": (logits.argmax(1) == labels).double().mean(),
+        "classifier_ece": calibration_error(logits, labels),
     }
     for name, value in expected.items():
         assert found[name] == pytest.approx(float(value), rel=1e-6), name
@@ -110,14 +110,18 @@ def test_figures_are_the_functions_of_the_features(sets, tmp_path, capsys):
     )
     said = found["provenance"]
     assert (said["samples"]["num_images"], said["reference"]["images"]["num_images"]) == (120, 130)
-    for words in (said["features"]["weights_sha256"][:12], said["judge"]["weights_sha256"][:12], "random projection"):
+    for words in (
+        said["features"]["weights_sha256"][:12],
+        said["eval_classifier"]["weights_sha256"][:12],
+        "random projection",
+    ):
         assert words in printed
     assert said["samples"]["sha256"][:12] in printed
     assert "note       Fréchet distance: 120 samples: biased upwards" in printed
     assert {"torch", "calib_guidance", "Pillow"} <= said["versions"].keys()
     table = (tmp_path / "out/metrics.md").read_text()
     assert f"| precision | {found['precision']:.3f} | {found['spread']['precision']['sd']:.3f} |" in table
-    with np.load(tmp_path / "out/judge.npz") as file:
+    with np.load(tmp_path / "out/predictions.npz") as file:
         assert np.array_equal(file["predicted"], logits.argmax(1))
 
 
@@ -246,8 +250,14 @@ def test_a_run_sampled_in_pieces_measures_as_one_sampled_at_once(in_root, tmp_pa
     predict(tmp_path / "whole", samples=30)
     content = yaml.safe_load((in_root / "lightning_configs/predict/digits.yaml").read_text())["trainer"]["callbacks"]
     (quality,) = [c["init_args"] for c in content if c["class_path"].endswith("SampleQuality")]
-    (tmp_path / "judge.yaml").write_text(yaml.safe_dump(quality["features"]["init_args"]["classifier"]))
-    words = ["--reference", tmp_path / "heldout.npz", "--features", f"judge:{tmp_path / 'judge.yaml'}", "--allow-few"]
+    (tmp_path / "eval_classifier.yaml").write_text(yaml.safe_dump(quality["features"]["init_args"]["classifier"]))
+    words = [
+        "--reference",
+        tmp_path / "heldout.npz",
+        "--features",
+        f"classifier:{tmp_path / 'eval_classifier.yaml'}",
+        "--allow-few",
+    ]
     evaluate(tmp_path / "pieces", *words)
     alone = metrics(tmp_path / "pieces/evaluation")
     evaluate(tmp_path / "pieces", tmp_path / "whole", *words, "--output", tmp_path / "both")
@@ -263,22 +273,22 @@ def test_a_run_sampled_in_pieces_measures_as_one_sampled_at_once(in_root, tmp_pa
         "precision",
         "recall",
         "coverage",
-        "judge_accuracy",
-        "judge_ece",
+        "classifier_accuracy",
+        "classifier_ece",
     ):
         assert pieces[name] == whole[name] == pytest.approx(during.get(name, whole[name]), rel=1e-6), name
     assert pieces["spread"] == whole["spread"]
     assert pieces["provenance"]["samples"]["sha256"] == whole["provenance"]["samples"]["sha256"]
     evaluate(tmp_path / "pieces", *words, "--metrics=pr")
-    assert (tmp_path / "whole/evaluation/judge.npz").exists()
-    assert not (tmp_path / "pieces/evaluation/judge.npz").exists()  # of figures that are no longer there
+    assert (tmp_path / "whole/evaluation/predictions.npz").exists()
+    assert not (tmp_path / "pieces/evaluation/predictions.npz").exists()  # of figures that are no longer there
 
 
 def test_two_processes_give_the_figures_of_one(sets, tmp_path):
     (samples, reference), _ = sets
-    judge(tmp_path)
+    eval_classifier(tmp_path)
     words = ["evaluate", str(samples), "--reference", str(reference), *PROJECTION, "--device=cpu"]
-    words += ["--judge", str(tmp_path / "judge.yaml")]
+    words += ["--eval-classifier", str(tmp_path / "eval_classifier.yaml")]
     commands = [
         [ranks, [*words, f"--batch-size={batch}", "--output", str(tmp_path / name)]]
         for name, ranks, batch in (("one", 1, 50), ("shared", 2, 50), ("idle", 2, 200))
@@ -304,13 +314,16 @@ def test_two_processes_give_the_figures_of_one(sets, tmp_path):
             assert several[name] == pytest.approx(value, rel=1e-9, abs=1e-9), name
             if name in one["spread"]:
                 assert several["spread"][name]["sd"] == pytest.approx(one["spread"][name]["sd"], rel=1e-6)
-        with np.load(tmp_path / "one/judge.npz") as a, np.load(tmp_path / name_of_several / "judge.npz") as b:
+        with (
+            np.load(tmp_path / "one/predictions.npz") as a,
+            np.load(tmp_path / name_of_several / "predictions.npz") as b,
+        ):
             assert all(np.array_equal(a[name], b[name]) for name in ("index", "label", "predicted"))
 
 
 def test_what_cannot_be_measured_is_refused_before_it_is(sets, tmp_path, capsys):
     (samples, reference), _ = sets
-    judge(tmp_path, channels=1)
+    eval_classifier(tmp_path, channels=1)
     few = write(tmp_path / "few", "class folders", *pictures(9))
     large = write(tmp_path / "large", "npz", *pictures(30, size=16))
     grey = write(tmp_path / "grey", "npz", *pictures(30, channels=1))
@@ -323,7 +336,10 @@ def test_what_cannot_be_measured_is_refused_before_it_is(sets, tmp_path, capsys)
         ([few, *against], "fid cannot be taken of .*few.*: 9 samples with 16 features each.*--allow-few"),
         ([few, *against, "--metrics=is"], "9 samples cannot be parted into 10 splits"),
         ([samples, *against, "--metrics=fid,fdd"], "metrics: unknown fdd; known: fid, sfid"),
-        ([samples, *against, "--metrics=judge"], "judge cannot be taken of .*--judge CLASSIFIER.yaml"),
+        (
+            [samples, *against, "--metrics=classifier"],
+            "classifier cannot be taken of .*--eval-classifier CLASSIFIER.yaml",
+        ),
         ([samples, *against, "--metrics=clip"], "--clip CLIP.yaml"),
         ([unlabelled, *against, "--metrics=classwise"], "the samples' classes are not known"),
         ([samples, *against, "--reference", large], "8×8 RGB, the reference .* 16×16 RGB.*--size N"),
@@ -337,8 +353,11 @@ def test_what_cannot_be_measured_is_refused_before_it_is(sets, tmp_path, capsys)
         ),
         ([samples, *against, "--reference", tmp_path / "mu.npz", "--metrics=pr"], "reference --keep-features"),
         ([large, *against, "--reference", large], "the features cannot be taken of images 3×16×16"),
-        ([samples, *against, "--judge", tmp_path / "judge.yaml"], "the judge cannot be taken of images 3×8×8"),
-        ([samples, *against, "--clip", tmp_path / "judge.yaml"], "OffTheShelfClassifier, not CLIPClassifier"),
+        (
+            [samples, *against, "--eval-classifier", tmp_path / "eval_classifier.yaml"],
+            "the evaluation classifier cannot be taken of images 3×8×8",
+        ),
+        ([samples, *against, "--clip", tmp_path / "eval_classifier.yaml"], "OffTheShelfClassifier, not CLIPClassifier"),
         ([samples, *against, "--output", tmp_path / "mu.npz" / "out"], "mu.npz is not a folder"),
         ([samples, samples, *against], "the same samples are named twice"),
         ([tmp_path / "empty", *against], "empty"),

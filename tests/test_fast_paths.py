@@ -177,15 +177,15 @@ class TestHalfPrecision:
 
     def test_a_run_in_bfloat16_is_near_in_frechet_distance(self, in_root):
         """Seeds differ by hundredths in it, see the README's table."""
-        judge = SmallResNet(10, 1, (48, 96, 48), 2).eval()
-        load_weights(judge, "checkpoints/digits/judge.safetensors")
+        eval_classifier = SmallResNet(10, 1, (48, 96, 48), 2).eval()
+        load_weights(eval_classifier, "checkpoints/digits/eval_classifier.safetensors")
         statistics, images = [], []
         for dtype in ("float32", "bfloat16"):
             denoiser, guidance = digits_denoiser(False, dtype=dtype), ClassifierGuidance(classifier(dtype=dtype))
             noise = SampleStreams([0] * 100, range(100), (1, 8, 8))
             images.append(DDPM("10")(denoiser, noise, torch.arange(100) % 10, guidance))
             with torch.no_grad():
-                statistics.append(mean_and_covariance(judge.forward_features(images[-1])))
+                statistics.append(mean_and_covariance(eval_classifier.forward_features(images[-1])))
         assert 0 < (images[0] - images[1]).abs().mean() < 0.02
         assert 0 < frechet_distance(*statistics[0], *statistics[1]) < 0.005
 

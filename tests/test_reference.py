@@ -272,15 +272,15 @@ def test_too_few_images_and_features_that_are_none(tmp_path):
 
 
 @pytest.fixture
-def judge(tmp_path):
+def eval_classifier(tmp_path):
     config = yaml.safe_load((ROOT / "lightning_configs/predict/digits.yaml").read_text())
     (quality,) = (c for c in config["trainer"]["callbacks"] if c["class_path"].endswith("SampleQuality"))
-    path = tmp_path / "judge.yaml"
+    path = tmp_path / "eval_classifier.yaml"
     path.write_text(yaml.safe_dump(quality["init_args"]["features"]["init_args"]["classifier"]))
     return path
 
 
-def test_the_command_makes_a_reference_of_the_digits(in_root, tmp_path, judge, capsys):
+def test_the_command_makes_a_reference_of_the_digits(in_root, tmp_path, eval_classifier, capsys):
     images, labels = digits("heldout")
     pixels = to_uint8(images).numpy().transpose(0, 2, 3, 1)
     folder = tmp_path / "digits"
@@ -289,7 +289,17 @@ def test_the_command_makes_a_reference_of_the_digits(in_root, tmp_path, judge, c
         Image.fromarray(image[:, :, 0]).save(folder / str(label) / f"{number:04d}.png")
     (folder / "3" / "broken.png").write_bytes(b"no image")
     output = tmp_path / "made" / "digits.npz"
-    main(["reference", str(folder), "--output", str(output), "--features", f"judge:{judge}", "--keep-features"])
+    main(
+        [
+            "reference",
+            str(folder),
+            "--output",
+            str(output),
+            "--features",
+            f"classifier:{eval_classifier}",
+            "--keep-features",
+        ]
+    )
     printed = capsys.readouterr().out
     found = ReferenceStatistics.read(output)
     assert found.num_images == len(found.features) == 500
@@ -309,7 +319,7 @@ def test_the_command_makes_a_reference_of_the_digits(in_root, tmp_path, judge, c
     ):
         assert words in printed, words
     before = output.read_bytes()
-    message = refused(capsys, folder, "--output", output, "--features", f"judge:{judge}")
+    message = refused(capsys, folder, "--output", output, "--features", f"classifier:{eval_classifier}")
     assert f"{output} exists already: remove it, or name another --output" in message
     assert output.read_bytes() == before
     assert [path.name for path in output.parent.iterdir()] == ["digits.npz"]

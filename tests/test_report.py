@@ -46,7 +46,7 @@ METRICS = {
 }
 
 
-def make(folder, metrics=METRICS, changes=None, seed=0, num_samples=12, shift=0, shards=None, judge=True):
+def make(folder, metrics=METRICS, changes=None, seed=0, num_samples=12, shift=0, shards=None, predictions=True):
     """A run of 4×4 images as predict leaves it; ``changes`` are settings of its sampler."""
     run = RunFolder(folder, 4, num_samples)
     config = yaml.safe_load(yaml.safe_dump(CONFIG))
@@ -65,11 +65,11 @@ def make(folder, metrics=METRICS, changes=None, seed=0, num_samples=12, shift=0,
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     if metrics is not None:
         (folder / "metrics.json").write_text(json.dumps(metrics))
-    if judge:
+    if predictions:
         index = np.arange(num_samples)
         confidence = np.linspace(0.05, 0.95, num_samples).astype(np.float32)
         predicted = np.where(index == 0, 2, index % 3)
-        np.savez(folder / "judge.npz", index=index, label=index % 3, predicted=predicted, confidence=confidence)
+        np.savez(folder / "predictions.npz", index=index, label=index % 3, predicted=predicted, confidence=confidence)
     return folder
 
 
@@ -161,7 +161,7 @@ def test_the_page_needs_nothing_from_anywhere(two):
 def test_every_picture_is_one_and_is_described(two):
     images = two.all("img")
     # Two grids, side by side, ECE_t, gradient norm, schedule, two reliability diagrams, strips; the sample that differs of
-    # both runs; the judge's best and worst.
+    # both runs; the evaluation classifier's best and worst.
     assert len(images) == 9 + 2 + 2 * 12
     for _, attributes, *_ in images:
         assert attributes["alt"]
@@ -220,7 +220,7 @@ def test_the_same_noise_side_by_side(two):
         assert any(np.array_equal(image, expected) for image in decoded)
 
 
-def test_the_judge_shows_its_best_and_worst(two):
+def test_the_eval_classifier_shows_its_best_and_worst(two):
     worst, best = (e[2] for e in two.all("ul", **{"class": "samples"})[:2])
     assert re.findall(r"sample (\d+)", worst) == ["0", "1", "2", "3", "4", "5"]
     assert re.findall(r"sample (\d+)", best) == ["11", "10", "9", "8", "7", "6"]
@@ -231,16 +231,16 @@ def test_the_judge_shows_its_best_and_worst(two):
 
 def test_one_run_by_itself_and_names_of_runs(tmp_path, capsys):
     metrics = {"frechet_distance": 0.5, "frechet_distance_note": "few", "seconds_per_image": 0.1}  # without any new key
-    make(tmp_path / "x/run", metrics, judge=False)
+    make(tmp_path / "x/run", metrics, predictions=False)
     main(["report", str(tmp_path / "x/run")])
     page = Page(tmp_path / "x/run/report.html")
     assert page.cells("frechet_distance") == [0.5]
     assert "few" in page.text
     assert "steps = 50" in page.text
-    assert "No judge has looked at the samples of this run" in page.text
+    assert "No evaluation classifier has looked at the samples of this run" in page.text
     assert "report.html" in capsys.readouterr().out
     assert report(tmp_path / "x/run", "--output", tmp_path / "again.html").source == page.source
-    folder = make(tmp_path / "y/run", None, judge=False, seed=3)
+    folder = make(tmp_path / "y/run", None, predictions=False, seed=3)
     (folder / "evaluation").mkdir()
     (folder / "evaluation/metrics.json").write_text('{"precision": 0.7, "by_class": {"0": 3}}')
     page = report(tmp_path / "x/run", tmp_path / "y/run", "--output", tmp_path / "both.html")
@@ -260,7 +260,7 @@ def test_a_run_that_is_not_complete_and_damaged(tmp_path):
     (folder / "samples/00000012.parquet").write_bytes(data[:8] + bytes(len(data) - 16) + data[-8:])
     (folder / "config.yaml").write_text("a: [")
     (folder / "metrics.json").write_text('{"precision": 0.5, "ece_t": {"t": [1]}, "gradient_norm_t": 3}')
-    (folder / "judge.npz").write_bytes(b"PK no archive")
+    (folder / "predictions.npz").write_bytes(b"PK no archive")
     (folder / "trajectory.npz").write_bytes(b"PK no archive")
     page = report(folder, "--output", tmp_path / "page.html")
     for remark in (
@@ -271,7 +271,7 @@ def test_a_run_that_is_not_complete_and_damaged(tmp_path):
         "config.yaml is damaged",
         "ECE_t cannot be shown, what is kept of it is damaged: there is no 'ece'.",
         "The gradient norm cannot be shown",
-        "judge.npz is damaged (it is no whole npz file",
+        "predictions.npz is damaged (it is no whole npz file",
         "The strips over the trajectory cannot be shown",
     ):
         assert page.text.count(remark) == 1, remark
@@ -281,7 +281,7 @@ def test_a_run_that_is_not_complete_and_damaged(tmp_path):
 
 
 def test_a_run_that_has_only_begun(tmp_path):
-    first, second = (make(tmp_path / name, None, shards=(), judge=False) for name in "ab")
+    first, second = (make(tmp_path / name, None, shards=(), predictions=False) for name in "ab")
     page = report(first, second, "--output", tmp_path / "page.html")
     assert "Not complete: 0 of 12 samples are made" in page.text
     assert "There are no samples yet" in page.text

@@ -17,7 +17,7 @@ QUICK = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=
 
 
 def configuration(path, callbacks=()):
-    """The digits configuration, small and without its judge."""
+    """The digits configuration, small and without its evaluation classifier."""
     config = yaml.safe_load((ROOT / "lightning_configs/predict/digits.yaml").read_text())
     writer, _, *measurements, report = config["trainer"]["callbacks"]
     report["init_args"] = {"figures": False}

@@ -175,8 +175,11 @@ def test_a_killed_run_goes_on(write, quick, tmp_path, capsys):
     np.savez(tmp_path / "heldout.npz", to_uint8(images).permute(0, 2, 3, 1).numpy(), labels.numpy())
     callbacks = yaml.safe_load((ROOT / FILE["configs"][0]).read_text())["trainer"]["callbacks"]
     (features,) = [c["init_args"]["features"] for c in callbacks if c["class_path"].endswith("SampleQuality")]
-    (tmp_path / "judge.yaml").write_text(yaml.safe_dump(features["init_args"]["classifier"]))
-    evaluate = {"reference": str(tmp_path / "heldout.npz"), "features": f"judge:{tmp_path / 'judge.yaml'}"}
+    (tmp_path / "eval_classifier.yaml").write_text(yaml.safe_dump(features["init_args"]["classifier"]))
+    evaluate = {
+        "reference": str(tmp_path / "heldout.npz"),
+        "features": f"classifier:{tmp_path / 'eval_classifier.yaml'}",
+    }
     marker = str(tmp_path / "killed")
     kill = {"class_path": "tests.interruptions.KillOnce", "init_args": {"batches": 2, "marker": marker}}
     figures = ["frechet_distance", "integral_ece"]
@@ -284,7 +287,7 @@ def test_evaluation_is_of_all_samples_and_of_what_the_ranking_needs(write, tmp_p
         ),
         ({"configs": ["lightning_configs/fit/digits_classifier.yaml"]}, "sweeps sample"),
         ({"evaluate": {"reference": "nowhere.npz"}}, "reference nowhere.npz is not there"),
-        ({"evaluate": {"reference": "a/b", "features": "judge:no.yaml"}}, "features no.yaml is not there"),
+        ({"evaluate": {"reference": "a/b", "features": "classifier:no.yaml"}}, "features no.yaml is not there"),
         ({"evaluate": {"reference": "a/b", "featurs": "inception"}}, "evaluate: unrecognized arguments: --featurs"),
         ({"evaluate": {"reference": "a/b", "batch-size": "many"}}, "argument --batch-size: invalid int value: 'many'"),
         ({"evaluate": {"reference": "a/b", "output": "o"}}, "kept with each run: take output out"),

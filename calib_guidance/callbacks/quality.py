@@ -16,25 +16,25 @@ from calib_guidance.callbacks.measurement import Measurement
 from calib_guidance.classifiers import Classifier
 from calib_guidance.data.image_sets import open_images
 from calib_guidance.evaluation import FeatureExtractor
-from calib_guidance.evaluation.quality import Measures, Quality, write_judged
+from calib_guidance.evaluation.quality import Measures, Quality, write_predictions
 from calib_guidance.evaluation.statistics import ReferenceStatistics
 from calib_guidance.metrics import mean_and_covariance
 
 
 class SampleQuality(Measurement):
-    """Fréchet distance, precision and recall against reference images, and accuracy and ECE where there is a judge.
+    """Fréchet distance, precision and recall against reference images; accuracy and ECE of an evaluation classifier.
 
-    Measured on the written images of the whole folder, when all are there; ranks share them out. What the judge said of each
-    sample is in ``judge.npz`` beside ``metrics.json``. ``calib-guidance evaluate`` measures the same way.
+    Measured on the written images of the complete run folder; ranks share them out. The evaluation classifier's prediction for
+    each sample is in ``predictions.npz`` beside ``metrics.json``. ``calib-guidance evaluate`` measures the same way.
 
     Args:
-        features: the extractor, :class:`~calib_guidance.evaluation.JudgeFeatures`,
+        features: the extractor, :class:`~calib_guidance.evaluation.ClassifierFeatures`,
             :class:`~calib_guidance.evaluation.InceptionFeatures` or another of :mod:`calib_guidance.evaluation.features`.
         reference: data set of {image in [-1, 1], label, index} that nothing was trained on, or a path: statistics that
             ``calib-guidance reference`` or another tool wrote, or images as it takes them.
         metrics: names of :data:`~calib_guidance.evaluation.quality.METRICS`; those that the features, the reference or the number
             of samples do not allow are left out with a note.
-        judge: names the samples' classes; None takes the features' where they are a judge's.
+        eval_classifier: evaluation classifier; None uses that of :class:`~calib_guidance.evaluation.ClassifierFeatures`.
         k: neighbours for precision and recall.
         uint8_rule: of a reference that is a data set, see :func:`calib_guidance.backend.images.to_uint8`.
         batch_size: images at a time.
@@ -44,15 +44,15 @@ class SampleQuality(Measurement):
         self,
         features: FeatureExtractor,
         reference: Dataset | str,
-        metrics: Sequence[str] = ("fid", "pr", "judge"),
-        judge: Classifier | None = None,
+        metrics: Sequence[str] = ("fid", "pr", "classifier"),
+        eval_classifier: Classifier | None = None,
         k: int = 3,
         uint8_rule: str = "truncate",
         batch_size: int = 250,
     ):
         self.features, self.reference = features, reference
         self.uint8_rule, self.batch_size = uint8_rule, batch_size
-        self.measures = Measures(tuple(metrics), features, judge, k=k)
+        self.measures = Measures(tuple(metrics), features, eval_classifier, k=k)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "predict":
@@ -66,8 +66,8 @@ class SampleQuality(Measurement):
             )
         else:
             reference = self._measure_reference(self.reference, device)
-        if not (self.measures.extractor_judges or self.measures.judge):
-            self.measures = self.measures._replace(metrics=tuple(m for m in self.measures.metrics if m != "judge"))
+        if not (self.measures.extractor_classifies or self.measures.eval_classifier):
+            self.measures = self.measures._replace(metrics=tuple(m for m in self.measures.metrics if m != "classifier"))
         self.quality = Quality(self.measures, reference, device=device)
 
     @torch.no_grad()
@@ -109,6 +109,6 @@ class SampleQuality(Measurement):
         results = self.quality.compute()
         # Folders are moved, and the same samples measure the same wherever they lie.
         results["provenance"]["samples"] = images.provenance() | {"source": "this run"}
-        if trainer.is_global_zero and (judged := self.quality.judged()) is not None:
-            write_judged(Path(trainer.default_root_dir, "judge.npz"), judged)
+        if trainer.is_global_zero and (predictions := self.quality.predictions()) is not None:
+            write_predictions(Path(trainer.default_root_dir, "predictions.npz"), predictions)
         return results

@@ -79,8 +79,8 @@ class RunReport(Measurement):
         path = folder / "metrics.json"
         write_json(path, results)
         figures = [p for m in measurements for p in m.draw(folder / "figures", trainer)] if self.figures else []
-        judged = ["judge.npz"] if "judge_accuracy" in results else []
-        written = [run.samples, path, *(folder / name for name in (*judged, "trajectory.npz", "config.yaml"))]
+        predictions = ["predictions.npz"] if "classifier_accuracy" in results else []
+        written = [run.samples, path, *(folder / name for name in (*predictions, "trajectory.npz", "config.yaml"))]
         self._print(results, folder, [path for path in written if path.exists()], figures)
 
     @staticmethod

@@ -1,10 +1,10 @@
 """Measuring sets of samples: feature extractors, reference statistics, and the metrics of both."""
 
 from calib_guidance.evaluation.features import (
+    ClassifierFeatures,
     FeatureExtractor,
     Features,
     InceptionFeatures,
-    JudgeFeatures,
     ModuleFeatures,
     TimmFeatures,
     TorchvisionFeatures,
@@ -13,10 +13,10 @@ from calib_guidance.evaluation.features import (
 )
 
 __all__ = [
+    "ClassifierFeatures",
     "FeatureExtractor",
     "Features",
     "InceptionFeatures",
-    "JudgeFeatures",
     "ModuleFeatures",
     "TimmFeatures",
     "TorchvisionFeatures",

@@ -30,7 +30,7 @@ from calib_guidance.evaluation.quality import (
     described,
     table_rows,
     write_json,
-    write_judged,
+    write_predictions,
 )
 from calib_guidance.evaluation.reference import KINDS, add_reading_options, reading_options
 from calib_guidance.evaluation.statistics import ReferenceStatistics
@@ -46,13 +46,13 @@ metrics:
   fid        Fréchet distance of pooled features         pr         improved precision and recall
   sfid       of spatial ones (ADM's sFID)                dc         density and coverage, k = 5
   is         Inception score, 10 splits                  classwise  fid, pr and dc of each class with enough images
-  kid        kernel distance (KID), 100 subsets          judge      accuracy and ECE of a classifier on the samples
+  kid        kernel distance (KID), 100 subsets          classifier accuracy and ECE of the evaluation classifier
   clip       mean cosine between sample and its prompt
 By default all that the features, the reference and the options allow.
 
 examples:
   calib-guidance evaluate outputs/imagenet128/resnet101_js --reference VIRTUAL_imagenet128.npz --features inception
-  calib-guidance evaluate outputs/compare/*/tempered-relu/seed* --reference heldout.npz --features judge:judge.yaml
+  calib-guidance evaluate outputs/compare/*/tempered-relu/seed* --reference heldout.npz --features classifier:eval_classifier.yaml
   torchrun --nproc-per-node 8 -m calib_guidance evaluate samples.npz --reference /data/val --size 256 --features dinov2
 """
 
@@ -72,7 +72,9 @@ def read_options(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--metrics", metavar="NAME,…", help=f"of {','.join(METRICS)} (default: all that can be taken, see below)"
     )
-    parser.add_argument("--judge", metavar="CLASSIFIER.yaml", help="classifier that names the samples' classes")
+    parser.add_argument(
+        "--eval-classifier", metavar="CLASSIFIER.yaml", help="classifier that names the samples' classes"
+    )
     parser.add_argument("--clip", metavar="CLIP.yaml", help="CLIPClassifier with a prompt for each class")
     parser.add_argument(
         "--extrapolate", action="store_true", help="also the Fréchet distance at infinitely many samples"
@@ -87,7 +89,7 @@ def read_options(args: Sequence[str]) -> argparse.Namespace:
         "--output",
         type=Path,
         metavar="DIR",
-        help="folder for metrics.json, metrics.md and judge.npz (default: RUN/evaluation of a run folder, else "
+        help="folder for metrics.json, metrics.md and predictions.npz (default: RUN/evaluation of a run folder, else "
         "outputs/evaluation/NAME). Of several sets, for their mean and a folder of each that is no run folder (default: "
         "outputs/evaluation): what is measured of a run always stands in RUN/evaluation then, where report finds it",
     )
@@ -140,12 +142,18 @@ def _evaluate(options: argparse.Namespace, processes: DistributedContext) -> Non
     else:
         images = open_images(options.reference, **reading_options(options))
     extractor = features_from_name(options.features)
-    judge = None if options.judge is None else read_classifier(options.judge)
+    eval_classifier = None if options.eval_classifier is None else read_classifier(options.eval_classifier)
     clip = None if options.clip is None else read_classifier(options.clip)
     if clip is not None and not isinstance(clip, CLIPClassifier):
         raise ConfigurationError(f"--clip: {options.clip} describes {type(clip).__name__}, not CLIPClassifier")
     measures = Measures(
-        (), extractor, judge, clip, options.neighbours, full_rank=not options.allow_few, extrapolate=options.extrapolate
+        (),
+        extractor,
+        eval_classifier,
+        clip,
+        options.neighbours,
+        full_rank=not options.allow_few,
+        extrapolate=options.extrapolate,
     )
     # All that can be refused is, before the first image goes through a network.
     if is_file:
@@ -178,7 +186,7 @@ def _evaluate(options: argparse.Namespace, processes: DistributedContext) -> Non
     for samples, folder in zip(sets, folders, strict=True):
         found.append(_measure(samples, quality, options, processes))
         if processes.is_first:
-            _write(folder, found[-1], quality.judged())
+            _write(folder, found[-1], quality.predictions())
     if processes.is_first and len(sets) > 1:
         _summarise(_output(options), names, found)
 
@@ -274,7 +282,7 @@ def _folders(options: argparse.Namespace, sets: Sequence[ImageSet]) -> list[Path
     ]
 
 
-def _write(folder: Path, results: dict[str, Any], judged: dict[str, np.ndarray] | None) -> None:
+def _write(folder: Path, results: dict[str, Any], predictions: dict[str, np.ndarray] | None) -> None:
     rows, lines = table_rows(results), described(results)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -282,17 +290,17 @@ def _write(folder: Path, results: dict[str, Any], judged: dict[str, np.ndarray] 
         cells = [f"| {label} | {value} | {spread.removeprefix('± ')} |" for label, value, spread in rows]
         table = ["| | | ± |", "|---|---:|---:|", *cells]
         (folder / "metrics.md").write_text("\n".join([*table, "", *(f"- {line}" for line in lines), ""]))
-        if judged is not None:
-            write_judged(folder / "judge.npz", judged)
+        if predictions is not None:
+            write_predictions(folder / "predictions.npz", predictions)
         else:
-            (folder / "judge.npz").unlink(missing_ok=True)  # of an earlier evaluation
+            (folder / "predictions.npz").unlink(missing_ok=True)  # of an earlier evaluation
     except OSError as error:
         raise ConfigurationError(f"{error.filename or folder} cannot be written: {error.strerror or error}") from error
     wide = max(len(label) for label, _, _ in rows)
     print(f"\n{results['num_samples']:,} samples of {results['provenance']['samples']['source']}")
     print("\n".join(f"  {label:<{wide}}  {value:>8}  {spread}".rstrip() for label, value, spread in rows))
     print("\n".join(lines))
-    print(f"wrote {folder / 'metrics.json'}, metrics.md" + ("" if judged is None else ", judge.npz"))
+    print(f"wrote {folder / 'metrics.json'}, metrics.md" + ("" if predictions is None else ", predictions.npz"))
 
 
 def _summarise(folder: Path, names: Sequence[str], found: Sequence[dict[str, Any]]) -> None:

@@ -27,7 +27,7 @@ from calib_guidance.errors import ConfigurationError
 from calib_guidance.weights.io import CheckpointError, read_weights, tensors_only
 
 FORMS = (
-    "inception[:WEIGHTS], dinov2[:WEIGHTS], timm:NAME[:WEIGHTS], torchvision:NAME[:WEIGHTS], judge:CLASSIFIER.yaml or "
+    "inception[:WEIGHTS], dinov2[:WEIGHTS], timm:NAME[:WEIGHTS], torchvision:NAME[:WEIGHTS], classifier:CLASSIFIER.yaml or "
     "PYTHON.MODULE:NAME"
 )
 _DINOV2 = "vit_large_patch14_dinov2.lvd142m"
@@ -40,7 +40,7 @@ class Features(NamedTuple):
     Attributes:
         pool: ``(N, D)`` float32, one vector an image.
         spatial: ``(N, D_s)`` float32, a layer before pooling, of which the sFID is made; None where none is defined.
-        logits: ``(N, K)`` float32, of which the Inception score is made, or a judge's; None where there are none.
+        logits: ``(N, K)`` float32, of which the Inception score is made, or a classifier's; None where there are none.
     """
 
     pool: Tensor
@@ -289,11 +289,11 @@ class TorchvisionFeatures(_ResizedFeatures):
         return Features(self._seen.pop().flatten(1).float())
 
 
-class JudgeFeatures(FeatureExtractor):
+class ClassifierFeatures(FeatureExtractor):
     """What a classifier's last linear layer sees, and what it says: for data that Inception does not know.
 
     Args:
-        classifier: the judge; independent of those that guide, or the figures flatter.
+        classifier: the evaluation classifier; independent of those that guide, or the figures flatter.
 
     Raises:
         ValueError: a classifier without a linear layer.
@@ -303,7 +303,7 @@ class JudgeFeatures(FeatureExtractor):
         super().__init__()
         self._sha256 = state_sha256(classifier)  # freezing folds weights into others
         self.classifier = classifier.freeze()
-        linear = _last_linear(classifier, "the judge")
+        linear = _last_linear(classifier, "the evaluation classifier")
         self.width, self.num_logits = linear.in_features, classifier.num_classes
         self.name = f"input of the last linear layer ({self.width} wide) of {type(classifier).__name__}"
         self._seen: list[Tensor] = []
@@ -384,13 +384,13 @@ def read_classifier(path: str | Path) -> Classifier:
     try:
         classifier = _build(yaml.safe_load(Path(path).read_text()))
     except OSError as error:
-        raise ConfigurationError(f"judge: {path} cannot be read: {error.strerror}") from error
+        raise ConfigurationError(f"classifier: {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigurationError(f"judge: {path} does not describe a classifier: {error}") from error
+        raise ConfigurationError(f"classifier: {path} does not describe a classifier: {error}") from error
     if not isinstance(classifier, Classifier):
         raise ConfigurationError(
-            f"judge: {path} describes no classifier; expected class_path and init_args of one, as in the classifier.yaml that "
-            "calib-guidance fit writes"
+            f"classifier: {path} describes no classifier; expected class_path and init_args of one, as in the "
+            "classifier.yaml that calib-guidance fit writes"
         )
     return classifier
 
@@ -417,7 +417,7 @@ def features_from_name(text: str) -> FeatureExtractor:
     """The extractor that the command line names, in evaluation mode.
 
     ``inception[:WEIGHTS]``, ``dinov2[:WEIGHTS]``, ``timm:NAME[:WEIGHTS]``, ``torchvision:NAME[:WEIGHTS]``,
-    ``judge:CLASSIFIER.yaml`` (see :func:`read_classifier`), or ``PYTHON.MODULE:NAME``: a :class:`FeatureExtractor`, or a
+    ``classifier:CLASSIFIER.yaml`` (see :func:`read_classifier`), or ``PYTHON.MODULE:NAME``: a :class:`FeatureExtractor`, or a
     torch module as :class:`ModuleFeatures` takes it, or a class or function without arguments that makes one.
 
     Raises:
@@ -434,8 +434,8 @@ def features_from_name(text: str) -> FeatureExtractor:
             name, _, weights = rest.partition(":")
             make = TimmFeatures if kind == "timm" else TorchvisionFeatures
             made = make(name, weights) if weights else make(name)
-        elif kind == "judge" and rest:
-            made = JudgeFeatures(read_classifier(rest))
+        elif kind == "classifier" and rest:
+            made = ClassifierFeatures(read_classifier(rest))
         elif kind and rest:
             made = _own(kind, rest)
         else:

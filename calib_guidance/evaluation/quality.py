@@ -17,7 +17,7 @@ from calib_guidance.backend.images import from_uint8
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.classifiers.clip import CLIPClassifier
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.evaluation.features import FeatureExtractor, JudgeFeatures, state_sha256
+from calib_guidance.evaluation.features import ClassifierFeatures, FeatureExtractor, state_sha256
 from calib_guidance.evaluation.statistics import ReferenceStatistics
 from calib_guidance.metrics.base import KeptRows
 from calib_guidance.metrics.bootstrap import bootstrap_sums
@@ -34,7 +34,7 @@ from calib_guidance.metrics.inception_score import inception_score
 from calib_guidance.metrics.kernel_distance import kernel_distance, kernel_distance_subsets
 from calib_guidance.metrics.precision_recall import inside_each_other
 
-METRICS = ("fid", "sfid", "is", "kid", "pr", "dc", "classwise", "judge", "clip")
+METRICS = ("fid", "sfid", "is", "kid", "pr", "dc", "classwise", "classifier", "clip")
 TABLE = {
     "frechet_distance": ("Fréchet distance", "{:.3f}"),
     "frechet_distance_infinite": ("Fréchet distance at N → ∞", "{:.3f}"),
@@ -46,8 +46,8 @@ TABLE = {
     "recall": ("recall", "{:.3f}"),
     "density": ("density", "{:.3f}"),
     "coverage": ("coverage", "{:.3f}"),
-    "judge_accuracy": ("accuracy (judge)", "{:.3f}"),
-    "judge_ece": ("ECE (judge)", "{:.3f}"),
+    "classifier_accuracy": ("accuracy", "{:.3f}"),
+    "classifier_ece": ("classifier ECE", "{:.3f}"),
     "clip_score": ("CLIP score", "{:.4f}"),
     "integral_ece": ("integral ECE", "{:.3f}"),
     "seconds_per_image": ("seconds per image", "{:.4f}"),
@@ -87,9 +87,9 @@ class Measures(NamedTuple):
     Attributes:
         metrics: names of :data:`METRICS`: Fréchet distance, that of spatial features (sFID), Inception score, kernel
             distance (KID), precision and recall, density and coverage, what there is of these by class, accuracy and ECE of the
-            judge, CLIP score.
+            evaluation classifier, CLIP score.
         extractor: of the features.
-        judge: that names the samples' classes; None takes the extractor where it is :class:`JudgeFeatures`.
+        eval_classifier: that names the samples' classes; None takes the extractor where it is :class:`ClassifierFeatures`.
         clip: with one prompt for each class.
         k: neighbours for precision and recall.
         full_rank: Fréchet distances only of more samples than features.
@@ -98,22 +98,22 @@ class Measures(NamedTuple):
 
     metrics: tuple[str, ...]
     extractor: FeatureExtractor
-    judge: Classifier | None = None
+    eval_classifier: Classifier | None = None
     clip: CLIPClassifier | None = None
     k: int = 3
     full_rank: bool = False
     extrapolate: bool = False
 
     @property
-    def extractor_judges(self) -> bool:
-        return self.judge is None and isinstance(self.extractor, JudgeFeatures)
+    def extractor_classifies(self) -> bool:
+        return self.eval_classifier is None and isinstance(self.extractor, ClassifierFeatures)
 
     def applicable(self, reference: ReferenceHolds) -> tuple[str, ...]:
-        """All metrics that the extractor, the judge and the reference are for, whatever the number of samples."""
+        """All metrics that the extractor, the evaluation classifier and the reference are for, whatever the number of samples."""
         has = {
             "sfid": self.extractor.spatial_width is not None and reference.spatial,
-            "is": self.extractor.num_logits is not None and not self.extractor_judges,
-            "judge": self.judge is not None or self.extractor_judges,
+            "is": self.extractor.num_logits is not None and not self.extractor_classifies,
+            "classifier": self.eval_classifier is not None or self.extractor_classifies,
             "clip": self.clip is not None,
             **dict.fromkeys(("kid", "pr", "dc"), reference.num_features is not None),
             "classwise": reference.num_features is not None and reference.labels,
@@ -152,11 +152,11 @@ class Measures(NamedTuple):
                 found[name] = f"needs {samples} samples and {images} reference images or more, got {n} and {m}"
         if m is None or not reference.labels:
             found["classwise"] = NO_FEATURES if m is None else "the reference's images have no classes"
-        if self.judge is None and not self.extractor_judges:
-            found["judge"] = "there is no judge (--judge CLASSIFIER.yaml)"
+        if self.eval_classifier is None and not self.extractor_classifies:
+            found["classifier"] = "there is no evaluation classifier (--eval-classifier CLASSIFIER.yaml)"
         if self.clip is None:
             found["clip"] = "there is no CLIP model (--clip CLIP.yaml)"
-        for name in ("classwise", "judge", "clip"):
+        for name in ("classwise", "classifier", "clip"):
             if not labels_known:
                 found.setdefault(name, "the samples' classes are not known")
         return {name: found[name] for name in METRICS if name in self.metrics and name in found}
@@ -176,7 +176,7 @@ class Measures(NamedTuple):
 
     def to(self, device: torch.device) -> Measures:
         """The same, frozen and on a device."""
-        for part in (self.judge, self.clip):
+        for part in (self.eval_classifier, self.clip):
             if part is not None:
                 part.freeze().to(device)
         self.extractor.eval().to(device)
@@ -190,12 +190,12 @@ class Measures(NamedTuple):
             device: where it all is.
 
         Raises:
-            ConfigurationError: images of another kind than the extractor, judge or CLIP model takes.
+            ConfigurationError: images of another kind than the extractor, evaluation classifier or CLIP model takes.
         """
         blank = torch.zeros(2, *image_shape, dtype=torch.uint8, device=device)
         seen = {"the features": lambda: self.extractor(blank).pool}
-        if self.judge is not None:
-            seen["the judge"] = lambda: self.judge(from_uint8(blank))
+        if self.eval_classifier is not None:
+            seen["the evaluation classifier"] = lambda: self.eval_classifier(from_uint8(blank))
         if self.clip is not None:
             seen["the CLIP model"] = lambda: self.similarity(blank)
         for whose, see in seen.items():
@@ -240,7 +240,7 @@ class Quality:
         self.device = torch.device(device)
         self.reference, self.resamples = reference, resamples
         self._provenance = {"features": measures.extractor.provenance(), "reference": reference.provenance}
-        for name, classifier in (("judge", measures.judge), ("clip", measures.clip)):
+        for name, classifier in (("eval_classifier", measures.eval_classifier), ("clip", measures.clip)):
             if classifier is not None:  # its hash before it is frozen, which may fold weights into others
                 known = {"class": type(classifier).__name__, "weights_sha256": state_sha256(classifier)}
                 self._provenance[name] = getattr(classifier, "provenance", {}) | known
@@ -275,7 +275,7 @@ class Quality:
             columns["spatial"] = torch.zeros(0, self.extractor.spatial_width)
         if "is" in self._wanted:
             columns["logits"] = torch.zeros(0, self.extractor.num_logits)
-        if "judge" in self._wanted:
+        if "classifier" in self._wanted:
             of_samples = torch.zeros(0, dtype=torch.float64)
             columns |= {"predicted": columns["label"], "confidence": of_samples, "of_label": of_samples}
         if "clip" in self._wanted:
@@ -292,7 +292,7 @@ class Quality:
             index: ``(N,)`` their numbers.
 
         Raises:
-            ConfigurationError: classes that the judge or the CLIP model does not have.
+            ConfigurationError: classes that the evaluation classifier or the CLIP model does not have.
         """
         images, labels = images.to(self.device), labels.to(self.device)
         features = self.extractor(images)
@@ -300,10 +300,14 @@ class Quality:
         for name, seen in (("fid", features.pool), ("sfid", features.spatial)):
             if name in self._wanted:
                 self._distances[name].update(seen)
-        if "judge" in self._wanted:
-            logits = features.logits if self.measures.judge is None else self.measures.judge(from_uint8(images))
+        if "classifier" in self._wanted:
+            logits = (
+                features.logits
+                if self.measures.eval_classifier is None
+                else self.measures.eval_classifier(from_uint8(images))
+            )
             p = logits.double().softmax(1)
-            _check_labels(labels, p.shape[1], "the judge")
+            _check_labels(labels, p.shape[1], "the evaluation classifier")
             rows["confidence"], rows["predicted"] = p.max(1)
             rows["of_label"] = p.gather(1, labels[:, None]).squeeze(1)
         if "clip" in self._wanted:
@@ -318,8 +322,8 @@ class Quality:
 
         Returns:
             Figures by name (:data:`TABLE`), ``by_class``, and ``spread`` by name: ``sd``, ``low`` and ``high`` (95 %,
-            normal) and ``of``, what it is over; ``notes``; ``provenance`` of features, reference, judge and CLIP model;
-            ``num_samples``, ``num_reference`` and ``features``.
+            normal) and ``of``, what it is over; ``notes``; ``provenance`` of features, reference, evaluation
+            classifier and CLIP model; ``num_samples``, ``num_reference`` and ``features``.
         """
         self._rows_of_all = rows = self._rows.rows()
         n = len(rows["index"])
@@ -340,12 +344,12 @@ class Quality:
             "provenance": dict(self._provenance),
         }
 
-    def judged(self) -> dict[str, np.ndarray] | None:
-        """What the judge said of each sample of :meth:`compute`, for ``judge.npz``; None without a judge.
+    def predictions(self) -> dict[str, np.ndarray] | None:
+        """Evaluation classifier's prediction for each sample of :meth:`compute`, for ``predictions.npz``; None without one.
 
         ``index``, ``label``, ``predicted`` int64 and ``confidence`` float32, the probability that it gives the sample's class.
         """
-        if "judge" not in self._wanted:
+        if "classifier" not in self._wanted:
             return None
         rows = self._rows_of_all
         found = {name: rows[name].cpu().numpy() for name in ("index", "label", "predicted")}
@@ -406,9 +410,9 @@ class Quality:
         splits = inception_score(rows["logits"], _SPLITS)
         of = f"{_SPLITS} splits, the spread of one"
         self._add("inception_score", splits.mean(), splits.std(correction=0), of, 1)
-        if isinstance(self.extractor, JudgeFeatures):
+        if isinstance(self.extractor, ClassifierFeatures):
             self._notes.append(
-                "Inception score: with the judge's classes in place of Inception's, like no published one"
+                "Inception score: with the evaluation classifier's classes in place of Inception's, like no published one"
             )
 
     def _kid(self, rows: dict[str, Tensor]) -> None:
@@ -450,19 +454,19 @@ class Quality:
             which = f"all {len(found)} classes" if len(classes) == len(found) else listed
             self._notes.append(f"{' and '.join(names)} by class left out of {which}: {reason}")
 
-    def _judge(self, rows: dict[str, Tensor]) -> None:
+    def _classifier(self, rows: dict[str, Tensor]) -> None:
         correct = (rows["predicted"] == rows["label"]).double()
-        self._mean("judge_accuracy", correct, "samples")
+        self._mean("classifier_accuracy", correct, "samples")
         cells = torch.zeros(len(correct), _BINS, 3, dtype=torch.float64, device=self.device)
         terms = torch.stack([torch.ones_like(correct), rows["confidence"], correct], 1)
         cells[torch.arange(len(correct), device=self.device), equal_width_bin(rows["confidence"], _BINS)] = terms
         draws = calibration_error_from_bins(bootstrap_sums(cells.flatten(1), self.resamples).view(-1, _BINS, 3))
         of = f"bootstrap over samples, {self.resamples} draws"
-        self._add("judge_ece", calibration_error_from_bins(cells.sum(0)), draws.std(), of, 0, 1)
+        self._add("classifier_ece", calibration_error_from_bins(cells.sum(0)), draws.std(), of, 0, 1)
         for label, figures in self._found.get("by_class", {}).items():
             of_class = correct[rows["label"] == int(label)]
-            figures["judge_accuracy"] = float(of_class.mean())
-            figures["spread"]["judge_accuracy"] = float(of_class.std(correction=0) / len(of_class) ** 0.5)
+            figures["classifier_accuracy"] = float(of_class.mean())
+            figures["spread"]["classifier_accuracy"] = float(of_class.std(correction=0) / len(of_class) ** 0.5)
 
     def _clip(self, rows: dict[str, Tensor]) -> None:
         self._mean("clip_score", rows["similarity"], "samples", least=-1)
@@ -516,10 +520,10 @@ def described(results: dict[str, Any]) -> list[str]:
     ]
     if "file" in provenance["reference"]:
         lines[-1] += f"; from {provenance['reference']['file']} ({provenance['reference']['sha256'][:12]})"
-    for name in ("judge", "clip"):
+    for name in ("eval_classifier", "clip"):
         if name in provenance:
             lines.append(f"{name:<10} {provenance[name]['class']}; weights {provenance[name]['weights_sha256'][:12]}")
-    for name in ("precision", "recall", "judge_accuracy"):
+    for name in ("precision", "recall", "classifier_accuracy"):
         shares = [(c[name], label) for label, c in results.get("by_class", {}).items() if name in c]
         if shares:
             (least, worst), (most, best) = min(shares), max(shares)
@@ -555,12 +559,12 @@ def _images(images: dict[str, Any], count: int | None) -> str:
     return "; ".join(words)
 
 
-def write_judged(path: Path, judged: Mapping[str, np.ndarray]) -> None:
-    """Write :meth:`Quality.judged`, whole or not at all."""
+def write_predictions(path: Path, predictions: Mapping[str, np.ndarray]) -> None:
+    """Write :meth:`Quality.predictions`, whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            np.savez(file, **judged)
+            np.savez(file, **predictions)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

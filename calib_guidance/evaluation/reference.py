@@ -124,8 +124,8 @@ def reference(args: Sequence[str]) -> None:
         "--features",
         required=True,
         metavar="NAME",
-        help="inception[:WEIGHTS], dinov2[:WEIGHTS], timm:NAME[:WEIGHTS], torchvision:NAME[:WEIGHTS], judge:CLASSIFIER.yaml, or "
-        "PYTHON.MODULE:NAME",
+        help="inception[:WEIGHTS], dinov2[:WEIGHTS], timm:NAME[:WEIGHTS], torchvision:NAME[:WEIGHTS], "
+        "classifier:CLASSIFIER.yaml, or PYTHON.MODULE:NAME",
     )
     parser.add_argument(
         "--keep-features",

@@ -83,8 +83,8 @@ FIGURES = {
     "recall": Figure("recall ↑", 3, -1),
     "density": Figure("density ↑", 3, -1),
     "coverage": Figure("coverage ↑", 3, -1),
-    "judge_accuracy": Figure("accuracy ↑", 3, -1),
-    "judge_ece": Figure("ECE of the judge ↓", 3, 1),
+    "classifier_accuracy": Figure("accuracy ↑", 3, -1),
+    "classifier_ece": Figure("classifier ECE ↓", 3, 1),
     "clip_score": Figure("CLIP score ↑", 4, -1, "CLIPScore"),
     "integral_ece": Figure("integral ECE ↓", 3, 1, "TrajectoryCalibration"),
     "seconds_per_image": Figure("s / image ↓", 4, 1, "SampleWriter"),
@@ -223,7 +223,7 @@ class Sweep:
                 words += ["--config", yaml.safe_dump(content, allow_unicode=True)]
                 options = self._evaluation(num_samples)
                 if options:
-                    named = [word.removeprefix("judge:") for word in options]
+                    named = [word.removeprefix("classifier:") for word in options]
                     files = [_file_hash(path) for path in named if Path(path).is_file()]
                     of = hashlib.sha256(json.dumps([options, files]).encode()).hexdigest()[:8]
                     folder = folder.with_name(f"{folder.name}-{of}")
@@ -493,8 +493,8 @@ def _settings(content: Mapping[str, Any], axes: Sequence[Axis], where: str) -> t
 
 def _check_files(sweep: Sweep) -> None:
     """Raise ConfigurationError for weights, or files for the evaluation, that are not here."""
-    for option in ("reference", "features", "judge", "clip"):
-        path = Path(str((sweep.evaluate or {}).get(option, "")).removeprefix("judge:"))
+    for option in ("reference", "features", "eval_classifier", "clip"):
+        path = Path(str((sweep.evaluate or {}).get(option, "")).removeprefix("classifier:"))
         if path.suffix in (".npz", ".yaml", ".yml") and not path.exists():  # not the name of a data set
             raise ConfigurationError(f"{sweep.name}: evaluate's {option} {path} is not there")
     for setting in sweep.settings:

@@ -25,8 +25,8 @@ LABELS = {
     "recall": "recall ↑",
     "density": "density ↑",
     "coverage": "coverage ↑",
-    "judge_accuracy": "accuracy (judge) ↑",
-    "judge_ece": "ECE (judge) ↓",
+    "classifier_accuracy": "accuracy ↑",
+    "classifier_ece": "classifier ECE ↓",
     "integral_ece": "integral ECE ↓",
     "clip_score": "CLIP score ↑",
 }

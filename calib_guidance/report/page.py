@@ -106,7 +106,7 @@ def render(runs: Sequence[Run]) -> str:
         "over_steps": _over_steps(runs),
         "reliability": _of_each(runs, "The reliability diagrams", pictures.reliability_by_level),
         "strips": _of_each(runs, "The strips over the trajectory", pictures.trajectory_strips),
-        "verdicts": _of_each(runs, "What the judge says", samples.judged_samples),
+        "verdicts": _of_each(runs, "What the evaluation classifier says", samples.classified_samples),
         "provenance": tables.provenance(runs),
         "largest": pictures.LARGEST,
     }

@@ -59,8 +59,8 @@ class Run:
         config_text: config.yaml as it is written.
         metrics: metrics.json, what predict measured; empty where there is none.
         evaluation: evaluation/metrics.json, what evaluate measured; empty where there is none.
-        judge: ``index``, ``label``, ``predicted`` and ``confidence`` (the judge's probability of the sample's class) ``(N,)``
-            each; None where there was no judge.
+        predictions: ``index``, ``label``, ``predicted`` and ``confidence``, the evaluation classifier's probability of the
+            sample's class, ``(N,)`` each; None where there are none.
         columns: ``index``, ``label`` and ``seed`` ``(N,)`` int64 of the samples that can be read, by index.
         remarks: what is missing or damaged, and what to do about it.
 
@@ -87,7 +87,7 @@ class Run:
             self.config_text, self.settings = self._read_config()
             self.metrics = self._read_json("metrics.json")
             self.evaluation = self._read_json("evaluation/metrics.json")
-            self.judge = self._read_judge()
+            self.predictions = self._read_predictions()
         except OSError as error:
             raise ConfigurationError(f"{error.filename or path} cannot be read: {error.strerror or error}") from error
         measured, written = self.evaluation.get("num_measured"), self.status["samples"]["written"]
@@ -196,20 +196,20 @@ class Run:
         self.remarks.append(f"{problem}: settings are those of run.json, which has all that samples are a function of.")
         return "", {}
 
-    def _read_judge(self) -> dict[str, np.ndarray] | None:
+    def _read_predictions(self) -> dict[str, np.ndarray] | None:
         """What evaluate wrote, else what predict did."""
-        for name in ("evaluation/judge.npz", "judge.npz"):
+        for name in ("evaluation/predictions.npz", "predictions.npz"):
             try:
-                judge = read_arrays(self.path / name, ("index", "label", "predicted", "confidence"))
-                if len({column.shape for column in judge.values()}) != 1 or judge["index"].ndim != 1:
+                predictions = read_arrays(self.path / name, ("index", "label", "predicted", "confidence"))
+                if len({column.shape for column in predictions.values()}) != 1 or predictions["index"].ndim != 1:
                     raise ValueError("its columns differ in length")
             except FileNotFoundError:
                 continue
             except ValueError as error:
                 self.remarks.append(f"{name} is damaged ({error}) and left out: what wrote it makes it anew.")
                 continue
-            there = np.isin(judge["index"], self.columns["index"])
-            return {key: column[there] for key, column in judge.items()}
+            there = np.isin(predictions["index"], self.columns["index"])
+            return {key: column[there] for key, column in predictions.items()}
         return None
 
 

@@ -1,4 +1,4 @@
-"""Single samples of a page: the judge's best and worst, and what runs make of the same noise."""
+"""Single samples of a page: the evaluation classifier's best and worst, and what runs make of the same noise."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import numpy as np
 from calib_guidance.report.pictures import Picture, same_noise, sample
 from calib_guidance.report.runs import Run
 
-_JUDGED = 10  # of the best and of the worst
+_EXTREMES = 10  # of the best and of the worst
 _CLASSES = 10  # samples side by side
 _LOOKED_AT = 256  # of which the most different are chosen, so that long runs are not read whole
 _MOST_DIFFERENT = 8
 
 
-class Judged(NamedTuple):
-    """A sample with what the judge says of it.
+class Classified(NamedTuple):
+    """A sample with what the evaluation classifier says of it.
 
     Attributes:
         picture: of it.
         index, label: of the sample.
-        predicted: class that the judge sees; None where it was not judged.
-        confidence: the judge's probability of ``label``; None where it was not judged.
+        predicted: class that the evaluation classifier sees; None where there is none.
+        confidence: the evaluation classifier's probability of ``label``; None where there is none.
     """
 
     picture: Picture
@@ -34,17 +34,17 @@ class Judged(NamedTuple):
 
     @property
     def wrong(self) -> bool:
-        """Whether the judge sees another class."""
+        """Whether the evaluation classifier sees another class."""
         return self.predicted is not None and self.predicted != self.label
 
 
 class Verdict(NamedTuple):
-    """What a judge says of a run: the samples that it is most and least certain of, and how many there are."""
+    """What an evaluation classifier says of a run: the samples that it is most and least certain of, and how many there are."""
 
     run: str
-    best: list[Judged]
-    worst: list[Judged]
-    num_judged: int
+    best: list[Classified]
+    worst: list[Classified]
+    num_classified: int
     num_wrong: int
 
 
@@ -60,7 +60,7 @@ class Different(NamedTuple):
     index: int
     label: int
     seed: int
-    samples: list[Judged]
+    samples: list[Classified]
     distances: list[float]
 
 
@@ -85,41 +85,47 @@ class SideBySide(NamedTuple):
 
 
 def _verdicts(run: Run) -> dict[int, tuple[int, float]]:
-    """What the judge says of each sample that it has judged."""
-    if run.judge is None:
+    """What the evaluation classifier says of each sample that it has classified."""
+    if run.predictions is None:
         return {}
-    columns = (run.judge[key].tolist() for key in ("index", "predicted", "confidence"))
+    columns = (run.predictions[key].tolist() for key in ("index", "predicted", "confidence"))
     return {index: (predicted, confidence) for index, predicted, confidence in zip(*columns, strict=True)}
 
 
-def _judged(run: Run, image: np.ndarray, index: int, label: int, verdict: tuple[int, float] | None) -> Judged:
+def _classified(run: Run, image: np.ndarray, index: int, label: int, verdict: tuple[int, float] | None) -> Classified:
     said = (
-        "" if verdict is None else f"; the judge sees class {verdict[0]}, confidence {verdict[1]:.2f} in class {label}"
+        ""
+        if verdict is None
+        else f"; the evaluation classifier sees class {verdict[0]}, confidence {verdict[1]:.2f} in class {label}"
     )
-    return Judged(sample(image, f"{run.name}: sample {index} of class {label}{said}"), index, label, *(verdict or ()))
+    return Classified(
+        sample(image, f"{run.name}: sample {index} of class {label}{said}"), index, label, *(verdict or ())
+    )
 
 
-def judged_samples(run: Run) -> Verdict | None:
-    """The judge's best and worst samples of a run, by its confidence in the sample's class; None without a judge.
+def classified_samples(run: Run) -> Verdict | None:
+    """Best and worst samples of a run by the evaluation classifier's confidence in their class; None without predictions.
 
     Where there are few samples none is among both.
     """
-    if run.judge is None or not len(run.judge["index"]):
+    if run.predictions is None or not len(run.predictions["index"]):
         return None
-    judge, verdicts = run.judge, _verdicts(run)
-    order = np.lexsort((judge["index"], judge["confidence"]))
-    count = min(_JUDGED, (len(order) + 1) // 2)
+    predictions, verdicts = run.predictions, _verdicts(run)
+    order = np.lexsort((predictions["index"], predictions["confidence"]))
+    count = min(_EXTREMES, (len(order) + 1) // 2)
     chosen = {"worst": order[:count], "best": order[::-1][: min(count, len(order) - count)]}
-    images = run.images(judge["index"][np.concatenate(list(chosen.values()))].tolist())
+    images = run.images(predictions["index"][np.concatenate(list(chosen.values()))].tolist())
     found = {
         name: [
-            _judged(run, images[index], index, label, verdicts[index])
-            for index, label in zip(judge["index"][rows].tolist(), judge["label"][rows].tolist(), strict=True)
+            _classified(run, images[index], index, label, verdicts[index])
+            for index, label in zip(
+                predictions["index"][rows].tolist(), predictions["label"][rows].tolist(), strict=True
+            )
             if index in images
         ]
         for name, rows in chosen.items()
     }
-    wrong = int((judge["predicted"] != judge["label"]).sum())
+    wrong = int((predictions["predicted"] != predictions["label"]).sum())
     return Verdict(run.name, found["best"], found["worst"], len(order), wrong)
 
 
@@ -213,7 +219,7 @@ def side_by_side(runs: Sequence[Run]) -> SideBySide:
             labels[index],
             requests[index][0],
             [
-                _judged(run, images[run.name][index], index, labels[index], said.get(index))
+                _classified(run, images[run.name][index], index, labels[index], said.get(index))
                 for run, said in zip(compared, verdicts, strict=True)
             ],
             apart[index],

@@ -77,7 +77,7 @@ def test_is_the_functions_of_the_features(tmp_path, more):
     samples = found["provenance"]["samples"]
     assert (samples["uint8_rule"], samples["num_images"]) == ("truncate", 50)
     assert found["provenance"]["reference"]["images"]["uint8_rule"] == "truncate"
-    assert not (tmp_path / "judge.npz").exists()
+    assert not (tmp_path / "predictions.npz").exists()
 
 
 def test_a_share_of_all_is_not_certain(tmp_path):
@@ -90,17 +90,17 @@ def test_a_share_of_all_is_not_certain(tmp_path):
     assert spread["of"] == "no difference among 50 samples: 1/50"
 
 
-def test_a_judge_beside_the_features_says_what_it_saw(tmp_path):
+def test_an_eval_classifier_beside_the_features_says_what_it_saw(tmp_path):
     images, labels, trainer = run_and_trainer(tmp_path)
     torch.manual_seed(0)
     network = SmallResNet(3).eval()
-    found, _ = measured(trainer, judge=OffTheShelfClassifier(network, 3))
+    found, _ = measured(trainer, eval_classifier=OffTheShelfClassifier(network, 3))
     p = network(images / 127.5 - 1).softmax(1)
     correct = (p.argmax(1) == labels).double()
-    assert found["judge_accuracy"] == pytest.approx(float(correct.mean()))
-    spread = found["spread"]["judge_accuracy"]
+    assert found["classifier_accuracy"] == pytest.approx(float(correct.mean()))
+    spread = found["spread"]["classifier_accuracy"]
     assert spread["sd"] == pytest.approx(float((correct.mean() * (1 - correct.mean()) / 50).sqrt()), rel=0.2)
-    with np.load(tmp_path / "judge.npz") as file:
+    with np.load(tmp_path / "predictions.npz") as file:
         assert np.array_equal(file["index"], np.arange(50))
         assert np.array_equal(file["label"], labels)
         assert np.array_equal(file["predicted"], p.argmax(1))

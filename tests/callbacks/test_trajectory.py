@@ -92,10 +92,12 @@ def test_quality_may_be_added_after_the_report(in_root, tmp_path, capsys):
     path = configuration(tmp_path / "run", batch_size=4)
     main(["predict", "--config", str(path), "--config", str(tmp_path / "quality.yaml"), *QUICK])
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["spread"].keys() >= {"integral_ece", "precision", "judge_accuracy"}
+    assert metrics["spread"].keys() >= {"integral_ece", "precision", "classifier_accuracy"}
     assert metrics["frechet_distance"] > 0
     printed = capsys.readouterr().out
-    assert f"wrote to {tmp_path / 'run'}: samples, metrics.json, judge.npz, trajectory.npz, config.yaml" in printed
+    assert (
+        f"wrote to {tmp_path / 'run'}: samples, metrics.json, predictions.npz, trajectory.npz, config.yaml" in printed
+    )
     assert "±          integral ECE: jackknife over 5 blocks of samples" in printed
 
 

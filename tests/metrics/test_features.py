@@ -71,12 +71,12 @@ def test_torchvision_models_give_the_input_of_their_last_layer(tmp_path):
     assert extractor.provenance()["weights"] == str(tmp_path / "w.pth")
 
 
-def test_a_judge_of_a_file_and_what_it_says_of_itself(tmp_path):
+def test_an_eval_classifier_of_a_file_and_what_it_says_of_itself(tmp_path):
     torch.manual_seed(0)
     network = SmallResNet()
-    save_weights(network, tmp_path / "judge.safetensors")
-    describe(tmp_path, weights=str(tmp_path / "judge.safetensors"))
-    extractor = features_from_name(f"judge:{tmp_path / 'judge.yaml'}")
+    save_weights(network, tmp_path / "eval_classifier.safetensors")
+    describe(tmp_path, weights=str(tmp_path / "eval_classifier.safetensors"))
+    extractor = features_from_name(f"classifier:{tmp_path / 'eval_classifier.yaml'}")
     found = extractor(images(1, 8))
     x = images(1, 8) / 127.5 - 1
     network.eval()
@@ -84,8 +84,8 @@ def test_a_judge_of_a_file_and_what_it_says_of_itself(tmp_path):
     torch.testing.assert_close(found.logits, network(x), atol=1e-5, rtol=1e-4)
     before = extractor.provenance()
     network.fc.bias.data += 1
-    save_weights(network, tmp_path / "judge.safetensors")
-    after = features_from_name(f"judge:{tmp_path / 'judge.yaml'}").provenance()
+    save_weights(network, tmp_path / "eval_classifier.safetensors")
+    after = features_from_name(f"classifier:{tmp_path / 'eval_classifier.yaml'}").provenance()
     assert before["weights_sha256"] != after["weights_sha256"]
     assert before | after == after
 
@@ -96,7 +96,7 @@ def describe(folder, **more):
         "class_path": "calib_guidance.classifiers.OffTheShelfClassifier",
         "init_args": {"network": small, "num_classes": 10, **more},
     }
-    (folder / "judge.yaml").write_text(yaml.safe_dump(content))
+    (folder / "eval_classifier.yaml").write_text(yaml.safe_dump(content))
 
 
 def test_a_module_of_ones_own(tmp_path, monkeypatch):
@@ -123,9 +123,9 @@ def test_what_is_not_understood(tmp_path):
         "inceptoin": "expected inception",
         "timm:resnet10": "unknown 'timm/resnet10'",
         "torchvision:resnet18:BEST": "has no 'BEST'",
-        f"judge:{tmp_path / 'none.yaml'}": "cannot be read",
-        f"judge:{tmp_path / 'judge.yaml'}": "unexpected keyword argument 'wieghts'",
-        f"judge:{tmp_path / 'list.yaml'}": "describes no classifier",
+        f"classifier:{tmp_path / 'none.yaml'}": "cannot be read",
+        f"classifier:{tmp_path / 'eval_classifier.yaml'}": "unexpected keyword argument 'wieghts'",
+        f"classifier:{tmp_path / 'list.yaml'}": "describes no classifier",
         "nowhere:Mine": "No module named 'nowhere'",
         "torchvision:squeezenet1_0:none.pth": "no such weights file",
         f"inception:{tmp_path / 'bad.pth'}": "a web page",

@@ -8,7 +8,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from torchmetrics.image.fid import _compute_fid
 
 from calib_guidance.classifiers import OffTheShelfClassifier
-from calib_guidance.evaluation import InceptionFeatures, JudgeFeatures
+from calib_guidance.evaluation import ClassifierFeatures, InceptionFeatures
 from calib_guidance.metrics import (
     Accuracy,
     CalibrationError,
@@ -92,13 +92,13 @@ def test_too_few_samples_give_nan_not_a_crash(build):
     assert all(v.isnan() for v in values)
 
 
-def test_judge_features_are_the_input_of_the_last_layer():
+def test_classifier_features_are_the_input_of_the_last_layer():
     torch.manual_seed(0)
     network = SmallResNet()
     images = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)
     network.eval()
     expected = network.forward_features(images / 127.5 - 1)
-    features, _, logits = JudgeFeatures(OffTheShelfClassifier(network, 10))(images)
+    features, _, logits = ClassifierFeatures(OffTheShelfClassifier(network, 10))(images)
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(logits, network.fc(expected), atol=1e-5, rtol=1e-4)
 

@@ -400,7 +400,7 @@ def test_spread_of_a_frechet_distance_is_the_jackknifes():
     assert float(frechet_distance_sd(mean_and_covariance(wide[0]), wide[1])) == pytest.approx(float(found), rel=1e-6)
 
 
-def test_class_wise_distances_are_those_of_each_class():
+def test_classwise_distances_are_those_of_each_class():
     generator = torch.Generator().manual_seed(2)
     labels, real_labels = torch.arange(130) % 3, torch.arange(140) % 3
     labels[90:] = real_labels[120:] = 0

@@ -131,13 +131,15 @@ def test_digits_in_ten_steps_are_of_their_class():
     classifier = OffTheShelfClassifier(
         SmallResNet(10, 1, [32, 64, 64], 1), 10, "checkpoints/digits/classifier.safetensors", softplus_beta=3.0
     )
-    judge = OffTheShelfClassifier(SmallResNet(10, 1, [48, 96, 48], 2), 10, "checkpoints/digits/judge.safetensors")
+    eval_classifier = OffTheShelfClassifier(
+        SmallResNet(10, 1, [48, 96, 48], 2), 10, "checkpoints/digits/eval_classifier.safetensors"
+    )
     y, guidance = torch.arange(100) % 10, ClassifierGuidance(classifier, TemperedLogProb(1.0, 0.8))
     right = []
     for term in ("ddpm_equivalent", "score"):
         images = DPMSolver(10, sde=True, guidance_scaling=term)(denoiser, streams(100, denoiser), y, guidance)
         with torch.no_grad():
-            right.append(float((judge(images.clamp(-1, 1)).argmax(1) == y).float().mean()))
+            right.append(float((eval_classifier(images.clamp(-1, 1)).argmax(1) == y).float().mean()))
     assert right[0] > 0.9
     assert right[1] < 0.5
 

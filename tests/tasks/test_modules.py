@@ -122,7 +122,7 @@ class TestDigits:
 
 
 def test_shipped_classifiers_do_what_they_are_for(in_root):
-    """The off-the-shelf one knows clean digits, the noise-aware one noisy ones, and the judge is right."""
+    """The off-the-shelf one knows clean digits, the noise-aware one noisy ones, and the evaluation classifier is right."""
     images, y = digits("heldout")
 
     def accuracy(classifier, x, t=None):
@@ -130,13 +130,13 @@ def test_shipped_classifiers_do_what_they_are_for(in_root):
             return float((classifier.freeze()(x, t).argmax(1) == y).float().mean())
 
     guide = OffTheShelfClassifier(SmallResNet(), 10, "checkpoints/digits/classifier.safetensors")
-    judge = OffTheShelfClassifier(
-        SmallResNet(widths=(48, 96, 48), blocks=2), 10, "checkpoints/digits/judge.safetensors"
+    eval_classifier = OffTheShelfClassifier(
+        SmallResNet(widths=(48, 96, 48), blocks=2), 10, "checkpoints/digits/eval_classifier.safetensors"
     )
     network = EncoderUNet(8, 1, 32, 10, 1, (2,), channel_mult=(1, 2), num_head_channels=32)
     aware = NoiseAwareClassifier(network, "checkpoints/digits/noise_aware.safetensors")
     assert accuracy(guide, images) > 0.97
-    assert accuracy(judge, images) > 0.99
+    assert accuracy(eval_classifier, images) > 0.99
     generator = torch.Generator().manual_seed(0)
     t = torch.full((500,), 400)
     abar = NoiseSchedule(named_betas("cosine")).alphas_cumprod[400]
