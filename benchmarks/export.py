@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from calib_guidance.runs.store import RunFolder
+from calib_guidance.runs import RunFolder
 
 COMMANDS = {
     "status": ["status"],
@@ -45,7 +45,7 @@ def make(folder: Path, num_samples: int, size: int, shard_size: int) -> None:
         indices = list(shard)
         columns = {"index": indices, "label": [i % 1000 for i in indices], "seed": [0] * len(indices)}
         table = pa.Table.from_pydict(columns | {"image": pngs[: len(indices)]}, schema=features.arrow_schema)
-        run.claim(shard)
+        run.claims.acquire(shard)
         run.write(shard, table, seconds=1.0)
 
 

@@ -38,7 +38,7 @@ from calib_guidance.callbacks import SampleWriter, sample_writer
 from calib_guidance.callbacks.background import Background
 from calib_guidance.cli.lightning import CalibGuidanceCLI, run_lightning
 from calib_guidance.networks import UNet
-from calib_guidance.runs.store import RunFolder
+from calib_guidance.runs import RunFolder
 from calib_guidance.tasks.retry import Attempt
 
 FIGURES: dict[str, Figure] = {}
@@ -212,7 +212,7 @@ def adm128(shard: int) -> None:
         writer.run.begin({}, {})
         writer._forget()
         started = time.perf_counter()
-        writer.run.claim(range(shard))
+        writer.run.claims.acquire(range(shard))
         writer._keep(made)
         encoded = time.perf_counter()
         writer._write(range(shard), {})

@@ -6,7 +6,7 @@ class ConfigurationError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run that has to end although its configuration is sound. What it has written whole stays, and can be gone on from.
+    """A run that ends early although its configuration is valid. Complete shards are kept; re-run to resume.
 
     Attributes:
         status: exit status of the command.
@@ -16,13 +16,13 @@ class RunError(RuntimeError):
 
 
 class StoppedError(RunError):
-    """A run that stopped early and cleanly: the same command does what is left."""
+    """A run that stopped early and cleanly; re-run to resume."""
 
     status = 4
 
 
-class LeftOutError(RunError):
-    """A run that is complete but for samples that could not be made."""
+class FailedSamplesError(RunError):
+    """A complete run with failed samples."""
 
     status = 3
 

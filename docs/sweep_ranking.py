@@ -23,7 +23,7 @@ from calib_guidance.experiments.halving import halve
 from calib_guidance.experiments.sweep import FIGURES, Setting, Sweeper, read_sweep
 from calib_guidance.metrics import CalibrationError, FrechetDistance
 from calib_guidance.plots import COLOURS, COLUMN, paper, save
-from calib_guidance.runs.store import RunFolder
+from calib_guidance.runs import RunFolder
 
 DOCS = Path(__file__).parent
 CONFIG = Path("lightning_configs/sweep/digits.yaml")

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from calib_guidance.evaluation.features import FeatureExtractor, Features
-from calib_guidance.runs.store import RunFolder
+from calib_guidance.runs import RunFolder
 
 NUM_CLASSES = 3
 KINDS = (
@@ -56,7 +56,7 @@ def write(folder, kind, images, labels):
         run = RunFolder(folder / "run", 7, len(images))
         run.begin({"seed": 0, "uint8_rule": "truncate"}, {})
         for shard in run.shards():
-            assert run.claim(shard)
+            assert run.claims.acquire(shard)
             columns = {"index": list(shard), "label": labels[shard.start : shard.stop].tolist()}
             run.write(shard, pa.Table.from_pydict(columns | {"image": encoded[shard.start : shard.stop]}))
         return folder / "run"

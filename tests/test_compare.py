@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from calib_guidance.cli import main
-from calib_guidance.errors import LeftOutError
+from calib_guidance.errors import FailedSamplesError
 from calib_guidance.experiments import runner
 from calib_guidance.experiments.compare import Column, Table, markdown_table, read_comparison
 from calib_guidance.experiments.runner import Run
@@ -109,7 +109,7 @@ def test_a_file_that_is_no_comparison_says_so(tmp_path, capsys, text, message):
 
 def test_a_run_that_leaves_samples_out_is_done_and_says_so(tmp_path, monkeypatch):
     def lose(words):
-        raise LeftOutError("1 samples could not be made")
+        raise FailedSamplesError("1 samples could not be made")
 
     monkeypatch.setattr(runner, "run_lightning", lose)
     run = Run(0, 0, (("predict",),), tmp_path / "run", "fingerprint")

@@ -10,7 +10,7 @@ from PIL import Image
 from calib_guidance.cli import main
 from calib_guidance.cli.doctor import cost, files, parts, rehearsal
 from calib_guidance.networks import SmallResNet
-from calib_guidance.runs.store import RunFolder
+from calib_guidance.runs import RunFolder
 from calib_guidance.weights.io import save_weights
 from tests.conftest import ROOT
 

@@ -16,7 +16,7 @@ import yaml
 from calib_guidance.callbacks import read_samples
 from calib_guidance.cli import main
 from calib_guidance.cli.lightning import CalibGuidanceCLI, run_lightning
-from calib_guidance.runs.store import RunFolder
+from calib_guidance.runs import RunFolder
 from calib_guidance.weights.io import read_state_dict, save_weights
 from tests.conftest import ROOT
 from tests.test_run_folder import flip
@@ -133,7 +133,7 @@ def test_more_samples_extend_it(copy, whole, tmp_path):
     assert tables(copy) == tables(tmp_path / "once")
     assert figures_of(copy) == figures_of(tmp_path / "once")
     kept = [first for first, worker in makers(copy).items() if worker == makers(whole).get(first)]
-    assert kept == [0, 10, 20, 30]  # the tail of 5 is made anew as a shard of 10
+    assert kept == [0, 10, 20, 30]  # the tail of 5 is regenerated as a shard of 10
 
 
 def test_fewer_samples_take_nothing_away(copy, whole, capsys, caplog):
@@ -199,7 +199,7 @@ class TestIdentity:
 
 
 class TestDamage:
-    def test_only_what_is_damaged_is_made_anew(self, copy, whole, caplog):
+    def test_only_corrupted_shards_are_regenerated(self, copy, whole, caplog):
         flip(copy / "samples/00000010.parquet")
         os.truncate(copy / "samples/00000020.parquet", 100)
         (copy / "samples/00000030.parquet").unlink()
@@ -211,7 +211,7 @@ class TestDamage:
         new, old = makers(copy), makers(whole)
         assert [first for first in new if new[first] == old[first]] == [0, 40]
         for said in (
-            "samples 10 … 19 are made anew: 00000010.parquet is not what was written",
+            "samples 10 … 19 are regenerated: 00000010.parquet is not what was written",
             "00000020.parquet has 100 bytes",
             "00000030.parquet is missing",
             "1 files belong to no shard, and are not counted: samples/mine.parquet",

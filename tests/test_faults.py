@@ -117,14 +117,14 @@ class TestNonFinite:
         assert predict(folder, fault={"label": 7, "step": 333, "fault": "overflow"}) == 0
         assert "not finite, sampling once more in float32: 13" in caplog.text
         assert_same(folder, sound)
-        assert [record["left_out"] for record in records(folder).values()] == [[], []]
+        assert [record["failed"] for record in records(folder).values()] == [[], []]
         # The figures are those of the samples as they are, each counted once at every step.
         found, expected = metrics(folder), metrics(sound)
         for name, column in (("gradient_norm_t", "mean"), ("gradient_norm_t", "sd"), ("ece_t", "ece")):
             assert found[name][column] == pytest.approx(expected[name][column], rel=1e-5)
 
     @pytest.mark.parametrize("fault", ["nan", "inf"])
-    def test_what_float32_does_not_mend_is_left_out_and_said(self, sound, tmp_path, capsys, fault):
+    def test_what_float32_does_not_mend_fails_and_is_named(self, sound, tmp_path, capsys, fault):
         """An infinite x̂0 does not pass for one that was clipped to ±1."""
         folder = tmp_path / "run"
         settings = {"fault": {"label": 7, "step": 333, "fault": fault}}
@@ -132,11 +132,11 @@ class TestNonFinite:
         assert "13" in capsys.readouterr().err
         assert_same(folder, sound, but=[FAILING])
         first, second = records(folder).values()
-        assert first["left_out"] == []
-        (left_out,) = second["left_out"]
-        assert (left_out["index"], left_out["step"]) == (FAILING, 333)
-        assert "not finite" in left_out["reason"]
-        assert left_out["configuration"] == json.loads((folder / "run.json").read_text())["fingerprint"]
+        assert first["failed"] == []
+        (failed,) = second["failed"]
+        assert (failed["index"], failed["step"]) == (FAILING, 333)
+        assert "not finite" in failed["reason"]
+        assert failed["configuration"] == json.loads((folder / "run.json").read_text())["fingerprint"]
         assert second["rows"] == 9
         counted = metrics(folder)["gradient_norm_t"]
         assert all(value == value for value in counted["mean"] + counted["sd"])  # not NaN
@@ -373,7 +373,7 @@ class TestFullDisk:
         message = capsys.readouterr().err
         done = records(folder)
         assert "is full" in message
-        assert f"{len(done)} whole shards stay. Make room (about" in message
+        assert f"{len(done)} complete shards are kept. Free disk space (about" in message
         assert 0 < len(done) < 10
         assert claims(folder) == []
         assert not [*folder.rglob("*.tmp"), *folder.rglob(".*.tmp")]
@@ -397,8 +397,8 @@ class TestFullDisk:
         assert predict(folder) == 4
         message = capsys.readouterr().err
         assert "00000010.parquet needs" in message
-        assert "1 whole shards stay. Make room (about" in message
-        assert "for the 1 that are left" in message
+        assert "1 complete shards are kept. Free disk space (about" in message
+        assert "for the remaining 1" in message
         assert list(records(folder)) == ["00000000"]
         assert list(tables(folder)) == ["00000000.parquet"]
         assert claims(folder) == []
@@ -432,5 +432,5 @@ class TestDenoisedImages:
         assert self.run(tmp_path / "lost", {"label": 7, "fault": "inf"}) == 3
         lost = samples_of(tmp_path / "lost")
         assert torch.equal(lost["image"], sound["image"][~sevens])
-        named = {s["index"]: s["step"] for record in records(tmp_path / "lost").values() for s in record["left_out"]}
+        named = {s["index"]: s["step"] for record in records(tmp_path / "lost").values() for s in record["failed"]}
         assert named == dict(zip(sound["index"][sevens].tolist(), sound["t"][sevens].tolist(), strict=True))

@@ -14,7 +14,7 @@ from PIL import Image
 
 from calib_guidance.cli import main
 from calib_guidance.report import pictures
-from calib_guidance.runs.store import RunFolder
+from calib_guidance.runs import RunFolder
 from tests.browser import Browser, find_browser
 from tests.test_status_and_export import table
 
@@ -56,12 +56,12 @@ def make(folder, metrics=METRICS, changes=None, seed=0, num_samples=12, shift=0,
     run.begin({f"model.init_args.sampler.init_args.{key}": value for key, value in settings} | {"seed": seed}, {})
     for number, shard in enumerate(run.shards()):
         if shards is None or number in shards:
-            assert run.claim(shard)
+            assert run.claims.acquire(shard)
             rows = table(shard).to_pydict()
             rows["seed"] = [seed] * len(shard)
             for image, index in zip(rows["image"], shard, strict=True):
                 image["bytes"] = png(pixels(index) + np.uint8(shift * (index == 5)))
-            run.write(shard, type(table(shard)).from_pydict(rows), left_out=[], seconds=1.0, device="cpu")
+            run.write(shard, type(table(shard)).from_pydict(rows), failed=[], seconds=1.0, device="cpu")
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     if metrics is not None:
         (folder / "metrics.json").write_text(json.dumps(metrics))
@@ -265,9 +265,9 @@ def test_a_run_that_is_not_complete_and_damaged(tmp_path):
     page = report(folder, "--output", tmp_path / "page.html")
     for remark in (
         "Not complete: 12 of 20 samples are made",
-        "samples 4 to 7 are left out of this page",
-        "samples 8 to 11 are left out of this page (00000008.parquet has 5 bytes",
-        "samples 12 to 15 are left out of this page (00000012.parquet is no table of samples",
+        "samples 4 to 7 are not shown on this page",
+        "samples 8 to 11 are not shown on this page (00000008.parquet has 5 bytes",
+        "samples 12 to 15 are not shown on this page (00000012.parquet is no table of samples",
         "config.yaml is damaged",
         "ECE_t cannot be shown, what is kept of it is damaged: there is no 'ece'.",
         "The gradient norm cannot be shown",
@@ -297,7 +297,7 @@ def test_a_run_that_has_only_begun(tmp_path):
         (["run", "--output", "empty"], "--output: empty is a folder"),
         (["run", "--output", "run/run.json/page.html"], "--output: run/run.json cannot be made"),
         (["run", "--figures", "run/run.json"], "--figures: run/run.json cannot be made"),
-        (["broken"], "broken/run.json is damaged"),
+        (["broken"], "broken/run.json is corrupted"),
     ],
 )
 def test_what_is_refused(arguments, said, tmp_path, monkeypatch, capsys):

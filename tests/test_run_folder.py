@@ -16,9 +16,9 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from calib_guidance.backend.atomic import temporary_path
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.runs import store
-from calib_guidance.runs.store import DamagedShardError, RunFolder
+from calib_guidance.runs import CorruptedShardError, RunFolder, claims
 
 IDENTITY = {"model.sampler.steps": "100", "data.seed": 0, "data.labels": "balanced"}
 FORK = get_context("fork")  # this module's imports are small, and a fork costs milliseconds
@@ -47,7 +47,7 @@ def work(path, size, count, pause=0.0, lease=600.0, together=None):
     folder = begin(path, size, count, lease)
     if together is not None:
         together.wait()
-    for shards in (folder.take(), folder.take_over(0.01)):
+    for shards in (folder.take(), folder.reclaim(0.01)):
         for shard in shards:
             time.sleep(pause)
             make(folder, shard)
@@ -72,7 +72,7 @@ def test_a_run_is_cut_into_shards_and_made_in_order(tmp_path):
         assert make(folder, shard)
     assert taken == folder.shards()
     assert states(folder, verify=True) == ["done"] * 3
-    assert folder.remaining() == folder.foreign() == list(folder.take()) == list(folder.take_over()) == []
+    assert folder.remaining() == folder.foreign() == list(folder.take()) == list(folder.reclaim()) == []
     assert not list((tmp_path / "claims").iterdir())
     found = folder.read(range(4, 8))
     assert found["index"].tolist() == [4, 5, 6, 7]
@@ -80,20 +80,20 @@ def test_a_run_is_cut_into_shards_and_made_in_order(tmp_path):
     assert found["image"][:, 0, 0, 0].tolist() == [4, 5, 6, 7]
     assert folder.read_sums(range(8, 10))["sums"].tolist() == [17]
     record = folder.record(range(8, 10))
-    assert (record["first"], record["requested"], record["rows"], record["left_out"]) == (8, 2, 2, [])
+    assert (record["first"], record["requested"], record["rows"], record["failed"]) == (8, 2, 2, [])
     assert RunFolder.open(tmp_path).shards() == folder.shards()
 
 
 def test_samples_of_another_shard_are_not_written(tmp_path):
     folder = begin(tmp_path)
-    assert folder.claim(range(0, 4))
-    with pytest.raises(ValueError, match="samples given are"):
+    assert folder.claims.acquire(range(0, 4))
+    with pytest.raises(ValueError, match="expected the samples of"):
         folder.write(range(0, 4), table([0, 1, 2, 2]))
-    with pytest.raises(ValueError, match="samples given are"):
+    with pytest.raises(ValueError, match="expected the samples of"):
         folder.write(range(0, 4), table([0, 1, 2]))
     assert states(folder)[0] == "claimed"
-    assert folder.write(range(0, 4), table([0, 1, 3]), left_out=[{"index": 2, "step": 7, "reason": "NaN"}])
-    assert folder.record(range(0, 4))["left_out"] == [{"index": 2, "step": 7, "reason": "NaN"}]
+    assert folder.write(range(0, 4), table([0, 1, 3]), failed=[{"index": 2, "step": 7, "reason": "NaN"}])
+    assert folder.record(range(0, 4))["failed"] == [{"index": 2, "step": 7, "reason": "NaN"}]
 
 
 class TestIdentity:
@@ -111,7 +111,7 @@ class TestIdentity:
             begin(tmp_path, size=5)
         assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
-    def test_more_samples_extend_and_make_a_short_tail_anew(self, tmp_path):
+    def test_more_samples_extend_and_regenerate_a_short_tail(self, tmp_path):
         work(tmp_path, 4, 10)
         folder = begin(tmp_path, count=17)
         assert states(folder) == ["done", "done", "open", "open", "open"]
@@ -137,20 +137,20 @@ class TestIdentity:
 
     def test_a_run_that_somebody_works_on_is_not_removed(self, tmp_path):
         folder = begin(tmp_path)
-        folder.claim(range(4, 8))
+        folder.claims.acquire(range(4, 8))
         with pytest.raises(ConfigurationError, match=f"process {os.getpid()} on .* works on it"):
             RunFolder(tmp_path, 4, 10).remove()
-        folder.release()
+        folder.claims.release()
         RunFolder(tmp_path, 4, 10).remove()
         assert RunFolder.read_run(tmp_path) is None
 
     @pytest.mark.parametrize(
-        "content", ["", "{}", '{"format": 1, "identity": {}, "fingerprint": "0"}', '{"format": 2}']
+        "content", ["", "{}", '{"format": 2, "identity": {}, "fingerprint": "0"}', '{"format": 3}']
     )
-    def test_a_damaged_run_json_is_said_to_be_one(self, tmp_path, content):
+    def test_a_corrupted_run_json_is_said_to_be_one(self, tmp_path, content):
         begin(tmp_path)
         (tmp_path / "run.json").write_text(content)
-        with pytest.raises(ConfigurationError, match=r"damaged|has format 2"):
+        with pytest.raises(ConfigurationError, match=r"corrupted|has format 3"):
             begin(tmp_path)
         with pytest.raises(ConfigurationError, match="holds no run"):
             RunFolder.open(tmp_path / "none")
@@ -175,14 +175,14 @@ class TestDamage:
             (lambda p: (p / "shards/00000004.safetensors").unlink(), "00000004.safetensors is missing", False),
         ],
     )
-    def test_it_is_found_and_only_that_shard_made_anew(self, tmp_path, damage, said, only_verified):
+    def test_it_is_found_and_only_that_shard_regenerated(self, tmp_path, damage, said, only_verified):
         work(tmp_path, 4, 10)
         before, folder, shard = tables(tmp_path), begin(tmp_path), range(4, 8)
         damage(tmp_path)
-        assert states(folder, verify=True) == ["done", "damaged", "done"]
+        assert states(folder, verify=True) == ["done", "corrupted", "done"]
         assert said in folder.state(shard, verify=True).reason
-        assert folder.state(shard).name == ("done" if only_verified else "damaged")
-        with pytest.raises(DamagedShardError, match=said):
+        assert folder.state(shard).name == ("done" if only_verified else "corrupted")
+        with pytest.raises(CorruptedShardError, match=said):
             folder.read(shard)
         made = []
         for each in folder.take():
@@ -195,7 +195,7 @@ class TestDamage:
     @pytest.mark.parametrize(
         ("source", "said"),
         [
-            (("one", "00000000"), "00000004.json is the record of the shard that begins at 0"),
+            (("one", "00000000"), "00000004.json is the record of the shard that starts at 0"),
             (("other", "00000004"), "00000004.json is the record of another run"),
         ],
     )
@@ -209,7 +209,7 @@ class TestDamage:
         for part in ("samples/{}.parquet", "shards/{}.json", "shards/{}.safetensors"):
             shutil.copy(tmp_path / source[0] / part.format(source[1]), tmp_path / "one" / part.format("00000004"))
         for each in (folder, RunFolder.open(tmp_path / "one")):
-            assert states(each) == ["done", "damaged", "done"]
+            assert states(each) == ["done", "corrupted", "done"]
             assert each.state(range(4, 8)).reason == said
         for shard in folder.take():
             make(folder, shard)
@@ -221,7 +221,7 @@ class TestDamage:
         (tmp_path / "shards/00000004.json").unlink()
         folder = begin(tmp_path)
         assert states(folder) == ["done", "open", "done"]
-        with pytest.raises(DamagedShardError, match="has no record"):
+        with pytest.raises(CorruptedShardError, match="has no record"):
             folder.read(range(4, 8))
 
     def test_foreign_files_are_named(self, tmp_path):
@@ -248,7 +248,7 @@ class TestClaims:
         def attempt(folder):
             start.wait()
             for shard in folder.shards():
-                if folder.claim(shard):
+                if folder.claims.acquire(shard):
                     won.append((shard, folder))
 
         threads = [threading.Thread(target=attempt, args=(folder,)) for folder in folders]
@@ -258,7 +258,7 @@ class TestClaims:
             thread.join()
         assert sorted(shard.start for shard, _ in won) == [0, 4, 8]
         for shard, folder in won:
-            assert [f for f in folders if f.holds(shard)] == [folder]
+            assert [f for f in folders if f.claims.holds(shard)] == [folder]
 
     def test_without_hard_links_too(self, tmp_path, monkeypatch):
         def refuse(*args):
@@ -266,70 +266,70 @@ class TestClaims:
 
         monkeypatch.setattr(os, "link", refuse)
         first, second = begin(tmp_path), begin(tmp_path)
-        assert first.claim(range(0, 4))
-        assert not second.claim(range(0, 4))
+        assert first.claims.acquire(range(0, 4))
+        assert not second.claims.acquire(range(0, 4))
         (tmp_path / "claims/00000004").touch()  # created and not yet written
-        assert not second.claim(range(4, 8))
+        assert not second.claims.acquire(range(4, 8))
         os.utime(tmp_path / "claims/00000004", (0, 0))
-        assert second.claim(range(4, 8))
+        assert second.claims.acquire(range(4, 8))
 
     def test_a_dead_process_is_found_at_once(self, tmp_path):
-        process = FORK.Process(target=lambda: begin(tmp_path).claim(range(0, 4)))
+        process = FORK.Process(target=lambda: begin(tmp_path).claims.acquire(range(0, 4)))
         process.start()
         process.join()
         folder = begin(tmp_path)
-        assert folder.claim_of(range(0, 4)).alive is False
+        assert folder.claims.of(range(0, 4)).alive is False
         assert folder.state(range(0, 4)) == ("open", f"process {process.pid} on {os.uname().nodename} died")
-        assert folder.claim(range(0, 4))
+        assert folder.claims.acquire(range(0, 4))
 
     def test_on_another_machine_the_lease_decides(self, tmp_path, monkeypatch):
         other = begin(tmp_path, lease=60)
-        monkeypatch.setattr(store, "_place", lambda: "elsewhere")
+        monkeypatch.setattr(claims, "_machine", lambda: "elsewhere")
         here = begin(tmp_path, lease=60)
         monkeypatch.undo()
-        assert here.claim(range(0, 4))
-        assert other.claim_of(range(0, 4)).alive is None
-        assert not other.claim(range(0, 4))
+        assert here.claims.acquire(range(0, 4))
+        assert other.claims.of(range(0, 4)).alive is None
+        assert not other.claims.acquire(range(0, 4))
         path = tmp_path / "claims/00000000"
         os.utime(path, (time.time() - 59, time.time() - 59))
-        assert not other.claim(range(0, 4))
+        assert not other.claims.acquire(range(0, 4))
         os.utime(path, (time.time() - 61, time.time() - 61))
-        assert other.claim(range(0, 4))
+        assert other.claims.acquire(range(0, 4))
         # The one that was thought dead throws away what it made.
         assert not make(here, range(0, 4))
-        assert other.holds(range(0, 4))
-        here.release(range(0, 4))
+        assert other.claims.holds(range(0, 4))
+        here.claims.release(range(0, 4))
         assert make(other, range(0, 4))
 
     def test_renewing_keeps_it(self, tmp_path):
         folder = begin(tmp_path, lease=0.0)
-        folder.claim(range(0, 4))
+        folder.claims.acquire(range(0, 4))
         path = tmp_path / "claims/00000000"
         os.utime(path, (0, 0))
-        folder.renew()
+        folder.claims.renew()
         assert path.stat().st_mtime > time.time() - 10
 
-    def test_a_live_worker_is_not_waited_for_and_a_dead_one_taken_over(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(store, "_place", lambda: "elsewhere")
+    def test_a_live_worker_is_not_waited_for_and_a_dead_one_reclaimed(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(claims, "_machine", lambda: "elsewhere")
         dead, alive = begin(tmp_path, lease=1.0), begin(tmp_path, lease=1.0)
         monkeypatch.undo()
-        dead.claim(range(0, 4))
-        alive.claim(range(4, 8))
+        dead.claims.acquire(range(0, 4))
+        alive.claims.acquire(range(4, 8))
         here = begin(tmp_path, lease=1.0)
         assert [make(here, shard) for shard in here.take()] == [True]
         renewing = threading.Timer(0.3, os.utime, args=(tmp_path / "claims/00000004",))
         renewing.start()
-        assert [(shard, make(here, shard)) for shard in here.take_over(0.05)] == [(range(0, 4), True)]
+        assert [(shard, make(here, shard)) for shard in here.reclaim(0.05)] == [(range(0, 4), True)]
         assert states(here)[0::2] == ["done", "done"]
 
     def test_what_dead_workers_left_is_tidied(self, tmp_path):
         def die():
             folder = begin(tmp_path)
-            folder.claim(range(0, 4))
-            folder.claim(range(4, 8))
+            folder.claims.acquire(range(0, 4))
+            folder.claims.acquire(range(4, 8))
             make(folder, range(0, 4))
-            folder.claim(range(0, 4))
-            folder._temporary(tmp_path / "samples/00000004.parquet").write_text("half")
+            folder.claims.acquire(range(0, 4))
+            temporary_path(tmp_path / "samples/00000004.parquet", folder.worker).write_text("half")
             os._exit(0)
 
         process = FORK.Process(target=die)
@@ -337,7 +337,7 @@ class TestClaims:
         process.join()
         assert len(list(tmp_path.rglob(".*.tmp"))) == 1
         working = RunFolder(tmp_path, 4, 10)
-        mine = working._temporary(tmp_path / "samples/00000008.parquet")
+        mine = temporary_path(tmp_path / "samples/00000008.parquet", working.worker)
         mine.write_text("half")
         begin(tmp_path)
         assert list(tmp_path.rglob(".*.tmp")) == [mine]
@@ -353,7 +353,7 @@ def test_four_workers_share_and_one_is_killed(tmp_path):
     for worker in workers:
         worker.start()
     folder = RunFolder(tmp_path / "four", 4, 160)
-    while all((claim := folder.claim_of(s)) is None or claim.pid != workers[2].pid for s in folder.shards()):
+    while all((claim := folder.claims.of(s)) is None or claim.pid != workers[2].pid for s in folder.shards()):
         time.sleep(0.001)
     os.kill(workers[2].pid, signal.SIGKILL)
     for worker in workers:
@@ -368,7 +368,7 @@ def test_four_workers_share_and_one_is_killed(tmp_path):
 
 def test_it_is_light_to_import():
     """So that ``status`` answers at once, and a thousand processes can be started and killed."""
-    script = "import sys, calib_guidance.runs.store; print(*sys.modules)"
+    script = "import sys, calib_guidance.runs; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert {"numpy", "pyarrow"} <= set(done.stdout.split())
     assert not {"torch", "lightning", "datasets"} & set(done.stdout.split())

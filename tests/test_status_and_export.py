@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from calib_guidance.cli import main
-from calib_guidance.runs.store import RunFolder
+from calib_guidance.runs import RunFolder
 from tests.conftest import ROOT
 
 
@@ -37,16 +37,16 @@ def table(indices, channels=3, size=4):
     return pa.Table.from_pydict(columns, schema=features.arrow_schema)
 
 
-def make(folder, num_samples=10, shard_size=4, shards=None, left_out=(), **image_options):
+def make(folder, num_samples=10, shard_size=4, shards=None, failed=(), **image_options):
     """A folder in which those of its shards are done; half a second a sample."""
     run = RunFolder(folder, shard_size, num_samples)
     run.begin({"seed": 0}, {})
     for number, shard in enumerate(run.shards()):
         if shards is None or number in shards:
-            assert run.claim(shard)
-            good = [i for i in shard if i not in left_out]
-            bad = [{"index": i, "step": 17.0, "reason": "not finite"} for i in shard if i in left_out]
-            run.write(shard, table(good, **image_options), left_out=bad, seconds=len(shard) / 2, device="cpu")
+            assert run.claims.acquire(shard)
+            good = [i for i in shard if i not in failed]
+            bad = [{"index": i, "step": 17.0, "reason": "not finite"} for i in shard if i in failed]
+            run.write(shard, table(good, **image_options), failed=bad, seconds=len(shard) / 2, device="cpu")
     return run
 
 
@@ -79,8 +79,8 @@ def test_a_whole_folder(tmp_path, capsys):
     found, text = look(tmp_path, capsys, "--verify")
     assert found["complete"]
     assert found["sound"]
-    assert found["samples"] == {"asked": 10, "written": 10, "left_out": 0, "remaining": 0}
-    assert found["shards"] == {"size": 4, "all": 3, "done": 3, "claimed": 0, "open": 0, "damaged": 0}
+    assert found["samples"] == {"requested": 10, "written": 10, "failed": 0, "remaining": 0}
+    assert found["shards"] == {"size": 4, "all": 3, "done": 3, "claimed": 0, "open": 0, "corrupted": 0}
     assert found["images_per_second"]["one_worker"] == 2.0
     assert text.splitlines()[-1] == "complete"
 
@@ -88,18 +88,18 @@ def test_a_whole_folder(tmp_path, capsys):
 def test_what_is_left_and_how_long_it_takes(tmp_path, capsys):
     make(tmp_path, num_samples=400, shards=range(3))
     found, text = look(tmp_path, capsys, status=1)
-    assert found["samples"] == {"asked": 400, "written": 12, "left_out": 0, "remaining": 388}
+    assert found["samples"] == {"requested": 400, "written": 12, "failed": 0, "remaining": 388}
     assert [(found["open"][i]["first"], found["open"][i]["last"]) for i in (0, -1)] == [(12, 15), (396, 399)]
-    assert found["seconds_left"] == 194.0  # nobody is at it: the pace of one, two images a second
+    assert found["seconds_left"] == 194.0  # none is active: the pace of one, two images a second
     assert "  12–399\n" in text
-    assert text.splitlines()[-1] == "388 samples are left: 3 min with one worker like these; nobody is at it"
+    assert text.splitlines()[-1] == "388 samples are left: 3 min with one worker like these; none is active"
 
 
 def test_who_works_on_what(tmp_path, capsys):
     """Alive, dead on this machine, and out of its lease on another."""
     run = make(tmp_path, num_samples=20, shards=[0])
     for shard in run.shards()[1:4]:
-        assert run.claim(shard)
+        assert run.claims.acquire(shard)
     for number, claim in ((2, "claims/00000008"), (3, "claims/00000012")):
         content = json.loads((tmp_path / claim).read_text())
         place, pid, started, name = content["worker"].split("-")
@@ -108,21 +108,21 @@ def test_who_works_on_what(tmp_path, capsys):
     os.utime(tmp_path / "claims/00000012", (1, 1))
     found, text = look(tmp_path, capsys, status=1)
     assert [(claim["first"], claim["alive"]) for claim in found["claims"]] == [(4, True), (8, False), (12, False)]
-    assert found["shards"] == {"size": 4, "all": 5, "done": 1, "claimed": 1, "open": 3, "damaged": 0}
-    assert found["images_per_second"] == {"one_worker": 2.0, "all_at_it": 2.0}
+    assert found["shards"] == {"size": 4, "all": 5, "done": 1, "claimed": 1, "open": 3, "corrupted": 0}
+    assert found["images_per_second"] == {"one_worker": 2.0, "active_workers": 2.0}
     assert found["seconds_left"] == 8.0
     assert f"4–7 by process {os.getpid()} on" in text
-    assert "8 s at the pace of those who are at it" in text
+    assert "8 s at the pace of the active workers" in text
     (worker,) = found["workers"]
-    assert worker["at_it"]
+    assert worker["active"]
 
 
-def test_left_out_samples_are_named(tmp_path, capsys):
-    make(tmp_path, left_out={5})
+def test_failed_samples_are_named(tmp_path, capsys):
+    make(tmp_path, failed={5})
     found, text = look(tmp_path, capsys)
     assert found["complete"]
-    assert found["samples"] == {"asked": 10, "written": 9, "left_out": 1, "remaining": 0}
-    assert found["left_out"] == [{"index": 5, "step": 17.0, "reason": "not finite"}]
+    assert found["samples"] == {"requested": 10, "written": 9, "failed": 1, "remaining": 0}
+    assert found["failed"] == [{"index": 5, "step": 17.0, "reason": "not finite"}]
     assert "sample 5, t = 17: not finite" in text
 
 
@@ -155,9 +155,9 @@ def test_damage_is_found(tmp_path, capsys, damage):
     spoil, reason = DAMAGE[damage]
     spoil(tmp_path)
     found, text = look(tmp_path, capsys, "--verify", status=3)
-    assert [(d["first"], d["last"]) for d in found["damaged"]] == [(4, 7)]
-    assert reason in found["damaged"][0]["reason"]
-    assert found["samples"] == {"asked": 10, "written": 6, "left_out": 0, "remaining": 4}  # it does not count
+    assert [(d["first"], d["last"]) for d in found["corrupted"]] == [(4, 7)]
+    assert reason in found["corrupted"][0]["reason"]
+    assert found["samples"] == {"requested": 10, "written": 6, "failed": 0, "remaining": 4}  # it does not count
     assert reason in text
     for form in ("npz", "png", "hf"):
         message = refused(capsys, "export", tmp_path, "--to", form, "--output", tmp_path / "out")
@@ -186,7 +186,7 @@ def test_what_cannot_be_read(tmp_path, capsys):
     assert "cannot be read" in refused(capsys, "status", tmp_path / "file")
     make(tmp_path / "run")
     (tmp_path / "run/run.json").write_text("{")
-    assert "run.json is damaged" in refused(capsys, "status", tmp_path / "run")
+    assert "run.json is corrupted" in refused(capsys, "status", tmp_path / "run")
 
 
 def test_looking_needs_no_lightning(tmp_path):
@@ -234,10 +234,10 @@ def test_memory_is_bounded(tmp_path):
 
 
 def test_png_by_class(tmp_path, capsys):
-    make(tmp_path, left_out={4})
+    make(tmp_path, failed={4})
     main(["export", str(tmp_path), "--to=png"])
     assert "wrote 9 samples to" in (said := capsys.readouterr().out)
-    assert "1 were left out" in said
+    assert "1 samples failed" in said
     found = {p.relative_to(tmp_path / "samples_png").as_posix(): p for p in tmp_path.glob("samples_png/*/*")}
     assert set(found) == {f"{i % 3:04d}/{i:08d}.png" for i in range(10) if i != 4}
     for path in found.values():
@@ -254,7 +254,7 @@ def test_png_by_name(tmp_path, capsys):
     for text, message in (
         ("hen\nowl\n", "sample 2 is of class 2, and --names has 2 names"),
         ("hen\nhen\nowl\n", "two classes 'hen'"),
-        ("hen\n../owl\ntit\n", "no folder can be"),
+        ("hen\n../owl\ntit\n", "is not a folder name"),
     ):
         names.write_text(text)
         assert message in refused(capsys, "export", tmp_path, "--to=png", f"--names={names}", f"--output={tmp_path}/x")
@@ -277,7 +277,7 @@ def test_hf_is_a_dataset(tmp_path):
 
 
 def test_a_shard_of_which_nothing_is_left(tmp_path):
-    make(tmp_path, left_out={4, 5, 6, 7})
+    make(tmp_path, failed={4, 5, 6, 7})
     for form in ("npz", "png", "hf"):
         main(["export", str(tmp_path), f"--to={form}"])
     with np.load(tmp_path / "samples_6x4x4x3.npz") as found:
@@ -288,7 +288,7 @@ def test_a_shard_of_which_nothing_is_left(tmp_path):
 def test_incomplete_folders_need_a_word(tmp_path, capsys):
     make(tmp_path, shards=[0, 2])
     message = refused(capsys, "export", tmp_path, "--to=npz")
-    assert "4 of 10 samples are missing or damaged, the first in 4–7 (not made yet)" in message
+    assert "4 of 10 samples are missing or corrupted, the first in 4–7 (not made yet)" in message
     main(["export", str(tmp_path), "--to=npz", "--partial"])
     assert "4 of 10 are not made yet" in capsys.readouterr().out
     with np.load(tmp_path / "samples_6x4x4x3.npz") as found:

@@ -19,7 +19,7 @@ from calib_guidance.errors import ConfigurationError
 from calib_guidance.experiments import sweep as module
 from calib_guidance.experiments.halving import halve
 from calib_guidance.experiments.sweep import Sweeper, read_sweep, table
-from calib_guidance.runs.store import RunFolder
+from calib_guidance.runs import RunFolder
 from tests.conftest import ROOT
 
 SCALE = "model.init_args.guidance.init_args.scale"

@@ -98,7 +98,7 @@ class SampleQuality(Measurement):
         )
 
     def results(self, trainer: L.Trainer) -> dict[str, Any]:
-        folder = trainer.datamodule.run_folder.whole()
+        folder = trainer.datamodule.run_folder.extended()
         if not any(folder.record(shard)["rows"] for shard in folder.shards()):
             return {"notes": ["quality not measured: all samples were left out"]}
         images = open_images(folder.path)

@@ -13,7 +13,8 @@ from calib_guidance.callbacks.measurement import Measurement
 from calib_guidance.callbacks.sample_writer import SampleWriter
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation.quality import described, described_spreads, table_rows, write_json
-from calib_guidance.runs.store import RunFolder, ShardState
+from calib_guidance.runs import RunFolder
+from calib_guidance.runs.integrity import ShardState
 
 _LISTED = 10  # shards or samples in a message
 
@@ -52,7 +53,7 @@ class RunReport(Measurement):
             return
         writer = self._writer(trainer)
         trainer.strategy.barrier("all samples written")
-        run = writer.run.whole()
+        run = writer.run.extended()
         # As rank 0 sees it: file systems may show the others something older.
         missing = trainer.strategy.broadcast([(shard, run.state(shard)) for shard in run.remaining()])
         if missing:
@@ -87,12 +88,12 @@ class RunReport(Measurement):
     def _print_missing(run: RunFolder, missing: list[tuple[range, ShardState]]) -> None:
         """What is left, and who has it."""
         left = sum(len(shard) for shard, _ in missing)
-        print(f"\n{left} of {run.num_requests} samples are not made yet, so that there is no report:")
+        print(f"\n{left} of {run.num_requests} samples are not made yet. Their report comes when all are:")
         for shard, state in missing[:_LISTED]:
             print(f"  {shard.start} … {shard[-1]}: {state.name}, {state.reason}")
         if len(missing) > _LISTED:
             print(f"  and {len(missing) - _LISTED} shards more")
-        print("the same command goes on; whoever makes the last one reports")
+        print("re-run to resume; the worker that makes the last sample prints the report")
 
     @staticmethod
     def _print(results: dict[str, Any], folder: Path, written: list[Path], figures: list[Path]) -> None:
@@ -102,8 +103,8 @@ class RunReport(Measurement):
         print("\n".join(f"  {label:<{wide}}  {value:>8}  {spread}".rstrip() for label, value, spread in rows))
         for line in described(results) if "features" in results else described_spreads(results):
             print(line)
-        if left_out := results.get("left_out"):
-            print(f"left out {len(left_out)}: {', '.join(str(sample['index']) for sample in left_out[:_LISTED])}")
+        if failed := results.get("failed"):
+            print(f"{len(failed)} failed samples: {', '.join(str(sample['index']) for sample in failed[:_LISTED])}")
         names = [str(path.relative_to(folder) if path.is_relative_to(folder) else path) for path in written]
         print(f"wrote to {folder}: {', '.join(names)}")
         if figures:

@@ -30,7 +30,7 @@ from calib_guidance.callbacks.identity import measurement_names, run_identity
 from calib_guidance.callbacks.measurement import Measurement
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.plots import sample_grid
-from calib_guidance.runs.store import RunFolder, read_table
+from calib_guidance.runs import RunFolder, read_table
 
 log = logging.getLogger(__name__)
 UNREADABLE = "its image cannot be read"
@@ -89,7 +89,7 @@ class SampleWriter(Measurement):
     """Keeps the samples of a run in shards, each written once and whole: a run can be stopped at any instant and goes on.
 
     The images are what the module's predict step returns as ``image``; its further columns and those of the requests, all whole
-    numbers, are written beside them. See :class:`~calib_guidance.runs.store.RunFolder` for what the folder holds;
+    numbers, are written beside them. See :class:`~calib_guidance.runs.RunFolder` for what the folder holds;
     ``datasets.load_dataset("parquet", data_files="FOLDER/samples/*.parquet")`` reads it.
 
     Copies to the host, encoding and writing go on beside the next batch, two batches behind at most. Given again, the same
@@ -153,7 +153,7 @@ class SampleWriter(Measurement):
         self._tell(remaining)
         trainer.datamodule.run_folder, trainer.datamodule.remaining = self.run, remaining
         if hasattr(pl_module, "observers"):  # a batch may take longer than the lease
-            pl_module.observers += [lambda record: self.run.renew(), self.stop]
+            pl_module.observers += [lambda record: self.run.claims.renew(), self.stop]
 
     @staticmethod
     def _check_writable(folder: Path) -> None:
@@ -188,11 +188,11 @@ class SampleWriter(Measurement):
         done = len(self.run.shards()) - len(remaining)
         if done:
             rank_zero_info(f"{self.run.path}: {done} of {len(self.run.shards())} shards are done")
-        if (there := self.run.whole().num_requests) > self.run.num_requests:
+        if (there := self.run.extended().num_requests) > self.run.num_requests:
             rank_zero_info(f"{self.run.path} is a run of {there} samples: all of them stay, and are reported on")
         for shard in remaining:
-            if (state := self.run.state(shard, verify=True)).name == "damaged":
-                log.warning(f"{self.run.path}: samples {shard.start} … {shard[-1]} are made anew: {state.reason}")
+            if (state := self.run.state(shard, verify=True)).name == "corrupted":
+                log.warning(f"{self.run.path}: samples {shard.start} … {shard[-1]} are regenerated: {state.reason}")
         if foreign := self.run.foreign():
             names = ", ".join(str(path.relative_to(self.run.path)) for path in foreign[:5])
             log.warning(
@@ -225,7 +225,7 @@ class SampleWriter(Measurement):
         dataloader_idx: int = 0,
     ) -> None:
         self._background.check()
-        self.run.renew()
+        self.run.claims.renew()
         loader = trainer.predict_dataloaders
         self.stop.begin(loader.shard.stop - loader.rows.start)
         self._started = time.perf_counter()
@@ -283,7 +283,7 @@ class SampleWriter(Measurement):
         # Compressing lets go of Python's lock, and is most of what keeping samples costs.
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             self._columns["image"] += [{"bytes": png, "path": None} for png in pool.map(_png, images)]
-        self.run.renew()  # the main thread may be waiting for this one
+        self.run.claims.renew()  # the main thread may be waiting for this one
         if made.sums is not None:
             self._write(made.shard, made.sums())
             self.stop.behind = time.monotonic() - made.at
@@ -295,8 +295,8 @@ class SampleWriter(Measurement):
         arrays = {name: value.numpy() for name, value in sums.items()}
         if not self.run.write(shard, table, arrays, self._left_out, self._seconds, self._device):
             log.warning(
-                f"samples {shard.start} … {shard[-1]} were taken over by another worker, which thought this one dead: lease "
-                f"({self.lease:g} s) is shorter than a batch takes"
+                f"samples {shard.start} … {shard[-1]} were reclaimed by another worker, which took this one for dead: raise "
+                f"the SampleWriter's lease ({self.lease:g} s) above the seconds of a batch"
             )
         self._forget()
 
@@ -320,23 +320,23 @@ class SampleWriter(Measurement):
         if self._background is not None:
             self._background.close()
         if self.run is not None:
-            self.run.release()
+            self.run.claims.release()
 
     def results(self, trainer: L.Trainer) -> dict[str, object]:
-        run = self.run.whole()
+        run = self.run.extended()
         records = [run.record(shard) for shard in run.shards()]
         requested = sum(record["requested"] for record in records)
-        left_out = [sample for record in records for sample in record["left_out"]]
+        left_out = [sample for record in records for sample in record["failed"]]
         return {
             "num_samples": sum(record["rows"] for record in records),
             "uint8_rule": self.uint8_rule,
             "seconds_per_image": sum(record["seconds"] for record in records) / requested,
-            **({"left_out": left_out} if left_out else {}),
+            **({"failed": left_out} if left_out else {}),
         }
 
     def load_sums(self, trainer: L.Trainer) -> None:
         """Give every measurement what is kept of the whole folder, or nothing where some shard was made without it."""
-        run, measurements = self.run.whole(), measurement_names(trainer)
+        run, measurements = self.run.extended(), measurement_names(trainer)
         joined = {f"{name}.{key}" for name, measurement in measurements.items() for key in measurement.rows()}
         added = {f"{name}.{key}" for name, measurement in measurements.items() for key in measurement.sums()}
         totals: dict[str, np.ndarray] = {}
@@ -372,5 +372,5 @@ class SampleWriter(Measurement):
                 )
 
     def draw(self, folder: Path, trainer: L.Trainer) -> list[Path]:
-        run = self.run.whole()
+        run = self.run.extended()
         return sample_grid((run.read(shard) for shard in run.shards()), folder / "samples")

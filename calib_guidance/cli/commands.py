@@ -66,8 +66,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: with status 2 and a message, for a configuration that cannot run; with status 1 for a no-go of ``doctor``
-            and for what does not fit into the memory; of ``predict`` with status 3 where samples had to be left out, and 4 where
-            it stopped early (a signal, a full disk) and the same command goes on; those of ``status``. With
+            and for what does not fit into the memory; of ``predict`` with status 3 if samples failed, and 4 if it
+            stopped early (a signal, a full disk); re-run to resume; those of ``status``. With
             CALIB_GUIDANCE_TRACEBACK set in the environment the error itself is raised instead.
     """
     words = list(sys.argv[1:] if args is None else args)
@@ -84,7 +84,7 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         full = f"no space is left on the device, or the quota is used up ({error.filename or error})"
         print(
-            f"calib-guidance: {full}: what is written whole stays, make room and give the same command again",
+            f"calib-guidance: {full}: complete shards are kept; free disk space and re-run to resume",
             file=sys.stderr,
         )
         raise SystemExit(StoppedError.status) from error

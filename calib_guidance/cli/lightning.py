@@ -28,7 +28,7 @@ from calib_guidance.callbacks import CalibrationReport, RequeueBetweenSteps, Sam
 from calib_guidance.callbacks.checkpoint_io import AtomicCheckpointIO
 from calib_guidance.callbacks.sample_writer import UNREADABLE
 from calib_guidance.cli.configs import expand_bases
-from calib_guidance.errors import ConfigurationError, LeftOutError
+from calib_guidance.errors import ConfigurationError, FailedSamplesError
 from calib_guidance.weights.io import CheckpointError
 
 _PREDICT_CKPT = (
@@ -178,13 +178,13 @@ class CalibGuidanceCLI(LightningCLI):
         writer = next((callback for callback in self.trainer.callbacks if isinstance(callback, SampleWriter)), None)
         if writer is None or not self.trainer.is_global_zero:
             return
-        run = writer.run.whole()
-        left_out = [] if run.remaining() else [s for s in run.left_out() if s["reason"] != UNREADABLE]
+        run = writer.run.extended()
+        left_out = [] if run.remaining() else [s for s in run.failed() if s["reason"] != UNREADABLE]
         if left_out:
             listed = ", ".join(str(sample["index"]) for sample in left_out[:10])
-            raise LeftOutError(
-                f"{len(left_out)} samples could not be made and are left out: {listed}{' …' if len(left_out) > 10 else ''} "
-                f"(calib-guidance status {run.path} says why)"
+            raise FailedSamplesError(
+                f"{len(left_out)} samples failed: {listed}{' …' if len(left_out) > 10 else ''} "
+                f"(calib-guidance status {run.path} lists the reasons)"
             )
 
     def instantiate_classes(self) -> None:

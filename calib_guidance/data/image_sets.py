@@ -33,7 +33,7 @@ from calib_guidance.backend.distributed import DistributedContext
 from calib_guidance.data.image_datasets import DECODING_ERRORS, contents
 from calib_guidance.data.loading import CorruptImages
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.runs.store import DamagedShardError, RunFolder
+from calib_guidance.runs import CorruptedShardError, RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -346,11 +346,11 @@ class RunImages(ImageSet):
         if missing:
             why = states[missing[0]]
             raise ConfigurationError(
-                f"{name} is not complete: {sum(map(len, missing))} of {self.run.num_requests} samples are missing or damaged, "
-                f"the first in {missing[0].start}–{missing[0][-1]} ({why.reason or why.name}). The same predict makes them"
+                f"{name} is not complete: {sum(map(len, missing))} of {self.run.num_requests} samples are missing or corrupted, "
+                f"the first in {missing[0].start}–{missing[0][-1]} ({why.reason or why.name}). Re-run predict to complete them"
             )
         records = [self.run.record(shard) for shard in self.run.shards()]
-        self.left_out = sum(len(record["left_out"]) for record in records)
+        self.failed = sum(len(record["failed"]) for record in records)
         self.ends = np.cumsum([record["rows"] for record in records])
         super().__init__(name, int(self.ends[-1]), **options)
 
@@ -371,8 +371,8 @@ class RunImages(ImageSet):
         shard = self.run.shards()[number]
         try:
             columns = pq.read_table(pa.BufferReader(self.run.read_bytes(shard))).to_pydict()
-        except DamagedShardError as error:
-            raise ConfigurationError(f"{self.name}: {error}. The same predict command makes it anew") from error
+        except CorruptedShardError as error:
+            raise ConfigurationError(f"{self.name}: {error}. Re-run predict to regenerate the shard") from error
         if len(columns["index"]) != self.ends[number] - (self.ends[number - 1] if number else 0):
             raise ConfigurationError(f"{self.name} changed while it was read: give the command again")
         return columns
@@ -382,7 +382,7 @@ class RunImages(ImageSet):
         return super().provenance() | {
             "run": self.run.fingerprint,
             "uint8_rule": run["identity"].get("uint8_rule"),
-            "left_out": self.left_out,
+            "failed": self.failed,
         }
 
 

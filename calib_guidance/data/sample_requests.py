@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from calib_guidance.diffusion.rng import random_label
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.runs.store import RunFolder
+from calib_guidance.runs import RunFolder
 
 POLICIES = ("balanced", "uniform")
 
@@ -95,7 +95,7 @@ def cut(rows: range, size: int) -> list[range]:
 
 
 class RequestData(L.LightningDataModule):
-    """Requests in shards, which workers take from a :class:`~calib_guidance.runs.store.RunFolder`.
+    """Requests in shards, which workers take from a :class:`~calib_guidance.runs.RunFolder`.
 
     Attributes:
         requests: all of them.
@@ -129,7 +129,7 @@ class RequestData(L.LightningDataModule):
             return ShardLoader(self.requests, self.batch_size, lambda: blocks, tuple, len(blocks), self.num_workers)
         longest = sum(len(cut(shard, self.batch_size)) for shard in self.remaining)
         take = functools.partial(folder.take, self.remaining)
-        return ShardLoader(self.requests, self.batch_size, take, folder.take_over, longest, self.num_workers)
+        return ShardLoader(self.requests, self.batch_size, take, folder.reclaim, longest, self.num_workers)
 
 
 def check_numbers(**values: tuple[int, int]) -> None:

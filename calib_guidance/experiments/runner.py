@@ -24,8 +24,8 @@ import torch
 from tqdm import tqdm
 
 from calib_guidance.cli.lightning import run_lightning, subclasses_listed_once
-from calib_guidance.errors import ConfigurationError, LeftOutError, StoppedError
-from calib_guidance.runs.store import RunFolder
+from calib_guidance.errors import ConfigurationError, FailedSamplesError, StoppedError
+from calib_guidance.runs import RunFolder
 
 OVERLAYS = Path("lightning_configs")
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
@@ -150,7 +150,7 @@ def work(run: Run, threads: int) -> list[str]:
         for words in run.commands:
             try:
                 _command(words)
-            except LeftOutError as error:  # its figures are those of the samples that there are
+            except FailedSamplesError as error:  # its figures are those of the samples that there are
                 remarks.append(str(error))
     done.write_text(run.fingerprint)
     return remarks

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import yaml
 
 from calib_guidance.errors import ConfigurationError
+from calib_guidance.runs import CorruptedShardError, RunFolder
 from calib_guidance.runs.status import survey
-from calib_guidance.runs.store import DamagedShardError, RunFolder
 
 _COLUMNS = ("index", "label", "seed")
 _LISTED = 5  # shards or samples in a remark
@@ -115,14 +115,14 @@ class Run:
         samples = self.status["samples"]
         if not self.status["complete"]:
             self.remarks.append(
-                f"Not complete: {samples['written']} of {samples['asked']} samples are made, and only those are shown. The same "
-                f"predict command goes on; calib-guidance status {self.path} says who works on what."
+                f"Not complete: {samples['written']} of {samples['requested']} samples are made, and only those are shown. "
+                f"Re-run predict to resume; calib-guidance status {self.path} says who works on what."
             )
-        for shard in self.status["damaged"]:
+        for shard in self.status["corrupted"]:
             self._leave_out(range(shard["first"], shard["last"] + 1), shard["reason"])
-        if left_out := self.status["left_out"]:
-            reasons = [f"{sample['index']} ({sample['reason']})" for sample in left_out]
-            self.remarks.append(f"Left out, because they could not be made: samples {_listed(reasons)}.")
+        if failed := self.status["failed"]:
+            reasons = [f"{sample['index']} ({sample['reason']})" for sample in failed]
+            self.remarks.append(f"Failed samples: {_listed(reasons)}.")
         if foreign := self.status["foreign"]:
             self.remarks.append(f"Files that belong to no shard are not counted: {_listed(foreign)}.")
 
@@ -132,8 +132,8 @@ class Run:
             return
         self._damaged.add(shard.start)
         self.remarks.append(
-            f"Damaged: samples {shard.start} to {shard[-1]} are left out of this page ({reason}). The same predict command "
-            "makes them anew."
+            f"Corrupted: samples {shard.start} to {shard[-1]} are not shown on this page ({reason}). Re-run predict to "
+            "regenerate them."
         )
 
     def _read_columns(self) -> dict[str, np.ndarray]:
@@ -162,7 +162,7 @@ class Run:
                 continue
             try:
                 rows = self.folder.read(shard, inside.tolist())
-            except (DamagedShardError, OSError, pa.ArrowException) as error:
+            except (CorruptedShardError, OSError, pa.ArrowException) as error:
                 self._leave_out(shard, str(error))
                 continue
             found |= dict(zip(rows["index"].tolist(), rows["image"], strict=True))

@@ -220,7 +220,7 @@ def provenance(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
             rest = {
                 key: value
                 for key, value in measured.items()
-                if key not in _DRAWN | {"spread", "notes", "by_class", "left_out"}
+                if key not in _DRAWN | {"spread", "notes", "by_class", "failed"}
                 and not key.endswith("_note")
                 and value is not None
                 and not _is_number(value)

@@ -1,1 +1,6 @@
-"""The folder of a sampling run: what is there, who works on what, and its status."""
+"""The folder of a sampling run: samples in shards, who works on them, and their state."""
+
+from calib_guidance.runs.folder import RunFolder
+from calib_guidance.runs.store import CorruptedShardError, read_table
+
+__all__ = ["CorruptedShardError", "RunFolder", "read_table"]

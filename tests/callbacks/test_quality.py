@@ -17,7 +17,7 @@ from calib_guidance.metrics import (
     precision_recall,
 )
 from calib_guidance.networks import SmallResNet
-from calib_guidance.runs.store import RunFolder
+from calib_guidance.runs import RunFolder
 from tests.image_files import pictures, write
 
 

@@ -13,7 +13,7 @@ import yaml
 from calib_guidance.callbacks.background import Background, to_host
 from calib_guidance.cli.lightning import CalibGuidanceCLI, run_lightning
 from calib_guidance.errors import StoppedError
-from calib_guidance.runs.store import RunFolder
+from calib_guidance.runs import RunFolder
 
 
 class TestBackground:
@@ -167,7 +167,7 @@ def test_a_write_that_fails_as_the_last_is_not_passed_over(sample, tmp_path):
 def test_a_shard_that_is_taken_over_before_it_is_written_is_the_others(sample, tmp_path, caplog):
     begun = threading.Event()
 
-    def take_over():
+    def reclaim():
         claim = tmp_path / "run/claims/00000010"
         claim.write_text(claim.read_text().replace('"worker": "', '"worker": "x'))
 
@@ -175,6 +175,6 @@ def test_a_shard_that_is_taken_over_before_it_is_written_is_the_others(sample, t
         if "00000000.parquet" in name:
             assert begun.wait(60)
 
-    sample({1: take_over, 2: begun.set}, before_sync)
-    assert "samples 10 … 19 were taken over by another worker" in caplog.text
+    sample({1: reclaim, 2: begun.set}, before_sync)
+    assert "samples 10 … 19 were reclaimed by another worker" in caplog.text
     assert records(tmp_path) == ["00000000", "00000020"]

@@ -11,7 +11,7 @@ from calib_guidance.callbacks.trajectory import StepMoments
 from calib_guidance.cli import main
 from calib_guidance.diffusion.schedules import NoiseSchedule, named_betas
 from calib_guidance.metrics import bootstrap_sums, calibration_error_from_bins, jackknife_sd
-from calib_guidance.runs.store import RunFolder
+from calib_guidance.runs import RunFolder
 from tests.test_faults import QUICK, configuration
 
 

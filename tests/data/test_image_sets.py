@@ -92,7 +92,7 @@ def test_a_damaged_run(tmp_path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ConfigurationError, match="00000014.parquet is not what was written.*predict command"):
+    with pytest.raises(ConfigurationError, match="00000014.parquet is not what was written.*Re-run predict"):
         read(open_images(run))
     (run / "run.json").unlink()
     with pytest.raises(ConfigurationError, match="run folder without its run.json"):

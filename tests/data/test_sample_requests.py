@@ -6,7 +6,7 @@ import torch
 from calib_guidance.data import SampleRequests
 from calib_guidance.data.sample_requests import RequestData, ShardLoader, cut
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.runs.store import RunFolder
+from calib_guidance.runs import RunFolder
 from tests.test_run_folder import table
 
 
@@ -24,7 +24,7 @@ def test_batches_are_cut_within_shards_and_say_what_they_are_of(tmp_path, num_wo
     data = Numbers(11, 3, num_workers)
     data.run_folder = RunFolder(tmp_path, 4, 11)
     data.run_folder.begin({}, {})
-    data.run_folder.claim(range(0, 4))
+    data.run_folder.claims.acquire(range(0, 4))
     data.run_folder.write(range(0, 4), table(range(0, 4)))
     data.remaining = data.run_folder.remaining()
     loader = data.predict_dataloader()
@@ -35,8 +35,8 @@ def test_batches_are_cut_within_shards_and_say_what_they_are_of(tmp_path, num_wo
         (range(8, 11), range(8, 11), [8, 9, 10]),
     ]
     assert len(loader) == 3
-    assert data.run_folder.holds(range(4, 8))
-    assert not data.run_folder.holds(range(0, 4))
+    assert data.run_folder.claims.holds(range(4, 8))
+    assert not data.run_folder.claims.holds(range(0, 4))
 
 
 def test_what_cannot_be_read_is_named():

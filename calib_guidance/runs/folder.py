@@ -1,0 +1,247 @@
+"""The folder of a sampling run, which any number of workers share."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from calib_guidance.backend.atomic import create, link_or_copy, sync_folder
+from calib_guidance.errors import ConfigurationError
+from calib_guidance.runs.claims import Claims, new_worker
+from calib_guidance.runs.identity import differences, new_run, read_run
+from calib_guidance.runs.integrity import ShardState, clean_up, foreign_files, shard_state
+from calib_guidance.runs.store import ShardStore, readable_json
+
+
+class RunFolder(ShardStore):
+    """Shards that are complete or absent, and the claims of the workers that make them.
+
+    Workers may know nothing of each other: they claim shards through files in the same folder.
+
+    Args:
+        path: the folder; it is made when something is written.
+        shard_size: samples per shard.
+        num_requests: samples of the run.
+        lease: seconds after which a worker that did not renew its claim is dead.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], shard_size: int, num_requests: int, lease: float = 600.0):
+        super().__init__(path, shard_size, num_requests, new_worker())
+        self.claims = Claims(self.path / "claims", self.worker, lease)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], lease: float = 600.0) -> RunFolder:
+        """The folder of an existing run, with all samples that were ever requested.
+
+        Raises:
+            ConfigurationError: no run, or a corrupted run.json.
+        """
+        run = cls.read_run(path)
+        if run is None:
+            raise ConfigurationError(f"{path} holds no run: there is no run.json in it")
+        folder = cls(path, run["shard_size"], run["num_samples"], lease)
+        folder.fingerprint = run["fingerprint"]
+        return folder
+
+    @staticmethod
+    def read_run(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+        """Content of a folder's run.json, see :func:`calib_guidance.runs.identity.read_run`."""
+        return read_run(Path(path))
+
+    def extended(self) -> RunFolder:
+        """The folder with all samples that were ever requested of it."""
+        return RunFolder.open(self.path, self.claims.lease)
+
+    def check_readable(self) -> None:
+        """Raise ConfigurationError for samples without a run.json."""
+        found = [*self.samples.glob("*.parquet"), *self.records.glob("*.json")]
+        if self.read_run(self.path) is None and found:
+            raise ConfigurationError(
+                f"{self.path} holds {len(found)} files of samples ({found[0].name} …) and no run.json that says what made "
+                "them: set trainer.default_root_dir to another folder, or the SampleWriter's restart to true to remove them"
+            )
+
+    def begin(self, identity: Mapping[str, Any], versions: Mapping[str, str]) -> None:
+        """Start the run, resume it, or extend it to more samples.
+
+        Args:
+            identity: everything that pixels and labels are a function of, flat, in JSON's types.
+            versions: of the software, for people.
+
+        Raises:
+            ConfigurationError: the folder holds another run, or samples without a run.json. Nothing has been written.
+        """
+        self.check_readable()
+        file = self.path / "run.json"
+        if not file.exists():
+            content = new_run(identity, self.shard_size, self.num_requests, versions)
+            self.path.mkdir(parents=True, exist_ok=True)
+            # Of workers that start at the same time one creates it, and the others compare.
+            create(file, readable_json(content), self.worker)
+            sync_folder(self.path)
+        run = self.read_run(self.path)
+        if different := differences(run, identity, self.shard_size):
+            listed = "".join(f"\n  {line}" for line in different)
+            raise ConfigurationError(
+                f"{self.path} holds the samples of another configuration:{listed}\nset trainer.default_root_dir to another "
+                "folder, or the SampleWriter's restart to true to remove that run"
+            )
+        self.fingerprint = run["fingerprint"]
+        if run["num_samples"] < self.num_requests:
+            self.put(file, readable_json(run | {"num_samples": self.num_requests}))
+        for folder in (self.samples, self.records, self.claims.folder):
+            folder.mkdir(exist_ok=True)
+        clean_up(self, self.claims)
+
+    @classmethod
+    def begin_with(cls, path: str | os.PathLike[str], other: str | os.PathLike[str], num_samples: int) -> None:
+        """Start a run with the shards that another folder has of the same samples; none is made twice.
+
+        Files are shared on file systems with hard links: shards are replaced and never written into. :meth:`begin` checks that
+        both runs have the same identity.
+
+        Args:
+            path: folder of the new run, or of one that was started in this way.
+            other: folder of the other run; nothing is done if it holds none.
+            num_samples: samples of the new run.
+        """
+        if (run := cls.read_run(other)) is None:
+            return
+        there, here = cls.open(other), cls(path, run["shard_size"], num_samples)
+        here.path.mkdir(parents=True, exist_ok=True)
+        create(here.path / "run.json", readable_json(run | {"num_samples": num_samples}), here.worker)
+        if cls.read_run(path)["fingerprint"] != run["fingerprint"]:
+            return
+        for folder in (here.samples, here.records):
+            folder.mkdir(exist_ok=True)
+        same = set(there.shards())
+        for shard in here.shards():
+            if shard not in same or here.record_path(shard).exists() or there.state(shard, verify=True).name != "done":
+                continue
+            for path_of in (
+                cls.table_path,
+                cls.sums_path,
+                cls.record_path,
+            ):  # the record last: a shard with one is done
+                if path_of(there, shard).exists():
+                    link_or_copy(path_of(there, shard), path_of(here, shard), here.worker)
+
+    def remove(self) -> None:
+        """Remove the run and its samples.
+
+        Raises:
+            ConfigurationError: a worker makes samples of it.
+        """
+        for path in sorted(path for path in self.claims.folder.glob("*") if path.name.isdecimal()):
+            claim = self.claims.of(range(int(path.name), int(path.name) + 1))
+            if claim is not None and claim.alive is not False:
+                raise ConfigurationError(
+                    f"{self.path} cannot be restarted: process {claim.pid} on {claim.host} works on it since {claim.since}"
+                )
+        # Records first: at no time does a record name samples that are gone.
+        for folder, kinds in {self.records: "*", self.claims.folder: "*", self.samples: "*.parquet"}.items():
+            for path in folder.glob(kinds):
+                if not path.is_dir():
+                    path.unlink(missing_ok=True)
+        (self.path / "run.json").unlink(missing_ok=True)
+
+    def state(self, shard: range, verify: bool = False) -> ShardState:
+        """State of a shard, see :func:`calib_guidance.runs.integrity.shard_state`."""
+        return shard_state(self, self.claims, shard, verify)
+
+    def remaining(self, verify: bool = False) -> list[range]:
+        """Shards that are not done, whether claimed or not."""
+        return [shard for shard in self.shards() if self.state(shard, verify).name != "done"]
+
+    def foreign(self) -> list[Path]:
+        """Files that belong to no shard, see :func:`calib_guidance.runs.integrity.foreign_files`."""
+        run = self.read_run(self.path)
+        return foreign_files(self, self.claims, max(self.num_requests, run["num_samples"] if run else 0))
+
+    def write(
+        self,
+        shard: range,
+        table: pa.Table,
+        sums: Mapping[str, np.ndarray] | None = None,
+        failed: Sequence[Mapping[str, Any]] = (),
+        seconds: float = 0.0,
+        device: str = "",
+    ) -> bool:
+        """Write a shard that this worker has claimed, and give up the claim.
+
+        Args:
+            shard: one of :meth:`shards`.
+            table: its samples in order of ``index``.
+            sums: arrays that measurements keep of it.
+            failed: ``{index, step, reason}`` of samples that are not in the table.
+            seconds: that its samples took.
+            device: that made them.
+
+        Returns:
+            Whether it was written. False if another worker has reclaimed the shard: that worker writes it.
+
+        Raises:
+            StoppedError: the file system is full. The shard is not done then, and the claim is kept.
+            ValueError: the samples are not those of the shard, each once.
+        """
+        if not self.claims.holds(shard):
+            return False
+        self.write_shard(shard, table, sums, failed, seconds, device)
+        self.claims.release(shard)
+        return True
+
+    def take(self, remaining: Sequence[range] | None = None) -> Iterator[range]:
+        """Claimed shards for this worker, one after the other, until all are done or claimed by others.
+
+        A single worker takes them in order; after another worker's claim it continues at a random shard.
+
+        Args:
+            remaining: result of :meth:`remaining`, if it is known already.
+        """
+        todo = deque(self.remaining(verify=True) if remaining is None else remaining)
+        while todo:
+            shard = todo.popleft()
+            if self._claim(shard):
+                yield shard
+            elif todo and self.state(shard).name != "done":
+                todo.rotate(random.randrange(len(todo)))
+
+    def _claim(self, shard: range) -> bool:
+        """Claim a shard that is not done."""
+        with self.space_for(self.claims.path(shard), 1):
+            if not self.claims.acquire(shard):
+                return False
+        if self.state(shard, verify=True).name == "done":  # made by another worker meanwhile
+            self.claims.release(shard)
+            return False
+        return True
+
+    def reclaim(self, poll: float = 1.0) -> Iterator[range]:
+        """Claimed shards that dead workers left, for the time after :meth:`take`.
+
+        Waits as long as a claim may belong to a dead worker, and not for workers that are seen to be alive.
+
+        Args:
+            poll: seconds between looks.
+        """
+        waiting = {shard: self.claims.of(shard) for shard in self.remaining()}
+        while waiting:
+            for shard, first in list(waiting.items()):
+                if self._claim(shard):
+                    del waiting[shard]
+                    yield shard
+                    continue
+                claim = self.claims.of(shard)
+                alive = claim is not None and (claim.alive or (first is not None and claim.renewed > first.renewed))
+                if alive or self.state(shard).name == "done":
+                    del waiting[shard]
+            if waiting:
+                time.sleep(min(poll, self.claims.lease / 10))

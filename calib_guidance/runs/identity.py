@@ -1,0 +1,137 @@
+"""Identity of a run: everything that a sample is a function of beside its index. Runs of one identity may share a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calib_guidance.errors import ConfigurationError
+from calib_guidance.runs.store import canonical_json, sha256
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FORMAT = 2
+_UNSET = "(not set)"
+# How much is done at a time, and by how many; up to rounding it changes nothing.
+_NOT_PIXELS = {"compile", "decode_batch", "num_samples", "batch_size", "shard_size", "num_workers", "max_corrupt"}
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pkl")
+
+
+def new_run(
+    identity: Mapping[str, Any], shard_size: int, num_samples: int, versions: Mapping[str, str]
+) -> dict[str, Any]:
+    """Content of a new run.json."""
+    return {
+        "format": FORMAT,
+        "fingerprint": sha256(canonical_json(identity)),
+        "identity": identity,
+        "shard_size": shard_size,
+        "num_samples": num_samples,
+        "versions": versions,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """Content of run.json, see :func:`new_run`; None if there is none.
+
+    Raises:
+        ConfigurationError: it is corrupted, or of another format.
+    """
+    file = folder / "run.json"
+    try:
+        run = json.loads(file.read_bytes())
+        if run["format"] != FORMAT:
+            raise ConfigurationError(
+                f"{file} has format {run['format']}, this version of calib_guidance reads {FORMAT}"
+            )
+        if run["fingerprint"] != sha256(canonical_json(run["identity"])):
+            raise ValueError("its fingerprint is not that of its identity")
+    except FileNotFoundError:
+        return None
+    except ConfigurationError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"{file} is corrupted ({error}): restore it, or choose another folder (trainer.default_root_dir)"
+        ) from error
+    return run
+
+
+def differences(run: Mapping[str, Any], identity: Mapping[str, Any], shard_size: int) -> list[str]:
+    """Where a run.json differs from an identity and a shard size, ``key: then, now`` each."""
+    then = run["identity"] | {"shard_size": run["shard_size"]}
+    now = json.loads(canonical_json(identity)) | {"shard_size": shard_size}
+    return [
+        f"{key}: {then.get(key, _UNSET)} in the folder, now {now.get(key, _UNSET)}"
+        for key in sorted(then.keys() | now.keys())
+        if then.get(key, _UNSET) != now.get(key, _UNSET)
+    ]
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything that is neither a mapping nor a list of mappings."""
+    if isinstance(value, Mapping):
+        for name, each in value.items():
+            yield from _leaves(each, f"{key}.{name}")
+    elif isinstance(value, Sequence) and any(isinstance(each, Mapping) for each in value):
+        for number, each in enumerate(value):
+            yield from _leaves(each, f"{key}.{number}")
+    else:
+        yield key, value
+
+
+def _file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return f"sha256 of the file {hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def settings(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Leaves of a part of the configuration; files by content, wherever they are, and those of weights not at all."""
+    found: dict[str, Any] = {}
+    for name, value in _leaves(config, key):
+        if name.rpartition(".")[2] in _NOT_PIXELS:
+            continue
+        # A file of the working directory that happens to be named like a setting does not count.
+        is_path = isinstance(value, str) and ("/" in value or Path(value).suffix or name.endswith(".labels"))
+        path = Path(value) if is_path else None
+        if path is not None and (path.suffix in _WEIGHTS or path.is_dir()) and path.exists() and key == "model":
+            continue  # the weights that were loaded are hashed
+        plain = value if isinstance(value, (str, int, float, bool, list, type(None))) else str(value)
+        found[name] = _file_hash(path) if path is not None and path.is_file() else plain
+    return found
+
+
+def settings_digest(config: Mapping[str, Any]) -> str:
+    """Eight hex digits of the options of a class."""
+    return sha256(json.dumps(settings(config, "init_args"), sort_keys=True, default=str).encode())[:8]
+
+
+def hash_state(module: nn.Module) -> str:
+    """SHA-256 of names, types, shapes and bytes of a module's state."""
+    import torch  # only sampling hashes weights; looking at a folder needs no torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name.replace('_orig_mod.', '')} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def run_identity(
+    config: Mapping[str, Any], networks: Mapping[str, nn.Module], precision: str, uint8_rule: str
+) -> dict[str, Any]:
+    """Identity of a run: dotted keys of the configuration, and hashes of the loaded networks.
+
+    In it: everything of ``model`` and ``data`` except how many samples there are and how many are made at a time, precision, and
+    the rule of rounding to 8 bits. Not in it: devices, nodes, callbacks that only measure, and where files are.
+    """
+    identity = settings(config["model"], "model") | settings(config["data"], "data")
+    identity |= {f"weights of {name}": hash_state(module) for name, module in networks.items()}
+    return identity | {"trainer.precision": precision, "uint8_rule": uint8_rule}
