@@ -1,6 +1,11 @@
 """Errors that the command line shows as one message, without a traceback."""
 
 
+def first_line(error: BaseException) -> str:
+    """First line of an error's message, or the name of its class where it has no message."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 class ConfigurationError(ValueError):
     """Parts of a configuration that cannot go together, found before any work is done."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 
+from calib_guidance.backend.atomic import write_text
 from calib_guidance.metrics import Levels
 from calib_guidance.plots import reliability
 
@@ -56,7 +56,6 @@ class CalibrationReport(L.Callback):
         names = [f"t = {pl_module.level_range(k).replace('-', '–')}" for k in range(pl_module.num_levels)]
         levels = int((bins[..., 0].sum(-1) > 0).sum())
         folder = Path(trainer.default_root_dir, "calibration")
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{stage}-step{trainer.global_step:08d}.json"
         content = {
             "step": trainer.global_step,
@@ -64,9 +63,7 @@ class CalibrationReport(L.Callback):
             "count": bins[..., 0].sum(-1).long().tolist(),
             **{name: _plain(value) for name, value in measured.items()},
         }
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, path)
+        write_text(path, json.dumps(content, indent=1) + "\n")
         if self.figures:
             titles = ["all"] if levels == 1 else ["all", *names]
             panels = bins.sum(0, keepdim=True) if levels == 1 else torch.cat([bins.sum(0, keepdim=True), bins])

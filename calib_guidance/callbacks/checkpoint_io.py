@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
+from calib_guidance.backend.atomic import atomic_write
 from calib_guidance.weights.io import CheckpointError
 
 
@@ -44,22 +45,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)  # remote storage replaces objects atomically
             return
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(f"{path}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
+        with atomic_write(path) as file:
+            torch.save(checkpoint, file)
+            file.flush()  # a full disk shows here, before the previous checkpoint goes
             self._keep(path)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
     @staticmethod
     def _keep(path: Path) -> None:

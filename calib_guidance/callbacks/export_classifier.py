@@ -13,6 +13,7 @@ import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 from torch import Tensor
 
+from calib_guidance.backend.atomic import write_text
 from calib_guidance.classifiers import fit_temperature
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.weights.io import save_weights
@@ -143,10 +144,7 @@ class ExportClassifier(L.Callback):
             "temperature": temperature,
         }
         text = f"# `classifier:` of a predict configuration, written by calib-guidance {trainer.state.fn.value}.\n"
-        path = self.target.with_suffix(".yaml")
-        temporary = Path(f"{path}.{os.getpid()}.tmp")
-        temporary.write_text(text + yaml.safe_dump(description, sort_keys=False))
-        os.replace(temporary, path)
+        write_text(self.target.with_suffix(".yaml"), text + yaml.safe_dump(description, sort_keys=False))
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from calib_guidance.backend.atomic import atomic_write
 from calib_guidance.backend.images import to_uint8
 from calib_guidance.callbacks.measurement import Measurement
 from calib_guidance.errors import ConfigurationError
@@ -119,12 +119,10 @@ class TrajectoryStrips(Measurement, BufferedObserver):
             path = Path(trainer.default_root_dir, "trajectory.npz")
             path.unlink(missing_ok=True)  # an earlier report's
             if self._kept:
-                temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-                with open(temporary, "wb") as file:
+                with atomic_write(path) as file:
                     np.savez_compressed(
                         file, t=self.t, **{name: column.numpy() for name, column in self.rows().items()}
                     )
-                os.replace(temporary, path)
         return {}
 
     def draw(self, folder: Path, trainer: L.Trainer) -> list[Path]:

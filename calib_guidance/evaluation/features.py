@@ -23,7 +23,7 @@ from calib_guidance.backend.images import from_uint8
 from calib_guidance.backend.precision import exact_float32
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.classifiers.off_the_shelf import build_network
-from calib_guidance.errors import ConfigurationError
+from calib_guidance.errors import ConfigurationError, first_line
 from calib_guidance.weights.io import CheckpointError, read_weights, tensors_only
 
 FORMS = (
@@ -146,7 +146,7 @@ class InceptionFeatures(FeatureExtractor):
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:
             if weights is not None:
                 raise CheckpointError(
-                    f"{weights} does not fit torch-fidelity's Inception-v3 ({str(error).splitlines()[0]}): name "
+                    f"{weights} does not fit torch-fidelity's Inception-v3 ({first_line(error)}): name "
                     f"{Path(URL_INCEPTION_V3).name}"
                 ) from error
             raise CheckpointError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from calib_guidance.backend.atomic import atomic_write, write_text
 from calib_guidance.backend.images import from_uint8
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.classifiers.clip import CLIPClassifier
-from calib_guidance.errors import ConfigurationError
+from calib_guidance.errors import ConfigurationError, first_line
 from calib_guidance.evaluation.features import ClassifierFeatures, FeatureExtractor, state_sha256
 from calib_guidance.evaluation.statistics import ReferenceStatistics
 from calib_guidance.metrics.base import KeptRows
@@ -205,7 +205,7 @@ class Measures(NamedTuple):
             except (RuntimeError, ValueError) as error:
                 size = "×".join(map(str, image_shape))
                 raise ConfigurationError(
-                    f"{whose} cannot be taken of images {size} (channels, height, width): {str(error).splitlines()[0]}"
+                    f"{whose} cannot be taken of images {size} (channels, height, width): {first_line(error)}"
                 ) from error
             if whose == "the features" and shape != (2, self.extractor.width):
                 raise ConfigurationError(
@@ -560,14 +560,9 @@ def _images(images: dict[str, Any], count: int | None) -> str:
 
 
 def write_predictions(path: Path, predictions: Mapping[str, np.ndarray]) -> None:
-    """Write :meth:`Quality.predictions`, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, **predictions)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write :meth:`Quality.predictions`, atomically."""
+    with atomic_write(path) as file:
+        np.savez(file, **predictions)
 
 
 def plain(value: Any) -> Any:
@@ -581,9 +576,4 @@ def plain(value: Any) -> Any:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file, whole or not at all, see :func:`plain`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(plain(content), indent=1, ensure_ascii=False) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, json.dumps(plain(content), indent=1, ensure_ascii=False) + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from calib_guidance import __version__
+from calib_guidance.backend.atomic import atomic_write
 from calib_guidance.backend.distributed import DistributedContext
 from calib_guidance.data.image_sets import ImageSet, open_images
 from calib_guidance.errors import ConfigurationError
@@ -326,20 +326,12 @@ class ReferenceStatistics:
         if self.num_images is not None:
             arrays["num_images"] = np.array(self.num_images)
         arrays["provenance"] = np.array(json.dumps(self.provenance, ensure_ascii=False))
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "xb") as file:
+            with atomic_write(path) as file:
                 np.savez(file, **arrays)
-                file.flush()
-                os.fsync(file.fileno())
-            check_output(path)  # made by another meanwhile
-            os.rename(temporary, path)
+                check_output(path)  # made by another meanwhile
         except OSError as error:
             raise ConfigurationError(f"{path} cannot be written: {error.strerror or error}") from error
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
         return file_sha256(path)
 
     def check(self, extractor: FeatureExtractor) -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from calib_guidance.backend.atomic import write_text
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.report.runs import open_runs
 
@@ -63,12 +64,7 @@ def report(args: Sequence[str]) -> None:
 
     with kept_in(options.figures):
         page = render(runs)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(output, page)
     for run in runs:
         for remark in run.remarks:
             print(f"{run.name}: {remark}")

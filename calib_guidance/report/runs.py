@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from calib_guidance.errors import ConfigurationError
+from calib_guidance.errors import ConfigurationError, first_line
 from calib_guidance.runs import CorruptedShardError, RunFolder
 from calib_guidance.runs.status import survey
 
@@ -190,7 +190,7 @@ class Run:
         except FileNotFoundError:
             problem = "There is no config.yaml"
         except (ValueError, yaml.YAMLError) as error:
-            problem = f"config.yaml is damaged ({str(error).splitlines()[0]})"
+            problem = f"config.yaml is damaged ({first_line(error)})"
         else:
             return text, content
         self.remarks.append(f"{problem}: settings are those of run.json, which has all that samples are a function of.")

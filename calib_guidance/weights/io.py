@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from calib_guidance.errors import CheckpointError
+from calib_guidance.backend.atomic import atomic_write
+from calib_guidance.errors import CheckpointError, first_line
 from calib_guidance.weights import registry
 from calib_guidance.weights.hub import fetch
 from calib_guidance.weights.pickles import read_edm_pickle
@@ -59,11 +59,11 @@ def tensors_only() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).split("\n") if str(error) else ["no detail"]
+def _reason(error: BaseException) -> str:
     # torch.load begins with the advice to execute what is in the file; what it refuses stands further down.
+    lines = str(error).splitlines()
     refused = (line.strip() for line in lines if "GLOBAL" in line or "WeightsUnpickler error" in line)
-    return f"{type(error).__name__}: {next(refused, lines[0])}"
+    return f"{type(error).__name__}: {next(refused, first_line(error))}"
 
 
 def _missing(path: Path) -> str:
@@ -119,7 +119,7 @@ def _read_shards(index: Path) -> Weights:
         shards = sorted(set(places.values()))
         inside = all(name == Path(name).name for name in shards)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: not an index of sharded weights ({_first_line(error)})") from error
+        raise CheckpointError(f"{index}: not an index of sharded weights ({_reason(error)})") from error
     if not inside:
         raise CheckpointError(f"{index}: names files outside of its folder ({_some(shards)})")
     if lacking := [name for name in shards if not (index.parent / name).is_file()]:
@@ -202,7 +202,7 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
         raise
     except Exception as error:  # a damaged or hostile pickle fails in as many ways as there are opcodes
         raise CheckpointError(
-            f"{path}: not a weights file that can be read without executing code, or a truncated one ({_first_line(error)})"
+            f"{path}: not a weights file that can be read without executing code, or a truncated one ({_reason(error)})"
         ) from error
 
 
@@ -339,27 +339,18 @@ def load_state(
     return {"file": str(path), "bytes": size, "published": names} | settings
 
 
-def save_weights(weights: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str], **notes: object) -> None:
-    """Write weights as safetensors, complete or not at all (temporary file, then rename).
+def save_weights(weights: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str], **metadata: object) -> None:
+    """Write weights as safetensors, atomically.
 
     Args:
         weights: a module, or tensors by name.
         path: file to write.
-        notes: what shapes do not tell, kept as text in the file and checked when it is loaded.
+        metadata: what shapes do not tell, kept as text in the file and checked when it is loaded.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = weights.state_dict() if isinstance(weights, nn.Module) else weights
     state = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    os.close(handle)
-    try:
-        save_file(state, temporary, metadata={name: str(value) for name, value in notes.items()})
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic_write(path) as file:
+        save_file(state, file.name, metadata={name: str(value) for name, value in metadata.items()})
