@@ -31,7 +31,7 @@ from calib_guidance.denoisers import ADMDenoiser
 from calib_guidance.diffusion.rng import SampleStreams
 from calib_guidance.evaluation import ClassifierFeatures
 from calib_guidance.guidance import ClassifierGuidance, GuidanceSchedule
-from calib_guidance.metrics import FrechetDistance, PrecisionRecall
+from calib_guidance.metrics import frechet_distance, mean_and_covariance, precision_recall
 from calib_guidance.networks import SmallResNet, UNet
 from calib_guidance.samplers import DDIM, DDPM, DPMSolver, Heun, Sampler, UniPC
 from calib_guidance.scores import DivergenceRegularized
@@ -173,12 +173,9 @@ def measure(setting: Setting, seed: int, n: int) -> list[float]:
         images.append(sampler(denoiser, noise, y[index], guidance))
     with torch.no_grad():
         features, _, logits = eval_classifier(to_uint8(torch.cat(images), "truncate"))
-    distance, coverage = FrechetDistance(reference, full_rank=False), PrecisionRecall(reference)
-    distance.update(features)
-    coverage.update(features=features, index=torch.arange(n))
-    both = coverage.compute()
+    distance = frechet_distance(*mean_and_covariance(reference), *mean_and_covariance(features))
     right = (logits.argmax(1) == y).float().mean()
-    return [float(v) for v in (distance.compute(), both["precision"], both["recall"], right)]
+    return [float(v) for v in (distance, *precision_recall(reference, features), right)]
 
 
 def key(setting: Setting, seed: int, n: int) -> str:

@@ -21,7 +21,7 @@ from calib_guidance.cli.lightning import run_lightning
 from calib_guidance.experiments.compare import insert
 from calib_guidance.experiments.halving import halve
 from calib_guidance.experiments.sweep import FIGURES, Setting, Sweeper, read_sweep
-from calib_guidance.metrics import CalibrationError, FrechetDistance
+from calib_guidance.metrics import CalibrationError, frechet_distance, mean_and_covariance
 from calib_guidance.plots import COLOURS, COLUMN, paper, save
 from calib_guidance.runs import RunFolder
 
@@ -56,9 +56,8 @@ class Reader:
     def read(self, figure: str, shards: range) -> float:
         """A figure of some shards of the run."""
         if figure == "frechet_distance":
-            distance = FrechetDistance(self.reference, full_rank=False)
-            distance.update(features=torch.cat([self.features[shard] for shard in shards]))
-            return float(distance.compute())
+            features = torch.cat([self.features[shard] for shard in shards])
+            return float(frechet_distance(*mean_and_covariance(self.reference), *mean_and_covariance(features)))
         (name,) = [name for name in self.sums[0] if name.startswith("TrajectoryCalibration")]
         sums = sum(torch.from_numpy(self.sums[shard][name]) for shard in shards)
         error = CalibrationError(15, num_levels=len(sums), sync_on_compute=False)

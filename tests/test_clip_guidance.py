@@ -97,8 +97,8 @@ def test_prompts_guide_and_the_score_says_how_far(weights, tmp_path):
     model = CLIPClassifier(PROMPTS, ARCHITECTURE, weights).freeze()
     cosines = model.similarity(from_uint8(torch.cat(images)))[range(4), labels]
     assert float(cosines.mean()) == pytest.approx(steered["clip_score"], abs=2e-3)  # grey levels are rounded
-    spread = steered["spread"]["clip_score"]
-    assert spread["sd"] == pytest.approx(float(cosines.std(correction=0)) / 2, abs=2e-3)
+    spread = steered["uncertainty"]["clip_score"]
+    assert spread["std"] == pytest.approx(float(cosines.std(correction=0)) / 2, abs=2e-3)
     assert spread["low"] < steered["clip_score"] < spread["high"]
 
 

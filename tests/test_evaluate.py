@@ -101,9 +101,9 @@ def test_figures_are_the_functions_of_the_features(sets, tmp_path, capsys):
     }
     for name, value in expected.items():
         assert found[name] == pytest.approx(float(value), rel=1e-6), name
-        spread = found["spread"][name]
+        spread = found["uncertainty"][name]
         assert spread["low"] <= found[name] <= spread["high"], name
-        assert spread["sd"] > 0, name
+        assert spread["std"] > 0, name
     of_class = precision_recall(real.pool[torch.from_numpy(pictures(130)[1]) == 1], generated.pool[labels == 1])
     assert [found["by_class"]["1"][name] for name in ("precision", "recall")] == pytest.approx(
         list(map(float, of_class))
@@ -120,7 +120,7 @@ def test_figures_are_the_functions_of_the_features(sets, tmp_path, capsys):
     assert "note       Fréchet distance: 120 samples: biased upwards" in printed
     assert {"torch", "calib_guidance", "Pillow"} <= said["versions"].keys()
     table = (tmp_path / "out/metrics.md").read_text()
-    assert f"| precision | {found['precision']:.3f} | {found['spread']['precision']['sd']:.3f} |" in table
+    assert f"| precision | {found['precision']:.3f} | {found['uncertainty']['precision']['std']:.3f} |" in table
     with np.load(tmp_path / "out/predictions.npz") as file:
         assert np.array_equal(file["predicted"], logits.argmax(1))
 
@@ -137,9 +137,9 @@ def test_several_sets_give_mean_and_deviation(sets, tmp_path, capsys):
     for key in ("frechet_distance", "precision", "recall"):
         values = [run[key] for run in runs]
         assert whole[key] == pytest.approx(np.mean(values))
-        assert whole["spread"][key]["sd"] == pytest.approx(np.std(values, ddof=1))
-        assert whole["spread"][key]["of"] == "2 runs"
-        sd = whole["spread"][key]["sd"]
+        assert whole["uncertainty"][key]["std"] == pytest.approx(np.std(values, ddof=1))
+        assert whole["uncertainty"][key]["of"] == "2 runs"
+        sd = whole["uncertainty"][key]["std"]
         assert f"{whole[key]:.3f} ± {sd:.3f}" in capsys.readouterr().out if key == "recall" else values[0] != values[1]
 
 
@@ -153,8 +153,7 @@ def test_statistics_of_others_measure_what_they_can(sets, tmp_path):
     assert found["frechet_distance"] == pytest.approx(float(expected), rel=1e-6)
     assert found.keys().isdisjoint({"precision", "kernel_distance", "spatial_frechet_distance"})
     assert any(
-        note.startswith("kid, pr, dc and classwise left out: the reference holds no features")
-        for note in found["notes"]
+        note.startswith("kid, pr, dc and classwise skipped: the reference holds no features") for note in found["notes"]
     )
     assert found["provenance"]["reference"]["sha256"]
 
@@ -182,7 +181,7 @@ def test_clip_score_is_the_mean_cosine_to_the_prompts(sets, tmp_path):
     expected = cosine.gather(1, labels[:, None])
     found = metrics(tmp_path / "out")
     assert found["clip_score"] == pytest.approx(float(expected.mean()), rel=1e-5)
-    assert found["spread"]["clip_score"]["sd"] == pytest.approx(float(expected.std() / 120**0.5), rel=0.2)
+    assert found["uncertainty"]["clip_score"]["std"] == pytest.approx(float(expected.std() / 120**0.5), rel=0.2)
 
 
 @pytest.mark.slow
@@ -235,7 +234,7 @@ def test_inception_gives_torch_fidelitys_figures_from_files_on(tmp_path):
         ("recall", "recall"),
     ):
         assert found[ours] == pytest.approx(expected[name], rel=1e-5), ours
-    assert found["spread"]["kernel_distance"]["sd"] == pytest.approx(
+    assert found["uncertainty"]["kernel_distance"]["std"] == pytest.approx(
         expected["kernel_inception_distance_std"], rel=1e-5
     )
     assert found["provenance"]["features"]["resize"]["size"] == 299
@@ -277,7 +276,7 @@ def test_a_run_sampled_in_pieces_measures_as_one_sampled_at_once(in_root, tmp_pa
         "classifier_ece",
     ):
         assert pieces[name] == whole[name] == pytest.approx(during.get(name, whole[name]), rel=1e-6), name
-    assert pieces["spread"] == whole["spread"]
+    assert pieces["uncertainty"] == whole["uncertainty"]
     assert pieces["provenance"]["samples"]["sha256"] == whole["provenance"]["samples"]["sha256"]
     evaluate(tmp_path / "pieces", *words, "--metrics=pr")
     assert (tmp_path / "whole/evaluation/predictions.npz").exists()
@@ -312,8 +311,8 @@ def test_two_processes_give_the_figures_of_one(sets, tmp_path):
         assert len(numbers) == 11
         for name, value in numbers.items():
             assert several[name] == pytest.approx(value, rel=1e-9, abs=1e-9), name
-            if name in one["spread"]:
-                assert several["spread"][name]["sd"] == pytest.approx(one["spread"][name]["sd"], rel=1e-6)
+            if name in one["uncertainty"]:
+                assert several["uncertainty"][name]["std"] == pytest.approx(one["uncertainty"][name]["std"], rel=1e-6)
         with (
             np.load(tmp_path / "one/predictions.npz") as a,
             np.load(tmp_path / name_of_several / "predictions.npz") as b,

@@ -120,7 +120,7 @@ class TestNonFinite:
         assert [record["failed"] for record in records(folder).values()] == [[], []]
         # The figures are those of the samples as they are, each counted once at every step.
         found, expected = metrics(folder), metrics(sound)
-        for name, column in (("gradient_norm_t", "mean"), ("gradient_norm_t", "sd"), ("ece_t", "ece")):
+        for name, column in (("gradient_norm_t", "mean"), ("gradient_norm_t", "std"), ("ece_t", "ece")):
             assert found[name][column] == pytest.approx(expected[name][column], rel=1e-5)
 
     @pytest.mark.parametrize("fault", ["nan", "inf"])
@@ -139,7 +139,7 @@ class TestNonFinite:
         assert failed["configuration"] == json.loads((folder / "run.json").read_text())["fingerprint"]
         assert second["rows"] == 9
         counted = metrics(folder)["gradient_norm_t"]
-        assert all(value == value for value in counted["mean"] + counted["sd"])  # not NaN
+        assert all(value == value for value in counted["mean"] + counted["std"])  # not NaN
         # Nothing is left to do, and it still says so.
         before = tables(folder)
         assert predict(folder, **settings) == 3
@@ -179,7 +179,7 @@ class TestMemory:
         assert caplog.text.count("out of memory") == 1  # the second batch is cut beforehand
         assert_same(folder, sound)
         found, expected = metrics(folder), metrics(sound)  # steps that were tried in vain are not counted
-        assert found["gradient_norm_t"]["sd"] == pytest.approx(expected["gradient_norm_t"]["sd"], rel=1e-4)
+        assert found["gradient_norm_t"]["std"] == pytest.approx(expected["gradient_norm_t"]["std"], rel=1e-4)
         assert found["ece_t"]["ece"] == pytest.approx(expected["ece_t"]["ece"], rel=1e-4)
 
     def test_groups_stay_whole(self, tmp_path, caplog, capsys):

@@ -32,15 +32,15 @@ METRICS = {
     "frechet_distance": 0.44667752825020557,
     "precision": 0.92,
     "clip_score": None,
-    "spread": {"frechet_distance": {"sd": 0.0125, "low": 0.4221, "high": 0.4712, "of": "bootstrap, 200 draws"}},
+    "uncertainty": {"frechet_distance": {"std": 0.0125, "low": 0.4221, "high": 0.4712, "of": "bootstrap, 200 draws"}},
     "notes": ["biased upwards <12 samples>"],
     "provenance": {"features": {"extractor": "pixels", "weights_sha256": "feed" * 16, "resize": {"size": None}}},
     "by_class": {
-        "0": {"num_samples": 4, "precision": 0.75, "spread": {"precision": 0.21}, "left_out": {}},
-        "1": {"num_samples": 4, "left_out": {"precision": "too few"}, "spread": {}},
+        "0": {"num_samples": 4, "precision": 0.75, "std": {"precision": 0.21}, "skipped": {}},
+        "1": {"num_samples": 4, "skipped": {"precision": "too few"}, "std": {}},
     },
     "ece_t": {"t": [0.0, 500.0, 999.0], "ece": [0.01, None, 0.3]},
-    "gradient_norm_t": {"t": [0.0, 500.0, 999.0], "mean": [0.5, 1.0, 3.0], "sd": [0.1, 0.2, 0.5]},
+    "gradient_norm_t": {"t": [0.0, 500.0, 999.0], "mean": [0.5, 1.0, 3.0], "std": [0.1, 0.2, 0.5]},
     "guidance_schedule": {"t": [0.0, 999.0], "unit": "variance", "strength": {"without sine factor": [0.0, 1.0]}},
     "reliability": {"levels": ["t = 0–499", "t = 500–999"], "bins": [[[4, 3.0, 2]], [[0, 0.0, 0]]]},
 }
@@ -131,7 +131,7 @@ def two(tmp_path_factory):
     root = tmp_path_factory.mktemp("two")
     first = make(root / "first <b>$x$")
     far = METRICS | {"frechet_distance": 0.6, "notes": []}
-    far["spread"] = {"frechet_distance": {"sd": 0.01, "low": 0.58, "high": 0.62, "of": "bootstrap, 200 draws"}}
+    far["uncertainty"] = {"frechet_distance": {"std": 0.01, "low": 0.58, "high": 0.62, "of": "bootstrap, 200 draws"}}
     second = make(root / "second", far, {"steps": "100"}, shift=40)
     rng = np.random.default_rng(0)
     kept = {"x0": rng.integers(0, 256, (2, 3, 3, 4, 4), dtype=np.uint8), "gradient": rng.normal(size=(2, 3, 3, 4, 4))}

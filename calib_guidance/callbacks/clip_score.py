@@ -12,10 +12,11 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from calib_guidance.callbacks.measurement import compute
-from calib_guidance.callbacks.trajectory import StepMoments, TrajectoryMeasurement
+from calib_guidance.callbacks.trajectory import TrajectoryMeasurement
 from calib_guidance.classifiers.clip import CLIPClassifier
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.evaluation.quality import spread
+from calib_guidance.evaluation.metrics import METRICS
+from calib_guidance.metrics.moments import StepMoments
 from calib_guidance.plots import Series, curves
 from calib_guidance.samplers import StepRecord
 
@@ -89,16 +90,16 @@ class TrajectoryCLIPScore(TrajectoryMeasurement):
 
     def results(self, trainer: L.Trainer) -> dict[str, Any]:
         mean, deviation = (value[:: self.every].tolist() for value in compute(self.metric, trainer))
-        self.curve = {"t": self.t[:: self.every], "mean": mean, "sd": deviation}
+        self.curve = {"t": self.t[:: self.every], "mean": mean, "std": deviation}
         final, deviation = (float(value) for value in compute(self.final, trainer))
         if math.isnan(final):  # shards were made without this measurement
             return {}
-        sd = deviation / float(self.final.sums[0, 0]) ** 0.5
-        spreads = {"clip_score": spread(final, sd, "samples, of their mean", -1, 1)}
-        return {"clip_score": final, "spread": spreads, "clip_score_t": self.curve}
+        std = deviation / float(self.final.sums[0, 0]) ** 0.5
+        uncertainty = METRICS["clip_score"].uncertainty(final, std, "samples, of their mean")
+        return {"clip_score": final, "uncertainty": {"clip_score": uncertainty}, "clip_score_t": self.curve}
 
     def draw(self, folder: Path, trainer: L.Trainer) -> list[Path]:
         if all(math.isnan(value) for value in self.curve["mean"]):
             return []
-        label = "CLIP score of $\\hat{x}_0$\n(mean ± sd over samples)"
+        label = "CLIP score of $\\hat{x}_0$\n(mean ± std over samples)"
         return curves([Series("", *self.curve.values())], folder / "clip_score", label, least=None)

@@ -16,7 +16,10 @@ from calib_guidance.callbacks.measurement import Measurement
 from calib_guidance.classifiers import Classifier
 from calib_guidance.data.image_sets import open_images
 from calib_guidance.evaluation import FeatureExtractor
-from calib_guidance.evaluation.quality import Measures, Quality, write_predictions
+from calib_guidance.evaluation.metrics import needs
+from calib_guidance.evaluation.output import write_predictions
+from calib_guidance.evaluation.quality import Quality
+from calib_guidance.evaluation.sample_set import Measures
 from calib_guidance.evaluation.statistics import ReferenceStatistics
 from calib_guidance.metrics import mean_and_covariance
 
@@ -32,8 +35,9 @@ class SampleQuality(Measurement):
             :class:`~calib_guidance.evaluation.InceptionFeatures` or another of :mod:`calib_guidance.evaluation.features`.
         reference: data set of {image in [-1, 1], label, index} that nothing was trained on, or a path: statistics that
             ``calib-guidance reference`` or another tool wrote, or images as it takes them.
-        metrics: names of :data:`~calib_guidance.evaluation.quality.METRICS`; those that the features, the reference or the number
-            of samples do not allow are left out with a note.
+        metrics: names of :data:`~calib_guidance.evaluation.metrics.OPTIONS`, or dotted paths of a
+            :class:`~calib_guidance.evaluation.MetricSpec` of your own; those that the features, the reference or the number of
+            samples do not allow are skipped with a note.
         eval_classifier: evaluation classifier; None uses that of :class:`~calib_guidance.evaluation.ClassifierFeatures`.
         k: neighbours for precision and recall.
         uint8_rule: of a reference that is a data set, see :func:`calib_guidance.backend.images.to_uint8`.
@@ -79,7 +83,7 @@ class SampleQuality(Measurement):
             labels.append(batch.get("label"))
         pool = torch.cat([features.pool for features in found])
         spatial = (None, None)
-        if "sfid" in self.measures.metrics and self.features.spatial_width is not None:
+        if "spatial" in needs(self.measures.metrics) and self.features.spatial_width is not None:
             spatial = mean_and_covariance(torch.cat([features.spatial for features in found]))
         provenance = {
             "source": getattr(images, "name", type(images).__name__),

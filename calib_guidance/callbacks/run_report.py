@@ -12,7 +12,7 @@ from calib_guidance import __version__
 from calib_guidance.callbacks.measurement import Measurement
 from calib_guidance.callbacks.sample_writer import SampleWriter
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.evaluation.quality import described, described_spreads, table_rows, write_json
+from calib_guidance.evaluation.output import described, described_uncertainty, printed_table, write_json
 from calib_guidance.runs import RunFolder
 from calib_guidance.runs.integrity import ShardState
 
@@ -63,12 +63,12 @@ class RunReport(Measurement):
         measurements = [callback for callback in trainer.callbacks if isinstance(callback, Measurement)]
         writer.load_sums(trainer)
         results: dict[str, Any] = {}
-        spreads: dict[str, Any] = {}
+        uncertainty: dict[str, Any] = {}
         for measurement in measurements:
             found = measurement.results(trainer)
-            spreads |= found.get("spread", {})
+            uncertainty |= found.get("uncertainty", {})
             results |= found
-        results["spread"] = spreads
+        results["uncertainty"] = uncertainty
         if not trainer.is_global_zero:
             return
         results["num_evaluations"] = pl_module.sampler.num_evaluations(pl_module.denoiser)
@@ -97,11 +97,9 @@ class RunReport(Measurement):
 
     @staticmethod
     def _print(results: dict[str, Any], folder: Path, written: list[Path], figures: list[Path]) -> None:
-        rows = table_rows(results)
-        wide = max(len(label) for label, _, _ in rows)
         print(f"\n{results['num_samples']} samples, {results['num_evaluations']} network evaluations each")
-        print("\n".join(f"  {label:<{wide}}  {value:>8}  {spread}".rstrip() for label, value, spread in rows))
-        for line in described(results) if "features" in results else described_spreads(results):
+        print(printed_table(results))
+        for line in described(results) if "features" in results else described_uncertainty(results):
             print(line)
         if failed := results.get("failed"):
             print(f"{len(failed)} failed samples: {', '.join(str(sample['index']) for sample in failed[:_LISTED])}")

@@ -15,10 +15,11 @@ from torchmetrics import Metric
 
 from calib_guidance.callbacks.measurement import Measurement, compute
 from calib_guidance.diffusion.schedules import NoiseLevels
-from calib_guidance.evaluation.quality import spread
+from calib_guidance.evaluation.metrics import METRICS
 from calib_guidance.guidance import Guidance, GuidanceSchedule
-from calib_guidance.metrics import CalibrationError, calibration_error_from_bins, jackknife_sd
+from calib_guidance.metrics import CalibrationError, calibration_error_from_bins, jackknife_std
 from calib_guidance.metrics.levels import Terms
+from calib_guidance.metrics.moments import StepMoments
 from calib_guidance.plots import Series, curves, guidance_schedule, reliability, strength
 from calib_guidance.samplers import DDPM, BufferedObserver, Sampler, StepRecord
 
@@ -78,7 +79,7 @@ class TrajectoryMeasurement(Measurement, BufferedObserver):
 class TrajectoryCalibration(TrajectoryMeasurement):
     """ECE_t of the guiding classifier on what it is shown, against the class being sampled, and its mean, the integral ECE.
 
-    Also its reliability diagrams, over five ranges of t. The spread of both errors is that over samples, from the sums of blocks
+    Also its reliability diagrams, over five ranges of t. The standard error of both is over samples, from the sums of blocks
     of shards, where there are five or more: the steps of one trajectory are not independent, its samples are. Of a classifier
     that is calibrated as well as so many samples can tell, the jackknife makes it too large (by 40 % in simulations), as the
     error has no derivative at 0.
@@ -109,14 +110,15 @@ class TrajectoryCalibration(TrajectoryMeasurement):
             self.ece = None
             return {}
         self.ece, self.reliability, self.deviation = ece, self._by_range(), None
-        integral, ece_t, spreads = float(ece.nanmean()), {"t": self.t, "ece": ece.tolist()}, {}
+        integral, ece_t, uncertainty = float(ece.nanmean()), {"t": self.t, "ece": ece.tolist()}, {}
         if self.blocks is not None:
             without = calibration_error_from_bins(self.metric.sums - self.blocks).cpu()
             of = f"jackknife over {len(self.blocks)} blocks of samples"
-            self.deviation = jackknife_sd(without)
-            spreads["integral_ece"] = spread(integral, jackknife_sd(without.nanmean(1)), of, most=1)
-            ece_t |= {"sd": self.deviation.tolist(), "of": of}
-        return {"integral_ece": integral, "spread": spreads, "ece_t": ece_t, "reliability": self.reliability}
+            self.deviation = jackknife_std(without)
+            std = jackknife_std(without.nanmean(1))
+            uncertainty["integral_ece"] = METRICS["integral_ece"].uncertainty(integral, std, of)
+            ece_t |= {"std": self.deviation.tolist(), "of": of}
+        return {"integral_ece": integral, "uncertainty": uncertainty, "ece_t": ece_t, "reliability": self.reliability}
 
     def _by_range(self) -> dict[str, list]:
         """Bins of each range of t: ``levels`` are their names, ``bins`` ``(ranges, num_bins, 3)`` count, confidence, correct."""
@@ -131,36 +133,11 @@ class TrajectoryCalibration(TrajectoryMeasurement):
         if self.ece is None:
             return []
         series = [Series("", self.t, self.ece.tolist(), None if self.deviation is None else self.deviation.tolist())]
-        label = r"ECE$_t$ of the classifier" + ("" if self.deviation is None else "  (± sd)")
+        label = r"ECE$_t$ of the classifier" + ("" if self.deviation is None else "  (± std)")
         return [
             *curves(series, folder / "ece_t", label, averages=True),
             *reliability(self.reliability["bins"], self.reliability["levels"], folder / "reliability"),
         ]
-
-
-class StepMoments(Metric):
-    """Mean and standard deviation of a quantity at each step, from its count, sum and sum of squares.
-
-    Args:
-        num_steps: N.
-    """
-
-    full_state_update = False
-
-    def __init__(self, num_steps: int, **kwargs: object):
-        super().__init__(**kwargs)
-        self.add_state("sums", torch.zeros(num_steps, 3, dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, step: int, values: Tensor) -> None:
-        """Count the values ``(N,)`` of a batch at one step."""
-        values = values.double()
-        self.sums[step] += torch.stack([torch.ones_like(values), values, values.square()]).sum(1)
-
-    def compute(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation at each step, ``(num_steps,)`` each; NaN where nothing was counted."""
-        count, total, squares = self.sums.unbind(1)
-        mean = total / count
-        return mean, (squares / count - mean.square()).clamp(min=0).sqrt()
 
 
 def _strengths(guidance: Guidance | None, sampler: Sampler, levels: NoiseLevels) -> dict[str, Any] | None:
@@ -216,14 +193,14 @@ class GradientNorm(TrajectoryMeasurement):
         self.mean, self.deviation = (value.cpu() for value in compute(self.metric, trainer))
         if self.mean.isnan().all():
             return {}
-        norm = {"t": self.t, "mean": self.mean.tolist(), "sd": self.deviation.tolist()}
+        norm = {"t": self.t, "mean": self.mean.tolist(), "std": self.deviation.tolist()}
         return {"gradient_norm_t": norm, **({"guidance_schedule": self.schedule} if self.schedule else {})}
 
     def draw(self, folder: Path, trainer: L.Trainer) -> list[Path]:
         if self.mean.isnan().all():
             return []
         series = [Series("", self.t, self.mean.tolist(), self.deviation.tolist())]
-        paths = curves(series, folder / "gradient_norm", "$\\|\\nabla S\\|$\n(mean ± sd over samples)")
+        paths = curves(series, folder / "gradient_norm", "$\\|\\nabla S\\|$\n(mean ± std over samples)")
         if self.schedule:
             t, unit, strengths = (self.schedule[key] for key in ("t", "unit", "strength"))
             paths += guidance_schedule(t, strengths, folder / "guidance_schedule", unit)

@@ -1,4 +1,4 @@
-"""Measuring sets of samples: feature extractors, reference statistics, and the metrics of both."""
+"""Measuring sets of samples: feature extractors, reference statistics, and the metric table."""
 
 from calib_guidance.evaluation.features import (
     ClassifierFeatures,
@@ -9,15 +9,21 @@ from calib_guidance.evaluation.features import (
     TimmFeatures,
     TorchvisionFeatures,
     features_from_name,
-    read_classifier,
 )
+from calib_guidance.evaluation.loading import read_classifier
+from calib_guidance.evaluation.metrics import METRICS, MetricSpec
+from calib_guidance.evaluation.sample_set import Estimate, SampleSet
 
 __all__ = [
+    "METRICS",
     "ClassifierFeatures",
+    "Estimate",
     "FeatureExtractor",
     "Features",
     "InceptionFeatures",
+    "MetricSpec",
     "ModuleFeatures",
+    "SampleSet",
     "TimmFeatures",
     "TorchvisionFeatures",
     "features_from_name",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,35 +18,23 @@ from calib_guidance.backend.distributed import DistributedContext, distributed_c
 from calib_guidance.classifiers import CLIPClassifier
 from calib_guidance.data.image_sets import ImageSet, RunImages, open_images
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.evaluation.features import FORMS, features_from_name, read_classifier
-from calib_guidance.evaluation.quality import (
-    METRICS,
-    NO_FEATURES,
-    TABLE,
-    Measures,
-    Quality,
-    ReferenceHolds,
-    described,
-    table_rows,
-    write_json,
-    write_predictions,
-)
+from calib_guidance.evaluation.features import FORMS, features_from_name
+from calib_guidance.evaluation.loading import read_classifier
+from calib_guidance.evaluation.metrics import NO_FEATURES, OPTIONS, applicable, help_text, needs, select, unmet
+from calib_guidance.evaluation.output import write_evaluation, write_summary
+from calib_guidance.evaluation.quality import Quality
 from calib_guidance.evaluation.reference import KINDS, add_reading_options, reading_options
+from calib_guidance.evaluation.sample_set import Measures, ReferenceHolds
 from calib_guidance.evaluation.statistics import ReferenceStatistics
 
 _OF_SAMPLES = ("split", "subset", "image_column", "label_column")  # which the two sets may have differently
-_NEED_FEATURES = {"kid", "pr", "dc", "classwise"}
 _COLOUR = {1: "grey", 3: "RGB"}
-_EXAMPLES = """
+_EXAMPLES = f"""
 the reference may also be a file of statistics (.npz): of calib-guidance reference, of ADM's evaluator (mu, sigma, mu_s, sigma_s,
 arr_0), or mu and sigma alone (EDM, clean-fid, pytorch-fid).
 
 metrics:
-  fid        Fréchet distance of pooled features         pr         improved precision and recall
-  sfid       of spatial ones (ADM's sFID)                dc         density and coverage, k = 5
-  is         Inception score, 10 splits                  classwise  fid, pr and dc of each class with enough images
-  kid        kernel distance (KID), 100 subsets          classifier accuracy and ECE of the evaluation classifier
-  clip       mean cosine between sample and its prompt
+{help_text()}  MODULE.NAME a MetricSpec of your own
 By default all that the features, the reference and the options allow.
 
 examples:
@@ -61,8 +48,8 @@ def read_options(args: Sequence[str]) -> argparse.Namespace:
     """Options of the command line after ``evaluate``; argparse's exit with status 2 where they are none."""
     parser = argparse.ArgumentParser(
         prog="calib-guidance evaluate",
-        description="How good samples are, against a reference: every figure with its spread, and with what it was measured "
-        "with. Several sets of samples, such as the same run with several seeds, also give mean ± standard deviation.",
+        description="How good samples are, against a reference: every metric with its uncertainty and its "
+        "provenance. Several sets of samples, such as the same run with several seeds, also give mean ± standard deviation.",
         epilog=KINDS + _EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -70,7 +57,7 @@ def read_options(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--reference", required=True, metavar="REF", help="images, or statistics of them")
     parser.add_argument("--features", default="inception", metavar="NAME", help=f"{FORMS} (default: inception)")
     parser.add_argument(
-        "--metrics", metavar="NAME,…", help=f"of {','.join(METRICS)} (default: all that can be taken, see below)"
+        "--metrics", metavar="NAME,…", help=f"of {','.join(OPTIONS)} (default: all that can be computed, see below)"
     )
     parser.add_argument(
         "--eval-classifier", metavar="CLASSIFIER.yaml", help="classifier that names the samples' classes"
@@ -172,12 +159,13 @@ def _evaluate(options: argparse.Namespace, processes: DistributedContext) -> Non
     measures = measures._replace(metrics=_metrics(options.metrics, measures, holds, sets)).to(processes.device)
     for shape in dict.fromkeys(samples.image_shape for samples in sets):
         measures.check(shape, processes.device)
+    needed = needs(measures.metrics)
     reference = ReferenceStatistics.of(
         options.reference,
         extractor,
         options.batch_size,
-        keep_features=bool(_NEED_FEATURES & set(measures.metrics)),
-        spatial="sfid" in measures.metrics,
+        keep_features="reference_features" in needed,
+        spatial="spatial" in needed,
         processes=processes,
         **({} if is_file else reading_options(options)),
     )
@@ -186,9 +174,9 @@ def _evaluate(options: argparse.Namespace, processes: DistributedContext) -> Non
     for samples, folder in zip(sets, folders, strict=True):
         found.append(_measure(samples, quality, options, processes))
         if processes.is_first:
-            _write(folder, found[-1], quality.predictions())
+            write_evaluation(folder, found[-1], quality.predictions())
     if processes.is_first and len(sets) > 1:
-        _summarise(_output(options), names, found)
+        write_summary(_output(options), names, found)
 
 
 def _check_shape(samples: ImageSet, shape: Sequence[int] | None, reference: str) -> None:
@@ -213,18 +201,16 @@ def _metrics(asked: str | None, measures: Measures, holds: ReferenceHolds, sets:
     Raises:
         ConfigurationError: one that is asked for cannot be taken, or none can.
     """
-    metrics = measures.applicable(holds) if asked is None else tuple(name.strip() for name in asked.split(","))
+    metrics = applicable(measures, holds) if asked is None else tuple(name.strip() for name in asked.split(","))
     measures = measures._replace(metrics=metrics)
-    unmet: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for samples in sets:
-        for name, reason in measures.unmet(holds, samples.num_images, samples.labelled).items():
-            unmet[name] = f"{samples.name}: {reason}"
-    # What too few samples do to a Fréchet distance is not left to a note among the others: it is the figure that is looked for.
-    fatal = unmet.keys() if asked is not None else unmet.keys() & {"fid"}
+        for name, reason in unmet(measures, holds, samples.num_images, samples.labelled).items():
+            reasons[name] = f"{samples.name}: {reason}"
+    # What too few samples do to a Fréchet distance is not left to a note among the others: it is the metric that is looked for.
+    fatal = [name for name in select(metrics) if name in reasons and (asked is not None or name == "fid")]
     if fatal:
-        raise ConfigurationError(
-            "; ".join(f"{name} cannot be taken of {unmet[name]}" for name in METRICS if name in fatal)
-        )
+        raise ConfigurationError("; ".join(f"{name} cannot be taken of {reasons[name]}" for name in fatal))
     return metrics
 
 
@@ -242,7 +228,8 @@ def _measure(
     samples.gather(processes)
     results = quality.compute()
     if options.metrics is None and quality.reference.features is None:
-        results["notes"].append(f"kid, pr, dc and classwise left out: {NO_FEATURES}")
+        names = [name for name, specs in select(OPTIONS).items() if "reference_features" in specs[0].needs]
+        results["notes"].append(f"{', '.join(names[:-1])} and {names[-1]} skipped: {NO_FEATURES}")
     results["notes"] += samples.notes
     results["num_samples"] = results["num_measured"]
     results["provenance"] |= {
@@ -280,65 +267,3 @@ def _folders(options: argparse.Namespace, sets: Sequence[ImageSet]) -> list[Path
         samples.run.path / "evaluation" if isinstance(samples, RunImages) else _output(options) / name
         for samples, name in zip(sets, _names(sets), strict=True)
     ]
-
-
-def _write(folder: Path, results: dict[str, Any], predictions: dict[str, np.ndarray] | None) -> None:
-    rows, lines = table_rows(results), described(results)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "metrics.json", results)
-        cells = [f"| {label} | {value} | {spread.removeprefix('± ')} |" for label, value, spread in rows]
-        table = ["| | | ± |", "|---|---:|---:|", *cells]
-        (folder / "metrics.md").write_text("\n".join([*table, "", *(f"- {line}" for line in lines), ""]))
-        if predictions is not None:
-            write_predictions(folder / "predictions.npz", predictions)
-        else:
-            (folder / "predictions.npz").unlink(missing_ok=True)  # of an earlier evaluation
-    except OSError as error:
-        raise ConfigurationError(f"{error.filename or folder} cannot be written: {error.strerror or error}") from error
-    wide = max(len(label) for label, _, _ in rows)
-    print(f"\n{results['num_samples']:,} samples of {results['provenance']['samples']['source']}")
-    print("\n".join(f"  {label:<{wide}}  {value:>8}  {spread}".rstrip() for label, value, spread in rows))
-    print("\n".join(lines))
-    print(f"wrote {folder / 'metrics.json'}, metrics.md" + ("" if predictions is None else ", predictions.npz"))
-
-
-def _summarise(folder: Path, names: Sequence[str], found: Sequence[dict[str, Any]]) -> None:
-    """Mean and standard deviation over sets, as a table with a line for each."""
-    folder.mkdir(parents=True, exist_ok=True)
-    keys = [key for key in TABLE if all(results.get(key) is not None for results in found)]
-    mean = {key: statistics.mean(results[key] for results in found) for key in keys}
-    spread = {}
-    for key in keys:
-        sd = statistics.stdev(results[key] for results in found)
-        spread[key] = {
-            "sd": sd,
-            "low": mean[key] - 1.959964 * sd,
-            "high": mean[key] + 1.959964 * sd,
-            "of": f"{len(found)} runs",
-        }
-    cells = [
-        [name, *(TABLE[key][1].format(results[key]) for key in keys)]
-        for name, results in zip(names, found, strict=True)
-    ]
-    total = [f"{TABLE[key][1].format(mean[key])} ± {TABLE[key][1].format(spread[key]['sd'])}" for key in keys]
-    lines = [
-        ["samples", *(TABLE[key][0] for key in keys)],
-        ["---", *["---:"] * len(keys)],
-        *cells,
-        ["**mean ± sd**", *total],
-    ]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    counts = sorted({results["num_measured"] for results in found})
-    notes = [f"± is the standard deviation over {len(found)} runs"]
-    if len(counts) > 1:
-        listed = ", ".join(f"{count:,}" for count in counts)
-        notes.append(f"{listed} samples: Fréchet distances of different numbers of samples do not compare")
-    # What all have in common; their own spreads and what they say of their own samples stand with each.
-    own = ("samples ", "±", "by class")
-    shared = [line for line in described(found[0]) if all(line in described(results) for results in found[1:])]
-    notes += [line for line in shared if not line.startswith(own)]
-    content = {**mean, "spread": spread, "notes": notes, "runs": dict(zip(names, found, strict=True))}
-    write_json(folder / "metrics.json", content)
-    (folder / "metrics.md").write_text("\n".join([text, "", *(f"- {line}" for line in notes), ""]))
-    print(f"\n{text}\n" + "\n".join(notes) + f"\nwrote {folder / 'metrics.json'}, metrics.md")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import io
-import os
 import pickle
 import sys
 from abc import ABC, abstractmethod
@@ -16,7 +14,6 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-import yaml
 from torch import Tensor, nn
 
 from calib_guidance.backend.images import from_uint8
@@ -24,6 +21,7 @@ from calib_guidance.backend.precision import exact_float32
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.classifiers.off_the_shelf import build_network
 from calib_guidance.errors import ConfigurationError, first_line
+from calib_guidance.evaluation.loading import load_object, read_classifier
 from calib_guidance.weights.io import CheckpointError, read_weights, tensors_only
 
 FORMS = (
@@ -362,53 +360,13 @@ class ModuleFeatures(FeatureExtractor):
         }
 
 
-def _build(description: object) -> object:
-    """What ``class_path`` and ``init_args`` describe, within each other as in a configuration file."""
-    if isinstance(description, list):
-        return [_build(value) for value in description]
-    if not isinstance(description, dict):
-        return description
-    if "class_path" not in description:
-        return {key: _build(value) for key, value in description.items()}
-    module, _, name = description["class_path"].rpartition(".")
-    return getattr(importlib.import_module(module), name)(**_build(description.get("init_args") or {}))
-
-
-def read_classifier(path: str | Path) -> Classifier:
-    """The classifier of a YAML file with ``class_path`` and ``init_args``, as ``calib-guidance fit`` exports it.
-
-    Raises:
-        ConfigurationError: no such file, or one that describes no classifier.
-        CheckpointError: its weights cannot be read or do not fit.
-    """
-    try:
-        classifier = _build(yaml.safe_load(Path(path).read_text()))
-    except OSError as error:
-        raise ConfigurationError(f"classifier: {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigurationError(f"classifier: {path} does not describe a classifier: {error}") from error
-    if not isinstance(classifier, Classifier):
-        raise ConfigurationError(
-            f"classifier: {path} describes no classifier; expected class_path and init_args of one, as in the "
-            "classifier.yaml that calib-guidance fit writes"
-        )
-    return classifier
-
-
-def _own(path: str, name: str) -> FeatureExtractor:
+def _own(module: str, name: str) -> FeatureExtractor:
     """What a name of a Python module is or makes."""
-    if (
-        os.getcwd() not in sys.path and "" not in sys.path
-    ):  # an installed command does not look into the working directory
-        sys.path.append(os.getcwd())
-    try:
-        found = getattr(importlib.import_module(path), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigurationError(f"--features {path}:{name}: {error}; expected {FORMS}") from error
+    found = load_object(module, name, f"--features {module}:{name}", FORMS)
     made = found if isinstance(found, nn.Module) else found() if callable(found) else found
     if not isinstance(made, nn.Module):
         raise ConfigurationError(
-            f"--features {path}:{name} is neither a torch module, nor a class or function without arguments that makes one"
+            f"--features {module}:{name} is neither a torch module, nor a class or function without arguments that makes one"
         )
     return made if isinstance(made, FeatureExtractor) else ModuleFeatures(made)
 
@@ -417,8 +375,9 @@ def features_from_name(text: str) -> FeatureExtractor:
     """The extractor that the command line names, in evaluation mode.
 
     ``inception[:WEIGHTS]``, ``dinov2[:WEIGHTS]``, ``timm:NAME[:WEIGHTS]``, ``torchvision:NAME[:WEIGHTS]``,
-    ``classifier:CLASSIFIER.yaml`` (see :func:`read_classifier`), or ``PYTHON.MODULE:NAME``: a :class:`FeatureExtractor`, or a
-    torch module as :class:`ModuleFeatures` takes it, or a class or function without arguments that makes one.
+    ``classifier:CLASSIFIER.yaml`` (see :func:`~calib_guidance.evaluation.loading.read_classifier`), or ``PYTHON.MODULE:NAME``: a
+    :class:`FeatureExtractor`, a torch module as :class:`ModuleFeatures` takes it, or a class or function without arguments that
+    makes one.
 
     Raises:
         ConfigurationError: another form, an unknown name, or a library that is not installed.

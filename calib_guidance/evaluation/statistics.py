@@ -24,41 +24,9 @@ from calib_guidance.backend.distributed import DistributedContext
 from calib_guidance.data.image_sets import ImageSet, open_images
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation.features import FeatureExtractor
+from calib_guidance.metrics.moments import Moments
 
 _SYMMETRY = 1e-4  # of the largest entry: float32 statistics are symmetric to 1e-6
-
-
-class Moments:
-    """Mean and covariance of rows that come in batches, in float64.
-
-    Batches and processes are merged about their own means (Chan, Golub & LeVeque 1983), so that nothing cancels.
-
-    Args:
-        width: D.
-        device: that computes.
-    """
-
-    def __init__(self, width: int, device: torch.device):
-        self.count = torch.zeros((), dtype=torch.float64, device=device)
-        self.mean = torch.zeros(width, dtype=torch.float64, device=device)
-        self.scatter = torch.zeros(width, width, dtype=torch.float64, device=device)
-
-    def update(self, rows: Tensor) -> None:
-        """Add rows ``(N, D)``, N ≥ 1."""
-        rows = rows.to(self.mean)
-        mean = rows.mean(0)
-        centred, shift, count = rows - mean, mean - self.mean, self.count + len(rows)
-        self.scatter += centred.T @ centred + torch.outer(shift, shift) * (self.count * len(rows) / count)
-        self.mean += shift * (len(rows) / count)
-        self.count = count
-
-    def gather(self, processes: DistributedContext) -> tuple[Tensor, Tensor]:
-        """Mean ``(D,)`` and covariance ``(D, D)``, divisor n − 1, of all rows of all processes, on the CPU."""
-        count = processes.sum(self.count)
-        mean = processes.sum(self.mean * self.count) / count
-        shift = self.mean - mean
-        scatter = processes.sum(self.scatter + self.count * torch.outer(shift, shift))
-        return mean.cpu(), ((scatter + scatter.T) / (2 * (count - 1))).cpu()
 
 
 @dataclass

@@ -39,6 +39,7 @@ from calib_guidance.cli.doctor.files import (
 from calib_guidance.cli.lightning import innermost, run_lightning, shorten, subclasses_listed_once
 from calib_guidance.errors import CheckpointError, ConfigurationError
 from calib_guidance.evaluation.evaluate import read_options
+from calib_guidance.evaluation.metrics import METRICS
 from calib_guidance.experiments.runner import (
     OVERLAYS,
     QUIET,
@@ -649,7 +650,8 @@ def draw(sweeper: Sweeper, samples: Sequence[int], folder: Path) -> list[Path]:
             points.append((axis.place(sweep.settings[number].labels[axis.name]), known))
         stem, held = folder / re.sub(r"\W+", "-", axis.name), _name({other: best.labels[other] for other in others})
         if any(known for _, known in points):
-            paths += ablation(points, axis.name, stem, held=held)
+            labels = {key: METRICS[key].title for key in sweep.figures}
+            paths += ablation(points, axis.name, stem, held=held, labels=labels)
         if all({"precision", "recall"} <= known.keys() for _, known in points):
             paths += precision_recall(points, axis.name, stem.with_name(f"{stem.name}-precision-recall"), held)
     return paths

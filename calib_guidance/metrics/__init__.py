@@ -1,6 +1,6 @@
 """Metrics as torchmetrics classes, each with a pure functional twin."""
 
-from calib_guidance.metrics.bootstrap import bootstrap, bootstrap_sums, jackknife_sd
+from calib_guidance.metrics.bootstrap import bootstrap, bootstrap_sums, jackknife_std
 from calib_guidance.metrics.calibration import (
     AdaptiveCalibrationError,
     CalibrationError,
@@ -23,43 +23,34 @@ from calib_guidance.metrics.classification import (
     negative_log_likelihood,
 )
 from calib_guidance.metrics.classifier_metrics import ClassifierMetrics
-from calib_guidance.metrics.classwise import ClasswiseDistances, classwise_distances
-from calib_guidance.metrics.clip_score import CLIPScore, clip_score
-from calib_guidance.metrics.density_coverage import DensityCoverage, density_coverage
+from calib_guidance.metrics.classwise import classwise_distances
+from calib_guidance.metrics.density_coverage import density_coverage
 from calib_guidance.metrics.frechet import (
     Extrapolation,
-    FrechetDistance,
     covariance_root,
     extrapolated_frechet_distance,
     frechet_distance,
-    frechet_distance_sd,
+    frechet_distance_std,
     mean_and_covariance,
     sample_count_note,
 )
-from calib_guidance.metrics.inception_score import InceptionScore, inception_score
-from calib_guidance.metrics.kernel_distance import KernelDistance, kernel_distance, kernel_distance_subsets
+from calib_guidance.metrics.inception_score import inception_score
+from calib_guidance.metrics.kernel_distance import kernel_distance, kernel_distance_subsets
 from calib_guidance.metrics.levels import Levels
-from calib_guidance.metrics.precision_recall import PrecisionRecall, precision_recall
+from calib_guidance.metrics.precision_recall import precision_recall
 from calib_guidance.metrics.smooth_calibration import SmoothCalibrationError, smooth_calibration_error
 
 __all__ = [
     "Accuracy",
     "AdaptiveCalibrationError",
     "BrierScore",
-    "CLIPScore",
     "CalibrationError",
     "ClassifierMetrics",
     "ClasswiseCalibrationError",
-    "ClasswiseDistances",
-    "DensityCoverage",
     "Extrapolation",
-    "FrechetDistance",
-    "InceptionScore",
-    "KernelDistance",
     "Levels",
     "MaximumCalibrationError",
     "NegativeLogLikelihood",
-    "PrecisionRecall",
     "ReliabilityBins",
     "SmoothCalibrationError",
     "accuracy",
@@ -72,14 +63,13 @@ __all__ = [
     "calibration_error_from_bins",
     "classwise_calibration_error",
     "classwise_distances",
-    "clip_score",
     "covariance_root",
     "density_coverage",
     "extrapolated_frechet_distance",
     "frechet_distance",
-    "frechet_distance_sd",
+    "frechet_distance_std",
     "inception_score",
-    "jackknife_sd",
+    "jackknife_std",
     "kernel_distance",
     "kernel_distance_subsets",
     "maximum_calibration_error",

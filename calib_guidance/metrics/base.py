@@ -1,4 +1,4 @@
-"""What metrics share: ranks without data, and features that are kept."""
+"""Base classes of metrics: ranks without data, and values kept for every sample."""
 
 from __future__ import annotations
 
@@ -58,66 +58,3 @@ class KeptRows(RankMetric):
     def rows(self) -> dict[str, Tensor]:
         """What :meth:`compute` gives, ``(N, …)`` also where N is 1, of which torchmetrics makes plain numbers."""
         return {name: value.reshape(-1, *self.columns[name].shape[1:]) for name, value in self.compute().items()}
-
-
-class FeatureMetric(RankMetric):
-    """A function of all generated features and a reference. Keeps the features, in float32.
-
-    Args:
-        reference: ``(M, D)`` features of the reference, the same on every rank.
-    """
-
-    def __init__(self, reference: Tensor, **kwargs: object):
-        super().__init__(**kwargs)
-        self.register_buffer("reference", reference.float(), persistent=False)
-        self.add_state("features", [], dist_reduce_fx="cat")
-        self.add_state("indices", [], dist_reduce_fx="cat")
-
-    def update(self, features: Tensor, index: Tensor | None = None) -> None:
-        """Add generated features.
-
-        Args:
-            features: ``(N, D)``.
-            index: ``(N,)`` numbers of the samples, by which they are sorted, so that what depends on their order does not
-                depend on the number of ranks; None for the order of arrival, rank after rank.
-
-        Raises:
-            ValueError: features of another width than the reference's, or not one index for each.
-        """
-        check_width(features, self.reference.shape[1], type(self).__name__)
-        index = torch.zeros(len(features), dtype=torch.long) if index is None else index
-        if index.shape != features.shape[:1]:
-            raise ValueError(
-                f"{type(self).__name__} needs one index for each of {len(features)} features, got {tuple(index.shape)}"
-            )
-        self.features.append(features.float())
-        self.indices.append(index.long().to(features.device))
-
-    def sync(self, *args: object, **kwargs: object) -> None:
-        if not self.features:  # torchmetrics would gather an empty list as one float32 tensor without width
-            self.features.append(self.reference[:0])
-            self.indices.append(self.reference[:0, 0].long())
-        super().sync(*args, **kwargs)
-
-    def gathered(self) -> Tensor:
-        """All features ``(N, D)`` so far, by index."""
-        if isinstance(self.features, Tensor):  # after a sync
-            features, indices = self.features, self.indices
-        elif self.features:
-            features, indices = torch.cat(self.features), torch.cat(self.indices)
-        else:
-            return self.reference[:0]
-        return features[indices.argsort(stable=True)]
-
-
-def check_width(features: Tensor, width: int, name: str) -> None:
-    """Refuse what is not ``(N, width)``.
-
-    Raises:
-        ValueError: another shape.
-    """
-    if features.ndim != 2 or features.shape[1] != width:
-        raise ValueError(
-            f"{name}: the reference has features (M, {width}), the samples' have shape {tuple(features.shape)}; "
-            "both must come from one extractor"
-        )

@@ -1,4 +1,4 @@
-"""Spread of a figure over samples that might as well have been drawn (Efron 1979): bootstrap and jackknife."""
+"""Standard errors by resampling: bootstrap and jackknife (Efron 1979)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 def bootstrap(statistic: Callable[..., Tensor], *samples: Tensor, resamples: int = 200, seed: int = 0) -> Tensor:
-    """A statistic of resampled samples; the standard deviation over the resamples is its spread.
+    """A statistic of resampled samples; the standard deviation over the resamples is its standard error.
 
-    Only the spread: a resample holds some samples more than once, which raises distances between sets. Statistics of sums
+    Use the deviation only: a resample holds some samples more than once, which raises distances between sets. Statistics of sums
     are much faster by :func:`bootstrap_sums`.
 
     Args:
@@ -55,13 +55,13 @@ def bootstrap_sums(terms: Tensor, resamples: int = 200, seed: int = 0) -> Tensor
     return torch.stack([t.to(terms) @ terms for t in times])
 
 
-def jackknife_sd(without: Tensor) -> Tensor:
-    """Standard deviation of a figure of G blocks of samples, from what it is without each of them (Quenouille, Tukey).
+def jackknife_std(without: Tensor) -> Tensor:
+    """Standard error of a value over G blocks of samples, from its values without each block (Quenouille, Tukey).
 
-    For figures of which only sums over blocks are kept. It is itself known to about 1/√(2·(G − 1)) of its value.
+    For values of which only sums over blocks are kept. It is itself known to about 1/√(2·(G − 1)) of its value.
 
     Args:
-        without: ``(G, …)`` the figure of all but block g, G ≥ 2; blocks of about equally many samples.
+        without: ``(G, …)`` the value of all but block g, G ≥ 2; blocks of about equally many samples.
 
     Returns:
         ``(…)`` float64.

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from calib_guidance.metrics.levels import LevelMetric, Terms, add_up
+from calib_guidance.training.smooth_ece import equal_width_bin
 
 # The fine histogram of log-odds. With K classes the largest probability has log-odds of −log(K − 1) or more; above 20
 # it is within 2e-9 of 1.
@@ -19,9 +20,18 @@ def confidence_and_correct(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return confidence, (prediction == y).double()
 
 
-def equal_width_bin(probability: Tensor, num_bins: int) -> Tensor:
-    """Which bin (b/B, (b+1)/B] each probability is in, int64 of the same shape."""
-    return ((probability * num_bins).ceil().long() - 1).clamp(0, num_bins - 1)
+def bin_cells(confidence: Tensor, correct: Tensor, num_bins: int) -> Tensor:
+    """What each sample adds to the sums of :func:`calibration_bins`, ``(N, num_bins, 3)`` float64: for the bootstrap.
+
+    Args:
+        confidence: ``(N,)`` largest probability.
+        correct: ``(N,)`` 1 where its class is the true one, else 0.
+        num_bins: number of bins.
+    """
+    cells = torch.zeros(len(correct), num_bins, 3, dtype=torch.float64, device=correct.device)
+    values = torch.stack([torch.ones_like(correct), confidence, correct], 1)
+    cells[torch.arange(len(correct), device=correct.device), equal_width_bin(confidence, num_bins)] = values
+    return cells
 
 
 def _confidence_terms(logits: Tensor, y: Tensor, num_bins: int) -> Terms:

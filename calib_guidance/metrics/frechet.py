@@ -8,8 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calib_guidance.metrics.base import RankMetric, check_width
-
 _ROWS = 4096  # in float64 at a time
 
 
@@ -47,7 +45,7 @@ def frechet_distance(
     return mean_term + covariance1.trace() + covariance2.trace() - 2 * eigenvalues.sqrt().sum()
 
 
-def frechet_distance_sd(
+def frechet_distance_std(
     reference: tuple[Tensor, Tensor],
     generated: Tensor,
     root1: Tensor | None = None,
@@ -115,77 +113,6 @@ def sample_count_note(num_samples: int, width: int) -> str | None:
     if num_samples < 10_000:
         return f"{num_samples} samples: biased upwards, comparable only at the same number"
     return None
-
-
-class FrechetDistance(RankMetric):
-    """Fréchet distance of generated features to a reference, from fixed-size float64 sums, exact over ranks.
-
-    Args:
-        reference: ``(M, D)`` features of the reference, or their mean ``(D,)`` and covariance ``(D, D)``; the same on every
-            rank.
-        full_rank: refuse sets of D samples or fewer, whose covariance is singular. False for small experiments, whose
-            distances compare only at the same number of samples (see :func:`sample_count_note`).
-
-    Raises:
-        ValueError: too few features in the reference for ``full_rank``, or a mean and a covariance that do not fit.
-    """
-
-    higher_is_better = False
-
-    def __init__(self, reference: Tensor | tuple[Tensor, Tensor], full_rank: bool = True, **kwargs: object):
-        super().__init__(**kwargs)
-        self.full_rank = full_rank
-        if isinstance(reference, Tensor):
-            self._check_count(len(reference), reference.shape[1], "the reference")
-            reference = mean_and_covariance(reference)
-        mean, covariance = (value.double() for value in reference)
-        d = len(mean)
-        if mean.ndim != 1 or covariance.shape != (d, d):
-            raise ValueError(
-                "FrechetDistance needs a mean (D,) and a covariance (D, D) of the reference, "
-                f"got {tuple(mean.shape)} and {tuple(covariance.shape)}"
-            )
-        self.register_buffer("reference_mean", mean, persistent=False)
-        self.register_buffer("reference_covariance", covariance, persistent=False)
-        self.register_buffer("reference_root", covariance_root(covariance), persistent=False)
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("total", torch.zeros(d, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("outer", torch.zeros(d, d, dtype=torch.float64), dist_reduce_fx="sum")
-
-    def _check_count(self, count: int, width: int, whose: str) -> None:
-        if self.full_rank and count <= width:
-            raise ValueError(
-                f"FrechetDistance: {count} features of width {width} in {whose}, whose covariance is singular. Use more "
-                f"than {width} samples, narrower features, or full_rank=False where only sets of one size are compared"
-            )
-
-    def update(self, features: Tensor) -> None:
-        """Add generated features ``(N, D)``.
-
-        Raises:
-            ValueError: of another width than the reference's.
-        """
-        check_width(features, len(self.reference_mean), type(self).__name__)
-        # About the reference mean, so that the subtraction in compute cancels few digits.
-        centred = features.double() - self.reference_mean
-        self.count = self.count + len(features)
-        self.total = self.total + centred.sum(0)
-        self.outer = self.outer + centred.T @ centred
-
-    def compute(self) -> Tensor:
-        """Scalar float64; NaN with fewer than two samples.
-
-        Raises:
-            ValueError: too few samples for ``full_rank``.
-        """
-        if self.count < 2:
-            return torch.full((), torch.nan, dtype=torch.float64)
-        self._check_count(int(self.count), len(self.reference_mean), "the samples")
-        mean = self.total / self.count
-        covariance = (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
-        return frechet_distance(
-            torch.zeros_like(mean), self.reference_covariance, mean, covariance, self.reference_root
-        )
 
 
 class Extrapolation(NamedTuple):

@@ -6,8 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calib_guidance.metrics.base import RankMetric
-
 ORDERS = ("shuffled", "given")
 
 
@@ -77,71 +75,3 @@ def inception_score(
     """
     split = split_of_samples(len(logits), splits, rows, order, seed).to(logits.device)
     return _scores(_sums(logits, split, int(split.max()) + 1))
-
-
-class InceptionScore(RankMetric):
-    """:func:`inception_score` from fixed-size sums, exact over ranks.
-
-    Args:
-        num_samples: of all ranks together.
-        num_classes: K.
-        splits, rows, order, seed: see :func:`split_of_samples`.
-
-    Raises:
-        ValueError: another order, or splits without samples.
-    """
-
-    higher_is_better = True
-
-    def __init__(
-        self,
-        num_samples: int,
-        num_classes: int,
-        splits: int = 10,
-        rows: int | None = None,
-        order: str = "shuffled",
-        seed: int = 2020,
-        **kwargs: object,
-    ):
-        super().__init__(**kwargs)
-        split = split_of_samples(num_samples, splits, rows, order, seed)
-        self.register_buffer("split", split, persistent=False)
-        sums = torch.zeros(int(split.max()) + 1, num_classes + 2, dtype=torch.float64)
-        self.add_state("sums", sums, dist_reduce_fx="sum")
-
-    def update(self, logits: Tensor, index: Tensor) -> None:
-        """Count a batch.
-
-        Args:
-            logits: ``(N, K)``.
-            index: ``(N,)`` places of the samples in the given order, in [0, num_samples).
-
-        Raises:
-            ValueError: other shapes, or an index out of range (of a tensor on the CPU: reading one elsewhere would wait
-                for the device).
-        """
-        num_classes = self.sums.shape[1] - 2
-        if logits.ndim != 2 or logits.shape[1] != num_classes or index.shape != logits.shape[:1]:
-            raise ValueError(
-                f"InceptionScore needs logits (N, {num_classes}) and indices (N,), "
-                f"got {tuple(logits.shape)} and {tuple(index.shape)}"
-            )
-        if (
-            index.device.type == "cpu"
-            and len(index)
-            and not 0 <= int(index.min()) <= int(index.max()) < len(self.split)
-        ):
-            raise ValueError(
-                f"InceptionScore of num_samples = {len(self.split)}: "
-                f"index {int(index.min())} … {int(index.max())} is out of range"
-            )
-        split = self.split[index.to(self.split.device)]
-        self.sums = self.sums + _sums(logits, split, len(self.sums))
-
-    def compute(self) -> dict[str, Tensor]:
-        """``inception_score``, the mean over splits with samples, and ``inception_score_sd``; NaN without samples."""
-        scores = _scores(self.sums[self.sums[:, 0] > 0])
-        if not len(scores):
-            nan = torch.full((), torch.nan, dtype=torch.float64)
-            return {"inception_score": nan, "inception_score_sd": nan}
-        return {"inception_score": scores.mean(), "inception_score_sd": scores.std(correction=0)}

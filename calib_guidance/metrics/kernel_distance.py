@@ -6,8 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calib_guidance.metrics.base import FeatureMetric
-
 _BLOCK = 4096  # of rows and of columns: 128 MB of kernel values
 
 
@@ -61,7 +59,7 @@ def kernel_distance_subsets(
 ) -> Tensor:
     """:func:`kernel_distance` of random subsets: how the field reports it, as their mean ± standard deviation.
 
-    That is the spread of one subset, above that of the whole sets. The same seed draws torch-fidelity's subsets.
+    That is the deviation of one subset, above that of the complete sets. The same seed draws torch-fidelity's subsets.
 
     Args:
         reference: ``(M, D)`` features.
@@ -89,47 +87,3 @@ def kernel_distance_subsets(
         ]
         values.append(kernel_distance(reference[rows[0]], generated[rows[1]]))
     return torch.stack(values)
-
-
-class KernelDistance(FeatureMetric):
-    """:func:`kernel_distance` and :func:`kernel_distance_subsets` of generated features. Keeps the features, in float32.
-
-    Args:
-        reference: ``(M, D)`` features of the reference, the same on every rank.
-        subsets: how many subsets.
-        subset_size: samples of each set in each.
-        seed: of the subsets, which depend on the order of the samples: give their indices to ``update``.
-
-    Raises:
-        ValueError: a subset_size below 2, or subsets below 1.
-    """
-
-    higher_is_better = False
-
-    def __init__(
-        self, reference: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 2020, **kwargs: object
-    ):
-        super().__init__(reference, **kwargs)
-        if subsets < 1 or subset_size < 2:
-            raise ValueError(
-                f"KernelDistance needs 1 subset or more, of 2 samples or more, got {subsets} of {subset_size}"
-            )
-        self.subsets, self.subset_size, self.seed = subsets, subset_size, seed
-
-    def compute(self) -> dict[str, Tensor]:
-        """Of the whole sets ``kernel_distance``; ``kernel_distance_mean`` and ``kernel_distance_sd`` of subsets.
-
-        NaN where there are too few samples, for subsets also in the reference.
-        """
-        features = self.gathered()
-        nan = torch.full((), torch.nan, dtype=torch.float64)
-        whole, subsets = nan, nan[None]
-        if min(len(self.reference), len(features)) >= 2:
-            whole = kernel_distance(self.reference, features)
-        if min(len(self.reference), len(features)) >= self.subset_size:
-            subsets = kernel_distance_subsets(self.reference, features, self.subsets, self.subset_size, self.seed)
-        return {
-            "kernel_distance": whole,
-            "kernel_distance_mean": subsets.mean(),
-            "kernel_distance_sd": subsets.std(correction=0),
-        }

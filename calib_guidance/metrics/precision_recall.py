@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from calib_guidance.metrics.base import FeatureMetric
 from calib_guidance.metrics.neighbours import count_inside, knn_radii
 
 
@@ -50,26 +48,3 @@ def precision_recall(reference: Tensor, generated: Tensor, k: int = 3) -> tuple[
     """
     of_generated, of_reference = inside_each_other(reference, generated, k)
     return of_generated.double().mean(), of_reference.double().mean()
-
-
-class PrecisionRecall(FeatureMetric):
-    """:func:`precision_recall` of generated features against a reference. Keeps the features, in float32.
-
-    Args:
-        reference: ``(M, D)`` features of the reference, the same on every rank.
-        k: neighbours that set the radius of a ball.
-    """
-
-    higher_is_better = True
-
-    def __init__(self, reference: Tensor, k: int = 3, **kwargs: object):
-        super().__init__(reference, **kwargs)
-        self.k = k
-
-    def compute(self) -> dict[str, Tensor]:
-        """``precision`` and ``recall``; NaN with k or fewer samples."""
-        features = self.gathered()
-        if len(features) <= self.k:
-            return {"precision": torch.tensor(torch.nan), "recall": torch.tensor(torch.nan)}
-        precision, recall = precision_recall(self.reference, features, self.k)
-        return {"precision": precision, "recall": recall}

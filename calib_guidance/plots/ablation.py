@@ -1,11 +1,13 @@
-"""What a setting does: the ablation tables of arXiv 2310.11311 and arXiv 2511.05844 as figures."""
+"""What a setting does: the ablation tables of arXiv 2310.11311 and arXiv 2511.05844 as plots."""
 
 from __future__ import annotations
 
 import math
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,21 +18,6 @@ from matplotlib.transforms import Bbox
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.plots.style import COLOURS, COLUMN, paper, save
 
-LABELS = {
-    "frechet_distance": "Fréchet distance ↓",
-    "spatial_frechet_distance": "spatial Fréchet\ndistance ↓",
-    "inception_score": "Inception score ↑",
-    "kernel_distance": "kernel distance ↓",
-    "precision": "precision ↑",
-    "recall": "recall ↑",
-    "density": "density ↑",
-    "coverage": "coverage ↑",
-    "classifier_accuracy": "accuracy ↑",
-    "classifier_ece": "classifier ECE ↓",
-    "integral_ece": "integral ECE ↓",
-    "clip_score": "CLIP score ↑",
-}
-
 Value = float | str
 Point = tuple[Value, Mapping[str, tuple[float | None, float | None]]]
 
@@ -40,10 +27,10 @@ def _number(value: float | None) -> float:
 
 
 def _measured(points: Sequence[Point], metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of a metric at each point; 0 for a spread that is not known, which draws none."""
+    """Mean and standard deviation of a metric at each point; a deviation that is not known is 0, which draws no bar."""
     found = [metrics.get(metric, (None, None)) for _, metrics in points]
-    mean, sd = (np.array([_number(pair[k]) for pair in found]) for k in (0, 1))
-    return mean, np.nan_to_num(sd)
+    mean, std = (np.array([_number(pair[k]) for pair in found]) for k in (0, 1))
+    return mean, np.nan_to_num(std)
 
 
 def _text(value: Value) -> str:
@@ -65,6 +52,7 @@ def ablation(
     baseline: Mapping[str, tuple[float | None, float | None]] | None = None,
     log: bool = False,
     held: str = "",
+    labels: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Path]:
     """A panel for each metric over the values of a setting, with error bars.
 
@@ -73,9 +61,10 @@ def ablation(
             order, at their distance and joined by a line, words one after the other.
         name: of the setting: α, scale, τ2, γ …
         path: see :func:`~calib_guidance.plots.style.save`.
-        baseline: the metrics without the setting, a horizontal line with its spread.
+        baseline: the metrics without the setting, a horizontal line with a band of one standard deviation.
         log: a logarithmic axis, of values above 0.
-        held: what other settings are, said above the figure.
+        held: what other settings are, said above the plot.
+        labels: of the metrics, by key; a key without one is its own label.
 
     Raises:
         ConfigurationError: there is no point, or no metric with a number; a logarithmic axis of other values.
@@ -95,18 +84,18 @@ def ablation(
     axes = figure.subplots(len(metrics), 1, sharex=True, squeeze=False)[:, 0]
     unnamed = True  # the baseline, in a legend
     for number, (axis, metric) in enumerate(zip(axes, metrics, strict=True)):
-        mean, sd = _measured(points, metric)
+        mean, std = _measured(points, metric)
         if baseline and np.isfinite(level := _number(baseline.get(metric, (None, None))[0])):
-            spread = np.nan_to_num(_number(baseline[metric][1]))
-            axis.axhspan(level - spread, level + spread, color="0.85", lw=0)
+            std = np.nan_to_num(_number(baseline[metric][1]))
+            axis.axhspan(level - std, level + std, color="0.85", lw=0)
             axis.axhline(level, color="0.4", lw=0.8, ls="--", label=f"without {name}")
             if unnamed:
                 axis.legend()
             unnamed = False
         style = {"color": COLOURS[number % 7], "marker": "os^Dv<>"[number % 7], "ms": 3.5, "lw": 1}
         style |= {} if numeric else {"ls": "none"}  # nothing lies between two words
-        axis.errorbar(x, mean, np.where(sd > 0, sd, np.nan), capsize=2, elinewidth=0.8, **style)
-        axis.set_ylabel(LABELS.get(metric, metric.replace("_", " ")), fontsize=7)
+        axis.errorbar(x, mean, np.where(std > 0, std, np.nan), capsize=2, elinewidth=0.8, **style)
+        axis.set_ylabel(textwrap.fill(labels.get(metric, metric.replace("_", " ")), 20), fontsize=7)
         axis.margins(y=0.12)
     axes[0].set_title(held, loc="left", fontsize=7)
     figure.align_ylabels()
@@ -149,20 +138,20 @@ def precision_recall(points: Sequence[Point], name: str, path: str | os.PathLike
         points: see :func:`ablation`; of the metrics ``precision`` and ``recall`` are drawn. Points without both are left out.
         name: of the setting: α, scale, τ2, γ …
         path: see :func:`~calib_guidance.plots.style.save`.
-        held: what other settings are, said above the figure.
+        held: what other settings are, said above the plot.
 
     Raises:
         ConfigurationError: no point has both.
     """
     points = _sorted(points, name)
-    (precision, p_sd), (recall, r_sd) = (_measured(points, metric) for metric in ("precision", "recall"))
+    (precision, p_std), (recall, r_std) = (_measured(points, metric) for metric in ("precision", "recall"))
     there = np.isfinite(precision) & np.isfinite(recall)
     if not there.any():
         raise ConfigurationError(f"there is nothing to draw over {name}: no value has both precision and recall")
     figure = Figure(figsize=(COLUMN, 2.5))
     axis = figure.add_subplot()
     x, y = recall[there], precision[there]
-    bars = {"xerr": np.where(r_sd > 0, r_sd, np.nan)[there], "yerr": np.where(p_sd > 0, p_sd, np.nan)[there]}
+    bars = {"xerr": np.where(r_std > 0, r_std, np.nan)[there], "yerr": np.where(p_std > 0, p_std, np.nan)[there]}
     numeric = not any(isinstance(value, str) for value, _ in points)
     style = {"marker": "o", "ms": 3.5, "lw": 0.8, "ls": "-" if numeric else "none"}
     axis.errorbar(x, y, **bars, color=COLOURS[0], ecolor="0.75", elinewidth=0.8, **style)

@@ -24,13 +24,13 @@ class Series(NamedTuple):
         name: for the legend.
         t: ``(N,)`` step of the full process at each point.
         mean: ``(N,)`` the quantity; None or NaN where it was not measured.
-        sd: ``(N,)`` half-width of a band around it; None for none.
+        std: ``(N,)`` half-width of a band around it; None for none.
     """
 
     name: str
     t: Sequence[float]
     mean: Sequence[float | None]
-    sd: Sequence[float | None] | None = None
+    std: Sequence[float | None] | None = None
 
 
 def numbers(values: Sequence[float | None]) -> np.ndarray:
@@ -97,9 +97,9 @@ def curves(
         if average is not None:
             name = f"{name} (mean {average:.3f})" if len(series) > 1 else f"mean {average:.3f}"
         line(axis, t, mean, **style, label=name if len(series) > 1 else "_")
-        if each.sd is not None:
-            order, sd = np.argsort(t), numbers(each.sd)
-            low, high = mean - sd, mean + sd
+        if each.std is not None:
+            order, std = np.argsort(t), numbers(each.std)
+            low, high = mean - std, mean + std
             # On a logarithmic axis a band cannot go on to 0: it ends at a tenth.
             low = np.maximum(low, mean / 10) if log else low if least is None else np.maximum(low, least)
             axis.fill_between(t[order], low[order], high[order], color=style["color"], alpha=0.18, lw=0)

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 
 from calib_guidance.errors import ConfigurationError
+from calib_guidance.metrics import calibration_error_from_bins
 from calib_guidance.plots.style import COLOURS, COLUMN, paper, save
 
 _COLUMNS = 3
@@ -52,7 +54,7 @@ def reliability(bins: Sequence, titles: Sequence[str], path: str | os.PathLike[s
         bars = axis.bar(left, accuracy, width, align="edge", color=COLOURS[5], edgecolor="white", lw=0.4)
         gaps = axis.bar(left, mean - accuracy, width, bottom=accuracy, align="edge", **gap)
         axis.plot([0, 1], [0, 1], color=COLOURS[6], lw=0.7, ls="--")
-        ece = np.abs(correct - confidence).sum() / count.sum()
+        ece = float(calibration_error_from_bins(torch.from_numpy(sums)))
         axis.set_title(f"{title}\nECE {ece:.3f}", fontsize=7, pad=3)
         histogram.bar(edges[:-1], count / count.sum(), width, align="edge", color=COLOURS[0], edgecolor="white", lw=0.4)
         for part in (axis, histogram):

@@ -69,11 +69,11 @@ def _ways_of_measuring(runs: Sequence[Run]) -> list[dict[str, Any]]:
     found = []
     for name, title, measured in ways:
         sound = [
-            each if _attempt(run, title, lambda run=run, each=each: tables.figures([run], [each])) else {}
+            each if _attempt(run, title, lambda run=run, each=each: tables.table([run], [each])) else {}
             for run, each in zip(runs, measured, strict=True)
         ]
-        if (figures := tables.figures(runs, sound)) is not None:
-            found.append({"id": name, "title": title, "figures": figures})
+        if (table := tables.table(runs, sound)) is not None:
+            found.append({"id": name, "title": title, "table": table})
     return found
 
 

@@ -108,9 +108,9 @@ def _curves(file: str, series: Sequence[Series], name: str, label: str, caption:
 def ece_over_t(runs: Sequence[Run]) -> Picture | None:
     """ECE_t of the guiding classifier of all runs that measured it."""
     found = [(run, run.metrics["ece_t"]) for run in runs if run.metrics.get("ece_t")]
-    series = [Series(run.name, each["t"], each["ece"], each.get("sd")) for run, each in found]
+    series = [Series(run.name, each["t"], each["ece"], each.get("std")) for run, each in found]
     caption = "Calibration error of the guiding classifier on what it was shown at each step, and its mean over steps."
-    if any(each.get("sd") for _, each in found):
+    if any(each.get("std") for _, each in found):
         caption += " The band is one standard deviation over samples."
     return _curves("ece_t", series, "ECE_t", r"ECE$_t$ of the classifier", caption, averages=True) if series else None
 
@@ -118,7 +118,7 @@ def ece_over_t(runs: Sequence[Run]) -> Picture | None:
 def gradient_norm_over_t(runs: Sequence[Run]) -> Picture | None:
     """‖∇S‖ of all runs that measured it."""
     found = [(run, run.metrics["gradient_norm_t"]) for run in runs if run.metrics.get("gradient_norm_t")]
-    series = [Series(run.name, each["t"], each["mean"], each.get("sd")) for run, each in found]
+    series = [Series(run.name, each["t"], each["mean"], each.get("std")) for run, each in found]
     caption = "Norm of the gradient that guides, mean over samples; the band is one standard deviation of samples."
     return _curves("gradient_norm", series, "Gradient norm", r"$\|\nabla S\|$", caption) if series else None
 

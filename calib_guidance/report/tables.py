@@ -5,51 +5,34 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from calib_guidance.evaluation.quality import TABLE
+from calib_guidance.evaluation.metrics import MetricSpec, specs_of
+from calib_guidance.evaluation.output import uncertainty_sources
 from calib_guidance.report.runs import Run
 from calib_guidance.report.settings import as_text, flatten
 
-# What says how the figures came about, and curves, which are drawn.
 _COUNTS = {
     "num_samples": "samples",
     "num_measured": "samples measured",
     "num_reference": "reference images",
     "num_evaluations": "network evaluations each",
 }
-_BETTER = {
-    "frechet_distance": "lower",
-    "frechet_distance_infinite": "lower",
-    "spatial_frechet_distance": "lower",
-    "kernel_distance": "lower",
-    "kernel_distance_mean": "lower",
-    "inception_score": "higher",
-    "precision": "higher",
-    "recall": "higher",
-    "density": "higher",
-    "coverage": "higher",
-    "classifier_accuracy": "higher",
-    "classifier_ece": "lower",
-    "clip_score": "higher",
-    "integral_ece": "lower",
-    "seconds_per_image": "lower",
-}
 _DRAWN = {"ece_t", "gradient_norm_t", "guidance_schedule", "reliability"}
 
 
 class Cell(NamedTuple):
-    """A figure of a run.
+    """A value of a run.
 
     Attributes:
         value: as it was stored; None where there is none.
         text: the same for people.
-        sd: standard deviation, as text; None where it is not known.
+        std: standard deviation, as text; None where it is not known.
         interval: of 95 %, as text; None where it is not known.
         apart: whether that interval lies apart from the first run's.
     """
 
     value: float | None
     text: str
-    sd: str | None = None
+    std: str | None = None
     interval: str | None = None
     apart: bool = False
 
@@ -63,18 +46,18 @@ class Row(NamedTuple):
     cells: list[Cell]
 
 
-class Figures(NamedTuple):
+class Table(NamedTuple):
     """What was measured in one way.
 
     Attributes:
         rows: a metric each.
-        spreads: what the spreads are of, with the metrics that each is said of.
-        notes: of the runs, on what the figures are worth.
-        by_class: of each run that has them, class by class: run, metrics, and class with figures.
+        uncertainty: metrics, and what their standard deviation is over.
+        notes: of the runs, on what the values are worth.
+        by_class: of each run that has them, class by class: run, metrics, and class with values.
     """
 
     rows: list[Row]
-    spreads: list[str]
+    uncertainty: list[str]
     notes: list[str]
     by_class: list[tuple[str, list[str], list[tuple[str, list[Cell]]]]]
 
@@ -83,40 +66,43 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _label(name: str) -> tuple[str, str]:
-    """Words for a metric, and how it is written."""
-    if name in _COUNTS:
-        return _COUNTS[name], "{:.0f}"
-    return TABLE.get(name, (name.replace("_", " "), "{:.4g}"))
+def _specs(*measured: Mapping[str, Any]) -> dict[str, MetricSpec]:
+    """How each value is named and written: the metric table, other values by their name, and counts."""
+    specs = specs_of(*measured)
+    found = dict.fromkeys(name for each in measured for name, value in each.items() if _is_number(value))
+    plain = [name for name in found if name not in specs and name not in _COUNTS]
+    specs |= {name: MetricSpec(name, name.replace("_", " "), "{:.4g}") for name in plain}
+    return specs | {name: MetricSpec(name, label, "{:.0f}") for name, label in _COUNTS.items()}
 
 
-def _cell(name: str, measured: Mapping[str, Any]) -> tuple[Cell, Mapping[str, Any]]:
-    """A figure, and its spread."""
-    value = measured.get(name)
+def _cell(spec: MetricSpec, measured: Mapping[str, Any]) -> tuple[Cell, Mapping[str, Any]]:
+    """A value, and its uncertainty."""
+    value = measured.get(spec.key)
     if not _is_number(value):
         return Cell(None, "–"), {}
-    form = _label(name)[1]
+    form = spec.format
     if value and not float(form.format(value)):  # too small for the digits that the metric usually has
         form = "{:.3g}"
-    spread = measured.get("spread", {}).get(name) or {}
-    sd = form.format(spread["sd"]) if _is_number(spread.get("sd")) else None
-    ends = [spread.get("low"), spread.get("high")]
+    uncertainty = measured.get("uncertainty", {}).get(spec.key) or {}
+    std = form.format(uncertainty["std"]) if _is_number(uncertainty.get("std")) else None
+    ends = [uncertainty.get("low"), uncertainty.get("high")]
     interval = " to ".join(map(form.format, ends)) if all(map(_is_number, ends)) else None
-    return Cell(value, form.format(value), sd, interval), spread
+    return Cell(value, form.format(value), std, interval), uncertainty
 
 
 def _apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    ends = [spread.get(end) for spread in (one, other) for end in ("low", "high")]
+    ends = [uncertainty.get(end) for uncertainty in (one, other) for end in ("low", "high")]
     return all(map(_is_number, ends)) and (ends[1] < ends[2] or ends[3] < ends[0])
 
 
-def _row(name: str, measured: Sequence[Mapping[str, Any]]) -> Row:
-    cells, spreads = zip(*(_cell(name, each) for each in measured), strict=True)
+def _row(spec: MetricSpec, measured: Sequence[Mapping[str, Any]]) -> Row:
+    cells, uncertainty = zip(*(_cell(spec, each) for each in measured), strict=True)
     cells = [
-        cell._replace(apart=_apart(spread, spreads[0])) if number else cell
-        for number, (cell, spread) in enumerate(zip(cells, spreads, strict=True))
+        cell._replace(apart=_apart(each, uncertainty[0])) if number else cell
+        for number, (cell, each) in enumerate(zip(cells, uncertainty, strict=True))
     ]
-    return Row(name, _label(name)[0], _BETTER.get(name, ""), cells)
+    better = {None: "", True: "higher", False: "lower"}[spec.higher_is_better]
+    return Row(spec.key, spec.label, better, cells)
 
 
 def _notes(runs: Sequence[Run], measured: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -130,13 +116,13 @@ def _notes(runs: Sequence[Run], measured: Sequence[Mapping[str, Any]]) -> list[s
 
 
 def _incomparable(runs: Sequence[Run], measured: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Why figures of the runs cannot be compared, if so. What a run does not say counts as the same."""
+    """Why values of the runs cannot be compared. What a run does not say counts as equal."""
     notes = []
     for what, facts in (("features", _features), ("numbers of samples", _counts), ("references", _references)):
         said = {run.name: facts(each) for run, each in zip(runs, measured, strict=True) if each}
         if any(len(set(values) - {None}) > 1 for values in zip(*said.values(), strict=True)):
             listed = "; ".join(f"{name}: {', '.join(str(v) for v in values if v)}" for name, values in said.items())
-            notes.append(f"The {what} differ, so that the figures do not compare: {listed}.")
+            notes.append(f"The {what} differ, so the values do not compare: {listed}.")
     return notes
 
 
@@ -160,18 +146,7 @@ def _references(measured: Mapping[str, Any]) -> tuple[str | None, ...]:
     return images, _sha256(provenance), _sha256(provenance.get("images", {}))
 
 
-def _spreads(measured: Sequence[Mapping[str, Any]]) -> list[str]:
-    of: dict[str, list[str]] = {}
-    for each in measured:
-        for name, spread in each.get("spread", {}).items():
-            if isinstance(spread, Mapping) and spread.get("of"):
-                labels = of.setdefault(str(spread["of"]), [])
-                if (label := _label(name)[0]) not in labels:
-                    labels.append(label)
-    return [f"{', '.join(labels)}: {source}" for source, labels in of.items()]
-
-
-def figures(runs: Sequence[Run], measured: Sequence[Mapping[str, Any]]) -> Figures | None:
+def table(runs: Sequence[Run], measured: Sequence[Mapping[str, Any]]) -> Table | None:
     """The table of what was measured in one way.
 
     Args:
@@ -183,36 +158,32 @@ def figures(runs: Sequence[Run], measured: Sequence[Mapping[str, Any]]) -> Figur
     """
     if not any(measured):
         return None
-    found = dict.fromkeys(name for each in measured for name, value in each.items() if _is_number(value))
-    names = [name for name in TABLE if name in found]
-    names += [name for name in found if name not in TABLE and name not in _COUNTS]
+    found = {name for each in measured for name, value in each.items() if _is_number(value)}
     if all(each.get("num_measured") in (None, each.get("num_samples")) for each in measured):
-        found.pop("num_measured", None)  # all of them, as one expects
-    names += [name for name in _COUNTS if name in found]
+        found.discard("num_measured")  # all of them, as one expects
+    rows = [_row(spec, measured) for name, spec in _specs(*measured).items() if name in found]
     by_class = []
     for run, each in zip(runs, measured, strict=True):
         if isinstance(each.get("by_class"), Mapping) and each["by_class"]:
             by_class.append((run.name, *_by_class(each["by_class"])))
-    notes = _incomparable(runs, measured) + _notes(runs, measured)
-    return Figures([_row(name, measured) for name in names], _spreads(measured), notes, by_class)
+    uncertainty = [f"{', '.join(labels)}: {of}" for of, labels in uncertainty_sources(*measured).items()]
+    return Table(rows, uncertainty, _incomparable(runs, measured) + _notes(runs, measured), by_class)
 
 
 def _by_class(content: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[tuple[str, list[Cell]]]]:
-    """Metrics, and of each class the figures, from ``{class: {metric: value, "spread": {metric: sd}}}``."""
-    found = dict.fromkeys(
-        name for measured in content.values() for name, value in measured.items() if _is_number(value)
-    )
-    names = [name for name in found if name in TABLE] + [name for name in found if name in _COUNTS]
+    """Metrics, and the values of each class, from ``{class: {metric: value, "std": {metric: std}}}``."""
+    found = {name for measured in content.values() for name, value in measured.items() if _is_number(value)}
+    specs = [spec for name, spec in _specs().items() if name in found]
     rows = []
     for label in sorted(content, key=lambda label: (len(label), label)):
         measured = content[label]
-        spreads = {name: {"sd": sd} for name, sd in measured.get("spread", {}).items()}
-        rows.append((label, [_cell(name, measured | {"spread": spreads})[0] for name in names]))
-    return [_label(name)[0] for name in names], rows
+        uncertainty = {name: {"std": std} for name, std in measured.get("std", {}).items()}
+        rows.append((label, [_cell(spec, measured | {"uncertainty": uncertainty})[0] for spec in specs]))
+    return [spec.label for spec in specs], rows
 
 
 def provenance(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """What the figures and samples of each run came from: key, and the value of each run."""
+    """What the values and samples of each run came from: key, and the value of each run."""
     said = []
     for run in runs:
         told: dict[str, Any] = {}
@@ -220,7 +191,7 @@ def provenance(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
             rest = {
                 key: value
                 for key, value in measured.items()
-                if key not in _DRAWN | {"spread", "notes", "by_class", "failed"}
+                if key not in _DRAWN | {"uncertainty", "notes", "by_class", "failed", "own_metrics"}
                 and not key.endswith("_note")
                 and value is not None
                 and not _is_number(value)

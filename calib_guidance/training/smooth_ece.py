@@ -30,6 +30,11 @@ def smooth_ece(logits: Tensor, y: Tensor, beta: float = 1e-2) -> Tensor:
     return ((confidence - correct).square() + beta).sqrt().mean()
 
 
+def equal_width_bin(probability: Tensor, num_bins: int) -> Tensor:
+    """Index of the bin (b/B, (b+1)/B] of each probability, int64 of the same shape."""
+    return ((probability * num_bins).ceil().long() - 1).clamp(0, num_bins - 1)
+
+
 def binned_smooth_ece(logits: Tensor, y: Tensor, beta: float = 1e-2, num_bins: int = 15) -> Tensor:
     """Σ_b n_b/n·√((mean p̂ − mean a in bin b)² + β), which goes to the ECE of the batch as β → 0.
 
@@ -56,7 +61,7 @@ def binned_smooth_ece(logits: Tensor, y: Tensor, beta: float = 1e-2, num_bins: i
     confidence, correct = _confidence(logits, y, beta)
     # In float64, as the metric sorts and adds: a rounding must not decide about a bin or depend on the number of ranks.
     p = confidence.double()
-    bins = ((p.detach() * num_bins).ceil().long() - 1).clamp(0, num_bins - 1)
+    bins = equal_width_bin(p.detach(), num_bins)
     values = torch.stack([torch.ones_like(p), p, correct.double()], dim=1)
     sums = values.new_zeros(num_bins, 3).index_add(0, bins, values)
     if dist.is_available() and dist.is_initialized():

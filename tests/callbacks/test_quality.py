@@ -65,14 +65,14 @@ def test_is_the_functions_of_the_features(tmp_path, more):
     if more:
         density, coverage = density_coverage(real, generated)
         assert found.pop("kernel_distance_mean") != found["kernel_distance"]
-        assert found["spread"].pop("kernel_distance_mean") != found["spread"]["density"]
+        assert found["uncertainty"].pop("kernel_distance_mean") != found["uncertainty"]["density"]
         expected |= {"kernel_distance": kernel_distance(real, generated), "density": density, "coverage": coverage}
-        assert found["spread"]["kernel_distance"]["of"] == "100 subsets of 20, the spread of one"
+        assert found["uncertainty"]["kernel_distance"]["of"] == "one of 100 subsets of 20"
     for name, value in expected.items():
         assert found.pop(name) == pytest.approx(float(value), rel=1e-9), name
     (note,) = found["notes"]
     assert note.startswith("Fréchet distance: 40 samples of 64 features: covariance without full rank")
-    assert found["spread"].keys() == expected.keys() - {"frechet_distance"}  # which has no derivative there
+    assert found["uncertainty"].keys() == expected.keys() - {"frechet_distance"}  # which has no derivative there
     assert (found["features"], found["num_reference"], found["num_measured"]) == ("pixels", 40, 50)
     samples = found["provenance"]["samples"]
     assert (samples["uint8_rule"], samples["num_images"]) == ("truncate", 50)
@@ -85,8 +85,8 @@ def test_a_share_of_all_is_not_certain(tmp_path):
     _, _, trainer = run_and_trainer(tmp_path)
     found, _ = measured(trainer, metrics=("pr",), k=39)
     assert found["precision"] == 1
-    spread = found["spread"]["precision"]
-    assert spread == {"sd": 0.02, "low": pytest.approx(1 - 1.96 / 50, abs=1e-4), "high": 1, "of": spread["of"]}
+    spread = found["uncertainty"]["precision"]
+    assert spread == {"std": 0.02, "low": pytest.approx(1 - 1.96 / 50, abs=1e-4), "high": 1, "of": spread["of"]}
     assert spread["of"] == "no difference among 50 samples: 1/50"
 
 
@@ -98,8 +98,8 @@ def test_an_eval_classifier_beside_the_features_says_what_it_saw(tmp_path):
     p = network(images / 127.5 - 1).softmax(1)
     correct = (p.argmax(1) == labels).double()
     assert found["classifier_accuracy"] == pytest.approx(float(correct.mean()))
-    spread = found["spread"]["classifier_accuracy"]
-    assert spread["sd"] == pytest.approx(float((correct.mean() * (1 - correct.mean()) / 50).sqrt()), rel=0.2)
+    spread = found["uncertainty"]["classifier_accuracy"]
+    assert spread["std"] == pytest.approx(float((correct.mean() * (1 - correct.mean()) / 50).sqrt()), rel=0.2)
     with np.load(tmp_path / "predictions.npz") as file:
         assert np.array_equal(file["index"], np.arange(50))
         assert np.array_equal(file["label"], labels)
@@ -117,4 +117,4 @@ def test_a_reference_of_statistics_leaves_out_what_needs_images(tmp_path):
     expected = frechet_distance(*mean_and_covariance(torch.from_numpy(real)), *mean_and_covariance(images.flatten(1)))
     assert found["frechet_distance"] == pytest.approx(float(expected), rel=1e-6)
     assert "precision" not in found
-    assert any(note.startswith("pr left out: the reference holds no features") for note in found["notes"])
+    assert any(note.startswith("pr skipped: the reference holds no features") for note in found["notes"])

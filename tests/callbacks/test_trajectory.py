@@ -7,10 +7,10 @@ import pytest
 import torch
 import yaml
 
-from calib_guidance.callbacks.trajectory import StepMoments
 from calib_guidance.cli import main
 from calib_guidance.diffusion.schedules import NoiseSchedule, named_betas
-from calib_guidance.metrics import bootstrap_sums, calibration_error_from_bins, jackknife_sd
+from calib_guidance.metrics import bootstrap_sums, calibration_error_from_bins, jackknife_std
+from calib_guidance.metrics.moments import StepMoments
 from calib_guidance.runs import RunFolder
 from tests.test_faults import QUICK, configuration
 
@@ -75,9 +75,9 @@ def test_spread_of_calibration_is_that_of_leaving_out_shards(in_root, tmp_path, 
     assert metrics["integral_ece"] == pytest.approx(np.nanmean(whole))
     without = np.stack([ece_t(sums.sum(0) - one) for one in sums])
     sd = [np.sqrt(19 / 20 * np.square(v - v.mean(0)).sum(0)) for v in (without, np.nanmean(without, 1))]
-    np.testing.assert_allclose(metrics["ece_t"]["sd"], sd[0])
-    found = metrics["spread"]["integral_ece"]
-    assert found["sd"] == pytest.approx(sd[1])
+    np.testing.assert_allclose(metrics["ece_t"]["std"], sd[0])
+    found = metrics["uncertainty"]["integral_ece"]
+    assert found["std"] == pytest.approx(sd[1])
     assert found["of"] == metrics["ece_t"]["of"] == "jackknife over 20 blocks of samples"
     assert found["low"] < metrics["integral_ece"] < found["high"]
     assert f"integral ECE          {metrics['integral_ece']:.3f}  ± {sd[1]:.3f}" in printed
@@ -92,7 +92,7 @@ def test_quality_may_be_added_after_the_report(in_root, tmp_path, capsys):
     path = configuration(tmp_path / "run", batch_size=4)
     main(["predict", "--config", str(path), "--config", str(tmp_path / "quality.yaml"), *QUICK])
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["spread"].keys() >= {"integral_ece", "precision", "classifier_accuracy"}
+    assert metrics["uncertainty"].keys() >= {"integral_ece", "precision", "classifier_accuracy"}
     assert metrics["frechet_distance"] > 0
     printed = capsys.readouterr().out
     assert (
@@ -116,7 +116,7 @@ def test_jackknife_over_blocks_is_what_samples_spread_and_their_bootstrap_says()
             )
         blocks = cells.view(20, 20, steps, bins, 3).sum(1)
         integral = calibration_error_from_bins(cells.sum(0)).mean()
-        jackknife = jackknife_sd(calibration_error_from_bins(cells.sum(0) - blocks).mean(1))
+        jackknife = jackknife_std(calibration_error_from_bins(cells.sum(0) - blocks).mean(1))
         drawn = bootstrap_sums(cells.flatten(1), 100).view(-1, steps, bins, 3)
         found.append(torch.stack([integral, jackknife, calibration_error_from_bins(drawn).mean(1).std()]))
     integral, jackknife, bootstrapped = torch.stack(found).T

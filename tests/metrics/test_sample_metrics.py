@@ -1,4 +1,4 @@
-"""Metrics of sets of samples against golden data, torch-fidelity, torchmetrics and closed forms; over ranks."""
+"""Metrics of sets of samples against golden data, torch-fidelity, torchmetrics and closed forms."""
 
 import warnings
 from itertools import pairwise
@@ -12,22 +12,14 @@ from torchmetrics.image import InceptionScore as TheirInceptionScore
 from torchmetrics.image.kid import poly_mmd
 
 from calib_guidance.metrics import (
-    ClasswiseDistances,
-    CLIPScore,
-    DensityCoverage,
-    FrechetDistance,
-    InceptionScore,
-    KernelDistance,
-    PrecisionRecall,
     bootstrap,
     bootstrap_sums,
     classwise_distances,
-    clip_score,
     covariance_root,
     density_coverage,
     extrapolated_frechet_distance,
     frechet_distance,
-    frechet_distance_sd,
+    frechet_distance_std,
     inception_score,
     kernel_distance,
     kernel_distance_subsets,
@@ -35,6 +27,7 @@ from calib_guidance.metrics import (
     precision_recall,
     sample_count_note,
 )
+from calib_guidance.metrics.base import KeptRows
 
 POLYNOMIAL = {
     "kid_kernel": "poly",
@@ -83,13 +76,9 @@ def test_kernel_distance_of_whole_sets(fixture, sets):
 
 def test_kernel_distance_of_subsets(fixture, sets):
     reference, generated = sets
-    metric = KernelDistance(reference)
-    for index in torch.arange(len(generated)).flip(0).split(400):
-        metric.update(generated[index], index)
-    found = metric.compute()
-    within(fixture, "kid_whole_sets", found["kernel_distance"])
-    within(fixture, "kid_subsets_mean", found["kernel_distance_mean"])
-    within(fixture, "kid_subsets_std", found["kernel_distance_sd"])
+    found = kernel_distance_subsets(reference, generated)
+    within(fixture, "kid_subsets_mean", found.mean())
+    within(fixture, "kid_subsets_std", found.std(correction=0))
     doubles = reference.double(), generated.double()
     settings = {"kid_subsets": 10, "kid_subset_size": 300, "rng_seed": 7, "verbose": False} | POLYNOMIAL
     fidelity = kid_features_to_metric(*doubles, **settings)
@@ -111,13 +100,6 @@ def test_density_and_coverage(fixture, sets):
     density, coverage = density_coverage(reference, generated)
     within(fixture, "density_k5", density)
     within(fixture, "coverage_k5", coverage)
-    metric = DensityCoverage(reference)
-    for batch in generated.split(700):
-        metric.update(batch)
-    assert {k: float(v) for k, v in metric.compute().items()} == {
-        "density": float(density),
-        "coverage": float(coverage),
-    }
 
 
 def test_blocks_change_nothing(monkeypatch):
@@ -172,15 +154,7 @@ def test_inception_score_of_uneven_splits(probabilities):
     np.testing.assert_allclose(inception_score(logits, order="given"), splits, rtol=1e-12)
 
 
-def test_inception_score_does_not_depend_on_the_order_of_arrival(probabilities):
-    logits = probabilities.log()
-    expected = inception_score(logits)
-    metric = InceptionScore(len(logits), logits.shape[1])
-    for index in torch.randperm(len(logits), generator=torch.Generator().manual_seed(0)).split(300):
-        metric.update(logits[index], index)
-    found = metric.compute()
-    torch.testing.assert_close(found["inception_score"], expected.mean())
-    torch.testing.assert_close(found["inception_score_sd"], expected.std(correction=0))
+def test_inception_score_of_certain_predictions():
     certain = torch.full((6, 3), -torch.inf).scatter(1, (torch.arange(6) % 3)[:, None], 0.0)
     assert inception_score(certain, splits=2, order="given").tolist() == pytest.approx([3, 3])
 
@@ -190,9 +164,6 @@ def test_frechet_distance_with_what_is_known_of_the_reference(fixture, sets):
     root = covariance_root(reference[1])
     torch.testing.assert_close(root @ root.T, reference[1])
     within(fixture, "frechet_distance", frechet_distance(*reference, *generated, root1=root))
-    metric = FrechetDistance(reference)
-    metric.update(sets[1])
-    within(fixture, "frechet_distance", metric.compute())
     within(fixture, "frechet_mean_term", (reference[0] - generated[0]).square().sum())
 
 
@@ -205,19 +176,6 @@ def test_frechet_distance_of_singular_covariances():
 
 
 def test_frechet_distance_of_too_few_samples():
-    reference, generated = small_sets(d=20)
-    with pytest.raises(ValueError, match="20 features of width 20 in the reference.*full_rank=False"):
-        FrechetDistance(reference[:20])
-    metric = FrechetDistance(reference)
-    metric.update(generated[:20])
-    with pytest.raises(ValueError, match="20 features of width 20 in the samples"):
-        metric.compute()
-    metric.update(generated[20:21])
-    assert metric.compute().isfinite()
-    small = FrechetDistance(reference[:20], full_rank=False)
-    small.update(generated[:20])
-    expected = frechet_distance(*mean_and_covariance(reference[:20]), *mean_and_covariance(generated[:20]))
-    torch.testing.assert_close(small.compute(), expected, rtol=1e-6, atol=0)
     assert "without full rank" in sample_count_note(20, 20)
     assert sample_count_note(21, 20).startswith("21 samples: biased upwards")
     assert sample_count_note(10_000, 2048) is None
@@ -257,41 +215,10 @@ def test_bootstrap():
 
 REFERENCE, GENERATED = small_sets()
 CLASSES = torch.arange(len(GENERATED)) % 2
-BUILD = {
-    "frechet": lambda **k: FrechetDistance(REFERENCE, **k),
-    "precision": lambda **k: PrecisionRecall(REFERENCE, **k),
-    "kernel": lambda **k: KernelDistance(REFERENCE, subsets=5, subset_size=20, **k),
-    "density": lambda **k: DensityCoverage(REFERENCE, **k),
-    "classes": lambda **k: ClasswiseDistances(REFERENCE, CLASSES[: len(REFERENCE)], 2, **k),
-    "clip": lambda **k: CLIPScore(**k),
-    "inception": lambda **k: InceptionScore(len(GENERATED), GENERATED.shape[1], splits=4, **k),
-}
 
 
-def update(metric, index):
-    """What a rank sees, in batches of 8."""
-    for rows in index.split(8) if len(index) else ():
-        known = (rows,) if isinstance(metric, InceptionScore | KernelDistance) else ()
-        known = (CLASSES[rows],) if isinstance(metric, ClasswiseDistances | CLIPScore) else known
-        metric.update(GENERATED[rows], *known)
-
-
-def as_dict(values):
-    if not isinstance(values, dict):
-        return {"value": values}
-    if not all(isinstance(value, dict) for value in values.values()):
-        return values
-    return {
-        f"{name} of class {label}": torch.tensor(value)
-        for label, figures in values.items()
-        for name, value in figures.items()
-        if isinstance(value, float)
-    }
-
-
-@pytest.mark.parametrize("name", BUILD)
 @pytest.mark.parametrize("shares", ["strided", "contiguous", "first empty", "second empty"])
-def test_two_ranks_measure_what_one_does(name, shares):
+def test_two_ranks_keep_the_rows_of_one(shares):
     every = torch.arange(len(GENERATED))
     parts = {
         "strided": (every[::2], every[1::2]),
@@ -299,105 +226,61 @@ def test_two_ranks_measure_what_one_does(name, shares):
         "first empty": (every[:0], every),
         "second empty": (every, every[:0]),
     }[shares]
-    one = BUILD[name]()
-    update(one, every)
     # The second rank sends what it has; the first receives it after its own.
     sent, connected = [], {"distributed_available_fn": lambda: True}
-    second = BUILD[name](dist_sync_fn=lambda x, group=None: (sent.append(x), [x])[1], **connected)
-    first = BUILD[name](dist_sync_fn=lambda x, group=None: [x, sent.pop(0)], **connected)
-    update(second, parts[1])
-    update(first, parts[0])
+    columns = {"label": CLASSES[:0], "features": GENERATED[:0]}
+    second = KeptRows(columns, dist_sync_fn=lambda x, group=None: (sent.append(x), [x])[1], **connected)
+    first = KeptRows(columns, dist_sync_fn=lambda x, group=None: [x, sent.pop(0)], **connected)
+    for metric, index in ((second, parts[1]), (first, parts[0])):
+        for rows in index.split(8) if len(index) else ():
+            metric.update(features=GENERATED[rows], label=CLASSES[rows], index=rows)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        if name == "frechet" and not len(parts[1]):
-            assert second.compute().isnan()
-        else:
-            second.compute()
-        found = first.compute()
+        second.rows()
+        found = first.rows()
     assert not sent
-    torch.testing.assert_close(as_dict(found), as_dict(one.compute()), rtol=1e-10, atol=0)
-
-
-@pytest.mark.parametrize("name", BUILD)
-def test_states_merge_and_reset(name):
-    one, first, second = (BUILD[name]() for _ in range(3))
-    every = torch.arange(len(GENERATED))
-    update(one, every)
-    update(first, every[:20])
-    update(second, every[20:])
-    first.merge_state(second)
-    expected = as_dict(one.compute())
-    torch.testing.assert_close(as_dict(first.compute()), expected, rtol=1e-10, atol=0)
+    for name, expected in (("features", GENERATED), ("label", CLASSES), ("index", every)):
+        assert torch.equal(found[name], expected)
     first.reset()
-    assert all(value.isnan() for value in as_dict(first.compute()).values())
-    update(first, every)
-    torch.testing.assert_close(as_dict(first.compute()), expected, rtol=1e-10, atol=0)
-
-
-@pytest.mark.parametrize("name", ["frechet", "precision", "kernel", "density", "classes"])
-def test_features_of_another_width_are_refused(name):
-    with pytest.raises(ValueError, match=r"features \(M, 4\).*shape \(3, 5\)"):
-        BUILD[name]().update(torch.zeros(3, 5), *([CLASSES[:3]] if name == "classes" else []))
-
-
-def test_classes_of_their_metrics_give_what_the_functions_do():
-    found = BUILD["classes"]()
-    update(found, torch.arange(len(GENERATED)))
-    assert found.compute() == classwise_distances(REFERENCE, CLASSES[: len(REFERENCE)], GENERATED, CLASSES, 2)
-    assert found.compute()["0"].keys() > {"frechet_distance", "precision"}
-    found = BUILD["clip"]()
-    update(found, torch.arange(len(GENERATED)))
-    own = [float(GENERATED[i, i % 2]) for i in range(len(GENERATED))]
-    assert float(found.compute()) == pytest.approx(sum(own) / len(own))
-    assert float(clip_score(GENERATED, CLASSES)) == pytest.approx(sum(own) / len(own))
+    first.update(features=GENERATED[3:4], label=CLASSES[3:4], index=every[3:4])
+    first._to_sync = False
+    assert first.rows()["features"].shape == (1, 4)
 
 
 def test_bad_arguments_are_refused():
     few = REFERENCE[:5]
     for match, call in {
-        "more than 5, got 5": lambda: DensityCoverage(few),
         "more than 5, got 5 ": lambda: density_coverage(few, GENERATED),
         "at least one generated": lambda: density_coverage(REFERENCE, GENERATED[:0]),
+        "a class for each of 50 and 60 features, got 2 and 60": lambda: classwise_distances(
+            REFERENCE, CLASSES[:2], GENERATED, CLASSES
+        ),
         "two samples or more": lambda: kernel_distance(REFERENCE, GENERATED[:1]),
         "subsets of 1000 cannot be drawn from 50 reference and 60": lambda: kernel_distance_subsets(
             REFERENCE, GENERATED
         ),
-        "got 0 of 1000": lambda: KernelDistance(REFERENCE, subsets=0),
-        "one index for each of 60": lambda: KernelDistance(REFERENCE).update(GENERATED, torch.arange(3)),
         "must be one of": lambda: inception_score(GENERATED, order="random"),
         "of 60 samples cannot have 61 splits": lambda: inception_score(GENERATED, splits=61),
-        "splits of 0 rows": lambda: InceptionScore(60, 4, rows=0),
-        r"needs logits \(N, 3\)": lambda: InceptionScore(60, 3).update(GENERATED, torch.arange(60)),
-        "index 0 … 59 is out of range": lambda: InceptionScore(50, 4).update(GENERATED, torch.arange(60)),
-        r"class for each of 60 features, got \(2,\)": lambda: ClasswiseDistances(GENERATED, CLASSES[:2]),
-        r"class for each of 60 features, got \(3,\)": lambda: BUILD["classes"]().update(GENERATED, CLASSES[:3]),
-        r"prompts \(N,\), got \(60, 4\) and \(3,\)": lambda: CLIPScore().update(GENERATED, CLASSES[:3]),
-        r"got \(4,\) and \(3, 3\)": lambda: FrechetDistance((torch.zeros(4), torch.eye(3))),
     }.items():
         with pytest.raises(ValueError, match=match.strip()):
             call()
-    found = KernelDistance(REFERENCE)
-    found.update(GENERATED)
-    values = found.compute()  # 60 samples are too few for subsets of 1,000, not for the whole sets
-    assert values["kernel_distance"].isfinite()
-    assert values["kernel_distance_mean"].isnan()
 
 
-def test_spread_of_a_frechet_distance_is_the_jackknifes():
+def test_std_of_a_frechet_distance_is_the_jackknifes():
     """Leaving out one sample after the other estimates the same derivative by differences."""
     reference, generated = small_sets(n=400, m=300)
     statistics = mean_and_covariance(reference)
-    found = frechet_distance_sd(statistics, generated)
+    found = frechet_distance_std(statistics, generated)
     n = len(generated)
     without = torch.stack(
         [frechet_distance(*statistics, *mean_and_covariance(generated[torch.arange(n) != i])) for i in range(n)]
     )
     jackknife = ((n - 1) / n * (without - without.mean()).square().sum()).sqrt()
     assert float(found) == pytest.approx(float(jackknife), rel=0.02)
-    assert frechet_distance_sd(statistics, generated[:4]).isnan()
-    # Directions that neither set has are no infinite spread.
+    assert frechet_distance_std(statistics, generated[:4]).isnan()
+    # Directions that neither set has give no infinite deviation.
     wide = [torch.cat([f, 0 * f], dim=1) for f in (reference, generated)]
-    assert float(frechet_distance_sd(mean_and_covariance(wide[0]), wide[1])) == pytest.approx(float(found), rel=1e-6)
+    assert float(frechet_distance_std(mean_and_covariance(wide[0]), wide[1])) == pytest.approx(float(found), rel=1e-6)
 
 
 def test_classwise_distances_are_those_of_each_class():
@@ -418,27 +301,27 @@ def test_classwise_distances_are_those_of_each_class():
             assert [figures["precision"], figures["recall"]] == pytest.approx(
                 [float(v) for v in precision_recall(real, made)]
             )
-            assert figures["left_out"].keys() == ({"density", "coverage"} if label == "1" else set())
+            assert figures["skipped"].keys() == ({"density", "coverage"} if label == "1" else set())
         if label == "0":
             assert [figures["density"], figures["coverage"]] == pytest.approx(
                 [float(v) for v in density_coverage(real, made)]
             )
             recall = figures["recall"]
-            assert figures["spread"]["recall"] == pytest.approx((recall * (1 - recall) / len(real)) ** 0.5)
+            assert figures["std"]["recall"] == pytest.approx((recall * (1 - recall) / len(real)) ** 0.5)
     assert "precision" not in found["2"]
-    assert found["2"]["left_out"]["recall"] == "29 images in the smaller set; 30 are needed for k = 3"
+    assert found["2"]["skipped"]["recall"] == "29 images in the smaller set; 30 are needed for k = 3"
     wide = classwise_distances(torch.cat([reference] * 5, 1), real_labels, torch.cat([generated] * 5, 1), labels)
     assert (
-        wide["1"]["left_out"]
+        wide["1"]["skipped"]
         | {
             "frechet_distance": "30 images in the smaller set; 41 are needed for 20 features",
             "density": "30 images in the smaller set; 50 are needed for k = 5",
         }
-        == wide["1"]["left_out"]
+        == wide["1"]["skipped"]
     )
 
 
-def test_spread_of_balanced_draws_is_what_varies_within_classes():
+def test_std_of_balanced_draws_is_what_varies_within_classes():
     """Against 300 draws with the same number of each of three classes, which are far apart."""
     generator = torch.Generator().manual_seed(4)
     labels = torch.arange(300) % 3
@@ -448,7 +331,7 @@ def test_spread_of_balanced_draws_is_what_varies_within_classes():
     for _ in range(300):
         generated = 1.3 * torch.randn(300, 4, generator=generator) + centres[labels] + torch.tensor([1.5, 0, 0, 0])
         distances.append(frechet_distance(*reference, *mean_and_covariance(generated), root))
-        spreads.append([frechet_distance_sd(reference, generated, root, strata) for strata in (labels, None)])
+        spreads.append([frechet_distance_std(reference, generated, root, strata) for strata in (labels, None)])
     within, whole = torch.tensor(spreads, dtype=torch.float64).mean(0)
     assert float(within) == pytest.approx(float(torch.stack(distances).std()), rel=0.12)
     assert whole > 1.1 * within

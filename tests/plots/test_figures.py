@@ -8,6 +8,7 @@ from matplotlib.colors import to_rgba
 
 from calib_guidance.diffusion.schedules import NoiseSchedule, named_betas
 from calib_guidance.errors import ConfigurationError
+from calib_guidance.evaluation import METRICS
 from calib_guidance.guidance import GuidanceSchedule
 from calib_guidance.plots import (
     COLOURS,
@@ -187,6 +188,7 @@ def test_strips_show_one_scale_for_each_sample(drawn, tmp_path):
 
 # Ablations
 
+LABELS = {key: spec.title for key, spec in METRICS.items()}
 POINTS = [
     (0.5, {"frechet_distance": (5.27, 0.1), "precision": (0.80, None), "recall": (0.60, 0.01)}),
     (0.0, {"frechet_distance": (6.0, 0.2), "precision": (0.83, 0.02), "recall": (0.55, 0.02)}),
@@ -195,7 +197,7 @@ POINTS = [
 
 
 def test_ablation_has_a_panel_for_each_metric_with_error_bars(drawn, tmp_path):
-    figure = drawn(ablation, POINTS, r"$\tau_2$", tmp_path / "a", baseline={"recall": (0.59, 0.01)})
+    figure = drawn(ablation, POINTS, r"$\tau_2$", tmp_path / "a", baseline={"recall": (0.59, 0.01)}, labels=LABELS)
     distance, precision, recall = figure.axes
     values = [axis.containers[0][0].get_xydata() for axis in figure.axes]
     np.testing.assert_array_equal(values[0], [[0, 6.0], [0.5, 5.27], [1, np.nan]])

@@ -1,0 +1,66 @@
+"""Objects and classifiers that users name: by dotted path, or by a YAML file with ``class_path`` and ``init_args``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from calib_guidance.classifiers.base import Classifier
+from calib_guidance.errors import ConfigurationError
+
+
+def load_object(module: str, name: str, where: str, expected: str) -> Any:
+    """Attribute of a module, which may lie in the working directory.
+
+    Args:
+        module, name: what to import.
+        where: starts the error message.
+        expected: what else could be given, for the error message.
+
+    Raises:
+        ConfigurationError: no such module or attribute.
+    """
+    if os.getcwd() not in sys.path and "" not in sys.path:  # an installed command does not look there
+        sys.path.append(os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigurationError(f"{where}: {error}; expected {expected}") from error
+
+
+def _build(description: object) -> object:
+    """What ``class_path`` and ``init_args`` describe, nested as in a configuration file."""
+    if isinstance(description, list):
+        return [_build(value) for value in description]
+    if not isinstance(description, dict):
+        return description
+    if "class_path" not in description:
+        return {key: _build(value) for key, value in description.items()}
+    module, _, name = description["class_path"].rpartition(".")
+    return getattr(importlib.import_module(module), name)(**_build(description.get("init_args") or {}))
+
+
+def read_classifier(path: str | Path) -> Classifier:
+    """The classifier of a YAML file with ``class_path`` and ``init_args``, as ``calib-guidance fit`` exports it.
+
+    Raises:
+        ConfigurationError: no such file, or one that describes no classifier.
+        CheckpointError: its weights cannot be read or do not fit.
+    """
+    try:
+        classifier = _build(yaml.safe_load(Path(path).read_text()))
+    except OSError as error:
+        raise ConfigurationError(f"classifier: {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigurationError(f"classifier: {path} does not describe a classifier: {error}") from error
+    if not isinstance(classifier, Classifier):
+        raise ConfigurationError(
+            f"classifier: {path} describes no classifier; expected class_path and init_args of one, as in the "
+            "classifier.yaml that calib-guidance fit writes"
+        )
+    return classifier

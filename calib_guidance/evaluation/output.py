@@ -1,0 +1,187 @@
+"""What is printed and written of measured sets of samples."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calib_guidance.backend.atomic import atomic_write, write_text
+from calib_guidance.errors import ConfigurationError
+from calib_guidance.evaluation.metrics import METRICS, MetricSpec, specs_of
+
+_FRACTION = (0.0, 1.0)
+
+
+def table_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Label, value and ± standard deviation of every metric of ``metrics.json``, as text; no deviation where it is not known."""
+    rows = []
+    for key, spec in specs_of(results).items():
+        value = results.get(key)
+        if isinstance(value, int | float):
+            found = results.get("uncertainty", {}).get(key)
+            std = "" if found is None else f"± {spec.format.format(found['std'])}"
+            rows.append((spec.label, spec.text(value), std))
+    return rows
+
+
+def printed_table(results: Mapping[str, Any]) -> str:
+    """:func:`table_rows` in aligned columns."""
+    rows = table_rows(results)
+    wide = max(len(label) for label, _, _ in rows)
+    return "\n".join(f"  {label:<{wide}}  {value:>8}  {std}".rstrip() for label, value, std in rows)
+
+
+def described(results: Mapping[str, Any]) -> list[str]:
+    """What was measured and with what, what each ± is over, and the notes: a line each."""
+    provenance = results["provenance"]
+    features, resize = provenance["features"], provenance["features"]["resize"]
+    size = f"resized to {resize['size']} ({resize['how']}; {resize['library']})" if resize["size"] else "not resized"
+    lines = [
+        f"features   {features['extractor']}; {features['library']}; weights {features['weights_sha256'][:12]}; {size}",
+        f"samples    {_images(provenance['samples'], results['num_measured'])}",
+        f"reference  {_images(provenance['reference'].get('images', {}), results['num_reference'])}",
+    ]
+    if "file" in provenance["reference"]:
+        lines[-1] += f"; from {provenance['reference']['file']} ({provenance['reference']['sha256'][:12]})"
+    for name, key in (("classifier", "eval_classifier"), ("clip", "clip")):
+        if key in provenance:
+            lines.append(f"{name:<10} {provenance[key]['class']}; weights {provenance[key]['weights_sha256'][:12]}")
+    for key, spec in METRICS.items():
+        if spec.limits != _FRACTION:
+            continue
+        values = [(of_class[key], label) for label, of_class in results.get("by_class", {}).items() if key in of_class]
+        if values:
+            (least, worst), (most, best) = min(values), max(values)
+            named = f"{least:.3f} (class {worst}) … {most:.3f} (class {best}), {len(values)} classes"
+            lines.append(f"by class   {spec.label} {named}")
+    return lines + described_uncertainty(results) + [f"note       {note}" for note in results["notes"]]
+
+
+def described_uncertainty(results: Mapping[str, Any]) -> list[str]:
+    """What each ± is the standard deviation over: a line for each kind."""
+    return [f"±          {', '.join(labels)}: {of}" for of, labels in uncertainty_sources(results).items()]
+
+
+def uncertainty_sources(*measured: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Labels of the metrics, by what their uncertainty is over, of contents of ``metrics.json``."""
+    specs, sources = specs_of(*measured), {}
+    for results in measured:
+        for key, each in results.get("uncertainty", {}).items():
+            if isinstance(each, Mapping) and each.get("of"):
+                label = specs[key].label if key in specs else key.replace("_", " ")
+                sources.setdefault(str(each["of"]), {})[label] = None
+    return {of: list(labels) for of, labels in sources.items()}
+
+
+def _images(images: Mapping[str, Any], count: int | None) -> str:
+    """A set of images in a line."""
+    words = ["an unknown number of images" if count is None else f"{count:,} images"]
+    if "source" in images:
+        words[0] += f" of {images['source']} ({images['kind']})"
+        words.append(
+            "×".join(map(str, images["image_shape"][1:])) + (" grey" if images["image_shape"][0] == 1 else " RGB")
+        )
+        if images.get("preprocessing"):
+            words.append(images["preprocessing"]["how"])
+        if images.get("uint8_rule"):
+            words.append(f"uint8 rule {images['uint8_rule']}")
+        if images.get("sha256"):
+            words.append(f"sha256 {images['sha256'][:12]}")
+        if images.get("num_unreadable"):
+            words.append(f"{images['num_unreadable']} could not be read: {', '.join(images['unreadable'])}")
+    return "; ".join(words)
+
+
+def write_evaluation(folder: Path, results: Mapping[str, Any], predictions: Mapping[str, np.ndarray] | None) -> None:
+    """Write ``metrics.json``, ``metrics.md`` and ``predictions.npz`` of one set, and print its table.
+
+    Raises:
+        ConfigurationError: the folder cannot be written.
+    """
+    lines = described(results)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "metrics.json", results)
+        cells = [f"| {label} | {value} | {std.removeprefix('± ')} |" for label, value, std in table_rows(results)]
+        table = ["| | | ± |", "|---|---:|---:|", *cells]
+        (folder / "metrics.md").write_text("\n".join([*table, "", *(f"- {line}" for line in lines), ""]))
+        if predictions is not None:
+            write_predictions(folder / "predictions.npz", predictions)
+        else:
+            (folder / "predictions.npz").unlink(missing_ok=True)  # of an earlier evaluation
+    except OSError as error:
+        raise ConfigurationError(f"{error.filename or folder} cannot be written: {error.strerror or error}") from error
+    print(f"\n{results['num_samples']:,} samples of {results['provenance']['samples']['source']}")
+    print(printed_table(results))
+    print("\n".join(lines))
+    print(f"wrote {folder / 'metrics.json'}, metrics.md" + ("" if predictions is None else ", predictions.npz"))
+
+
+def write_summary(folder: Path, names: Sequence[str], found: Sequence[Mapping[str, Any]]) -> None:
+    """Write and print mean and standard deviation over sets, with a line for each set."""
+    folder.mkdir(parents=True, exist_ok=True)
+    specs = {
+        key: spec
+        for key, spec in specs_of(*found).items()
+        if all(isinstance(results.get(key), int | float) for results in found)
+    }
+    mean = {key: statistics.mean(results[key] for results in found) for key in specs}
+    std = {key: statistics.stdev(results[key] for results in found) for key in specs}
+    uncertainty = {
+        key: MetricSpec(key, spec.label, limits=(-math.inf, math.inf)).uncertainty(
+            mean[key], std[key], f"{len(found)} runs"
+        )
+        for key, spec in specs.items()
+    }
+    lines = [
+        ["samples", *(spec.label for spec in specs.values())],
+        ["---", *["---:"] * len(specs)],
+        *(
+            [name, *(spec.format.format(results[key]) for key, spec in specs.items())]
+            for name, results in zip(names, found, strict=True)
+        ),
+        [
+            "**mean ± std**",
+            *(f"{spec.format.format(mean[key])} ± {spec.format.format(std[key])}" for key, spec in specs.items()),
+        ],
+    ]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    counts = sorted({results["num_measured"] for results in found})
+    notes = [f"± is the standard deviation over {len(found)} runs"]
+    if len(counts) > 1:
+        listed = ", ".join(f"{count:,}" for count in counts)
+        notes.append(f"{listed} samples: Fréchet distances of different numbers of samples do not compare")
+    # What all have in common; their own uncertainties and what they say of their own samples stand with each.
+    own = ("samples ", "±", "by class")
+    shared = [line for line in described(found[0]) if all(line in described(results) for results in found[1:])]
+    notes += [line for line in shared if not line.startswith(own)]
+    content = {**mean, "uncertainty": uncertainty, "notes": notes, "runs": dict(zip(names, found, strict=True))}
+    write_json(folder / "metrics.json", content)
+    (folder / "metrics.md").write_text("\n".join([text, "", *(f"- {line}" for line in notes), ""]))
+    print(f"\n{text}\n" + "\n".join(notes) + f"\nwrote {folder / 'metrics.json'}, metrics.md")
+
+
+def write_predictions(path: Path, predictions: Mapping[str, np.ndarray]) -> None:
+    """Write :meth:`Quality.predictions` atomically."""
+    with atomic_write(path) as file:
+        np.savez(file, **predictions)
+
+
+def plain(value: Any) -> Any:
+    """Mappings, lists and numbers as JSON has them: NaN and infinities as null."""
+    if isinstance(value, dict):
+        return {key: plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file atomically, see :func:`plain`."""
+    write_text(path, json.dumps(plain(content), indent=1, ensure_ascii=False) + "\n")

@@ -1,0 +1,67 @@
+"""Running means and deviations of values that come in batches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from calib_guidance.backend.distributed import DistributedContext
+
+
+class Moments:
+    """Mean and covariance of rows that come in batches, in float64.
+
+    Batches and processes are merged about their own means (Chan, Golub & LeVeque 1983), so that nothing cancels.
+
+    Args:
+        width: D.
+        device: that computes.
+    """
+
+    def __init__(self, width: int, device: torch.device):
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+        self.mean = torch.zeros(width, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(width, width, dtype=torch.float64, device=device)
+
+    def update(self, rows: Tensor) -> None:
+        """Add rows ``(N, D)``, N ≥ 1."""
+        rows = rows.to(self.mean)
+        mean = rows.mean(0)
+        centred, shift, count = rows - mean, mean - self.mean, self.count + len(rows)
+        self.scatter += centred.T @ centred + torch.outer(shift, shift) * (self.count * len(rows) / count)
+        self.mean += shift * (len(rows) / count)
+        self.count = count
+
+    def gather(self, processes: DistributedContext) -> tuple[Tensor, Tensor]:
+        """Mean ``(D,)`` and covariance ``(D, D)``, divisor n − 1, of all rows of all processes, on the CPU."""
+        count = processes.sum(self.count)
+        mean = processes.sum(self.mean * self.count) / count
+        shift = self.mean - mean
+        scatter = processes.sum(self.scatter + self.count * torch.outer(shift, shift))
+        return mean.cpu(), ((scatter + scatter.T) / (2 * (count - 1))).cpu()
+
+
+class StepMoments(Metric):
+    """Mean and standard deviation of a quantity at each step, from its count, sum and sum of squares.
+
+    Args:
+        num_steps: N.
+    """
+
+    full_state_update = False
+
+    def __init__(self, num_steps: int, **kwargs: object):
+        super().__init__(**kwargs)
+        self.add_state("sums", torch.zeros(num_steps, 3, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, step: int, values: Tensor) -> None:
+        """Count the values ``(N,)`` of a batch at one step."""
+        values = values.double()
+        self.sums[step] += torch.stack([torch.ones_like(values), values, values.square()]).sum(1)
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation at each step, ``(num_steps,)`` each; NaN where nothing was counted."""
+        count, total, squares = self.sums.unbind(1)
+        mean = total / count
+        return mean, (squares / count - mean.square()).clamp(min=0).sqrt()

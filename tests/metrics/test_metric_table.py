@@ -1,0 +1,142 @@
+"""The metric table: one entry for each metric, and metrics of a user's own module from YAML and the command line."""
+
+import json
+import re
+import sys
+
+import jsonargparse
+import lightning as L
+import pytest
+import torch
+import yaml
+
+from calib_guidance.callbacks import SampleQuality
+from calib_guidance.cli import main
+from calib_guidance.errors import ConfigurationError
+from calib_guidance.evaluation.metrics import METRICS, OPTIONS, MetricSpec, help_text, select
+from calib_guidance.report.tables import table
+from tests.callbacks.test_quality import run_and_trainer
+from tests.image_files import Projection, pictures, write
+
+OWN = '''
+"""Mean distance from each sample to the nearest reference image."""
+
+import torch
+
+from calib_guidance.evaluation import Estimate, MetricSpec
+
+
+def nearest(samples):
+    distances = torch.cdist(samples.features, samples.reference_features).amin(1)
+    samples.notes.append(f"nearest: of {samples.num_samples} samples")
+    return samples.mean(distances, "samples")
+
+
+NEAREST = MetricSpec(
+    "nearest_distance",
+    "nearest distance",
+    "{:.2f}",
+    higher_is_better=True,
+    needs=("features", "reference_features"),
+    compute=nearest,
+)
+
+
+def widest():
+    return MetricSpec("widest", "widest feature", compute=lambda samples: Estimate(samples.features.std(0).amax()))
+
+
+TAKEN = MetricSpec("precision", "mine", compute=nearest)
+'''
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "own_metrics.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("own_metrics", None)
+    if str(tmp_path) in sys.path:
+        sys.path.remove(str(tmp_path))
+
+
+def nearest(samples, reference):
+    with torch.no_grad():
+        features = [Projection()(torch.from_numpy(pixels).permute(0, 3, 1, 2)).pool for pixels in (samples, reference)]
+    return torch.cdist(*features).amin(1).double()
+
+
+def test_a_metric_of_your_own_from_the_command_line(own, capsys):
+    (pixels, labels), (real, real_labels) = pictures(40), pictures(50, seed=1)
+    samples = [write(own / name, "class folders", pixels, labels) for name in ("a", "b")]
+    reference = write(own / "reference", "npz", real, real_labels)
+    words = ["--reference", str(reference), "--features=tests.image_files:Projection", "--device=cpu"]
+    words.append("--metrics=own_metrics.NEAREST,pr,own_metrics.widest")
+    main(["evaluate", str(samples[0]), *words, "--output", str(own / "out")])
+    found, expected = json.loads((own / "out/metrics.json").read_text()), nearest(pixels, real)
+    assert found["nearest_distance"] == pytest.approx(float(expected.mean()))
+    assert found["uncertainty"]["nearest_distance"]["std"] == pytest.approx(float(expected.std() / 40**0.5), rel=0.2)
+    assert found["widest"] > 0
+    assert found["own_metrics"]["nearest_distance"] == {
+        "label": "nearest distance",
+        "format": "{:.2f}",
+        "higher_is_better": True,
+    }
+    printed = capsys.readouterr().out
+    assert re.search(rf"\n  nearest distance +{expected.mean():.2f}  ± \d", printed)
+    assert "note       nearest: of 40 samples" in printed
+    # The report has its label, format and direction, and several sets their mean.
+    run = type("Run", (), {"name": "a"})
+    row = {row.name: row for row in table([run], [found]).rows}["nearest_distance"]
+    assert (row.label, row.better, row.cells[0].text) == ("nearest distance", "higher", f"{expected.mean():.2f}")
+    main(["evaluate", *map(str, samples), *words, "--output", str(own / "both")])
+    assert "| nearest distance |" in (own / "both/metrics.md").read_text()
+
+
+def test_a_metric_of_your_own_from_yaml(own):
+    (_, _, trainer), real = run_and_trainer(own), pictures(40, channels=1, seed=1)
+    write(own / "reference", "npz", *real)
+    content = yaml.safe_load(f"""
+    class_path: SampleQuality
+    init_args:
+      features: {{class_path: tests.callbacks.test_quality.Pixels}}
+      reference: {own}/reference/images.npz
+      metrics: [pr, own_metrics.NEAREST]
+    """)
+    parser = jsonargparse.ArgumentParser()
+    parser.add_argument("--callback", type=L.Callback)
+    quality = parser.instantiate_classes(parser.parse_object({"callback": content})).callback
+    assert isinstance(quality, SampleQuality)
+    quality.setup(trainer, None, "predict")
+    found = quality.results(trainer)
+    assert found["nearest_distance"] > 0
+    assert found.keys() >= {"precision", "recall"}
+
+
+def test_bad_names_of_metrics_are_refused(own):
+    for name, message in (
+        ("fdd", "unknown fdd; known: fid, sfid, is, kid, pr, dc, classwise, classifier, clip, and the dotted path"),
+        ("own_metrics.MISSING", "has no attribute 'MISSING'; expected the dotted path of a MetricSpec"),
+        ("no_such_module.SPEC", "No module named 'no_such_module'"),
+        ("own_metrics.nearest.x", "own_metrics"),
+        ("own_metrics.TAKEN", "has the key 'precision', which a built-in metric has"),
+        ("own_metrics.torch", "expected a MetricSpec"),
+        ("own_metrics.nearest", "missing 1 required positional argument"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            select([name])
+    with pytest.raises(ValueError, match="unknown needs colors; known: features"):
+        MetricSpec("colors", "colors", needs=("colors",))
+
+
+def test_every_metric_is_described_once():
+    assert OPTIONS == ("fid", "sfid", "is", "kid", "pr", "dc", "classwise", "classifier", "clip")
+    for key, spec in METRICS.items():
+        assert spec.key == key
+        assert spec.format.format(0.5)
+        assert spec.title.endswith("↑" if spec.higher_is_better else "" if spec.higher_is_better is None else "↓")
+    assert len(help_text().splitlines()) == len(OPTIONS)
+    assert METRICS["kernel_distance"].text(-1e-9) == "0.0000"
+    together = select(["pr", "fid"])
+    assert list(together) == ["fid", "pr"]
+    assert [spec.key for spec in together["pr"]] == ["precision", "recall"]
