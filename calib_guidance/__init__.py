@@ -4,9 +4,44 @@ Implements *Elucidating the design space of classifier-guided diffusion generati
 diffusion model guidance through calibration and regularization* (arXiv 2511.05844).
 """
 
+from __future__ import annotations
+
 from importlib.metadata import PackageNotFoundError, version
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
 
 try:
     __version__ = version("calib_guidance")
 except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
+
+
+def load_pretrained(name: str, checkpoint: str | PathLike[str] | None = None, **options: Any) -> nn.Module:
+    """A published model with its weights, frozen and in evaluation mode.
+
+    ::
+
+        denoiser = calib_guidance.load_pretrained("adm_imagenet128", dtype="float32")
+        classifier = calib_guidance.load_pretrained("adm_classifier128")
+
+    Args:
+        name: of a model in ``checkpoints/README.md``: a denoiser (``adm_imagenet128``, ``edm_imagenet64``, ``dit_xl_2_256``), a
+            classifier (``adm_classifier128``, ``resnet101_v2``, ``clip_vit_l_14_336``) or a decoder of latents (``taesd``).
+        checkpoint: its file or folder, or ``hf://OWNER/REPO/PATH``; None takes the published file name in ``checkpoints/`` below
+            the current folder, then the Hugging Face hub where the model is published there.
+        options: of the class that takes the weights, such as ``dtype``; CLIP needs ``prompts``. A DiT gets the autoencoder
+            ``sd_vae_ft_ema``, found in the same way, unless ``vae`` is stated.
+
+    Returns:
+        An ADMDenoiser, EDMDenoiser, DiTDenoiser, classifier or decoder.
+
+    Raises:
+        ValueError: an unknown name; the message lists the known ones.
+        CheckpointError: no such file, or one of another model; the message says where to get it.
+    """
+    from calib_guidance.classifiers.pretrained import load_pretrained as load  # imports torch
+
+    return load(name, checkpoint, **options)

@@ -1,7 +1,12 @@
 """A folder imports only from the folders on lower floors, and only the top ones know Lightning."""
 
 import ast
+import re
+import subprocess
+import sys
 from pathlib import Path
+
+import yaml
 
 import calib_guidance
 
@@ -61,7 +66,18 @@ def test_scores_know_no_diffusion():
 
 def test_networks_know_no_files():
     """Architectures know neither weights files nor the names of published models."""
+    names = [name for name in yaml.safe_load((ROOT / "weights/cards.yaml").read_text()) if not name.startswith(".")]
+    assert "adm_imagenet128" in names
     for path in (ROOT / "networks").glob("*.py"):
         assert not {"safetensors", "pickle", "huggingface_hub", "pathlib", "os"} & {
             n.split(".")[0] for n in imports(path)
         }
+        text = path.read_text()
+        assert not [name for name in names if name in text]
+        assert not re.search(r"imagenet|_xl_|checkpoint_?path|\.(pt|pkl|safetensors)\b", text, re.IGNORECASE)
+
+
+def test_the_package_is_imported_without_torch():
+    """Names at the root cost nothing until they are used."""
+    code = "import sys, calib_guidance; calib_guidance.load_pretrained; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -149,7 +149,7 @@ class TestFormats:
         ):
             load_weights(SmallResNet(widths=(8, 8, 16), blocks=1), tmp_path / "last.ckpt")
         content = torch.load(tmp_path / "last.ckpt", weights_only=True)
-        content["weights_notes"] = {"classifier.network": {"temperature": "2.0"}, "second": {}}
+        content["weights_metadata"] = {"classifier.network": {"temperature": "2.0"}, "second": {}}
         torch.save(content, tmp_path / "noted.ckpt")
         load_weights(found, tmp_path / "noted.ckpt", temperature=2.0)
         with pytest.raises(

@@ -94,7 +94,7 @@ class TestNoGo:
         assert "NO-GO: 2 missing" in report
         assert "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/128x128_diffusion.pt" in report
         assert f"asked for by {DENOISER}.checkpoint" in report
-        assert "licence MIT" in report
+        assert "license MIT" in report
         assert "classes.txt: no such file of labels" in report
         assert "downloaded at first use" in report
         assert "resnet101-cd907fc2.pth" in report

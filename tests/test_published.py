@@ -1,6 +1,8 @@
 """The table of published networks: architectures at full size, recognition, and what shapes do not tell."""
 
 import json
+import re
+from dataclasses import replace
 
 import lightning as L
 import pytest
@@ -8,11 +10,12 @@ import torch
 import torchvision
 from torch import nn
 
+import calib_guidance
 from calib_guidance.classifiers import Ensemble, NoiseAwareClassifier
 from calib_guidance.data import SampleRequests
 from calib_guidance.denoisers import ADMDenoiser, EDMDenoiser
 from calib_guidance.guidance import ClassifierGuidance
-from calib_guidance.networks import EncoderUNet, UNet
+from calib_guidance.networks import DiT, EncoderUNet, UNet
 from calib_guidance.samplers import Heun
 from calib_guidance.tasks import GuidedSampling
 from calib_guidance.weights import registry
@@ -22,7 +25,7 @@ from tests.edm_files import edm_bytes
 
 IGNORED = {"dims", "use_checkpoint", "use_fp16", "pool"}
 # Shapes by name in the published files.
-LANDMARKS = {
+SIGNATURE_SHAPES = {
     "adm_imagenet64": (
         295_904_454,
         {
@@ -86,20 +89,20 @@ LANDMARKS = {
 }
 
 
-@pytest.mark.parametrize("name", LANDMARKS)
+@pytest.mark.parametrize("name", SIGNATURE_SHAPES)
 def test_full_size_architectures(name):
-    parameters, shapes = LANDMARKS[name]
+    parameters, shapes = SIGNATURE_SHAPES[name]
     network = registry.reference(name)
-    assert sum(p.numel() for p in network.parameters()) == parameters == registry.TABLE[name].parameters
+    assert sum(p.numel() for p in network.parameters()) == parameters == registry.CARDS[name].parameters
     state = network.state_dict()
     for key, shape in shapes.items():
         assert (tuple(state[key].shape) if key in state else None) == shape, key
-    assert registry.recognise(state) == [name]
-    assert registry.recognise({k: v for k, v in state.items() if k != "time_embed.0.bias"}) == []
+    assert registry.identify(state) == [name]
+    assert registry.identify({k: v for k, v in state.items() if k != "time_embed.0.bias"}) == []
 
 
 def test_heads_and_order_of_the_published_attention():
-    heads = {name: registry.unseen(registry.reference(name)) for name in LANDMARKS}
+    heads = {name: registry.nonstate_hparams(registry.reference(name)) for name in SIGNATURE_SHAPES}
     assert {name for name, what in heads.items() if "new" in what["attention_order"]} == {"adm_imagenet64"}
     assert heads["adm_imagenet128"]["attention_heads"] == "16×4"  # a fixed number; the others have 64 channels each
     assert heads["adm_imagenet64"]["attention_heads"] == "3×6, 3×9, 8×12, 4×9, 4×6"
@@ -114,18 +117,18 @@ def test_a_network_whose_weights_are_known_takes_no_time_to_make_random_ones():
     state = registry.reference("adm_classifier128").state_dict()
     network, entry = registry.build(None, "adm_classifier", "bfloat16", state)
     assert entry.name == "adm_classifier128"
-    made = registry.unet("adm_classifier128", "bfloat16")
+    made = registry.make_network("adm_classifier128", "bfloat16")
     for (name, found), (other, expected) in zip(network.named_parameters(), made.named_parameters(), strict=True):
         assert (name, found.dtype, found.stride()) == (other, expected.dtype, expected.stride())
         assert found.device.type == "cpu"
 
 
-def test_others_are_recognised_by_a_few_shapes():
+def test_others_are_identified_by_a_few_shapes():
     with torch.device("meta"):
         resnets = {depth: torchvision.models.get_model(f"resnet{depth}").state_dict() for depth in (50, 101)}
-    assert registry.recognise(resnets[50]) == ["resnet50_v1", "resnet50_v2"]
-    assert registry.recognise(resnets[101], "classifier") == ["resnet101_v1", "resnet101_v2"]
-    assert registry.recognise(resnets[101], "adm") == []
+    assert registry.identify(resnets[50]) == ["resnet50_v1", "resnet50_v2"]
+    assert registry.identify(resnets[101], "classifier") == ["resnet101_v1", "resnet101_v2"]
+    assert registry.identify(resnets[101], "adm") == []
 
 
 def test_where_public_files_are():
@@ -149,10 +152,10 @@ def test_where_public_files_are():
 
 def test_the_readme_of_checkpoints_has_the_table():
     assert registry.markdown() in (ROOT / "checkpoints/README.md").read_text()
-    for name, entry in registry.TABLE.items():
+    for name, entry in registry.CARDS.items():
         assert entry.name == name
         assert entry.source.endswith(entry.file)
-        assert entry.licence
+        assert entry.license
         if entry.parameters is not None and entry.kind != "clip":  # float32, and little more
             assert 4 * entry.parameters <= entry.bytes < 4.05 * entry.parameters
 
@@ -169,19 +172,19 @@ def small(monkeypatch, golden):
         architecture = {k: v for k, v in config.items() if k not in IGNORED} | {"dtype": "float16"}
         if kind == "adm_classifier":
             architecture = {k: v for k, v in architecture.items() if k not in ("num_classes", "num_heads_upsample")}
-        entries[name] = registry.Published(
+        entries[name] = registry.Card(
             name,
             kind,
-            f"{name}.pt",
-            "",
-            0,
-            "",
-            "",
-            sum(w.numel() for w in weights.values()),
-            architecture,
-            {"noise_schedule": "cosine", "prediction": "epsilon", "num_steps": 1000},
+            source=f"https://example.org/{name}.pt",
+            license="MIT",
+            used_by="",
+            bytes=2_000_000,
+            parameters=sum(w.numel() for w in weights.values()),
+            network="UNet" if kind == "adm" else "EncoderUNet",
+            arguments=architecture,
+            settings={"noise_schedule": "cosine", "prediction": "epsilon", "num_steps": 1000},
         )
-    monkeypatch.setattr(registry, "TABLE", {**registry.TABLE, **entries})
+    monkeypatch.setattr(registry, "CARDS", {**registry.CARDS, **entries})
     yield {
         name: golden(fixture)
         for name, fixture in (("adm_small", "adm_unet_c"), ("adm_small_classifier", "adm_classifier"))
@@ -215,7 +218,7 @@ class TestDenoiser:
         fixture = small["adm_small"]
         file = str(tmp_path / "any.pt")
         torch.save(fixture.weights(), file)
-        architecture = dict(registry.TABLE["adm_small"].architecture) | {"dtype": "float32"}
+        architecture = dict(registry.CARDS["adm_small"].arguments) | {"dtype": "float32"}
         own = UNet(**architecture)
         assert ADMDenoiser(own, file).provenance["noise_schedule"] == "cosine"
         with pytest.raises(CheckpointError, match="adm_small, which was made with attention order .*order: False"):
@@ -225,7 +228,7 @@ class TestDenoiser:
         ):
             ADMDenoiser(UNet(**architecture | {"num_head_channels": -1, "num_heads": 1}), file)
         for option, value in (("noise_schedule", "linear"), ("prediction", "v"), ("num_steps", 4000)):
-            said = registry.TABLE["adm_small"].settings[option]
+            said = registry.CARDS["adm_small"].settings[option]
             message = f"made with {option.replace('_', ' ')} {said}, here {value}.*set {option}: {said}"
             with pytest.raises(CheckpointError, match=message):
                 ADMDenoiser(UNet(**architecture), file, **{option: value})
@@ -233,8 +236,8 @@ class TestDenoiser:
                 ADMDenoiser("adm_small", **{option: value})
         # The same shapes, trained otherwise by somebody who says so.
         other = UNet(**architecture | {"use_new_attention_order": True})
-        notes = {"noise_schedule": "linear", "prediction": "v", "num_steps": 1000} | registry.unseen(other)
-        save_weights(fixture.weights(), tmp_path / "own.safetensors", **notes)
+        metadata = {"noise_schedule": "linear", "prediction": "v", "num_steps": 1000} | registry.nonstate_hparams(other)
+        save_weights(fixture.weights(), tmp_path / "own.safetensors", **metadata)
         denoiser = ADMDenoiser(other, str(tmp_path / "own.safetensors"))
         assert (denoiser.prediction, denoiser.provenance["noise_schedule"]) == ("v", "linear")
         with pytest.raises(CheckpointError, match="was trained with attention_order: .*new"):
@@ -263,10 +266,8 @@ class TestDenoiser:
             ADMDenoiser(network, dtype="float32")
 
     def test_shapes_of_several_published_networks(self, tmp_path, small, monkeypatch):
-        from dataclasses import replace
-
-        twin = replace(registry.TABLE["adm_small"], name="adm_twin")
-        monkeypatch.setattr(registry, "TABLE", {**registry.TABLE, "adm_twin": twin})
+        twin = replace(registry.CARDS["adm_small"], name="adm_twin")
+        monkeypatch.setattr(registry, "CARDS", {**registry.CARDS, "adm_twin": twin})
         torch.save(small["adm_small"].weights(), tmp_path / "any.pt")
         with pytest.raises(CheckpointError, match="of adm_small and adm_twin of the published.*state network"):
             ADMDenoiser(None, str(tmp_path / "any.pt"))
@@ -285,7 +286,7 @@ class TestClassifier:
 
     def test_another_order_of_the_attention_is_refused(self, tmp_path, small):
         torch.save(small["adm_small_classifier"].weights(), tmp_path / "any.pt")
-        architecture = registry.TABLE["adm_small_classifier"].architecture
+        architecture = registry.CARDS["adm_small_classifier"].arguments
         other = EncoderUNet(**architecture | {"use_new_attention_order": not architecture["use_new_attention_order"]})
         with pytest.raises(CheckpointError, match="made with attention order"):
             NoiseAwareClassifier(other, str(tmp_path / "any.pt"))
@@ -310,7 +311,7 @@ class TestClassifier:
     def test_of_ones_own_weights_the_noise_is_not_known(self, tmp_path, small):
         published_one = NoiseAwareClassifier("adm_small_classifier", dtype="float32")
         assert published_one.noise_schedule == "cosine"
-        save_weights(published_one.network, tmp_path / "own.safetensors", **published_one.weights_notes)
+        save_weights(published_one.network, tmp_path / "own.safetensors", **published_one.weights_metadata)
         own = NoiseAwareClassifier("adm_small_classifier", str(tmp_path / "own.safetensors"))
         assert own.noise_schedule is None
 
@@ -328,7 +329,7 @@ def test_a_pickle_of_edm_gives_edms_outputs(tmp_path, golden):
     assert denoiser.provenance["file"].endswith("network-snapshot.pkl")
 
 
-def test_a_network_that_is_no_unet_has_nothing_unseen(tmp_path):
+def test_a_network_that_is_no_unet_has_no_other_hyperparameters(tmp_path):
     network = nn.Linear(2, 2)
     save_weights(network, tmp_path / "a.safetensors")
     assert load_weights(network, tmp_path / "a.safetensors") == {
@@ -336,3 +337,87 @@ def test_a_network_that_is_no_unet_has_nothing_unseen(tmp_path):
         "bytes": 24,
         "published": [],
     }
+
+
+class TestLoadPretrained:
+    def test_a_denoiser_and_a_classifier_by_name(self, tmp_path, small, monkeypatch):
+        """From ``checkpoints/`` below the current folder, or from the stated file."""
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "checkpoints").mkdir()
+        torch.save(small["adm_small"].weights(), "checkpoints/adm_small.pt")
+        torch.save(small["adm_small_classifier"].weights(), "elsewhere.pt")
+        denoiser = calib_guidance.load_pretrained("adm_small", dtype="float32")
+        fixture = small["adm_small"]
+        with torch.no_grad():
+            fixture.assert_close("output", denoiser.network(fixture["x"], fixture["t"], fixture["y"]))
+        assert isinstance(denoiser, ADMDenoiser)
+        assert denoiser.provenance["published"] == ["adm_small"]
+        assert not any(p.requires_grad for p in denoiser.parameters())
+        classifier = calib_guidance.load_pretrained("adm_small_classifier", "elsewhere.pt", dtype="float32")
+        fixture = small["adm_small_classifier"]
+        fixture.assert_close("logits", classifier(fixture["x"], fixture["t"]))
+        assert not any(p.requires_grad for p in classifier.parameters())
+        with pytest.raises(CheckpointError, match="made with noise schedule cosine, here linear"):
+            calib_guidance.load_pretrained("adm_small", noise_schedule="linear")
+
+    def test_an_edm_pickle_and_a_torchvision_classifier(self, tmp_path, small, monkeypatch):
+        network = UNet(8, 3, 32, 3, 1, (2,), channel_mult=(1, 2), num_classes=4, num_head_channels=64)
+        arguments = {"image_size": 8, "in_channels": 3, "model_channels": 32, "out_channels": 3, "num_res_blocks": 1}
+        arguments |= {"attention_resolutions": (2,), "channel_mult": (1, 2), "num_classes": 4, "num_head_channels": 64}
+        card = replace(
+            registry.CARDS["edm_imagenet64"],
+            name="edm_small",
+            arguments=arguments,
+            signature_shapes={},
+            parameters=sum(value.numel() for value in network.state_dict().values()),
+        )
+        monkeypatch.setattr(registry, "CARDS", {**registry.CARDS, "edm_small": card})
+        save_weights(network, tmp_path / "edm.safetensors")
+        denoiser = calib_guidance.load_pretrained("edm_small", tmp_path / "edm.safetensors")
+        assert isinstance(denoiser, EDMDenoiser)
+        assert (denoiser.sigma_data, denoiser.provenance["published"]) == (0.5, ["edm_small"])
+        with torch.device("meta"):
+            state = torchvision.models.get_model("resnet50").state_dict()
+        state = {name: torch.zeros(value.shape, dtype=value.dtype) for name, value in state.items()}
+        torch.save(state, tmp_path / "resnet.pth")
+        classifier = calib_guidance.load_pretrained("resnet50_v2", tmp_path / "resnet.pth", normalize="imagenet")
+        assert classifier(torch.zeros(1, 3, 32, 32)).shape == (1, 1000)
+        assert (classifier.provenance["architecture"], classifier.normalize) == ("torchvision/resnet50", "imagenet")
+
+    def test_a_dit_comes_with_its_autoencoder(self, tmp_path, monkeypatch):
+        from diffusers import AutoencoderKL
+
+        arguments = {"sample_size": 8, "hidden_size": 64, "depth": 1, "num_heads": 4, "num_classes": 10}
+        network = DiT(**arguments)
+        card = replace(
+            registry.CARDS["dit_xl_2_256"],
+            arguments=arguments,
+            signature_shapes={},
+            parameters=sum(value.numel() for value in network.state_dict().values()),
+        )
+        monkeypatch.setattr(registry, "CARDS", {**registry.CARDS, "dit_xl_2_256": card})
+        monkeypatch.setattr(registry, "reference", registry.reference.__wrapped__)
+        monkeypatch.chdir(tmp_path)
+        save_weights(network, "checkpoints/DiT-XL-2-256x256.pt")
+        blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+        vae = AutoencoderKL(**blocks, block_out_channels=[8] * 2, norm_num_groups=4, layers_per_block=1)
+        vae.save_pretrained("checkpoints/sd-vae-ft-ema")
+        denoiser = calib_guidance.load_pretrained("dit_xl_2_256")
+        assert denoiser.decode(torch.zeros(1, 4, 8, 8)).shape == (1, 3, 16, 16)
+        assert calib_guidance.load_pretrained("dit_xl_2_256", vae=None).vae is None
+        decoder = calib_guidance.load_pretrained("sd_vae_ft_ema")
+        assert torch.equal(decoder(torch.ones(1, 4, 8, 8)), denoiser.decode(torch.ones(1, 4, 8, 8)))
+
+    def test_errors_say_what_to_do(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for name in ("adm_imagenet128", "adm_classifier64", "edm_imagenet64", "dit_xl_2_256", "resnet101_v2"):
+            card = registry.CARDS[name]
+            found = re.escape(f"checkpoints/{card.file}: no such weights file; the public {name} is at {card.source} (")
+            with pytest.raises(CheckpointError, match=found):
+                calib_guidance.load_pretrained(name)
+            with pytest.raises(CheckpointError, match=re.escape(f"other.pt: no such weights file; the public {name}")):
+                calib_guidance.load_pretrained(name, "other.pt")
+        with pytest.raises(ValueError, match="unknown published network 'adm_imagenet32'; known: adm_imagenet64"):
+            calib_guidance.load_pretrained("adm_imagenet32")
+        with pytest.raises(ValueError, match=r"neither a denoiser nor a classifier: .*InceptionFeatures"):
+            calib_guidance.load_pretrained("inception_2015")

@@ -133,7 +133,7 @@ class ExportClassifier(L.Callback):
 
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, temperature: float | list[float]) -> None:
         classifier = pl_module.classifier
-        notes = classifier.weights_notes | {"temperature": temperature}
+        notes = classifier.weights_metadata | {"temperature": temperature}
         save_weights(self._weights, self.target, **notes)
         description = _description(trainer)
         if description is None:

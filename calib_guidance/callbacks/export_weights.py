@@ -10,7 +10,7 @@ from calib_guidance.weights.io import save_weights
 class ExportWeights(L.Callback):
     """At the end of ``fit``, the network's weights (the average, where one is kept) as safetensors.
 
-    What shapes do not tell, the module's ``weights_notes``, is kept in the file.
+    What shapes do not tell, the module's ``weights_metadata``, is kept in the file.
 
     List it after the callback that averages the weights: callbacks run in the order of the list.
 
@@ -28,5 +28,5 @@ class ExportWeights(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
-            save_weights(pl_module.get_submodule(self.module), self.path, **getattr(pl_module, "weights_notes", {}))
+            save_weights(pl_module.get_submodule(self.module), self.path, **getattr(pl_module, "weights_metadata", {}))
             print(f"wrote {self.path}")

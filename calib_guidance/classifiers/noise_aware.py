@@ -47,23 +47,23 @@ class NoiseAwareClassifier(Classifier):
         super().__init__(temperature)
         self.is_compiled, self._compiled = compile, None
         weights = None if checkpoint is None else read_weights(checkpoint)
-        network, entry = registry.build(network, "adm_classifier", dtype, weights and weights.state)
+        network, card = registry.build(network, "adm_classifier", dtype, weights and weights.state)
         self.network, self.num_classes = network, network.num_classes
         # What a file of this project's own says of itself shows that it was trained here, on whatever noise.
-        own = entry is None or (weights is not None and weights.notes)
-        self.noise_schedule = None if own else entry.settings["noise_schedule"]
-        self.provenance = dict(self.weights_notes)
+        own = card is None or (weights is not None and weights.metadata)
+        self.noise_schedule = None if own else card.settings["noise_schedule"]
+        self.provenance = dict(self.weights_metadata)
         if weights is not None:
-            self.provenance |= load_weights(network, part_of(weights, network), **self.weights_notes)
+            self.provenance |= load_weights(network, part_of(weights, network), **self.weights_metadata)
 
     @property
-    def weights_notes(self) -> dict[str, object]:
+    def weights_metadata(self) -> dict[str, object]:
         """What a weights file says of itself beside its tensors, and must agree with when it is loaded."""
         return {
             "architecture": type(self.network).__name__,
             "num_classes": self.num_classes,
             "temperature": self.temperature,
-        } | registry.unseen(self.network)
+        } | registry.nonstate_hparams(self.network)
 
     def check_image(self, shape: tuple[int, int, int]) -> None:
         """Raise ValueError if images of ``(C, H, W)`` do not fit the network."""

@@ -26,7 +26,7 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def build_network(
-    name: str, num_classes: int, weights: str | None, notes: Mapping[str, object] | None = None
+    name: str, num_classes: int, weights: str | None, metadata: Mapping[str, object] | None = None
 ) -> nn.Module:
     """A torchvision or timm classifier by name.
 
@@ -35,7 +35,7 @@ def build_network(
         num_classes: width of the last layer.
         weights: None for random ones, a name that the library knows (``IMAGENET1K_V2``; ``pretrained`` for timm), or a
             local file.
-        notes: what a local file must say of itself, where it says it (see :func:`~calib_guidance.weights.io.load_weights`).
+        metadata: what a local file must say of itself, where it says it (see :func:`~calib_guidance.weights.io.load_weights`).
 
     Raises:
         ValueError: an unknown library or model.
@@ -74,7 +74,7 @@ def build_network(
                 f"network, fetch {file} elsewhere and name it: weights: checkpoints/{file}"
             ) from error
     if local:
-        load_weights(network, weights, **(notes or {}))
+        load_weights(network, weights, **(metadata or {}))
     return network
 
 
@@ -134,18 +134,18 @@ class OffTheShelfClassifier(Classifier):
             raise ValueError(f"normalize: unknown {normalize!r}; known: none, imagenet")
         if resize is not None and resize < 1:
             raise ValueError(f"resize must be a number of pixels or null, got {resize}")
-        self.weights_notes = {
+        self.weights_metadata = {
             "architecture": network if isinstance(network, str) else type(network).__name__,
             "num_classes": num_classes,
             "normalize": normalize,
             "resize": resize,
             "temperature": self.temperature,
         }
-        self.provenance = self.weights_notes | {"file": weights}
+        self.provenance = self.weights_metadata | {"file": weights}
         if isinstance(network, str):
-            network = build_network(network, num_classes, weights, self.weights_notes)
+            network = build_network(network, num_classes, weights, self.weights_metadata)
         elif weights is not None:
-            load_weights(network, weights, **self.weights_notes)
+            load_weights(network, weights, **self.weights_metadata)
         self.network, self.num_classes, self.normalize, self.resize = network, num_classes, normalize, resize
         self.softplus_beta, self.activations = softplus_beta, tuple(activations)
         self.dtype, self.is_compiled, self._frozen = DTYPES[dtype], compile, False

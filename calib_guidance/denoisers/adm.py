@@ -7,24 +7,7 @@ from calib_guidance.denoisers.discrete import DiscreteDenoiser
 from calib_guidance.diffusion.parameterization import check_prediction
 from calib_guidance.diffusion.schedules import NoiseSchedule, named_betas
 from calib_guidance.networks.adm import UNet
-from calib_guidance.weights import registry
-from calib_guidance.weights.io import CheckpointError, Weights, load_weights, part_of, read_weights
-
-
-def _known(stated: dict[str, str | None], weights: Weights | None, entry: registry.Published | None) -> dict[str, str]:
-    """Settings of a diffusion model: as stated, else as its file says, else as it was published, else the usual ones."""
-    settings = {}
-    for name, value in stated.items():
-        if value is None and weights is not None:
-            value = weights.notes.get(name)
-        if value is None and entry is not None:
-            value = entry.settings[name]
-        if value is None and weights is not None:
-            raise CheckpointError(
-                f"{weights.path} does not say its {name}, and is no published file: state {name} in the YAML"
-            )
-        settings[name] = value or {"noise_schedule": "linear", "prediction": "epsilon"}[name]
-    return settings
+from calib_guidance.weights.loading import load_network
 
 
 class ADMDenoiser(DiscreteDenoiser):
@@ -64,14 +47,8 @@ class ADMDenoiser(DiscreteDenoiser):
         dtype: str | None = None,
     ):
         super().__init__()
-        weights = None if checkpoint is None else read_weights(checkpoint)
-        named = isinstance(network, str)
-        network, entry = registry.build(network, "adm", dtype, weights and weights.state)
-        weights = weights and part_of(weights, network)
-        settings = _known({"noise_schedule": noise_schedule, "prediction": prediction}, weights, entry)
-        settings["num_steps"] = num_steps
-        if named:
-            registry.check(entry.name, settings)
+        stated = {"noise_schedule": noise_schedule, "prediction": prediction, "num_steps": num_steps}
+        network, settings, self.provenance = load_network(network, "adm", checkpoint, dtype, **stated)
         size = network.image_size if image_size is None else image_size
         self.image_shape = (network.in_channels, size, size)
         network.check_image(self.image_shape)
@@ -80,14 +57,9 @@ class ADMDenoiser(DiscreteDenoiser):
                 f"out_channels must be in_channels ({network.in_channels}) or, with learned variance, twice that; got "
                 f"{network.out_channels}"
             )
-        self.provenance = settings | registry.unseen(network)
-        if weights is not None:
-            self.provenance |= load_weights(network, weights, **settings)
-        noise_schedule, prediction = settings["noise_schedule"], settings["prediction"]
-        self.network = network.eval().requires_grad_(False)
-        self.schedule = NoiseSchedule(named_betas(noise_schedule, num_steps))
-        check_prediction(prediction)
-        self.prediction = prediction
+        check_prediction(settings["prediction"])
+        self.network, self.prediction = network, settings["prediction"]
+        self.schedule = NoiseSchedule(named_betas(settings["noise_schedule"], num_steps))
         self.num_classes = network.num_classes if class_conditional else None
         self.has_learned_variance = network.out_channels == 2 * network.in_channels
         self.is_compiled = compile

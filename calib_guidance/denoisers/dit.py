@@ -13,17 +13,15 @@ from calib_guidance.denoisers.decoders import VAEDecoder
 from calib_guidance.denoisers.discrete import DiscreteDenoiser
 from calib_guidance.diffusion.parameterization import check_prediction
 from calib_guidance.diffusion.schedules import NoiseSchedule, named_betas
-from calib_guidance.networks.dit import DiT, named_dit
-from calib_guidance.weights import diffusers_folder, registry
-from calib_guidance.weights.dit import load_dit
-from calib_guidance.weights.io import CheckpointError, read_state_dict
+from calib_guidance.networks.dit import DiT
+from calib_guidance.weights.loading import load_network
 
 
 class DiTDenoiser(DiscreteDenoiser):
     """A DiT with a learned variance, and the decoder that makes images of its latents.
 
     Args:
-        network: the transformer, or its name, such as ``dit_xl_2_256`` (see :func:`~calib_guidance.networks.dit.named_dit`);
+        network: the transformer, or its name, such as ``dit_xl_2_256`` (see :func:`~calib_guidance.weights.dit.named_dit`);
             None takes what a diffusers folder's configuration says, or the published network that has the checkpoint's shapes.
         checkpoint: weights: an official ``.pt``, safetensors by the names of the official files, of diffusers or of
             :class:`~calib_guidance.networks.DiT`, a diffusers folder (of the model or its pipeline) or ``hf://OWNER/NAME``;
@@ -69,10 +67,9 @@ class DiTDenoiser(DiscreteDenoiser):
         if decode_batch is not None and decode_batch < 1:
             raise ValueError(f"decode_batch must be at least 1, or null for all at once, got {decode_batch}")
         check_prediction(prediction)
-        settings = {"noise_schedule": noise_schedule, "prediction": prediction, "num_steps": num_steps}
-        network, self.provenance = _load(network, checkpoint, dtype, settings)
-        self.provenance |= settings
-        self.network = network.eval().requires_grad_(False)
+        stated = {"noise_schedule": noise_schedule, "prediction": prediction, "num_steps": num_steps}
+        self.network, _, self.provenance = load_network(network, "dit", checkpoint, dtype, **stated)
+        network = self.network
         self.image_shape = (network.in_channels, network.image_size, network.image_size)
         self.schedule = NoiseSchedule(named_betas(noise_schedule, num_steps))
         self.prediction, self.decode_batch = prediction, decode_batch
@@ -104,55 +101,3 @@ class DiTDenoiser(DiscreteDenoiser):
         # The way back begins with the part that was decoded last, so that its activations may stay.
         images = [recomputed(self.vae, part, use_reentrant=False, preserve_rng_state=False) for part in parts]
         return torch.cat([*images, self.vae(last)])
-
-
-def _load(
-    network: DiT | str | None, checkpoint: str | None, dtype: str | None, settings: dict[str, object]
-) -> tuple[DiT, dict[str, object]]:
-    """The network that is given, named, recognised or described by the folder, with its weights, and what was loaded."""
-    folder, described, state = None, {}, {}
-    if checkpoint is not None and diffusers_folder.is_folder(checkpoint):
-        folder = diffusers_folder.subfolder(checkpoint, "transformer")
-        described = diffusers_folder.read_config(folder, "DiTTransformer2DModel")
-        state = diffusers_folder.read_weights(folder)
-    elif checkpoint is not None:
-        state = read_state_dict(checkpoint)
-    names = registry.recognise(state, "dit")
-    if network is None and described:
-        network = _described(described, dtype or "float32")
-    elif network is None and not names:
-        raise ValueError(
-            "network: this is no published file, and weights in a single file do not say how many heads they have: name the "
-            "network, such as dit_xl_2_256, or give its class_path"
-        )
-    elif not isinstance(network, DiT):
-        network = named_dit(network or names[0], dtype or "float32")
-    elif dtype is not None:
-        raise ValueError("dtype is for published networks; a network of your own has its own (network.init_args.dtype)")
-    for name, value in network.architecture.items():
-        if described.get(name, value) != value:
-            raise CheckpointError(
-                f"{folder} is of a DiT with {name}: {described[name]}, the configuration's has {value}: name the network that "
-                "belongs to these weights, or null for the folder's own"
-            )
-    if checkpoint is None:
-        return network, {}
-    for name in names:
-        registry.check(name, settings | {"num_heads": network.architecture["num_attention_heads"]}, checkpoint)
-    return network, load_dit(network, state, checkpoint) | {"published": names}
-
-
-def _described(config: dict[str, Any], dtype: str) -> DiT:
-    """The network of a folder's ``config.json``."""
-    heads = config["num_attention_heads"]
-    return DiT(
-        config["sample_size"],
-        config["patch_size"],
-        heads * config["attention_head_dim"],
-        config["num_layers"],
-        heads,
-        config["in_channels"],
-        config["out_channels"],
-        config["num_embeds_ada_norm"],
-        dtype,
-    )

@@ -9,11 +9,8 @@ from torch import Tensor
 from calib_guidance.backend.compilation import Compiled
 from calib_guidance.denoisers.base import Denoiser, Predict, Prediction, at_step
 from calib_guidance.diffusion.schedules import NoiseLevels, NoiseSchedule, named_betas
-from calib_guidance.errors import CheckpointError
 from calib_guidance.networks.adm import UNet
-from calib_guidance.weights import registry
-from calib_guidance.weights.edm import edm_architecture, from_edm, is_edm
-from calib_guidance.weights.io import load_weights, read_weights
+from calib_guidance.weights.loading import load_network
 
 
 class EDMDenoiser(Denoiser):
@@ -57,7 +54,7 @@ class EDMDenoiser(Denoiser):
         super().__init__()
         if not sigma_data > 0:
             raise ValueError(f"sigma_data must be above 0, got {sigma_data}")
-        network, self.provenance = _load(network, checkpoint, dtype, sigma_data)
+        network, _, self.provenance = load_network(network, "edm", checkpoint, dtype, sigma_data=sigma_data)
         size = network.image_size if image_size is None else image_size
         self.image_shape = (network.in_channels, size, size)
         network.check_image(self.image_shape)
@@ -66,7 +63,7 @@ class EDMDenoiser(Denoiser):
                 f"EDM's networks predict the image alone: out_channels must be in_channels ({network.in_channels}), got "
                 f"{network.out_channels}"
             )
-        self.network = network.eval().requires_grad_(False)
+        self.network = network
         self.sigma_data = sigma_data
         self.schedule = NoiseSchedule(named_betas(noise_schedule))
         self.num_classes = network.num_classes if class_conditional else None
@@ -90,28 +87,3 @@ class EDMDenoiser(Denoiser):
             return Prediction((at_step(skip, i) * x + at_step(out, i) * output).to(x_t.dtype))
 
         return predict
-
-
-def _load(
-    network: UNet | str | None, checkpoint: str | None, dtype: str | None, sigma_data: float
-) -> tuple[UNet, dict[str, object]]:
-    """The network with its weights, and where it is from."""
-    settings = {"sigma_data": sigma_data}
-    if isinstance(network, str):
-        registry.check(registry.entry(network, "edm").name, settings)
-    if checkpoint is None:
-        network, _ = registry.build(network, "edm", dtype)
-        return network, settings | registry.unseen(network)
-    weights = read_weights(checkpoint)
-    if is_edm(weights.state):
-        try:
-            architecture, state = edm_architecture(weights.state), from_edm(weights.state)
-        except ValueError as error:
-            raise CheckpointError(f"{checkpoint}: {error}") from error
-        if network is None:
-            network, dtype = UNet(**architecture, dtype=dtype or "float32"), None
-        # What an EDM pickle says of its preconditioning is compared like what files of this project say.
-        notes = {name: str(value) for name, value in weights.arguments.items() if name in settings}
-        weights = weights._replace(state=state, notes=weights.notes | notes)
-    network, _ = registry.build(network, "edm", dtype, weights.state)
-    return network, load_weights(network, weights, **settings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import torch
@@ -11,8 +10,6 @@ from torch import Tensor, nn
 from calib_guidance.backend.precision import DTYPES
 from calib_guidance.networks.adm import timestep_embedding
 
-# Width, depth and heads of the published sizes; the heads of a weights file cannot be told from its shapes.
-SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
 _FREQUENCIES = 256
 
 
@@ -129,18 +126,3 @@ class DiT(nn.Module):
         """
         y = torch.full_like(timesteps, -1, dtype=torch.long) if y is None else y
         return self.decode(x, self.embed_time(timesteps) + self.embed_labels(y))
-
-
-def named_dit(name: str, dtype: str = "float32") -> DiT:
-    """A published architecture: ``dit_{s,b,l,xl}_{2,4,8}_{256,512}``: size, patch, image side in pixels.
-
-    Weights were published for ``dit_xl_2_256`` and ``dit_xl_2_512``.
-
-    Raises:
-        ValueError: another name.
-    """
-    match = re.fullmatch(r"dit_(s|b|l|xl)_(2|4|8)_(256|512)", name)
-    if not match:
-        raise ValueError(f"network: unknown {name!r}; expected dit_SIZE_PATCH_IMAGE such as dit_xl_2_256")
-    width, depth, heads = SIZES[match[1]]
-    return DiT(int(match[3]) // 8, int(match[2]), width, depth, heads, dtype=dtype)

@@ -223,8 +223,8 @@ class CalibrateClassifier(L.LightningModule):
         self.log_dict({k: v for k, v in values.items() if k not in shown}, sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        notes = getattr(self.classifier, "weights_notes", {})
-        checkpoint["weights_notes"] = {"classifier.network": {name: str(value) for name, value in notes.items()}}
+        notes = getattr(self.classifier, "weights_metadata", {})
+        checkpoint["weights_metadata"] = {"classifier.network": {name: str(value) for name, value in notes.items()}}
 
     def configure_optimizers(self) -> object:
         optimizer = self.optimizer(parameter for parameter in self.classifier.parameters() if parameter.requires_grad)

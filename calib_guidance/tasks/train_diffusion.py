@@ -61,8 +61,8 @@ class TrainDiffusion(L.LightningModule):
         self.network = network
         self.prediction, self.variance, self.label_dropout = prediction, variance, label_dropout
         self.optimizer, self.lr_scheduler = Shared(optimizer), None if lr_scheduler is None else Shared(lr_scheduler)
-        self.weights_notes = {"prediction": prediction, "noise_schedule": noise_schedule, "num_steps": num_steps}
-        self.weights_notes |= registry.unseen(network)
+        self.weights_metadata = {"prediction": prediction, "noise_schedule": noise_schedule, "num_steps": num_steps}
+        self.weights_metadata |= registry.nonstate_hparams(network)
         tables = NoiseSchedule(named_betas(noise_schedule, num_steps))
         for name in (
             "alphas_cumprod",
@@ -126,7 +126,9 @@ class TrainDiffusion(L.LightningModule):
         self.log("val/loss_unconditional", unconditional, sync_dist=True, batch_size=len(x0))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["weights_notes"] = {"network": {name: str(value) for name, value in self.weights_notes.items()}}
+        checkpoint["weights_metadata"] = {
+            "network": {name: str(value) for name, value in self.weights_metadata.items()}
+        }
 
     def configure_optimizers(self) -> object:
         optimizer = self.optimizer(self.network.parameters())

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from calib_guidance.errors import CheckpointError
 from calib_guidance.networks.dit import DiT
-from calib_guidance.weights.io import CheckpointError, load_state
 
+# Width, depth and heads of the paper's sizes.
+_SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
 # (official, here). Attention's query, key and value lie in one tensor in the official files.
 _OFFICIAL = [
     (r"pos_embed", "transformer.pos_embed.pos_embed"),
@@ -81,23 +84,39 @@ def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return inner
 
 
-def load_dit(network: DiT, state: Mapping[str, Tensor], source: str) -> dict[str, object]:
-    """Load weights of any of the three kinds, told by their names.
+def to_dit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of :class:`~calib_guidance.networks.dit.DiT` from those of any of the three layouts, told by their names."""
+    if "x_embedder.proj.weight" in state:
+        return from_official(state)
+    return from_diffusers(state) if "pos_embed.proj.weight" in state else dict(state)
 
-    Args:
-        network: what to load into.
-        state: weights by name.
-        source: where they are from, for messages.
 
-    Returns:
-        What was loaded, see :func:`~calib_guidance.weights.io.load_weights`.
+def named_dit(name: str, dtype: str | None = None) -> DiT:
+    """An architecture of the paper: ``dit_{s,b,l,xl}_{2,4,8}_{256,512}``: size, patch, image side in pixels.
+
+    Weights were published for ``dit_xl_2_256`` and ``dit_xl_2_512``.
 
     Raises:
-        CheckpointError: names or shapes do not fit.
+        ValueError: another name.
     """
-    if "x_embedder.proj.weight" in state:
-        state = from_official(state)
-    elif "pos_embed.proj.weight" in state:
-        positions = "transformer.pos_embed.pos_embed"
-        state = from_diffusers(state) | {positions: network.state_dict()[positions]}
-    return load_state(network, state, source)
+    match = re.fullmatch(r"dit_(s|b|l|xl)_(2|4|8)_(256|512)", name)
+    if not match:
+        raise ValueError(f"network: unknown {name!r}; expected dit_SIZE_PATCH_IMAGE such as dit_xl_2_256")
+    width, depth, heads = _SIZES[match[1]]
+    return DiT(int(match[3]) // 8, int(match[2]), width, depth, heads, dtype=dtype or "float32")
+
+
+def described_dit(config: Mapping[str, Any], dtype: str | None = None) -> DiT:
+    """The network that a diffusers folder's ``config.json`` describes."""
+    heads = config["num_attention_heads"]
+    return DiT(
+        config["sample_size"],
+        config["patch_size"],
+        heads * config["attention_head_dim"],
+        config["num_layers"],
+        heads,
+        config["in_channels"],
+        config["out_channels"],
+        config["num_embeds_ada_norm"],
+        dtype or "float32",
+    )

@@ -32,14 +32,14 @@ class Weights(NamedTuple):
     Attributes:
         path: of the file or folder, on this machine.
         state: tensors by name.
-        notes: what the file says of its weights, where this project wrote it (see :func:`save_weights`).
-        parts: of a Lightning checkpoint, notes by the path of the part that they are of; None for other files.
+        metadata: settings that the file states, where this project wrote it (see :func:`save_weights`).
+        parts: of a Lightning checkpoint, metadata by the path of its part; None for other files.
         arguments: of an EDM pickle, what the network was made with.
     """
 
-    path: Path
+    path: Path | str
     state: dict[str, Tensor]
-    notes: Mapping[str, str] = {}
+    metadata: Mapping[str, str] = {}
     parts: Mapping[str, Mapping[str, str]] | None = None
     arguments: Mapping[str, Any] = {}
 
@@ -67,11 +67,8 @@ def _reason(error: BaseException) -> str:
 
 
 def _missing(path: Path) -> str:
-    known = registry.by_file(path)
-    where = "name an existing one (see checkpoints/README.md)"
-    if known is not None:
-        where = f"the public {known.name} is at {known.source} ({known.bytes / 1e6:,.0f} MB, licence {known.licence})"
-    return f"{path}: no such weights file; {where}"
+    card = registry.by_file(path)
+    return f"{path}: no such weights file; {card.where if card else 'name an existing one (see checkpoints/README.md)'}"
 
 
 def _what_else(head: bytes) -> str:
@@ -93,8 +90,7 @@ def _what_else(head: bytes) -> str:
 def _read_safetensors(path: Path) -> Weights:
     try:
         with safe_open(path, framework="pt") as file:
-            notes = file.metadata() or {}
-        return Weights(path, load_file(path), notes)
+            return Weights(path, load_file(path), file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file, perhaps a truncated one ({error})") from error
 
@@ -159,7 +155,7 @@ def _read_torch(path: Path, is_archive: bool) -> Weights:
     averaged = state.keys() - {"n_averaged"}
     if averaged and all(name.startswith("module.") for name in averaged):
         state = {name.removeprefix("module."): state[name] for name in state if name in averaged}
-    parts = outermost.get("weights_notes", {}) if "pytorch-lightning_version" in outermost else None
+    parts = outermost.get("weights_metadata", {}) if "pytorch-lightning_version" in outermost else None
     return Weights(path, state, parts=parts)
 
 
@@ -250,7 +246,7 @@ def part_of(weights: Weights, module: nn.Module) -> Weights:
             "was trained"
         )
     ((prefix, part),) = fitting
-    return weights._replace(state=part, notes=weights.parts.get(prefix.rstrip("."), {}), parts=None)
+    return weights._replace(state=part, metadata=weights.parts.get(prefix.rstrip("."), {}), parts=None)
 
 
 def load_weights(module: nn.Module, source: str | os.PathLike[str] | Weights, **settings: object) -> dict[str, object]:
@@ -272,15 +268,15 @@ def load_weights(module: nn.Module, source: str | os.PathLike[str] | Weights, **
         CheckpointError: naming the file, and each missing or unexpected name, wrong shape, or other setting.
     """
     weights = part_of(source if isinstance(source, Weights) else read_weights(source), module)
-    settings = settings | registry.unseen(module)
+    settings = settings | registry.nonstate_hparams(module)
     for name, value in settings.items():
-        if name in weights.notes and weights.notes[name] != str(value):
+        if name in weights.metadata and weights.metadata[name] != str(value):
             raise CheckpointError(
-                f"{weights.path} was trained with {name}: {weights.notes[name]}, the configuration says {name}: {value}. "
+                f"{weights.path} was trained with {name}: {weights.metadata[name]}, the configuration says {name}: {value}. "
                 f"These weights would load, and with another {name} be something else than was trained: set {name} to "
-                f"{weights.notes[name]}"
+                f"{weights.metadata[name]}"
             )
-    return load_state(module, weights.state, weights.path, settings, weights.notes)
+    return load_state(module, weights.state, weights.path, settings, weights.metadata)
 
 
 def load_state(
@@ -306,10 +302,11 @@ def load_state(
     Raises:
         CheckpointError: naming the file, and each missing or unexpected name, wrong shape, or other setting.
     """
-    settings = registry.unseen(module) | dict(settings or {})
-    state, expected = dict(state), module.state_dict()
+    settings = registry.nonstate_hparams(module) | dict(settings or {})
+    names, state, expected = registry.identify(state), dict(state), module.state_dict()
     for name in expected.keys() - state.keys():
-        if name.endswith(".num_batches_tracked"):  # a count for training only, which older files do not have
+        # A count for training only, which older files do not have, and DiT's table of positions, which diffusers computes.
+        if name.endswith((".num_batches_tracked", "pos_embed.pos_embed")):
             state[name] = expected[name]
     missing = sorted(expected.keys() - state.keys())
     unexpected = sorted(state.keys() - expected.keys())
@@ -323,7 +320,6 @@ def load_state(
         for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
         if names
     ]
-    names = registry.recognise(state)
     if problems:
         known = f" (the file has the names and shapes of {' or '.join(names)})" if names else ""
         raise CheckpointError(

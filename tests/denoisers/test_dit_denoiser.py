@@ -34,8 +34,8 @@ from calib_guidance.samplers import DDPM
 from calib_guidance.scores import TemperedLogProb
 from calib_guidance.tasks import GuidedSampling
 from calib_guidance.weights import registry
-from calib_guidance.weights.dit import load_dit, to_diffusers
-from calib_guidance.weights.io import CheckpointError
+from calib_guidance.weights.dit import to_diffusers, to_dit
+from calib_guidance.weights.io import CheckpointError, load_state
 from docs.fit_linear_decoder import main
 
 VAE = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 16}
@@ -62,7 +62,7 @@ def vae():
 @pytest.fixture(scope="module")
 def network(fixture):
     network = tiny_dit()
-    load_dit(network, fixture.weights(), "fixture")
+    load_state(network, to_dit(fixture.weights()), "fixture")
     return network
 
 
@@ -166,32 +166,45 @@ class TestFiles:
         with pytest.raises(CheckpointError, match="not JSON"):
             DiTDenoiser(None, str(tmp_path))
         torch.save(fixture.weights(), tmp_path / "dit.pt")
-        with pytest.raises(ValueError, match="do not say how many heads"):
+        with pytest.raises(CheckpointError, match="do not say how many heads"):
             DiTDenoiser(None, str(tmp_path / "dit.pt"))
         with pytest.raises(CheckpointError, match=r"dit\.pt does not fit DiT; .*of another shape"):
             DiTDenoiser(tiny_dit(patch_size=4), str(tmp_path / "dit.pt"))
         with pytest.raises(CheckpointError, match=r"unexpected: .*transformer_blocks\.1"):
             DiTDenoiser(tiny_dit(depth=1), str(tmp_path / "dit.pt"))
 
-    def test_a_published_file_is_recognised_and_its_settings_are_kept(self, tmp_path, monkeypatch):
-        """With the shapes of DiT-XL/2's official file cut down to a tiny network's, and the table with them."""
-        network = tiny_dit(num_classes=1000, sample_size=32, patch_size=8)
-        state = {"x_embedder.proj.weight": network.transformer.pos_embed.proj.weight}
-        entry = registry.TABLE["dit_xl_2_256"]
-        small = dataclasses.replace(entry, landmarks={"x_embedder.proj.weight": (64, 4, 8, 8)}, parameters=64 * 4 * 64)
-        monkeypatch.setattr(registry, "TABLE", {**registry.TABLE, "dit_xl_2_256": small})
-        torch.save(state, tmp_path / "dit.pt")
+    def test_a_published_file_is_identified_and_its_settings_are_kept(self, tmp_path, monkeypatch, fixture):
+        """A tiny network in the place of DiT-XL/2, with its official names."""
+        arguments = {"sample_size": 8, "hidden_size": 64, "depth": 2, "num_heads": 16, "num_classes": 10}
+        network = tiny_dit(num_heads=16)
+        small = dataclasses.replace(
+            registry.CARDS["dit_xl_2_256"],
+            arguments=arguments,
+            signature_shapes={},
+            parameters=sum(value.numel() for value in network.state_dict().values()),
+        )
+        monkeypatch.setattr(registry, "CARDS", {**registry.CARDS, "dit_xl_2_256": small})
+        monkeypatch.setattr(registry, "reference", registry.reference.__wrapped__)
+        torch.save(fixture.weights(), tmp_path / "dit.pt")
         path = str(tmp_path / "dit.pt")
         with pytest.raises(CheckpointError, match=r"made with num heads 16, here 4\..* set num_heads: 16"):
-            DiTDenoiser(network, path)
+            DiTDenoiser(tiny_dit(), path)
         for setting in ({"noise_schedule": "cosine"}, {"prediction": "v"}, {"num_steps": 500}):
             with pytest.raises(CheckpointError, match=f"{next(iter(setting))}: "):
-                DiTDenoiser(tiny_dit(num_heads=16, num_classes=1000, sample_size=32, patch_size=8), path, **setting)
-        built = mock.Mock(side_effect=ValueError("built"))
-        monkeypatch.setattr("calib_guidance.denoisers.dit.named_dit", built)
-        with pytest.raises(ValueError, match="built"):
-            DiTDenoiser(None, path, dtype="bfloat16")
-        built.assert_called_once_with("dit_xl_2_256", "bfloat16")
+                DiTDenoiser(tiny_dit(num_heads=16), path, **setting)
+        for name in (None, "dit_xl_2_256"):
+            read = DiTDenoiser(name, path, dtype="bfloat16")
+            assert read.provenance["published"] == ["dit_xl_2_256"]
+            assert read.network.architecture == network.architecture
+            assert read.network.transformer.proj_out_1.weight.dtype == torch.bfloat16
+        load_state(network, to_dit(fixture.weights()), path)
+        read = DiTDenoiser("dit_xl_2_256", path)
+        for key, value in network.state_dict().items():
+            assert torch.equal(value, read.network.state_dict()[key]), key
+        # diffusers' layout lacks the table of positions, which is computed.
+        torch.save(to_diffusers(network.state_dict()), path)
+        positions = DiTDenoiser("dit_xl_2_256", path).network.transformer.pos_embed.pos_embed
+        torch.testing.assert_close(positions, fixture["pos_embed_sincos"], atol=1e-6, rtol=0)
 
     def test_a_bin_that_would_execute_something_is_refused(self, pipeline, tmp_path):
         class Evil:

@@ -134,9 +134,9 @@ def test_weights_say_what_they_were_trained_with(golden, weights, tmp_path):
         EDMDenoiser(checkpoint=str(pickled))
 
 
-def test_published_weights_are_recognised_after_the_key_map():
+def test_published_weights_are_identified_after_the_key_map():
     names = registry.reference("edm_imagenet64").state_dict()
-    assert registry.recognise(names, "edm") == ["edm_imagenet64"]
+    assert registry.identify(names, "edm") == ["edm_imagenet64"]
 
 
 def test_what_cannot_be_says_why(golden, weights, tmp_path):

@@ -347,7 +347,7 @@ class TestExport:
     def test_loading_compares_what_the_file_says(self, tmp_path):
         network = SmallResNet()
         classifier = OffTheShelfClassifier(network, 10, temperature=[1.5, 2.0], resize=8)
-        save_weights(network, tmp_path / "w.safetensors", **classifier.weights_notes)
+        save_weights(network, tmp_path / "w.safetensors", **classifier.weights_metadata)
         arguments = {"weights": str(tmp_path / "w.safetensors"), "resize": 8, "temperature": [1.5, 2.0]}
         OffTheShelfClassifier(SmallResNet(), 10, **arguments)
         for changed, found in (

@@ -150,10 +150,10 @@ def _library_weights(value: str, network: str) -> tuple[Path | None, str] | None
     return None
 
 
-def _published(value: str) -> registry.Published | None:
+def _published(value: str) -> registry.Card | None:
     """The published file that a path or hub id names."""
     repository = value.partition("@")[0]
-    by_source = (e for e in registry.TABLE.values() if e.source.startswith("hf://") and repository.startswith(e.source))
+    by_source = (e for e in registry.CARDS.values() if e.source.startswith("hf://") and repository.startswith(e.source))
     return registry.by_file(value) or next(by_source, None)
 
 
@@ -163,7 +163,7 @@ def _about(value: str) -> list[str]:
     if entry is None:
         return []
     source = entry.source.replace("hf://", "https://huggingface.co/")
-    return [f"public: {entry.name}, {amount(entry.bytes)}, licence {entry.licence}", f"from {source}"]
+    return [f"public: {entry.name}, {amount(entry.bytes)}, license {entry.license}", f"from {source}"]
 
 
 def locate_weights(value: str, network: object) -> tuple[str, list[str]]:

@@ -1,0 +1,114 @@
+"""Networks of diffusion models with the weights of a file of any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from calib_guidance.errors import CheckpointError
+from calib_guidance.networks import UNet
+from calib_guidance.weights import diffusers_folder, registry
+from calib_guidance.weights.dit import described_dit, from_diffusers, named_dit, to_dit
+from calib_guidance.weights.edm import edm_architecture, from_edm, is_edm
+from calib_guidance.weights.io import Weights, load_weights, part_of, read_weights
+
+_DEFAULTS = {"noise_schedule": "linear", "prediction": "epsilon"}
+
+
+class Loaded(NamedTuple):
+    """A network that is ready to denoise.
+
+    Attributes:
+        network: frozen, in evaluation mode.
+        settings: the stated ones, those that were None found.
+        provenance: settings and what was loaded, for the report of a run.
+    """
+
+    network: nn.Module
+    settings: dict[str, Any]
+    provenance: dict[str, object]
+
+
+def load_network(
+    network: nn.Module | str | None, kind: str, checkpoint: str | None, dtype: str | None, **stated: Any
+) -> Loaded:
+    """The network of a diffusion model's configuration.
+
+    Args:
+        network: a module, taken as it is; a published name; or None, for the one that the checkpoint tells.
+        kind: ``adm``, ``edm`` or ``dit``.
+        checkpoint: weights file or folder; None keeps the network as it is.
+        dtype: of a network that is built here; None takes the published one, or float32.
+        stated: settings of the configuration; None takes what the file says of itself, else how it was published, else the
+            usual one where there are no weights.
+
+    Raises:
+        CheckpointError: the file does not fit the network, was trained otherwise, or does not tell how.
+        ValueError: an unknown name, nothing to know the network by, or a ``dtype`` for a module.
+    """
+    weights, described = (None, {}) if checkpoint is None else _read(checkpoint, kind)
+    name = network if isinstance(network, str) else None
+    if kind == "dit" and name is not None and name not in registry.CARDS:
+        network, dtype = named_dit(name, dtype), None
+    elif network is None and described:
+        network, dtype = (described_dit if kind == "dit" else _described_unet)(described, dtype), None
+    network, card = registry.build(network, kind, dtype, weights and weights.state)
+    if kind == "dit":
+        _check_described(network, described, checkpoint)
+    weights = weights and part_of(weights, network)
+    settings = {name: _setting(name, value, weights, card) for name, value in stated.items()}
+    if name is not None and card is not None:
+        registry.check(card.name, settings)
+    provenance = settings | registry.nonstate_hparams(network)
+    if weights is not None:
+        provenance |= load_weights(network, weights, **settings)
+    return Loaded(network.eval().requires_grad_(False), settings, provenance)
+
+
+def _read(checkpoint: str, kind: str) -> tuple[Weights, Mapping[str, Any]]:
+    """Weights by the names of the network that runs them here, and what the file tells of its architecture."""
+    if kind == "dit" and diffusers_folder.is_folder(checkpoint):
+        folder = diffusers_folder.subfolder(checkpoint, "transformer")
+        config = diffusers_folder.read_config(folder, "DiTTransformer2DModel")
+        return Weights(checkpoint, from_diffusers(diffusers_folder.read_weights(folder))), config
+    weights = read_weights(checkpoint)
+    if kind == "dit":
+        return weights._replace(state=to_dit(weights.state)), {}
+    if kind != "edm" or not is_edm(weights.state):
+        return weights, {}
+    try:
+        described, state = edm_architecture(weights.state), from_edm(weights.state)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint}: {error}") from error
+    # What an EDM pickle says of its preconditioning is compared like what files of this project say.
+    said = {name: str(value) for name, value in weights.arguments.items() if name == "sigma_data"}
+    return weights._replace(state=state, metadata={**weights.metadata, **said}), described
+
+
+def _described_unet(architecture: Mapping[str, Any], dtype: str | None) -> UNet:
+    return UNet(**architecture, dtype=dtype or "float32")
+
+
+def _check_described(network: nn.Module, described: Mapping[str, Any], folder: str | None) -> None:
+    """Raise CheckpointError where a folder's ``config.json`` is of another architecture than the network."""
+    for name, value in network.architecture.items():
+        if described.get(name, value) != value:
+            raise CheckpointError(
+                f"{folder} is of a DiT with {name}: {described[name]}, the configuration's has {value}: name the network that "
+                "belongs to these weights, or null for the folder's own"
+            )
+
+
+def _setting(name: str, value: Any, weights: Weights | None, card: registry.Card | None) -> Any:
+    """A setting as stated, else as the file says, else as it was published, else the usual one."""
+    if value is None and weights is not None:
+        value = weights.metadata.get(name)
+    if value is None and card is not None:
+        value = card.settings[name]
+    if value is None and weights is not None:
+        raise CheckpointError(
+            f"{weights.path} does not say its {name}, and is no published file: state {name} in the YAML"
+        )
+    return _DEFAULTS[name] if value is None else value
