@@ -375,8 +375,8 @@ def test_damage_is_named_and_counted(tmp_path, capsys):
     words = [samples, "--reference", reference, *PROJECTION, "--output", tmp_path / "out", "--max-corrupt=0.1"]
     evaluate(*words)
     found = metrics(tmp_path / "out")
-    assert (found["num_samples"], found["provenance"]["samples"]["num_unreadable"]) == (59, 1)
-    assert "1 could not be read: " in (printed := capsys.readouterr().out)
+    assert (found["num_samples"], found["provenance"]["samples"]["num_skipped"]) == (59, 1)
+    assert "1 skipped: " in (printed := capsys.readouterr().out)
     assert "000007.png" in printed
     shutil.rmtree(tmp_path / "out")
     assert "000007.png" in refused(capsys, *words[:-1], "--max-corrupt=0")

@@ -312,7 +312,7 @@ def test_the_command_makes_a_reference_of_the_digits(in_root, tmp_path, eval_cla
         f"sha256 {found.provenance['sha256']}",
         f"500 of {folder} (image folder), 8×8 grey",
         f"sha256 {found.provenance['images']['sha256']}",
-        "1 could not be read: 3/broken.png (not an image)",
+        "1 skipped: 3/broken.png (not an image)",
         "mu, sigma of 48 features; the features of 500 images (with labels)",
         f"weights sha256 {found.provenance['features']['weights_sha256']}",
         "500 samples: biased upwards",
@@ -384,8 +384,8 @@ def test_one_and_two_processes_make_the_same(tmp_path):
     assert one.provenance["images"]["sha256"] is not None
     assert "2 processes on cpu" in done.stderr
     many = ReferenceStatistics.read(tmp_path / "many2.npz").provenance["images"]
-    assert (many["num_images"], many["num_unreadable"]) == (50, 1)
-    assert many["unreadable"][0].startswith("train-00000-of-00002.parquet, row 20 (")
+    assert (many["num_images"], many["num_skipped"]) == (50, 1)
+    assert many["skipped"][0].startswith("split 'train', row 20 (")
 
 
 def test_an_environment_of_no_launcher(in_root, tmp_path, monkeypatch, capsys):

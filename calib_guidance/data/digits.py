@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from calib_guidance.data.loading import hashed, heldout_loader, run_seed, train_loader
-from calib_guidance.errors import ConfigurationError
+from calib_guidance.data.sample_requests import check_numbers
 
 NUM_CLASSES = 10
 HELDOUT_PER_CLASS = 50
@@ -124,9 +124,7 @@ class Digits(L.LightningDataModule):
         seed: int | None = None,
     ):
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("heldout_draws", heldout_draws)):
-            if value < 1:
-                raise ConfigurationError(f"data.init_args.{name} must be at least 1, got {value}")
+        check_numbers(batch_size=(batch_size, 1), heldout_draws=(heldout_draws, 1))
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.batch_size, self.rotate, self.shift, self.heldout_draws = batch_size, rotate, shift, heldout_draws
         self.train_split, self.val_split, self.test_split, self.seed = train_split, val_split, test_split, seed

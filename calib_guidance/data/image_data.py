@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import datasets
 import lightning as L
 import torch
 from datasets.distributed import split_dataset_by_node
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode, v2
 
+from calib_guidance.data.base import IndexedSource, init_arg
+from calib_guidance.data.folders import FolderImages
 from calib_guidance.data.image_datasets import ImageReader, ImageRows, ImageStream, TrainImageStream
-from calib_guidance.data.image_source import ImageSource, Rows
 from calib_guidance.data.imagenet import imagenet_labels, imagenet_names
 from calib_guidance.data.loading import (
     CorruptImages,
@@ -24,6 +25,9 @@ from calib_guidance.data.loading import (
     take_reports,
     train_loader,
 )
+from calib_guidance.data.sample_requests import check_numbers
+from calib_guidance.data.source import open_source
+from calib_guidance.data.tables import StreamedImages
 from calib_guidance.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
@@ -62,8 +66,8 @@ class ImageData(L.LightningDataModule):
         classes: ``imagenet`` renumbers labels by name into torchvision's order of ImageNet's 1,000 classes, which any number of
             them will do for; None keeps the numbers of the training split.
         num_classes: for data sets whose labels have no names.
-        image_column: name of that column.
-        label_column: name of that column.
+        image_column: name of that column of a table; None looks for the usual names (image, img, …).
+        label_column: name of that column of a table; None looks for the usual names (label, fine_label, …).
         time_column: of the diffusion step t of denoised images; None where they have none.
         index_column: of the number that an image keeps for ever; None takes the row number, and for streams a hash of the file.
         channels: 3 for colour, 1 for grey.
@@ -92,8 +96,8 @@ class ImageData(L.LightningDataModule):
         train_transform: nn.Module | None = None,
         classes: str | None = None,
         num_classes: int | None = None,
-        image_column: str = "image",
-        label_column: str = "label",
+        image_column: str | None = None,
+        label_column: str | None = None,
         time_column: str | None = None,
         index_column: str | None = None,
         channels: int = 3,
@@ -104,18 +108,16 @@ class ImageData(L.LightningDataModule):
         super().__init__()
         # With fewer held-out images than devices some devices have nothing to do, which is fine here.
         self.allow_zero_length_dataloader_with_multiple_devices = True
-        for name, value, low in (
-            ("image_size", image_size, 1),
-            ("batch_size", batch_size, 1),
-            ("num_workers", num_workers, 0),
-            ("shuffle_buffer", shuffle_buffer, 1),
-            ("samples_per_epoch", samples_per_epoch, 1),
-            ("num_classes", num_classes, 1),
-            ("seed", seed, 0),
-            ("heldout_draws", heldout_draws, 1),
-        ):
-            if value is not None and value < low:
-                raise ConfigurationError(f"data.init_args.{name} must be at least {low}, got {value}")
+        check_numbers(
+            image_size=(image_size, 1),
+            batch_size=(batch_size, 1),
+            num_workers=(num_workers, 0),
+            shuffle_buffer=(shuffle_buffer, 1),
+            samples_per_epoch=(1 if samples_per_epoch is None else samples_per_epoch, 1),
+            num_classes=(1 if num_classes is None else num_classes, 1),
+            seed=(seed or 0, 0),
+            heldout_draws=(heldout_draws, 1),
+        )
         if channels not in _MODES:
             raise ConfigurationError(f"data.init_args.channels must be 1 or 3, got {channels}")
         if classes not in (None, "imagenet"):
@@ -126,9 +128,14 @@ class ImageData(L.LightningDataModule):
             raise ConfigurationError(
                 "data.init_args.samples_per_epoch is for streams: set data.init_args.streaming, or leave it out"
             )
-        self.source = ImageSource(source, subset, streaming)
+        self.source, self.subset, self.streaming = source, subset, streaming
         self.splits = {"train": train_split, "val": val_split, "test": test_split or val_split}
-        self.columns = {"image": image_column, "label": label_column, "time": time_column, "index": index_column}
+        self.columns = {
+            "image_column": image_column,
+            "label_column": label_column,
+            "time_column": time_column,
+            "index_column": index_column,
+        }
         self.image_shape = (channels, image_size, image_size)
         self.batch_size, self.num_workers, self.heldout_draws = batch_size, num_workers, heldout_draws
         self.shuffle_buffer, self.samples_per_epoch = shuffle_buffer, samples_per_epoch
@@ -146,9 +153,9 @@ class ImageData(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Fills the cache of datasets, once for all devices of a machine."""
-        if not self.source.streaming:
+        if not self.streaming:
             for split in dict.fromkeys(self.splits.values()):
-                self.source.split(split)
+                self._open(split)
 
     def setup(self, stage: str) -> None:
         """Opens the splits of a stage.
@@ -158,35 +165,23 @@ class ImageData(L.LightningDataModule):
         """
         used = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]
         reference = self._open(self.splits["train"])  # for the class names, whatever the stage
-        names = self._names(reference)
-        self._number_classes(names)
+        self._number_classes(reference.class_names)
         for use in used:
             if use not in self._data:
-                rows = reference if use == "train" else self._open(self.splits[use])
-                self._data[use] = self._dataset(use, rows, names)
+                source = reference if use == "train" else self._open(self.splits[use])
+                rank_zero_info(source.summary())
+                self._data[use] = self._dataset(use, source, reference.class_names)
 
-    def _open(self, split: str) -> Rows:
-        rows = self.source.split(split)
-        features = rows.features or {}
-        for use, name in self.columns.items():
-            if name is None:
-                continue
-            where = f"{self.source.source}, split {split!r}: data.init_args.{use}_column {name!r}"
-            if name not in features:
-                raise ConfigurationError(f"{where} is not there; the columns are: {', '.join(features)}")
-            kind = getattr(features[name], "dtype", "")
-            if (
-                use == "image"
-                and not isinstance(features[name], datasets.Image)
-                and kind not in ("binary", "large_binary")
-            ):
-                raise ConfigurationError(f"{where} holds {features[name]}, no images (Image or binary)")
-            if use != "image" and "int" not in kind:
-                raise ConfigurationError(f"{where} holds {features[name]}; integers are needed, or ClassLabel")
-        return rows.cast_column(self.columns["image"], datasets.Image(decode=False))
-
-    def _names(self, rows: Rows) -> list[str] | None:
-        return getattr(rows.features[self.columns["label"]], "names", None)
+    def _open(self, split: str) -> IndexedSource | StreamedImages:
+        access = "stream" if self.streaming else "random"
+        source = open_source(self.source, split, self.subset, **self.columns, access=access, option=init_arg)
+        if not source.labelled:
+            if isinstance(source, FolderImages):
+                raise ConfigurationError(f"{source.where}: no classes, because {source.why_unlabelled}")
+            raise ConfigurationError(
+                f"{source.where}: no column of labels is found; name one of integers with data.init_args.label_column"
+            )
+        return source
 
     def _number_classes(self, names: list[str] | None) -> None:
         if self.classes == "imagenet":
@@ -195,7 +190,7 @@ class ImageData(L.LightningDataModule):
             self.class_names = names
         elif self.num_classes is None:
             raise ConfigurationError(
-                f"{self.source.source}: its labels are numbers without names; state data.init_args.num_classes"
+                f"{self.source}: its labels are numbers without names; state data.init_args.num_classes"
             )
         if self.class_names is not None:
             if self.num_classes not in (None, len(self.class_names)):
@@ -207,7 +202,7 @@ class ImageData(L.LightningDataModule):
 
     def _labels(self, split: str, names: list[str] | None, reference: list[str] | None) -> list[int] | None:
         """The number of each class of a split."""
-        where = f"{self.source.source}, split {split!r}"
+        where = f"{self.source}, split {split!r}"
         if self.classes == "imagenet":
             if names is None:
                 raise ConfigurationError(
@@ -225,40 +220,38 @@ class ImageData(L.LightningDataModule):
             )
         return [reference.index(name) for name in names]
 
-    def _dataset(self, use: str, rows: Rows, reference: list[str] | None) -> ImageRows | ImageStream:
+    def _dataset(
+        self, use: str, source: IndexedSource | StreamedImages, reference: list[str] | None
+    ) -> ImageRows | ImageStream:
         transform = self.train_transform if use == "train" else self.heldout_transform
         self._check(transform)
         reader = ImageReader(
-            self.splits[use],
-            **self.columns,
             mode=_MODES[self.image_shape[0]],
             transform=transform,
-            labels=self._labels(self.splits[use], self._names(rows), reference),
+            labels=self._labels(self.splits[use], source.class_names, reference),
             num_classes=self.num_classes,
             shape=self.image_shape,
             seed=self.seed if use == "train" else None,
         )
         draws = 1 if use == "train" else self.heldout_draws
-        if not self.source.streaming:
-            return ImageRows(rows, reader, draws)
-        stated = (rows.info.splits or {}).get(self.splits[use])
-        samples = self.samples_per_epoch or getattr(stated, "num_examples", None)
+        if not self.streaming:
+            return ImageRows(source, reader, draws)
         rank, world = self._device()
-        if isinstance(rows, datasets.Dataset):
-            samples = self.samples_per_epoch or len(rows)
-            # A folder comes class by class, which blocks of a stream would not mix.
-            rows = rows.shuffle(seed=0) if use == "train" else rows
-            shards = _STREAM_SHARDS * world * max(1, self.num_workers)
-            rows = rows.to_iterable_dataset(num_shards=min(len(rows), shards))
-        share = split_dataset_by_node(rows, rank, world)
+        rows = (
+            source.rows
+            if isinstance(source, StreamedImages)
+            else source.stream(_STREAM_SHARDS * world * max(1, self.num_workers), shuffle=use == "train")
+        )
+        rows = split_dataset_by_node(rows, rank, world)
         if use != "train":
-            return ImageStream(share, reader, draws)
+            return ImageStream(source, rows, reader, draws)
+        samples = self.samples_per_epoch or source.num_images
         if samples is None:
             raise ConfigurationError(
-                f"{self.source.source} does not state how many images split {self.splits[use]!r} has: set "
+                f"{self.source} does not state how many images split {self.splits[use]!r} has: set "
                 "data.init_args.samples_per_epoch"
             )
-        return TrainImageStream(share, reader, self.seed, self.shuffle_buffer, samples // world)
+        return TrainImageStream(source, rows, reader, self.seed, self.shuffle_buffer, samples // world)
 
     def _check(self, transform: nn.Module) -> None:
         example = torch.zeros(self.image_shape, dtype=torch.uint8)
@@ -302,11 +295,11 @@ class ImageData(L.LightningDataModule):
         self._seen[use] = self._seen.get(use, 0) + len(batch["image"]) + len(reports)
         data = self._data[use]
         if isinstance(data, ImageRows):
-            total = len(data.rows)
+            total = data.source.num_images
         else:
             total = max(_ENOUGH_SEEN, min(self._seen[use], self.samples_per_epoch or self._seen[use]))
         if use not in self._corrupt:
-            self._corrupt[use] = CorruptImages(f"{self.source.source}, split {self.splits[use]!r}", self.max_corrupt)
+            self._corrupt[use] = CorruptImages(f"{self.source}, split {self.splits[use]!r}", self.max_corrupt)
         self._corrupt[use].count(reports, total)
         return batch
 
@@ -315,7 +308,7 @@ class ImageData(L.LightningDataModule):
             corrupt.summarise()
 
 
-class ImageSplit(Dataset):
+class ImageSplit(ImageRows):
     """One split of images as a map-style data set, resized and cropped as held-out ones, for :class:`DenoiseRequests`.
 
     Items are ``{"image", "label", "index"}``, or ``{"corrupt": path}`` for an image that cannot be read.
@@ -336,8 +329,8 @@ class ImageSplit(Dataset):
         subset: str | None = None,
         classes: str | None = None,
         num_classes: int | None = None,
-        image_column: str = "image",
-        label_column: str = "label",
+        image_column: str | None = None,
+        label_column: str | None = None,
         channels: int = 3,
     ):
         names = {"image_column": image_column, "label_column": label_column, "channels": channels}
@@ -345,10 +338,5 @@ class ImageSplit(Dataset):
         data = ImageData(source, image_size, train_split=split, val_split=split, subset=subset, **classes_of, **names)
         data.prepare_data()
         data.setup("validate")
-        self.images = data._data["val"]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.images[index]
+        rows = data._data["val"]
+        super().__init__(rows.source, rows.reader)

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from calib_guidance import __version__
 from calib_guidance.backend.distributed import DistributedContext, distributed_context
 from calib_guidance.classifiers import CLIPClassifier
-from calib_guidance.data.image_sets import ImageSet, RunImages, open_images
+from calib_guidance.data.image_sets import ImageSet, open_images
+from calib_guidance.data.run_images import RunImages
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation.features import FORMS, features_from_name
 from calib_guidance.evaluation.loading import read_classifier
@@ -264,6 +265,6 @@ def _folders(options: argparse.Namespace, sets: Sequence[ImageSet]) -> list[Path
     if len(sets) == 1 and options.output is not None:
         return [options.output]
     return [
-        samples.run.path / "evaluation" if isinstance(samples, RunImages) else _output(options) / name
+        samples.source.run.path / "evaluation" if isinstance(samples.source, RunImages) else _output(options) / name
         for samples, name in zip(sets, _names(sets), strict=True)
     ]

@@ -93,8 +93,8 @@ def _images(images: Mapping[str, Any], count: int | None) -> str:
             words.append(f"uint8 rule {images['uint8_rule']}")
         if images.get("sha256"):
             words.append(f"sha256 {images['sha256'][:12]}")
-        if images.get("num_unreadable"):
-            words.append(f"{images['num_unreadable']} could not be read: {', '.join(images['unreadable'])}")
+        if images.get("num_skipped"):
+            words.append(f"{images['num_skipped']} skipped: {', '.join(images['skipped'])}")
     return "; ".join(words)
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from calib_guidance.backend.distributed import DistributedContext, distributed_context
-from calib_guidance.data.image_sets import MODES, RESIZES, open_images
+from calib_guidance.data.image_sets import open_images
+from calib_guidance.data.preprocess import MODES, RESIZES
 from calib_guidance.evaluation.features import features_from_name
 from calib_guidance.evaluation.statistics import ReferenceStatistics, check_output
 from calib_guidance.metrics.frechet import sample_count_note
@@ -56,9 +57,9 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
     reading.add_argument(
         "--max-corrupt",
         type=float,
-        metavar="SHARE",
+        metavar="FRACTION",
         default=0.01,
-        help="share of images that may be unreadable; they are skipped, named and counted (default: 0.01)",
+        help="fraction of images that may be unreadable; they are skipped, named and counted (default: 0.01)",
     )
 
 
@@ -79,8 +80,8 @@ def _lines(provenance: Mapping[str, Any], statistics: ReferenceStatistics) -> li
         f"            sha256 {images['sha256']}",
         *(f"            {count:,}: {name}" for name, count in images["conversions"].items()),
     ]
-    if images["num_unreadable"]:
-        lines.append(f"            {images['num_unreadable']} could not be read: {', '.join(images['unreadable'])}")
+    if images["num_skipped"]:
+        lines.append(f"            {images['num_skipped']} skipped: {', '.join(images['skipped'])}")
     lines += [
         f"features    {features['extractor']}; {features['library']}",
         f"            weights sha256 {features['weights_sha256']}",

@@ -334,9 +334,7 @@ def test_a_file_that_is_gone_is_corrupt_and_so_is_a_row_without_an_image(folder,
     data.prepare_data()
     data.setup("fit")
     (gone := next((folder / "train" / WNIDS[0]).iterdir())).unlink()
-    assert next(iter(data.train_dataloader()))["corrupt"] == [
-        f"{gone} (FileNotFoundError(2, 'No such file or directory'))"
-    ]
+    assert next(iter(data.train_dataloader()))["corrupt"] == [f"{gone} (No such file or directory)"]
     rows = table(6).cast_column("image", datasets.Image(decode=False)).to_list()
     rows[2]["image"] = None
     rows = datasets.Dataset.from_list(rows, table(1).features)
@@ -396,7 +394,7 @@ def test_class_names_that_do_not_match(folder):
 
 def test_where_there_is_nothing(folder, tmp_path, parquet):
     for source, message in (
-        (tmp_path / "none", "neither a folder, nor a pattern of .parquet or .arrow files, nor a hub id"),
+        (tmp_path / "none", "neither a folder, nor a pattern of .parquet or .arrow files, .* nor a hub id"),
         (tmp_path / "*.parquet", "no files match"),
     ):
         with pytest.raises(ConfigurationError, match=message):
@@ -404,15 +402,19 @@ def test_where_there_is_nothing(folder, tmp_path, parquet):
     (tmp_path / "empty" / "train").mkdir(parents=True)
     with pytest.raises(ConfigurationError, match="no images found in"):
         opened(tmp_path / "empty")
-    with pytest.raises(ConfigurationError, match="has no folder test for split 'test'; it has: train, val"):
+    with pytest.raises(
+        ConfigurationError,
+        match="has no folder test for split 'test'; it has: train, val. Name",
+    ):
         opened(folder, val_split="test")
     with pytest.raises(ConfigurationError, match="has no split 'test'; it has: train, validation"):
         opened(parquet, val_split="test")
     with pytest.raises(
-        ConfigurationError, match="data.init_args.label_column 'fine_label' is not there; the columns are: image"
+        ConfigurationError,
+        match="data.init_args.label_column 'fine_label' is not there; the .* are: label, number, step",
     ):
         opened(parquet, label_column="fine_label")
-    with pytest.raises(ConfigurationError, match="image_column 'number' holds .*no images"):
+    with pytest.raises(ConfigurationError, match="image_column 'number' holds .*; the columns that fit are: image"):
         opened(parquet, image_column="number")
     shutil.rmtree(folder / "val")
     (folder / "val").mkdir()

@@ -20,8 +20,9 @@ from jsonargparse import Namespace
 
 from calib_guidance.cli.doctor.report import Report, amount
 from calib_guidance.cli.lightning import CalibGuidanceCLI, import_class, run_lightning
-from calib_guidance.data.image_source import ImageSource
+from calib_guidance.data.base import init_arg
 from calib_guidance.data.sample_requests import POLICIES
+from calib_guidance.data.source import source_kind
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.weights import registry
 
@@ -278,7 +279,7 @@ def check_files(cli: Unbuilt, report: Report) -> Found:
 
 def _check_source(source: str, report: Report) -> bool:
     """Whether a data set of images is on this machine."""
-    kind = ImageSource(source, None, False).kind()
+    kind = source_kind(source, init_arg)
     cached = Path(datasets.config.HF_DATASETS_CACHE, source.replace("/", "___").lower())
     if kind != "hub" or cached.is_dir():
         report.add("ok", f"{source} ({cached if kind == 'hub' else kind})")

@@ -1,0 +1,135 @@
+"""What every source of images offers: encoded images with labels, in a fixed order."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+
+from calib_guidance.errors import ConfigurationError
+
+_NAMED = 10  # classes in a summary
+
+# The name of an option in messages: that of the command line or that of the data module.
+OptionName = Callable[[str], str]
+
+
+def flag(name: str) -> str:
+    """The option as ``evaluate`` and ``reference`` call it."""
+    return "SAMPLES or SOURCE" if name == "source" else f"--{name.replace('_', '-')}"
+
+
+def init_arg(name: str) -> str:
+    """The option as :class:`~calib_guidance.data.ImageData` calls it."""
+    return f"data.init_args.{'train_split, val_split or test_split' if name == 'split' else name}"
+
+
+def positions(part: str, count: int) -> range:
+    """Positions of a part such as ``[:90%]`` of ``count`` images; all of them for an empty one."""
+    if not part:
+        return range(count)
+    (found,) = datasets.ReadInstruction.from_spec(f"all{part}").to_absolute({"all": count})
+    return range(count)[found.from_ : found.to]
+
+
+class Row(NamedTuple):
+    """One image, not decoded yet.
+
+    Attributes:
+        name: file or row of a table, for messages.
+        image: encoded bytes, a file, the URL of one, or pixels (H, W, C).
+        label: class number, −1 where it is unknown.
+        index: number that the image keeps in every order; None where it has none.
+        time: diffusion step t of a denoised image; None where it has none.
+    """
+
+    name: str
+    image: bytes | Path | str | np.ndarray
+    label: int = -1
+    index: int | None = None
+    time: int | None = None
+
+
+class ImageSource(ABC):
+    """Images in a fixed order, read in blocks.
+
+    Args:
+        name: path or id, as given.
+        num_images: number of images, corrupt ones included; None for a stream that does not state it.
+        split: that is read, where there are several.
+
+    Attributes:
+        kind: what it is, for messages and provenance.
+        labelled: whether the images have class numbers.
+        class_names: name of each class number; None where classes have no names.
+        where: name and split, for messages.
+
+    Raises:
+        ConfigurationError: there are no images.
+    """
+
+    kind: str
+    labelled = False
+    class_names: list[str] | None = None
+
+    def __init__(self, name: str, num_images: int | None, split: str | None = None):
+        self.name, self.num_images, self.split = name, num_images, split
+        self.where = name if split is None else f"{name}, split {split!r}"
+        if num_images == 0:
+            raise ConfigurationError(f"no images found in {self.where}")
+
+    @property
+    def num_classes(self) -> int | None:
+        return None if self.class_names is None else len(self.class_names)
+
+    @abstractmethod
+    def read(self, blocks: Iterable[range]) -> Iterator[list[Row]]:
+        """The rows of each block of positions. Blocks ascend and do not overlap."""
+
+    def provenance(self) -> dict[str, Any]:
+        """What identifies the images beyond name and kind, in JSON's types."""
+        return {}
+
+    def summary(self) -> str:
+        """``N images, K classes: a, b, c, …``."""
+        count = "a stream of images" if self.num_images is None else f"{self.num_images:,} images"
+        if self.class_names is None:
+            return f"{self.where}: {count}, {'classes without names' if self.labelled else 'no classes'}"
+        more = ", …" if len(self.class_names) > _NAMED else ""
+        return f"{self.where}: {count}, {self.num_classes:,} classes: {', '.join(self.class_names[:_NAMED])}{more}"
+
+
+class IndexedSource(ImageSource):
+    """Images that can be read in any order."""
+
+    num_images: int
+
+    @abstractmethod
+    def __getitem__(self, position: int) -> Row: ...
+
+    @abstractmethod
+    def column(self, name: str) -> np.ndarray | None:
+        """``label``, ``index`` or ``time`` of every image, int64 ``(N,)``; None where there is none."""
+
+    def stream(self, num_shards: int, shuffle: bool) -> datasets.IterableDataset:
+        """Positions ``{"position": i}`` in shards, for :meth:`row`.
+
+        Args:
+            num_shards: at most as many as there are images.
+            shuffle: mix them once. A folder is ordered by class, and the shuffled blocks of a stream would not mix classes.
+        """
+        order = np.random.default_rng(0).permutation(self.num_images) if shuffle else np.arange(self.num_images)
+        numbered = datasets.Dataset.from_dict({"position": order})
+        return numbered.to_iterable_dataset(num_shards=min(self.num_images, num_shards))
+
+    def row(self, values: Mapping[str, Any]) -> Row:
+        """The row of an item of :meth:`stream`."""
+        return self[values["position"]]
+
+    def read(self, blocks: Iterable[range]) -> Iterator[list[Row]]:
+        for block in blocks:
+            yield [self[position] for position in block]

@@ -1,0 +1,156 @@
+"""Folders of images."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from calib_guidance.data.base import IndexedSource, OptionName, Row, positions
+from calib_guidance.errors import ConfigurationError
+
+log = logging.getLogger(__name__)
+
+_VALIDATION = ("validation", "val", "valid")
+_SPLITS = {"train", "test", *_VALIDATION}
+_NAMED = 10  # files or folders in a message
+_MOST_CLASSES = 1_000_000
+IMAGE_ENDINGS = frozenset(ending for ending, form in Image.registered_extensions().items() if form in Image.OPEN)
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:_NAMED])}{', …' if len(names) > _NAMED else ''}"
+
+
+class FolderImages(IndexedSource):
+    """The images below a folder, in order of their paths.
+
+    The class of an image is the first folder below the split, however deep the image lies in it. Folders that are all named by
+    decimal numbers have these class numbers, others are numbered in order of their names. A class folder without images keeps its
+    number, and a warning names it. Images that lie beside class folders leave all images without labels, and are named. A
+    dangling link to an image counts as a corrupt image. Hidden files and folders are ignored, links to folders are followed.
+
+    Folders of a thousand files each, by number (``001000/001234.png``), as EDM's generator writes them, are not classes.
+
+    Args:
+        name: the folder.
+        split: a folder in it, or a part of one such as ``train[:90%]``; None takes the folder itself.
+        option: names options in messages.
+
+    Attributes:
+        why_unlabelled: why images have no labels; empty where they have.
+
+    Raises:
+        ConfigurationError: there is no such split, or no image in it, or several splits and none is named.
+    """
+
+    kind = "image folder"
+
+    def __init__(self, name: str, split: str | None, option: OptionName):
+        root, part = Path(name).expanduser(), ""
+        if split is not None:
+            base, bracket, rest = split.partition("[")
+            root, part = self._split(root, base, option), bracket + rest
+        self.root = root.absolute()
+        files, folders, dangling = _scan(self.root)
+        first = {parts[0] for parts in files}
+        if split is None and files and first <= _SPLITS:
+            splits = ", ".join(sorted(first))
+            raise ConfigurationError(f"{name} has a folder for each split, {splits}: name one with {option('split')}")
+        if dangling:
+            log.warning(f"{self.root}: {len(dangling)} dangling links to folders or other files: {_some(dangling)}")
+        self.why_unlabelled = ""
+        labels = self._classes(files, folders)
+        rows = positions(part, len(files))
+        # Both in one buffer each, which processes that load images share instead of copying.
+        self.files = pa.array([os.fsencode("/".join(files[i])) for i in rows], pa.large_binary())
+        self.labels = None if labels is None else np.array([labels[i] for i in rows], np.int64)
+        self.labelled = labels is not None
+        super().__init__(name, len(self.files), split)
+
+    @staticmethod
+    def _split(root: Path, name: str, option: OptionName) -> Path:
+        names = _VALIDATION if name in _VALIDATION else (name,)
+        for folder in (name, *names):
+            if (root / folder).is_dir():
+                return root / folder
+        there = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir()))
+        raise ConfigurationError(
+            f"{root} has no folder {' or '.join(names)} for split {name!r}; it has: {there or 'none'}. Name a split with "
+            f"{option('split')}"
+        )
+
+    def _classes(self, files: list[tuple[str, ...]], folders: list[str]) -> list[int] | None:
+        """Class number of each image; sets names and says what is wrong with folders."""
+        strays = [parts[0] for parts in files if len(parts) == 1]
+        used = {parts[0] for parts in files if len(parts) > 1}
+        if not used:
+            self.why_unlabelled = "the images are not in folders, one for each class"
+            return None
+        if strays:
+            self.why_unlabelled = f"{len(strays)} images lie beside the class folders: {_some(strays)}"
+            log.warning(
+                f"{self.root}: {self.why_unlabelled}. No image has a label: move them into a class, or remove them"
+            )
+            return None
+        if _counts_files(files):
+            self.why_unlabelled = "its folders number files by the thousand, as EDM's generator writes them"
+            return None
+        numbers = {folder: number for number, folder in enumerate(folders)}
+        if all(folder.isdecimal() for folder in folders):
+            numbers = {folder: int(folder) for folder in folders}
+            if len({*numbers.values()}) < len(folders) or max(numbers.values()) >= _MOST_CLASSES:
+                self.why_unlabelled = f"its folders are not numbers of classes: {_some(folders)}"
+                log.warning(f"{self.root}: {self.why_unlabelled}. They have to differ and be below {_MOST_CLASSES:,}")
+                return None
+        if empty := [folder for folder in folders if folder not in used]:
+            log.warning(
+                f"{self.root}: {len(empty)} class folders hold no images: {_some(empty)}. They keep their class numbers"
+            )
+        if all(folder.isdecimal() for folder in folders):
+            self.class_names = [str(number) for number in range(max(numbers.values()) + 1)]
+        else:
+            self.class_names = folders
+        return [numbers[parts[0]] for parts in files]
+
+    def __getitem__(self, position: int) -> Row:
+        name = os.fsdecode(self.files[position].as_py())
+        label = -1 if self.labels is None else int(self.labels[position])
+        return Row(name, self.root / name, label)
+
+    def column(self, name: str) -> np.ndarray | None:
+        return self.labels if name == "label" else None
+
+
+def _scan(root: Path) -> tuple[list[tuple[str, ...]], list[str], list[str]]:
+    """Images below a folder as parts of their paths, in order; the folders in it; and dangling links to other things."""
+    files, folders, dangling = [], [], []
+    for where, inner, names in os.walk(root, followlinks=True):
+        here = Path(where)
+        parts = here.relative_to(root).parts
+        inner[:] = [name for name in inner if not name.startswith(".") and not is_loop(here / name)]
+        for name in names:
+            if name.startswith("."):
+                continue
+            if os.path.splitext(name)[1].lower() in IMAGE_ENDINGS:
+                files.append((*parts, name))
+            elif os.path.islink(here / name) and not os.path.exists(here / name):
+                dangling.append("/".join((*parts, name)))
+        if not parts:
+            folders = inner + dangling  # a class folder that dangles is an empty class
+    return sorted(files), sorted(folders), sorted(dangling)
+
+
+def is_loop(folder: Path) -> bool:
+    """Whether a folder is a link to a folder that it lies in."""
+    return folder.is_symlink() and os.path.realpath(folder) in map(os.path.realpath, folder.parents)
+
+
+def _counts_files(files: list[tuple[str, ...]]) -> bool:
+    stems = [(parts[0], os.path.splitext(parts[-1])[0]) for parts in files]
+    return all(len(a) == 6 and f"{a}{b}".isdecimal() and int(b) // 1000 * 1000 == int(a) for a, b in stems)

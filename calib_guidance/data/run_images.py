@@ -1,0 +1,68 @@
+"""The samples of a run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from calib_guidance.data.base import ImageSource, Row
+from calib_guidance.errors import ConfigurationError
+from calib_guidance.runs import CorruptedShardError, RunFolder
+
+
+class RunImages(ImageSource):
+    """The samples of a run, each shard checked against its record.
+
+    Attributes:
+        run: the run folder.
+
+    Raises:
+        ConfigurationError: samples are missing or corrupted.
+    """
+
+    kind = "run folder"
+    labelled = True
+
+    def __init__(self, name: str):
+        self.run = RunFolder.open(name)
+        states = {shard: self.run.state(shard) for shard in self.run.shards()}
+        missing = [shard for shard, state in states.items() if state.name != "done"]
+        if missing:
+            why = states[missing[0]]
+            raise ConfigurationError(
+                f"{name} is not complete: {sum(map(len, missing))} of {self.run.num_requests} samples are missing or corrupted, "
+                f"the first in {missing[0].start}–{missing[0][-1]} ({why.reason or why.name}). Re-run predict to complete them"
+            )
+        records = [self.run.record(shard) for shard in self.run.shards()]
+        self.failed = sum(len(record["failed"]) for record in records)
+        self.ends = np.cumsum([record["rows"] for record in records])
+        super().__init__(name, int(self.ends[-1]))
+
+    def read(self, blocks: Iterable[range]) -> Iterator[list[Row]]:
+        number, first, rows = -1, 0, []  # of the shard in memory
+        for block in blocks:
+            found = []
+            for position in block:
+                wanted = int(np.searchsorted(self.ends, position, side="right"))
+                if wanted != number:
+                    number, first, rows = wanted, int(self.ends[wanted - 1]) if wanted else 0, self._shard(wanted)
+                found.append(rows[position - first])
+            yield found
+
+    def _shard(self, number: int) -> list[Row]:
+        shard = self.run.shards()[number]
+        try:
+            samples = pq.read_table(pa.BufferReader(self.run.read_bytes(shard))).to_pylist()
+        except CorruptedShardError as error:
+            raise ConfigurationError(f"{self.name}: {error}. Re-run predict to regenerate the shard") from error
+        if len(samples) != np.diff(self.ends, prepend=0)[number]:
+            raise ConfigurationError(f"{self.name} changed while it was read: re-run the command")
+        return [Row(f"sample {row['index']}", row["image"]["bytes"], row["label"], row["index"]) for row in samples]
+
+    def provenance(self) -> dict[str, Any]:
+        rule = RunFolder.read_run(self.run.path)["identity"].get("uint8_rule")
+        return {"run": self.run.fingerprint, "uint8_rule": rule, "failed": self.failed}
