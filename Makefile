@@ -16,7 +16,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 # 1,000 guided digits, measured and drawn.
 demo: $(INSTALLED)
-	$(BIN)/calib-guidance predict --config lightning_configs/predict/digits.yaml
+	$(BIN)/calib-guidance predict --config digits
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -27,10 +27,10 @@ test: lint
 
 # How checkpoints/digits was made. Replaces it.
 checkpoints: $(INSTALLED)
-	$(BIN)/calib-guidance fit --config lightning_configs/fit/digits_classifier.yaml
-	$(BIN)/calib-guidance fit --config lightning_configs/fit/digits_eval_classifier.yaml
-	$(BIN)/calib-guidance fit --config lightning_configs/fit/digits_diffusion.yaml
-	$(BIN)/calib-guidance fit --config lightning_configs/fit/digits_noise_aware.yaml
+	$(BIN)/calib-guidance fit --config digits_classifier
+	$(BIN)/calib-guidance fit --config digits_eval_classifier
+	$(BIN)/calib-guidance fit --config digits_diffusion
+	$(BIN)/calib-guidance fit --config digits_noise_aware
 
 # The table of the README.
 compare: $(INSTALLED)

@@ -16,7 +16,7 @@ cd "$SLURM_SUBMIT_DIR"
 export OMP_NUM_THREADS=1
 # The same command every time: it begins, or goes on from the newest checkpoint that there is.
 srun .venv/bin/calib-guidance fit \
-  --config lightning_configs/fit/imagenet128_resnet50.yaml \
-  --config lightning_configs/noising/denoised_offline.yaml \
+  --config imagenet128_resnet50 \
+  --config noising/denoised_offline \
   --trainer.num_nodes "$SLURM_NNODES" --trainer.devices 8 --trainer.strategy ddp \
   --ckpt_path last

@@ -17,5 +17,5 @@ cd "$SLURM_SUBMIT_DIR"
 export OMP_NUM_THREADS=1
 # The same command every time: it begins, or does what is left.
 srun .venv/bin/calib-guidance predict \
-  --config lightning_configs/predict/imagenet128/resnet101_js.yaml \
+  --config imagenet128/resnet101_js \
   --trainer.num_nodes "$SLURM_NNODES" --trainer.devices 8 --trainer.strategy ddp

@@ -17,4 +17,4 @@ cd "$SLURM_SUBMIT_DIR"
 export OMP_NUM_THREADS=1
 # No process group: each job takes shards that nobody has, and those of jobs that died. The last one measures the whole folder.
 srun .venv/bin/calib-guidance predict \
-  --config lightning_configs/predict/imagenet128/resnet101_js.yaml --trainer.devices 1
+  --config imagenet128/resnet101_js --trainer.devices 1

@@ -24,7 +24,7 @@ OVERLAYS = sorted(
     str(p.relative_to(ROOT))
     for f in ("score", "digits")
     for p in (ROOT / "lightning_configs" / f).glob("*.yaml")
-    if "\n    guidance:" in p.read_text() or "\n    denoiser:" in p.read_text()  # the others are for fit
+    if "\n  guidance:" in p.read_text() or "\n  denoiser:" in p.read_text()  # the others are for fit
 )
 SCORES = "calib_guidance.scores"
 FITS = sorted(p.name for p in (ROOT / "lightning_configs/fit").glob("digits*.yaml"))
@@ -315,7 +315,7 @@ class TestRefusals:
     def test_an_overlay_before_the_class_whose_options_it_sets(self, out, capsys):
         overlays = "--config=lightning_configs/digits/unguided.yaml", "--config=lightning_configs/score/plain.yaml"
         message = refuse(capsys, out, *overlays)
-        assert "model.guidance: options (init_args) are given, and no class_path says of what" in message
+        assert "model.guidance: options are given, but no class_path says of which class" in message
         assert "Union" not in message
 
     def test_another_number_of_heads_than_was_trained(self, out, capsys):

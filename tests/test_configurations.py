@@ -1,4 +1,4 @@
-"""Configuration files that are based on others."""
+"""Named configurations, files that are based on others, short names of classes and keys."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,17 @@ from pathlib import Path
 import pytest
 import yaml
 
+from calib_guidance.backend.shipped import find_file
 from calib_guidance.cli import main
-from calib_guidance.cli.configs import expand_bases
+from calib_guidance.cli.configs import configuration_names, expand_bases, find_configuration
+from calib_guidance.cli.doctor.files import read_configuration
 from calib_guidance.errors import ConfigurationError
+from calib_guidance.samplers import DDIM
+from tests.conftest import ROOT
+
+
+class Own(DDIM):
+    """A sampler that is not of this package."""
 
 
 @pytest.fixture
@@ -22,9 +30,9 @@ def write(tmp_path):
     return write
 
 
-def configs(words):
-    assert words[::2] == ["--config"] * (len(words) // 2)
-    return words[1::2]
+def configs(argv):
+    assert argv[::2] == ["--config"] * (len(argv) // 2)
+    return argv[1::2]
 
 
 def test_bases_come_first_and_are_relative_to_the_file(write):
@@ -37,16 +45,16 @@ def test_bases_come_first_and_are_relative_to_the_file(write):
     assert [yaml.safe_load(text)["seed"] for text in texts] == [1, 2, 3, 4]
     assert found[2].endswith("other.yaml")
     # A file without a base, and every other word, stay as they are.
-    words = ["predict", f"--config={other}", "--data.seed", "7", "--config"]
-    assert expand_bases(words) == ["predict", "--config", other, "--data.seed", "7", "--config"]
+    argv = ["predict", f"--config={other}", "--data.seed", "7", "--config"]
+    assert expand_bases(argv) == ["predict", "--config", other, "--data.seed", "7", "--config"]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ({"base": "row.yaml"}, "based on itself"),
-        ({"base": "nowhere.yaml"}, "row.yaml: no such file: .*nowhere.yaml"),
-        ({"base": {"a": 1}}, "base must be the path"),
+        ({"base": "nowhere.yaml"}, "row.yaml, base: 'nowhere.yaml' is neither a file in .* nor the name"),
+        ({"base": {"a": 1}}, "base must be a configuration file or name"),
     ],
 )
 def test_bases_that_cannot_be(write, content, message):
@@ -64,7 +72,7 @@ def test_a_row_runs_and_what_is_saved_stands_alone(in_root, write, tmp_path):
             "predict",
             f"--config={row}",
             f"--config={later}",
-            "--model.init_args.sampler.init_args.steps=2",
+            "--model.sampler.steps=2",
             f"--trainer.default_root_dir={tmp_path}",
             "--trainer.accelerator=cpu",
             "--trainer.callbacks=null",
@@ -78,24 +86,154 @@ def test_a_row_runs_and_what_is_saved_stands_alone(in_root, write, tmp_path):
     )
 
 
+class TestNames:
+    @pytest.mark.parametrize(
+        ("name", "command", "path"),
+        [
+            ("digits", "predict", "predict/digits"),
+            ("digits", "compare", "compare/digits"),
+            ("imagenet128/resnet101_js", "predict", "predict/imagenet128/resnet101_js"),
+            ("resnet101_js.yaml", "predict", "predict/imagenet128/resnet101_js"),
+            ("imagenet64/edm18_resnet101", "doctor", "predict/imagenet64/edm18_resnet101"),
+            ("digits_classifier", "validate", "fit/digits_classifier"),
+            ("sampler/ddim", "predict", "sampler/ddim"),
+            ("lightning_configs/score/js.yaml", "predict", "score/js"),
+        ],
+    )
+    def test_a_name_is_found_from_any_folder(self, tmp_path, monkeypatch, name, command, path):
+        monkeypatch.chdir(tmp_path)
+        found = (ROOT / f"lightning_configs/{path}.yaml").resolve()
+        assert find_configuration(name, command).resolve() == found
+
+    def test_an_existing_path_wins(self, tmp_path, monkeypatch, write):
+        write("digits", seed=1)
+        monkeypatch.chdir(tmp_path)
+        assert find_configuration("digits", "predict") == Path("digits")
+
+    def test_a_base_may_be_a_name(self, write):
+        row = write("row.yaml", base=["digits", "sampler/ddim"], seed_everything=3)
+        files = configs(expand_bases(["predict", "--config", row])[1:])
+        assert [Path(f).name for f in files[:2]] == ["digits.yaml", "ddim.yaml"]
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            (
+                "digist",
+                r"neither a file nor the name of a configuration \(did you mean predict/digits\?\); `calib-guidance",
+            ),
+            (
+                "nothing/like_it",
+                "neither a file nor the name of a configuration; `calib-guidance configs` lists the names",
+            ),
+            ("entropy", "several configurations are named 'entropy': give one of predict/.*/entropy, score/entropy"),
+        ],
+    )
+    def test_what_no_configuration_is_named(self, name, message):
+        with pytest.raises(ConfigurationError, match=message):
+            expand_bases(["predict", "--config", name])
+
+    def test_text_stays_text(self):
+        for text in ("{seed_everything: 1}", "a: 1", "a: 1\nb: 2"):
+            assert expand_bases(["predict", f"--config={text}"]) == ["predict", "--config", text]
+
+    def test_the_command_lists_them(self, capsys):
+        main(["configs"])
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in lines[2:]] == configuration_names()
+        main(["configs", "edm18"])
+        assert "predict/imagenet64/edm18_resnet101  EDM-64 guided by" in capsys.readouterr().out
+        with pytest.raises(SystemExit):
+            main(["configs", "nothing"])
+        assert "no configuration has 'nothing' in its name" in capsys.readouterr().err
+
+    def test_every_configuration_says_first_what_it_is(self):
+        for name in configuration_names():
+            assert (ROOT / f"lightning_configs/{name}.yaml").read_text().startswith("# "), name
+
+    def test_shipped_weights_are_found_from_any_folder(self, tmp_path, monkeypatch):
+        weights = "checkpoints/digits/diffusion.safetensors"
+        monkeypatch.chdir(tmp_path)
+        assert find_file(weights).samefile(ROOT / weights)
+        assert find_file("checkpoints/nothing.safetensors") == Path("checkpoints/nothing.safetensors")
+        assert find_file("README.md") == Path("README.md")
+        (tmp_path / "checkpoints/digits").mkdir(parents=True)
+        (tmp_path / weights).write_bytes(b"mine")
+        assert find_file(weights) == Path(weights)
+
+
+class TestShortNames:
+    """The same configuration, however its classes and keys are written."""
+
+    @pytest.fixture
+    def read(self):
+        return lambda *options: read_configuration(["--config=digits", *options]).options.as_dict()
+
+    def test_keys(self, read):
+        long = "--model.init_args.guidance.init_args.schedule.init_args.gamma=0", "--data.init_args.seed=3"
+        short = read("--model.guidance.schedule.gamma=0", "--data.seed=3")
+        assert short["data"]["init_args"]["seed"] == 3
+        assert short == read(*long)
+
+    def test_classes(self, read, write):
+        long = "--model.init_args.sampler=calib_guidance.samplers.DDIM", "--model.init_args.sampler.init_args.steps=7"
+        file = write("short.yaml", model={"sampler": {"class_path": "DDIM", "init_args": {"steps": "7"}}})
+        short = read("--model.sampler=DDIM", "--model.sampler.steps=7")
+        assert short["model"]["init_args"]["sampler"]["class_path"] == "calib_guidance.samplers.DDIM"
+        assert short == read(*long)
+        assert short["model"] == read(f"--config={file}")["model"]
+
+    def test_classes_of_ones_own_keep_their_module(self, read, write):
+        sampler = read("--model.sampler=tests.test_configurations.Own", "--model.sampler.steps=4")["model"][
+            "init_args"
+        ]["sampler"]
+        assert sampler["class_path"] == "tests.test_configurations.Own"
+        assert sampler["init_args"]["steps"] == "4"
+
+    def test_a_name_that_libraries_share_is_ours_or_refused(self, read, write):
+        network = {"class_path": "Upsample", "init_args": {"channels": 4, "with_conv": False}}
+        file = write("ours.yaml", model={"guidance": {"classifier": {"network": network}}})
+        found = read(f"--config={file}")["model"]["init_args"]["guidance"]["init_args"]["classifier"]["init_args"][
+            "network"
+        ]
+        assert found["class_path"] == "calib_guidance.networks.adm.Upsample"
+        file = write("shared.yaml", model={"guidance": {"classifier": {"network": {"class_path": "ResNet"}}}})
+        with pytest.raises(
+            ConfigurationError,
+            match=r"classifier.network: several classes are named ResNet: give one of .*timm.models.ResNet",
+        ):
+            read(f"--config={file}")
+
+    @pytest.mark.parametrize(
+        ("option", "message"),
+        [
+            ("--model.sampler=DDIMM", "model.sampler: there is no DDIMM (did you mean 'DDIM'?)"),
+            ("--model.sampler=Tilted", "model.sampler: calib_guidance.scores.Tilted cannot be used here"),
+            ("--trainer.callbacks+=SampleWritr", "there is no SampleWritr (did you mean 'SampleWriter'?)"),
+        ],
+    )
+    def test_a_misspelled_class(self, read, option, message):
+        with pytest.raises(ConfigurationError) as refused:
+            read(option)
+        assert message in str(refused.value)
+
+
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm_solver", "dpm_solver_sde", "unipc"])
 def test_overlays_of_samplers_make_digits(in_root, write, tmp_path, name):
     """25 evaluations each; the evaluation classifier names most of what was asked for."""
     callbacks = yaml.safe_load(Path("lightning_configs/predict/digits.yaml").read_text())["trainer"]["callbacks"]
-    needed = [
-        c for c in callbacks if c["class_path"].rsplit(".", 1)[1] in ("SampleWriter", "SampleQuality", "RunReport")
-    ]
+    needed = [c for c in callbacks if c["class_path"] in ("SampleWriter", "SampleQuality", "RunReport")]
     fewer = write("fewer.yaml", trainer={"callbacks": needed})
     main(
         [
             "predict",
-            "--config=lightning_configs/predict/digits.yaml",
-            "--config=lightning_configs/score/plain.yaml",
-            f"--config=lightning_configs/sampler/{name}.yaml",
+            "--config=digits",
+            "--config=score/plain",
+            f"--config=sampler/{name}",
             f"--config={fewer}",
-            "--model.init_args.guidance.init_args.schedule.init_args.gamma=0",
-            "--data.init_args.num_samples=50",
-            "--data.init_args.batch_size=50",
+            "--model.guidance.schedule.gamma=0",
+            "--data.num_samples=50",
+            "--data.batch_size=50",
             f"--trainer.default_root_dir={tmp_path / 'run'}",
             "--trainer.accelerator=cpu",
             "--trainer.enable_progress_bar=false",

@@ -60,8 +60,8 @@ def fit(folder, source, case, tmp_path, max_corrupt=0.2, **model):
     name = case["fit"] if "_" in case["fit"] else f"imagenet128_resnet{case['fit']}"
     configs = [FIT / f"{name}.yaml"]
     configs += [
-        ROOT / f"lightning_configs/{part}/{case[part]}.yaml"
-        for part in ("input_transform", "objective")
+        ROOT / f"lightning_configs/{folder}/{case[part]}.yaml"
+        for part, folder in (("input_transform", "input"), ("objective", "objective"))
         if part in case
     ]
     merged = yaml.safe_load(configs[0].read_text())
@@ -105,14 +105,18 @@ def test_configuration(images, in_root, tmp_path, case):
         assert network == f"torchvision/resnet{case['fit']}"
     else:
         expected = config["model"]["init_args"]["classifier"]["init_args"]["network"]
-        assert network == expected if isinstance(expected, str) else network["class_path"] == expected["class_path"]
+        if isinstance(expected, str):
+            assert network == expected
+        else:
+            assert network["class_path"] == f"calib_guidance.networks.{expected['class_path']}"
 
 
 def test_the_denoiser_is_the_one_that_is_sampled():
     """That of input/denoised_imagenet128 and of the offline way is backbone/adm128."""
 
     def denoiser(path, *keys):
-        node = yaml.safe_load((ROOT / "lightning_configs" / path).read_text())["model"]["init_args"]
+        node = yaml.safe_load((ROOT / "lightning_configs" / path).read_text())["model"]
+        node = node.get("init_args", node)
         for key in keys:
             node = node[key]["init_args"]
         return node["denoiser"]
@@ -160,10 +164,10 @@ class TestRefusals:
 
     def test_a_denoiser_of_another_image_size(self, images, in_root, tmp_path, capsys, monkeypatch):
         config = yaml.safe_load((ROOT / "lightning_configs/input/denoised_imagenet128.yaml").read_text())
-        denoiser = config["model"]["init_args"]["input_transform"]["init_args"]["denoiser"]["init_args"]
+        denoiser = config["model"]["input_transform"]["init_args"]["denoiser"]["init_args"]
         denoiser["network"] = SMALL_ADM | {"init_args": SMALL_ADM["init_args"] | {"image_size": 64}}
         denoiser["checkpoint"] = None
-        input_transform = config["model"]["init_args"]["input_transform"]
+        input_transform = config["model"]["input_transform"]
         message = self.refuse(capsys, tmp_path / "out", images, PLAIN, tmp_path, input_transform=input_transform)
         assert "the data has images of 3×128×128, the denoiser takes 3×64×64" in message
 

@@ -1,4 +1,4 @@
-"""The commands of ``calib-guidance``: Lightning's four, and those of the second table below."""
+"""The commands of ``calib-guidance``: Lightning's four, and the project's own."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ _LIGHTNING = {
     "test": "the same on test data",
     "predict": "make guided samples, or denoised images to train on",
 }
-# The module with a function of the command's name, which takes the arguments after it, and what it does. Imported on demand:
-# status and export need neither torch nor Lightning, whose import takes longer than they do.
+# For each command the module with a function of its name, and what it does. Imported on demand: configs, status and export need
+# neither torch nor Lightning, whose import takes longer than they do.
 _COMMANDS = {
     "compare": ("experiments.compare", "many runs and seeds, as tables"),
+    "configs": ("cli.configs", "list the named configurations"),
     "doctor": ("cli.doctor", "check files, shapes, memory and time of a run before it"),
     "evaluate": ("evaluation.evaluate", "measure samples: FID, precision, recall, accuracy and more"),
     "export": ("runs.export", "a run's samples as npz, PNG or a data set"),
@@ -32,47 +33,51 @@ _COMMANDS = {
 
 
 def _overview() -> str:
-    lines = [
-        f"  {name:10} {what}"
-        for name, what in (_LIGHTNING | {name: text for name, (_, text) in _COMMANDS.items()}).items()
-    ]
+    commands = _LIGHTNING | {name: text for name, (_, text) in _COMMANDS.items()}
+    lines = [f"  {name:10} {text}" for name, text in commands.items()]
     return "\n".join(
-        ("usage: calib-guidance COMMAND …", "", *lines, "", "calib-guidance COMMAND --help has the options of each.")
+        (
+            "usage: calib-guidance COMMAND …",
+            "",
+            *lines,
+            "",
+            "calib-guidance COMMAND --help lists the options of a command.",
+        )
     )
 
 
-def _run(command: str | None, words: Sequence[str], args: Sequence[str] | None) -> None:
-    if command is None:
+def _run(argv: Sequence[str]) -> None:
+    if not argv:
         raise ConfigurationError(f"which command?\n{_overview()}")
+    command = argv[0]
     if command in ("-h", "--help"):
         print(_overview())
     elif command in _COMMANDS:
-        getattr(importlib.import_module(f"calib_guidance.{_COMMANDS[command][0]}"), command)(words)
+        module = importlib.import_module(f"calib_guidance.{_COMMANDS[command][0]}")
+        getattr(module, command)(argv[1:])
     elif command in _LIGHTNING or command.startswith("-"):
         from calib_guidance.cli.lightning import run_lightning
 
-        run_lightning(args)
+        run_lightning(argv)
     else:
         near = difflib.get_close_matches(command, [*_LIGHTNING, *_COMMANDS], 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigurationError(f"unknown command {command!r}{hint}\n{_overview()}")
 
 
-def main(args: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run one command.
 
     Args:
-        args: the words after ``calib-guidance``; None takes those of the process.
+        argv: arguments after ``calib-guidance``; None takes those of the process.
 
     Raises:
-        SystemExit: with status 2 and a message, for a configuration that cannot run; with status 1 for a no-go of ``doctor``
-            and for what does not fit into the memory; of ``predict`` with status 3 if samples failed, and 4 if it
-            stopped early (a signal, a full disk); re-run to resume; those of ``status``. With
-            CALIB_GUIDANCE_TRACEBACK set in the environment the error itself is raised instead.
+        SystemExit: with a message. Status 1: a no-go of ``doctor``, or out of memory. Status 2: a configuration that cannot run.
+            ``predict``: status 3 if samples failed, status 4 if it stopped early (a signal, a full disk) and can be resumed.
+            ``status`` has its own. If CALIB_GUIDANCE_TRACEBACK is set in the environment, the error itself is raised instead.
     """
-    words = list(sys.argv[1:] if args is None else args)
     try:
-        _run(words[0] if words else None, words[1:], args)
+        _run(list(sys.argv[1:] if argv is None else argv))
     except (ConfigurationError, CheckpointError, RunError) as error:
         if os.environ.get("CALIB_GUIDANCE_TRACEBACK"):
             raise
@@ -82,9 +87,9 @@ def main(args: Sequence[str] | None = None) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        full = f"no space is left on the device, or the quota is used up ({error.filename or error})"
         print(
-            f"calib-guidance: {full}: complete shards are kept; free disk space and re-run to resume",
+            f"calib-guidance: no space left on the device, or disk quota exceeded ({error.filename or error}): "
+            "complete shards are kept; free disk space and re-run to resume",
             file=sys.stderr,
         )
         raise SystemExit(StoppedError.status) from error

@@ -1,25 +1,71 @@
-"""Configuration files that are based on others."""
+"""Named configurations, and configuration files that are based on others."""
 
 from __future__ import annotations
 
+import argparse
+import difflib
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import yaml
 
+from calib_guidance.backend.shipped import shipped
 from calib_guidance.errors import ConfigurationError
 
 _OPTIONS = ("--config", "-c")
+_ROOT = "lightning_configs"
+_FOLDER = {"validate": "fit", "test": "fit"}  # of a command, where it is not the command's own name
 
 
-def _read(path: Path, above: tuple[Path, ...]) -> list[str]:
+def configuration_names() -> list[str]:
+    """Names of the configurations that come with the package, such as ``sampler/ddim``."""
+    root = shipped(_ROOT)
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+
+
+def find_configuration(
+    value: str, command: str | None = None, folder: Path = Path(), said_by: str = "--config"
+) -> Path:
+    """The file that ``--config`` or ``base:`` names.
+
+    An existing path wins. Then a name: below ``lightning_configs/COMMAND``, below ``lightning_configs``, or the end of exactly
+    one name there (``resnet101_js`` for ``predict/imagenet128/resnet101_js``).
+
+    Args:
+        value: path or name, with or without ``.yaml``.
+        command: for which a name is looked up first.
+        folder: that relative paths start from.
+        said_by: option or file that names it, for the message.
+
+    Raises:
+        ConfigurationError: neither a file nor a name, or a name that several configurations share.
+    """
+    if (folder / value).is_file():
+        return folder / value
+    name = PurePosixPath(value.removesuffix(".yaml").removeprefix(f"{_ROOT}/")).as_posix()
+    names, command_folder = configuration_names(), _FOLDER.get(command, command)
+    first = [each for each in (f"{command_folder}/{name}", name) if each in names]
+    found = first[:1] or [each for each in names if each.endswith(f"/{name}")]
+    if len(found) == 1:
+        return shipped(f"{_ROOT}/{found[0]}.yaml")
+    if found:
+        raise ConfigurationError(
+            f"{said_by}: several configurations are named {value!r}: give one of {', '.join(found)}"
+        )
+    ours_last = sorted(names, key=lambda each: each.startswith(f"{command_folder}/"))
+    known = {each.rpartition("/")[2]: each for each in ours_last} | {each: each for each in names}
+    near = dict.fromkeys(known[each] for each in difflib.get_close_matches(name, known, 3, 0.7))
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    raise ConfigurationError(
+        f"{said_by}: {value!r} is neither a file{f' in {folder}' if folder != Path() else ''} nor the name of a configuration"
+        f"{hint}; `calib-guidance configs` lists the names"
+    )
+
+
+def _read(path: Path, above: tuple[Path, ...], command: str | None) -> list[str]:
     """Values for ``--config``: the files that ``path`` is based on, and what it says itself."""
     if path.resolve() in above:
         raise ConfigurationError(f"{path} is based on itself, by way of {', '.join(map(str, above))}")
-    if not path.is_file():
-        raise ConfigurationError(
-            f"{above[-1] if above else 'base'}: no such file: {path} (base is relative to the file that says it)"
-        )
     try:
         content = yaml.safe_load(path.read_text())
     except yaml.YAMLError:
@@ -29,31 +75,64 @@ def _read(path: Path, above: tuple[Path, ...]) -> list[str]:
     bases = content.pop("base")
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ConfigurationError(
-            f"{path}: base must be the path of a configuration file or a list of them, got {bases!r}"
+        raise ConfigurationError(f"{path}: base must be a configuration file or name, or a list of them, got {bases!r}")
+    files = [
+        value
+        for base in bases
+        for value in _read(
+            find_configuration(base, command, path.parent, f"{path}, base"), (*above, path.resolve()), command
         )
-    files = [value for base in bases for value in _read(path.parent / base, (*above, path.resolve()))]
+    ]
     return [*files, yaml.safe_dump(content, allow_unicode=True, sort_keys=False)] if content else files
 
 
-def expand_bases(words: Sequence[str]) -> list[str]:
-    """The words of a command with every configuration file preceded by those it is based on.
+def expand_bases(argv: Sequence[str]) -> list[str]:
+    """Arguments of a command in which every configuration is a file or YAML text, preceded by those it is based on.
 
-    A file may say ``base: FILE`` or ``base: [FILE, …]``, relative to itself; it then overrides these, as a later ``--config``
-    would.
+    A file may say ``base: FILE`` or ``base: [FILE, …]``: paths relative to itself, or names. It overrides them, as a later
+    ``--config`` would.
+
+    Args:
+        argv: command and options, such as ``["predict", "--config", "digits"]``.
 
     Raises:
-        ConfigurationError: a base that is missing, is not a path, or leads back to the file.
+        ConfigurationError: a configuration or base that does not exist, a base that is neither path nor name, or a cycle.
     """
     expanded: list[str] = []
-    words = list(words)
-    while words:
-        word = words.pop(0)
-        option, equals, value = word.partition("=")
-        if option not in _OPTIONS or not (equals or words):
-            expanded.append(word)
+    command = argv[0] if argv else None
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        option, equals, value = argument.partition("=")
+        if option not in _OPTIONS or not (equals or rest):
+            expanded.append(argument)
             continue
-        value = value if equals else words.pop(0)
-        values = _read(Path(value), ()) if "\n" not in value and Path(value).is_file() else [value]
-        expanded += [word for each in values for word in ("--config", each)]
+        value = value if equals else rest.pop(0)
+        is_text = any(mark in value for mark in ("\n", "{", ": "))
+        values = [value] if is_text else _read(find_configuration(value, command), (), command)
+        expanded += [each for value in values for each in ("--config", value)]
     return expanded
+
+
+def _about(name: str) -> str:
+    """First line of the comment that a configuration starts with."""
+    first = shipped(f"{_ROOT}/{name}.yaml").read_text().partition("\n")[0]
+    return first.lstrip("# ") if first.startswith("#") else ""
+
+
+def configs(argv: Sequence[str]) -> None:
+    """``calib-guidance configs``: the named configurations, a line each."""
+    parser = argparse.ArgumentParser(
+        prog="calib-guidance configs",
+        description="List the configurations that --config and base: find by name.",
+        epilog="A command looks in its own folder first: `calib-guidance predict --config digits` is predict/digits.",
+    )
+    parser.add_argument("text", nargs="?", default="", help="list only names that contain this, e.g. imagenet128")
+    text = parser.parse_args(argv).text
+    found = [name for name in configuration_names() if text in name]
+    if not found:
+        raise ConfigurationError(f"no configuration has {text!r} in its name; `calib-guidance configs` lists all")
+    width = max(map(len, found))
+    print(f"in {shipped(_ROOT)}:\n")
+    for name in found:
+        print(f"{name:{width}}  {_about(name)}")

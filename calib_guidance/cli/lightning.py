@@ -31,6 +31,14 @@ from calib_guidance.cli.configs import expand_bases
 from calib_guidance.errors import ConfigurationError, FailedSamplesError
 from calib_guidance.weights.io import CheckpointError
 
+# Imported so that configurations can name their classes without a module: `sampler: DDIM`.
+_PARTS = [
+    importlib.import_module(f"calib_guidance.{folder}")
+    for folder in (
+        *("callbacks", "classifiers", "data", "denoisers", "diffusion", "evaluation"),
+        *("guidance", "networks", "samplers", "scores", "tasks", "training"),
+    )
+]
 _PREDICT_CKPT = (
     "predict takes no --ckpt_path: Lightning would put the training module of that checkpoint in place of the sampling "
     "one. Name the weights in the YAML instead: the `checkpoint` of the denoiser or the `weights` of the classifier"
@@ -70,54 +78,76 @@ def innermost(error: BaseException) -> BaseException:
 
 
 def _unknown_class(class_path: str) -> str:
-    """What is wrong with a ``class_path`` that names nothing."""
+    """What is wrong with a class path or class name that names nothing."""
     module, _, name = class_path.rpartition(".")
-    try:
-        near = difflib.get_close_matches(name, vars(importlib.import_module(module)), 1)
-    except ImportError as error:
-        return f"there is no {class_path} ({error})"
+    if not module:
+        known = {name: f"{part.__name__}.{name}" for part in _PARTS for name in part.__all__}
+        if name in known:
+            return f"{known[name]} cannot be used here"
+        near = difflib.get_close_matches(name, known, 1)
+    else:
+        try:
+            near = difflib.get_close_matches(name, vars(importlib.import_module(module)), 1)
+        except ImportError as error:
+            return f"there is no {class_path} ({error})"
     return f"there is no {class_path}{f' (did you mean {near[0]!r}?)' if near else ''}"
+
+
+def _unknown_option(class_path: str, option: str) -> str:
+    named = import_class(class_path)
+    accepted = list(inspect.signature(named).parameters)
+    near = difflib.get_close_matches(option, accepted, 1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return f"{named.__name__} has no option {option!r}{hint}; it has: {', '.join(accepted)}"
 
 
 def shorten(message: str) -> str:
     """What a parse error is about, without the pages of union types around it."""
     where = ".".join(re.findall(r'Parser key "([^"]+)"', message))
     classes = re.findall(r"Problem with given class_path '([\w.]+)'", message)
-    option = re.search(r"Option '([\w.]+)' is not accepted", message)
+    if shared := re.search(r"Multiple subclasses with name (\w+)\..*avoid ambiguity: (.*)\.", message):
+        return f"{where}: several classes are named {shared[1]}: give one of {shared[2]}"
+    if names := re.findall(r"Expected a dot import path string: (\S+)", message):
+        return f"{where}: {_unknown_class(names[-1])}"
     if classes and re.search(r"module '[\w.]+' has no attribute '\w+'|No module named '[\w.]+'", message):
         return f"{where}: {_unknown_class(classes[-1])}"
-    if "a dict without class_path but with init_args entry" in message:
+    if "Expected an instantiatable class, but" in message or "a dict without class_path but with" in message:
         return (
-            f"{where}: options (init_args) are given, and no class_path says of what. An overlay that only sets options goes "
-            "after one that names the class, such as guidance/ after classifier/"
+            f"{where}: options are given, but no class_path says of which class. An overlay that only sets options goes after "
+            "one that names the class, such as guidance/ after classifier/"
         )
     values = re.findall(
         r"Expected an? <class '\w+'>\. Got value: .*|Import path \S+ does not correspond to .*", message
     )
     if len(values) == 1:
         return f"{where}: {values[0]}"
-    if option is None or not classes:
-        return message
-    named = import_class(classes[-1])
-    accepted = list(inspect.signature(named).parameters)
-    near = difflib.get_close_matches(option[1], accepted, 1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"{where}: {named.__name__} has no option {option[1]!r}{hint}; it has: {', '.join(accepted)}"
+    option = re.search(r"Option '([\w.]+)' is not accepted", message)
+    return f"{where}: {_unknown_option(classes[-1], option[1])}" if option and classes else message
+
+
+def _prefer_ours(paths: Sequence[str]) -> list[str]:
+    """Class paths in which a name that this package and another library share is this package's."""
+    ours = [path.startswith("calib_guidance.") for path in paths]
+    names = {path.rpartition(".")[2] for path, own in zip(paths, ours, strict=True) if own}
+    return [path for path, own in zip(paths, ours, strict=True) if own or path.rpartition(".")[2] not in names]
 
 
 @contextlib.contextmanager
 def subclasses_listed_once() -> Iterator[None]:
-    """While a configuration is read, remembers the subclasses of each type.
+    """While a configuration is read, remembers the subclasses of each type, this package's first where names are ambiguous.
 
     jsonargparse lists all subclasses of nn.Module, over a thousand with the libraries that are loaded here, each time that it
-    tries whether a name such as ``adm_classifier128`` is a class: 11 of the 13 seconds that reading took.
+    tries whether a name such as ``adm_classifier128`` is a class: 11 of the 13 seconds that reading took. The list is made
+    again when modules were imported since.
     """
     hints, name = jsonargparse._typehints, "get_all_subclass_paths"
-    original = getattr(hints, name, None)
-    if original is None:  # another version, in which it may not be needed
-        yield
-        return
-    setattr(hints, name, functools.cache(original))
+    original = getattr(hints, name)
+
+    @functools.cache
+    def listed(num_modules: int, *args: object, **kwargs: object) -> list[str]:
+        return _prefer_ours(original(*args, **kwargs))
+
+    setattr(hints, name, lambda *args, **kwargs: listed(len(sys.modules), *args, **kwargs))
     try:
         yield
     finally:
@@ -195,8 +225,8 @@ class CalibGuidanceCLI(LightningCLI):
             raise ConfigurationError(str(innermost(error))) from error
 
 
-def run_lightning(args: Sequence[str] | None, cli: type[CalibGuidanceCLI] = CalibGuidanceCLI) -> CalibGuidanceCLI:
-    """One Lightning subcommand; None takes the words of the process."""
+def run_lightning(argv: Sequence[str], cli: type[CalibGuidanceCLI] = CalibGuidanceCLI) -> CalibGuidanceCLI:
+    """Run one Lightning subcommand with its options."""
     for message in (
         ".*LightningCLI's args parameter is intended.*",  # main(args) is for that
         ".*does not have many workers.*",  # requests and in-memory digits need none
@@ -223,5 +253,5 @@ def run_lightning(args: Sequence[str] | None, cli: type[CalibGuidanceCLI] = Cali
         auto_configure_optimizers=False,
         # Predict runs under inference mode unless told not to, and guidance takes gradients inside it.
         trainer_defaults={"inference_mode": False, "callbacks": [StepSeeds(), RequeueBetweenSteps()]},
-        args=expand_bases(sys.argv[1:] if args is None else args),
+        args=expand_bases(argv),
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from calib_guidance import classifiers, networks
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.errors import ConfigurationError
 
@@ -42,7 +43,9 @@ def _build(description: object) -> object:
     if "class_path" not in description:
         return {key: _build(value) for key, value in description.items()}
     module, _, name = description["class_path"].rpartition(".")
-    return getattr(importlib.import_module(module), name)(**_build(description.get("init_args") or {}))
+    parts = [importlib.import_module(module)] if module else [classifiers, networks]
+    owner = next((part for part in parts if hasattr(part, name)), parts[-1])
+    return getattr(owner, name)(**_build(description.get("init_args") or {}))
 
 
 def read_classifier(path: str | Path) -> Classifier:

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calib_guidance.backend.shipped import find_file
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.runs.store import canonical_json, sha256
 
@@ -99,7 +100,7 @@ def settings(config: Mapping[str, Any], key: str) -> dict[str, Any]:
             continue
         # A file of the working directory that happens to be named like a setting does not count.
         is_path = isinstance(value, str) and ("/" in value or Path(value).suffix or name.endswith(".labels"))
-        path = Path(value) if is_path else None
+        path = find_file(value) if is_path else None
         if path is not None and (path.suffix in _WEIGHTS or path.is_dir()) and path.exists() and key == "model":
             continue  # the weights that were loaded are hashed
         plain = value if isinstance(value, (str, int, float, bool, list, type(None))) else str(value)

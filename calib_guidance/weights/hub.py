@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from calib_guidance.backend.shipped import find_file
 from calib_guidance.errors import CheckpointError
 
 PREFIX = "hf://"
@@ -21,7 +22,7 @@ def fetch(path: str | os.PathLike[str]) -> Path:
         CheckpointError: nothing there, no access, or no network; names the cause and what to do.
     """
     if not str(path).startswith(PREFIX):
-        return Path(path)
+        return find_file(path)
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
         EntryNotFoundError,

@@ -18,6 +18,7 @@ import torch
 import torchvision
 from jsonargparse import Namespace
 
+from calib_guidance.backend.shipped import find_file
 from calib_guidance.cli.doctor.report import Report, amount
 from calib_guidance.cli.lightning import CalibGuidanceCLI, import_class, run_lightning
 from calib_guidance.data.base import init_arg
@@ -174,7 +175,7 @@ def locate_weights(value: str, network: object) -> tuple[str, list[str]]:
         value: file, folder, hub id (``hf://…``) or name that the network's library knows.
         network: the option ``network`` beside it.
     """
-    path = Path(value).expanduser()
+    path = find_file(Path(value).expanduser())
     if path.exists():
         size = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
         return ("ok", [f"{value} ({amount(size)})"]) if size else ("wrong", [f"{value} is empty: download it anew"])
