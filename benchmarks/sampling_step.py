@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from guidance_share import ADM64
 from PIL import Image
 from timing import Figure, in_turns, keep, machine, parser, ratio
-from torch import Tensor, nn
+from torch import Tensor
 
+from calib_guidance.backend import tuning
 from calib_guidance.backend.compilation import Compiled
 from calib_guidance.backend.images import to_uint8
 from calib_guidance.classifiers import OffTheShelfClassifier
@@ -46,22 +46,10 @@ def einsum_attention(qkv: Tensor, heads: int, new_order: bool) -> Tensor:
     return torch.einsum("nhqk,nkhc->nqhc", weight, v).reshape(n, tokens, heads * channels)
 
 
-def plain_pointwise(conv: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
-    """A 1×1 convolution of pixels ``(…, C)`` as a convolution."""
-    if isinstance(conv, nn.Conv1d):
-        return F.conv1d(x.transpose(1, 2), conv.weight, conv.bias).transpose(1, 2)
-    return F.conv2d(x.permute(0, 3, 1, 2), conv.weight, conv.bias).permute(0, 2, 3, 1)
-
-
 @contextlib.contextmanager
 def plainly() -> Iterator[None]:
     """Networks run without what makes them fast here."""
-    with (
-        mock.patch.object(adm, "_attend", einsum_attention),
-        mock.patch.object(adm, "pointwise", plain_pointwise),
-        mock.patch.object(adm.GroupNorm, "_is_slow", return_value=False),
-        mock.patch.object(adm.SiLU, "forward", lambda _, x: F.silu(x)),
-    ):
+    with tuning.plain(), mock.patch.object(adm, "_attend", einsum_attention):
         yield
 
 

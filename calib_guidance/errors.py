@@ -1,5 +1,7 @@
 """Errors that the command line shows as one message, without a traceback."""
 
+from collections.abc import Iterable
+
 
 def first_line(error: BaseException) -> str:
     """First line of an error's message, or the name of its class where it has no message."""
@@ -38,3 +40,9 @@ class OutOfMemoryError(RunError):
 
 class CheckpointError(RuntimeError):
     """A weights file that is missing, unreadable or made for another architecture."""
+
+
+def check_choice(option: str, value: object, known: Iterable[str]) -> None:
+    """Raise ValueError where an option has none of its known values."""
+    if value not in known:
+        raise ValueError(f"{option}: unknown {value!r}; known: {', '.join(known)}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import torch
 from PIL import Image
@@ -17,7 +18,7 @@ from torchvision.transforms import v2
 
 from calib_guidance.backend.images import from_uint8
 from calib_guidance.denoisers import VAEDecoder, fit_linear_decoder
-from calib_guidance.denoisers.decoders import UPSAMPLINGS
+from calib_guidance.denoisers.decoders import Upsampling
 from calib_guidance.weights.diffusers_folder import load_autoencoder
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
@@ -42,7 +43,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=256, help="side in pixels (%(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="at a time (%(default)s)")
     parser.add_argument("--latent-scale", type=float, default=0.18215, help="as in the denoiser (%(default)s)")
-    parser.add_argument("--upsampling", choices=UPSAMPLINGS, default="bilinear")
+    parser.add_argument("--upsampling", choices=get_args(Upsampling), default="bilinear")
     options = parser.parse_args(args)
     paths = sorted(path for path in options.images.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
+from calib_guidance.backend import tuning
+
 # Operators of oneDNN, which torch.compile puts in the place of convolutions when it freezes weights.
 _ops = torch.ops.mkldnn
 _PLAIN = ("none", [], "")  # no activation fused
@@ -76,7 +78,8 @@ class PackedConv2d(nn.Conv2d):
 
     def can_pack(self, x: Tensor) -> bool:
         return (
-            x.device.type == "cpu"
+            tuning.enabled()
+            and x.device.type == "cpu"
             and x.ndim == 4
             and x.shape[1] == self.in_channels
             and min(self.out_size(x.shape)) > 0

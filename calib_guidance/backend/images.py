@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
-UINT8_RULES = ("truncate", "round_up_half")
+from calib_guidance.errors import check_choice
+
+Uint8Rule = Literal["truncate", "round_up_half"]
+UINT8_RULES = get_args(Uint8Rule)
 
 
-def to_uint8(x: Tensor, rule: str = "truncate") -> Tensor:
+def to_uint8(x: Tensor, rule: Uint8Rule = "truncate") -> Tensor:
     """8-bit images of images in [-1, 1]; what lies outside is clipped.
 
     The published codes disagree by up to one grey level, which moves FID, so the rule is stored with the samples.
@@ -20,12 +25,8 @@ def to_uint8(x: Tensor, rule: str = "truncate") -> Tensor:
     Raises:
         ValueError: another rule.
     """
-    if rule == "truncate":
-        scaled = (x.float() + 1) * 127.5
-    elif rule == "round_up_half":
-        scaled = x.float() * 127.5 + 128
-    else:
-        raise ValueError(f"uint8_rule: unknown {rule!r}; known: {', '.join(UINT8_RULES)}")
+    check_choice("uint8_rule", rule, UINT8_RULES)
+    scaled = (x.float() + 1) * 127.5 if rule == "truncate" else x.float() * 127.5 + 128
     return scaled.clamp(0, 255).to(torch.uint8)
 
 

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+from calib_guidance.errors import check_choice
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype)}
+HALVES = (torch.float16, torch.bfloat16)
 _ROOM = (
     256.0  # by which gradients start above 1: far from the least number of float16, 6e-8, and from its largest, 65504
 )
+
+
+def dtype_of(name: str, known: Iterable[str] = DTYPES, option: str = "dtype") -> torch.dtype:
+    """The type of a name.
+
+    Raises:
+        ValueError: a name that is not among the ``known`` ones.
+    """
+    check_choice(option, name, known)
+    return DTYPES[name]
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
@@ -65,20 +80,15 @@ class _Leave(torch.autograd.Function):
         return gradient * (_ROOM / size)[:, None], None
 
 
-class WideGradient:
-    """Keeps gradients through a network in float16 from vanishing: a sure classifier's are below what float16 can tell from 0.
+def wide_gradient(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Call a network in float16 whose gradients do not vanish: a sure classifier's are below what float16 can tell from 0.
 
     The way back is linear and samples do not meet on it, so that each one's gradient may start at its own size and get that back
     in float32. Costs nothing where no gradient is taken.
 
-    ``enter`` takes the float32 images ``(N, …)`` before they are cast, ``leave`` the float32 logits ``(N, K)``.
+    Args:
+        network: maps float32 images ``(N, …)``, which it casts itself, to float32 logits ``(N, K)``.
+        x: the images.
     """
-
-    def __init__(self) -> None:
-        self._sizes: list[Tensor] = []
-
-    def enter(self, x: Tensor) -> Tensor:
-        return _Enter.apply(x, self._sizes)
-
-    def leave(self, logits: Tensor) -> Tensor:
-        return _Leave.apply(logits, self._sizes)
+    sizes: list[Tensor] = []
+    return _Leave.apply(network(_Enter.apply(x, sizes)), sizes)

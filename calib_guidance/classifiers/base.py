@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from calib_guidance.backend.compilation import Compiled
+
 
 class Classifier(nn.Module, ABC):
     """``classifier(x, t) -> logits``.
@@ -20,6 +22,8 @@ class Classifier(nn.Module, ABC):
         temperature: T > 0 by which :meth:`temper` divides logits; one for all steps, or one for each of equal ranges of t,
             the cleanest first (Guo et al. 2017; see :func:`~calib_guidance.classifiers.fit_temperature`).
         num_steps: length of the diffusion process that t refers to.
+        compile: compile the network once it is frozen, forward and backward, see
+            :class:`~calib_guidance.backend.compilation.Compiled`.
 
     Raises:
         ValueError: a temperature that is not above 0.
@@ -27,14 +31,15 @@ class Classifier(nn.Module, ABC):
 
     num_classes: int
 
-    def __init__(self, temperature: float | Sequence[float] = 1.0, num_steps: int = 1000):
+    def __init__(self, temperature: float | Sequence[float] = 1.0, num_steps: int = 1000, compile: bool = False):
         super().__init__()
         values = torch.tensor(temperature, dtype=torch.float32).reshape(-1)
         # In plain numbers: under torch.device("meta") the tensor has none.
         if not values.numel() or not all(v > 0 for v in np.ravel(temperature)):
             raise ValueError(f"temperature must be a number above 0, or one for each range of t; got {temperature}")
         self.temperature = [float(v) for v in temperature] if isinstance(temperature, Sequence) else float(temperature)
-        self.num_steps = num_steps
+        self.num_steps, self.is_compiled = num_steps, compile
+        self._compiled: Compiled | None = None
         self.register_buffer("_inverse_temperature", 1 / values, persistent=False)
 
     @abstractmethod
@@ -55,6 +60,29 @@ class Classifier(nn.Module, ABC):
         level = t * len(self._inverse_temperature) // self.num_steps
         return logits * self._inverse_temperature[level].unsqueeze(1)
 
+    def _compile(self, network: nn.Module) -> None:
+        """Compile a network that is ready to guide, once and where asked for; ``_compiled or network`` then runs it."""
+        if self.is_compiled and self._compiled is None:
+            self._compiled = Compiled(network)
+
     def freeze(self) -> Classifier:
         """Make the classifier ready to guide: evaluation mode, no parameter gradients. Input gradients still flow."""
         return self.eval().requires_grad_(False)
+
+
+class Standardize(nn.Module):
+    """Images in [-1, 1] to the colors (x' − mean)/std that a network was trained with, of x' = (x + 1)/2 in [0, 1].
+
+    Args:
+        mean: of each color in [0, 1].
+        std: its standard deviation.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        mean, std = torch.tensor(mean), torch.tensor(std)
+        self.register_buffer("scale", (0.5 / std).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("offset", ((0.5 - mean) / std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.offset

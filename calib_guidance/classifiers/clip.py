@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calib_guidance.backend.compilation import Compiled
-from calib_guidance.backend.precision import DTYPES, WideGradient, autocast
-from calib_guidance.classifiers.base import Classifier
+from calib_guidance.backend.precision import Dtype, autocast, dtype_of, wide_gradient
+from calib_guidance.classifiers.base import Classifier, Standardize
+from calib_guidance.scores.base import as_float
 from calib_guidance.weights.io import load_weights
 
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -175,12 +175,11 @@ class CLIPClassifier(Classifier):
         cutout_scale: Sequence[float] = (0.5, 0.9),
         mean: Sequence[float] = _MEAN,
         std: Sequence[float] = _STD,
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         temperature: float | Sequence[float] = 1.0,
         compile: bool = False,
     ):
-        super().__init__(temperature)
-        self.is_compiled, self._compiled = compile, None
+        super().__init__(temperature, compile=compile)
         if isinstance(prompts, str) or not prompts or not all(prompts):
             raise ValueError(f"prompts must be a list of texts, one per class, got {prompts!r}")
         if cutouts < 0:
@@ -189,14 +188,13 @@ class CLIPClassifier(Classifier):
             raise ValueError(f"cutout_scale must be [smallest, largest] within (0, 1], got {list(cutout_scale)}")
         if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
             raise ValueError(f"mean and std must be three numbers each, std above 0; got {list(mean)} and {list(std)}")
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype: unknown {dtype!r}; known: {', '.join(DTYPES)}")
+        self.dtype = dtype_of(dtype)
         clip = build_clip(model)
         if weights is not None:
             _check_published(model, weights, mean, std)
             load_weights(clip, weights)
         self.prompts, self.num_classes = tuple(prompts), len(prompts)
-        self.cutouts, self.cutout_scale, self.dtype = cutouts, tuple(cutout_scale), DTYPES[dtype]
+        self.cutouts, self.cutout_scale = cutouts, tuple(cutout_scale)
         self.size = clip.visual.image_size
         self.size = self.size if isinstance(self.size, tuple) else (self.size, self.size)
         text_config = _read_config(model).get("text_cfg", {})
@@ -207,10 +205,7 @@ class CLIPClassifier(Classifier):
             logit_scale = clip.logit_scale.exp().clamp(max=100).reshape(())
         self.register_buffer("logit_scale", logit_scale.clone(), persistent=False)
         self.visual = clip.visual
-        mean, std = torch.tensor(mean), torch.tensor(std)
-        # (x + 1)/2 followed by (x − mean)/std, as one multiplication and one addition.
-        self.register_buffer("scale", (0.5 / std).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("offset", ((0.5 - mean) / std).view(1, 3, 1, 1), persistent=False)
+        self.standardize = Standardize(mean, std)
 
     def _tokenize(self, context_length: int, options: Mapping[str, Any]) -> Tensor:
         """``(K, context_length)`` numbers of word pieces."""
@@ -252,22 +247,20 @@ class CLIPClassifier(Classifier):
         return views
 
     def freeze(self) -> Classifier:
-        if self.is_compiled and self._compiled is None:
-            self._compiled = Compiled(self.visual)
+        self._compile(self.visual)
         return super().freeze()
 
     def similarity(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         """Cosine between images ``(N, 3, H, W)`` in [-1, 1] and each prompt, ``(N, K)`` in [-1, 1]; the mean over cut-outs."""
         with autocast(x.device, None):
-            x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-            shown = torch.cat(self._views(x, t)) * self.scale + self.offset
+            shown = self.standardize(torch.cat(self._views(as_float(x), t)))
         with autocast(x.device, None if self.dtype == torch.float32 else self.dtype):
             visual = self._compiled or self.visual
-            if self.dtype == torch.float16:
-                wide = WideGradient()
-                embedding = wide.leave(visual(wide.enter(shown)).to(self.text.dtype))
-            else:
-                embedding = visual(shown).to(self.text.dtype)
+
+            def embed(images: Tensor) -> Tensor:
+                return visual(images).to(self.text.dtype)
+
+            embedding = wide_gradient(embed, shown) if self.dtype == torch.float16 else embed(shown)
         with autocast(x.device, None):
             embedding = F.normalize(embedding, dim=-1).view(-1, len(x), self.text.shape[1]).mean(0)
             return embedding @ self.text.T

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from calib_guidance.backend.compilation import Compiled
-from calib_guidance.backend.precision import WideGradient
+from calib_guidance.backend.precision import Dtype, wide_gradient
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.weights import registry
 from calib_guidance.weights.io import load_weights, part_of, read_weights
@@ -41,11 +40,10 @@ class NoiseAwareClassifier(Classifier):
         network: nn.Module | str | None = None,
         checkpoint: str | None = None,
         temperature: float | Sequence[float] = 1.0,
-        dtype: str | None = None,
+        dtype: Dtype | None = None,
         compile: bool = False,
     ):
-        super().__init__(temperature)
-        self.is_compiled, self._compiled = compile, None
+        super().__init__(temperature, compile=compile)
         weights = None if checkpoint is None else read_weights(checkpoint)
         network, card = registry.build(network, "adm_classifier", dtype, weights and weights.state)
         self.network, self.num_classes = network, network.num_classes
@@ -70,8 +68,7 @@ class NoiseAwareClassifier(Classifier):
         self.network.check_image(shape)
 
     def freeze(self) -> Classifier:
-        if self.is_compiled and self._compiled is None:
-            self._compiled = Compiled(self.network)
+        self._compile(self.network)
         return super().freeze()
 
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
@@ -80,7 +77,6 @@ class NoiseAwareClassifier(Classifier):
                 "a noise-aware classifier needs the step t: train it with NoisyInput and guide it with classifier_input: x_t"
             )
         network = self._compiled or self.network
-        if getattr(self.network, "dtype", None) != torch.float16:
-            return self.temper(network(x, t), t)
-        wide = WideGradient()
-        return self.temper(wide.leave(network(wide.enter(x), t)), t)
+        if getattr(self.network, "dtype", None) == torch.float16:
+            return self.temper(wide_gradient(lambda images: network(images, t), x), t)
+        return self.temper(network(x, t), t)

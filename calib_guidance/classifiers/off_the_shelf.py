@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal, get_args
 
 import timm
 import torch
@@ -15,14 +16,15 @@ import torchvision
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
-from calib_guidance.backend.compilation import Compiled
 from calib_guidance.backend.convolutions import pack_convolutions
-from calib_guidance.backend.precision import DTYPES, WideGradient
-from calib_guidance.classifiers.base import Classifier
+from calib_guidance.backend.precision import Dtype, dtype_of, wide_gradient
+from calib_guidance.classifiers.base import Classifier, Standardize
 from calib_guidance.classifiers.smoothing import smooth_activations
-from calib_guidance.weights.io import CheckpointError, load_weights, tensors_only
+from calib_guidance.errors import CheckpointError, check_choice
+from calib_guidance.weights.io import load_weights, tensors_only
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+Normalization = Literal["none", "imagenet"]
 
 
 def build_network(
@@ -119,19 +121,16 @@ class OffTheShelfClassifier(Classifier):
         network: str | nn.Module,
         num_classes: int = 1000,
         weights: str | None = None,
-        normalize: str = "none",
+        normalize: Normalization = "none",
         resize: int | None = None,
         softplus_beta: float | None = None,
         activations: Sequence[str] = ("ReLU",),
         temperature: float | Sequence[float] = 1.0,
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         compile: bool = False,
     ):
-        super().__init__(temperature)
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype: unknown {dtype!r}; known: {', '.join(DTYPES)}")
-        if normalize not in ("none", "imagenet"):
-            raise ValueError(f"normalize: unknown {normalize!r}; known: none, imagenet")
+        super().__init__(temperature, compile=compile)
+        check_choice("normalize", normalize, get_args(Normalization))
         if resize is not None and resize < 1:
             raise ValueError(f"resize must be a number of pixels or null, got {resize}")
         self.weights_metadata = {
@@ -148,12 +147,8 @@ class OffTheShelfClassifier(Classifier):
             load_weights(network, weights, **self.weights_metadata)
         self.network, self.num_classes, self.normalize, self.resize = network, num_classes, normalize, resize
         self.softplus_beta, self.activations = softplus_beta, tuple(activations)
-        self.dtype, self.is_compiled, self._frozen = DTYPES[dtype], compile, False
-        self._compiled: Compiled | None = None
-        mean, std = torch.tensor(_IMAGENET_MEAN), torch.tensor(_IMAGENET_STD)
-        # (x + 1)/2 followed by (x − mean)/std, as one multiplication and one addition.
-        self.register_buffer("scale", (0.5 / std).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("offset", ((0.5 - mean) / std).view(1, 3, 1, 1), persistent=False)
+        self.dtype, self._frozen = dtype_of(dtype), False
+        self.standardize = Standardize(_IMAGENET_MEAN, _IMAGENET_STD)
         if softplus_beta is not None:
             self.network = smooth_activations(self.network, softplus_beta, self.activations)
 
@@ -166,9 +161,8 @@ class OffTheShelfClassifier(Classifier):
         super().freeze()
         if not self._frozen:
             self.network = fold_batch_norm(self.network).to(self.dtype, memory_format=torch.channels_last)
-            if self.is_compiled:
-                self._compiled = Compiled(self.network)
-            else:
+            self._compile(self.network)
+            if not self.is_compiled:
                 pack_convolutions(self.network)
             self._frozen = True
         return super().freeze()
@@ -177,9 +171,8 @@ class OffTheShelfClassifier(Classifier):
         if self.resize is not None and x.shape[-2:] != (self.resize, self.resize):
             x = F.interpolate(x, (self.resize, self.resize), mode="bilinear", antialias=True, align_corners=False)
         if self.normalize == "imagenet":
-            x = x * self.scale + self.offset
+            x = self.standardize(x)
         network = self._compiled or self.network
         if not self._frozen or self.dtype == torch.float32:
             return self.temper(network(x), t)
-        wide = WideGradient()
-        return self.temper(wide.leave(network(wide.enter(x).to(self.dtype)).to(x.dtype)), t)
+        return self.temper(wide_gradient(lambda images: network(images.to(self.dtype)).to(x.dtype), x), t)

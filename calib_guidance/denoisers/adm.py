@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from calib_guidance.backend.compilation import Compiled
+from calib_guidance.backend.precision import Dtype
 from calib_guidance.denoisers.discrete import DiscreteDenoiser
-from calib_guidance.diffusion.parameterization import check_prediction
-from calib_guidance.diffusion.schedules import NoiseSchedule, named_betas
+from calib_guidance.diffusion.parameterization import Parameterization, check_prediction
+from calib_guidance.diffusion.schedules import NoiseSchedule, ScheduleName, named_betas
 from calib_guidance.networks.adm import UNet
 from calib_guidance.weights.loading import load_network
 
@@ -38,13 +39,13 @@ class ADMDenoiser(DiscreteDenoiser):
         self,
         network: UNet | str | None = None,
         checkpoint: str | None = None,
-        noise_schedule: str | None = None,
+        noise_schedule: ScheduleName | None = None,
         num_steps: int = 1000,
-        prediction: str | None = None,
+        prediction: Parameterization | None = None,
         class_conditional: bool = True,
         image_size: int | None = None,
         compile: bool = False,
-        dtype: str | None = None,
+        dtype: Dtype | None = None,
     ):
         super().__init__()
         stated = {"noise_schedule": noise_schedule, "prediction": prediction, "num_steps": num_steps}

@@ -7,17 +7,19 @@ in about [-1, 1], differentiably.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calib_guidance.backend.precision import dtype_of
+from calib_guidance.errors import check_choice
 from calib_guidance.weights.diffusers_folder import load_autoencoder
 from calib_guidance.weights.io import load_weights, save_weights
 
-UPSAMPLINGS = ("nearest", "bilinear")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Upsampling = Literal["nearest", "bilinear"]
+DecoderDtype = Literal["float32", "bfloat16"]
 
 
 class VAEDecoder(nn.Module):
@@ -34,17 +36,17 @@ class VAEDecoder(nn.Module):
         ValueError: a scale that is not positive, or an unknown name.
     """
 
-    def __init__(self, vae: str | nn.Module | dict[str, Any], latent_scale: float = 0.18215, dtype: str = "float32"):
+    def __init__(
+        self, vae: str | nn.Module | dict[str, Any], latent_scale: float = 0.18215, dtype: DecoderDtype = "float32"
+    ):
         super().__init__()
         if not latent_scale > 0:
             raise ValueError(f"latent_scale must be above 0, got {latent_scale}")
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype: unknown {dtype!r}; known: {', '.join(DTYPES)}")
         vae = vae if isinstance(vae, nn.Module) else load_autoencoder(vae, "AutoencoderKL")
         # The encoder stays behind, 34 of 84 million parameters.
         self.post_quant_conv, self.decoder = vae.post_quant_conv or nn.Identity(), vae.decoder
         self.latent_scale = latent_scale
-        self.to(DTYPES[dtype], memory_format=torch.channels_last)
+        self.to(dtype_of(dtype, get_args(DecoderDtype)), memory_format=torch.channels_last)
 
     def forward(self, latents: Tensor) -> Tensor:
         z = (latents / self.latent_scale).to(self.decoder.conv_in.weight.dtype)
@@ -87,10 +89,11 @@ class LinearDecoder(nn.Module):
         ValueError: an unknown name.
     """
 
-    def __init__(self, checkpoint: str | None = None, upsampling: str = "bilinear", factor: int = 8, channels: int = 4):
+    def __init__(
+        self, checkpoint: str | None = None, upsampling: Upsampling = "bilinear", factor: int = 8, channels: int = 4
+    ):
         super().__init__()
-        if upsampling not in UPSAMPLINGS:
-            raise ValueError(f"upsampling: unknown {upsampling!r}; known: {', '.join(UPSAMPLINGS)}")
+        check_choice("upsampling", upsampling, get_args(Upsampling))
         self.upsampling, self.factor = upsampling, factor
         self.map = nn.Conv2d(channels, 3, 1)
         nn.init.zeros_(self.map.weight)
@@ -112,7 +115,7 @@ class LinearDecoder(nn.Module):
 
 @torch.no_grad()
 def fit_linear_decoder(
-    decode: Callable[[Tensor], Tensor], batches: Iterable[Tensor], upsampling: str = "bilinear"
+    decode: Callable[[Tensor], Tensor], batches: Iterable[Tensor], upsampling: Upsampling = "bilinear"
 ) -> tuple[LinearDecoder, float]:
     """The linear decoder nearest to ``decode`` in squared error over all pixels, by the normal equations.
 

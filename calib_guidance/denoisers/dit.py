@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from calib_guidance.backend.compilation import Compiled
-from calib_guidance.denoisers.decoders import VAEDecoder
+from calib_guidance.backend.precision import Dtype
+from calib_guidance.denoisers.decoders import DecoderDtype, VAEDecoder
 from calib_guidance.denoisers.discrete import DiscreteDenoiser
-from calib_guidance.diffusion.parameterization import check_prediction
-from calib_guidance.diffusion.schedules import NoiseSchedule, named_betas
+from calib_guidance.diffusion.parameterization import Parameterization, check_prediction
+from calib_guidance.diffusion.schedules import NoiseSchedule, ScheduleName, named_betas
 from calib_guidance.networks.dit import DiT
 from calib_guidance.weights.loading import load_network
 
@@ -55,12 +56,12 @@ class DiTDenoiser(DiscreteDenoiser):
         vae: str | nn.Module | dict[str, Any] | None = None,
         latent_scale: float = 0.18215,
         decode_batch: int | None = 4,
-        noise_schedule: str = "linear",
+        noise_schedule: ScheduleName = "linear",
         num_steps: int = 1000,
-        prediction: str = "epsilon",
+        prediction: Parameterization = "epsilon",
         class_conditional: bool = True,
-        dtype: str | None = None,
-        vae_dtype: str | None = None,
+        dtype: Dtype | None = None,
+        vae_dtype: DecoderDtype | None = None,
         compile: bool = False,
     ):
         super().__init__()

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from calib_guidance.backend.compilation import Compiled
+from calib_guidance.backend.precision import Dtype
 from calib_guidance.denoisers.base import Denoiser, Predict, Prediction, at_step
-from calib_guidance.diffusion.schedules import NoiseLevels, NoiseSchedule, named_betas
+from calib_guidance.diffusion.schedules import NoiseLevels, NoiseSchedule, ScheduleName, named_betas
 from calib_guidance.networks.adm import UNet
 from calib_guidance.weights.loading import load_network
 
@@ -45,10 +46,10 @@ class EDMDenoiser(Denoiser):
         network: UNet | str | None = None,
         checkpoint: str | None = None,
         sigma_data: float = 0.5,
-        noise_schedule: str = "linear",
+        noise_schedule: ScheduleName = "linear",
         class_conditional: bool = True,
         image_size: int | None = None,
-        dtype: str | None = None,
+        dtype: Dtype | None = None,
         compile: bool = False,
     ):
         super().__init__()

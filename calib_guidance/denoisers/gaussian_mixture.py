@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from calib_guidance.denoisers.base import Denoiser, Predict, Prediction
-from calib_guidance.diffusion.schedules import NoiseLevels, NoiseSchedule, named_betas
+from calib_guidance.diffusion.schedules import NoiseLevels, NoiseSchedule, ScheduleName, named_betas
 
 
 class GaussianMixture(Denoiser):
@@ -40,7 +40,7 @@ class GaussianMixture(Denoiser):
         means: Sequence[Sequence[float]],
         covariances: Sequence[float] | Sequence[Sequence[Sequence[float]]],
         weights: Sequence[float] | None = None,
-        noise_schedule: str = "linear",
+        noise_schedule: ScheduleName = "linear",
         num_steps: int = 1000,
         class_conditional: bool = False,
     ):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import numpy as np
 from torch import Tensor
 
-PREDICTIONS = ("epsilon", "v")
+from calib_guidance.errors import check_choice
+
+Parameterization = Literal["epsilon", "v"]
 
 
 def diffuse(x0: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
@@ -20,8 +24,7 @@ def v_target(x0: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
 
 def check_prediction(prediction: str) -> None:
     """Raise ValueError for a prediction that networks here do not make."""
-    if prediction not in PREDICTIONS:
-        raise ValueError(f"prediction: unknown {prediction!r}; known: {', '.join(PREDICTIONS)}")
+    check_choice("prediction", prediction, get_args(Parameterization))
 
 
 def x0_coefficients(prediction: str, alphas_cumprod: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-SCHEDULES = ("linear", "cosine")
+from calib_guidance.errors import check_choice
+
+ScheduleName = Literal["linear", "cosine"]
 
 
 def named_betas(name: str, num_steps: int = 1000) -> np.ndarray:
@@ -21,19 +23,18 @@ def named_betas(name: str, num_steps: int = 1000) -> np.ndarray:
     Raises:
         ValueError: another name.
     """
+    check_choice("noise schedule", name, get_args(ScheduleName))
     if name == "linear":
         scale = 1000 / num_steps
         return np.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=np.float64)
-    if name == "cosine":
 
-        def alphas_cumprod(u: float) -> float:
-            return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    def alphas_cumprod(u: float) -> float:
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
 
-        steps = range(num_steps)
-        return np.array(
-            [min(1 - alphas_cumprod((i + 1) / num_steps) / alphas_cumprod(i / num_steps), 0.999) for i in steps]
-        )
-    raise ValueError(f"noise schedule: unknown {name!r}; known: {', '.join(SCHEDULES)}")
+    steps = range(num_steps)
+    return np.array(
+        [min(1 - alphas_cumprod((i + 1) / num_steps) / alphas_cumprod(i / num_steps), 0.999) for i in steps]
+    )
 
 
 def respaced_timesteps(num_steps: int, respacing: str | int) -> np.ndarray:

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calib_guidance.backend.precision import DTYPES
+from calib_guidance.backend import tuning
+from calib_guidance.backend.precision import Dtype, dtype_of
+from calib_guidance.backend.tuning import pointwise
 
 _GROUPS = 32
 
@@ -63,42 +65,14 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(groups, channels)
 
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        if self._is_slow(x):
-            return self._by_channel(x, scale, shift)
-        h = super().forward(x.float()).to(x.dtype)
-        return h if scale is None else torch.addcmul(shift, h, 1 + scale)
-
-    def _is_slow(self, x: Tensor) -> bool:
-        """Whether PyTorch's kernel goes through channels-last memory number by number, not vector by vector: on CPUs, of small
-        feature maps in narrow groups."""
-        narrow = self.num_channels <= 4 * self.num_groups and x.shape[-1] * x.shape[-2] < 1024
-        return narrow and x.device.type == "cpu" and x.dtype == torch.float32
-
-    def _by_channel(self, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-        """From the sums of each channel: up to six times as fast there, and one pass less where there is a ``scale``."""
-        n, groups, each = len(x), self.num_groups, self.num_channels // self.num_groups
-        pixels = x.permute(0, 2, 3, 1).reshape(n, -1, self.num_channels)
-        sums = torch.stack([pixels.sum(1), (pixels * pixels).sum(1)])
-        mean, square = sums.view(2, n, groups, each).sum(-1).div(each * pixels.shape[1]).unbind()
-        # As the kernels for channels-last memory have it, too.
-        inverse = ((square - mean * mean).clamp(min=0) + self.eps).rsqrt()
-        times = (inverse[:, :, None] * self.weight.view(groups, each)).view(n, -1, 1, 1)
-        plus = torch.addcmul(self.bias, -mean.repeat_interleave(each, 1), times[:, :, 0, 0])[:, :, None, None]
-        if scale is not None:
-            times, plus = times * (1 + scale), torch.addcmul(shift, plus, 1 + scale)
-        return torch.addcmul(plus, x, times)
+        return tuning.group_norm(self, x, scale, shift)
 
 
 class SiLU(nn.SiLU):
-    """In the place of its input, which nothing else reads, unless a gradient needs it."""
+    """SiLU of a tensor that nothing else reads, see :func:`~calib_guidance.backend.tuning.silu`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.silu(x, inplace=not torch.is_grad_enabled())
-
-
-def pointwise(conv: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
-    """A 1×1 convolution of pixels ``(…, C)``, as the matrix product that it is."""
-    return F.linear(x, conv.weight.flatten(1), conv.bias)
+        return tuning.silu(x)
 
 
 class Upsample(nn.Module):
@@ -298,17 +272,15 @@ class _Encoder(nn.Module):
         use_scale_shift_norm: bool,
         resblock_updown: bool,
         use_new_attention_order: bool,
-        dtype: str,
+        dtype: Dtype,
         channel_mult_emb: int = 4,
         min_group_channels: int | None = None,
     ):
         super().__init__()
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype: unknown {dtype!r}; known: {', '.join(DTYPES)}")
         self.image_size = image_size
         self.in_channels = in_channels
         self.model_channels = model_channels
-        self.dtype = DTYPES[dtype]
+        self.dtype = dtype_of(dtype)
         # The coarsest level halves once per level after the first, and skip connections need whole pixels.
         self.size_multiple = 2 ** (len(channel_mult) - 1)
         self.emb_channels = emb_channels = channel_mult_emb * model_channels
@@ -426,7 +398,7 @@ class UNet(_Encoder):
         use_scale_shift_norm: bool = False,
         resblock_updown: bool = False,
         use_new_attention_order: bool = False,
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         channel_mult_emb: int = 4,
         min_group_channels: int | None = None,
     ):
@@ -541,7 +513,7 @@ class EncoderUNet(_Encoder):
         use_scale_shift_norm: bool = True,
         resblock_updown: bool = True,
         use_new_attention_order: bool = False,
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
     ):
         super().__init__(
             image_size,

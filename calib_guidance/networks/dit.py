@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from calib_guidance.backend.precision import DTYPES
+from calib_guidance.backend.precision import Dtype, dtype_of
 from calib_guidance.networks.adm import timestep_embedding
 
 _FREQUENCIES = 256
@@ -53,7 +53,7 @@ class DiT(nn.Module):
         in_channels: int = 4,
         out_channels: int = 8,
         num_classes: int = 1000,
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
     ):
         super().__init__()
         from diffusers import DiTTransformer2DModel  # seconds to import, and only latent models need it
@@ -66,8 +66,6 @@ class DiT(nn.Module):
             raise ValueError(
                 f"out_channels must be in_channels ({in_channels}) or, with learned variance, twice that; got {out_channels}"
             )
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype: unknown {dtype!r}; known: {', '.join(DTYPES)}")
         self.image_size, self.num_classes = sample_size, num_classes
         self.in_channels, self.out_channels = in_channels, out_channels
         # What a diffusers folder's config.json must agree with.
@@ -91,7 +89,7 @@ class DiT(nn.Module):
         # Official files carry the table of positions, so that it is a weight here too.
         positions = self.transformer.pos_embed
         positions.register_buffer("pos_embed", positions.pos_embed, persistent=True)
-        nn.Module.to(self.transformer, DTYPES[dtype])  # its own `to` warns of types that it does not keep
+        nn.Module.to(self.transformer, dtype_of(dtype))  # its own `to` warns of types that it does not keep
 
     def check_image(self, shape: Sequence[int]) -> None:
         """Raise ValueError if latents of ``(C, H, W)`` do not fit the network."""

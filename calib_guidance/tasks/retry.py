@@ -14,11 +14,11 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from calib_guidance.backend.precision import HALVES
 from calib_guidance.errors import OutOfMemoryError
 from calib_guidance.samplers.base import BufferedObserver, Observer, StepRecord
 
 log = logging.getLogger(__name__)
-_HALVES = (torch.float16, torch.bfloat16)
 
 
 class LeftOut(NamedTuple):
@@ -73,10 +73,8 @@ def in_float32(*modules: nn.Module) -> Iterator[None]:
     """
     parts = [part for module in modules for part in module.modules()]
     held = [tensor for part in parts for tensor in (*part._parameters.values(), *part._buffers.values())]
-    tensors = {id(t): (t, t.dtype) for t in held if t is not None and t.dtype in _HALVES}
-    formats = [
-        (p, name, v) for p in parts for name, v in vars(p).items() if isinstance(v, torch.dtype) and v in _HALVES
-    ]
+    tensors = {id(t): (t, t.dtype) for t in held if t is not None and t.dtype in HALVES}
+    formats = [(p, name, v) for p in parts for name, v in vars(p).items() if isinstance(v, torch.dtype) and v in HALVES]
     try:
         for tensor, _ in tensors.values():
             tensor.data = tensor.data.float()

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from calib_guidance.diffusion.parameterization import diffuse, v_target, x0_coefficients
-from calib_guidance.diffusion.schedules import NoiseSchedule, named_betas
+from calib_guidance.diffusion.parameterization import Parameterization, diffuse, v_target, x0_coefficients
+from calib_guidance.diffusion.schedules import NoiseSchedule, ScheduleName, named_betas
 from calib_guidance.tasks.common import Shared, log_loss
 from calib_guidance.training.diffusion_losses import variational_bound_term
 from calib_guidance.weights import registry
@@ -44,9 +44,9 @@ class TrainDiffusion(L.LightningModule):
     def __init__(
         self,
         network: nn.Module,
-        noise_schedule: str = "linear",
+        noise_schedule: ScheduleName = "linear",
         num_steps: int = 1000,
-        prediction: str = "epsilon",
+        prediction: Parameterization = "epsilon",
         variance: str = "learned_range",
         label_dropout: float = 0.1,
         compile: bool = False,

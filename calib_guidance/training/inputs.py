@@ -13,7 +13,7 @@ from calib_guidance.backend.precision import autocast
 from calib_guidance.denoisers.base import Denoiser
 from calib_guidance.diffusion.parameterization import diffuse
 from calib_guidance.diffusion.rng import DIFFUSION, SampleStreams, random_steps
-from calib_guidance.diffusion.schedules import NoiseSchedule, named_betas
+from calib_guidance.diffusion.schedules import NoiseSchedule, ScheduleName, named_betas
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.samplers.base import start
 
@@ -138,7 +138,7 @@ class NoisyInput(InputTransform):
 
     def __init__(
         self,
-        noise_schedule: str = "linear",
+        noise_schedule: ScheduleName = "linear",
         num_steps: int = 1000,
         steps: str | int | None = None,
         weights: Sequence[float] | None = None,

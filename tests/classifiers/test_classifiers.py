@@ -5,12 +5,14 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from jsonargparse import ArgumentError, ArgumentParser
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torchvision.transforms import v2
 
 from calib_guidance.classifiers import NoiseAwareClassifier, OffTheShelfClassifier
 from calib_guidance.classifiers.smoothing import smooth_activations
+from calib_guidance.denoisers import ADMDenoiser
 from calib_guidance.networks import EncoderUNet, SmallResNet
 from calib_guidance.weights.io import CheckpointError, load_weights, read_state_dict, save_weights
 
@@ -177,3 +179,19 @@ class TestWeights:
         with pytest.raises(CheckpointError, match="without executing code"):
             read_state_dict(tmp_path / "evil.pt")
         assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "value", "allowed"),
+    [
+        (OffTheShelfClassifier, "normalize", "cifar", "'none', 'imagenet'"),
+        (OffTheShelfClassifier, "dtype", "half", "'float32', 'float16', 'bfloat16'"),
+        (ADMDenoiser, "noise_schedule", "sqrt", "'linear', 'cosine'"),
+        (ADMDenoiser, "prediction", "x0", "'epsilon', 'v'"),
+    ],
+)
+def test_the_command_line_lists_the_values_of_an_option(kind, option, value, allowed):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, "part")
+    with pytest.raises(ArgumentError, match=rf"(?s)part\.{option}.*{allowed}.*{value}"):
+        parser.parse_args([f"--part.{option}={value}"])

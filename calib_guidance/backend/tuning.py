@@ -1,0 +1,79 @@
+"""Arithmetic tuned for CPUs, with one switch that turns it off.
+
+The plain path is PyTorch's own operators, and agrees within float32 rounding. ``CALIB_GUIDANCE_TUNED=0`` in the environment takes
+it everywhere, :func:`plain` for a block. The switch also covers :mod:`calib_guidance.backend.convolutions`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_on = os.environ.get("CALIB_GUIDANCE_TUNED", "1") != "0"
+
+
+def enabled() -> bool:
+    """Whether the tuned arithmetic is used."""
+    return _on
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Use PyTorch's own operators inside the block."""
+    global _on
+    before, _on = _on, False
+    try:
+        yield
+    finally:
+        _on = before
+
+
+def silu(x: Tensor) -> Tensor:
+    """SiLU; tuned, it overwrites its input, which nothing else may read, unless gradients are on."""
+    return F.silu(x, inplace=_on and not torch.is_grad_enabled())
+
+
+def pointwise(conv: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+    """A 1×1 convolution of pixels ``(N, …, C)``; tuned, the matrix product that it is."""
+    if _on:
+        return F.linear(x, conv.weight.flatten(1), conv.bias)
+    if x.ndim == 2:  # (N, C): one pixel
+        return conv(x.view(*x.shape, *[1] * (conv.weight.ndim - 2))).flatten(1)
+    return conv(x.movedim(-1, 1)).movedim(1, -1)
+
+
+def group_norm(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    """Group normalization in float32, returned in the type of ``x`` ``(N, C, H, W)``.
+
+    With ``scale`` and ``shift`` ``(N, C, 1, 1)`` the result is multiplied by 1 + scale and shifted.
+    """
+    if _on and _is_slow(norm, x):
+        return _by_channel(norm, x, scale, shift)
+    h = F.group_norm(x.float(), norm.num_groups, norm.weight, norm.bias, norm.eps).to(x.dtype)
+    return h if scale is None else torch.addcmul(shift, h, 1 + scale)
+
+
+def _is_slow(norm: nn.GroupNorm, x: Tensor) -> bool:
+    """Whether PyTorch's kernel reads channels-last memory number by number: on CPUs, for small feature maps in narrow groups."""
+    narrow = norm.num_channels <= 4 * norm.num_groups and x.shape[-1] * x.shape[-2] < 1024
+    return narrow and x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def _by_channel(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """From the sums of each channel: up to six times as fast there, and one pass less where there is a ``scale``."""
+    n, groups, each = len(x), norm.num_groups, norm.num_channels // norm.num_groups
+    pixels = x.permute(0, 2, 3, 1).reshape(n, -1, norm.num_channels)
+    sums = torch.stack([pixels.sum(1), (pixels * pixels).sum(1)])
+    mean, square = sums.view(2, n, groups, each).sum(-1).div(each * pixels.shape[1]).unbind()
+    # As the kernels for channels-last memory have it, too.
+    inverse = ((square - mean * mean).clamp(min=0) + norm.eps).rsqrt()
+    times = (inverse[:, :, None] * norm.weight.view(groups, each)).view(n, -1, 1, 1)
+    plus = torch.addcmul(norm.bias, -mean.repeat_interleave(each, 1), times[:, :, 0, 0])[:, :, None, None]
+    if scale is not None:
+        times, plus = times * (1 + scale), torch.addcmul(shift, plus, 1 + scale)
+    return torch.addcmul(plus, x, times)
