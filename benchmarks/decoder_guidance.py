@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
+from calib_guidance.backend.counters import FlopCounter, PeakMemory
 from calib_guidance.classifiers import OffTheShelfClassifier
-from calib_guidance.cli.doctor.cost import Counter
 from calib_guidance.denoisers import ClassifierFreeGuidance, DiTDenoiser, LinearDecoder, TinyDecoder, VAEDecoder
 from calib_guidance.diffusion.rng import SampleStreams
 from calib_guidance.guidance import ClassifierGuidance, GuidanceSchedule
@@ -60,9 +60,9 @@ def reduced_width() -> System:
 
 def operations(function: Callable[[], object]) -> float:
     """Floating-point operations of a call, multiply and add each one, in units of 10⁹."""
-    with Counter() as counter:
+    with FlopCounter() as flops:
         function()
-    return counter.operations / 1e9
+    return flops.get_total_flops() / 1e9
 
 
 def gradient_operations(module: nn.Module, x: Tensor) -> float:
@@ -86,9 +86,9 @@ def decoding(system: System, batch: int, decode_batch: int | None) -> tuple[floa
     """Gigabytes alive at most, and 10⁹ operations per image, of a gradient through the full decoder."""
     denoiser = DiTDenoiser(system.network, vae=system.full, decode_batch=decode_batch)
     latents = torch.zeros(batch, *denoiser.image_shape, requires_grad=True)
-    with Counter() as counter:
+    with FlopCounter() as flops, PeakMemory() as memory:
         torch.autograd.grad(denoiser.decode(latents).sum(), latents)
-    return counter.peak / 1e9, counter.operations / 1e9 / batch
+    return memory.peak / 1e9, flops.get_total_flops() / 1e9 / batch
 
 
 def trajectories(system: System, steps: int, batch: int) -> tuple[dict[str, Callable[[], Tensor]], dict[str, float]]:

@@ -16,8 +16,8 @@ import torch
 from timing import Figure, in_turns, keep, machine, parser
 from torch import Tensor
 
+from calib_guidance.backend.counters import FlopCounter
 from calib_guidance.classifiers import OffTheShelfClassifier
-from calib_guidance.cli.doctor.cost import Counter
 from calib_guidance.denoisers import ADMDenoiser
 from calib_guidance.diffusion.rng import SampleStreams
 from calib_guidance.guidance import ClassifierGuidance
@@ -63,9 +63,9 @@ def main() -> None:
         runs = {name: trajectory(denoiser, guide, options.steps, batch) for name, guide in forms.items()}
         counts = {}
         for name, run in runs.items():
-            with Counter() as counter:
+            with FlopCounter() as flops:
                 run()
-            counts[name] = counter.operations
+            counts[name] = flops.get_total_flops()
         times = in_turns(runs, options.rounds)
         for name in classifiers:
             by_operations = 1 - counts["none"] / counts[name]

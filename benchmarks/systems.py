@@ -19,8 +19,8 @@ from timing import Figure, in_turns, keep, machine, parser, ratio, synchronize
 from torch import Tensor
 from torchvision.models.resnet import Bottleneck, ResNet
 
+from calib_guidance.backend.counters import FlopCounter
 from calib_guidance.classifiers import OffTheShelfClassifier
-from calib_guidance.cli.doctor.cost import Counter
 from calib_guidance.denoisers import (
     ADMDenoiser,
     ClassifierFreeGuidance,
@@ -140,9 +140,9 @@ def operations(system: System, steps: int) -> dict[str, float]:
     """Of a trajectory of one image, by kind of guidance; the system is on the meta device."""
     counts = {}
     for kind, guidance in system.guidances.items():
-        with Counter() as counter:
+        with FlopCounter() as flops:
             trajectory(system, guidance, steps, 1, "meta")()
-        counts[kind] = counter.operations
+        counts[kind] = flops.get_total_flops()
     return counts
 
 

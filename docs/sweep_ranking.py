@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from calib_guidance.backend.images import to_uint8
-from calib_guidance.cli.doctor.files import Unbuilt
 from calib_guidance.cli.lightning import run_lightning
+from calib_guidance.cli.parsed import ParsedCLI
 from calib_guidance.experiments.compare import insert
 from calib_guidance.experiments.halving import halve
 from calib_guidance.experiments.sweep import FIGURES, Setting, Sweeper, read_sweep
@@ -36,7 +36,7 @@ class Reader:
     """Figures of some shards of runs, as a run of these samples alone would report them."""
 
     def __init__(self, setting: Setting):
-        cli = run_lightning(["predict", "--config", setting.configs[0]], Unbuilt)
+        cli = run_lightning(["predict", "--config", setting.configs[0]], ParsedCLI)
         (node,) = [c for c in cli.options.trainer.callbacks if c.class_path.endswith("SampleQuality")]
         (self.quality,) = cli.build("trainer.callbacks", [node])
         self.quality.features.eval()

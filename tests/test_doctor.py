@@ -7,8 +7,8 @@ from huggingface_hub import hf_hub_download, is_offline_mode
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
-from calib_guidance.cli import main
-from calib_guidance.cli.doctor import cost, files, parts, rehearsal
+from calib_guidance.cli import main, parsed
+from calib_guidance.cli.doctor import dry_run, parts
 from calib_guidance.networks import SmallResNet
 from calib_guidance.runs import RunFolder
 from calib_guidance.weights.io import save_weights
@@ -23,7 +23,7 @@ DENOISER = "--model.init_args.denoiser.init_args"
 @pytest.fixture
 def examine(in_root, tmp_path, capsys, monkeypatch):
     """Exit status and report of the doctor; nothing is written where the run would write."""
-    monkeypatch.setattr(rehearsal, "_PATIENCE", 0.0)  # one step, and none at the run's batch size
+    monkeypatch.setattr(dry_run, "PATIENCE", 0.0)  # nothing at the run's batch size
 
     def examine(*words):
         out = tmp_path / "out"
@@ -46,13 +46,13 @@ def marked(report, mark):
 
 class TestGo:
     def test_sampling(self, examine, monkeypatch):
-        monkeypatch.setattr(rehearsal, "_PATIENCE", 60.0)
+        monkeypatch.setattr(dry_run, "PATIENCE", 60.0)
         status, report = examine(DIGITS)
         assert status == 0
         assert report.rstrip().splitlines()[-1].startswith("GO: calib-guidance predict")
         assert len([line for line in marked(report, "ok") if "checkpoints/digits/" in line]) == 3
         assert "denoiser: ADMDenoiser, 0.83 M parameters, samples 1×8×8" in report
-        assert "at batch size 100: guided step" in report
+        assert "with a batch of 100: guided step" in report
         assert "for 1,000 images" in report
 
     def test_training(self, examine):
@@ -80,29 +80,27 @@ class TestGo:
         assert "guided step" not in report
         status, report = examine(DIGITS, "--model.init_args.guidance.init_args.schedule.init_args.interval=[0,500]")
         assert status == 0
-        assert ": guided step" in report
-        assert ", step" in report
+        assert ": step" in report
+        assert ", guided step" in report
 
 
 class TestNoGo:
     def test_everything_that_is_missing_is_named_with_its_source(self, examine, monkeypatch):
-        monkeypatch.setattr(
-            parts, "free_memory", lambda device: 10**9
-        )  # of which the weights would take more than half
+        monkeypatch.setattr(parts, "free_memory", lambda device: 10**9)  # the weights need more than half of it
         status, report = examine(IMAGENET, "--data.init_args.labels=classes.txt")
         assert status == 1
         assert "NO-GO: 2 missing" in report
         assert "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/128x128_diffusion.pt" in report
-        assert f"asked for by {DENOISER}.checkpoint" in report
+        assert f"required by {DENOISER}.checkpoint" in report
         assert "license MIT" in report
         assert "classes.txt: no such file of labels" in report
-        assert "downloaded at first use" in report
+        assert "it is downloaded at first use" in report
         assert "resnet101-cd907fc2.pth" in report
         # Without memory for it, and yet looked at.
         assert "421.53 M parameters, samples 3×128×128, 1000 classes" in report
-        assert "no step is run" in report
+        assert "no batch is run" in report
         assert "GFLOP" in report or "TFLOP" in report
-        assert "whole run" not in report
+        assert "total time" not in report
 
     def test_a_reference_that_is_not_there(self, examine, tmp_path):
         callbacks = yaml.safe_load((ROOT / "lightning_configs/predict/digits.yaml").read_text())["trainer"]["callbacks"]
@@ -119,7 +117,8 @@ class TestNoGo:
         assert f"{tmp_path / 'reference.npz'}" in "".join(marked(report, "ok"))
 
     def test_too_little_memory_names_the_batch_size_that_fits(self, examine, monkeypatch):
-        monkeypatch.setattr(rehearsal, "free_memory", lambda device: 5 * 10**6)
+        for module in (parts, dry_run):
+            monkeypatch.setattr(module, "free_memory", lambda device: 9 * 10**6)
         status, report = examine(DIGITS)
         assert status == 1
         (line,) = [line for line in report.splitlines() if "set data.init_args.batch_size to" in line]
@@ -171,7 +170,7 @@ class TestNoGo:
         RunFolder(tmp_path / "other", 4, 4).begin({}, {})
         (tmp_path / "other/run.json").rename(tmp_path / "out/run.json")
         for more, said in (
-            ((), "goes on if nothing differs"),
+            ((), "is resumed if both make the same samples"),
             ((f"--config={tmp_path}/restart.yaml",), "will be removed"),
         ):
             status, report = examine(DIGITS, *more)
@@ -265,7 +264,7 @@ class TestImages:
         status, report = self.examine(examine, config, tmp_path)
         assert status == 0
         assert "https://huggingface.co/datasets/someone/something" in report
-        assert "how many images there are is not known" in report
+        assert "the number of images is not known" in report
 
 
 class TestCommandLine:
@@ -281,25 +280,9 @@ class TestCommandLine:
 
 
 def test_nothing_reaches_the_network():
-    with files.without_network():
+    with parsed.without_network():
         with pytest.raises(OSError, match="would be downloaded, from download.pytorch.org"):
             torch.hub.load_state_dict_from_url("https://download.pytorch.org/models/none.pth", "/nonexistent")
         with pytest.raises(LocalEntryNotFoundError):
             hf_hub_download("someone/something", "model.safetensors")
     assert not is_offline_mode()
-
-
-def test_counted_memory_and_operations():
-    """Of a product of matrices: known exactly, and the same on the meta device."""
-    found = {}
-    for device in ("cpu", "meta"):
-
-        def product(module, count, device=device):
-            with torch.no_grad():
-                hidden = torch.ones(count, 10, device=device) @ torch.ones(10, 20, device=device)
-                return {"out": hidden @ torch.ones(20, 5, device=device)}
-
-        found[device] = cost.count_cost([cost.Work("product", 3, product)], None, 4)
-    operations = 3 * 2 * 4 * (10 * 20 + 20 * 5)
-    # The last matrices live while the product of the first is there; its factors are gone.
-    assert found == dict.fromkeys(("cpu", "meta"), (operations, 4 * max(40 + 200 + 80, 80 + 100 + 20)))

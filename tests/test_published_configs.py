@@ -10,7 +10,7 @@ import yaml
 
 from calib_guidance.callbacks import read_samples
 from calib_guidance.cli import main
-from calib_guidance.cli.doctor.files import all_options, is_weights, leave_out, read_configuration
+from calib_guidance.cli.parsed import all_options, read_configuration, use_random_weights
 from calib_guidance.networks import DiT, EncoderUNet, UNet
 from tests.conftest import ROOT
 
@@ -127,8 +127,8 @@ def full_size(cli):
     """Weights of each published network that the row has, counted after building all of it without memory for them."""
     model = copy.deepcopy(cli.options.model)
     for option in list(all_options(model, "model")):
-        if is_weights(option):
-            leave_out(option)
+        if option.is_weights:
+            use_random_weights(option)
     with torch.device("meta"):
         module = cli.build("model", model)
     networks = [m for m in module.modules() if isinstance(m, UNet | EncoderUNet | DiT)]

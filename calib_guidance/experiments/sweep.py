@@ -28,15 +28,9 @@ import yaml
 from jsonargparse import Namespace
 
 from calib_guidance.cli.configs import expand_bases
-from calib_guidance.cli.doctor.files import (
-    Unbuilt,
-    all_options,
-    is_weights,
-    leave_out,
-    locate_weights,
-    without_network,
-)
+from calib_guidance.cli.doctor.files import missing_files
 from calib_guidance.cli.lightning import innermost, run_lightning, shorten, subclasses_listed_once
+from calib_guidance.cli.parsed import ParsedCLI, all_options, use_random_weights, without_network
 from calib_guidance.errors import CheckpointError, ConfigurationError
 from calib_guidance.evaluation.evaluate import read_options
 from calib_guidance.evaluation.metrics import METRICS
@@ -140,7 +134,7 @@ class Setting:
         options = {key: value for key, value in self.options.as_dict().items() if key != "config"}
         # What callbacks name may be what they write: of theirs only weights count.
         used = [o for part in ("model", "data") for o in all_options(self.options[part], part)]
-        used += [o for o in all_options(self.options.trainer, "trainer") if is_weights(o)]
+        used += [o for o in all_options(self.options.trainer, "trainer") if o.is_weights]
         files = sorted({o.value for o in used if isinstance(o.value, str) and os.path.isfile(o.value)})
         hashes = [_file_hash(path) for path in files]
         text = json.dumps([options, hashes], sort_keys=True, default=str, ensure_ascii=False)
@@ -348,12 +342,12 @@ def _read_halving(
     return Halving(tuple(by), (*rungs, num_samples), factor)
 
 
-def _build(cli: Unbuilt, options: Namespace) -> None:
+def _build(cli: ParsedCLI, options: Namespace) -> None:
     """Build the parts of a configuration without memory for its weights, for what their constructors refuse."""
     model = copy.deepcopy(options.model)
     for option in list(all_options(model, "model")):
-        if is_weights(option):
-            leave_out(option)
+        if option.is_weights:
+            use_random_weights(option)
     with torch.device("meta"):
         module = cli.build("model", model)
     module.sampler.check(module.denoiser, module.guidance)
@@ -365,15 +359,15 @@ class _Resolver:
 
     def __init__(self, where: str):
         self.where = where
-        self._known: dict[tuple[str, ...], tuple[Unbuilt, bool]] = {}
+        self._known: dict[tuple[str, ...], tuple[ParsedCLI, bool]] = {}
 
-    def _files(self, configs: tuple[str, ...]) -> tuple[Unbuilt, bool]:
+    def _files(self, configs: tuple[str, ...]) -> tuple[ParsedCLI, bool]:
         """The files' configuration, and whether it can be built here: not where a missing file tells an architecture."""
         if configs not in self._known:
             if missing := [config for config in configs if not Path(config).is_file()]:
                 raise ConfigurationError(f"{self.where}: no such files: {', '.join(missing)}")
             words = [word for config in configs for word in ("--config", config)]
-            cli = run_lightning(["predict", *words], Unbuilt)
+            cli = run_lightning(["predict", *words], ParsedCLI)
             if cli.trains:
                 raise ConfigurationError(
                     f"{self.where}: sweeps sample, and {', '.join(configs)} trains; compare does fit"
@@ -499,12 +493,8 @@ def _check_files(sweep: Sweep) -> None:
         if path.suffix in (".npz", ".yaml", ".yml") and not path.exists():  # not the name of a data set
             raise ConfigurationError(f"{sweep.name}: evaluate's {option} {path} is not there")
     for setting in sweep.settings:
-        for part in ("model", "trainer"):
-            for option in all_options(setting.options.get(part), part):
-                if is_weights(option):
-                    mark, text = locate_weights(option.value, option.owner.get("network"))
-                    if mark in ("missing", "wrong"):
-                        raise ConfigurationError(f"{setting.name}: {option.name}: {'; '.join(text)}")
+        if missing := missing_files(setting.options):
+            raise ConfigurationError(f"{setting.name}: {missing[0]}")
 
 
 class Sweeper:

@@ -1,4 +1,4 @@
-"""``calib-guidance doctor --config FILE``: what would go wrong in a long run, and what it costs, before it."""
+"""``calib-guidance doctor --config FILE``: a dry run, which finds what would fail in a long run and measures its cost."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import logging
 import warnings
 from collections.abc import Sequence
 
-from calib_guidance.cli.doctor.files import check_files, read_configuration, without_network
-from calib_guidance.cli.doctor.parts import check_parts
-from calib_guidance.cli.doctor.rehearsal import rehearse
+from calib_guidance.cli.doctor.dry_run import DryRun
+from calib_guidance.cli.doctor.parts import Parts
 from calib_guidance.cli.doctor.report import Report
+from calib_guidance.cli.parsed import read_configuration, without_network
 
 __all__ = ["doctor"]
 
 
-def doctor(words: Sequence[str]) -> None:
-    """Examine a configuration and print what is found. Nothing is downloaded, and nothing written into the run's folders.
+def doctor(argv: Sequence[str]) -> None:
+    """Check a configuration and print the findings. Nothing is downloaded, and nothing is written to the run's folders.
 
     Args:
-        words: of the command line after ``doctor``: what ``fit`` or ``predict`` would be given.
+        argv: of ``fit`` or ``predict``.
 
     Raises:
         ConfigurationError: a configuration that cannot be read.
@@ -27,30 +27,29 @@ def doctor(words: Sequence[str]) -> None:
     """
     parser = argparse.ArgumentParser(
         prog="calib-guidance doctor",
-        description="What would go wrong in a long run, and what it costs: files, parts, one step. Ends with go (status 0) or "
-        "no-go (1). Takes the options of fit and predict.",
+        description="Dry run: checks files and parts, runs one batch, and measures memory and time. Ends with go (status 0) or "
+        "no-go (status 1). Takes the options of fit and predict.",
         allow_abbrev=False,
     )
-    parser.add_argument("-c", "--config", action="append", required=True, help="YAML file, several are merged")
-    parser.parse_known_args(list(words))
+    parser.add_argument("-c", "--config", action="append", required=True, help="YAML file; several are merged")
+    parser.parse_known_args(list(argv))
     report, disabled = Report(), logging.root.manager.disable
-    logging.disable(logging.INFO)  # what Lightning says of devices and seeds
+    logging.disable(logging.WARNING)  # Lightning's lines about devices, seeds and loops
     try:
         with warnings.catch_warnings(), without_network():
             warnings.simplefilter("ignore")
-            cli = read_configuration(words)
+            cli = read_configuration(argv)
             print(f"calib-guidance {cli.subcommand} with {cli.options.model.class_path.rpartition('.')[2]}")
-            report.section("files")
-            found = check_files(cli, report)
-            report.section("parts")
-            parts = check_parts(cli, found, report)
-            report.section("run")
-            rehearse(parts, found, report)
+            parts = Parts(cli, report)
+            dry_run = DryRun(parts, report)
+            for title, stage in (("files", parts.check_files), ("parts", parts.build), ("run", dry_run.run)):
+                print(f"\n{title}")
+                stage()
     finally:
         logging.disable(disabled)
     counts = report.counts
     problems = [f"{counts[mark]} {mark}" for mark in ("missing", "wrong") if counts[mark]]
-    notes = f" ({counts['note']} to note)" if counts["note"] else ""
+    notes = f" ({counts['note']} {'note' if counts['note'] == 1 else 'notes'})" if counts["note"] else ""
     if problems:
         print(f"\nNO-GO: {' and '.join(problems)}{notes}")
         raise SystemExit(1)

@@ -1,0 +1,53 @@
+"""FLOPs and memory, counted while code runs; on the meta device, too."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+class FlopCounter(FlopCounterMode):
+    """torch's FLOP counter without its count by module, whose hooks break ``autograd.grad`` of a module's input.
+
+    A multiplication with its addition is two operations.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(display=False)
+        self.mod_tracker = contextlib.nullcontext()
+        self.mod_tracker.parents = {"Global"}
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes in tensors that are alive at once. Memory inside kernels is not counted.
+
+    Attributes:
+        peak: the most so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = WeakIdKeyDictionary()
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if not isinstance(tensor, Tensor) or tensor.is_mkldnn:  # packed weights show no storage
+                continue
+            if (storage := tensor.untyped_storage()) not in self._known:
+                self._known[storage] = None
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._free, storage.nbytes())
+        return result

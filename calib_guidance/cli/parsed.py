@@ -1,0 +1,156 @@
+"""A configuration that is parsed and validated, but not built."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import socket
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import datasets
+import huggingface_hub
+import lightning as L
+from jsonargparse import Namespace
+
+from calib_guidance.cli.lightning import CalibGuidanceCLI, import_class, run_lightning
+from calib_guidance.errors import ConfigurationError
+from calib_guidance.weights import registry
+
+_WEIGHTS = {"checkpoint", "weights", "vae"}  # options that take a file, a folder, or a name that a library knows
+# Architectures with random weights in place of a missing autoencoder: Stable Diffusion's and TAESD's.
+_RANDOM = {
+    "vae": {
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "block_out_channels": [128, 256, 512, 512],
+        "layers_per_block": 2,
+    },
+    "source": {},
+}
+
+
+class ParsedCLI(CalibGuidanceCLI):
+    """The command line, parsed and validated. It builds parts on request and runs nothing."""
+
+    @property
+    def options(self) -> Namespace:
+        """The configuration of the subcommand."""
+        return self.config[self.subcommand]
+
+    @property
+    def trains(self) -> bool:
+        """Whether the model is for ``fit``."""
+        if self.options.get("model") is None:
+            raise ConfigurationError("the configuration has no model: name a YAML file with --config")
+        return import_class(self.options.model.class_path).training_step is not L.LightningModule.training_step
+
+    def before_instantiate_classes(self) -> None:
+        if not self.trains:
+            super().before_instantiate_classes()
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _add_instantiators(self) -> None:
+        """Skips the instantiators that keep the configuration for load_from_checkpoint; they validate it again per part."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+    def parse(self, content: dict[str, Any]) -> Namespace:
+        """A complete configuration, validated as files are."""
+        return self._parser(self.subcommand).parse_object(content)
+
+    def build(self, name: str, node: object) -> Any:
+        """The object of one part (``model``, ``data``, ``trainer`` …); ``node`` is not changed."""
+        part = Namespace()
+        part[name] = copy.deepcopy(node)
+        return self._parser(self.subcommand).instantiate(part)[name]
+
+
+def read_configuration(argv: Sequence[str]) -> ParsedCLI:
+    """The configuration under the command for its model: ``fit`` for a model that trains, else ``predict``."""
+    cli = run_lightning(["predict", *argv], ParsedCLI)
+    return run_lightning(["fit", *argv], ParsedCLI) if cli.trains else cli
+
+
+class NoDownloadError(OSError):
+    """A download was attempted where none is allowed."""
+
+
+@contextlib.contextmanager
+def without_network() -> Iterator[None]:
+    """Forbid downloads: the libraries of the hub use their caches only, and connections raise NoDownloadError."""
+
+    def refuse(address: tuple[str, int], *args: object, **kwargs: object) -> socket.socket:
+        raise NoDownloadError(f"it would be downloaded, from {address[0]}")
+
+    changes = [
+        (huggingface_hub.constants, "HF_HUB_OFFLINE", True),
+        (datasets.config, "HF_HUB_OFFLINE", True),
+        (socket, "create_connection", refuse),
+    ]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+    try:
+        for owner, name, value in changes:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
+class Option(NamedTuple):
+    """One option of a configuration; ``owner[key]`` is its value."""
+
+    name: str
+    owner: Namespace
+    key: str
+
+    @property
+    def value(self) -> Any:
+        return self.owner[self.key]
+
+    @property
+    def is_weights(self) -> bool:
+        """Whether it names weights. (``source`` of a decoder does; that of images has ``image_size`` beside it.)"""
+        if not isinstance(self.value, str):
+            return False
+        decoder = self.key == "source" and "image_size" not in self.owner
+        return self.key in _WEIGHTS or decoder or self.value.startswith("hf://")
+
+    @property
+    def gives_architecture(self) -> bool:
+        """Whether the architecture of the network is read from these weights."""
+        return self.key == "checkpoint" and "network" in self.owner and self.owner["network"] is None
+
+
+def all_options(node: object, name: str) -> Iterator[Option]:
+    """Every option below a node that is neither a mapping nor a list of them."""
+    if isinstance(node, list):
+        for number, item in enumerate(node):
+            yield from all_options(item, f"{name}[{number}]")
+    elif isinstance(node, Namespace):
+        for key, value in vars(node).items():
+            if isinstance(value, Namespace | list):
+                yield from all_options(value, f"{name}.{key}")
+            else:
+                yield Option(f"{name}.{key}", node, key)
+
+
+def published(value: str) -> registry.Card | None:
+    """The published file that a path or hub id names."""
+    repository = value.partition("@")[0]
+    by_source = (e for e in registry.CARDS.values() if e.source.startswith("hf://") and repository.startswith(e.source))
+    return registry.by_file(value) or next(by_source, None)
+
+
+def use_random_weights(option: Option) -> bool:
+    """Replace an option's weights by random ones of the same architecture; False where only the file knows which."""
+    entry, known = published(option.value), True
+    if option.gives_architecture:
+        known = entry is not None
+        option.owner["network"] = entry and entry.name
+    option.owner[option.key] = copy.deepcopy(_RANDOM.get(option.key))
+    return known
