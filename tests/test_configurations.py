@@ -9,7 +9,7 @@ import yaml
 from calib_guidance.backend.shipped import find_file
 from calib_guidance.cli import main
 from calib_guidance.cli.configs import configuration_names, expand_bases, find_configuration
-from calib_guidance.cli.doctor.files import read_configuration
+from calib_guidance.cli.parsed import read_configuration
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.samplers import DDIM
 from tests.conftest import ROOT
