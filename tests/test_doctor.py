@@ -66,6 +66,8 @@ class TestGo:
         status, report = examine("--config=lightning_configs/predict/digits_denoised.yaml")
         assert status == 0
         assert "10,000 requests" in report
+        assert ": denoised batch" in report
+        assert "decoding" not in report
 
     def test_training_on_denoised_images(self, examine):
         overlay = "--config=lightning_configs/digits/denoised_inputs.yaml"

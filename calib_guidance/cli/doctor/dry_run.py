@@ -82,10 +82,8 @@ class DryRun:
             self.report.add("note", f"memory and FLOPs cannot be counted for these parts ({innermost(error)})")
             return True
         # The module that was built is in memory already.
-        free, weights = (
-            free_memory(self.parts.device) + (self.parts.weights_bytes if self.parts.module else 0),
-            self.parts.weights_bytes,
-        )
+        weights = self.parts.weights_bytes
+        free = free_memory(self.parts.device) + (weights if self.parts.module else 0)
         mark, text = "ok", []
         if weights + full > free:
             slope = (full - small) / max(size - least, 1)

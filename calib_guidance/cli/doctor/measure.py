@@ -90,7 +90,7 @@ class Meter(L.Callback):
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: object
     ) -> None:
-        self.lap("decoding" if self.laps else "denoised batch")
+        self.lap("decoding" if isinstance(self.module, GuidedSampling) else "denoised batch")
         self.values["image"] = outputs["image"]
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
