@@ -9,6 +9,7 @@ from PIL import Image
 
 from calib_guidance.cli import main, parsed
 from calib_guidance.cli.doctor import dry_run, parts
+from calib_guidance.cli.doctor.files import missing_files
 from calib_guidance.networks import SmallResNet
 from calib_guidance.runs import RunFolder
 from calib_guidance.weights.io import save_weights
@@ -279,6 +280,14 @@ class TestCommandLine:
         status, report = examine()
         assert status == 2
         assert "--config" in report
+
+
+def test_missing_files_of_a_configuration(in_root):
+    """With their source and the option that names them; weights that are downloaded at first use are not among them."""
+    assert missing_files(parsed.read_configuration([DIGITS]).options) == []
+    (found,) = missing_files(parsed.read_configuration([IMAGENET]).options)
+    assert found.startswith("checkpoints/128x128_diffusion.pt; public: adm_imagenet128")
+    assert found.endswith(f"required by {DENOISER}.checkpoint")
 
 
 def test_nothing_reaches_the_network():
