@@ -19,13 +19,13 @@ _ROOM = (
 )
 
 
-def dtype_of(name: str, known: Iterable[str] = DTYPES, option: str = "dtype") -> torch.dtype:
+def dtype_of(name: str, known: Iterable[str] = DTYPES) -> torch.dtype:
     """The type of a name.
 
     Raises:
         ValueError: a name that is not among the ``known`` ones.
     """
-    check_choice(option, name, known)
+    check_choice("dtype", name, known)
     return DTYPES[name]
 
 
