@@ -1,15 +1,21 @@
-"""What the README says can be done."""
+"""What the README and that of the configurations say can be done."""
 
 import re
+import shlex
 
 import pytest
 import torch
 
+from calib_guidance.cli.doctor.files import Unbuilt, read_configuration
+from calib_guidance.cli.lightning import run_lightning
+from tests.conftest import ROOT
+
+PAGES = ("README.md", "lightning_configs/README.md")
+COMMAND = re.compile(r"^calib-guidance +(predict|fit|validate|doctor) +((?:.*\\\n)*.*)$", re.MULTILINE)
+
 
 @pytest.fixture(scope="module")
 def readme():
-    from tests.conftest import ROOT
-
     return (ROOT / "README.md").read_text()
 
 
@@ -37,3 +43,23 @@ def test_every_make_target_that_it_names_is_there(readme, in_root):
     assert {"demo", "test", "compare", "checkpoints"} <= targets
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def commands():
+    """The commands of both pages, each once, without options that name files which earlier commands make."""
+    found = {}
+    for page in PAGES:
+        for command, text in COMMAND.findall((ROOT / page).read_text()):
+            argv = shlex.split(text.replace("\\\n", " "), comments=True)
+            made = [i for i, word in enumerate(argv) if word.startswith("outputs/") and word.endswith(".yaml")]
+            argv = [word for i, word in enumerate(argv) if i not in made and i + 1 not in made]
+            found[" ".join([command, *argv])] = (command, argv)
+    return found
+
+
+def test_every_command_has_a_configuration_that_can_be_read(in_root):
+    found = commands()
+    assert len(found) > 10
+    for text, (command, argv) in found.items():
+        cli = read_configuration(argv) if command == "doctor" else run_lightning([command, *argv], Unbuilt)
+        assert cli.options.model is not None, text

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import final
 
 from calib_guidance.diffusion.interval import Interval
 
 
+@final
 class GuidanceSchedule(Interval):
     """Sine amplification, and where guidance is off: its classifier is not run there.
 

@@ -32,7 +32,7 @@ def test_reliability_by_range_of_t_and_the_schedule_are_saved(in_root, tmp_path)
     path = configuration(tmp_path / "run")
     config = yaml.safe_load(path.read_text())
     guidance = config["model"]["init_args"]["guidance"]["init_args"]
-    guidance["schedule"]["init_args"] = {"gamma": 0.3, "interval": [100, 700]}
+    guidance["schedule"] = {"gamma": 0.3, "interval": [100, 700]}
     guidance["scale"] = 2.0
     path.write_text(yaml.safe_dump(config))
     main(["predict", "--config", str(path), *QUICK])
