@@ -6,8 +6,8 @@ import shlex
 import pytest
 import torch
 
-from calib_guidance.cli.doctor.files import Unbuilt, read_configuration
 from calib_guidance.cli.lightning import run_lightning
+from calib_guidance.cli.parsed import ParsedCLI, read_configuration
 from tests.conftest import ROOT
 
 PAGES = ("README.md", "lightning_configs/README.md")
@@ -61,5 +61,5 @@ def test_every_command_has_a_configuration_that_can_be_read(in_root):
     found = commands()
     assert len(found) > 10
     for text, (command, argv) in found.items():
-        cli = read_configuration(argv) if command == "doctor" else run_lightning([command, *argv], Unbuilt)
+        cli = read_configuration(argv) if command == "doctor" else run_lightning([command, *argv], ParsedCLI)
         assert cli.options.model is not None, text
