@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 from timing import in_turns, keep, machine, parser, ratio
 from torch import Tensor
 
-from calib_guidance.denoisers import ClassifierFreeGuidance, DiTDenoiser
+from calib_guidance.denoisers import ClassifierFreeGuidance, Combination, DiTDenoiser
 from calib_guidance.networks import DiT
 from calib_guidance.samplers import DDIM
 from calib_guidance.weights.dit import to_diffusers
@@ -28,7 +28,7 @@ SIZES = {  # width, depth, heads, latents' side; channels of the autoencoder
 }
 
 
-def pair(size: str, device: str) -> tuple[ClassifierFreeGuidance, DiTPipeline]:
+def pair(size: str, device: str) -> tuple[Combination, DiTPipeline]:
     """The same model, here and in diffusers."""
     width, depth, heads, side, channels = SIZES[size]
     network = DiT(side, 2, width, depth, heads)
@@ -46,7 +46,7 @@ def pair(size: str, device: str) -> tuple[ClassifierFreeGuidance, DiTPipeline]:
     pipeline = DiTPipeline(theirs, vae, scheduler).to(device)
     pipeline.set_progress_bar_config(disable=True)
     denoiser = DiTDenoiser(network, vae=vae, decode_batch=None)
-    return ClassifierFreeGuidance(denoiser, WEIGHT, channels=4).to(device), pipeline
+    return Combination(denoiser, ClassifierFreeGuidance(WEIGHT), channels=4).to(device), pipeline
 
 
 def main() -> None:

@@ -22,7 +22,14 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 from calib_guidance.backend.counters import FlopCounter, PeakMemory
 from calib_guidance.classifiers import OffTheShelfClassifier
-from calib_guidance.denoisers import ClassifierFreeGuidance, DiTDenoiser, LinearDecoder, TinyDecoder, VAEDecoder
+from calib_guidance.denoisers import (
+    ClassifierFreeGuidance,
+    Combination,
+    DiTDenoiser,
+    LinearDecoder,
+    TinyDecoder,
+    VAEDecoder,
+)
 from calib_guidance.diffusion.rng import SampleStreams
 from calib_guidance.guidance import ClassifierGuidance, GuidanceSchedule
 from calib_guidance.networks import DiT
@@ -94,7 +101,7 @@ def decoding(system: System, batch: int, decode_batch: int | None) -> tuple[floa
 def trajectories(system: System, steps: int, batch: int) -> tuple[dict[str, Callable[[], Tensor]], dict[str, float]]:
     """Sampling with each kind of guidance, and the share of the steps that it guides."""
     denoiser = DiTDenoiser(system.network, vae=system.full, decode_batch=None)
-    free = ClassifierFreeGuidance(denoiser, 1.5, channels=3)
+    free = Combination(denoiser, ClassifierFreeGuidance(1.5), channels=3)
     sampler, y = DDPM(str(steps)), torch.arange(batch)
     kinds = {
         "none": {"scale": 0.0},

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from unittest import mock
 
+import numpy as np
 import torch
 from guidance_share import ADM64
 from PIL import Image
@@ -31,7 +32,7 @@ from calib_guidance.classifiers import OffTheShelfClassifier
 from calib_guidance.denoisers import ADMDenoiser, Denoiser, Prediction
 from calib_guidance.diffusion.rng import SampleStreams
 from calib_guidance.diffusion.schedules import NoiseLevels
-from calib_guidance.guidance import Guidance, GuidedPrediction
+from calib_guidance.guidance import Guidance, Guided, Plan
 from calib_guidance.networks import SmallResNet, UNet, adm
 from calib_guidance.samplers import DDPM
 
@@ -152,24 +153,23 @@ class Nothing(Denoiser):
         self.schedule, self.image_shape, self.num_classes = like.schedule, like.image_shape, None
         self.has_learned_variance = True
 
-    def trajectory(self, levels: object, y: object) -> Callable[[Tensor, int], Prediction]:
+    def prepare(self, levels: object, y: object) -> Callable[[Tensor, int], Prediction]:
         return lambda x_t, i: Prediction(x_t, x_t)
 
 
 class Constant(Guidance):
     """Guidance whose gradient costs nothing: what remains is what the sampler does with it."""
 
-    def trajectory(self, levels: object, y: object, decode: object) -> Callable[..., GuidedPrediction]:
-        def guide(
-            predict: Callable[..., Prediction], x_t: Tensor, i: int, gradient_only: bool = False
-        ) -> GuidedPrediction:
+    def prepare(self, levels: object, y: object, decode: object) -> Callable[..., Guided]:
+        def guide(predict: Callable[..., Prediction], x_t: Tensor, i: int) -> Guided:
             prediction = predict(x_t, i)
-            return GuidedPrediction(prediction, prediction.x0, sine=0.5, at_x0=True)
+            return Guided(prediction, prediction.x0)
 
         return guide
 
-    def active(self, levels: NoiseLevels) -> list[bool]:
-        return [True] * len(levels.times)
+    def plan(self, levels: NoiseLevels) -> Plan:
+        ones = np.ones(len(levels.times))
+        return Plan(ones > 0, ones, ones / 2, ones > 0)
 
     def parts(self) -> tuple[Guidance]:
         return (self,)

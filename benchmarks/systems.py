@@ -24,6 +24,7 @@ from calib_guidance.classifiers import OffTheShelfClassifier
 from calib_guidance.denoisers import (
     ADMDenoiser,
     ClassifierFreeGuidance,
+    Combination,
     Denoiser,
     DiTDenoiser,
     EDMDenoiser,
@@ -80,7 +81,7 @@ def dit(full: bool, dtype: str, compiled: bool) -> System:
     network = "dit_xl_2_256" if full else DiT(16, 2, 384, 12, 6)
     types = {"dtype": dtype, "vae_dtype": dtype} if full else {}
     denoiser = DiTDenoiser(network, vae=vae, decode_batch=8, compile=compiled, **types)
-    free = ClassifierFreeGuidance(denoiser, 1.5, channels=3)
+    free = Combination(denoiser, ClassifierFreeGuidance(1.5), channels=3)
     shared = {"classifier": classifier(full), "scale": 0.5, "apply_to": "cfg_residual"}
     guidances = {
         "none": None,

@@ -149,8 +149,8 @@ def measure(classifier: Classifier, mixture: GaussianMixture, n: int) -> Measure
     calibration, norms = CalibrationError(num_levels=STEPS), torch.zeros(2, STEPS)
 
     def observe(record: StepRecord) -> None:
-        calibration.update(record.guided.logits, record.y, record.i)
-        norm = record.guided.step_gradient.flatten(1).norm(dim=1)
+        calibration.update(record.guided.aux.logits, record.y, record.i)
+        norm = record.guided.aux.gradient.flatten(1).norm(dim=1)
         for k in range(2):
             norms[k, STEPS - 1 - record.i] = norm[record.y == k].mean()
 

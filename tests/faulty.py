@@ -35,8 +35,8 @@ class Faulty(Denoiser):
     def decode(self, x0):
         return self.denoiser.decode(x0)
 
-    def trajectory(self, levels, y):
-        sound = self.denoiser.trajectory(levels, y)
+    def prepare(self, levels, y):
+        sound = self.denoiser.prepare(levels, y)
         failing = (y == self.label).view(-1, 1, 1, 1)
 
         def predict(x_t, i):

@@ -67,7 +67,7 @@ def test_every_predict_configuration_samples(in_root, tmp_path, capsys, overlay)
     assert found["image"].shape == (20, 1, 8, 8)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     guided = overlay is None or "unguided" not in overlay
-    assert metrics["num_evaluations"] == (6 if overlay and "classifier_free" in overlay else 3)
+    assert metrics["nfe"] == (6 if overlay and "classifier_free" in overlay else 3)
     assert {"frechet_distance", "precision", "recall", "classifier_accuracy", "seconds_per_image"} <= metrics.keys()
     assert ("integral_ece" in metrics) == guided
     (diffusion,) = [weights for weights in metrics["weights"].values() if "prediction" in weights]

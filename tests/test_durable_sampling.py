@@ -123,7 +123,7 @@ def test_going_on_with_another_batch_size(copy, whole, batch):
 def test_nothing_left_reports_the_same(copy, whole, capsys):
     predict(copy, batch=7)
     assert (copy / "metrics.json").read_text() == (whole / "metrics.json").read_text()
-    assert f"{TAIL} samples, 3 network evaluations each" in capsys.readouterr().out
+    assert f"{TAIL} samples, 3 NFE each" in capsys.readouterr().out
     assert makers(copy) == makers(whole)
 
 
@@ -195,7 +195,7 @@ class TestIdentity:
         (tmp_path / "restart.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
         predict(copy, f"--config={tmp_path / 'restart.yaml'}", samples=10, steps=4)
         assert list(tables(copy)) == ["00000000.parquet"]
-        assert figures_of(copy)["num_evaluations"] == 4
+        assert figures_of(copy)["nfe"] == 4
 
 
 class TestDamage:

@@ -76,7 +76,7 @@ class TestCompiled:
         def run(part):
             if make == "noise_aware":
                 return gradient(part, x, y, t)
-            return part.trajectory(part.schedule.levels, y)(x, 500).x0
+            return part.prepare(part.schedule.levels, y)(x, 500).x0
 
         plain, compiled = build(False), build(True)
         for part in (plain, compiled):
@@ -173,7 +173,7 @@ class TestHalfPrecision:
         noise = SampleStreams([0] * 4, range(4), (1, 8, 8))
         DDPM("4")(denoiser, noise, torch.arange(4), guidance, [seen.append])
         for record in seen:
-            assert {record.x_next.dtype, record.guided.logits.dtype, record.guided.gradient.dtype} == {torch.float32}
+            assert {record.x_next.dtype, record.guided.aux.logits.dtype, record.guided.score.dtype} == {torch.float32}
 
     def test_a_run_in_bfloat16_is_near_in_frechet_distance(self, in_root):
         """Seeds differ by hundredths in it, see the README's table."""

@@ -34,6 +34,6 @@ def test_adm128_guided_by_resnet101_with_js(in_root, tmp_path):
     (samples,) = read_samples(tmp_path / "samples")
     assert samples["image"].shape == (1, 3, 128, 128)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["num_evaluations"] == 2
+    assert metrics["nfe"] == 2
     assert len(metrics["gradient_norm_t"]["mean"]) == 2
     assert all(norm > 0 for norm in metrics["gradient_norm_t"]["mean"])

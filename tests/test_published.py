@@ -324,7 +324,7 @@ def test_a_pickle_of_edm_gives_edms_outputs(tmp_path, golden):
     levels = denoiser.schedule.at_sigmas(fixture["sigma"].double().numpy())
     x_t = torch.tensor(levels.alphas_cumprod).sqrt().view(-1, 1, 1, 1) * fixture["x"]
     with torch.no_grad():
-        x0 = denoiser.trajectory(levels, fixture["labels"].argmax(1))(x_t, torch.arange(4)).x0
+        x0 = denoiser.prepare(levels, fixture["labels"].argmax(1))(x_t, torch.arange(4)).x0
     fixture.assert_close("output", x0)
     assert denoiser.provenance["file"].endswith("network-snapshot.pkl")
 

@@ -71,7 +71,7 @@ class RunReport(Measurement):
         results["uncertainty"] = uncertainty
         if not trainer.is_global_zero:
             return
-        results["num_evaluations"] = pl_module.sampler.num_evaluations(pl_module.denoiser)
+        results["nfe"] = pl_module.sampler.nfe(pl_module.denoiser)
         results["weights"] = {
             name: module.provenance for name, module in pl_module.named_modules() if getattr(module, "provenance", None)
         }
@@ -97,7 +97,7 @@ class RunReport(Measurement):
 
     @staticmethod
     def _print(results: dict[str, Any], folder: Path, written: list[Path], figures: list[Path]) -> None:
-        print(f"\n{results['num_samples']} samples, {results['num_evaluations']} network evaluations each")
+        print(f"\n{results['num_samples']} samples, {results['nfe']} NFE each")
         print(printed_table(results))
         for line in described(results) if "features" in results else described_uncertainty(results):
             print(line)

@@ -95,9 +95,9 @@ class TrajectoryCalibration(TrajectoryMeasurement):
         return CalibrationError(self.num_bins, num_levels=num_steps, sync_on_compute=False)
 
     def terms(self, record: StepRecord) -> list[Tensor] | None:
-        if record.guided.logits is None:
+        if record.guided.aux.logits is None:
             return None
-        terms = self.metric.terms(record.guided.logits, record.y)
+        terms = self.metric.terms(record.guided.aux.logits, record.y)
         return [terms.cell, *terms.values]
 
     def add(self, i: int, terms: list[Tensor]) -> None:
@@ -145,7 +145,7 @@ def _strengths(guidance: Guidance | None, sampler: Sampler, levels: NoiseLevels)
 
     None without guidance, and where its parts enter in ways that cannot be compared.
     """
-    if guidance is None or not any(guidance.active(levels)):
+    if guidance is None or not any(guidance.plan(levels).active):
         return None
     parts = guidance.parts()
     in_score = "variance" if isinstance(sampler, DDPM) else "noise"
@@ -183,7 +183,7 @@ class GradientNorm(TrajectoryMeasurement):
         return StepMoments(num_steps, sync_on_compute=False)
 
     def terms(self, record: StepRecord) -> list[Tensor] | None:
-        gradient = record.guided.step_gradient
+        gradient = record.guided.aux.gradient
         return None if gradient is None else [gradient.flatten(1).norm(dim=1).double()]
 
     def add(self, i: int, terms: list[Tensor]) -> None:

@@ -76,7 +76,7 @@ class TrajectoryStrips(Measurement, BufferedObserver):
 
         with torch.no_grad():
             x0 = to_uint8(self.module.denoiser.decode(chosen(record.guided.prediction.x0)))
-        gradient = record.guided.step_gradient
+        gradient = record.guided.aux.gradient
         gradient = torch.full_like(chosen(record.x_t), torch.nan) if gradient is None else chosen(gradient)
         # Of a step that is repeated, the last time.
         self.noted[self.places[record.i]] = _Noted(rows, chosen(record.y), x0, gradient.float())

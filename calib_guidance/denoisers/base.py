@@ -6,25 +6,30 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from calib_guidance.diffusion.schedules import NoiseLevels, NoiseSchedule
 
 
 class Prediction(NamedTuple):
-    """What a denoiser says of x_t.
+    """Output of a denoiser at x_t.
 
     Attributes:
         x0: ``(N, C, H, W)`` estimate of the clean image, not clipped.
-        variance_fraction: ``(N, C, H, W)`` place of the reverse step's log-variance between the posterior's (0) and that of
-            β (1), not clamped; None where the variance is not learned.
-        cfg_residual: ``(N, C, H, W)`` conditional minus unconditional noise prediction, times the guidance weight; only
-            of classifier-free guidance.
+        variance: ``(N, C, H, W)`` position of the reverse step's log-variance between the posterior's (0) and that of β (1),
+            not clamped; None where the variance is not learned.
+        residual: ``(N, C, H, W)`` x̂0 minus that of the negative, only of a
+            :class:`~calib_guidance.denoisers.combination.Combination`.
     """
 
     x0: Tensor
-    variance_fraction: Tensor | None = None
-    cfg_residual: Tensor | None = None
+    variance: Tensor | None = None
+    residual: Tensor | None = None
+
+    def detach(self) -> Prediction:
+        """The same values without a graph."""
+        return Prediction(*(None if value is None else value.detach() for value in self))
 
 
 Predict = Callable[[Tensor, int | Tensor], Prediction]
@@ -36,15 +41,17 @@ def at_step(table: Tensor, i: int | Tensor) -> Tensor:
 
 
 class Denoiser(nn.Module, ABC):
-    """A diffusion model in the coordinates x_t = √ᾱ·x0 + √(1−ᾱ)·ε, whatever its network's own are.
+    """A diffusion model in the coordinates x_t = √ᾱ·x0 + √(1−ᾱ)·ε, whatever its network was trained in.
+
+    ``denoiser(x_t, t, y)`` predicts x̂0. A sampler calls :meth:`prepare` once instead, and its result at every step.
 
     Attributes:
         schedule: of the full process, which says what t means; discrete samplers respace it.
         image_shape: ``(C, H, W)`` of x_t.
-        num_classes: number of labels that it understands, or None where it understands none.
+        num_classes: number of labels, or None of an unconditional model.
         clip: whether x̂0 is an image, which samplers may clip to [-1, 1].
-        has_learned_variance: whether predictions carry a ``variance_fraction``.
-        evaluations: of a network that one prediction takes.
+        has_learned_variance: whether predictions have a ``variance``.
+        nfe: number of network evaluations per prediction.
     """
 
     schedule: NoiseSchedule
@@ -52,22 +59,65 @@ class Denoiser(nn.Module, ABC):
     num_classes: int | None
     clip: bool = True
     has_learned_variance: bool = False
-    evaluations: int = 1
+    nfe: int = 1
 
     @abstractmethod
-    def trajectory(self, levels: NoiseLevels, y: Tensor | None) -> Predict:
-        """The model along one trajectory, with all that does not depend on x_t computed here, once.
+    def prepare(self, levels: NoiseLevels, y: Tensor | None) -> Predict:
+        """Bind the model to noise levels and labels, with everything that does not depend on x_t computed once.
 
         Args:
             levels: noise levels, in any order.
-            y: ``(N,)`` labels, -1 for none; None for none at all.
+            y: ``(N,)`` labels, -1 for none; None for no label at all.
 
         Returns:
             ``predict(x_t, i)``, the prediction for ``x_t`` ``(N, C, H, W)`` at level ``i``. Samplers take all samples
             through the same step and give ``i`` as a number; a long tensor ``(N,)``, on the device of ``x_t``, gives every
-            sample a step of its own (``cfg_residual`` is then 0, not None, for samples where it is off).
+            sample a step of its own (``residual`` is then 0, not None, for samples where it is off).
         """
 
+    def forward(self, x_t: Tensor, t: int | Tensor, y: Tensor | None = None) -> Prediction:
+        """Predict x̂0.
+
+        Args:
+            x_t: ``(N, C, H, W)`` noisy images.
+            t: step of the full process, 0 … T − 1; one for all, or ``(N,)``.
+            y: ``(N,)`` labels, -1 for none; None for no label at all.
+        """
+        steps = torch.as_tensor(t).reshape(-1)
+        i = torch.arange(len(steps), device=x_t.device) if len(steps) > 1 else 0
+        return self.prepare(self.schedule.at(steps.tolist()), y)(x_t, i)
+
     def decode(self, x0: Tensor) -> Tensor:
-        """Images of what the model denoises; the same, outside latent models."""
+        """Images of x̂0: the same outside latent models."""
         return x0
+
+
+class DenoiserWrapper(Denoiser):
+    """A denoiser around a denoiser, whose process, shape and decoder it shares.
+
+    Args:
+        denoiser: the inner one.
+    """
+
+    def __init__(self, denoiser: Denoiser):
+        super().__init__()
+        self.denoiser, self.num_classes, self.nfe = denoiser, denoiser.num_classes, denoiser.nfe
+        self.schedule, self.image_shape, self.clip = denoiser.schedule, denoiser.image_shape, denoiser.clip
+        self.has_learned_variance = denoiser.has_learned_variance
+
+    def decode(self, x0: Tensor) -> Tensor:
+        return self.denoiser.decode(x0)
+
+
+def prepare_clipped(denoiser: Denoiser, levels: NoiseLevels, y: Tensor | None, clip: bool = True) -> Predict:
+    """:meth:`Denoiser.prepare` with x̂0 clipped to [-1, 1] where asked and where it is an image."""
+    predict = denoiser.prepare(levels, y)
+    if not (clip and denoiser.clip):
+        return predict
+
+    def clipped(x_t: Tensor, i: int | Tensor) -> Prediction:
+        prediction = predict(x_t, i)
+        # Adding 0·x̂0 keeps NaN and ∞ non-finite: an overflowing network must not pass for one that predicts ±1.
+        return prediction._replace(x0=prediction.x0.clamp(-1, 1).add(prediction.x0, alpha=0))
+
+    return clipped

@@ -27,7 +27,7 @@ class DiscreteDenoiser(Denoiser):
     prediction: str
     _decode: Callable[[Tensor, Tensor], Tensor]
 
-    def trajectory(self, levels: NoiseLevels, y: Tensor | None) -> Predict:
+    def prepare(self, levels: NoiseLevels, y: Tensor | None) -> Predict:
         network = self.network
         device = next(network.parameters()).device
         time = network.embed_time(torch.tensor(levels.times, device=device))

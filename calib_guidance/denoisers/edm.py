@@ -71,7 +71,7 @@ class EDMDenoiser(Denoiser):
         self.is_compiled = compile
         self._decode = Compiled(network.decode) if compile else network.decode
 
-    def trajectory(self, levels: NoiseLevels, y: Tensor | None) -> Predict:
+    def prepare(self, levels: NoiseLevels, y: Tensor | None) -> Predict:
         network, sigma, data = self.network, levels.sigmas, self.sigma_data
         device = network.time_embed[0].weight.device
         time = network.embed_time(torch.tensor(np.log(sigma) / 4, device=device))

@@ -123,7 +123,7 @@ class GaussianMixture(Denoiser):
             share = torch.where((y >= 0)[:, None], own, share)
         return (share[..., None] * means).sum(1).view_as(x_t).to(x_t.dtype)
 
-    def trajectory(self, levels: NoiseLevels, y: Tensor | None) -> Predict:
+    def prepare(self, levels: NoiseLevels, y: Tensor | None) -> Predict:
         alphas_cumprod = torch.as_tensor(levels.alphas_cumprod, device=self.means.device)
         labels = y if self.num_classes is not None else None
 

@@ -108,6 +108,39 @@ def _levels(times: np.ndarray, alphas_cumprod: np.ndarray, num_train_steps: int)
     )
 
 
+class Posterior(NamedTuple):
+    """q(x_{t-1} | x_t, x_0) by step, Ho et al. 2020 Eq. 7; ``(N,)`` float64 each.
+
+    Attributes:
+        betas: β.
+        variance: posterior variance β̃; 0 at entry 0.
+        log_variance_clipped: its log, that of entry 1 at entry 0.
+        mean_coef1, mean_coef2: weights of x_0 and x_t in the mean.
+    """
+
+    betas: np.ndarray
+    variance: np.ndarray
+    log_variance_clipped: np.ndarray
+    mean_coef1: np.ndarray
+    mean_coef2: np.ndarray
+
+
+def posterior(alphas_cumprod: np.ndarray, betas: np.ndarray | None = None) -> Posterior:
+    """The posterior of a process with these ᾱ, the least noisy step first; ᾱ before it counts as 1.
+
+    Args:
+        alphas_cumprod: ``(N,)`` ᾱ.
+        betas: ``(N,)`` β where it is known exactly; None computes 1 − ᾱ_i/ᾱ_{i−1}.
+    """
+    previous, remaining = np.append(1.0, alphas_cumprod[:-1]), 1.0 - alphas_cumprod
+    betas = 1.0 - alphas_cumprod / previous if betas is None else betas
+    variance = betas * (1.0 - previous) / remaining
+    clipped = variance.copy()
+    clipped[0] = clipped[1] if len(clipped) > 1 else betas[0]
+    mean_coef2 = (1.0 - previous) * np.sqrt(1.0 - betas) / remaining
+    return Posterior(betas, variance, np.log(clipped), betas * np.sqrt(previous) / remaining, mean_coef2)
+
+
 class NoiseSchedule:
     """Tables of a (respaced) discrete process, float64, index 0 the least noisy step.
 
@@ -131,13 +164,9 @@ class NoiseSchedule:
         self.betas = np.asarray(betas) if timesteps is None else 1.0 - kept / np.append(1.0, kept[:-1])
         self.alphas_cumprod = np.cumprod(1.0 - self.betas)
         self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
-        remaining = 1.0 - self.alphas_cumprod
-        self.posterior_variance = self.betas * (1.0 - self.alphas_cumprod_prev) / remaining
-        clipped = self.posterior_variance.copy()
-        clipped[0] = clipped[1] if len(clipped) > 1 else self.betas[0]
-        self.posterior_log_variance_clipped = np.log(clipped)
-        self.posterior_mean_coef1 = self.betas * np.sqrt(self.alphas_cumprod_prev) / remaining
-        self.posterior_mean_coef2 = (1.0 - self.alphas_cumprod_prev) * np.sqrt(1.0 - self.betas) / remaining
+        q = posterior(self.alphas_cumprod, self.betas)
+        self.posterior_variance, self.posterior_log_variance_clipped = q.variance, q.log_variance_clipped
+        self.posterior_mean_coef1, self.posterior_mean_coef2 = q.mean_coef1, q.mean_coef2
 
     def __len__(self) -> int:
         return len(self.timesteps)

@@ -4,55 +4,61 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor, nn
 
-from calib_guidance.denoisers.base import Predict, Prediction
+from calib_guidance.denoisers.base import Denoiser, Predict, Prediction
 from calib_guidance.diffusion.schedules import NoiseLevels
 
 
-class GuidedPrediction(NamedTuple):
-    """A denoiser's prediction with the guidance for it. At most one of the three guiding tensors is there.
+class Aux(NamedTuple):
+    """What observers may look at. Samplers do not.
 
     Attributes:
-        prediction: of the denoiser; None where only the gradient was asked for and did not need it.
-        gradient: ``(N, C, H, W)`` s·∇S, to be weighted by the sampler; None where guidance is off.
-        at_x0: whether it was taken at x̂0 and is no gradient with respect to x_t.
-        noise_shift: ``(N, C, H, W)`` what to take from the noise prediction as it is; None where there is none.
-        direction: ``(N, C, H, W)`` ∇S over its root mean square, to be added to the sample by the sampler.
-        scale: s, for ``direction``.
-        sine: γ·sin(π·progress) of this step.
         logits: ``(N, K)`` of the classifier; None where it did not run.
-        step_gradient: ``(N, C, H, W)`` ∇S itself, for observers.
+        gradient: ``(N, C, H, W)`` ∇S, without scale; None where the classifier did not run.
+    """
+
+    logits: Tensor | None = None
+    gradient: Tensor | None = None
+
+
+class Guided(NamedTuple):
+    """A prediction and the guidance for it.
+
+    Attributes:
+        prediction: of the denoiser, with every guidance that is a shift of x̂0 folded in; None where guidance is applied to the
+            sample (arXiv 2310.11311, Algorithm 2), whose sampler predicts after it has moved the sample.
+        score: ``(N, C, H, W)`` s·∇S in units of ∇log p; None where there is none.
+        aux: for observers.
     """
 
     prediction: Prediction | None
-    gradient: Tensor | None = None
-    noise_shift: Tensor | None = None
-    direction: Tensor | None = None
-    scale: float = 0.0
-    sine: float = 0.0
-    logits: Tensor | None = None
-    step_gradient: Tensor | None = None
-    at_x0: bool = False
+    score: Tensor | None = None
+    aux: Aux = Aux()
 
 
-class Guide(Protocol):
-    """Guidance bound to one trajectory."""
+class Plan(NamedTuple):
+    """What is known of guidance before a trajectory starts, by noise level.
 
-    def __call__(self, predict: Predict, x_t: Tensor, i: int, gradient_only: bool = False) -> GuidedPrediction:
-        """Prediction and guidance at level ``i``.
+    Attributes:
+        active: ``(T,)`` bool, whether a classifier is run.
+        scale: ``(T,)`` s.
+        sine: ``(T,)`` γ·sin(π·progress).
+        at_x0: ``(T,)`` bool, whether the score is a gradient taken at x̂0, not one with respect to x_t.
+        moves_sample: whether guidance is applied to the sample.
+    """
 
-        Args:
-            predict: the denoiser on the same trajectory.
-            x_t: ``(N, C, H, W)``.
-            i: level.
-            gradient_only: leave the denoiser out where the classifier does not look at its prediction.
-        """
-        ...
+    active: np.ndarray
+    scale: np.ndarray
+    sine: np.ndarray
+    at_x0: np.ndarray
+    moves_sample: bool = False
 
 
+Guide = Callable[[Predict, Tensor, int], Guided]
 Decode = Callable[[Tensor], Tensor]
 
 
@@ -62,13 +68,20 @@ def identity(x0: Tensor) -> Tensor:
 
 
 class Guidance(nn.Module, ABC):
-    """Steers a sampler."""
+    """Steers a sampler.
+
+    ``guidance(denoiser, x_t, t, y)`` is one guided prediction. A sampler calls :meth:`prepare` once instead, and its result at
+    every step.
+
+    Attributes:
+        group_size: number of consecutive samples that guidance looks at together.
+    """
 
     group_size: int = 1
 
     @abstractmethod
-    def trajectory(self, levels: NoiseLevels, y: Tensor, decode: Decode = identity) -> Guide | None:
-        """The guidance along one trajectory.
+    def prepare(self, levels: NoiseLevels, y: Tensor, decode: Decode = identity) -> Guide:
+        """Bind guidance to noise levels and classes.
 
         Args:
             levels: noise levels of the steps.
@@ -76,13 +89,26 @@ class Guidance(nn.Module, ABC):
             decode: images of the denoiser's x̂0.
 
         Returns:
-            A guide, or None where there is nothing to do at any step.
+            ``guide(predict, x_t, i)``, the guided prediction for ``x_t`` ``(N, C, H, W)`` at level ``i``, where ``predict`` is
+            the denoiser bound to the same levels.
         """
 
     @abstractmethod
-    def active(self, levels: NoiseLevels) -> list[bool]:
-        """Whether a classifier is run at each of the levels."""
+    def plan(self, levels: NoiseLevels) -> Plan:
+        """What is known before a trajectory through these levels starts."""
 
     @abstractmethod
     def parts(self) -> Sequence[Guidance]:
         """The single guidances that this one is made of, for checks."""
+
+    def forward(self, denoiser: Denoiser, x_t: Tensor, t: int, y: Tensor) -> Guided:
+        """One guided prediction.
+
+        Args:
+            denoiser: the diffusion model.
+            x_t: ``(N, C, H, W)`` noisy images.
+            t: step of the full process, 0 … T − 1.
+            y: ``(N,)`` classes.
+        """
+        levels = denoiser.schedule.at([int(t)])
+        return self.prepare(levels, y, denoiser.decode)(denoiser.prepare(levels, y), x_t, 0)

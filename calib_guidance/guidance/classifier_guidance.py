@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from calib_guidance.classifiers.base import Classifier
-from calib_guidance.denoisers.base import Predict
+from calib_guidance.denoisers.base import Predict, Prediction
 from calib_guidance.diffusion.schedules import NoiseLevels
-from calib_guidance.guidance.base import Decode, Guidance, Guide, GuidedPrediction, identity
+from calib_guidance.guidance.base import Aux, Decode, Guidance, Guide, Guided, Plan, identity
 from calib_guidance.guidance.schedules import GuidanceSchedule
 from calib_guidance.scores.base import Score
 from calib_guidance.scores.log_prob import TemperedLogProb
@@ -52,7 +53,7 @@ class ClassifierGuidance(Guidance):
             of the diffusion network.
         schedule: sine factor and interval; constant everywhere by default.
         apply_to: ``score`` adds to the score of the diffusion model, as the sampler's algorithm says; ``cfg_residual`` gives
-            the gradient the norm of classifier-free guidance's noise difference and adds it there (arXiv 2310.11311,
+            the gradient the norm of classifier-free guidance's residual and adds it there (arXiv 2310.11311,
             Algorithm 3), with strength scale·(1 + γ·sin(π·progress)); ``sample`` moves the sample itself along the gradient,
             whose size is left out (Algorithm 2), which the Heun sampler does.
         decoder: what makes images of x̂0 for the classifier, in place of the denoiser's own decoder: a cheaper one for latent
@@ -67,10 +68,10 @@ class ClassifierGuidance(Guidance):
         classifier: Classifier,
         score: Score | None = None,
         scale: float = 1.0,
-        classifier_input: str = "x0",
+        classifier_input: Literal["x0", "x_t", "x_t_normalized"] = "x0",
         backprop_through_denoiser: bool = False,
         schedule: GuidanceSchedule | None = None,
-        apply_to: str = "score",
+        apply_to: Literal["score", "cfg_residual", "sample"] = "score",
         decoder: nn.Module | None = None,
     ):
         super().__init__()
@@ -85,6 +86,10 @@ class ClassifierGuidance(Guidance):
             raise ValueError(f"apply_to must be one of {', '.join(APPLY_TO)}, got {apply_to!r}")
         if not math.isfinite(scale):
             raise ValueError(f"scale must be a finite number, got {scale}")
+        if apply_to == "sample" and scale < 0:
+            raise ValueError(
+                f"apply_to: sample has a strength of at least 1e-5, so scale must be at least 0, got {scale}; 0 is off"
+            )
         self.classifier, self.score = classifier.freeze(), score or TemperedLogProb()
         self.scale, self.classifier_input, self.apply_to = scale, classifier_input, apply_to
         self.backprop_through_denoiser = backprop_through_denoiser
@@ -95,65 +100,68 @@ class ClassifierGuidance(Guidance):
     def parts(self) -> Sequence[Guidance]:
         return [self]
 
-    def active(self, levels: NoiseLevels) -> list[bool]:
-        return [self.scale != 0 and on for on in self.schedule.active(levels)]
+    def plan(self, levels: NoiseLevels) -> Plan:
+        active = np.array(self.schedule.active(levels)) & (self.scale != 0)
+        sine = np.array([self.schedule.sine(progress) for progress in levels.progress])
+        at_x0 = np.full(len(active), self.classifier_input == "x0" and not self.backprop_through_denoiser)
+        return Plan(active, np.full(len(active), self.scale), sine, at_x0, self.apply_to == "sample")
 
-    def trajectory(self, levels: NoiseLevels, y: Tensor, decode: Decode = identity) -> Guide | None:
-        active = self.active(levels)
-        if not any(active):
-            return None
-        # Classifiers were trained on whole steps.
-        table = torch.tensor(np.rint(levels.times), device=y.device).long()[:, None].expand(-1, len(y))
+    def prepare(self, levels: NoiseLevels, y: Tensor, decode: Decode = identity) -> Guide:
+        plan = self.plan(levels)
+        # Classifiers are trained on integer steps.
+        t = torch.tensor(np.rint(levels.times), device=y.device).long()[:, None].expand(-1, len(y))
         fractions = (levels.times / (levels.num_train_steps - 1)).tolist()
-        sines = [self.schedule.sine(progress) for progress in levels.progress.tolist()]
         to_ve = (1 / np.sqrt(levels.alphas_cumprod)).tolist()
         decode = self.decoder or decode
-        # One in half precision takes float32 all the same, in which its gradient then is.
+        # A classifier in half precision takes float32 all the same, in which its gradient then is.
         dtype = next((p.dtype for p in self.classifier.parameters() if p.is_floating_point()), None)
         dtype = dtype and torch.promote_types(dtype, torch.float32)
 
-        def guide(predict: Predict, x_t: Tensor, i: int, gradient_only: bool = False) -> GuidedPrediction:
-            if not active[i]:
-                return GuidedPrediction(None if gradient_only else predict(x_t, i))
+        def guide(predict: Predict, x_t: Tensor, i: int) -> Guided:
+            if not plan.active[i]:
+                return Guided(None if plan.moves_sample else predict(x_t, i))
             with torch.enable_grad():
-                prediction = None
-                if self.backprop_through_denoiser:
-                    source = x_t.detach().requires_grad_()
-                    prediction = predict(source, i)
-                    shown = prediction.x0
-                else:
-                    if self.classifier_input == "x0" or not gradient_only:
-                        with torch.no_grad():
-                            prediction = predict(x_t, i)
-                    if self.classifier_input == "x0":
-                        seen = prediction.x0
-                    else:
-                        seen = x_t if self.classifier_input == "x_t" else x_t * to_ve[i]
-                        if self.classifier_input == "x_t_normalized":
-                            seen = seen / rms(seen).clamp(min=1)
-                    source = shown = seen.detach().to(dtype or seen.dtype).requires_grad_()
-                if self.classifier_input == "x0":
-                    shown = decode(shown)
-                logits = self.classifier(shown.to(dtype or shown.dtype), table[i])
-                value = self.score(logits, y, fractions[i]).sum()
-                (gradient,) = torch.autograd.grad(value, source)
-            gradient, logits = gradient.to(x_t.dtype), logits.detach()
-            if prediction is not None:
-                prediction = type(prediction)(*(None if p is None else p.detach() for p in prediction))
-            seen_by = {"logits": logits, "step_gradient": gradient}
-            if self.apply_to == "score":
-                at_x0 = self.classifier_input == "x0" and not self.backprop_through_denoiser
-                return GuidedPrediction(prediction, self.scale * gradient, sine=sines[i], at_x0=at_x0, **seen_by)
-            if self.apply_to == "sample":
-                size = rms(gradient)
-                direction = gradient * torch.where(size > 0, 1 / size, 0.0)
-                return GuidedPrediction(prediction, direction=direction, scale=self.scale, sine=sines[i], **seen_by)
-            if prediction.cfg_residual is None:  # classifier-free guidance is off here
-                return GuidedPrediction(prediction, **seen_by)
-            shift = self.scale * (1 + sines[i]) * match_norm(gradient, prediction.cfg_residual)
-            return GuidedPrediction(prediction, noise_shift=shift, **seen_by)
+                prediction, source, image = self._look(predict, x_t, i, to_ve[i], dtype)
+                image = decode(image) if self.classifier_input == "x0" else image
+                logits = self.classifier(image.to(dtype or image.dtype), t[i])
+                (gradient,) = torch.autograd.grad(self.score(logits, y, fractions[i]).sum(), source)
+            aux = Aux(logits.detach(), gradient.to(x_t.dtype))
+            prediction = prediction and prediction.detach()
+            return self._apply(prediction, aux, float(plan.sine[i]))
 
         return guide
+
+    def _look(
+        self, predict: Predict, x_t: Tensor, i: int, to_ve: float, dtype: torch.dtype | None
+    ) -> tuple[Prediction | None, Tensor, Tensor]:
+        """The prediction, the tensor that the gradient is taken with respect to, and what the classifier sees of it."""
+        if self.backprop_through_denoiser:
+            source = x_t.detach().requires_grad_()
+            prediction = predict(source, i)
+            return prediction, source, prediction.x0
+        prediction = None
+        if self.classifier_input == "x0" or self.apply_to != "sample":
+            with torch.no_grad():
+                prediction = predict(x_t, i)
+        if self.classifier_input == "x0":
+            seen = prediction.x0
+        elif self.classifier_input == "x_t":
+            seen = x_t
+        else:
+            seen = x_t * to_ve
+            seen = seen / rms(seen).clamp(min=1)
+        source = seen.detach().to(dtype or seen.dtype).requires_grad_()
+        return prediction, source, source
+
+    def _apply(self, prediction: Prediction | None, aux: Aux, sine: float) -> Guided:
+        if self.apply_to == "sample":
+            return Guided(None, self.scale * aux.gradient, aux)
+        if self.apply_to == "score":
+            return Guided(prediction, self.scale * aux.gradient, aux)
+        if prediction.residual is None:  # classifier-free guidance is off here
+            return Guided(prediction, aux=aux)
+        shift = self.scale * (1 + sine) * match_norm(aux.gradient, prediction.residual)
+        return Guided(prediction._replace(x0=prediction.x0 + shift), aux=aux)
 
 
 class SwitchedGuidance(Guidance):
@@ -174,24 +182,20 @@ class SwitchedGuidance(Guidance):
         sizes = {early.group_size, late.group_size} - {1}
         if len(sizes) > 1:
             raise ValueError(f"early and late guidance tilt over groups of different sizes: {sorted(sizes)}")
+        if (early.apply_to == "sample") != (late.apply_to == "sample"):
+            raise ValueError("early and late must both have apply_to: sample, or neither: their steps differ")
         self.group_size = max(early.group_size, late.group_size)
 
     def parts(self) -> Sequence[Guidance]:
         return [self.early, self.late]
 
-    def active(self, levels: NoiseLevels) -> list[bool]:
-        early, late = self.early.active(levels), self.late.active(levels)
-        return [e if t > self.switch_at else n for t, e, n in zip(levels.times, early, late, strict=True)]
+    def plan(self, levels: NoiseLevels) -> Plan:
+        early, late = self.early.plan(levels), self.late.plan(levels)
+        first = levels.times > self.switch_at
+        by_level = (np.where(first, e, n) for e, n in zip(early[:4], late[:4], strict=True))
+        return Plan(*by_level, early.moves_sample or late.moves_sample)
 
-    def trajectory(self, levels: NoiseLevels, y: Tensor, decode: Decode = identity) -> Guide | None:
-        early, late = (part.trajectory(levels, y, decode) for part in (self.early, self.late))
+    def prepare(self, levels: NoiseLevels, y: Tensor, decode: Decode = identity) -> Guide:
+        early, late = (part.prepare(levels, y, decode) for part in (self.early, self.late))
         chosen = [early if t > self.switch_at else late for t in levels.times]
-        if not any(chosen):
-            return None
-
-        def guide(predict: Predict, x_t: Tensor, i: int, gradient_only: bool = False) -> GuidedPrediction:
-            if chosen[i] is None:
-                return GuidedPrediction(None if gradient_only else predict(x_t, i))
-            return chosen[i](predict, x_t, i, gradient_only)
-
-        return guide
+        return lambda predict, x_t, i: chosen[i](predict, x_t, i)

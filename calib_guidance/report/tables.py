@@ -14,7 +14,7 @@ _COUNTS = {
     "num_samples": "samples",
     "num_measured": "samples measured",
     "num_reference": "reference images",
-    "num_evaluations": "network evaluations each",
+    "nfe": "NFE",
 }
 _DRAWN = {"ece_t", "gradient_norm_t", "guidance_schedule", "reliability"}
 

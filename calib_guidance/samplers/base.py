@@ -1,61 +1,103 @@
-"""What every sampler is, and what observers of one are told."""
+"""The sampling loop."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from calib_guidance.denoisers.base import Denoiser, Predict, Prediction
+from calib_guidance.denoisers.base import Denoiser
 from calib_guidance.diffusion.rng import Noise
 from calib_guidance.diffusion.schedules import NoiseLevels
-from calib_guidance.guidance.base import Guidance, Guide, GuidedPrediction
+from calib_guidance.guidance.base import Guidance
+from calib_guidance.samplers.evaluate import Evaluate, on_device, plan_of
+from calib_guidance.samplers.guidance_scaling import GuidanceScaling
+from calib_guidance.samplers.records import Observer, StepRecord
 
 
-class StepRecord(NamedTuple):
-    """One step, as observers see it. Tensors stay on the device; an observer that reads them on the host slows sampling.
+class Transition(NamedTuple):
+    """x' = mean + std·z, of which the loop draws z ~ N(0, I); not at the last step.
 
     Attributes:
-        i: level of :meth:`Sampler.levels`, N − 1 … 0.
-        num_steps: N.
-        t: step of the full process; between two of them where the sampler goes there.
-        y: ``(N,)`` classes.
-        x_t: ``(N, C, H, W)`` before the step.
-        guided: prediction, gradient and logits.
-        x_next: ``(N, C, H, W)`` after the step.
+        mean: ``(N, C, H, W)``.
+        std: one number or ``(N, C, H, W)``; None of a deterministic step.
     """
 
-    i: int
-    num_steps: int
-    t: float
-    y: Tensor
-    x_t: Tensor
-    guided: GuidedPrediction
-    x_next: Tensor
-
-
-Observer = Callable[[StepRecord], None]
-
-
-class BufferedObserver(ABC):
-    """An observer that learns only when a batch is done which of its samples are kept, and counts those."""
-
-    @abstractmethod
-    def __call__(self, record: StepRecord) -> None:
-        """Note one step."""
-
-    @abstractmethod
-    def count(self, rows: slice | Tensor) -> None:
-        """Count the samples at ``rows`` of what was noted since the last call; forget the others."""
+    mean: Tensor
+    std: Tensor | None = None
 
 
 class Sampler(ABC):
-    """``sampler(denoiser, noise, y, guidance, observers) -> images``."""
+    """``sampler(denoiser, noise, y, guidance) -> images``. A sampler is its levels, its coefficients and its step.
+
+    Attributes:
+        clip_denoised: clip x̂0 to [-1, 1] before guidance, where it is an image.
+        recurrence: number of times that each step is done, with renoising in between.
+        scaling: strength of guidance by step size; None leaves it as it is.
+        takes_score: whether :meth:`step` reads the score. Elsewhere the loop folds it into x̂0.
+        moves_sample: whether :meth:`step` can move the sample along the score (arXiv 2310.11311, Algorithm 2).
+    """
+
+    clip_denoised: bool = True
+    recurrence: int = 1
+    scaling: GuidanceScaling | None = None
+    takes_score: bool = False
+    moves_sample: bool = False
 
     @abstractmethod
+    def levels(self, denoiser: Denoiser) -> NoiseLevels:
+        """Noise levels of the N steps, least noisy first."""
+
+    @abstractmethod
+    def coefficients(self, levels: NoiseLevels) -> dict[str, np.ndarray]:
+        """Tables ``(N,)`` float64 of the numbers that a step needs."""
+
+    @abstractmethod
+    def step(self, x: Tensor, i: int, evaluate: Evaluate, c: SimpleNamespace) -> Transition:
+        """One step from level ``i`` to level ``i`` − 1, or at 0 to the image.
+
+        Args:
+            x: ``(N, C, H, W)`` x_t = √ᾱ·x0 + √(1−ᾱ)·ε.
+            i: level.
+            evaluate: ``evaluate(x, i)`` is the guided prediction; ``evaluate.unguided(x, i)`` that of the model alone.
+            c: the coefficients on the device, with ``scale`` and ``sine`` of guidance, ``moves_sample``, ``noise()``, and
+                ``state``, a dict of tensors ``(N, …)`` that a step leaves to the next.
+        """
+
+    def start(self, noise: Noise, levels: NoiseLevels) -> Tensor:
+        """x_T ``(N, C, H, W)``, in the type that the steps compute in."""
+        return noise()
+
+    def evaluated(self, denoiser: Denoiser) -> NoiseLevels:
+        """Every level at which a step evaluates, those of the steps first."""
+        return self.levels(denoiser)
+
+    def nfe(self, denoiser: Denoiser) -> int:
+        """Number of network evaluations per sample."""
+        return len(self.levels(denoiser).times) * self.recurrence * denoiser.nfe
+
+    def check(self, denoiser: Denoiser, guidance: Guidance | None) -> None:
+        """Raise ValueError where sampler, denoiser and guidance do not fit together."""
+        self.levels(denoiser)
+        name = type(self).__name__
+        for part in guidance.parts() if guidance else ():
+            if part.apply_to == "sample" and not self.moves_sample:
+                raise ValueError(
+                    f"apply_to: sample is Algorithm 2 of arXiv 2310.11311, a step of the Heun sampler, and {name} has none: set "
+                    "the guidance's apply_to to score, or the sampler to Heun"
+                )
+            if part.apply_to == "score" and part.schedule.gamma and not self.takes_score:
+                raise ValueError(
+                    f"the sine factor of apply_to: score is defined through the variance of a DDPM step, and {name} has none: "
+                    "set gamma to 0 (--model.guidance.schedule.gamma 0), or sample with DDPM"
+                )
+
+    @torch.no_grad()
     def __call__(
         self,
         denoiser: Denoiser,
@@ -63,6 +105,7 @@ class Sampler(ABC):
         y: Tensor,
         guidance: Guidance | None = None,
         observers: Sequence[Observer] = (),
+        progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """Sample one batch.
 
@@ -70,65 +113,34 @@ class Sampler(ABC):
             denoiser: the diffusion model.
             noise: source of standard normal images; called once for x_T, then once per noise that a step adds.
             y: ``(N,)`` classes.
-            guidance: None samples the model as it is.
+            guidance: None samples the model alone.
             observers: each is called after every step, and after every repetition of one.
+            progress: called with the number of finished steps and N after every step.
 
         Returns:
             ``(N, C, H, W)`` float32 images.
         """
-
-    @abstractmethod
-    def levels(self, denoiser: Denoiser) -> NoiseLevels:
-        """Noise levels of the N steps, least noisy first."""
-
-    @abstractmethod
-    def num_evaluations(self, denoiser: Denoiser) -> int:
-        """Network evaluations per sample."""
-
-    def check(self, denoiser: Denoiser, guidance: Guidance | None) -> None:  # noqa: B027, most have nothing to check
-        """Raise ValueError where sampler, denoiser and guidance cannot go together."""
-
-
-def refuse_sample_shift(sampler: str, guidance: Guidance | None) -> None:
-    """Raise ValueError where guidance is to move the sample itself, which is defined for Heun steps."""
-    for part in guidance.parts() if guidance else ():
-        if part.apply_to == "sample":
-            raise ValueError(
-                f"apply_to: sample is arXiv 2310.11311's Algorithm 2, a step of the Heun sampler, and {sampler} has none: set "
-                "the guidance's apply_to to score, or the sampler to calib_guidance.samplers.Heun"
-            )
-
-
-def refuse_sine(sampler: str, guidance: Guidance | None) -> None:
-    """Raise ValueError where the score is to be amplified by the variance of a step that has none."""
-    for part in guidance.parts() if guidance else ():
-        if part.apply_to == "score" and part.schedule.gamma:
-            raise ValueError(
-                f"the sine factor is defined through the variance of a DDPM step, and {sampler} has none: set the guidance "
-                "schedule's gamma to 0 (--model.init_args.guidance.init_args.schedule.init_args.gamma 0), or sample with DDPM"
-            )
-
-
-def start(
-    denoiser: Denoiser, guidance: Guidance | None, levels: NoiseLevels, y: Tensor, clip: bool
-) -> tuple[Predict, Guide]:
-    """Denoiser and guidance bound to one trajectory, x̂0 clipped to [-1, 1] where asked and where it is an image."""
-    raw = denoiser.trajectory(levels, y)
-    guide = guidance and guidance.trajectory(levels, y, denoiser.decode)
-
-    def predict(x_t: Tensor, i: int | Tensor) -> Prediction:
-        prediction = raw(x_t, i)
-        if not (clip and denoiser.clip):
-            return prediction
-        # A network that overflows must not pass for one that says ±1: 0·∞ is not a number.
-        return prediction._replace(x0=prediction.x0.clamp(-1, 1).add(prediction.x0, alpha=0))
-
-    def unguided(predict: Predict, x_t: Tensor, i: int, gradient_only: bool = False) -> GuidedPrediction:
-        return GuidedPrediction(None if gradient_only else predict(x_t, i))
-
-    return predict, guide or unguided
-
-
-def on_device(table: object, like: Tensor) -> Tensor:
-    """A float64 table as float32 on the device of ``like``: uploaded once, before the loop."""
-    return torch.as_tensor(table).float().to(like.device)
+        levels = self.levels(denoiser)
+        n, times = len(levels.times), levels.times.tolist()
+        x = self.start(noise, levels)
+        evaluate = Evaluate(
+            denoiser, guidance, self.evaluated(denoiser), y, x, self.clip_denoised, not self.takes_score, self.scaling
+        )
+        plan, kept = plan_of(guidance, levels), levels.alphas_cumprod / np.append(1.0, levels.alphas_cumprod[:-1])
+        tables = self.coefficients(levels) | {"scale": plan.scale, "sine": plan.sine}
+        tables |= {"keep": np.sqrt(kept), "renoise": np.sqrt(1 - kept)} if self.recurrence > 1 else {}
+        c = SimpleNamespace(**{name: on_device(table, x) for name, table in tables.items()})
+        c.moves_sample, c.noise, c.state = plan.moves_sample, noise, {}
+        for i in reversed(range(n)):
+            for repeat in range(self.recurrence):
+                mean, std = self.step(x, i, evaluate, c)
+                mean, guided = evaluate.finish(mean, i)
+                x_next = mean if std is None or i == 0 else torch.addcmul(mean, std, noise())
+                for observe in observers:
+                    observe(StepRecord(i, n, times[i], y, x, guided, x_next))
+                x = x_next
+                if repeat < self.recurrence - 1:
+                    x = c.keep[i] * x + c.renoise[i] * noise()
+            if progress is not None:
+                progress(n - i, n)
+        return x.float()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.classifiers.noise_aware import NoiseAwareClassifier
-from calib_guidance.denoisers import ClassifierFreeGuidance
+from calib_guidance.denoisers import Combination
 from calib_guidance.denoisers.base import Denoiser
 from calib_guidance.diffusion.rng import SampleStreams
 from calib_guidance.diffusion.schedules import named_betas
@@ -96,12 +96,12 @@ class GuidedSampling(FaultTolerant):
         levels = self.sampler.levels(self.denoiser)
         one = torch.zeros(1, dtype=torch.long, device=self.device)
         for part in self.guidance.parts() if self.guidance is not None else ():
-            if part.trajectory(levels, one) is None:
+            if not part.plan(levels).active.any():
                 continue  # switched off: its classifier is not run, not even to look at it
-            if part.apply_to == "cfg_residual" and not isinstance(self.denoiser, ClassifierFreeGuidance):
+            if part.apply_to == "cfg_residual" and not isinstance(self.denoiser, Combination):
                 yield (
-                    "apply_to: cfg_residual needs classifier-free guidance: wrap the denoiser in "
-                    "calib_guidance.denoisers.ClassifierFreeGuidance, or set apply_to to score"
+                    "apply_to: cfg_residual needs classifier-free guidance: wrap the denoiser in Combination, or set apply_to to "
+                    "score"
                 )
             image = torch.zeros(1, *self.denoiser.image_shape, device=self.device)
             if part.classifier_input == "x0":

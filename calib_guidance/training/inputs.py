@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from calib_guidance.backend.precision import autocast
-from calib_guidance.denoisers.base import Denoiser
+from calib_guidance.denoisers.base import Denoiser, prepare_clipped
 from calib_guidance.diffusion.parameterization import diffuse
 from calib_guidance.diffusion.rng import DIFFUSION, SampleStreams, random_steps
 from calib_guidance.diffusion.schedules import NoiseSchedule, ScheduleName, named_betas
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.samplers.base import start
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
@@ -226,7 +225,7 @@ class DenoisedInput(InputTransform):
         denoiser, dtype = self.frozen.on(x_t.device), PRECISIONS[precision or self.precision]
         # Off where it is not asked for, even inside the autocast of a trainer: embeddings and coefficients stay float32.
         with autocast(x_t.device, None):
-            predict, _ = start(denoiser, None, self.diffusion.schedule.levels, batch["label"], clip=True)
+            predict = prepare_clipped(denoiser, self.diffusion.schedule.levels, batch["label"])
             with autocast(x_t.device, dtype):
                 x0 = denoiser.decode(predict(x_t, i).x0)
         return x0.to(x_t.dtype), self.diffusion.timesteps[i]

@@ -59,7 +59,7 @@ def sound(tmp_path_factory):
 
     def watched(module, batch, float32):
         def observe(record):
-            x0, gradient = record.guided.prediction.x0, record.guided.step_gradient
+            x0, gradient = record.guided.prediction.x0, record.guided.aux.gradient
             for row, index in enumerate(batch["index"].tolist()):
                 seen[index][record.i] = to_uint8(x0[row]).numpy(), gradient[row].numpy()
 

@@ -21,12 +21,12 @@ def test_each_sample_at_a_step_of_its_own(prediction, class_conditional):
     x = torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     y, timesteps, i = torch.tensor([2, -1, 0, 1]), [10, 400, 700], torch.tensor([1, 2, 0, 1])
     with torch.no_grad():
-        predict = denoiser.trajectory(denoiser.schedule.at(timesteps), y)
+        predict = denoiser.prepare(denoiser.schedule.at(timesteps), y)
         x0, fraction, _ = predict(x, i)
         for n in range(len(x)):
             expected = predict(x, int(i[n]))
             torch.testing.assert_close(x0[n], expected.x0[n], atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(fraction[n], expected.variance_fraction[n], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(fraction[n], expected.variance[n], atol=1e-5, rtol=1e-5)
         t = torch.tensor(timesteps)[i]
         output, variance = network(x, t, y if class_conditional else None).chunk(2, dim=1)
     abar = torch.tensor(denoiser.schedule.alphas_cumprod)[t].view(-1, 1, 1, 1)

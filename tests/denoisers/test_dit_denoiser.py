@@ -21,6 +21,7 @@ from calib_guidance.backend.images import from_uint8
 from calib_guidance.classifiers import Classifier
 from calib_guidance.denoisers import (
     ClassifierFreeGuidance,
+    Combination,
     DiTDenoiser,
     LinearDecoder,
     TinyDecoder,
@@ -106,7 +107,7 @@ class TestFiles:
         torch.testing.assert_close(positions, fixture["pos_embed_sincos"], atol=1e-6, rtol=0)
         positions.copy_(fixture["weights.pos_embed"])
         y = torch.tensor([0, 3, -1])
-        found, expected = (d.trajectory(levels(d, 500), y)(fixture["x"], 0) for d in (read, denoiser))
+        found, expected = (d.prepare(levels(d, 500), y)(fixture["x"], 0) for d in (read, denoiser))
         assert torch.equal(found.x0, expected.x0)
 
     @torch.no_grad()
@@ -121,9 +122,9 @@ class TestFiles:
             save_file(fixture.weights() if form == "safetensors" else denoiser.network.state_dict(), path)
         read = DiTDenoiser(tiny_dit(), str(path))
         y = torch.tensor([0, 3, -1])
-        found, expected = (d.trajectory(levels(d, 30), y)(fixture["x"], 0) for d in (read, denoiser))
+        found, expected = (d.prepare(levels(d, 30), y)(fixture["x"], 0) for d in (read, denoiser))
         assert torch.equal(found.x0, expected.x0)
-        assert torch.equal(found.variance_fraction, expected.variance_fraction)
+        assert torch.equal(found.variance, expected.variance)
 
     def test_from_the_hub(self, pipeline, denoiser, fixture, monkeypatch):
         asked = []
@@ -225,27 +226,28 @@ class TestPredictions:
         weight = fixture.json["hyperparameters"]["cfg_scale"]
         t, y = fixture["cfg_t"][:2], fixture["cfg_y"][:2]
         x = fixture["cfg_x"][:2]
-        free = ClassifierFreeGuidance(denoiser, weight, channels=3)
+        free = Combination(denoiser, ClassifierFreeGuidance(weight), channels=3)
         chosen = free.schedule.at(t.tolist())
-        found = free.trajectory(chosen, y)(x, torch.arange(2))
+        found = free.prepare(chosen, y)(x, torch.arange(2))
         abar = torch.tensor(chosen.alphas_cumprod).view(-1, 1, 1, 1)
         noise = (x.double() - abar.sqrt() * found.x0.double()) / (1 - abar).sqrt()
         fixture.assert_close("cfg_output", noise, fixture["cfg_output"][:2, :4])
-        fixture.assert_close("cfg_output", 2 * found.variance_fraction - 1, fixture["cfg_output"][:2, 4:])
+        fixture.assert_close("cfg_output", 2 * found.variance - 1, fixture["cfg_output"][:2, 4:])
         plain = fixture["cfg_plain_output"][:, :4]
         difference = weight * (plain[:2] - plain[2:])
-        torch.testing.assert_close(found.cfg_residual[:, :3], difference[:, :3], atol=2e-4, rtol=1e-3)
-        assert not found.cfg_residual[:, 3].any()
+        to_noise = -(abar / (1 - abar)).sqrt().float()
+        torch.testing.assert_close(to_noise * found.residual[:, :3], difference[:, :3], atol=2e-4, rtol=1e-3)
+        assert not found.residual[:, 3].any()
         assert difference[:, 3].abs().max() > 0.1
 
     @torch.no_grad()
     def test_without_classes_the_null_class_is_given(self, network, denoiser, fixture):
         free, y = DiTDenoiser(network, class_conditional=False), torch.tensor([1, 2, 3])
         at = levels(free, 700)
-        expected = denoiser.trajectory(at, torch.full((3,), -1))(fixture["x"], 0)
-        for found in (free.trajectory(at, y), free.trajectory(at, None), denoiser.trajectory(at, None)):
+        expected = denoiser.prepare(at, torch.full((3,), -1))(fixture["x"], 0)
+        for found in (free.prepare(at, y), free.prepare(at, None), denoiser.prepare(at, None)):
             assert torch.equal(found(fixture["x"], 0).x0, expected.x0)
-        assert (denoiser.trajectory(at, y)(fixture["x"], 0).x0 - expected.x0).abs().max() > 0.1
+        assert (denoiser.prepare(at, y)(fixture["x"], 0).x0 - expected.x0).abs().max() > 0.1
         assert free.num_classes is None
         assert not free.clip
 
@@ -333,13 +335,13 @@ class TestGuidance:
         """Algorithm 3's ∇ of S(f(decode(x̂0))) with respect to x̂0, in float64, by central differences in random directions."""
         denoiser = DiTDenoiser(copy.deepcopy(network), vae=copy.deepcopy(vae), decode_batch=1).double()
         classifier, y = Linear().double(), torch.tensor([4, 7])
-        free = ClassifierFreeGuidance(denoiser, 1.5, channels=3)
+        free = Combination(denoiser, ClassifierFreeGuidance(1.5), channels=3)
         guidance = ClassifierGuidance(classifier, scale=0.5, apply_to="cfg_residual")
         at = levels(free, 300)
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(2, 4, 8, 8, generator=generator, dtype=torch.float64)
-        guided = guidance.trajectory(at, y, free.decode)(free.trajectory(at, y), x, 0)
-        x0 = guided.prediction.x0
+        predict = free.prepare(at, y)
+        guided, x0 = guidance.prepare(at, y, free.decode)(predict, x, 0), predict(x, 0).x0.detach()
 
         def score(latents):
             with torch.no_grad():
@@ -349,10 +351,10 @@ class TestGuidance:
         for _ in range(4):
             direction = torch.randn(2, 4, 8, 8, generator=generator, dtype=torch.float64)
             difference = (score(x0 + 1e-2 * direction) - score(x0 - 1e-2 * direction)) / 2e-2
-            analytic = (guided.step_gradient * direction).sum(dim=(1, 2, 3))
+            analytic = (guided.aux.gradient * direction).sum(dim=(1, 2, 3))
             torch.testing.assert_close(analytic, difference, atol=2e-4, rtol=2e-3)
-        shift, cfg_residual = guided.noise_shift, guided.prediction.cfg_residual
-        torch.testing.assert_close(shift.flatten(1).norm(dim=1), 0.5 * cfg_residual.flatten(1).norm(dim=1))
+        shift, residual = guided.prediction.x0 - x0, guided.prediction.residual
+        torch.testing.assert_close(shift.flatten(1).norm(dim=1), 0.5 * residual.flatten(1).norm(dim=1))
 
     def test_samples_climb_the_score_at_some_steps_or_all_and_through_any_decoder(self, denoiser, fixture):
         y = torch.tensor([0, 3, 5])
@@ -370,7 +372,7 @@ class TestGuidance:
                 num_decoder_blocks=(1, 1),
             )
         )
-        free = ClassifierFreeGuidance(denoiser, 1.5, channels=3)
+        free = Combination(denoiser, ClassifierFreeGuidance(1.5), channels=3)
         values, calls = {}, {}
         for name, arguments in {
             "none": {"scale": 0.0},
@@ -444,7 +446,7 @@ class TestLighterDecoders:
 
 
 def test_a_run_without_a_decoder_is_refused_before_it_samples(network, denoiser):
-    module = GuidedSampling(ClassifierFreeGuidance(DiTDenoiser(network)), DDPM("3"))
+    module = GuidedSampling(Combination(DiTDenoiser(network)), DDPM("3"))
     module._trainer = mock.Mock(datamodule=mock.Mock(num_classes=10, batch_size=2, num_samples=2, shard_size=None))
     assert [problem for problem in module.problems() if "set vae" in problem]
     module.denoiser = denoiser

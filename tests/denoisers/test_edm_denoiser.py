@@ -29,16 +29,16 @@ def test_denoised_images_match_the_reference(golden, weights, type_):
     scale = torch.tensor(levels.alphas_cumprod).sqrt().view(-1, 1, 1, 1)
     x_t, y, each = (scale * fixture["x"]).to(type_), fixture["labels"].argmax(1), torch.arange(4)
     with torch.no_grad():
-        x0, variance, _ = denoiser.trajectory(levels, y)(x_t, each)
+        x0, variance, _ = denoiser.prepare(levels, y)(x_t, each)
         fixture.assert_close("output", x0)
         assert x0.dtype == type_
         assert variance is None
         for none in (None, torch.full_like(y, -1)):
-            fixture.assert_close("output_no_labels", denoiser.trajectory(levels, none)(x_t, each).x0)
+            fixture.assert_close("output_no_labels", denoiser.prepare(levels, none)(x_t, each).x0)
         free = EDMDenoiser(checkpoint=weights, class_conditional=False)
-        fixture.assert_close("output_no_labels", free.trajectory(levels, y)(x_t, each).x0)
+        fixture.assert_close("output_no_labels", free.prepare(levels, y)(x_t, each).x0)
         one = (scale[2] * fixture["x"]).to(type_)
-        fixture.assert_close("output_scalar_sigma", denoiser.trajectory(levels, y)(one, 2).x0)
+        fixture.assert_close("output_scalar_sigma", denoiser.prepare(levels, y)(one, 2).x0)
 
 
 def test_sigma_data_is_where_noise_and_image_weigh_the_same(golden, weights):
@@ -47,7 +47,7 @@ def test_sigma_data_is_where_noise_and_image_weigh_the_same(golden, weights):
     denoiser = EDMDenoiser(checkpoint=weights, sigma_data=0.8)
     x = fixture["x"].double()
     with torch.no_grad():
-        found = denoiser.trajectory(denoiser.schedule.at_sigmas([0.8]), None)(x / 1.64**0.5, 0).x0
+        found = denoiser.prepare(denoiser.schedule.at_sigmas([0.8]), None)(x / 1.64**0.5, 0).x0
         noise = torch.full((4,), 0.8).log() / 4
         expected = x / 2 + 0.8 / 2**0.5 * denoiser.network((x / (2**0.5 * 0.8)).float(), noise)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -60,7 +60,7 @@ def test_half_precision_is_that_of_the_body(golden, weights):
     levels = half.schedule.at_sigmas(fixture["sigma"].double().numpy())
     x_t = torch.tensor(levels.alphas_cumprod).sqrt().view(-1, 1, 1, 1) * fixture["x"]
     with torch.no_grad():
-        x0 = half.trajectory(levels, fixture["labels"].argmax(1))(x_t, torch.arange(4)).x0
+        x0 = half.prepare(levels, fixture["labels"].argmax(1))(x_t, torch.arange(4)).x0
     assert 0 < (x0 - fixture["output"]).abs().max() < 0.1 * fixture["output"].std()
 
 
@@ -69,7 +69,7 @@ def test_gradients_flow_back_to_a_float64_state(golden, weights):
     denoiser = EDMDenoiser(checkpoint=weights)
     generator = torch.Generator().manual_seed(0)
     x_t, along, weight = (torch.randn(1, 3, 8, 8, generator=generator, dtype=torch.float64) for _ in range(3))
-    predict = denoiser.trajectory(denoiser.schedule.at_sigmas([1.5]), torch.tensor([4]))
+    predict = denoiser.prepare(denoiser.schedule.at_sigmas([1.5]), torch.tensor([4]))
     x_t.requires_grad_()
     (gradient,) = torch.autograd.grad((predict(x_t, 0).x0 * weight).sum(), x_t)
     assert gradient.dtype == torch.float64
@@ -83,7 +83,7 @@ def test_compiled_network_is_used(weights, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, dynamic, mode: lambda *args: compiled.append(dynamic) or f(*args))
     denoiser = EDMDenoiser(checkpoint=weights, compile=True)
     with torch.no_grad():
-        denoiser.trajectory(denoiser.schedule.at_sigmas([1.0]), None)(torch.zeros(1, 3, 8, 8), 0)
+        denoiser.prepare(denoiser.schedule.at_sigmas([1.0]), None)(torch.zeros(1, 3, 8, 8), 0)
     assert compiled == [False]
 
 

@@ -157,9 +157,9 @@ class TestClosedForms:
                 (conditional, None, plain),
                 (conditional, y, mixture.posterior_mean(x, abar, y)),
             ):
-                prediction = model.trajectory(mixture.schedule.at(timesteps), labels)(x, i)
+                prediction = model.prepare(mixture.schedule.at(timesteps), labels)(x, i)
                 assert torch.equal(prediction.x0, expected)
-                assert prediction.variance_fraction is None
+                assert prediction.variance is None
         assert (mixture.num_classes, conditional.num_classes, mixture.image_shape) == (None, 3, (2, 1, 1))
         assert not torch.allclose(mixture.posterior_mean(x, 0.5), mixture.posterior_mean(x, 0.5, y))
 
@@ -167,7 +167,7 @@ class TestClosedForms:
         x, y, timesteps = points(), torch.tensor([0, 1, 2, -1, 1, -1]), [20, 300, 700]
         i = torch.tensor([2, 0, 1, 1, 2, 0])
         t = torch.tensor(timesteps)[i]
-        predict = conditional.trajectory(conditional.schedule.at(timesteps), y)
+        predict = conditional.prepare(conditional.schedule.at(timesteps), y)
         together, joint = predict(x, i).x0, conditional.log_joint(x, t)
         logits = GaussianMixtureClassifier(conditional, noise_aware=True)(x, t)
         for n in range(len(x)):
@@ -271,8 +271,8 @@ class TestProposition:
                 x0 = record.guided.prediction.x0
                 other = x0.flatten(1) if tau2 == 0 else model.log_joint(x0).softmax(1).float() @ means
                 direction = (means[Y] - other)[:, :, None, None]
-                torch.testing.assert_close(record.guided.step_gradient, direction, atol=1e-5, rtol=1e-5)
-                torch.testing.assert_close(record.guided.gradient, 2 * direction, atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(record.guided.aux.gradient, direction, atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(record.guided.score, 2 * direction, atol=1e-5, rtol=1e-5)
 
 
 def spread_after(sampler, schedule, sigma2, guided=0.0):
@@ -411,7 +411,7 @@ class TestUnguided:
         records = []
         again = draw(sampler("10", recurrence=3), mixture, n=4, observers=[records.append])
         assert [r.i for r in records] == [i for i in reversed(range(10)) for _ in range(3)]
-        assert sampler("10", recurrence=3).num_evaluations(mixture) == 30
+        assert sampler("10", recurrence=3).nfe(mixture) == 30
         assert not torch.allclose(again, draw(sampler("10"), mixture, n=4))
 
 
@@ -490,10 +490,10 @@ class TestWhatTheClassifierSees:
         """At x̂0 the denoiser is left out; through it, S(f(x̂0(x_t))) is differentiated in x_t; all in float64."""
         y, timesteps, scale = torch.tensor([0, 1, 2, 2, 1, 0]), [30, 400, 800], 1.7
         classifier = GaussianMixtureClassifier(mixture, noise_aware=at == "x_t")
-        guide = ClassifierGuidance(classifier, score, scale=scale, **seeing(at)).trajectory(
+        guide = ClassifierGuidance(classifier, score, scale=scale, **seeing(at)).prepare(
             mixture.schedule.at(timesteps), y
         )
-        predict = mixture.trajectory(mixture.schedule.at(timesteps), y)
+        predict = mixture.prepare(mixture.schedule.at(timesteps), y)
         for i, t in enumerate(timesteps):
             x_t, time = points(), t / 999
             x0 = predict(x_t, i).x0
@@ -506,8 +506,8 @@ class TestWhatTheClassifierSees:
             guided = guide(predict, x_t, i)
             expected = central_differences(value, shown)
             # Rounding: values of the order of 100 at most times 1e-16/1e-6.
-            torch.testing.assert_close(guided.step_gradient, expected, atol=1e-7, rtol=1e-7)
-            torch.testing.assert_close(guided.gradient, scale * expected, atol=2e-7, rtol=1e-7)
+            torch.testing.assert_close(guided.aux.gradient, expected, atol=1e-7, rtol=1e-7)
+            torch.testing.assert_close(guided.score, scale * expected, atol=2e-7, rtol=1e-7)
             assert torch.equal(guided.prediction.x0, x0)
             assert not guided.prediction.x0.requires_grad
             assert expected.abs().max() > 1e-4  # as large as the tolerance would prove nothing
@@ -516,17 +516,17 @@ class TestWhatTheClassifierSees:
         """∂x̂0/∂x_t = √ᾱ/(1−ᾱ)·Cov[x0 | x_t], which the gradient at x̂0 leaves out."""
         x_t, y, timesteps = points(), torch.full((6,), Y), [200]
         abar = float(mixture.schedule.alphas_cumprod[200])
-        predict = mixture.trajectory(mixture.schedule.at(timesteps), y)
+        predict = mixture.prepare(mixture.schedule.at(timesteps), y)
         plain, through = (
-            ClassifierGuidance(GaussianMixtureClassifier(mixture), **seeing(at)).trajectory(
+            ClassifierGuidance(GaussianMixtureClassifier(mixture), **seeing(at)).prepare(
                 mixture.schedule.at(timesteps), y
             )(predict, x_t, 0)
             for at in ("x0", "through_denoiser")
         )
         jacobian = torch.autograd.functional.jacobian(lambda v: mixture.posterior_mean(v, abar).flatten(1).sum(0), x_t)
         jacobian = jacobian.flatten(2).transpose(0, 1)  # (N, of x̂0, of x_t)
-        expected = torch.einsum("noi,no->ni", jacobian, plain.gradient.flatten(1))
-        torch.testing.assert_close(through.gradient.flatten(1), expected)
+        expected = torch.einsum("noi,no->ni", jacobian, plain.score.flatten(1))
+        torch.testing.assert_close(through.score.flatten(1), expected)
         # A covariance, up to a factor: symmetric, positive.
         torch.testing.assert_close(jacobian, jacobian.mT)
         assert (torch.linalg.eigvalsh(jacobian) > 0).all()
@@ -561,7 +561,7 @@ class TestOff:
         assert off.numpy().tobytes() == draw(sampler, mixture, n=16).numpy().tobytes()
         assert classifier.steps == []
         on = draw(sampler, mixture, ClassifierGuidance(classifier, **seeing(at)), n=16)
-        assert len(classifier.steps) == sampler.num_evaluations(mixture)
+        assert len(classifier.steps) == sampler.nfe(mixture)
         assert not torch.equal(on, off)
 
     def test_an_interval_runs_the_classifier_inside_it_alone(self, mixture):
@@ -580,7 +580,7 @@ class TestOff:
         plain = []
         draw(sampler, mixture, None, 8, observers=[plain.append])
         for guided, unguided in zip(records, plain, strict=True):
-            assert (guided.guided.gradient is None) == (not 200 <= guided.t <= 480)
+            assert (guided.guided.score is None) == (not 200 <= guided.t <= 480)
             # Up to the first guided step nothing differs; from there on everything does.
             assert torch.equal(guided.x_next, unguided.x_next) == (guided.t > 480)
 
@@ -603,11 +603,11 @@ class TestSwitched:
         for record in records:
             shown, t = (record.guided.prediction.x0, None) if record.t > 200 else (record.x_t, record.t)
             logits = mixture.log_joint(shown, t)
-            torch.testing.assert_close(record.guided.logits, logits)
+            torch.testing.assert_close(record.guided.aux.logits, logits)
             score, scale = (soft, 2.0) if record.t > 200 else (TemperedLogProb(), 3.0)
             y = torch.full((8,), Y)
             expected = scale * gradient(lambda v, t=t, score=score, y=y: score(mixture.log_joint(v, t), y), shown)
-            torch.testing.assert_close(record.guided.gradient, expected)
+            torch.testing.assert_close(record.guided.score, expected)
 
     def test_one_half_may_be_off(self, mixture):
         clean, aware = Counting(mixture), Counting(mixture, noise_aware=True)
@@ -617,7 +617,7 @@ class TestSwitched:
         records = []
         draw(DDPM("ddim25"), mixture, guidance, 8, observers=[records.append])
         assert clean.steps == []
-        assert [r.t for r in records if r.guided.gradient is not None] == aware.steps == [200, 160, 120, 80, 40, 0]
+        assert [r.t for r in records if r.guided.score is not None] == aware.steps == [200, 160, 120, 80, 40, 0]
 
     def test_exact_halves_reach_the_floor(self, mixture, exact, floor):
         """Two halves that are both exact are exact together, wherever they meet."""
@@ -643,7 +643,7 @@ class TestTilted:
             weights = self.group * (-2.0 * values).softmax(1)
             assert torch.equal(weights.argmax(1), values.argmin(1))
             expected = plain * weights.flatten().view(-1, 1, 1, 1)
-            torch.testing.assert_close(record.guided.gradient, expected.float(), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(record.guided.score, expected.float(), atol=1e-5, rtol=1e-5)
 
     def test_a_sample_moves_its_own_group_alone(self, mixture):
         class OneMoved(Gaussians):

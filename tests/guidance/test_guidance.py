@@ -5,11 +5,19 @@ import torch
 from torch import nn
 
 from calib_guidance.classifiers import Classifier
-from calib_guidance.denoisers import ADMDenoiser, ClassifierFreeGuidance, Denoiser, Prediction
-from calib_guidance.denoisers.base import NoiseSchedule
+from calib_guidance.denoisers import (
+    ADMDenoiser,
+    Autoguidance,
+    ClassifierFreeGuidance,
+    Combination,
+    Denoiser,
+    Prediction,
+    UnconditionalModel,
+)
+from calib_guidance.denoisers.base import prepare_clipped
 from calib_guidance.diffusion import Interval
 from calib_guidance.diffusion.rng import SampleStreams
-from calib_guidance.diffusion.schedules import named_betas
+from calib_guidance.diffusion.schedules import NoiseSchedule, named_betas
 from calib_guidance.guidance import ClassifierGuidance, GuidanceSchedule, SwitchedGuidance, match_norm
 from calib_guidance.networks import UNet
 from calib_guidance.samplers import DDIM, DDPM
@@ -65,7 +73,7 @@ def test_an_interval_runs_the_classifier_inside_it_only(denoiser):
     guidance = ClassifierGuidance(classifier, classifier_input="x_t", schedule=GuidanceSchedule(interval=[200, 600]))
     sample(denoiser, guidance, records=records)
     assert [int(t[0]) for _, t in classifier.seen] == [571, 428, 285]
-    assert [r.t for r in records if r.guided.gradient is not None] == [571, 428, 285]
+    assert [r.t for r in records if r.guided.score is not None] == [571, 428, 285]
 
 
 @pytest.mark.parametrize("at", ["x0", "x_t", "through_denoiser"])
@@ -86,9 +94,9 @@ def test_input_gradient_is_that_of_the_score(denoiser):
     classifier, records = Linear(), []
     sample(denoiser, ClassifierGuidance(classifier, scale=2.0), records=records)
     for record in records:
-        p = record.guided.logits.softmax(1)
+        p = record.guided.aux.logits.softmax(1)
         expected = (nn.functional.one_hot(Y, 3) - p) @ classifier.weight.detach()
-        torch.testing.assert_close(record.guided.gradient.flatten(1), 2 * expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(record.guided.score.flatten(1), 2 * expected, atol=1e-5, rtol=1e-4)
 
 
 def test_through_the_denoiser_is_the_chain_rule(denoiser):
@@ -100,9 +108,9 @@ def test_through_the_denoiser_is_the_chain_rule(denoiser):
     classifier = Linear().double()
     x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     y, steps = Y[:2], double.schedule.at([0, 300, 700])
-    predict = double.trajectory(steps, y)
-    guide = ClassifierGuidance(classifier.float(), backprop_through_denoiser=True).trajectory(steps, y)
-    found = guide(predict, x, 1).gradient
+    predict = double.prepare(steps, y)
+    guide = ClassifierGuidance(classifier.float(), backprop_through_denoiser=True).prepare(steps, y)
+    found = guide(predict, x, 1).score
     score = TemperedLogProb()
 
     def value(x_t):
@@ -136,12 +144,12 @@ def test_the_sine_factor_adds_in_the_middle_of_the_trajectory():
 class TestClassifierFree:
     def test_weight_one_is_the_conditional_and_zero_the_unconditional_model(self, denoiser):
         torch.testing.assert_close(
-            sample(ClassifierFreeGuidance(denoiser, 1.0)), sample(denoiser), atol=2e-5, rtol=1e-4
+            sample(Combination(denoiser, ClassifierFreeGuidance(1.0))), sample(denoiser), atol=2e-5, rtol=1e-4
         )
         free = ADMDenoiser(denoiser.network, class_conditional=False)
         # The variance is learned too, and stays the conditional one's, so DDIM compares the means.
         torch.testing.assert_close(
-            sample(ClassifierFreeGuidance(denoiser, 0.0), sampler=DDIM("8")),
+            sample(Combination(denoiser, ClassifierFreeGuidance(0.0)), sampler=DDIM("8")),
             sample(free, sampler=DDIM("8")),
             atol=2e-5,
             rtol=1e-4,
@@ -153,35 +161,36 @@ class TestClassifierFree:
         network, steps = denoiser.network, torch.full((3,), 500)
         with torch.no_grad():
             conditional, unconditional = (network(x, steps, y)[:, :1] for y in (Y, torch.full_like(Y, -1)))
-            found = ClassifierFreeGuidance(denoiser, 3.0).trajectory(denoiser.schedule.at([t]), Y)(x, 0)
+            found = Combination(denoiser, ClassifierFreeGuidance(3.0)).prepare(denoiser.schedule.at([t]), Y)(x, 0)
         epsilon = unconditional + 3 * (conditional - unconditional)
         expected = x / abar**0.5 - (1 / abar - 1) ** 0.5 * epsilon
         torch.testing.assert_close(found.x0, expected, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(found.cfg_residual, 3 * (conditional - unconditional), atol=1e-4, rtol=1e-3)
+        residual = -((1 / abar - 1) ** 0.5) * 3 * (conditional - unconditional)
+        torch.testing.assert_close(found.residual, residual, atol=1e-4, rtol=1e-3)
 
     def test_each_sample_at_a_step_of_its_own_inside_the_interval_or_outside(self, denoiser):
         """As the same samples at that step together; where it is off, the difference is 0."""
         x = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-        free = ClassifierFreeGuidance(denoiser, 3.0, Interval(interval=[200, 600]))
+        free = Combination(denoiser, ClassifierFreeGuidance(3.0), interval=Interval(interval=[200, 600]))
         with torch.no_grad():
-            predict = free.trajectory(denoiser.schedule.at([100, 400, 900]), Y)
+            predict = free.prepare(denoiser.schedule.at([100, 400, 900]), Y)
             found = predict(x, torch.tensor([1, 2, 0]))
             for n, i in enumerate([1, 2, 0]):
                 expected = predict(x, i)
                 torch.testing.assert_close(found.x0[n], expected.x0[n], atol=1e-4, rtol=1e-4)
-                torch.testing.assert_close(found.variance_fraction[n], expected.variance_fraction[n])
-                difference = expected.cfg_residual
-                assert (difference is None) == (i != 1)
-                difference = torch.zeros_like(x) if difference is None else difference
-                torch.testing.assert_close(found.cfg_residual[n], difference[n], atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(found.variance[n], expected.variance[n])
+                residual = expected.residual
+                assert (residual is None) == (i != 1)
+                residual = torch.zeros_like(x) if residual is None else residual
+                torch.testing.assert_close(found.residual[n], residual[n], atol=1e-4, rtol=1e-4)
 
     def test_outside_the_interval_the_conditional_model_is_used_alone(self, denoiser):
-        off = ClassifierFreeGuidance(denoiser, 3.0, Interval([5000, 6000]))
+        off = Combination(denoiser, ClassifierFreeGuidance(3.0), interval=Interval([5000, 6000]))
         assert torch.equal(sample(off), sample(denoiser))
 
     @pytest.mark.parametrize("sampler", [DDPM("8"), DDIM("8")], ids=["ddpm", "ddim"])
     def test_a_gradient_in_the_noise_difference_raises_the_score(self, denoiser, sampler):
-        free, scores = ClassifierFreeGuidance(denoiser, 2.0), {}
+        free, scores = Combination(denoiser, ClassifierFreeGuidance(2.0)), {}
         for scale in (0.0, 3.0):
             classifier = Linear()
             guidance = ClassifierGuidance(classifier, scale=scale, apply_to="cfg_residual")
@@ -192,17 +201,21 @@ class TestClassifierFree:
     def test_the_shift_has_the_norm_of_the_noise_difference(self, denoiser):
         records = []
         guidance = ClassifierGuidance(Linear(), scale=0.5, apply_to="cfg_residual", schedule=GuidanceSchedule(0.3))
-        sample(ClassifierFreeGuidance(denoiser, 2.0), guidance, records=records)
+        free = Combination(denoiser, ClassifierFreeGuidance(2.0))
+        sample(free, guidance, records=records)
+        predict = prepare_clipped(free, DDPM("8").levels(free), Y)
         for record in records:
-            shift, difference = record.guided.noise_shift, record.guided.prediction.cfg_residual
+            with torch.no_grad():
+                unshifted = predict(record.x_t, record.i)
+            shift, difference = record.guided.prediction.x0 - unshifted.x0, unshifted.residual
             strength = 0.5 * (1 + GuidanceSchedule(0.3).sine(record.i / 8))
             torch.testing.assert_close(shift.flatten(1).norm(dim=1), strength * difference.flatten(1).norm(dim=1))
             torch.testing.assert_close(
-                torch.cosine_similarity(shift.flatten(1), record.guided.step_gradient.flatten(1)), torch.ones(3)
+                torch.cosine_similarity(shift.flatten(1), record.guided.aux.gradient.flatten(1)), torch.ones(3)
             )
 
     def test_a_zero_gradient_gives_no_guidance_not_nan(self, denoiser):
-        free = ClassifierFreeGuidance(denoiser, 2.0)
+        free = Combination(denoiser, ClassifierFreeGuidance(2.0))
         guidance = ClassifierGuidance(Linear(weight=0.0), scale=0.5, apply_to="cfg_residual")
         assert torch.equal(sample(free, guidance), sample(free))
         gradient = torch.stack([torch.zeros(1, 2, 2), torch.ones(1, 2, 2)])
@@ -219,22 +232,26 @@ class TestClassifierFree:
                 nn.init.normal_(p, std=0.05)
         weak = ADMDenoiser(weak, noise_schedule="cosine")
         assert not weak.has_learned_variance
-        interval = GuidanceSchedule(interval=[200, 600])
-        free = ClassifierFreeGuidance(denoiser, 2.5, interval, negative=weak, negative_labels=labels)
-        assert free.evaluations == 2
+        interval = Interval([200, 600])
+        free = Combination(
+            denoiser,
+            ClassifierFreeGuidance(2.5),
+            interval=interval,
+            negative=(Autoguidance if labels else UnconditionalModel)(weak),
+        )
+        assert free.nfe == 2
         x = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
         at = denoiser.schedule.at([500, 900])
         with torch.no_grad():
-            predict = free.trajectory(at, Y)
+            predict = free.prepare(at, Y)
             found = predict(x, 0)
-            strong = denoiser.trajectory(at, Y)(x, 0)
-            negative = weak.trajectory(at, Y if labels else torch.full_like(Y, -1))(x, 0).x0
+            strong = denoiser.prepare(at, Y)(x, 0)
+            negative = weak.prepare(at, Y if labels else torch.full_like(Y, -1))(x, 0).x0
             expected = negative + 2.5 * (strong.x0 - negative)
             torch.testing.assert_close(found.x0, expected, atol=1e-4, rtol=1e-4)
-            assert torch.equal(found.variance_fraction, strong.variance_fraction)
-            difference = 2.5 * (negative - strong.x0) / at.sigmas[0]
-            torch.testing.assert_close(found.cfg_residual, difference.float(), atol=1e-4, rtol=1e-4)
-            assert torch.equal(predict(x, 1).x0, denoiser.trajectory(at, Y)(x, 1).x0)
+            assert torch.equal(found.variance, strong.variance)
+            torch.testing.assert_close(found.residual, 2.5 * (strong.x0 - negative), atol=1e-4, rtol=1e-4)
+            assert torch.equal(predict(x, 1).x0, denoiser.prepare(at, Y)(x, 1).x0)
             each = predict(x, torch.tensor([0, 1, 0])).x0
             torch.testing.assert_close(each[1], predict(x, 1).x0[1], atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(each[::2], found.x0[::2], atol=1e-4, rtol=1e-4)
@@ -242,19 +259,17 @@ class TestClassifierFree:
     def test_negatives_that_do_not_fit_are_refused(self, denoiser):
         other = UNet(8, 1, 32, 2, num_res_blocks=1, channel_mult=(1,), num_classes=3)
         with pytest.raises(ValueError, match=r"\(1, 8, 8\), the denoiser \(1, 4, 4\)"):
-            ClassifierFreeGuidance(denoiser, negative=ADMDenoiser(other))
+            Combination(denoiser, negative=UnconditionalModel(ADMDenoiser(other)))
         free = ADMDenoiser(denoiser.network, class_conditional=False)
-        with pytest.raises(ValueError, match="knows None classes, the denoiser 3"):
-            ClassifierFreeGuidance(denoiser, negative=free, negative_labels=True)
-        with pytest.raises(ValueError, match="there is no negative"):
-            ClassifierFreeGuidance(denoiser, negative_labels=True)
+        with pytest.raises(ValueError, match="has None classes, the denoiser 3"):
+            Combination(denoiser, negative=Autoguidance(free))
         for channels in (0, 2):
             with pytest.raises(ValueError, match="channels must be 1 … 1"):
-                ClassifierFreeGuidance(denoiser, channels=channels)
+                Combination(denoiser, channels=channels)
 
     def test_a_denoiser_without_classes_is_refused(self, denoiser):
         with pytest.raises(ValueError, match="class_conditional: true"):
-            ClassifierFreeGuidance(ADMDenoiser(denoiser.network, class_conditional=False))
+            Combination(ADMDenoiser(denoiser.network, class_conditional=False))
 
 
 @pytest.mark.parametrize("sampler", [DDPM, DDIM])
@@ -262,7 +277,7 @@ def test_recurrence_repeats_each_step(denoiser, sampler):
     records = []
     sample(denoiser, sampler=sampler("4", recurrence=3), records=records)
     assert [r.i for r in records] == [3] * 3 + [2] * 3 + [1] * 3 + [0] * 3
-    assert sampler("4", recurrence=3).num_evaluations(denoiser) == 12
+    assert sampler("4", recurrence=3).nfe(denoiser) == 12
     with pytest.raises(ValueError, match="recurrence must be at least 1"):
         sampler(recurrence=0)
 
@@ -290,7 +305,7 @@ class Constant(Denoiser):
         super().__init__()
         self.schedule, self.image_shape, self.num_classes = NoiseSchedule(named_betas("linear")), (1, 2, 2), None
 
-    def trajectory(self, levels, y):
+    def prepare(self, levels, y):
         return lambda x_t, i: Prediction(torch.zeros_like(x_t))
 
 
@@ -333,19 +348,18 @@ class TestWhereAndWhatGuides:
         classifier, levels = Linear(), DDPM("8").levels(denoiser)
         x_t = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         x_t[1] *= 1e-3
-        guide = ClassifierGuidance(classifier, classifier_input="x_t_normalized").trajectory(levels, Y)
-        found = guide(None, x_t, 4, gradient_only=True)
+        guide = ClassifierGuidance(classifier, classifier_input="x_t_normalized").prepare(levels, Y)
+        found = guide(lambda x, i: Prediction(x), x_t, 4)
         ((shown, t),) = classifier.seen
         ve = x_t / levels.alphas_cumprod[4] ** 0.5
         torch.testing.assert_close(shown[0], (ve[0] / ve[0].square().mean().sqrt()).float())
         torch.testing.assert_close(shown[1], ve[1].float())
         assert t.tolist() == [571] * 3
         # The gradient is taken there, not carried back through the normalisation.
-        expected = (nn.functional.one_hot(Y, 3) - found.logits.softmax(1)) @ classifier.weight.detach()
-        torch.testing.assert_close(found.gradient.flatten(1).float(), expected)
-        assert found.prediction is None
+        expected = (nn.functional.one_hot(Y, 3) - found.aux.logits.softmax(1)) @ classifier.weight.detach()
+        torch.testing.assert_close(found.score.flatten(1).float(), expected)
 
-    def test_a_direction_has_a_root_mean_square_of_one_or_is_zero(self, denoiser):
+    def test_the_sample_is_moved_along_the_score_or_not_at_all(self, denoiser):
         class Flat(Linear):
             def forward(self, x, t=None):
                 return super().forward(x, t) * torch.tensor([1.0, 0.0, 1.0])[:, None]
@@ -354,10 +368,13 @@ class TestWhereAndWhatGuides:
         guidance = ClassifierGuidance(
             Flat(), TemperedLogProb(1.0, 0.0), 0.004, "x_t", schedule=GuidanceSchedule(0.3), apply_to="sample"
         )
-        found = guidance.trajectory(levels, Y)(None, x_t, 4, gradient_only=True)
-        assert found.direction.square().mean((1, 2, 3)).tolist() == pytest.approx([1.0, 0.0, 1.0])
-        assert (found.scale, found.sine) == (0.004, pytest.approx(0.3))
-        assert found.gradient is None
+        found = guidance.prepare(levels, Y)(None, x_t, 4)
+        assert found.prediction is None
+        torch.testing.assert_close(found.score, 0.004 * found.aux.gradient)
+        assert (found.score.flatten(1).norm(dim=1) > 0).tolist() == [True, False, True]
+        plan = guidance.plan(levels)
+        assert plan.moves_sample
+        assert (plan.scale[4], plan.sine[4]) == (0.004, pytest.approx(0.3))
 
     @pytest.mark.parametrize("sampler", [DDPM("8"), DDIM("8")], ids=["ddpm", "ddim"])
     def test_moving_the_sample_is_refused_where_it_is_not_defined(self, denoiser, sampler):

@@ -8,7 +8,7 @@ from test_parity import RecordedNoise, SmallConv
 from torch import nn
 
 from calib_guidance.classifiers import Classifier, GaussianMixtureClassifier
-from calib_guidance.denoisers import ClassifierFreeGuidance, EDMDenoiser, GaussianMixture
+from calib_guidance.denoisers import ClassifierFreeGuidance, Combination, EDMDenoiser, GaussianMixture
 from calib_guidance.diffusion.rng import SampleStreams
 from calib_guidance.guidance import ClassifierGuidance, GuidanceSchedule, SwitchedGuidance
 from calib_guidance.networks import UNet
@@ -28,9 +28,9 @@ def edm(golden):
 
 def spied(denoiser):
     """What the denoiser is asked and answers from now on: (σ, x in EDM's coordinates, x̂0) of each call."""
-    calls, inner = [], denoiser.trajectory
+    calls, inner = [], denoiser.prepare
 
-    def trajectory(levels, y):
+    def prepare(levels, y):
         predict = inner(levels, y)
 
         def recorded(x_t, i):
@@ -40,7 +40,7 @@ def spied(denoiser):
 
         return recorded
 
-    denoiser.trajectory = trajectory
+    denoiser.prepare = prepare
     return calls
 
 
@@ -70,11 +70,11 @@ def test_every_step_of_the_reference(golden, edm, name):
     noise, calls, records = RecordedNoise(fixture["latents"], *(fixture["noise"] if churns else ())), spied(edm), []
     images = sampler(edm, noise, fixture["labels"].argmax(1), guidance, [records.append])
 
-    sigma, sigma_hat = (torch.from_numpy(s[::-1].copy()) for s in sampler.sigmas())
+    sigma, sigma_hat = (torch.from_numpy(s[::-1].copy()) for s in (sampler.sigmas, sampler.raised))
     fixture.assert_close("t_steps", sigma, fixture["t_steps"][:-1])
     fixture.assert_close("t_hat", sigma_hat)
     assert not next(noise.tensors, None), "a noise was left over"
-    assert len(calls) == sampler.num_evaluations(edm) == 11
+    assert len(calls) == sampler.nfe(edm) == 11
     x = fixture["latents"].double() * sigma[0]
     for step, record in enumerate(records):
         assert record.i == 5 - step
@@ -89,8 +89,8 @@ def test_every_step_of_the_reference(golden, edm, name):
         for key, value in (
             ("x_hat", x_hat),
             ("guidance", moved),
-            ("logits", record.guided.logits),
-            ("grads_raw", record.guided.step_gradient),
+            ("logits", record.guided.aux.logits),
+            ("grads_raw", record.guided.aux.gradient),
             ("denoised", denoised),
             ("x", x),
         ):
@@ -134,7 +134,8 @@ def test_churn_keeps_the_distribution():
     assert (ode - sde).abs().mean() > 0.1
     torch.testing.assert_close(sde.mean(0), torch.tensor([0.5, -0.3]), atol=0.02, rtol=0)
     torch.testing.assert_close(sde.T.cov(), torch.tensor([[0.3, 0.1], [0.1, 0.2]]), atol=0.02, rtol=0)
-    between = Heun(24, s_churn=30.0, s_min=0.5, s_max=10.0).sigmas()
+    between = Heun(24, s_churn=30.0, s_min=0.5, s_max=10.0)
+    between = between.sigmas, between.raised
     assert ((between[1] > between[0]) == ((between[0] >= 0.5) & (between[0] <= 10))).all()
     smaller = Heun(96, s_churn=40.0, s_noise=0.9)(denoiser, streams(n, denoiser), y).flatten(1)
     assert smaller.var(0).sum() < 0.9 * sde.var(0).sum()
@@ -188,18 +189,18 @@ def test_where_each_kind_of_guidance_enters():
         p = classifier(x0.float()).softmax(1)
         return ((nn.functional.one_hot(y, 3) - p) @ classifier.weight.detach()).view_as(x0)
 
-    x0 = own.trajectory(level, y)(x_t, 0).x0
+    x0 = own.prepare(level, y)(x_t, 0).x0
     found = sampler(own, streams(3, own), y, ClassifierGuidance(linear(), scale=0.7))
     expected = x0 + 0.7 * sigma**2 / math.sqrt(1 + sigma**2) * gradient(linear(), x0)
     torch.testing.assert_close(found, expected.float())
 
-    free = ClassifierFreeGuidance(own, 2.0)
-    x0, _, difference = free.trajectory(level, y)(x_t, 0)
+    free = Combination(own, ClassifierFreeGuidance(2.0))
+    x0, _, residual = free.prepare(level, y)(x_t, 0)
     guidance = ClassifierGuidance(linear(), scale=0.7, apply_to="cfg_residual")
     found = sampler(free, streams(3, free), y, guidance, [records.append])
     g = gradient(linear(), x0)
-    shift = 0.7 * g * (difference.flatten(1).norm(dim=1) / g.flatten(1).norm(dim=1)).view(3, 1, 1, 1)
-    torch.testing.assert_close(found, (x0 + sigma * shift).float())
+    shift = 0.7 * g * (residual.flatten(1).norm(dim=1) / g.flatten(1).norm(dim=1)).view(3, 1, 1, 1)
+    torch.testing.assert_close(found, (x0 + shift).float())
 
     found = sampler(
         own, streams(3, own), y, ClassifierGuidance(linear(), scale=0.2, classifier_input="x_t", apply_to="sample")
@@ -207,7 +208,7 @@ def test_where_each_kind_of_guidance_enters():
     g = gradient(linear(), x_t)
     strength = 0.2 * 2 / 2 * (rms(x) / rms(g)).view(3, 1, 1, 1)
     torch.testing.assert_close(
-        found, own.trajectory(level, y)(((x + strength * g) / math.sqrt(1 + sigma**2)), 0).x0.float()
+        found, own.prepare(level, y)(((x + strength * g) / math.sqrt(1 + sigma**2)), 0).x0.float()
     )
 
 
@@ -217,7 +218,7 @@ def test_shifts_of_the_sample_are_averaged_in_the_correction():
     guidance, records = algorithm_2(linear(), 0.3, 0.0), []
     sampler = Heun(2, 1.0, 3.0, guide_correction=True)
     sampler(own, streams(3, own), y, guidance, [records.append])
-    classifier, predict = linear(), own.trajectory(own.schedule.at_sigmas([1.0, 3.0]), y)
+    classifier, predict = linear(), own.prepare(own.schedule.at_sigmas([1.0, 3.0]), y)
 
     def shift(x):
         c = (x / rms(x).clamp(min=1).view(3, 1, 1, 1)).float().requires_grad_()
@@ -246,7 +247,7 @@ def test_where_guidance_is_off_the_classifier_does_not_run(correction, apply_to)
             classifier, classifier_input="x_t", apply_to=apply_to, schedule=GuidanceSchedule(**schedule)
         )
         images = sampler(own, streams(3, own), y, guidance, [records.append])
-        return images, classifier.calls, [r.i for r in records if r.guided.logits is not None]
+        return images, classifier.calls, [r.i for r in records if r.guided.aux.logits is not None]
 
     plain = sampler(own, streams(3, own), y)
     images, calls, guided = run(sigma_interval=[1e4, 1e5])
@@ -256,7 +257,9 @@ def test_where_guidance_is_off_the_classifier_does_not_run(correction, apply_to)
     assert guided == [5, 3, 1]  # and the correction of those steps, not of the others
     assert calls == 3 * (1 + correction)
     images, calls, guided = run(sigma_interval=[0.5, 20.0])
-    at = sampler.sigmas()[apply_to == "score"]  # where the gradient is taken: before churn, or after it
+    at = (
+        sampler.raised if apply_to == "score" else sampler.sigmas
+    )  # where the gradient is taken: before churn, or after it
     assert guided == [i for i in (5, 4, 3, 2, 1, 0) if 0.5 <= at[i] <= 20.0]
     assert 2 <= len(guided) <= 4
     assert not torch.equal(images, plain)
@@ -318,7 +321,7 @@ def test_levels_count_down_with_the_progress_of_executed_steps(edm):
     assert levels.sigmas[-1] == pytest.approx(80)
     assert levels.executed.tolist() == [4, 3, 2, 1, 0]
     assert levels.progress.tolist() == [0.8, 0.6, 0.4, 0.2, 0]
-    assert Heun(5).num_evaluations(ClassifierFreeGuidance(edm)) == 18
+    assert Heun(5).nfe(Combination(edm)) == 18
 
 
 def test_what_cannot_be_says_why(edm):
@@ -335,9 +338,9 @@ def test_what_cannot_be_says_why(edm):
             Heun(**arguments)
     moving, scoring = ClassifierGuidance(linear(), apply_to="sample"), ClassifierGuidance(linear())
     Heun().check(edm, SwitchedGuidance(scoring, scoring))
-    with pytest.raises(ValueError, match="in all of them, or in none"):
-        Heun().check(edm, SwitchedGuidance(moving, scoring))
-    with pytest.raises(ValueError, match="gamma to 0, or apply_to to sample"):
+    with pytest.raises(ValueError, match="both have apply_to: sample, or neither"):
+        SwitchedGuidance(moving, scoring)
+    with pytest.raises(ValueError, match="gamma to 0"):
         Heun().check(edm, ClassifierGuidance(linear(), schedule=GuidanceSchedule(0.3)))
-    with pytest.raises(ValueError, match="cannot be negative"):
-        Heun().check(edm, ClassifierGuidance(linear(), scale=-1.0, apply_to="sample"))
+    with pytest.raises(ValueError, match="scale must be at least 0, got -1"):
+        ClassifierGuidance(linear(), scale=-1.0, apply_to="sample")

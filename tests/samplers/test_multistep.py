@@ -9,7 +9,7 @@ from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from test_heun import MIXTURE, linear, streams
 
 from calib_guidance.classifiers import GaussianMixtureClassifier
-from calib_guidance.denoisers import ClassifierFreeGuidance, GaussianMixture
+from calib_guidance.denoisers import ClassifierFreeGuidance, Combination, GaussianMixture
 from calib_guidance.guidance import ClassifierGuidance, GuidanceSchedule
 from calib_guidance.samplers import DDIM, DPMSolver, UniPC
 
@@ -29,11 +29,11 @@ def mixture(**options):
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("name", REFERENCES)
 def test_every_step_of_the_reference(name, order, apply_to):
-    """The reference is given the levels and, at its own samples, x̂0 shifted as the score or the noise is."""
+    """The reference is given the levels and, at its own samples, x̂0 shifted as the score is."""
     kind, options, reference, settings = REFERENCES[name]
     denoiser, y = mixture(), torch.arange(6) % 3
     if apply_to == "cfg_residual":
-        denoiser = ClassifierFreeGuidance(denoiser, 1.5)
+        denoiser = Combination(denoiser, ClassifierFreeGuidance(1.5))
     guidance = ClassifierGuidance(linear(), scale=0.3, apply_to=apply_to) if apply_to else None
     sampler = kind(order=order, **options, **SPACED, guidance_scaling="score")
     sampler.check(denoiser, guidance)
@@ -58,17 +58,15 @@ def test_every_step_of_the_reference(name, order, apply_to):
     scheduler.set_timesteps(12)
     scheduler.sigmas = torch.from_numpy(np.append(levels.sigmas[::-1], 0.0))
     scheduler.timesteps = torch.arange(11, -1, -1)
-    predict = denoiser.trajectory(levels, y)
-    guide = guidance and guidance.trajectory(levels, y)
+    predict = denoiser.prepare(levels, y)
+    guide = guidance and guidance.prepare(levels, y)
     x = drawn[0]
     for record in records:
         i, abar = record.i, levels.alphas_cumprod[record.i]
         guided = guide(predict, x, i) if guide else None
         x0 = guided.prediction.x0 if guide else predict(x, i).x0
         if apply_to == "score":
-            x0 = x0 + (1 - abar) / math.sqrt(abar) * guided.gradient
-        elif apply_to == "cfg_residual":
-            x0 = x0 + math.sqrt((1 - abar) / abar) * guided.noise_shift
+            x0 = x0 + (1 - abar) / math.sqrt(abar) * guided.score
         torch.testing.assert_close(record.x_t, x.float(), atol=1e-5, rtol=1e-5)
         extra = {}
         if name == "sde":
@@ -111,10 +109,12 @@ def test_first_order_is_ddim_guided_and_not(sde, eta, term):
         {"guidance_scaling": term, "data_std": 0.5},
     )
     for guidance in (None, ClassifierGuidance(linear(), scale=0.2)):
-        first = DPMSolver("ddim20", sde, "timesteps", order=1, **guided)(denoiser, streams(9, denoiser), y, guidance)
+        first = DPMSolver("ddim20", sde, spacing="timesteps", order=1, **guided)(
+            denoiser, streams(9, denoiser), y, guidance
+        )
         ddim = DDIM("ddim20", eta, **guided)(denoiser, streams(9, denoiser), y, guidance)
         torch.testing.assert_close(first, ddim, atol=2e-5, rtol=2e-5)
-        second = DPMSolver("ddim20", sde, "timesteps", **guided)(denoiser, streams(9, denoiser), y, guidance)
+        second = DPMSolver("ddim20", sde, spacing="timesteps", **guided)(denoiser, streams(9, denoiser), y, guidance)
         assert (second - ddim).abs().max() > 1e-2
 
 
@@ -159,10 +159,10 @@ def test_one_gradient_per_step_where_guidance_is_on(kind):
     guidance = ClassifierGuidance(classifier, schedule=GuidanceSchedule(every=2))
     sampler = kind(**SPACED)
     sampler(denoiser, streams(3, denoiser), y, guidance, [records.append])
-    assert [r.i for r in records if r.guided.logits is not None] == [11, 9, 7, 5, 3, 1]
+    assert [r.i for r in records if r.guided.aux.logits is not None] == [11, 9, 7, 5, 3, 1]
     assert classifier.calls == 6
-    assert sampler.num_evaluations(ClassifierFreeGuidance(denoiser)) == 24
-    assert sampler.num_evaluations(denoiser) == 12
+    assert sampler.nfe(Combination(denoiser)) == 24
+    assert sampler.nfe(denoiser) == 12
 
 
 def test_spacings():
@@ -194,8 +194,8 @@ def test_one_step_ends_in_its_prediction_clipped(kind):
 def test_what_cannot_be_says_why(kind):
     denoiser = mixture()
     for arguments, message in (
-        ({"spacing": "even"}, "spacing: unknown 'even'"),
-        ({"spacing": "timesteps", "sigma_max": 80.0}, "leave sigma_min and sigma_max out"),
+        ({"spacing": "even"}, "spacing must be one of .*, got 'even'"),
+        ({"spacing": "timesteps", "sigma_max": 80.0}, "remove sigma_min and sigma_max"),
         ({"spacing": "karras", "steps": "ddim25"}, "needs a number of at least 1"),
         ({"spacing": "karras", "steps": 0}, "needs a number of at least 1"),
         ({"order": 3}, "order must be 1 or 2"),

@@ -89,8 +89,8 @@ def test_guided_ddpm(golden, setting):
         for name, value in (
             ("x", record.x_next),
             ("pred_xstart", record.guided.prediction.x0),
-            ("logits", record.guided.logits),
-            ("gradient", record.guided.gradient),
+            ("logits", record.guided.aux.logits),
+            ("gradient", record.guided.score),
         ):
             fixture.assert_close(name, value, fixture[name][step], step)
 
@@ -124,7 +124,7 @@ def test_guided_ddim(golden):
         for name, value in (
             ("x", record.x_next),
             ("pred_xstart_unguided", record.guided.prediction.x0),
-            ("logits", record.guided.logits),
-            ("gradient", record.guided.gradient),
+            ("logits", record.guided.aux.logits),
+            ("gradient", record.guided.score),
         ):
             fixture.assert_close(name, value, fixture[name][step], step)

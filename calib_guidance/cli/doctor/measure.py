@@ -41,9 +41,9 @@ class Meter(L.Callback):
         self.times: dict[str, float] = {"validation batch": 0}
         if isinstance(module, GuidedSampling):
             levels = module.sampler.levels(module.denoiser)
-            active = [False] * len(levels.times) if module.guidance is None else module.guidance.active(levels)
-            repeats = getattr(module.sampler, "recurrence", 1)
-            self.times |= {"guided step": repeats * sum(active), "step": repeats * (len(active) - sum(active))}
+            guided = 0 if module.guidance is None else int(module.guidance.plan(levels).active.sum())
+            repeats = module.sampler.recurrence
+            self.times |= {"guided step": repeats * guided, "step": repeats * (len(levels.times) - guided)}
             module.observers = [self]
         self._started = time.perf_counter()
         self.start()
@@ -72,8 +72,8 @@ class Meter(L.Callback):
 
     def __call__(self, record: StepRecord) -> None:
         guided, self.batch_size = record.guided, len(record.y)
-        self.lap("step" if guided.logits is None else "guided step")
-        named = {"x̂0": guided.prediction.x0, "logits": guided.logits, "gradient": guided.step_gradient}
+        self.lap("step" if guided.aux.logits is None else "guided step")
+        named = {"x̂0": guided.prediction.x0} | guided.aux._asdict()
         self.values |= {name: value for name, value in named.items() if value is not None}
         missing = [
             kind for kind in ("guided step", "step") if len(self.laps.get(kind, ())) < min(_LAPS, self.times[kind])

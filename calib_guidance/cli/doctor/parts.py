@@ -200,7 +200,7 @@ class Parts:
                 self.report.add("ok", f"{name}: {type(child).__name__}, {', '.join(filter(None, words))}")
         if isinstance(self.twin, GuidedSampling):
             with self.report.attempt("sampler"):
-                count = self.twin.sampler.num_evaluations(self.twin.denoiser)
+                count = self.twin.sampler.nfe(self.twin.denoiser)
                 self.report.add("ok", f"sampler: {type(self.twin.sampler).__name__}, NFE {count}")
 
     def _make_images(self, options: Namespace) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from calib_guidance.denoisers import ADMDenoiser, ClassifierFreeGuidance, RemapClasses
+from calib_guidance.denoisers import ADMDenoiser, Combination, RemapClasses
 from calib_guidance.networks import UNet
 
 
@@ -18,7 +18,7 @@ def denoiser():
 
 def predict(denoiser, y, x):
     with torch.no_grad():
-        return denoiser.trajectory(denoiser.schedule.at([100, 700]), y)(x, 1)
+        return denoiser.prepare(denoiser.schedule.at([100, 700]), y)(x, 1)
 
 
 def test_labels_ask_for_the_classes_they_stand_for(denoiser):
@@ -40,8 +40,8 @@ def test_labels_ask_for_the_classes_they_stand_for(denoiser):
 
 def test_classifier_free_guidance_goes_around(denoiser):
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    found = predict(ClassifierFreeGuidance(RemapClasses(denoiser, [7, 2])), torch.tensor([0, 1]), x)
-    expected = predict(ClassifierFreeGuidance(denoiser), torch.tensor([7, 2]), x)
+    found = predict(Combination(RemapClasses(denoiser, [7, 2])), torch.tensor([0, 1]), x)
+    expected = predict(Combination(denoiser), torch.tensor([7, 2]), x)
     torch.testing.assert_close(found, expected, atol=0, rtol=0)
 
 
@@ -50,5 +50,5 @@ def test_refused(denoiser):
         RemapClasses(denoiser, [3, 10, -1])
     with pytest.raises(ValueError, match="one or more numbers"):
         RemapClasses(denoiser, [])
-    with pytest.raises(ValueError, match="not class-conditional"):
+    with pytest.raises(ValueError, match="needs a class-conditional denoiser"):
         RemapClasses(ADMDenoiser(denoiser.network, class_conditional=False), [0])

@@ -1,0 +1,63 @@
+"""Another model as the negative: an unconditional one, or a weaker one (autoguidance)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from calib_guidance.denoisers.base import Denoiser, Prediction
+from calib_guidance.denoisers.negatives.base import Negative, PredictPair
+from calib_guidance.diffusion.schedules import NoiseLevels
+
+
+class UnconditionalModel(Negative):
+    """A second model, given no label.
+
+    Args:
+        denoiser: the second model, of the same image shape.
+    """
+
+    def __init__(self, denoiser: Denoiser):
+        super().__init__()
+        self.denoiser = denoiser
+
+    def check(self, denoiser: Denoiser) -> None:
+        if self.denoiser.image_shape != denoiser.image_shape:
+            raise ValueError(
+                f"the negative samples {self.denoiser.image_shape}, the denoiser {denoiser.image_shape}: name a negative of the "
+                "same image shape"
+            )
+
+    def nfe(self, denoiser: Denoiser) -> int:
+        return denoiser.nfe + self.denoiser.nfe
+
+    def prepare(self, denoiser: Denoiser, levels: NoiseLevels, y: Tensor) -> PredictPair:
+        cond, negative = denoiser.prepare(levels, y), self.denoiser.prepare(levels, self.labels(y))
+
+        def predict_pair(x_t: Tensor, i: int | Tensor) -> tuple[Prediction, Prediction]:
+            return cond(x_t, i), negative(x_t, i)
+
+        return predict_pair
+
+    def labels(self, y: Tensor) -> Tensor:
+        """Labels that the second model is given, ``(N,)``."""
+        return torch.full_like(y, -1)
+
+
+class Autoguidance(UnconditionalModel):
+    """A weaker model, smaller or less trained, given the same label (Karras et al. 2024, arXiv 2406.02507).
+
+    Args:
+        denoiser: the weaker model, of the same image shape and classes.
+    """
+
+    def check(self, denoiser: Denoiser) -> None:
+        super().check(denoiser)
+        if self.denoiser.num_classes != denoiser.num_classes:
+            raise ValueError(
+                f"the negative has {self.denoiser.num_classes} classes, the denoiser {denoiser.num_classes}: take a negative of "
+                "the same classes, or UnconditionalModel, which gives it no label"
+            )
+
+    def labels(self, y: Tensor) -> Tensor:
+        return y

@@ -1,0 +1,115 @@
+"""Guided predictions along one trajectory."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calib_guidance.denoisers.base import Denoiser, prepare_clipped
+from calib_guidance.diffusion.schedules import NoiseLevels
+from calib_guidance.guidance.base import Guidance, Guided, Plan
+from calib_guidance.guidance.classifier_guidance import rms
+from calib_guidance.samplers.guidance_scaling import GuidanceScaling
+
+
+def on_device(table: object, like: Tensor) -> Tensor:
+    """A float64 table in the type of ``like``, on its device: uploaded once, before the loop."""
+    return torch.as_tensor(table).to(like.dtype).to(like.device)
+
+
+def plan_of(guidance: Guidance | None, levels: NoiseLevels) -> Plan:
+    """The plan of guidance, or of none."""
+    if guidance is not None:
+        return guidance.plan(levels)
+    none = np.zeros(len(levels.times))
+    return Plan(none > 0, none, none, none > 0)
+
+
+class Evaluate:
+    """``evaluate(x, i)``: the guided prediction for ``x`` at level ``i``, bound to one trajectory.
+
+    The score is folded into x̂0 as a shift by (1−ᾱ)/√ᾱ·s·∇S, the posterior mean under the guided score, unless the sampler
+    reads it itself. Under ``guidance_scaling: ddpm_equivalent`` a score at x̂0 is left out of the step, and the loop adds it to
+    the result.
+
+    Args:
+        denoiser, guidance: of the trajectory.
+        levels: every level at which the sampler evaluates.
+        y: ``(N,)`` classes.
+        x: ``(N, C, H, W)`` x_T.
+        clip: clip x̂0 to [-1, 1] before guidance.
+        fold: false where the sampler reads the score.
+        scaling: strength of guidance by step size, or None.
+
+    Attributes:
+        moved: ``(N, C, H, W)`` what the loop added to x after the last step, or None.
+        seen: what observers are told of the current step: its first prediction and guidance.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        guidance: Guidance | None,
+        levels: NoiseLevels,
+        y: Tensor,
+        x: Tensor,
+        clip: bool,
+        fold: bool,
+        scaling: GuidanceScaling | None,
+    ):
+        self.predict = prepare_clipped(denoiser, levels, y, clip)
+        self._guide = guidance and guidance.prepare(levels, y, denoiser.decode)
+        plan = plan_of(guidance, levels)
+        self._fold = fold and not plan.moves_sample
+        self._scaled = plan.at_x0.tolist() if scaling is not None else [False] * len(plan.at_x0)
+        # 1 − ᾱ = (√ᾱ·σ)²
+        self._to_x0 = on_device(np.sqrt(levels.alphas_cumprod) * levels.sigmas**2, x)
+        self._added = None if scaling is None else on_device(scaling.added(levels), x)
+        self.moved: Tensor | None = None
+        self.seen: Guided | None = None
+        self._score: Tensor | None = None
+
+    def __call__(self, x: Tensor, i: int) -> Guided:
+        guided = self.unguided(x, i) if self._guide is None else self._guide(self.predict, x, i)
+        self._see(guided)
+        if guided.score is None or not self._fold:
+            return guided
+        if self._scaled[i]:
+            self._score = guided.score
+            return guided._replace(score=None)
+        prediction = guided.prediction
+        shifted = prediction._replace(x0=prediction.x0 + self._to_x0[i] * guided.score)
+        return guided._replace(prediction=shifted, score=None)
+
+    def unguided(self, x: Tensor, i: int) -> Guided:
+        """The prediction alone."""
+        guided = Guided(self.predict(x, i))
+        self._see(guided)
+        return guided
+
+    def _see(self, guided: Guided) -> None:
+        if self.seen is None:
+            self.seen = guided
+        elif self.seen.prediction is None:
+            self.seen = self.seen._replace(prediction=guided.prediction)
+
+    def finish(self, mean: Tensor, i: int) -> tuple[Tensor, Guided]:
+        """``mean`` of step ``i`` with what guidance adds to it, and what observers are told."""
+        self.moved = None if self._score is None else self._added[i] * self._score
+        seen, self.seen, self._score = self.seen, None, None
+        return (mean if self.moved is None else mean + self.moved), seen
+
+
+def sample_move(x: Tensor, i: int, k: int, num_steps: int, evaluate: Evaluate, c: SimpleNamespace) -> Tensor | None:
+    """What ``apply_to: sample`` adds to X = x0 + σ·ε at step ``i`` (arXiv 2310.11311, Algorithm 2), with the gradient at level
+    ``k``; None where guidance is off.
+    """
+    score = evaluate(c.to_vp[k] * x, k).score
+    if score is None:
+        return None
+    strength = (c.scale[i] * ((i + 2) / (num_steps + 1))).clamp(min=1e-5) + c.scale[i] * c.sine[i]
+    size = rms(score)
+    return strength * rms(x) * score * torch.where(size > 0, 1 / size, 0.0)
