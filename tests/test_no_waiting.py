@@ -224,7 +224,7 @@ def test_what_waits_is_noticed(meta, read):
             return lambda x_t, i: (read(x_t), predict(x_t, i))[1]
 
     with pytest.raises((AssertionError, RuntimeError, NotImplementedError)):
-        loop(DDPM(STEPS), Waits(meta[0]["adm"], 1.5))
+        loop(DDPM(STEPS), Waits(meta[0]["adm"]))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

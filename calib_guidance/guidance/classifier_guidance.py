@@ -127,7 +127,7 @@ class ClassifierGuidance(Guidance):
                 (gradient,) = torch.autograd.grad(self.score(logits, y, fractions[i]).sum(), source)
             aux = Aux(logits.detach(), gradient.to(x_t.dtype))
             prediction = prediction and prediction.detach()
-            return self._apply(prediction, aux, float(plan.sine[i]))
+            return self._guided(prediction, aux, float(plan.sine[i]))
 
         return guide
 
@@ -153,7 +153,7 @@ class ClassifierGuidance(Guidance):
         source = seen.detach().to(dtype or seen.dtype).requires_grad_()
         return prediction, source, source
 
-    def _apply(self, prediction: Prediction | None, aux: Aux, sine: float) -> Guided:
+    def _guided(self, prediction: Prediction | None, aux: Aux, sine: float) -> Guided:
         if self.apply_to == "sample":
             return Guided(None, self.scale * aux.gradient, aux)
         if self.apply_to == "score":

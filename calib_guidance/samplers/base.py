@@ -94,7 +94,7 @@ class Sampler(ABC):
             if part.apply_to == "score" and part.schedule.gamma and not self.takes_score:
                 raise ValueError(
                     f"the sine factor of apply_to: score is defined through the variance of a DDPM step, and {name} has none: "
-                    "set gamma to 0 (--model.guidance.schedule.gamma 0), or sample with DDPM"
+                    "set the guidance schedule's gamma to 0 (--model.guidance.schedule.gamma 0), or sample with DDPM"
                 )
 
     @torch.no_grad()
@@ -121,7 +121,7 @@ class Sampler(ABC):
             ``(N, C, H, W)`` float32 images.
         """
         levels = self.levels(denoiser)
-        n, times = len(levels.times), levels.times.tolist()
+        n, times = len(levels.times), [int(t) if t.is_integer() else t for t in levels.times.tolist()]
         x = self.start(noise, levels)
         evaluate = Evaluate(
             denoiser, guidance, self.evaluated(denoiser), y, x, self.clip_denoised, not self.takes_score, self.scaling

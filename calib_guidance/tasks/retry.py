@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from calib_guidance.backend.precision import HALVES
 from calib_guidance.errors import OutOfMemoryError
-from calib_guidance.samplers.base import BufferedObserver, Observer, StepRecord
+from calib_guidance.samplers.records import BufferedObserver, Observer, StepRecord
 
 log = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ def test_labels_ask_for_the_classes_they_stand_for(denoiser):
     assert (found.x0 - predict(denoiser, torch.tensor([0, 1, 2, -1]), x).x0).abs().amax((1, 2, 3))[:3].min() > 1e-3
     torch.testing.assert_close(predict(relabelled, None, x), predict(denoiser, None, x), atol=0, rtol=0)
     assert relabelled.num_classes == 3
-    for name in ("schedule", "image_shape", "clip", "has_learned_variance", "evaluations"):
+    for name in ("schedule", "image_shape", "clip", "has_learned_variance", "nfe"):
         assert getattr(relabelled, name) == getattr(denoiser, name)
     doubled = torch.ones(1, 3, 8, 8)
     denoiser.decode = lambda x0: 2 * x0
