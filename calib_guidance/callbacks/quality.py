@@ -16,10 +16,10 @@ from calib_guidance.callbacks.measurement import Measurement
 from calib_guidance.classifiers import Classifier
 from calib_guidance.data.image_sets import open_images
 from calib_guidance.evaluation import FeatureExtractor
-from calib_guidance.evaluation.metrics import needs
 from calib_guidance.evaluation.output import write_predictions
 from calib_guidance.evaluation.quality import Quality
 from calib_guidance.evaluation.sample_set import Measures
+from calib_guidance.evaluation.selection import needs
 from calib_guidance.evaluation.statistics import ReferenceStatistics
 from calib_guidance.metrics import mean_and_covariance
 
@@ -35,7 +35,7 @@ class SampleQuality(Measurement):
             :class:`~calib_guidance.evaluation.InceptionFeatures` or another of :mod:`calib_guidance.evaluation.features`.
         reference: data set of {image in [-1, 1], label, index} that nothing was trained on, or a path: statistics that
             ``calib-guidance reference`` or another tool wrote, or images as it takes them.
-        metrics: names of :data:`~calib_guidance.evaluation.metrics.OPTIONS`, or dotted paths of a
+        metrics: names of :data:`~calib_guidance.evaluation.selection.OPTIONS`, or dotted paths of a
             :class:`~calib_guidance.evaluation.MetricSpec` of your own; those that the features, the reference or the number of
             samples do not allow are skipped with a note.
         eval_classifier: evaluation classifier; None uses that of :class:`~calib_guidance.evaluation.ClassifierFeatures`.

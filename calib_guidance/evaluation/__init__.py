@@ -11,8 +11,9 @@ from calib_guidance.evaluation.features import (
     features_from_name,
 )
 from calib_guidance.evaluation.loading import read_classifier
-from calib_guidance.evaluation.metrics import METRICS, MetricSpec
+from calib_guidance.evaluation.metrics import METRICS
 from calib_guidance.evaluation.sample_set import Estimate, SampleSet
+from calib_guidance.evaluation.spec import MetricSpec
 
 __all__ = [
     "METRICS",

@@ -21,11 +21,12 @@ from calib_guidance.data.run_images import RunImages
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation.features import FORMS, features_from_name
 from calib_guidance.evaluation.loading import read_classifier
-from calib_guidance.evaluation.metrics import NO_FEATURES, OPTIONS, applicable, help_text, needs, select, unmet
 from calib_guidance.evaluation.output import write_evaluation, write_summary
 from calib_guidance.evaluation.quality import Quality
 from calib_guidance.evaluation.reference import KINDS, add_reading_options, reading_options
 from calib_guidance.evaluation.sample_set import Measures, ReferenceHolds
+from calib_guidance.evaluation.selection import OPTIONS, applicable, help_text, needs, select, unmet
+from calib_guidance.evaluation.spec import NO_FEATURES
 from calib_guidance.evaluation.statistics import ReferenceStatistics
 
 _OF_SAMPLES = ("split", "subset", "image_column", "label_column")  # which the two sets may have differently

@@ -13,7 +13,9 @@ import numpy as np
 
 from calib_guidance.backend.atomic import atomic_write, write_text
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.evaluation.metrics import METRICS, MetricSpec, specs_of
+from calib_guidance.evaluation.metrics import METRICS
+from calib_guidance.evaluation.selection import specs_of
+from calib_guidance.evaluation.spec import MetricSpec
 
 _FRACTION = (0.0, 1.0)
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from calib_guidance.backend.images import from_uint8
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation.features import state_sha256
-from calib_guidance.evaluation.metrics import described_specs, select, unmet
 from calib_guidance.evaluation.sample_set import Estimate, Measures, ReferenceHolds, SampleSet
+from calib_guidance.evaluation.selection import described_specs, select, unmet
 from calib_guidance.evaluation.statistics import ReferenceStatistics
 from calib_guidance.metrics.base import KeptRows
 

@@ -60,7 +60,7 @@ class Measures(NamedTuple):
     """Which metrics are computed, and with what.
 
     Attributes:
-        metrics: names of :data:`~calib_guidance.evaluation.metrics.OPTIONS`, or dotted paths of metrics of your own.
+        metrics: names of :data:`~calib_guidance.evaluation.selection.OPTIONS`, or dotted paths of metrics of your own.
         extractor: of the features.
         eval_classifier: predicts the samples' classes; None takes that of the extractor where it is
             :class:`ClassifierFeatures`.
@@ -128,7 +128,7 @@ class Measures(NamedTuple):
 
 @dataclass
 class SampleSet:
-    """A complete set of samples, as :class:`~calib_guidance.evaluation.metrics.MetricSpec` computes metrics from.
+    """A complete set of samples, as :class:`~calib_guidance.evaluation.spec.MetricSpec` computes metrics from.
 
     Attributes:
         measures: the settings.

@@ -13,7 +13,8 @@ import yaml
 from calib_guidance.callbacks import SampleQuality
 from calib_guidance.cli import main
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.evaluation.metrics import METRICS, OPTIONS, MetricSpec, help_text, select
+from calib_guidance.evaluation import METRICS, MetricSpec
+from calib_guidance.evaluation.selection import OPTIONS, help_text, select
 from calib_guidance.report.tables import table
 from tests.callbacks.test_quality import run_and_trainer
 from tests.image_files import Projection, pictures, write
