@@ -53,7 +53,7 @@ sweep-ranking: $(INSTALLED)
 
 # The report of the demo and the pictures of the README and of docs/.
 figures: demo few-steps
-	cp outputs/digits/figures/*.png docs/images/
+	cp outputs/digits/plots/*.png docs/images/
 	$(BIN)/calib-guidance report outputs/digits
 	$(BIN)/python docs/gaussian_mixture.py
 	$(BIN)/python docs/overconfidence.py

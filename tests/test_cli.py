@@ -72,12 +72,12 @@ def test_every_predict_configuration_samples(in_root, tmp_path, capsys, overlay)
     assert ("integral_ece" in metrics) == guided
     (diffusion,) = [weights for weights in metrics["weights"].values() if "prediction" in weights]
     assert (diffusion["prediction"], diffusion["file"]) == ("v", "checkpoints/digits/diffusion.safetensors")
-    figures = {p.name for p in (tmp_path / "figures").iterdir()}
+    figures = {p.name for p in (tmp_path / "plots").iterdir()}
     of_guidance = {"ece_t", "reliability", "gradient_norm", "guidance_schedule"} if guided else set()
     names = {"samples", "trajectory", *of_guidance}
     assert figures == {f"{name}.{ending}" for name in names for ending in ("png", "pdf")}
     for figure in (name for name in figures if name.endswith(".png")):
-        assert min(Image.open(tmp_path / "figures" / figure).size) > 200
+        assert min(Image.open(tmp_path / "plots" / figure).size) > 200
     resolved = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert resolved["model"]["init_args"]["sampler"]["init_args"]["steps"] == "3"
     printed = capsys.readouterr().out

@@ -52,7 +52,7 @@ def sample(folder, clip, guidance, every=1, num_classes=2):
             "callbacks": [writer, score, part("callbacks.TrajectoryCalibration"), part("callbacks.RunReport")],
         },
         "model": part(
-            "modules.GuidedSampling",
+            "tasks.GuidedSampling",
             denoiser=part("denoisers.RemapClasses", denoiser=denoiser, classes=[7, 2][:num_classes]),
             sampler=part("samplers.DDPM", steps="3"),
             guidance=guidance,
@@ -87,7 +87,7 @@ def test_prompts_guide_and_the_score_says_how_far(weights, tmp_path):
     assert 0 <= steered["integral_ece"] <= 1
     assert len(plain["clip_score_t"]["mean"]) == 3
     assert steered["clip_score_t"]["t"] == plain["clip_score_t"]["t"][::2] == [0, 999]
-    assert (tmp_path / "plain" / "figures" / "clip_score.png").stat().st_size > 5000
+    assert (tmp_path / "plain" / "plots" / "clip_score.png").stat().st_size > 5000
 
     # The images as they were written, by hand.
     images, labels = [], []

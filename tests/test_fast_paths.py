@@ -104,7 +104,7 @@ class TestCompiled:
 
         names = ("SampleWriter", "TrajectoryCalibration", "GradientNorm", "RunReport")
         callbacks = [{"class_path": f"calib_guidance.callbacks.{name}"} for name in names]
-        callbacks[-1]["init_args"] = {"figures": False}
+        callbacks[-1]["init_args"] = {"plots": False}
 
         def predict(name, *options):
             words = ["predict", "--config", "lightning_configs/predict/digits.yaml", "--trainer.accelerator=cpu"]

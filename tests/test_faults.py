@@ -37,7 +37,7 @@ def configuration(folder, *, configured=None, fault=None, callbacks=(), writer=N
     """
     config = yaml.safe_load((ROOT / "lightning_configs/predict/digits.yaml").read_text())
     kept = [c for c in config["trainer"]["callbacks"] if not c["class_path"].endswith(("Quality", "RunReport"))]
-    report = {"class_path": "calib_guidance.callbacks.RunReport", "init_args": {"figures": False}}
+    report = {"class_path": "calib_guidance.callbacks.RunReport", "init_args": {"plots": False}}
     config["trainer"]["callbacks"] = [*kept, *callbacks, report]
     config["trainer"]["default_root_dir"] = str(folder)
     kept[0]["init_args"] = writer or {}

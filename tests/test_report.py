@@ -20,7 +20,7 @@ from tests.test_status_and_export import table
 
 VOID = {"br", "img", "link", "meta", "wbr"}
 CONFIG = {
-    "trainer": {"devices": 1, "callbacks": [{"class_path": "x.RunReport", "init_args": {"figures": True}}]},
+    "trainer": {"devices": 1, "callbacks": [{"class_path": "x.RunReport", "init_args": {"plots": True}}]},
     "model": {
         "class_path": "calib_guidance.tasks.GuidedSampling",
         "init_args": {"sampler": {"class_path": "calib_guidance.samplers.DDPM", "init_args": {"steps": "50"}}},
@@ -139,7 +139,7 @@ def two(tmp_path_factory):
     (first / "evaluation").mkdir()
     evaluated = {"inception_score": 3.25, "num_measured": 12, "kernel_distance": 1.25e-7}
     (first / "evaluation/metrics.json").write_text(json.dumps(evaluated))
-    page = report(first, second, "--figures", root / "figures", "--output", root / "page.html")
+    page = report(first, second, "--plots", root / "plots", "--output", root / "page.html")
     page.path, page.runs = root / "page.html", (first, second)
     return page
 
@@ -170,7 +170,7 @@ def test_every_picture_is_one_and_is_described(two):
 
 
 def test_its_figures_are_kept_as_png_and_pdf(two):
-    kept = {path.name: path.read_bytes() for path in (two.path.parent / "figures").iterdir()}
+    kept = {path.name: path.read_bytes() for path in (two.path.parent / "plots").iterdir()}
     names = {Path(name).stem for name in kept}
     assert {"ece_t", "gradient_norm", "side_by_side", "trajectory_second", "samples_first_b_x_"} <= names
     assert kept.keys() == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
@@ -296,7 +296,7 @@ def test_a_run_that_has_only_begun(tmp_path):
         (["run", "empty/../run"], "empty/../run is given twice"),
         (["run", "--output", "empty"], "--output: empty is a folder"),
         (["run", "--output", "run/run.json/page.html"], "--output: run/run.json cannot be made"),
-        (["run", "--figures", "run/run.json"], "--figures: run/run.json cannot be made"),
+        (["run", "--plots", "run/run.json"], "--plots: run/run.json cannot be made"),
         (["broken"], "broken/run.json is corrupted"),
     ],
 )

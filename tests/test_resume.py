@@ -22,7 +22,7 @@ def configuration(folder, *, killed=None, signal="SIGKILL", workers=0):
     config = yaml.safe_load((ROOT / "lightning_configs/fit/digits_calibration.yaml").read_text())
     init = config["trainer"]["callbacks"][0]["init_args"]
     init["every_n_train_steps"] = EVERY
-    config["trainer"]["callbacks"][1]["init_args"] = {"figures": False}
+    config["trainer"]["callbacks"][1]["init_args"] = {"plots": False}
     record = {"class_path": "tests.interruptions.Record", "init_args": {"folder": str(folder / "seen")}}
     config["trainer"]["callbacks"].append(record)
     if killed is not None:

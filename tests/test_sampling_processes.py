@@ -20,7 +20,7 @@ def configuration(path, callbacks=()):
     """The digits configuration, small and without its evaluation classifier."""
     config = yaml.safe_load((ROOT / "lightning_configs/predict/digits.yaml").read_text())
     writer, _, *measurements, report = config["trainer"]["callbacks"]
-    report["init_args"] = {"figures": False}
+    report["init_args"] = {"plots": False}
     config["trainer"]["callbacks"] = [writer, *callbacks, *measurements, report]
     config["model"]["init_args"]["sampler"]["init_args"]["steps"] = "3"
     path.write_text(yaml.safe_dump(config))

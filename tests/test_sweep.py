@@ -59,7 +59,7 @@ def quick(in_root, tmp_path):
         content = yaml.safe_load((in_root / FILE["configs"][0]).read_text())
         names = ("SampleWriter", *measured, "RunReport")
         kept = [c for c in content["trainer"]["callbacks"] if c["class_path"].endswith(names)]
-        kept[-1]["init_args"] = {"figures": False}
+        kept[-1]["init_args"] = {"plots": False}
         content["trainer"]["callbacks"] = [*kept, *callbacks]
         path = tmp_path / "quick.yaml"
         path.write_text(yaml.safe_dump(content))

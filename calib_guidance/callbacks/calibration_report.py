@@ -35,11 +35,11 @@ class CalibrationReport(L.Callback):
     metrics as ``reliability.csv``. The commands ``validate`` and ``test`` also print a table.
 
     Args:
-        figures: draw the diagrams.
+        plots: draw them.
     """
 
-    def __init__(self, figures: bool = True):
-        self.figures = figures
+    def __init__(self, plots: bool = True):
+        self.plots = plots
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -64,7 +64,7 @@ class CalibrationReport(L.Callback):
             **{name: _plain(value) for name, value in measured.items()},
         }
         write_text(path, json.dumps(content, indent=1) + "\n")
-        if self.figures:
+        if self.plots:
             titles = ["all"] if levels == 1 else ["all", *names]
             panels = bins.sum(0, keepdim=True) if levels == 1 else torch.cat([bins.sum(0, keepdim=True), bins])
             picture, _ = reliability(panels.cpu(), titles, path.with_suffix(""))

@@ -40,7 +40,7 @@ class Measurement(L.Callback):
         """Take the sums and rows of all samples in place of those that were kept."""
 
     def load_blocks(self, sums: dict[str, Tensor]) -> None:
-        """Take the sums of blocks of samples ``(G, …)``, which add up to those of :meth:`load`: a spread may come of them.
+        """Take the sums of blocks of samples ``(G, …)``, which add up to those of :meth:`load`: for a standard error.
 
         Only where there are blocks enough, and after :meth:`load`.
         """
@@ -50,7 +50,7 @@ class Measurement(L.Callback):
         return {}
 
     def draw(self, folder: Path, trainer: L.Trainer) -> list[Path]:
-        """Write figures, on rank 0 only, after :meth:`results`."""
+        """Write plots, on rank 0 only, after :meth:`results`."""
         return []
 
 

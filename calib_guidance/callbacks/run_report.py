@@ -1,4 +1,4 @@
-"""Ends a sampling run: a table, ``metrics.json`` and figures."""
+"""Ends a sampling run: a table, ``metrics.json`` and plots."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class RunReport(Measurement):
     Seconds per image are those of sampling on one device, without measuring and writing.
 
     Args:
-        figures: draw the figures.
+        plots: draw them.
     """
 
-    def __init__(self, figures: bool = True):
-        self.figures = figures
+    def __init__(self, plots: bool = True):
+        self.plots = plots
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "predict" and self._writer(trainer) is None:
@@ -79,10 +79,10 @@ class RunReport(Measurement):
         folder = Path(trainer.default_root_dir)
         path = folder / "metrics.json"
         write_json(path, results)
-        figures = [p for m in measurements for p in m.draw(folder / "figures", trainer)] if self.figures else []
+        plots = [p for m in measurements for p in m.draw(folder / "plots", trainer)] if self.plots else []
         predictions = ["predictions.npz"] if "classifier_accuracy" in results else []
         written = [run.samples, path, *(folder / name for name in (*predictions, "trajectory.npz", "config.yaml"))]
-        self._print(results, folder, [path for path in written if path.exists()], figures)
+        self._print(results, folder, [path for path in written if path.exists()], plots)
 
     @staticmethod
     def _print_missing(run: RunFolder, missing: list[tuple[range, ShardState]]) -> None:
@@ -96,7 +96,7 @@ class RunReport(Measurement):
         print("re-run to resume; the worker that makes the last sample prints the report")
 
     @staticmethod
-    def _print(results: dict[str, Any], folder: Path, written: list[Path], figures: list[Path]) -> None:
+    def _print(results: dict[str, Any], folder: Path, written: list[Path], plots: list[Path]) -> None:
         print(f"\n{results['num_samples']} samples, {results['nfe']} NFE each")
         print(printed_table(results))
         for line in described(results) if "features" in results else described_uncertainty(results):
@@ -105,6 +105,6 @@ class RunReport(Measurement):
             print(f"{len(failed)} failed samples: {', '.join(str(sample['index']) for sample in failed[:_LISTED])}")
         names = [str(path.relative_to(folder) if path.is_relative_to(folder) else path) for path in written]
         print(f"wrote to {folder}: {', '.join(names)}")
-        if figures:
-            endings = ", ".join(dict.fromkeys(path.suffix for path in figures))
-            print(f"figures/ ({endings}): {', '.join(dict.fromkeys(path.stem for path in figures))}")
+        if plots:
+            endings = ", ".join(dict.fromkeys(path.suffix for path in plots))
+            print(f"plots/ ({endings}): {', '.join(dict.fromkeys(path.stem for path in plots))}")

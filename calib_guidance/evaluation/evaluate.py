@@ -19,11 +19,17 @@ from calib_guidance.classifiers import CLIPClassifier
 from calib_guidance.data.image_sets import ImageSet, open_images
 from calib_guidance.data.run_images import RunImages
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.evaluation.features import FORMS, features_from_name
+from calib_guidance.evaluation.features import features_from_name
 from calib_guidance.evaluation.loading import read_classifier
 from calib_guidance.evaluation.output import write_evaluation, write_summary
 from calib_guidance.evaluation.quality import Quality
-from calib_guidance.evaluation.reference import KINDS, add_reading_options, reading_options
+from calib_guidance.evaluation.reference import (
+    KINDS,
+    add_measuring_options,
+    add_reading_options,
+    at_least_one,
+    reading_options,
+)
 from calib_guidance.evaluation.sample_set import Measures, ReferenceHolds
 from calib_guidance.evaluation.selection import OPTIONS, applicable, help_text, needs, select, unmet
 from calib_guidance.evaluation.spec import NO_FEATURES
@@ -57,7 +63,7 @@ def read_options(args: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("samples", nargs="+", metavar="SAMPLES", help="the images, see below")
     parser.add_argument("--reference", required=True, metavar="REF", help="images, or statistics of them")
-    parser.add_argument("--features", default="inception", metavar="NAME", help=f"{FORMS} (default: inception)")
+    add_measuring_options(parser, default="inception")
     parser.add_argument(
         "--metrics", metavar="NAME,…", help=f"of {','.join(OPTIONS)} (default: all that can be computed, see below)"
     )
@@ -73,7 +79,9 @@ def read_options(args: Sequence[str]) -> argparse.Namespace:
         action="store_true",
         help="Fréchet distances of no more samples than features, which compare only at the same number",
     )
-    parser.add_argument("--neighbours", type=int, default=3, metavar="K", help="of precision and recall (default: 3)")
+    parser.add_argument(
+        "--neighbours", type=at_least_one, default=3, metavar="K", help="of precision and recall (default: 3)"
+    )
     parser.add_argument(
         "--output",
         type=Path,
@@ -82,19 +90,11 @@ def read_options(args: Sequence[str]) -> argparse.Namespace:
         "outputs/evaluation/NAME). Of several sets, for their mean and a folder of each that is no run folder (default: "
         "outputs/evaluation): what is measured of a run always stands in RUN/evaluation then, where report finds it",
     )
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (default: 64)")
-    parser.add_argument(
-        "--device", help="cpu, cuda or cuda:NUMBER (default: a GPU for each process where there are enough)"
-    )
     add_reading_options(parser)
     own = parser.add_argument_group("reading samples, where they are tables that differ from the reference in this")
     for name in _OF_SAMPLES:
         own.add_argument(f"--samples-{name.replace('_', '-')}", metavar="NAME")
-    options = parser.parse_args(list(args))
-    for name in ("batch_size", "neighbours"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(options, name)}")
-    return options
+    return parser.parse_args(list(args))
 
 
 def evaluate(args: Sequence[str]) -> None:
@@ -219,7 +219,7 @@ def _metrics(asked: str | None, measures: Measures, holds: ReferenceHolds, sets:
 def _measure(
     samples: ImageSet, quality: Quality, options: argparse.Namespace, processes: DistributedContext
 ) -> dict[str, Any]:
-    """The figures of one set, on every process."""
+    """The metrics of one set, on every process."""
     quality.begin(samples.num_images, samples.labelled)
     with tqdm(
         total=samples.num_images, desc=samples.name, unit="image", leave=False, disable=not processes.is_first

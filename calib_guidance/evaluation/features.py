@@ -33,12 +33,12 @@ _TORCH = f"torch {torch.__version__.partition('+')[0]}"
 
 
 class Features(NamedTuple):
-    """What an extractor sees in N images.
+    """Features of N images.
 
     Attributes:
         pool: ``(N, D)`` float32, one vector an image.
-        spatial: ``(N, D_s)`` float32, a layer before pooling, of which the sFID is made; None where none is defined.
-        logits: ``(N, K)`` float32, of which the Inception score is made, or a classifier's; None where there are none.
+        spatial: ``(N, D_s)`` float32, a layer before pooling, for sFID; None where none is defined.
+        logits: ``(N, K)`` float32, for the Inception score or a classifier's accuracy; None where there are none.
     """
 
     pool: Tensor
@@ -172,15 +172,33 @@ class InceptionFeatures(FeatureExtractor):
         }
 
 
-def _last_linear(network: nn.Module, whose: str) -> nn.Linear:
-    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        raise ValueError(f"features: {whose} has no linear layer whose input could serve as features")
-    return linear[-1]
+class _LastLinear:
+    """The last linear layer of a network, and its input in the last forward pass.
+
+    Args:
+        network: to be watched.
+        whose: names it in the error message.
+
+    Raises:
+        ValueError: there is no linear layer.
+    """
+
+    def __init__(self, network: nn.Module, whose: str):
+        linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
+        if not linear:
+            raise ValueError(f"features: {whose} has no linear layer whose input could serve as features")
+        self.width, self._seen = linear[-1].in_features, []
+        linear[-1].register_forward_pre_hook(lambda module, inputs: self._seen.append(inputs[0]))
+
+    def input(self) -> Tensor:
+        """``(N, D)`` float32."""
+        seen = self._seen.pop().flatten(1).float()
+        self._seen.clear()
+        return seen
 
 
 class _ResizedFeatures(FeatureExtractor):
-    """Whole images in colour, resized without cropping and normalised by channel; what subclasses share."""
+    """Base class: RGB images resized without cropping and normalized by channel."""
 
     def _prepare(self, size: int, how: str, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         self.size, self.how = size, how
@@ -205,7 +223,7 @@ class _ResizedFeatures(FeatureExtractor):
 
 
 class TimmFeatures(_ResizedFeatures):
-    """What a timm model gives to its head, by default DINOv2's class token as Stein et al. (2023) measure FD_DINOv2.
+    """Input of the head of a timm model, by default DINOv2's class token as Stein et al. (2023) measure FD_DINOv2.
 
     The image size is the model's own. DINOv2's is 224, which the field measures with (https://arxiv.org/abs/2306.04675), not
     the 518 of timm's settings, and the provenance says so; timm resamples the position embedding of transformers.
@@ -248,7 +266,7 @@ class TimmFeatures(_ResizedFeatures):
 
 
 class TorchvisionFeatures(_ResizedFeatures):
-    """What the last linear layer of a torchvision classifier sees.
+    """Input of the last linear layer of a torchvision classifier.
 
     Args:
         model: name that torchvision knows.
@@ -266,32 +284,26 @@ class TorchvisionFeatures(_ResizedFeatures):
         self.network = build_network(f"torchvision/{model}", 1000, weights)
         known = torchvision.models.get_model_weights(model)
         shown = (known[weights] if weights in known.__members__ else known.DEFAULT).transforms()
-        self.name, self.weights, self.library = (
-            f"torchvision {model}",
-            weights,
-            f"torchvision {torchvision.__version__.partition('+')[0]}",
-        )
+        self.name, self.weights = f"torchvision {model}", weights
+        self.library = f"torchvision {torchvision.__version__.partition('+')[0]}"
         if weights in known.__members__:
             self.weights = known[weights].name  # DEFAULT moves
-        linear = _last_linear(self.network, self.name)
-        self.width = linear.in_features
-        self._seen: list[Tensor] = []
-        linear.register_forward_pre_hook(lambda module, inputs: self._seen.append(inputs[0]))
+        self._last = _LastLinear(self.network, self.name)
+        self.width = self._last.width
         self._prepare(shown.crop_size[0], shown.interpolation.value, shown.mean, shown.std)
         self.requires_grad_(False).eval()
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
-        self._seen.clear()
         self.network(self.shown(images))
-        return Features(self._seen.pop().flatten(1).float())
+        return Features(self._last.input())
 
 
 class ClassifierFeatures(FeatureExtractor):
-    """What a classifier's last linear layer sees, and what it says: for data that Inception does not know.
+    """Input of a classifier's last linear layer, and its logits: features for data that Inception does not know.
 
     Args:
-        classifier: the evaluation classifier; independent of those that guide, or the figures flatter.
+        classifier: the evaluation classifier; one that also guides makes the metrics look better than they are.
 
     Raises:
         ValueError: a classifier without a linear layer.
@@ -301,17 +313,14 @@ class ClassifierFeatures(FeatureExtractor):
         super().__init__()
         self._sha256 = state_sha256(classifier)  # freezing folds weights into others
         self.classifier = classifier.freeze()
-        linear = _last_linear(classifier, "the evaluation classifier")
-        self.width, self.num_logits = linear.in_features, classifier.num_classes
+        self._last = _LastLinear(classifier, "the evaluation classifier")
+        self.width, self.num_logits = self._last.width, classifier.num_classes
         self.name = f"input of the last linear layer ({self.width} wide) of {type(classifier).__name__}"
-        self._seen: list[Tensor] = []
-        linear.register_forward_pre_hook(lambda module, inputs: self._seen.append(inputs[0]))
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
-        self._seen.clear()
         logits = self.classifier(from_uint8(images))
-        return Features(self._seen.pop().flatten(1).float(), None, logits.float())
+        return Features(self._last.input(), None, logits.float())
 
     def provenance(self) -> dict[str, Any]:
         known = getattr(self.classifier, "provenance", {})
@@ -327,7 +336,7 @@ class ClassifierFeatures(FeatureExtractor):
 
 
 class ModuleFeatures(FeatureExtractor):
-    """A module of one's own, which maps float32 images ``(N, C, H, W)`` in [-1, 1] to features ``(N, D)``.
+    """A module of your own, which maps float32 images ``(N, C, H, W)`` in [-1, 1] to features ``(N, D)``.
 
     Args:
         module: with an attribute ``width``, D, where none is given here.

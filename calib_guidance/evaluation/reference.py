@@ -11,7 +11,7 @@ from typing import Any
 from calib_guidance.backend.distributed import DistributedContext, distributed_context
 from calib_guidance.data.image_sets import open_images
 from calib_guidance.data.preprocess import MODES, RESIZES
-from calib_guidance.evaluation.features import features_from_name
+from calib_guidance.evaluation.features import FORMS, features_from_name
 from calib_guidance.evaluation.statistics import ReferenceStatistics, check_output
 from calib_guidance.metrics.frechet import sample_count_note
 
@@ -32,8 +32,27 @@ examples:
     --output imagenet256_dinov2.npz
 
 The file holds mu, sigma (and mu_s, sigma_s, of Inception) in float64, features and labels where they were kept, and what they
-were made of and with; other programs read mu and sigma of it. Any number of processes makes the same figures.
+were made of and with; other programs read mu and sigma of it. Any number of processes gives the same statistics.
 """
+
+
+def at_least_one(text: str) -> int:
+    """An option's value that must be 1 or more, for argparse."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
+    return value
+
+
+def add_measuring_options(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Options on how features are extracted; ``--features`` is required where it has no default."""
+    known = "" if default is None else f" (default: {default})"
+    parser.add_argument("--features", required=default is None, default=default, metavar="NAME", help=f"{FORMS}{known}")
+    parser.add_argument(
+        "--batch-size", type=at_least_one, default=64, metavar="N", help="images at a time (default: 64)"
+    )
+    parser.add_argument(
+        "--device", help="cpu, cuda or cuda:NUMBER (default: a GPU for each process where there are enough)"
+    )
 
 
 def add_reading_options(parser: argparse.ArgumentParser) -> None:
@@ -43,12 +62,12 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
         "--size",
         type=int,
         metavar="N",
-        help="resize and crop all images to N×N; without it they have to be of one size",
+        help="resize and crop all images to N×N; without it all must be of one size",
     )
     how = "; ".join(f"{name}: {words}" for name, words in RESIZES.items())
     reading.add_argument("--resize", choices=tuple(RESIZES), default="adm", help=f"how (default: adm). {how}")
     reading.add_argument(
-        "--mode", choices=MODES, help="convert all images to colour or to grey; without it they have to be of one kind"
+        "--mode", choices=MODES, help="convert all images to RGB or grayscale; without it all must be of one kind"
     )
     reading.add_argument("--split", help="of a data set or folder that has several (data sets: train)")
     reading.add_argument("--subset", help="of a hub data set that has several")
@@ -122,26 +141,14 @@ def reference(args: Sequence[str]) -> None:
         "--output", type=Path, required=True, metavar="FILE.npz", help="to make; nothing is overwritten"
     )
     parser.add_argument(
-        "--features",
-        required=True,
-        metavar="NAME",
-        help="inception[:WEIGHTS], dinov2[:WEIGHTS], timm:NAME[:WEIGHTS], torchvision:NAME[:WEIGHTS], "
-        "classifier:CLASSIFIER.yaml, or PYTHON.MODULE:NAME",
-    )
-    parser.add_argument(
         "--keep-features",
         action="store_true",
         help="keep the features of every image too, for precision and recall, density and coverage, KID and classes: four bytes "
         "each, 410 MB of 50,000 images with Inception",
     )
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (default: 64)")
-    parser.add_argument(
-        "--device", help="cpu, cuda or cuda:NUMBER (default: a GPU for each process where there are enough)"
-    )
+    add_measuring_options(parser)
     add_reading_options(parser)
     options = parser.parse_args(list(args))
-    if options.batch_size < 1:
-        parser.error(f"--batch-size must be 1 or more, got {options.batch_size}")
     check_output(options.output)
     with distributed_context(options.device) as processes:
         _make(options, processes)

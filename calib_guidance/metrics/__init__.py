@@ -1,6 +1,6 @@
 """Metrics as torchmetrics classes, each with a pure functional twin."""
 
-from calib_guidance.metrics.bootstrap import bootstrap, bootstrap_sums, jackknife_std
+from calib_guidance.metrics.bootstrap import bootstrap_sums, jackknife_std
 from calib_guidance.metrics.calibration import (
     AdaptiveCalibrationError,
     CalibrationError,
@@ -55,7 +55,6 @@ __all__ = [
     "SmoothCalibrationError",
     "accuracy",
     "adaptive_calibration_error",
-    "bootstrap",
     "bootstrap_sums",
     "brier_score",
     "calibration_bins",

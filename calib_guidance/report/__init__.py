@@ -35,7 +35,7 @@ def report(args: Sequence[str]) -> None:
     """
     parser = argparse.ArgumentParser(
         prog="calib-guidance report",
-        description="One HTML page of one or several sampling runs: settings, figures, samples. It needs no network; what is "
+        description="One HTML page of one or several sampling runs: settings, metrics, samples. It needs no network; what is "
         "missing or damaged is left out, and said.",
     )
     parser.add_argument(
@@ -48,7 +48,7 @@ def report(args: Sequence[str]) -> None:
     parser.add_argument(
         "--output", type=Path, help="file to write (report.html, in the run's folder where there is one run)"
     )
-    parser.add_argument("--figures", type=Path, help="folder to keep the page's figures in, each as PNG and PDF")
+    parser.add_argument("--plots", type=Path, help="folder to keep the page's plots in, each as PNG and PDF")
     options = parser.parse_args(list(args))
     folder = options.runs[0] if len(options.runs) == 1 else Path()
     output: Path = options.output or folder / "report.html"
@@ -56,18 +56,18 @@ def report(args: Sequence[str]) -> None:
     if output.is_dir():
         raise ConfigurationError(f"--output: {output} is a folder; name the file, such as {output / 'report.html'}")
     _make_folder(output.parent, "--output")
-    if options.figures:
-        _make_folder(options.figures, "--figures")
+    if options.plots:
+        _make_folder(options.plots, "--plots")
     # After what can be refused at once: importing torch and matplotlib takes seconds.
     from calib_guidance.report.page import render
     from calib_guidance.report.pictures import kept_in
 
-    with kept_in(options.figures):
+    with kept_in(options.plots):
         page = render(runs)
     write_text(output, page)
     for run in runs:
         for remark in run.remarks:
             print(f"{run.name}: {remark}")
-    if options.figures:
-        print(f"wrote {len(list(options.figures.glob('*.pdf')))} figures, as PNG and PDF, to {options.figures}")
+    if options.plots:
+        print(f"wrote {len(list(options.plots.glob('*.pdf')))} plots, as PNG and PDF, to {options.plots}")
     print(f"wrote {output} ({len(page.encode()) / 1e6:.1f} MB)")

@@ -56,7 +56,7 @@ def sample(image: np.ndarray, alt: str) -> Picture:
 
 @contextlib.contextmanager
 def kept_in(folder: Path | None) -> Iterator[None]:
-    """While inside, figures are kept in a folder, as PNG and PDF; with None only the page has them."""
+    """While inside, plots are kept in a folder, as PNG and PDF; with None only the page has them."""
     token = _FOLDER.set(folder)
     try:
         yield
