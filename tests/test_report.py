@@ -271,7 +271,7 @@ def test_a_run_that_is_not_complete_and_damaged(tmp_path):
         "config.yaml is damaged",
         "ECE_t cannot be shown, what is kept of it is damaged: there is no 'ece'.",
         "The gradient norm cannot be shown",
-        "predictions.npz is damaged (it is no whole npz file",
+        "predictions.npz is damaged (not a valid npz file",
         "The strips over the trajectory cannot be shown",
     ):
         assert page.text.count(remark) == 1, remark

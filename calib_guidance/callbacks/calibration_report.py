@@ -1,4 +1,4 @@
-"""What a validation or test found out about the calibration of a classifier."""
+"""Report of a validation or test: calibration of the classifier by noise level."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class CalibrationReport(L.Callback):
     metrics as ``reliability.csv``. The commands ``validate`` and ``test`` also print a table.
 
     Args:
-        plots: draw them.
+        plots: draw the reliability diagrams.
     """
 
     def __init__(self, plots: bool = True):

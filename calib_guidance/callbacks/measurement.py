@@ -14,9 +14,9 @@ from torchmetrics import Metric
 class Measurement(L.Callback):
     """A callback with results for :class:`~calib_guidance.callbacks.RunReport`, which asks for them when all samples are made.
 
-    Results cover the whole folder, however many runs and workers made it. What cannot be measured from the written samples is
-    kept as sums, or as rows of single samples: :class:`~calib_guidance.callbacks.SampleWriter` stores those of a shard with it,
-    and at the end each measurement is given those of all shards.
+    Results cover the complete run folder, however many runs and workers made it. What cannot be measured from the written
+    samples is kept as sums, or as rows of single samples: :class:`~calib_guidance.callbacks.SampleWriter` stores those of a
+    shard with it, and at the end each measurement is given those of all shards.
     """
 
     def finished(self, images: Tensor, labels: Tensor) -> None:
@@ -46,7 +46,7 @@ class Measurement(L.Callback):
         """
 
     def results(self, trainer: L.Trainer) -> dict[str, Any]:
-        """Figures by name. Called on every rank, and may synchronise them; only rank 0's answer is used."""
+        """Values by name. Called on every rank, and may synchronise them; only rank 0's answer is used."""
         return {}
 
     def draw(self, folder: Path, trainer: L.Trainer) -> list[Path]:

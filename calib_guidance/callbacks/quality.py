@@ -1,4 +1,4 @@
-"""How good the samples are."""
+"""Metrics of the written samples against a reference."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class SampleQuality(Measurement):
     def results(self, trainer: L.Trainer) -> dict[str, Any]:
         folder = trainer.datamodule.run_folder.extended()
         if not any(folder.record(shard)["rows"] for shard in folder.shards()):
-            return {"notes": ["quality not measured: all samples were left out"]}
+            return {"notes": ["quality not measured: all samples failed"]}
         images = open_images(folder.path)
         self.quality.begin(images.num_images)
         for batch in images.batches(self.batch_size, self.processes.rank, self.processes.world_size):

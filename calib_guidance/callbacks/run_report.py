@@ -20,13 +20,13 @@ _LISTED = 10  # shards or samples in a message
 
 
 class RunReport(Measurement):
-    """Asks the other callbacks for their results when all samples are made, prints the table and writes what it is made of.
+    """Prints the table of metrics when all samples are made, and writes ``metrics.json`` and plots.
 
-    The results are those of the whole folder, however many runs and workers made it; while something is missing there are none.
+    Results cover the complete run folder, however many runs and workers made it; until it is complete there are none.
     Seconds per image are those of sampling on one device, without measuring and writing.
 
     Args:
-        plots: draw them.
+        plots: draw the plots of all callbacks.
     """
 
     def __init__(self, plots: bool = True):
@@ -43,7 +43,7 @@ class RunReport(Measurement):
         return next((callback for callback in trainer.callbacks if isinstance(callback, SampleWriter)), None)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # There is something to do, so that an earlier report would not be one of the whole folder.
+        # Samples are missing, so an earlier report does not cover the complete folder.
         if trainer.is_global_zero:
             Path(trainer.default_root_dir, "metrics.json").unlink(missing_ok=True)
 

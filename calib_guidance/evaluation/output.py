@@ -1,4 +1,4 @@
-"""What is printed and written of measured sets of samples."""
+"""Tables and files of measured sets of samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the features of a reference are summed up to, and the files that hold it."""
+"""Statistics of a reference's features, and the files that hold them."""
 
 from __future__ import annotations
 
@@ -269,7 +269,7 @@ class ReferenceStatistics:
                 )
 
     def save(self, path: str | os.PathLike[str]) -> str:
-        """Write an ``.npz``, whole or not at all, and over nothing.
+        """Write an ``.npz`` atomically; an existing file is not overwritten.
 
         ``mu``, ``sigma``, ``mu_s``, ``sigma_s`` as others read them; ``features``, ``labels``, ``num_images``, and ``provenance``
         as JSON text. The same statistics make the same bytes.
@@ -337,7 +337,7 @@ class ReferenceStatistics:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader of the figures should know of the reference, a sentence each."""
+        """What a reader of the metrics should know of the reference, a sentence each."""
         notes = []
         if "features" not in self.provenance:
             notes.append("the reference's file does not say which features, resize and images its statistics are of")

@@ -88,8 +88,8 @@ def _equal_mass(histogram: Tensor, num_bins: int) -> Tensor:
     edges = count[..., -1:] * torch.arange(num_bins + 1, device=count.device) / num_bins
     right = torch.searchsorted(count, edges).clamp(min=1)[..., None].expand(*edges.shape, 3)
     low, high = below.gather(-2, right - 1), below.gather(-2, right)
-    share = (edges[..., None] - low[..., :1]) / (high[..., :1] - low[..., :1]).clamp(min=1)
-    return (low + share * (high - low)).diff(dim=-2)
+    fraction = (edges[..., None] - low[..., :1]) / (high[..., :1] - low[..., :1]).clamp(min=1)
+    return (low + fraction * (high - low)).diff(dim=-2)
 
 
 def calibration_error(logits: Tensor, y: Tensor, num_bins: int = 15) -> Tensor:
@@ -118,7 +118,7 @@ def adaptive_calibration_error(logits: Tensor, y: Tensor, num_bins: int = 15) ->
     """ECE of the largest softmax probability with bins of equal mass (Nguyen & O'Connor 2015; Nixon et al. 2019).
 
     Every bin holds N/num_bins samples in the order of their confidence; a sample at an edge is divided. The order is
-    that of a histogram of 4096 log-odds, in a cell of which samples count as tied. In the tests that differs from
+    that of a histogram of 4096 log-odds; samples in one cell count as tied. In the tests that differs from
     sorting them by 0.16/√N at most, and by 0.001 on average for 2,000 samples.
 
     Arguments and range as of :func:`calibration_error`.

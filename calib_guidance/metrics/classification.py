@@ -30,7 +30,7 @@ def _brier(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def accuracy(logits: Tensor, y: Tensor, top_k: int = 1) -> Tensor:
-    """Share of samples whose true class is among the ``top_k`` with the largest logits.
+    """Fraction of samples whose true class is among the ``top_k`` with the largest logits.
 
     Args:
         logits: ``(N, K)``.

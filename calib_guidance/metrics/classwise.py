@@ -25,7 +25,7 @@ def classwise_distances(
 ) -> dict[str, dict[str, Any]]:
     """Fréchet distance, precision, recall, density and coverage of each class, where both sets have enough of it.
 
-    A Fréchet distance needs more than 2·D samples of the class in each set, so that its bias does not drown it; precision and
+    A Fréchet distance needs more than 2·D samples of the class in each set, or its bias dominates; precision and
     recall 10·k; density and coverage, with k = 5, 50.
 
     Args:

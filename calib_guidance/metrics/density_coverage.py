@@ -16,7 +16,7 @@ def count_in_balls(reference: Tensor, generated: Tensor, k: int = 5) -> tuple[Te
         k: neighbours that set the radius of a ball; 5 in the paper.
 
     Returns:
-        ``(N,)`` and ``(M,)`` int64; the mean of the first over k is the density, the share of the second above 0 the coverage.
+        ``(N,)`` and ``(M,)`` int64; the mean of the first over k is the density, the fraction of the second above 0 the coverage.
 
     Raises:
         ValueError: k or fewer points in the reference, or nothing generated.
@@ -29,7 +29,7 @@ def count_in_balls(reference: Tensor, generated: Tensor, k: int = 5) -> tuple[Te
 
 
 def density_coverage(reference: Tensor, generated: Tensor, k: int = 5) -> tuple[Tensor, Tensor]:
-    """Density: how many of the reference's k-NN balls hold a generated point, over k. Coverage: share of balls that hold any.
+    """Density: how many of the reference's k-NN balls hold a generated point, over k. Coverage: fraction of balls that hold any.
 
     Args:
         reference: ``(M, D)`` features.
@@ -37,7 +37,7 @@ def density_coverage(reference: Tensor, generated: Tensor, k: int = 5) -> tuple[
         k: neighbours that set the radius of a ball; 5 in the paper.
 
     Returns:
-        Density ≥ 0, of which 1 is expected where both sets follow one distribution, and coverage in [0, 1]; scalars
+        Density ≥ 0, about 1 where both sets follow one distribution, and coverage in [0, 1]; scalars
         float64.
 
     Raises:

@@ -34,7 +34,7 @@ def _mean_within(features: Tensor) -> Tensor:
 
 
 def kernel_distance(reference: Tensor, generated: Tensor) -> Tensor:
-    """Squared maximum mean discrepancy with the kernel (x·y/D + 1)³, estimated without bias from whole sets.
+    """Squared maximum mean discrepancy with the kernel (x·y/D + 1)³, estimated without bias from complete sets.
 
     E k(x, x′) + E k(y, y′) − 2·E k(x, y), over pairs of different samples; the sets may differ in size.
 

@@ -1,4 +1,4 @@
-"""What metrics of a classifier share: float64 sums of fixed size, by noise level and overall."""
+"""Base class of classifier metrics: float64 sums of fixed size, by noise level and overall."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def inside_each_other(reference: Tensor, generated: Tensor, k: int = 3) -> tuple
 
 
 def precision_recall(reference: Tensor, generated: Tensor, k: int = 3) -> tuple[Tensor, Tensor]:
-    """Precision: share of generated points in the reference's k-NN balls. Recall: the other way round.
+    """Precision: fraction of generated points in the reference's k-NN balls. Recall: the reverse.
 
     Args:
         reference: ``(M, D)`` features.

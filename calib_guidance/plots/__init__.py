@@ -1,4 +1,4 @@
-"""Figures, each from saved data, as PNG and as PDF, to be read at the width of a column."""
+"""Plots from saved data, as PNG and PDF, sized for one column of a paper."""
 
 from calib_guidance.plots.ablation import ablation, precision_recall
 from calib_guidance.plots.curves import Series, curves

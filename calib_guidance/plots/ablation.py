@@ -135,7 +135,7 @@ def precision_recall(points: Sequence[Point], name: str, path: str | os.PathLike
     """Precision over recall as a setting changes, each point with its value, mean and standard deviation in both directions.
 
     Args:
-        points: see :func:`ablation`; of the metrics ``precision`` and ``recall`` are drawn. Points without both are left out.
+        points: see :func:`ablation`; of the metrics ``precision`` and ``recall`` are drawn. Points without both are skipped.
         name: of the setting: α, scale, τ2, γ …
         path: see :func:`~calib_guidance.plots.style.save`.
         held: what other settings are, said above the plot.

@@ -52,7 +52,7 @@ def sample_grid(
         if len(chosen) == rows and all(len(images) == columns for images in chosen.values()):
             break
     if not chosen:
-        raise ConfigurationError("there are no samples to draw: the run has none, or all were left out")
+        raise ConfigurationError("there are no samples to draw: the run has none, or all failed")
     labels = sorted(chosen)
     width = max(map(len, chosen.values()))
     _, h, w = chosen[labels[0]][0].shape

@@ -22,11 +22,11 @@ def reliability(bins: Sequence, titles: Sequence[str], path: str | os.PathLike[s
     """Reliability diagrams with their confidence histograms, one panel each, of a noise level or a classifier.
 
     Bars are the accuracy of each bin of confidence, the hatched part the gap to its mean confidence; a calibrated classifier's
-    bars end on the diagonal. Below, the share of samples in each bin.
+    bars end on the diagonal. Below, the fraction of samples in each bin.
 
     Args:
         bins: ``(panels, num_bins, 3)`` count, summed confidence and number correct of equal-width bins.
-        titles: of the panels; a panel without samples is left out.
+        titles: of the panels; a panel without samples is skipped.
         path: see :func:`~calib_guidance.plots.style.save`.
 
     Raises:
@@ -68,7 +68,7 @@ def reliability(bins: Sequence, titles: Sequence[str], path: str | os.PathLike[s
             histogram.set_xlabel("confidence", fontsize=7, labelpad=2)
         if column == 0:
             axis.set_ylabel("accuracy", fontsize=7)
-            histogram.set_ylabel("share", fontsize=7)
+            histogram.set_ylabel("fraction", fontsize=7)
     names = ["accuracy", "gap to confidence"]
     figure.legend([bars[0], gaps[0]], names, loc="outside upper center", ncols=2 if columns > 1 else 1)
     return save(figure, path)

@@ -37,7 +37,7 @@ def strips(
     Args:
         x0: uint8 ``(samples, steps, C, H, W)``.
         gradient: ``(samples, steps, C', H', W')``, NaN at steps where no classifier ran, and all NaN without guidance, whose
-            rows are left out.
+            rows are not drawn.
         t: ``(steps,)`` of the full process.
         names: ``(samples,)``, e.g. of the classes.
         path: see :func:`~calib_guidance.plots.style.save`.
@@ -69,18 +69,18 @@ def strips(
         ticks.append(top + 1 + (1 - _GAP) / 2)
         tick_names.append(r"$\nabla S$")
         sizes = np.array([np.abs(m).max() if np.isfinite(m).all() else np.nan for m in maps])
-        whole = np.nanmax(sizes) if np.isfinite(sizes).any() else np.nan
+        largest = np.nanmax(sizes) if np.isfinite(sizes).any() else np.nan
         for j, (one, size) in enumerate(zip(maps, sizes, strict=True)):
             if np.isnan(size):
                 continue
-            bound = (size if per_step else whole) or 1.0
+            bound = (size if per_step else largest) or 1.0
             where = (j, j + 1 - _GAP, top + 2 - _GAP, top + 1)
             axis.imshow(one, extent=where, vmin=-bound, vmax=bound, cmap="RdBu_r")
             axis.add_patch(Rectangle((j, top + 1), 1 - _GAP, 1 - _GAP, fill=False, ec="0.8", lw=0.4))
             if per_step:
                 axis.text(j + 0.47, top + 2, _magnitude(size), fontsize=5, ha="center", va="top")
-        if not per_step and np.isfinite(whole):
-            axis.text(steps, top + 1.47, _magnitude(whole), fontsize=6, ha="left", va="center")
+        if not per_step and np.isfinite(largest):
+            axis.text(steps, top + 1.47, _magnitude(largest), fontsize=6, ha="left", va="center")
     axis.set(xlim=(0, steps - _GAP), ylim=(samples * block - 0.15 - _GAP, 0), aspect=h / w)
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0, pad=2)

@@ -1,4 +1,4 @@
-"""What all figures share: size, type, colours, and how they are written."""
+"""Size, type and colors of all plots, and how they are written."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _RC = {
 
 
 def paper(draw: Callable[P, R]) -> Callable[P, R]:
-    """Decorates a function that draws: sizes and type of all figures, whatever the caller's are."""
+    """Decorator of plot functions: sets size and type, whatever the caller's settings are."""
     return matplotlib.rc_context(_RC)(draw)
 
 

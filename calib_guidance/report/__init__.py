@@ -35,8 +35,8 @@ def report(args: Sequence[str]) -> None:
     """
     parser = argparse.ArgumentParser(
         prog="calib-guidance report",
-        description="One HTML page of one or several sampling runs: settings, metrics, samples. It needs no network; what is "
-        "missing or damaged is left out, and said.",
+        description="One HTML page of one or several sampling runs: settings, metrics, samples. It needs no network; missing "
+        "or damaged parts are skipped and listed.",
     )
     parser.add_argument(
         "runs",

@@ -159,7 +159,7 @@ def trajectory_strips(run: Run) -> Picture | None:
 
 
 def guidance_schedules(runs: Sequence[Run]) -> list[Picture]:
-    """Strength of guidance over the steps, in one figure for all runs of the same steps and unit.
+    """Strength of guidance over the steps, in one plot for all runs of the same steps and unit.
 
     Of one run with and without the sine factor; of several what each was guided with.
     """

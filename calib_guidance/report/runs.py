@@ -36,7 +36,7 @@ def read_arrays(path: Path, names: Collection[str]) -> dict[str, np.ndarray]:
     except KeyError as error:
         raise ValueError(str(error.args[0])) from error
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"it is no whole npz file: {error}") from error
+        raise ValueError(f"not a valid npz file: {error}") from error
 
 
 def _listed(things: Sequence[str]) -> str:
@@ -153,7 +153,7 @@ class Run:
     def images(self, indices: Collection[int]) -> dict[int, np.ndarray]:
         """Images uint8 ``(C, H, W)`` of the samples with such an index that are there.
 
-        Every shard is checked against its checksum; a damaged one is remarked on and left out.
+        Every shard is checked against its checksum; a damaged one is skipped with a remark.
         """
         wanted, found = np.unique(np.asarray(list(indices), np.int64)), {}
         for shard in self.folder.shards():
@@ -173,11 +173,11 @@ class Run:
         try:
             content = json.loads(path.read_bytes())
             if not isinstance(content, dict):
-                raise ValueError("it holds no figures by name")
+                raise ValueError("it holds no metrics by name")
         except FileNotFoundError:
             return {}
         except ValueError as error:
-            self.remarks.append(f"{name} is damaged ({error}) and left out: what wrote it makes it anew.")
+            self.remarks.append(f"{name} is damaged ({error}) and skipped: re-run what wrote it.")
             return {}
         return content
 
@@ -206,7 +206,7 @@ class Run:
             except FileNotFoundError:
                 continue
             except ValueError as error:
-                self.remarks.append(f"{name} is damaged ({error}) and left out: what wrote it makes it anew.")
+                self.remarks.append(f"{name} is damaged ({error}) and skipped: re-run what wrote it.")
                 continue
             there = np.isin(predictions["index"], self.columns["index"])
             return {key: column[there] for key, column in predictions.items()}

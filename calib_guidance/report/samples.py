@@ -12,7 +12,7 @@ from calib_guidance.report.runs import Run
 
 _EXTREMES = 10  # of the best and of the worst
 _CLASSES = 10  # samples side by side
-_LOOKED_AT = 256  # of which the most different are chosen, so that long runs are not read whole
+_LOOKED_AT = 256  # samples among which the most different are chosen, to read only a part of long runs
 _MOST_DIFFERENT = 8
 
 
@@ -54,7 +54,7 @@ class Different(NamedTuple):
     Attributes:
         index, label, seed: of the request.
         samples: of each run.
-        distances: of each run from the first, root mean square over pixels in grey levels; 0 for the first.
+        distances: of each run from the first, root mean square over pixels in gray levels; 0 for the first.
     """
 
     index: int
@@ -155,8 +155,8 @@ def _shared(runs: Sequence[Run]) -> tuple[list[Run], list[int], list[str]]:
             remarks.append(f"{run.name} has no samples yet.")
         elif set(run.seeds) != set(first.seeds):
             remarks.append(
-                f"{run.name} has other seeds ({_seeds(run)}) than {first.name} ({_seeds(first)}), so that no sample of it is "
-                "from the same noise: it is not set side by side. Sample both with the same data.init_args.seed."
+                f"{run.name} has other seeds ({_seeds(run)}) than {first.name} ({_seeds(first)}): no sample of it is "
+                "from the same noise, and it is not set side by side. Sample both with the same data.init_args.seed."
             )
         else:
             remarks.append(

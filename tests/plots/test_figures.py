@@ -113,7 +113,7 @@ def test_reliability_bars_are_accuracy_and_gap(drawn, tmp_path):
     assert [bar.get_height() for bar in second_share.containers[0]] == [0, 0.25, 0.75, 0]
     assert [bar.get_height() for bar in second.containers[0]] == [0.75, 0.5]
     assert first_share.get_xlabel() == "confidence"
-    assert (first.get_ylabel(), first_share.get_ylabel()) == ("accuracy", "share")
+    assert (first.get_ylabel(), first_share.get_ylabel()) == ("accuracy", "fraction")
     drawn(reliability, np.tile(bins[2], (5, 1, 1)), [f"t = {k}" for k in range(5)], tmp_path / "five")
     with pytest.raises(ConfigurationError, match="seen no samples"):
         reliability(bins[1:2], ["empty"], tmp_path / "none")
