@@ -74,7 +74,6 @@ class Setting(NamedTuple):
 
     def build(self) -> Sampler:
         n = self.evaluations
-        split = self.term in ("lie_trotter", "strang")
         if self.sampler == "DDPM":
             return DDPM(n, **dict(self.sampling))
         if self.sampler == "Heun":  # two evaluations a step, and one at the last
@@ -82,9 +81,9 @@ class Setting(NamedTuple):
         if self.sampler == "DDIM":
             return DDIM(f"ddim{n}", guidance_scaling=self.term, data_std=LEADING)
         if self.sampler == SDE:
-            return DPMSolver(n // 2 if split else n, sde=True, guidance_scaling=self.term, **dict(self.sampling))
+            return DPMSolver(n, sde=True, guidance_scaling=self.term, **dict(self.sampling))
         kind = UniPC if self.sampler == "UniPC" else DPMSolver
-        return kind(n // 2 if split else n, guidance_scaling=self.term, data_std=LEADING, **dict(self.sampling))
+        return kind(n, guidance_scaling=self.term, data_std=LEADING, **dict(self.sampling))
 
 
 def settings() -> Iterator[Setting]:
@@ -101,11 +100,6 @@ OTHERS = {
     **{f"{name}, guidance as part of x̂0": Setting(name, 25, term="score") for name in (SDE, "DDIM", TWO_M, "UniPC")},
     **{
         f"{name}, 10, guidance as part of x̂0": Setting(name, 10, term="score") for name in (SDE, "DDIM", TWO_M, "UniPC")
-    },
-    **{
-        f"{name}, 12 steps, {term.replace('_', '–').title()} splitting": Setting(name, 25, term=term)
-        for name in (SDE, TWO_M)
-        for term in ("lie_trotter", "strang")
     },
     f"{SDE}, guided at σ in [0.1, 10]": Setting(SDE, 25, schedule=(("sigma_interval", (0.1, 10.0)),)),
     f"{SDE}, guided at σ in [0.1, 3]": Setting(SDE, 25, schedule=(("sigma_interval", (0.1, 3.0)),)),

@@ -81,3 +81,14 @@ def test_the_package_is_imported_without_torch():
     """Names at the root cost nothing until they are used."""
     code = "import sys, calib_guidance; calib_guidance.load_pretrained; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_samplers_are_small():
+    """A sampler is its levels, its coefficients and its step."""
+    samplers = ROOT / "samplers"
+    for path in samplers.glob("*.py"):
+        steps = [
+            n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef) and n.name == "step"
+        ]
+        assert all(n.end_lineno - n.lineno < 30 for n in steps), path
+        assert not (steps and path.name != "base.py") or len(path.read_text().splitlines()) <= 100, path
