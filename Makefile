@@ -34,20 +34,20 @@ checkpoints: $(INSTALLED)
 
 # The table of the README.
 compare: $(INSTALLED)
-	$(BIN)/calib-guidance compare --config lightning_configs/compare/digits.yaml --into README.md
+	$(BIN)/calib-guidance experiment --config digits --into README.md
 
-# The tables and the figure of docs/calibration.md.
+# The tables and the plot of docs/calibration.md.
 calibrate-table: $(INSTALLED)
-	$(BIN)/calib-guidance compare --config lightning_configs/compare/calibration.yaml --output outputs/calibration --into docs/calibration.md
+	$(BIN)/calib-guidance experiment --config calibration --into docs/calibration.md
 calibrate-sweep: $(INSTALLED)
-	$(BIN)/calib-guidance compare --config lightning_configs/compare/calibration_sweep.yaml --output outputs/calibration_sweep
-	$(BIN)/python docs/calibration_sweep.py outputs/calibration_sweep/runs.csv
+	$(BIN)/calib-guidance experiment --config calibration_sweep
+	$(BIN)/python docs/calibration_sweep.py outputs/experiments/calibration_sweep/runs.csv
 
 # Digits against the number of network evaluations: README and docs/few_steps.md. What docs/few_steps.json has is not measured again.
 few-steps: $(INSTALLED)
 	$(BIN)/python docs/few_steps.py --pages docs/few_steps.md README.md
 
-# How often few samples find the best setting: docs/sweep.md.
+# How often few samples find the best setting: docs/experiments.md.
 sweep-ranking: $(INSTALLED)
 	$(BIN)/python docs/sweep_ranking.py
 

@@ -1,4 +1,4 @@
-"""λ and β of the Smooth ECE on noisy digits, as a figure: ``python docs/calibration_sweep.py RUNS.CSV``.
+"""λ and β of the Smooth ECE on noisy digits, as a plot: ``python docs/calibration_sweep.py RUNS.CSV``.
 
 ``make calibrate-sweep`` does the runs and calls this.
 """
@@ -16,8 +16,8 @@ import matplotlib.pyplot as plt
 from calib_guidance.plots import COLOURS
 
 MEASURES = {
-    "NLL": ("sweep/NLL ↓",),
-    "ECE, mean over noise levels": tuple(f"sweep/ECE t = {k}–{k + 199}" for k in range(0, 1000, 200)),
+    "NLL": ("nll.overall",),
+    "ECE, mean over noise levels": tuple(f"ece.by_level.{k}" for k in range(5)),
 }
 FORMS = {"per_sample": "per sample", "binned": "binned"}
 
@@ -27,7 +27,7 @@ def read(path: Path) -> dict[tuple[str, float, float], dict[str, list[float]]]:
     found: dict[tuple[str, float, float], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     with open(path) as file:
         for row in csv.DictReader(file):
-            form, weight, beta = row["name"].split(", ")
+            form, weight, beta = row["form"], row["lambda"] or 0, row["beta"] or 0
             for measure, columns in MEASURES.items():
                 value = statistics.mean(float(row[column]) for column in columns)
                 found[form, float(weight), float(beta)][measure].append(value)

@@ -1,7 +1,7 @@
-"""How well few samples rank the settings of a sweep: ``python docs/sweep_ranking.py``.
+"""How well few samples rank the settings of a grid: ``python docs/sweep_ranking.py``.
 
-Does the sweep of lightning_configs/sweep/digits.yaml where it is not done (``outputs/sweep``), takes the figures of few samples
-from the shards of its runs, and puts a table into docs/sweep.md and a figure into docs/images/.
+Runs lightning_configs/experiments/digits_grid.yaml where it is not done (``outputs/experiments``), takes the metrics of few
+samples from the shards of its runs, and puts a table into docs/experiments.md and a plot into docs/images/.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
@@ -18,15 +19,16 @@ from scipy.stats import spearmanr
 from calib_guidance.backend.images import to_uint8
 from calib_guidance.cli.lightning import run_lightning
 from calib_guidance.cli.parsed import ParsedCLI
-from calib_guidance.experiments.compare import insert
-from calib_guidance.experiments.halving import halve
-from calib_guidance.experiments.sweep import FIGURES, Setting, Sweeper, read_sweep
+from calib_guidance.evaluation.metrics import METRICS
+from calib_guidance.experiments.experiment import Experimenter, halve
+from calib_guidance.experiments.settings import Plan, make_plan
+from calib_guidance.experiments.tables import insert, read_value
 from calib_guidance.metrics import CalibrationError, frechet_distance, mean_and_covariance
 from calib_guidance.plots import COLOURS, COLUMN, paper, save
 from calib_guidance.runs import RunFolder
 
 DOCS = Path(__file__).parent
-CONFIG = Path("lightning_configs/sweep/digits.yaml")
+CONFIG = Path("lightning_configs/experiments/digits_grid.yaml")
 FEW, MORE = 60, 180  # digits, a shard and three
 FIGURES_OF_FEW = ("integral_ece", "frechet_distance")
 Measured = dict[tuple[str, int, int, range], float]  # figure, setting, seed, shards
@@ -35,8 +37,9 @@ Measured = dict[tuple[str, int, int, range], float]  # figure, setting, seed, sh
 class Reader:
     """Figures of some shards of runs, as a run of these samples alone would report them."""
 
-    def __init__(self, setting: Setting):
-        cli = run_lightning(["predict", "--config", setting.configs[0]], ParsedCLI)
+    def __init__(self, plan: Plan):
+        (command,) = plan.settings[0].commands
+        cli = run_lightning(["predict", "--config", command.configs[0]], ParsedCLI)
         (node,) = [c for c in cli.options.trainer.callbacks if c.class_path.endswith("SampleQuality")]
         (self.quality,) = cli.build("trainer.callbacks", [node])
         self.quality.features.eval()
@@ -65,20 +68,20 @@ class Reader:
         return float(error.compute().by_level.nanmean())
 
 
-def read_all(sweeper: Sweeper) -> tuple[Measured, list[range]]:
-    """Both figures of every run: of each block of few samples, of its beginning, and of all of it."""
-    sweep, found = sweeper.sweep, {}
-    reader = Reader(sweep.settings[0])
-    for (setting, seed, count), folder in sweeper.folders.items():
-        reader.load(folder)
+def read_all(experimenter: Experimenter) -> tuple[Measured, list[range]]:
+    """Both metrics of every run: of each block of few samples, of its start, and of all of it."""
+    found, reader = {}, Reader(experimenter.plan)
+    columns = {column.key: column for column in experimenter.plan.columns}
+    for (setting, seed, count), run in experimenter.runs.items():
+        reader.load(run.folder)
         blocks = [range(start, start + 1) for start in range(count // FEW)]
         whole = range(count // FEW)
         for shards in (*blocks, range(MORE // FEW), whole):
             for figure in FIGURES_OF_FEW:
                 found[figure, setting, seed, shards] = reader.read(figure, shards)
         for figure in FIGURES_OF_FEW:  # what the run itself has reported
-            said = sweeper.results[setting, seed, count][figure]
-            assert abs(found[figure, setting, seed, whole] - said) < 1e-3 * max(1, said), (figure, folder)
+            said = read_value(columns[figure], run.folder)
+            assert abs(found[figure, setting, seed, whole] - said) < 1e-3 * max(1, said), (figure, run.folder)
     return found, blocks
 
 
@@ -91,25 +94,25 @@ def _row(name: str, share: float, picks: Sequence[int], truths: Sequence[list[fl
     return f"| {name} | {len(picks)} | {share:.0%} | {first:.0%} | {'–' if kept is None else f'{kept:.0%}'} | {regret:.3f} |"
 
 
-def make_table(found: Measured, blocks: Sequence[range], sweeper: Sweeper) -> str:
+def make_table(found: Measured, blocks: Sequence[range], plan: Plan) -> str:
     """Ranking by one seed, against the mean Fréchet distance of all samples of the other seeds."""
-    sweep = sweeper.sweep
-    settings, whole = range(len(sweep.settings)), range(len(blocks))
+    settings, whole = range(len(plan.settings)), range(len(blocks))
+    seeds, num_samples = plan.experiment.seeds, plan.experiment.num_samples
     keep = max(1, len(settings) // 3)
 
     def truth(without: int) -> list[float]:
-        others = [seed for seed in sweep.seeds if seed != without]
+        others = [seed for seed in seeds if seed != without]
         return [statistics.mean(found["frechet_distance", n, s, whole] for s in others) for n in settings]
 
     lines = [
         "| ranked by | draws | samples | finds the winner | winner in the best third | regret | rank correlation |",
         "|---|" + "---:|" * 6,
     ]
-    shuffled = [statistics.mean(t) - min(t) for t in map(truth, sweep.seeds)]
+    shuffled = [statistics.mean(t) - min(t) for t in map(truth, seeds)]
     chance = [f"{1 / len(settings):.0%}", f"{keep / len(settings):.0%}", f"{statistics.mean(shuffled):.3f}"]
     lines.append(f"| chance | – | 0% | {' | '.join(chance)} | 0 |")
     for figure, parts in itertools.product(FIGURES_OF_FEW, (list(blocks), [range(MORE // FEW)], [whole])):
-        draws = [(seed, shards) for seed in sweep.seeds for shards in parts]
+        draws = [(seed, shards) for seed in seeds for shards in parts]
         ranked = [sorted(settings, key=lambda n: found[figure, n, s, b]) for s, b in draws]
         truths = [truth(seed) for seed, _ in draws]
         rho = [
@@ -117,67 +120,68 @@ def make_table(found: Measured, blocks: Sequence[range], sweeper: Sweeper) -> st
             for (s, b), t in zip(draws, truths, strict=True)
         ]
         count = FEW * len(parts[0])
-        title = f"{FIGURES[figure].title[:-2]}, {count} samples"
+        title = f"{METRICS[figure].title[:-2]}, {count} samples"
         picks, tops = [order[0] for order in ranked], [set(order[:keep]) for order in ranked]
-        row = _row(title, count / sweep.num_samples, picks, truths, tops)
+        row = _row(title, count / num_samples, picks, truths, tops)
         lines.append(f"{row} {statistics.mean(rho):.2f} ({min(rho):.2f} … {max(rho):.2f}) |")
-    rungs = [FEW, MORE, sweep.num_samples]
+    rungs = [FEW, MORE, num_samples]
     for title, by in {
         "halving by integral ECE": ("integral_ece",) * 3,
         "halving by integral ECE, then Fréchet": ("integral_ece", *("frechet_distance",) * 2),
         "halving by Fréchet": ("frechet_distance",) * 3,
     }.items():
         picks, share = [], 0.0
-        for seed in sweep.seeds:
+        for seed in seeds:
 
             def measure(asked: Sequence[int], count: int, by: tuple[str, ...] = by, seed: int = seed) -> list[float]:
                 return [found[by[rungs.index(count)], n, seed, range(count // FEW)] for n in asked]
 
-            samples, study = halve([s.labels for s in sweep.settings], rungs, 3, measure)
-            picks.append(study.best_trial.number)
-            share += sum(samples) / len(samples) / sweep.num_samples / len(sweep.seeds)
-        lines.append(f"{_row(title, share, picks, [truth(seed) for seed in sweep.seeds], [])} – |")
+            samples = halve(settings, rungs, 3, measure)
+            kept = [n for n in settings if samples[n] == num_samples]
+            picks.append(kept[int(np.argmin(measure(kept, num_samples)))])
+            share += sum(samples.values()) / len(samples) / num_samples / len(seeds)
+        lines.append(f"{_row(title, share, picks, [truth(seed) for seed in seeds], [])} – |")
     return "\n".join(lines)
 
 
 @paper
-def draw(found: Measured, blocks: Sequence[range], sweeper: Sweeper, path: Path) -> list[Path]:
+def draw(found: Measured, blocks: Sequence[range], plan: Plan, path: Path) -> list[Path]:
     """Fréchet distance of all samples over the integral ECE of few; each point a setting, mean and deviation over seeds."""
-    sweep, whole = sweeper.sweep, range(len(blocks))
+    whole = range(len(blocks))
     figure = Figure(figsize=(COLUMN, 2.6))
     axis = figure.subplots()
-    scales = list(dict.fromkeys(setting.labels["scale"] for setting in sweep.settings))
+    scales = list(dict.fromkeys(setting.labels["scale"] for setting in plan.settings))
 
     def pair(number: int, name: str, shards: range) -> tuple[float, float]:
-        values = [found[name, number, seed, shards] for seed in sweep.seeds]
+        values = [found[name, number, seed, shards] for seed in plan.experiment.seeds]
         return statistics.mean(values), statistics.stdev(values)
 
-    for number, setting in enumerate(sweep.settings):
+    for number, setting in enumerate(plan.settings):
         (x, dx), (y, dy) = pair(number, "integral_ece", blocks[0]), pair(number, "frechet_distance", whole)
         place = scales.index(setting.labels["scale"])
-        filled = setting.labels["τ2"] == "1"
+        filled = setting.labels["tau2"] == "1"
         style = {"color": COLOURS[place], "marker": "os^D"[place], "mfc": COLOURS[place] if filled else "white"}
         label = f"scale {setting.labels['scale']}" if filled and setting.labels["score"] == "tempered" else "_"
         axis.errorbar(x, y, dy, dx, ms=4, lw=0, elinewidth=0.6, label=label, **style)
     axis.set_xlabel(f"integral ECE of {FEW} samples ↓")
-    axis.set_ylabel(f"Fréchet distance of {sweep.num_samples} samples ↓")
+    axis.set_ylabel(f"Fréchet distance of {plan.experiment.num_samples} samples ↓")
     axis.set_title("filled: τ2 = 1, hollow: τ2 = 0.5", fontsize=7)
     axis.legend()
     return save(figure, path)
 
 
 def main(finish: Callable[[str], None]) -> None:
-    sweeper = Sweeper(read_sweep(CONFIG), Path("outputs/sweep"), workers=2)
-    sweeper.run()
-    found, blocks = read_all(sweeper)
-    finish(make_table(found, blocks, sweeper))
-    draw(found, blocks, sweeper, DOCS / "images/sweep_ranking")
+    experimenter = Experimenter(make_plan(CONFIG), Path("outputs/experiments"), workers=2)
+    experimenter.run()
+    found, blocks = read_all(experimenter)
+    finish(make_table(found, blocks, experimenter.plan))
+    draw(found, blocks, experimenter.plan, DOCS / "images/sweep_ranking")
 
 
 if __name__ == "__main__":
 
     def finish(text: str) -> None:
         print(text)
-        insert(text, "ranking", DOCS / "sweep.md")
+        insert(text, "ranking", DOCS / "experiments.md")
 
     main(finish)

@@ -345,7 +345,17 @@ class TestOverview:
     def test_help_names_every_command(self, capsys):
         main(["--help"])
         out = capsys.readouterr().out
-        for command in ("fit", "validate", "test", "predict", "compare", "doctor", "evaluate", "export", "reference"):
+        for command in (
+            "fit",
+            "validate",
+            "test",
+            "predict",
+            "doctor",
+            "evaluate",
+            "experiment",
+            "export",
+            "reference",
+        ):
             assert f"  {command} " in out
 
     @pytest.mark.parametrize(
@@ -358,7 +368,7 @@ class TestOverview:
         assert stopped.value.code == 2
         err = capsys.readouterr().err
         assert message in err
-        assert "  sweep " in err
+        assert "  experiment " in err
 
 
 def test_one_sample_is_measured_as_far_as_it_can_be(in_root, tmp_path, capsys):

@@ -1,8 +1,10 @@
 """One configuration per published row: each composes, has its full-size architecture, and runs shrunken through main()."""
 
 import copy
+import functools
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,13 +13,24 @@ import yaml
 from calib_guidance.callbacks import read_samples
 from calib_guidance.cli import main
 from calib_guidance.cli.parsed import all_options, read_configuration, use_random_weights
+from calib_guidance.experiments.settings import make_plan
 from calib_guidance.networks import DiT, EncoderUNet, UNet
 from tests.conftest import ROOT
 
 PREDICT = ROOT / "lightning_configs" / "predict"
-ROWS = sorted(
+EXPERIMENTS = ROOT / "lightning_configs" / "experiments"
+FILES = sorted(
     str(path.relative_to(PREDICT)) for folder in PREDICT.glob("imagenet*/") for path in folder.rglob("*.yaml")
 )
+# Published numbers that differ from each other in one value are rows of experiments. Axis and values of each:
+ABLATIONS = {
+    "imagenet128_recurrence": ("recurrence", (2, 3)),  # 1 is ablation/resnet50.yaml
+    "imagenet128_softplus": ("beta", (8, 5, 4, 3)),  # null, ReLU, is ablation/resnet50.yaml
+    "imagenet128_tau2": ("tau2", (1, 0.8, 0.7, 0.5, 0.3)),
+    "imagenet128_gamma": ("gamma", (0, 0.1, 0.2, 0.3, 0.4)),
+}
+EXPERIMENT_ROWS = [f"{name} --row {axis}={v}" for name, (axis, values) in ABLATIONS.items() for v in values]
+ROWS = sorted([*FILES, *EXPERIMENT_ROWS])
 # Parameters of the published networks, by what the rows name them.
 PARAMETERS = {
     "adm_imagenet64": 295_904_454,
@@ -102,7 +115,7 @@ def vae(tmp_path_factory):
 
 def test_the_table_names_every_row_once():
     text = (ROOT / "lightning_configs" / "README.md").read_text()
-    named = re.findall(r"^\|.*\| `(imagenet[\w/.]+\.yaml)` \|$", text, re.MULTILINE)
+    named = re.findall(r"^\|.*\| `(imagenet[\w/.]+(?:\.yaml| --row \w+=[\d.]+))` \|$", text, re.MULTILINE)
     assert sorted(named) == ROWS
     assert len(ROWS) == 50
 
@@ -135,12 +148,35 @@ def full_size(cli):
     return sorted(sum(value.numel() for value in network.state_dict().values()) for network in networks)
 
 
+@functools.cache
+def plan_of(path):
+    return make_plan(path)
+
+
+def arguments(row):
+    """Arguments of ``predict`` for a row of the table."""
+    file, _, name = row.partition(" --row ")
+    if not name:
+        return [f"--config={PREDICT / row}"]
+    plan = plan_of(EXPERIMENTS / f"{file}.yaml")
+    (number,) = plan.select([name])
+    (run,) = plan.runs([number], plan.experiment.num_samples, Path("outputs"))
+    assert run.commands[1][0] == "evaluate"
+    command, *argv = run.commands[0]
+    assert command == "predict"
+    return argv
+
+
 @pytest.mark.parametrize("row", ROWS)
 def test_row(row, vae, in_root, tmp_path):
     """The full architecture without memory for its weights, then three steps of the same row with small networks."""
-    cli = read_configuration([f"--config={PREDICT / row}"])
+    cli = read_configuration(arguments(row))
     config = cli.options.as_dict()
-    assert config["trainer"]["default_root_dir"] == "outputs/" + row.removesuffix(".yaml")
+    if "--row" in row:
+        assert config["data"]["init_args"]["num_samples"] == 10_000
+        assert config["trainer"]["default_root_dir"].startswith("outputs/runs/")
+    else:
+        assert config["trainer"]["default_root_dir"] == "outputs/" + row.removesuffix(".yaml")
     named = [(node.get("init_args") or {}).get("network") for node in objects(config["model"])]
     assert full_size(cli) == sorted(PARAMETERS[name] for name in named if name in PARAMETERS)
     assert any(name in PARAMETERS for name in named)

@@ -20,15 +20,14 @@ _LIGHTNING = {
 # For each command the module with a function of its name, and what it does. Imported on demand: configs, status and export need
 # neither torch nor Lightning, whose import takes longer than they do.
 _COMMANDS = {
-    "compare": ("experiments.compare", "many runs and seeds, as tables"),
     "configs": ("cli.configs", "list the named configurations"),
     "doctor": ("cli.doctor", "check files, shapes, memory and time of a run before it"),
     "evaluate": ("evaluation.evaluate", "measure samples: FID, precision, recall, accuracy and more"),
+    "experiment": ("experiments.experiment", "many runs: rows, grids and seeds, as tables and plots"),
     "export": ("runs.export", "a run's samples as npz, PNG or a data set"),
     "reference": ("evaluation.reference", "statistics of a reference set, for evaluate"),
     "report": ("report", "one HTML page of a run, or of several"),
     "status": ("runs.status", "what of a run is done, and how long the rest takes"),
-    "sweep": ("experiments.sweep", "values over configuration keys, a run for each"),
 }
 
 

@@ -14,7 +14,11 @@ from calib_guidance.errors import ConfigurationError
 
 _OPTIONS = ("--config", "-c")
 _ROOT = "lightning_configs"
-_FOLDER = {"validate": "fit", "test": "fit"}  # of a command, where it is not the command's own name
+_FOLDER = {
+    "validate": "fit",
+    "test": "fit",
+    "experiment": "experiments",
+}  # of a command, where it is not the command's own name
 
 
 def configuration_names() -> list[str]:

@@ -58,10 +58,6 @@ class ParsedCLI(CalibGuidanceCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         pass
 
-    def parse(self, content: dict[str, Any]) -> Namespace:
-        """A complete configuration, validated as files are."""
-        return self._parser(self.subcommand).parse_object(content)
-
     def build(self, name: str, node: object) -> Any:
         """The object of one part (``model``, ``data``, ``trainer`` …); ``node`` is not changed."""
         part = Namespace()

@@ -47,7 +47,8 @@ By default all that the features, the reference and the options allow.
 
 examples:
   calib-guidance evaluate outputs/imagenet128/resnet101_js --reference VIRTUAL_imagenet128.npz --features inception
-  calib-guidance evaluate outputs/compare/*/tempered-relu/seed* --reference heldout.npz --features classifier:eval_classifier.yaml
+  calib-guidance evaluate outputs/experiments/digits/runs/*/js-relu/seed* \\
+      --reference heldout.npz --features classifier:eval_classifier.yaml
   torchrun --nproc-per-node 8 -m calib_guidance evaluate samples.npz --reference /data/val --size 256 --features dinov2
 """
 

@@ -1,4 +1,4 @@
-"""Many runs by worker processes, done once each: what ``compare`` and ``sweep`` share."""
+"""Runs in worker processes, each done once."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ import itertools
 import multiprocessing
 import os
 import queue
-import re
-import shutil
-import statistics
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
@@ -23,15 +20,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+import calib_guidance
 from calib_guidance.cli.lightning import run_lightning, subclasses_listed_once
-from calib_guidance.errors import ConfigurationError, FailedSamplesError, StoppedError
+from calib_guidance.errors import FailedSamplesError, StoppedError
 from calib_guidance.runs import RunFolder
 
-OVERLAYS = Path("lightning_configs")
-QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
-# Modules that look at runs or start them: a change of theirs changes no run.
-_NO_PART_OF_A_RUN = {"cli", "compare", "doctor", "export", "report", "runs", "status", "sweep"}
+# Folders and modules that look at runs or start them: what they do changes no run.
+_NOT_PART_OF_A_RUN = {"cli", "experiments", "report", "runs/export.py", "runs/status.py"}
 _WITHOUT_LIGHTNING = {"evaluate": "calib_guidance.evaluation.evaluate"}  # modules with a function of the command's name
+_DONE = "done"  # marker file in the folder of a run
 
 
 @dataclass(frozen=True)
@@ -39,65 +36,35 @@ class Run:
     """One run.
 
     Attributes:
-        row: index of the row of the table that it is of.
-        seed: of what is random in it.
-        commands: words for the command line, one after the other.
-        folder: where it writes.
-        fingerprint: hash of all that changes its result.
+        setting: its index.
+        seed: of the run.
+        commands: command lines, one after the other.
+        folder: where it writes; its name is a hash of all that changes the result.
         needs: folder of a run that must be done before it, or None.
-        same: folders of runs that differ from it in the number of samples alone, whose samples it may begin with.
+        same: folders of runs that differ from it in the number of samples alone, whose samples it may start with.
         num_samples: how many it asks for; used only with ``same``.
     """
 
-    row: int
+    setting: int
     seed: int
     commands: tuple[tuple[str, ...], ...]
     folder: Path
-    fingerprint: str
     needs: Path | None = None
     same: tuple[Path, ...] = ()
     num_samples: int = 0
 
     def done(self) -> bool:
-        """Whether an earlier run with the same fingerprint came to its end."""
-        mark = self.folder / "fingerprint"
-        return mark.is_file() and mark.read_text() == self.fingerprint
+        """Whether an earlier run in this folder finished."""
+        return (self.folder / _DONE).is_file()
 
 
 @functools.cache
 def sources() -> bytes:
-    """The package's code as far as runs depend on it: a change of it may change what comes out, so it makes old runs stale."""
-    root = Path(__file__).parent
-    parts = ((path.relative_to(root).parts[0].removesuffix(".py"), path) for path in sorted(root.rglob("*.py")))
-    return b"".join(path.read_bytes() for part, path in parts if part not in _NO_PART_OF_A_RUN)
-
-
-def check_keys(found: Mapping[str, Any], known: Collection[str], where: str) -> None:
-    """Raise ConfigurationError for keys that are not among the known ones."""
-    if unknown := found.keys() - set(known):
-        raise ConfigurationError(f"{where}: unknown keys {sorted(unknown)}; known: {sorted(known)}")
-
-
-def slug(text: str) -> str:
-    """A text as the name of a folder."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-
-
-def mean_and_deviation(values: Sequence[float | None]) -> tuple[float | None, float | None]:
-    """Mean and standard deviation of what is known; None where there is nothing, or one value alone."""
-    known = [value for value in values if value is not None]
-    return (
-        statistics.mean(known) if known else None,
-        statistics.stdev(known) if len(known) > 1 else None,
-    )
-
-
-def cell(values: Sequence[float | None], digits: int) -> str:
-    """Mean ± standard deviation over seeds, for a table."""
-    mean, deviation = mean_and_deviation(values)
-    if mean is None:
-        return "–"
-    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+    """The package's code as far as runs depend on it: a change of it may change results, so it makes new runs."""
+    root = Path(calib_guidance.__file__).parent
+    paths = {path.relative_to(root): path for path in sorted(root.rglob("*.py"))}
+    kept = [path for name, path in paths.items() if not {name.parts[0], name.as_posix()} & _NOT_PART_OF_A_RUN]
+    return b"".join(path.read_bytes() for path in kept)
 
 
 @contextlib.contextmanager
@@ -117,42 +84,35 @@ def _output_in(path: Path) -> Iterator[None]:
             os.close(copy)
 
 
-def _command(words: Sequence[str]) -> None:
-    if words[0] in _WITHOUT_LIGHTNING:
-        getattr(importlib.import_module(_WITHOUT_LIGHTNING[words[0]]), words[0])(words[1:])
+def _command(argv: Sequence[str]) -> None:
+    if argv[0] in _WITHOUT_LIGHTNING:
+        getattr(importlib.import_module(_WITHOUT_LIGHTNING[argv[0]]), argv[0])(argv[1:])
     else:
-        run_lightning(words)
+        run_lightning(argv)
 
 
 def work(run: Run, threads: int) -> list[str]:
-    """Do one run, its output in a file beside what it writes.
-
-    One that was interrupted goes on where it can; what another configuration or other code has left is removed.
+    """Do one run, its output in a file beside what it writes. One that was interrupted resumes where it can.
 
     Args:
         run: what to do.
         threads: of PyTorch.
 
     Returns:
-        What is to be said of the run although it is done.
+        What to say of the run although it is done.
     """
     remarks = []
     torch.set_num_threads(threads)
-    begun, done = run.folder / "begun", run.folder / "fingerprint"
-    if not begun.is_file() or begun.read_text() != run.fingerprint:
-        shutil.rmtree(run.folder, ignore_errors=True)
     run.folder.mkdir(parents=True, exist_ok=True)
-    done.unlink(missing_ok=True)
-    begun.write_text(run.fingerprint)
     for other in run.same:
         RunFolder.begin_with(run.folder, other, run.num_samples)
     with _output_in(run.folder / "log.txt"), subclasses_listed_once():
-        for words in run.commands:
+        for argv in run.commands:
             try:
-                _command(words)
-            except FailedSamplesError as error:  # its figures are those of the samples that there are
+                _command(argv)
+            except FailedSamplesError as error:  # its metrics are those of the samples that there are
                 remarks.append(str(error))
-    done.write_text(run.fingerprint)
+    (run.folder / _DONE).touch()
     return remarks
 
 
