@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +13,12 @@ import numpy as np
 
 from calib_guidance.errors import ConfigurationError
 
-_NAMED = 10  # classes in a summary
+_LISTED = 10
 
-# The name of an option in messages: that of the command line or that of the data module.
-OptionName = Callable[[str], str]
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, for messages."""
+    return f"{', '.join(names[:_LISTED])}{', …' if len(names) > _LISTED else ''}"
 
 
 def flag(name: str) -> str:
@@ -26,6 +29,46 @@ def flag(name: str) -> str:
 def init_arg(name: str) -> str:
     """The option as :class:`~calib_guidance.data.ImageData` calls it."""
     return f"data.init_args.{'train_split, val_split or test_split' if name == 'split' else name}"
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """Which images to open.
+
+    Args:
+        source: a run folder (``run.json`` in it); an ``.npz`` with ``arr_0``; a folder of images, see
+            :class:`~calib_guidance.data.folders.FolderImages`; a folder or a pattern of parquet or arrow files; a folder that
+            ``save_to_disk`` of datasets wrote; or a hub id.
+        split: of folders and tables that have several, such as ``validation`` or ``train[:90%]``.
+        subset: of a hub data set that has several.
+        image_column, label_column: names in a table; None looks for the usual ones.
+        time_column, index_column: of the diffusion step and of the number of each image; None where there are none.
+        option: names options in messages.
+    """
+
+    source: str
+    split: str | None = None
+    subset: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    time_column: str | None = None
+    index_column: str | None = None
+    option: Callable[[str], str] = flag
+
+    @property
+    def path(self) -> Path:
+        return Path(self.source).expanduser()
+
+    def no_split(self, split: str, splits: Iterable[object]) -> ConfigurationError:
+        return ConfigurationError(
+            f"{self.source} has no split {split!r}; it has: {', '.join(map(str, splits)) or 'none'}. Name a split with "
+            f"{self.option('split')}"
+        )
+
+    def several_splits(self, splits: Iterable[str]) -> ConfigurationError:
+        return ConfigurationError(
+            f"{self.source} has several splits, {', '.join(sorted(splits))}: name one with {self.option('split')}"
+        )
 
 
 def positions(part: str, count: int) -> range:
@@ -67,9 +110,6 @@ class ImageSource(ABC):
         labelled: whether the images have class numbers.
         class_names: name of each class number; None where classes have no names.
         where: name and split, for messages.
-
-    Raises:
-        ConfigurationError: there are no images.
     """
 
     kind: str
@@ -99,8 +139,7 @@ class ImageSource(ABC):
         count = "a stream of images" if self.num_images is None else f"{self.num_images:,} images"
         if self.class_names is None:
             return f"{self.where}: {count}, {'classes without names' if self.labelled else 'no classes'}"
-        more = ", …" if len(self.class_names) > _NAMED else ""
-        return f"{self.where}: {count}, {self.num_classes:,} classes: {', '.join(self.class_names[:_NAMED])}{more}"
+        return f"{self.where}: {count}, {self.num_classes:,} classes: {listed(self.class_names)}"
 
 
 class IndexedSource(ImageSource):

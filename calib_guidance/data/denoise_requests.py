@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from calib_guidance.data.loading import CorruptImages, take_reports
+from calib_guidance.data.loading import SkippedImages, take_reports
 from calib_guidance.data.sample_requests import RequestData, check_numbers
 from calib_guidance.errors import ConfigurationError
 
@@ -84,7 +84,7 @@ class DenoiseRequests(RequestData):
         self.images, self.num_classes, self.draws_per_image, self.seed = images, num_classes, draws_per_image, seed
         self.batch_size, self.shard_size, self.num_workers = batch_size, shard_size, num_workers
         self.requests = _Requests(images, draws_per_image, num_classes, seed)
-        self.corrupt = CorruptImages("data.init_args.images", max_corrupt)
+        self.corrupt = SkippedImages("data.init_args.images", max_corrupt)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -47,9 +47,6 @@ def digits(split: str) -> tuple[Tensor, Tensor]:
 
     Returns:
         Images ``(N, 1, 8, 8)`` float32 in [-1, 1] (17 grey levels) and labels ``(N,)``.
-
-    Raises:
-        ValueError: another name.
     """
     images, labels, rows = _digits()
     if split not in SPLITS:
@@ -62,7 +59,7 @@ class DigitImages(Dataset):
 
     Args:
         split: ``train``, ``heldout``, ``fitting`` or ``validation``.
-        draws: times that each image occurs; ``index`` goes on counting, and with it the noise that is put on the image.
+        draws: times that each image occurs; each with an ``index`` of its own, and so with noise of its own.
     """
 
     def __init__(self, split: str = "heldout", draws: int = 1):
@@ -86,7 +83,7 @@ def affine(images: Tensor, draws: Tensor, degrees: float, shift: float) -> Tenso
         images: ``(N, C, H, W)`` in [-1, 1]; what comes in from outside is -1.
         draws: ``(N, 3)`` in [0, 1): of angle and moves, from the most in one direction to the most in the other.
         degrees: largest rotation.
-        shift: largest move, as a share of the side.
+        shift: largest move, as a fraction of the side.
     """
     angle, dx, dy = (draws.t() * 2 - 1).contiguous()
     angle = angle * degrees * torch.pi / 180
@@ -101,7 +98,7 @@ class Digits(L.LightningDataModule):
     Args:
         batch_size: samples per step and device.
         rotate: largest random rotation while training, in degrees.
-        shift: largest random move while training, as a share of the side.
+        shift: largest random move while training, as a fraction of the side.
         train_split: what is trained on, see :func:`digits`.
         val_split: what is validated on.
         test_split: what is tested on.

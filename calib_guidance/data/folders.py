@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from calib_guidance.data.base import IndexedSource, OptionName, Row, positions
-from calib_guidance.errors import ConfigurationError
+from calib_guidance.data.base import IndexedSource, Row, SourceOptions, listed, positions
 
 log = logging.getLogger(__name__)
 
 _VALIDATION = ("validation", "val", "valid")
 _SPLITS = {"train", "test", *_VALIDATION}
-_NAMED = 10  # files or folders in a message
 _MOST_CLASSES = 1_000_000
 IMAGE_ENDINGS = frozenset(ending for ending, form in Image.registered_extensions().items() if form in Image.OPEN)
-
-
-def _some(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:_NAMED])}{', …' if len(names) > _NAMED else ''}"
 
 
 class FolderImages(IndexedSource):
@@ -38,52 +31,38 @@ class FolderImages(IndexedSource):
     Folders of a thousand files each, by number (``001000/001234.png``), as EDM's generator writes them, are not classes.
 
     Args:
-        name: the folder.
-        split: a folder in it, or a part of one such as ``train[:90%]``; None takes the folder itself.
-        option: names options in messages.
+        options: of the source. A split is a folder in it, or a part of one such as ``train[:90%]``.
 
     Attributes:
         why_unlabelled: why images have no labels; empty where they have.
-
-    Raises:
-        ConfigurationError: there is no such split, or no image in it, or several splits and none is named.
     """
 
     kind = "image folder"
 
-    def __init__(self, name: str, split: str | None, option: OptionName):
-        root, part = Path(name).expanduser(), ""
-        if split is not None:
-            base, bracket, rest = split.partition("[")
-            root, part = self._split(root, base, option), bracket + rest
-        self.root = root.absolute()
+    def __init__(self, options: SourceOptions):
+        split, bracket, part = (options.split or "").partition("[")
+        self.root = (self._split_folder(options, split) if split else options.path).absolute()
         files, folders, dangling = _scan(self.root)
         first = {parts[0] for parts in files}
-        if split is None and files and first <= _SPLITS:
-            splits = ", ".join(sorted(first))
-            raise ConfigurationError(f"{name} has a folder for each split, {splits}: name one with {option('split')}")
+        if not split and files and first <= _SPLITS:
+            raise options.several_splits(first)
         if dangling:
-            log.warning(f"{self.root}: {len(dangling)} dangling links to folders or other files: {_some(dangling)}")
+            log.warning(f"{self.root}: dangling links: {len(dangling)} ({listed(dangling)})")
         self.why_unlabelled = ""
         labels = self._classes(files, folders)
-        rows = positions(part, len(files))
+        rows = positions(bracket + part, len(files))
         # Both in one buffer each, which processes that load images share instead of copying.
         self.files = pa.array([os.fsencode("/".join(files[i])) for i in rows], pa.large_binary())
         self.labels = None if labels is None else np.array([labels[i] for i in rows], np.int64)
         self.labelled = labels is not None
-        super().__init__(name, len(self.files), split)
+        super().__init__(options.source, len(self.files), options.split)
 
     @staticmethod
-    def _split(root: Path, name: str, option: OptionName) -> Path:
-        names = _VALIDATION if name in _VALIDATION else (name,)
-        for folder in (name, *names):
-            if (root / folder).is_dir():
-                return root / folder
-        there = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir()))
-        raise ConfigurationError(
-            f"{root} has no folder {' or '.join(names)} for split {name!r}; it has: {there or 'none'}. Name a split with "
-            f"{option('split')}"
-        )
+    def _split_folder(options: SourceOptions, split: str) -> Path:
+        for name in (split, *(_VALIDATION if split in _VALIDATION else ())):
+            if (options.path / name).is_dir():
+                return options.path / name
+        raise options.no_split(split, sorted(path.name for path in options.path.iterdir() if path.is_dir()))
 
     def _classes(self, files: list[tuple[str, ...]], folders: list[str]) -> list[int] | None:
         """Class number of each image; sets names and says what is wrong with folders."""
@@ -93,9 +72,9 @@ class FolderImages(IndexedSource):
             self.why_unlabelled = "the images are not in folders, one for each class"
             return None
         if strays:
-            self.why_unlabelled = f"{len(strays)} images lie beside the class folders: {_some(strays)}"
+            self.why_unlabelled = f"images beside the class folders: {len(strays)} ({listed(strays)})"
             log.warning(
-                f"{self.root}: {self.why_unlabelled}. No image has a label: move them into a class, or remove them"
+                f"{self.root}: {self.why_unlabelled}. Images have no labels: move these into a class, or remove them"
             )
             return None
         if _counts_files(files):
@@ -105,17 +84,15 @@ class FolderImages(IndexedSource):
         if all(folder.isdecimal() for folder in folders):
             numbers = {folder: int(folder) for folder in folders}
             if len({*numbers.values()}) < len(folders) or max(numbers.values()) >= _MOST_CLASSES:
-                self.why_unlabelled = f"its folders are not numbers of classes: {_some(folders)}"
+                self.why_unlabelled = f"its folders are not numbers of classes: {listed(folders)}"
                 log.warning(f"{self.root}: {self.why_unlabelled}. They have to differ and be below {_MOST_CLASSES:,}")
                 return None
-        if empty := [folder for folder in folders if folder not in used]:
+            folders = [str(number) for number in range(max(numbers.values()) + 1)]
+        if empty := [folder for folder in numbers if folder not in used]:
             log.warning(
-                f"{self.root}: {len(empty)} class folders hold no images: {_some(empty)}. They keep their class numbers"
+                f"{self.root}: class folders without images: {len(empty)} ({listed(empty)}). They keep their class numbers"
             )
-        if all(folder.isdecimal() for folder in folders):
-            self.class_names = [str(number) for number in range(max(numbers.values()) + 1)]
-        else:
-            self.class_names = folders
+        self.class_names = folders
         return [numbers[parts[0]] for parts in files]
 
     def __getitem__(self, position: int) -> Row:
@@ -139,7 +116,7 @@ def _scan(root: Path) -> tuple[list[tuple[str, ...]], list[str], list[str]]:
                 continue
             if os.path.splitext(name)[1].lower() in IMAGE_ENDINGS:
                 files.append((*parts, name))
-            elif os.path.islink(here / name) and not os.path.exists(here / name):
+            elif not here.joinpath(name).suffix and os.path.islink(here / name) and not os.path.exists(here / name):
                 dangling.append("/".join((*parts, name)))
         if not parts:
             folders = inner + dangling  # a class folder that dangles is an empty class

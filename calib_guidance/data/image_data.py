@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -13,13 +14,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode, v2
 
-from calib_guidance.data.base import IndexedSource, init_arg
+from calib_guidance.data.base import IndexedSource, SourceOptions, init_arg, listed
 from calib_guidance.data.folders import FolderImages
 from calib_guidance.data.image_datasets import ImageReader, ImageRows, ImageStream, TrainImageStream
 from calib_guidance.data.imagenet import imagenet_labels, imagenet_names
 from calib_guidance.data.loading import (
-    CorruptImages,
     ResumableLoader,
+    SkippedImages,
     heldout_loader,
     run_seed,
     take_reports,
@@ -34,8 +35,7 @@ log = logging.getLogger(__name__)
 
 _MODES = {1: "L", 3: "RGB"}
 _STREAM_SHARDS = 8  # of local data, for each process that reads
-_ENOUGH_SEEN = 500  # images of a stream, before a share of them means anything
-_NAMED = 10  # corrupt images in a message
+_ENOUGH_SEEN = 500  # images of a stream, before a fraction of them means anything
 
 
 class ImageData(L.LightningDataModule):
@@ -48,8 +48,8 @@ class ImageData(L.LightningDataModule):
 
     Args:
         source: a hub id (``ILSVRC/imagenet-1k``); a folder with a folder for each split (train, validation or val, test) with a
-            folder of images for each class; a folder or pattern of parquet or arrow files (``data/{split}-*.parquet``); or a
-            folder that ``save_to_disk`` of datasets wrote.
+            folder of images for each class, see :class:`~calib_guidance.data.folders.FolderImages`; a folder or pattern of
+            parquet or arrow files (``data/{split}-*.parquet``); or a folder that ``save_to_disk`` of datasets wrote.
         image_size: side of the square images.
         batch_size: images per step and device.
         num_workers: processes that read, per device.
@@ -64,20 +64,16 @@ class ImageData(L.LightningDataModule):
             ``image_size``; None is a random crop of a quarter of the area or more, resized (bicubic, antialiased), and a random
             flip.
         classes: ``imagenet`` renumbers labels by name into torchvision's order of ImageNet's 1,000 classes, which any number of
-            them will do for; None keeps the numbers of the training split.
+            them is enough for; None keeps the numbers of the training split.
         num_classes: for data sets whose labels have no names.
         image_column: name of that column of a table; None looks for the usual names (image, img, …).
         label_column: name of that column of a table; None looks for the usual names (label, fine_label, …).
         time_column: of the diffusion step t of denoised images; None where they have none.
-        index_column: of the number that an image keeps for ever; None takes the row number, and for streams a hash of the file.
-        channels: 3 for colour, 1 for grey.
-        max_corrupt: share of images that may be unreadable, in [0, 1]. They are skipped and named. Each device counts those that
-            it has met.
+        index_column: of the number that an image keeps in every order; None takes the row number, for streams a hash of the file.
+        channels: 3 for RGB, 1 for grey.
+        max_corrupt: fraction of images that may be unreadable, in [0, 1]. They are skipped and named. Each device counts its own.
         seed: of order and crops, ≥ 0; None takes that of ``seed_everything``, or 0.
         heldout_draws: how often each held-out image comes, with a new index each time, so that it is seen with more noise.
-
-    Raises:
-        ConfigurationError: a value out of range.
     """
 
     def __init__(
@@ -128,14 +124,11 @@ class ImageData(L.LightningDataModule):
             raise ConfigurationError(
                 "data.init_args.samples_per_epoch is for streams: set data.init_args.streaming, or leave it out"
             )
-        self.source, self.subset, self.streaming = source, subset, streaming
+        self.source, self.streaming = source, streaming
         self.splits = {"train": train_split, "val": val_split, "test": test_split or val_split}
-        self.columns = {
-            "image_column": image_column,
-            "label_column": label_column,
-            "time_column": time_column,
-            "index_column": index_column,
-        }
+        columns = {"image_column": image_column, "label_column": label_column}
+        columns |= {"time_column": time_column, "index_column": index_column}
+        self.options = SourceOptions(source, subset=subset, **columns, option=init_arg)
         self.image_shape = (channels, image_size, image_size)
         self.batch_size, self.num_workers, self.heldout_draws = batch_size, num_workers, heldout_draws
         self.shuffle_buffer, self.samples_per_epoch = shuffle_buffer, samples_per_epoch
@@ -149,7 +142,7 @@ class ImageData(L.LightningDataModule):
         self.heldout_transform = v2.Compose([v2.Resize(image_size, **resize), v2.CenterCrop(image_size)])
         self._data: dict[str, Any] = {}
         self._seen: dict[str, int] = {}
-        self._corrupt: dict[str, CorruptImages] = {}
+        self._corrupt: dict[str, SkippedImages] = {}
 
     def prepare_data(self) -> None:
         """Fills the cache of datasets, once for all devices of a machine."""
@@ -158,11 +151,7 @@ class ImageData(L.LightningDataModule):
                 self._open(split)
 
     def setup(self, stage: str) -> None:
-        """Opens the splits of a stage.
-
-        Raises:
-            ConfigurationError: there are no such images, columns, or classes, or the transform does not fit.
-        """
+        """Opens the splits of a stage."""
         used = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]
         reference = self._open(self.splits["train"])  # for the class names, whatever the stage
         self._number_classes(reference.class_names)
@@ -173,8 +162,7 @@ class ImageData(L.LightningDataModule):
                 self._data[use] = self._dataset(use, source, reference.class_names)
 
     def _open(self, split: str) -> IndexedSource | StreamedImages:
-        access = "stream" if self.streaming else "random"
-        source = open_source(self.source, split, self.subset, **self.columns, access=access, option=init_arg)
+        source = open_source(replace(self.options, split=split), "stream" if self.streaming else "random")
         if not source.labelled:
             if isinstance(source, FolderImages):
                 raise ConfigurationError(f"{source.where}: no classes, because {source.why_unlabelled}")
@@ -216,7 +204,7 @@ class ImageData(L.LightningDataModule):
             absent = [name for name in reference if name not in names]
             raise ConfigurationError(
                 f"{where}: its class names do not match those of split {self.splits['train']!r}. Only here: "
-                f"{', '.join(unknown[:_NAMED])}. Only there: {', '.join(absent[:_NAMED]) or 'none'}"
+                f"{listed(unknown)}. Only there: {listed(absent) or 'none'}"
             )
         return [reference.index(name) for name in names]
 
@@ -299,7 +287,7 @@ class ImageData(L.LightningDataModule):
         else:
             total = max(_ENOUGH_SEEN, min(self._seen[use], self.samples_per_epoch or self._seen[use]))
         if use not in self._corrupt:
-            self._corrupt[use] = CorruptImages(f"{self.source}, split {self.splits[use]!r}", self.max_corrupt)
+            self._corrupt[use] = SkippedImages(f"{self.source}, split {self.splits[use]!r}", self.max_corrupt)
         self._corrupt[use].count(reports, total)
         return batch
 
@@ -316,9 +304,6 @@ class ImageSplit(ImageRows):
     Args:
         source, image_size, subset, classes, num_classes, image_column, label_column, channels: see :class:`ImageData`.
         split: which.
-
-    Raises:
-        ConfigurationError: as :class:`ImageData` does.
     """
 
     def __init__(

@@ -93,9 +93,6 @@ class ImageRows(Dataset):
         source: of the images.
         reader: makes an item of a row.
         draws: each image this many times: item i is row i mod n, its index is draw · (largest index + 1) + that of the row.
-
-    Raises:
-        ConfigurationError: a label is outside the range.
     """
 
     def __init__(self, source: IndexedSource, reader: ImageReader, draws: int = 1):

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from calib_guidance.backend.distributed import DistributedContext
-from calib_guidance.data.base import ImageSource, Row
+from calib_guidance.data.base import ImageSource, Row, SourceOptions
 from calib_guidance.data.folders import FolderImages
-from calib_guidance.data.loading import CorruptImages
+from calib_guidance.data.loading import SkippedImages
 from calib_guidance.data.preprocess import (
     CONVERSIONS,
     MODES,
@@ -73,15 +73,12 @@ class ImageSet:
     Attributes:
         name, num_images, labelled: of the source.
         image_shape: ``(C, H, W)`` of every image, that of the first one that can be read.
-
-    Raises:
-        ConfigurationError: no image can be read, or images of a folder have several sizes and ``size`` is None.
     """
 
     def __init__(self, source: ImageSource, size: int | None, resize: str, mode: str | None, max_corrupt: float):
         self.source, self.name, self.num_images, self.labelled = source, source.name, source.num_images, source.labelled
         self.size, self.resize, self.mode = size, resize, mode
-        self._corrupt = CorruptImages(self.name, max_corrupt, "--max-corrupt")
+        self._corrupt = SkippedImages(self.name, max_corrupt, "--max-corrupt")
         self._problems: dict[int, tuple[str, str]] = {}
         # Kept by position, so that an image that is read twice, or by any process, counts once.
         self._digests = np.zeros((self.num_images, 32), np.uint8)
@@ -162,10 +159,6 @@ class ImageSet:
 
         Batch b holds the positions from b · ``batch_size`` on, whatever the number of processes. Process b mod ``world_size``
         reads it.
-
-        Raises:
-            ConfigurationError: images of several sizes, grey and color mixed, more than 16 bits, too many that cannot be read, or
-                a source that is damaged or has changed.
         """
         starts = range(rank * batch_size, self.num_images, world_size * batch_size)
         blocks = [range(start, min(start + batch_size, self.num_images)) for start in starts]
@@ -180,11 +173,7 @@ class ImageSet:
                 current = following
 
     def gather(self, processes: DistributedContext) -> None:
-        """Exchange what the processes found in their batches. Each process calls it after its last batch.
-
-        Raises:
-            ConfigurationError: too many images, over all processes, that cannot be read.
-        """
+        """Exchange what the processes found in their batches. Each process calls it after its last batch."""
         positions = np.flatnonzero(self._digests.any(1))
         everyone = processes.gather_rows(torch.from_numpy(positions)).numpy()
         self._digests[everyone] = processes.gather_rows(torch.from_numpy(self._digests[positions])).cpu().numpy()
@@ -257,17 +246,13 @@ def open_images(
     """Images of any kind in a fixed order, to measure them.
 
     Args:
-        source, options: see :func:`~calib_guidance.data.source.open_source`: ``split``, ``subset``, ``image_column``,
+        source, options: see :class:`~calib_guidance.data.base.SourceOptions`: ``split``, ``subset``, ``image_column``,
             ``label_column``.
         size: side to which all images are resized and cropped; None takes them as they are.
         resize: how: ``adm`` (as its reference batches were made) or ``lanczos`` (EDM's), see
             :data:`~calib_guidance.data.preprocess.RESIZES`.
         mode: ``RGB`` or ``L`` (grey) that all images are converted to.
         max_corrupt: fraction of images that may be unreadable, in [0, 1].
-
-    Raises:
-        ConfigurationError: nothing there, or something else, or an option without a meaning; more when it is read, see
-            :meth:`ImageSet.batches`.
     """
     if resize not in RESIZES:
         raise ConfigurationError(f"--resize: unknown {resize!r}; known: {', '.join(RESIZES)}")
@@ -277,4 +262,4 @@ def open_images(
         raise ConfigurationError(f"--size must be 1 or more, got {size}")
     if not 0 <= max_corrupt <= 1:
         raise ConfigurationError(f"--max-corrupt is a fraction in [0, 1], got {max_corrupt}")
-    return ImageSet(open_source(source, **options), size, resize, mode, max_corrupt)
+    return ImageSet(open_source(SourceOptions(str(source), **options)), size, resize, mode, max_corrupt)

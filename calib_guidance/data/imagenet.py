@@ -19,10 +19,7 @@ _OTHER_NAMES = {517: ["crane2"]}
 def imagenet_names() -> tuple[list[str], dict[str, set[int]]]:
     """torchvision's categories in order, and the class numbers that each known name may mean.
 
-    Known are WordNet ids (``n01440764``), whole synsets (``tench, Tinca tinca``) and torchvision's categories (``tench``).
-
-    Raises:
-        ConfigurationError: the synsets that timm lists are not torchvision's categories, class by class.
+    Known are WordNet ids (``n01440764``), synsets (``tench, Tinca tinca``) and torchvision's categories (``tench``).
     """
     info = ImageNetInfo("imagenet-1k")
     categories = ResNet50_Weights.IMAGENET1K_V2.meta["categories"]
@@ -43,11 +40,8 @@ def imagenet_labels(names: Sequence[str], where: str) -> list[int]:
     """torchvision's class number of each class of a data set.
 
     Args:
-        names: of the classes in the order of the data set's own numbers; a subset of ImageNet's will do.
+        names: of the classes in the order of the data set's own numbers; a subset of ImageNet's is enough.
         where: the data set, for messages.
-
-    Raises:
-        ConfigurationError: a name is none of ImageNet's, may mean two classes, or means the same class as another.
     """
     _, meanings = imagenet_names()
     if unknown := [(number, name) for number, name in enumerate(names) if name not in meanings]:

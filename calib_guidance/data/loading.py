@@ -1,4 +1,4 @@
-"""Batches for ``fit``: training batches that a killed run continues from, held-out ones that hold each sample once."""
+"""Loaders for ``fit``: training batches from which a killed run resumes, held-out batches that hold each sample once."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
+from calib_guidance.data.base import listed
 from calib_guidance.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
-
-_NAMED = 10  # corrupt images in a message
 
 
 def hashed(*key: int) -> int:
@@ -50,8 +49,8 @@ def seeded(*key: int) -> Iterator[None]:
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """One batch of items ``{"image": (C, H, W), "label": int, "index": int[, "t": int]}``.
 
-    An item ``{"corrupt": path}`` stands for an image that cannot be read and is left out; an item ``{"wrong": message}`` for
-    one that must not be there. :func:`take_reports` takes both out again.
+    An item ``{"corrupt": path}`` stands for a skipped image, an item ``{"wrong": message}`` for an error.
+    :func:`take_reports` takes both out again.
 
     Returns:
         ``image (N, C, H, W)`` float32, ``label``, ``index`` and, where items have it, ``t`` ``(N,)`` int64; and, where there are
@@ -72,9 +71,6 @@ def take_reports(batch: dict[str, Any]) -> list[str]:
     """Takes out of a batch what :func:`collate` reports, and gives the paths of the corrupt images.
 
     Here rather than in a worker, where an error becomes the text of a traceback.
-
-    Raises:
-        ConfigurationError: an item must not be there, or no image of the batch can be read.
     """
     if wrong := batch.pop("wrong", []):
         raise ConfigurationError(wrong[0])
@@ -84,17 +80,17 @@ def take_reports(batch: dict[str, Any]) -> list[str]:
     return corrupt
 
 
-class CorruptImages:
-    """The distinct corrupt images that have been met: warned of once each, and an error when there are too many.
+class SkippedImages:
+    """The distinct corrupt images found so far. Warns of each once, and raises ConfigurationError when there are too many.
 
     Args:
         where: the images, for messages.
-        max_share: how many of them may be corrupt, in [0, 1].
-        setting: that says so, for messages.
+        max_fraction: largest fraction of them that may be corrupt, in [0, 1].
+        setting: the option that holds it, for messages.
     """
 
-    def __init__(self, where: str, max_share: float, setting: str = "data.init_args.max_corrupt"):
-        self.where, self.max_share, self.setting = where, max_share, setting
+    def __init__(self, where: str, max_fraction: float, setting: str = "data.init_args.max_corrupt"):
+        self.where, self.max_fraction, self.setting = where, max_fraction, setting
         self.names: set[str] = set()
 
     def count(self, reports: list[str], total: int) -> None:
@@ -102,28 +98,21 @@ class CorruptImages:
 
         Args:
             reports: of :func:`take_reports`.
-            total: number of images that the share is of.
-
-        Raises:
-            ConfigurationError: more than the share is corrupt.
+            total: number of images that the fraction is of.
         """
         for name in sorted(set(reports) - self.names):
             log.warning(f"skipped a corrupt image: {name}")
         self.names.update(reports)
-        if len(self.names) > self.max_share * total:
+        if len(self.names) > self.max_fraction * total:
             raise ConfigurationError(
                 f"{self.where}: {len(self.names)} of {total} images are corrupt, more than {self.setting} "
-                f"({self.max_share:g}) allows: {self._some()}"
+                f"({self.max_fraction:g}) allows: {listed(sorted(self.names))}"
             )
 
     def summarise(self) -> None:
         """Log how many there were, where there were any."""
         if self.names:
-            log.warning(f"{self.where}: {len(self.names)} corrupt images were skipped: {self._some()}")
-
-    def _some(self) -> str:
-        more = " …" if len(self.names) > _NAMED else ""
-        return f"{', '.join(sorted(self.names)[:_NAMED])}{more}"
+            log.warning(f"{self.where}: {len(self.names)} corrupt images were skipped: {listed(sorted(self.names))}")
 
 
 def _world() -> tuple[int, int]:
@@ -140,7 +129,7 @@ class ResumableLoader(StatefulDataLoader):
     iterator is made at that moment, so that workers never read ahead in the order of another epoch.
     """
 
-    _pending: dict[str, Any] | None = None  # where to go on from, until iteration starts
+    _pending: dict[str, Any] | None = None  # where to resume, until iteration starts
     _place: dict[str, Any] | None = None  # epoch and number of batches taken in it
 
     @property
@@ -189,18 +178,14 @@ class ResumableLoader(StatefulDataLoader):
         return {"layout": self._layout(), "places": places}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from there when iteration starts in the epoch that the state comes from.
-
-        Raises:
-            ConfigurationError: the state is one of the middle of an epoch, and this run deals out its samples differently.
-        """
+        """Resumes from there when iteration starts in the epoch that the state comes from."""
         then, now, places = state_dict["layout"], self._layout(), state_dict["places"]
         in_mid_epoch = any(place is not None and place["batches"] < then["batches per epoch"] for place in places)
         different = [f"{name} {then[name]}, now {now[name]}" for name in now if then[name] != now[name]]
         if in_mid_epoch and different:
             raise ConfigurationError(
-                "the checkpoint was written in the middle of an epoch, which can only go on as it began: "
-                f"{'; '.join(different)}. Resume with what it was, or from a checkpoint written at the end of an epoch"
+                "the checkpoint was written in the middle of an epoch, which resumes only with the same layout: "
+                f"{'; '.join(different)}. Resume with these, or from a checkpoint written at the end of an epoch"
             )
         self._pending = places[_world()[0]] if in_mid_epoch else None
 
@@ -248,15 +233,12 @@ def train_loader(
         seed: of the order of map-style data.
         rank: of this device.
         world_size: how many devices there are.
-        num_workers: processes that read. They start anew in every epoch, so that they know it.
+        num_workers: processes that read. They restart in every epoch, so that they know it.
         pin_memory: see torch's DataLoader.
-
-    Raises:
-        ConfigurationError: not even one batch for every device.
     """
     streamed = isinstance(dataset, IterableDataset)
     sampler = None if streamed else _Shuffled(dataset, world_size, rank, seed=seed, drop_last=True)
-    # By keyword: Lightning's overfit_batches makes the loader anew from the arguments it was made with.
+    # By keyword: Lightning's overfit_batches rebuilds the loader from the arguments it was made with.
     loader = ResumableLoader(
         dataset,
         batch_size=batch_size,

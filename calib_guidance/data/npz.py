@@ -21,9 +21,6 @@ class NpzImages(ImageSource):
     """``arr_0``, uint8 ``(N, H, W, C)``, and, where it is there, ``arr_1`` ``(N,)``, their classes: what ADM's sampling writes.
 
     Read from beginning to end, a block at a time, compressed or not; checksums are compared.
-
-    Raises:
-        ConfigurationError: the file is damaged, or holds something else.
     """
 
     kind = "npz"

@@ -26,7 +26,7 @@ MODES = ("RGB", "L")
 # What may have to be done to an image before it is grey or RGB. Place in the list = bit in the record of each image.
 CONVERSIONS = (
     "alpha channel dropped, all of it opaque",
-    "alpha channel dropped of transparent images: the colours beneath count, as in torch-fidelity",
+    "alpha channel dropped of transparent images: the colors beneath count, as in torch-fidelity",
     "palette, CMYK and others to RGB",
     "grey to RGB",
     "RGB to grey",

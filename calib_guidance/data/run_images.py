@@ -19,9 +19,6 @@ class RunImages(ImageSource):
 
     Attributes:
         run: the run folder.
-
-    Raises:
-        ConfigurationError: samples are missing or corrupted.
     """
 
     kind = "run folder"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import glob
-import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
-from calib_guidance.data.base import ImageSource, OptionName, flag
+from calib_guidance.data.base import ImageSource, SourceOptions
 from calib_guidance.data.folders import IMAGE_ENDINGS, FolderImages, is_loop
 from calib_guidance.data.npz import NpzImages
 from calib_guidance.data.run_images import RunImages
@@ -15,8 +15,7 @@ from calib_guidance.data.tables import open_table
 from calib_guidance.errors import ConfigurationError
 
 _TABLES = {".parquet": "parquet", ".arrow": "arrow"}
-_COLUMNS = ("image", "label", "time", "index")
-_TABLE_OPTIONS = {"split", *(f"{use}_column" for use in _COLUMNS)}
+_TABLE_OPTIONS = {"split", "image_column", "label_column", "time_column", "index_column"}
 # The options that mean something for each kind.
 _OPTIONS = {
     "run folder": set(),
@@ -29,27 +28,23 @@ _OPTIONS = {
 }
 
 
-def source_kind(source: str | os.PathLike[str], option: OptionName = flag) -> str:
+def source_kind(options: SourceOptions) -> str:
     """``run folder``, ``npz``, ``image folder``, ``parquet``, ``arrow``, ``disk`` (of ``save_to_disk``) or ``hub``.
 
     A folder is of the kind of the first folder in it, from the top, that holds tables or images.
-
-    Raises:
-        ConfigurationError: no such path, or nothing in it that is known.
     """
-    path = Path(source).expanduser()
-    ending = path.suffix.lower()
+    path, ending = options.path, options.path.suffix.lower()
     if path.is_dir():
         return _folder_kind(path)
     if ending in _TABLES:
         return _TABLES[ending]
     if ending == ".npz":
         return "npz"
-    if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(source)) and not path.exists():
+    if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", options.source) and not path.exists():
         return "hub"
     raise ConfigurationError(
-        f"{option('source')}: {source} is neither a folder, nor a pattern of .parquet or .arrow files, nor an .npz file, nor a "
-        "hub id such as ILSVRC/imagenet-1k"
+        f"{options.option('source')}: {options.source} is neither a folder, nor a pattern of .parquet or .arrow files, nor an "
+        ".npz file, nor a hub id such as ILSVRC/imagenet-1k"
     )
 
 
@@ -77,52 +72,32 @@ def _folder_kind(path: Path) -> str:
     )
 
 
-def open_source(
-    source: str | os.PathLike[str],
-    split: str | None = None,
-    subset: str | None = None,
-    *,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    time_column: str | None = None,
-    index_column: str | None = None,
-    access: str = "ordered",
-    option: OptionName = flag,
-) -> ImageSource:
+def open_source(options: SourceOptions, access: str = "ordered") -> ImageSource:
     """Images of any kind.
 
     Args:
-        source: a run folder (``run.json`` in it); an ``.npz`` with ``arr_0``; a folder of images, see
-            :class:`~calib_guidance.data.folders.FolderImages`; a folder or a pattern of parquet or arrow files; a folder that
-            ``save_to_disk`` of datasets wrote; or a hub id.
-        split: of folders and tables that have several, such as ``validation`` or ``train[:90%]``.
-        subset: of a hub data set that has several.
-        image_column, label_column: names in a table; None looks for the usual ones.
-        time_column, index_column: of the diffusion step and of the number of each image; None where there are none.
+        options: of the source.
         access: ``ordered`` (for :meth:`ImageSource.read`), ``random`` (an IndexedSource), or ``stream`` (StreamedImages, without
             a copy in the cache where one would be needed).
-        option: names options in messages.
-
-    Raises:
-        ConfigurationError: there is nothing, or something else, or an option has no meaning for it.
     """
-    name, kind = str(source), source_kind(source, option)
-    columns = {"image": image_column, "label": label_column, "time": time_column, "index": index_column}
+    kind = source_kind(options)
     if kind == "run folder" and access != "ordered":
-        name, kind = f"{glob.escape(name)}/samples/*.parquet", "parquet"
+        options, kind = replace(options, source=f"{glob.escape(options.source)}/samples/*.parquet"), "parquet"
     if kind == "npz" and access != "ordered":
         raise ConfigurationError(
-            f"{option('source')}: {name} is an .npz, which is not read in random order: save it as a folder"
+            f"{options.option('source')}: {options.source} is an .npz, which is only read in order: save it as a folder"
         )
-    given = {"split": split, "subset": subset} | {f"{use}_column": column for use, column in columns.items()}
-    if useless := [key for key, value in given.items() if value is not None and key not in _OPTIONS[kind]]:
-        raise ConfigurationError(f"{option(useless[0])} has no meaning for {name}, which is of the kind {kind}")
+    for name in ("split", "subset", "image_column", "label_column", "time_column", "index_column"):
+        if getattr(options, name) is not None and name not in _OPTIONS[kind]:
+            raise ConfigurationError(
+                f"{options.option(name)} has no meaning for {options.source}, which is of the kind {kind}"
+            )
     if kind == "run folder":
-        return RunImages(name)
+        return RunImages(options.source)
     if kind == "npz":
-        return NpzImages(name)
+        return NpzImages(options.source)
     if kind == "image folder":
-        return FolderImages(name, split, option)
-    # A run over all images needs no copy of parquet files in the cache of datasets.
-    streaming = access == "stream" or (access == "ordered" and kind == "parquet" and "[" not in (split or ""))
-    return open_table(kind, name, split, subset, columns, streaming, option)
+        return FolderImages(options)
+    # Reading in order needs no copy of parquet files in the cache of datasets.
+    streaming = access == "stream" or (access == "ordered" and kind == "parquet" and "[" not in (options.split or ""))
+    return open_table(kind, options, streaming)

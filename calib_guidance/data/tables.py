@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from datasets.data_files import DataFilesDict, get_data_patterns
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
-from calib_guidance.data.base import ImageSource, IndexedSource, OptionName, Row, positions
+from calib_guidance.data.base import ImageSource, IndexedSource, Row, SourceOptions, positions
 from calib_guidance.errors import ConfigurationError
 
 Rows = datasets.Dataset | datasets.IterableDataset
@@ -25,103 +25,70 @@ Rows = datasets.Dataset | datasets.IterableDataset
 _USUAL = {"image": ("image", "img", "png", "jpg"), "label": ("label", "labels", "fine_label", "class")}
 
 
-def _files_of_split(kind: str, source: str, split: str | None, option: OptionName) -> tuple[str, list[str]]:
-    """The parquet or arrow files of a split, in order of their names, and the name of the split.
-
-    Args:
-        kind: ``parquet`` or ``arrow``.
-        source: a folder, whose files have the names that datasets looks for (``train-*.parquet``, ``train/*.parquet``); or a
-            pattern, with ``{split}`` where a split's files have its name. A pattern without it holds one split, ``train``,
-            unless the files are named as the hub does (``train-00000-of-00005.parquet``).
-        split: name, without a part; None takes the only one.
-        option: names options in messages.
-
-    Raises:
-        ConfigurationError: no such files, or several splits and none is named.
-    """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        patterns = get_data_patterns(str(path))
-        found = DataFilesDict.from_patterns(patterns, base_path=str(path), allowed_extensions=[f".{kind}"])
-        splits = {str(name): sorted(files) for name, files in found.items() if files}
-    else:
-        pattern = str(path).replace("{split}", split or "{split}")
-        splits: dict[str, list[str]] = {}
-        for file in sorted(glob.glob(pattern, recursive=True)):
-            named = re.fullmatch(r"(.+)-\d+-of-\d+\.\w+", Path(file).name)
-            splits.setdefault(named[1] if named else "train", []).append(file)
-        if not splits:
-            raise ConfigurationError(f"{option('source')}: no files match {pattern}")
-        if "{split}" in source or len(splits) == 1:
-            files = sorted(file for files in splits.values() for file in files)
-            splits = splits | {"train": files} if "{split}" not in source else {split: files}
-            split = split or "train"
-    if split is None and len(splits) > 1:
-        raise ConfigurationError(
-            f"{source} has files of several splits, {', '.join(splits)}: name one with {option('split')}"
-        )
-    split = split or next(iter(splits))
-    if split not in splits:
-        raise _no_split(source, split, splits, option)
-    return split, splits[split]
-
-
-def _no_split(source: str, split: str, splits: Iterable[object], option: OptionName) -> ConfigurationError:
-    return ConfigurationError(
-        f"{source} has no split {split!r}; it has: {', '.join(map(str, splits))}. Name a split with {option('split')}"
-    )
-
-
-def open_table(
-    kind: str,
-    source: str,
-    split: str | None,
-    subset: str | None,
-    columns: Mapping[str, str | None],
-    streaming: bool,
-    option: OptionName,
-) -> DatasetImages | StreamedImages:
-    """One split of a table.
+def open_table(kind: str, options: SourceOptions, streaming: bool) -> DatasetImages | StreamedImages:
+    """One split of a table; the only one, or ``train``, where none is named.
 
     Args:
         kind: ``parquet``, ``arrow``, ``disk`` (of ``save_to_disk``) or ``hub``.
-        source: path, pattern or id.
-        split: name, or of what is not streamed a part such as ``train[:90%]``; None is the only one, or ``train``.
-        subset: of a hub data set that has several.
-        columns: see :class:`Table`.
+        options: of the source. What is streamed has no parts such as ``train[:90%]``.
         streaming: without a copy in the cache; what ``save_to_disk`` wrote needs none.
-        option: names options in messages.
-
-    Raises:
-        ConfigurationError: it is not there, cannot be reached, or has no such columns.
     """
+    split, bracket, part = (options.split or "").partition("[")
     count = None
     if kind == "disk":
-        split, rows = _saved(source, split or "train", option)
+        loaded = datasets.load_from_disk(str(options.path))
+        splits = loaded if isinstance(loaded, dict) else {"train": loaded}
+    elif kind == "hub":
+        try:
+            splits = datasets.load_dataset(path=options.source, name=options.subset, streaming=streaming)
+        except (datasets.exceptions.DatasetNotFoundError, ConnectionError, HfHubHTTPError) as error:
+            raise _unreachable(options, error) from error
     else:
-        base, bracket, part = (split or ("train" if kind == "hub" else "")).partition("[")
-        load: dict[str, Any] = {"path": source, "name": subset}
-        if kind != "hub":
-            base, files = _files_of_split(kind, source, base or None, option)
-            load = {"path": kind, "data_files": {base: files}}
-            count = _num_rows(source, files) if kind == "parquet" else None
-        split = f"{base}{bracket}{part}"
-        rows = _loaded(source, split, load | {"streaming": streaming}, option)
+        split, files = _files(kind, options, split)
+        count = _num_rows(options.source, files) if kind == "parquet" else None
+        splits = datasets.load_dataset(path=kind, data_files={split: files}, streaming=streaming)
+    split = split or "train"
+    rows = splits.get(split)
+    if rows is None or (part and isinstance(rows, datasets.IterableDataset)):
+        raise options.no_split(f"{split}{bracket}{part}", splits)
     if isinstance(rows, datasets.Dataset):
-        return DatasetImages(source, kind, split, subset, rows, len(rows), columns, option)
+        rows = rows.select(positions(bracket + part, len(rows))) if part else rows
+        return DatasetImages(kind, options, f"{split}{bracket}{part}", rows, len(rows))
     if count is None:
         count = getattr((rows.info.splits or {}).get(split), "num_examples", None)
-    return StreamedImages(source, kind, split, subset, rows, count, columns, option)
+    return StreamedImages(kind, options, split, rows, count)
 
 
-def _saved(source: str, split: str, option: OptionName) -> tuple[str, datasets.Dataset]:
-    loaded = datasets.load_from_disk(str(Path(source).expanduser()))
-    splits = loaded if isinstance(loaded, dict) else {"train": loaded}
-    base, bracket, part = split.partition("[")
-    if base not in splits:
-        raise _no_split(source, split, splits, option)
-    rows = splits[base]
-    return split, rows.select(positions(bracket + part, len(rows))) if part else rows
+def _files(kind: str, options: SourceOptions, split: str) -> tuple[str, list[str]]:
+    """The split and its files, in order of their names.
+
+    Files of a folder have the names that datasets looks for (``train-*.parquet``, ``train/*.parquet``). A pattern without
+    ``{split}`` holds one split, ``train``, unless files are named as the hub does (``test-00000-of-00005.parquet``).
+    """
+    splits: dict[str, list[str]] = {}
+    if options.path.is_dir():
+        patterns = get_data_patterns(str(options.path))
+        found = DataFilesDict.from_patterns(patterns, str(options.path), allowed_extensions=[f".{kind}"])
+        splits = {str(name): sorted(files) for name, files in found.items() if files}
+    else:
+        pattern = str(options.path).replace("{split}", split or "{split}")
+        files = sorted(glob.glob(pattern, recursive=True))
+        if not files:
+            raise ConfigurationError(f"{options.option('source')}: no files match {pattern}")
+        if "{split}" in options.source:
+            return split, files
+        for file in files:
+            named = re.fullmatch(r"(.+)-\d+-of-\d+\.\w+", Path(file).name)
+            splits.setdefault(named[1] if named else "train", []).append(file)
+        if len(splits) == 1:
+            splits.setdefault("train", files)
+            split = split or "train"
+    if not split and len(splits) > 1:
+        raise options.several_splits(splits)
+    split = split or next(iter(splits))
+    if split not in splits:
+        raise options.no_split(split, splits)
+    return split, splits[split]
 
 
 def _num_rows(source: str, files: list[str]) -> int:
@@ -131,19 +98,8 @@ def _num_rows(source: str, files: list[str]) -> int:
         raise ConfigurationError(f"{source} cannot be read as parquet: {error}") from error
 
 
-def _loaded(source: str, split: str, load: dict[str, Any], option: OptionName) -> Rows:
-    try:
-        splits = datasets.load_dataset(**load)
-        if split in splits:
-            return splits[split]
-        if split.partition("[")[0] in splits and not load["streaming"]:
-            return datasets.load_dataset(split=split, **load)
-    except (datasets.exceptions.DatasetNotFoundError, GatedRepoError, ConnectionError, HfHubHTTPError) as error:
-        raise _unreachable(source, error, option) from error
-    raise _no_split(source, split, splits, option)
-
-
-def _unreachable(source: str, error: Exception, option: OptionName) -> ConfigurationError:
+def _unreachable(options: SourceOptions, error: Exception) -> ConfigurationError:
+    source, option = options.source, options.option
     page = f"https://huggingface.co/datasets/{source}"
     if isinstance(error, GatedRepoError) or "gated" in str(error):
         return ConfigurationError(
@@ -170,93 +126,55 @@ def _holds(feature: Any, use: str) -> bool:
     return encoded or isinstance(feature, datasets.Image) or kind in ("binary", "large_binary")
 
 
-class Table:
-    """The columns of a table of images, mixed into its readers.
-
-    Args:
-        features: of the table.
-        where: the table, for messages.
-        columns: name of the ``image``, ``label``, ``time`` and ``index`` column, or None: images and labels are then looked for
-            under usual names.
-        option: names options in messages.
-
-    Attributes:
-        columns: the names of those that there are.
-
-    Raises:
-        ConfigurationError: one that is named is not there or holds something else, or images are not found.
-    """
-
-    def find_columns(
-        self, features: datasets.Features, where: str, columns: Mapping[str, str | None], option: OptionName
-    ) -> None:
-        self.columns: dict[str, str] = {}
-        for use in ("image", "label", "time", "index"):
-            wanted, fits = columns.get(use), [name for name, feature in features.items() if _holds(feature, use)]
-            if wanted is not None and wanted not in fits:
-                state = f"holds {features[wanted]}" if wanted in features else "is not there"
-                raise ConfigurationError(
-                    f"{where}: {option(f'{use}_column')} {wanted!r} {state}; the columns that fit are: "
-                    f"{', '.join(fits) or 'none'}"
-                )
-            usual = [name for name in _USUAL.get(use, ()) if name in fits]
-            if use == "image" and not usual and len(fits) == 1:
-                usual = fits
-            if found := wanted or next(iter(usual), None):
-                self.columns[use] = found
-        if "image" not in self.columns:
+def _find_columns(features: Mapping[str, Any], where: str, options: SourceOptions) -> dict[str, str]:
+    """The columns of ``image``, ``label``, ``time`` and ``index``, as far as there are any."""
+    columns = {}
+    for use in ("image", "label", "time", "index"):
+        wanted, fits = getattr(options, f"{use}_column"), [name for name in features if _holds(features[name], use)]
+        if wanted is not None and wanted not in fits:
+            state = f"holds {features[wanted]}" if wanted in features else "is not there"
             raise ConfigurationError(
-                f"{where}: which column holds the images is not clear, the columns are: {', '.join(features)}. Name it with "
-                f"{option('image_column')}"
+                f"{where}: {options.option(f'{use}_column')} {wanted!r} {state}; the columns that fit are: "
+                f"{', '.join(fits) or 'none'}"
             )
+        usual = [name for name in _USUAL.get(use, ()) if name in fits]
+        if use == "image" and not usual and len(fits) == 1:
+            usual = fits
+        if found := wanted or next(iter(usual), None):
+            columns[use] = found
+    if "image" not in columns:
+        raise ConfigurationError(
+            f"{where}: which column holds the images is not clear, the columns are: {', '.join(features)}. Name it with "
+            f"{options.option('image_column')}"
+        )
+    return columns
+
+
+class _Table(ImageSource):
+    """A split that datasets has opened."""
+
+    def __init__(self, kind: str, options: SourceOptions, split: str, rows: Rows, num_images: int | None):
+        self.kind = {"hub": "datasets id", "disk": "datasets folder"}.get(kind, kind)
+        super().__init__(options.source, num_images, split)
+        features, self.subset = rows.features or {}, options.subset
+        self.columns = _find_columns(features, self.where, options)
         self.labelled = "label" in self.columns
         self.class_names = getattr(features[self.columns["label"]], "names", None) if self.labelled else None
+        self.rows = rows.select_columns([*self.columns.values()]).cast_column(
+            self.columns["image"], datasets.Image(decode=False)
+        )
 
     def to_row(self, values: Mapping[str, Any], name: str) -> Row:
         """The row of a dict of columns."""
         found = {use: values[column] for use, column in self.columns.items()}
-        image, label = found.pop("image"), found.pop("label", None)
-        path = None
+        image, label, path = found.pop("image"), found.pop("label", None), None
         if isinstance(image, Mapping):
             image, path = image["bytes"], image.get("path")
-        if path and "/" in path:  # a file of its own; what lies inside another file has at most a name
-            name = path
-        elif path:
-            name = f"{name}, {path}"
+        if path:  # a file of its own; what lies inside another file has at most a name
+            name = path if "/" in path else f"{name}, {path}"
         if image is None:
             image = b"" if path is None else path if "://" in path else Path(path)
         return Row(name, image, -1 if label is None else label, **found)
-
-
-class _Loaded(Table, ImageSource):
-    """A split that datasets has opened.
-
-    Args:
-        name: path, pattern or id.
-        kind: see :func:`open_table`.
-        split: its name.
-        subset: of a hub data set.
-        rows: of the split.
-        num_images: None for a stream that does not state it.
-        columns, option: see :class:`Table`.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        kind: str,
-        split: str,
-        subset: str | None,
-        rows: Rows,
-        num_images: int | None,
-        columns: Mapping[str, str | None],
-        option: OptionName,
-    ):
-        self.kind = {"hub": "datasets id", "disk": "datasets folder"}.get(kind, kind)
-        super().__init__(name, num_images, split)
-        self.find_columns(rows.features or {}, self.where, columns, option)
-        self.subset, rows = subset, rows.select_columns([*self.columns.values()])
-        self.rows = rows.cast_column(self.columns["image"], datasets.Image(decode=False))
 
     def provenance(self) -> dict[str, Any]:
         if self.kind == "parquet":
@@ -264,7 +182,7 @@ class _Loaded(Table, ImageSource):
         return {"split": self.split, "subset": self.subset, "fingerprint": self.rows._fingerprint}
 
 
-class DatasetImages(_Loaded, IndexedSource):
+class DatasetImages(_Table, IndexedSource):
     """A split by row number."""
 
     def __getitem__(self, position: int) -> Row:
@@ -277,7 +195,7 @@ class DatasetImages(_Loaded, IndexedSource):
         return values.fill_null(-1).to_numpy().astype(np.int64)
 
 
-class StreamedImages(_Loaded):
+class StreamedImages(_Table):
     """A split from beginning to end, without a copy in the cache of datasets.
 
     Attributes:

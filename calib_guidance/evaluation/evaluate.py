@@ -131,6 +131,8 @@ def _evaluate(options: argparse.Namespace, processes: DistributedContext) -> Non
         known = ReferenceStatistics.read(options.reference)
     else:
         images = open_images(options.reference, **reading_options(options))
+    if processes.is_first:
+        print("\n".join(part.source.summary() for part in (*sets, *([] if is_file else [images]))))
     extractor = features_from_name(options.features)
     eval_classifier = None if options.eval_classifier is None else read_classifier(options.eval_classifier)
     clip = None if options.clip is None else read_classifier(options.clip)

@@ -156,6 +156,8 @@ def reference(args: Sequence[str]) -> None:
 
 def _make(options: argparse.Namespace, processes: DistributedContext) -> None:
     images = open_images(options.source, **reading_options(options))
+    if processes.is_first:
+        print(images.source.summary())
     extractor = features_from_name(options.features)
     started = time.perf_counter()
     statistics = ReferenceStatistics.from_images(

@@ -404,7 +404,7 @@ def test_where_there_is_nothing(folder, tmp_path, parquet):
         opened(tmp_path / "empty")
     with pytest.raises(
         ConfigurationError,
-        match="has no folder test for split 'test'; it has: train, val. Name",
+        match="has no split 'test'; it has: train, val. Name",
     ):
         opened(folder, val_split="test")
     with pytest.raises(ConfigurationError, match="has no split 'test'; it has: train, validation"):

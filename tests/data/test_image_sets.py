@@ -125,12 +125,10 @@ def test_folders_as_splits(tmp_path):
         (tmp_path / split).rmdir()
         (tmp_path / "data").mkdir(exist_ok=True)
         (tmp_path / "all").rename(tmp_path / "data" / split)
-    with pytest.raises(ConfigurationError, match="a folder for each split, train, val: name one with --split"):
+    with pytest.raises(ConfigurationError, match="has several splits, train, val: name one with --split"):
         open_images(tmp_path / "data")
     assert open_images(tmp_path / "data", split="train").num_images == 4
-    with pytest.raises(
-        ConfigurationError, match="has no folder test for split .test.; it has: train, val. Name .* --split"
-    ):
+    with pytest.raises(ConfigurationError, match="has no split .test.; it has: train, val. Name .* --split"):
         open_images(tmp_path / "data", split="test")
 
 
@@ -247,7 +245,7 @@ def test_alpha(tmp_path):
         assert torch.equal(found[place], channels_first(np.asarray(palette.convert("RGB"))[None])[0])
     assert list(images.provenance()["conversions"].items()) == [
         ("alpha channel dropped, all of it opaque", 1),
-        ("alpha channel dropped of transparent images: the colours beneath count, as in torch-fidelity", 2),
+        ("alpha channel dropped of transparent images: the colors beneath count, as in torch-fidelity", 2),
         ("palette, CMYK and others to RGB", 1),
     ]
     list(images.batches(2))  # read again, they count once
@@ -419,7 +417,7 @@ def test_splits_of_parquet(tmp_path):
         for path in (tmp_path / split).iterdir():
             (tmp_path / "data").mkdir(exist_ok=True)
             path.rename(tmp_path / "data" / path.name.replace("train", split))
-    with pytest.raises(ConfigurationError, match="files of several splits, train, validation: name one with --split"):
+    with pytest.raises(ConfigurationError, match="has several splits, train, validation: name one with --split"):
         open_images(tmp_path / "data")
     for source in (tmp_path / "data", tmp_path / "data" / "{split}-*.parquet"):
         assert torch.equal(read(open_images(source, split="validation"))[0], channels_first(pixels[6:]))

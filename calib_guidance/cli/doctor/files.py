@@ -15,7 +15,7 @@ from jsonargparse import Namespace
 from calib_guidance.backend.shipped import find_file
 from calib_guidance.cli.doctor.report import amount
 from calib_guidance.cli.parsed import Option, all_options, published
-from calib_guidance.data.base import init_arg
+from calib_guidance.data.base import SourceOptions, init_arg
 from calib_guidance.data.sample_requests import POLICIES
 from calib_guidance.data.source import source_kind
 from calib_guidance.errors import ConfigurationError
@@ -79,7 +79,7 @@ def _find_images(source: str) -> tuple[str, ...]:
     Raises:
         ConfigurationError: ``source`` names no data set.
     """
-    kind = source_kind(source, init_arg)
+    kind = source_kind(SourceOptions(source, option=init_arg))
     cached = Path(datasets.config.HF_DATASETS_CACHE, source.replace("/", "___").lower())
     if kind != "hub" or cached.is_dir():
         return "ok", f"{source} ({cached if kind == 'hub' else kind})"
