@@ -106,9 +106,6 @@ def distributed_context(device: str | None = None) -> Iterator[DistributedContex
     Args:
         device: ``cpu``, ``cuda`` (each process its own) or ``cuda:NUMBER``; None takes a GPU for each process where the machine
             has as many, and the CPU otherwise. GPUs speak through NCCL, CPUs through gloo.
-
-    Raises:
-        ConfigurationError: no such device, or an environment that torchrun did not make.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size == 1:

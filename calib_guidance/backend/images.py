@@ -21,9 +21,6 @@ def to_uint8(x: Tensor, rule: Uint8Rule = "truncate") -> Tensor:
     Args:
         x: any shape, float.
         rule: ``truncate``, (x + 1)·127.5 cut off (guided-diffusion); ``round_up_half``, x·127.5 + 128 cut off (EDM, DiT).
-
-    Raises:
-        ValueError: another rule.
     """
     check_choice("uint8_rule", rule, UINT8_RULES)
     scaled = (x.float() + 1) * 127.5 if rule == "truncate" else x.float() * 127.5 + 128

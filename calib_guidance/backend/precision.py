@@ -20,11 +20,7 @@ _ROOM = (
 
 
 def dtype_of(name: str, known: Iterable[str] = DTYPES) -> torch.dtype:
-    """The type of a name.
-
-    Raises:
-        ValueError: a name that is not among the ``known`` ones.
-    """
+    """The type of a name."""
     check_choice("dtype", name, known)
     return DTYPES[name]
 

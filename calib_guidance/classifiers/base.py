@@ -24,9 +24,6 @@ class Classifier(nn.Module, ABC):
         num_steps: length of the diffusion process that t refers to.
         compile: compile the network once it is frozen, forward and backward, see
             :class:`~calib_guidance.backend.compilation.Compiled`.
-
-    Raises:
-        ValueError: a temperature that is not above 0.
     """
 
     num_classes: int
@@ -46,11 +43,7 @@ class Classifier(nn.Module, ABC):
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor: ...
 
     def temper(self, logits: Tensor, t: Tensor | None) -> Tensor:
-        """Logits ``(N, K)`` divided by the temperature at t ``(N,)``.
-
-        Raises:
-            ValueError: no t, where the temperature depends on it.
-        """
+        """Logits ``(N, K)`` divided by the temperature at t ``(N,)``."""
         if self.temperature == 1.0:
             return logits
         if len(self._inverse_temperature) == 1:

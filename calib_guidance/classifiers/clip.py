@@ -54,10 +54,6 @@ def build_clip(model: str | Mapping[str, Any]) -> nn.Module:
 
     Args:
         model: see :class:`CLIPClassifier`.
-
-    Raises:
-        ImportError: open_clip is not installed.
-        ValueError: an unknown name, an unreadable file, or a model that this project does not use.
     """
     open_clip, config = _import_open_clip(), _read_config(model)
     text = config.get("text_cfg", {})
@@ -158,12 +154,6 @@ class CLIPClassifier(Classifier):
             :class:`~calib_guidance.backend.compilation.Compiled`.
 
     Images of any size are resized as a whole to the network's (bicubic, antialiased).
-
-    Raises:
-        ImportError: open_clip is not installed.
-        ValueError: unknown names, values out of range, a prompt longer than the network reads, or weights that were trained
-            with another activation or other pixel statistics.
-        CheckpointError: the weights do not fit.
     """
 
     def __init__(

@@ -19,9 +19,6 @@ class Ensemble(Classifier):
 
     Args:
         classifiers: two or more, of the same classes; frozen with the ensemble.
-
-    Raises:
-        ValueError: fewer than two, or members of different numbers of classes.
     """
 
     def __init__(self, classifiers: Sequence[Classifier]):

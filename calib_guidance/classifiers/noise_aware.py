@@ -29,10 +29,6 @@ class NoiseAwareClassifier(Classifier):
 
     Attributes:
         noise_schedule: name of the one whose steps t are, where it is known: of published weights.
-
-    Raises:
-        CheckpointError: the file does not fit, or was made or calibrated otherwise.
-        ValueError: an unknown name.
     """
 
     def __init__(

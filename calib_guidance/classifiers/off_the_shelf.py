@@ -38,10 +38,6 @@ def build_network(
         weights: None for random ones, a name that the library knows (``IMAGENET1K_V2``; ``pretrained`` for timm), or a
             local file.
         metadata: what a local file must say of itself, where it says it (see :func:`~calib_guidance.weights.io.load_weights`).
-
-    Raises:
-        ValueError: an unknown library or model.
-        CheckpointError: the file does not fit, or the library cannot fetch it.
     """
     local = weights is not None and ("/" in weights or "." in weights)
     library, _, model = name.partition("/")
@@ -110,10 +106,6 @@ class OffTheShelfClassifier(Classifier):
             and gradients are float32 whatever it is.
         compile: compile the network once it is frozen, forward and backward, see
             :class:`~calib_guidance.backend.compilation.Compiled`.
-
-    Raises:
-        ValueError: unknown names or values out of range.
-        CheckpointError: the weights do not fit, or say that they were calibrated otherwise.
     """
 
     def __init__(

@@ -46,9 +46,6 @@ def smooth_activations(model: nn.Module, beta: float, activations: Sequence[str]
 
     Returns:
         The model, ready to use in place of the given one.
-
-    Raises:
-        ValueError: β ≤ 0, a name that is no activation, or nothing to replace.
     """
     if not beta > 0:
         raise ValueError(f"softplus_beta must be above 0 (null keeps the activations), got {beta}")

@@ -29,10 +29,6 @@ class ADMDenoiser(DiscreteDenoiser):
         compile: compile the network, see :class:`~calib_guidance.backend.compilation.Compiled`.
         dtype: of a published network's convolutions: ``float16``, ``bfloat16`` or ``float32``; None takes the published
             one, which for most is float16. CPUs compute faster in float32 or bfloat16.
-
-    Raises:
-        CheckpointError: the file does not fit the network, or was trained otherwise, or does not tell how.
-        ValueError: an image size that the network cannot take, unknown names, or settings that contradict the name.
     """
 
     def __init__(

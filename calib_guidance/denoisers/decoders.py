@@ -30,10 +30,6 @@ class VAEDecoder(nn.Module):
             which then has random weights.
         latent_scale: what the autoencoder's latents were multiplied with for the diffusion model.
         dtype: ``float32`` or ``bfloat16``. float16 is not offered: the classifier's gradients underflow in it.
-
-    Raises:
-        CheckpointError: the source holds no such autoencoder.
-        ValueError: a scale that is not positive, or an unknown name.
     """
 
     def __init__(
@@ -61,9 +57,6 @@ class TinyDecoder(nn.Module):
     Args:
         source: diffusers folder or ``hf://OWNER/NAME`` of an ``AutoencoderTiny``; one that is built already; or the arguments of
             one, which then has random weights.
-
-    Raises:
-        CheckpointError: the source holds no such autoencoder.
     """
 
     def __init__(self, source: str | nn.Module | dict[str, Any] = "hf://madebyollin/taesd"):
@@ -83,10 +76,6 @@ class LinearDecoder(nn.Module):
         upsampling: ``nearest`` or ``bilinear``, with which the map was fitted.
         factor: pixels of the image to a latent's, along each side.
         channels: of the latents.
-
-    Raises:
-        CheckpointError: the file does not fit, or was fitted with other settings.
-        ValueError: an unknown name.
     """
 
     def __init__(
@@ -126,9 +115,6 @@ def fit_linear_decoder(
 
     Returns:
         The decoder, and the share of the images' variance about their mean colour that it explains.
-
-    Raises:
-        ValueError: no batches, or latents that leave the map undetermined.
     """
     linear, inner, cross, total, mean = None, 0.0, 0.0, 0.0, 0.0
     for latents in batches:

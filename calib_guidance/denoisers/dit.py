@@ -41,10 +41,6 @@ class DiTDenoiser(DiscreteDenoiser):
             has a dtype of its own.
         vae_dtype: ``float32`` (None) or ``bfloat16`` of an autoencoder's decoder. Another module has a dtype of its own.
         compile: compile the network, see :class:`~calib_guidance.backend.compilation.Compiled`.
-
-    Raises:
-        CheckpointError: the file or folder does not fit the network, or is none.
-        ValueError: nothing to know the network by, a ``decode_batch`` below 1, unknown names, or a dtype that goes elsewhere.
     """
 
     clip = False
@@ -87,11 +83,7 @@ class DiTDenoiser(DiscreteDenoiser):
         self.vae = None if vae is None else vae.eval().requires_grad_(False)
 
     def decode(self, x0: Tensor) -> Tensor:
-        """Images ``(N, 3, 8h, 8w)`` of latents ``(N, C, h, w)``, in about [-1, 1].
-
-        Raises:
-            ValueError: there is no decoder.
-        """
+        """Images ``(N, 3, 8h, 8w)`` of latents ``(N, C, h, w)``, in about [-1, 1]."""
         if self.vae is None:
             raise ValueError(
                 "latents are to be decoded and this denoiser has no decoder: set vae to the autoencoder's folder"

@@ -34,11 +34,6 @@ class EDMDenoiser(Denoiser):
         dtype: ``float32``, ``float16`` or ``bfloat16``, of the body of a network that is built here; None takes the one that a
             named network was published with (float16), and float32 for others.
         compile: compile the network, see :class:`~calib_guidance.backend.compilation.Compiled`.
-
-    Raises:
-        CheckpointError: the file does not fit the network, was trained otherwise, or does not tell which it belongs to.
-        ValueError: an image size that the network cannot take, a variance that nobody uses, neither network nor checkpoint,
-            a ``dtype`` for a network that has one, or unknown names.
     """
 
     def __init__(

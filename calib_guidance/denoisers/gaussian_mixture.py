@@ -27,10 +27,6 @@ class GaussianMixture(Denoiser):
         class_conditional: false makes an unconditional model, which ignores labels.
 
     Samples have the shape ``(D, 1, 1)``.
-
-    Raises:
-        ValueError: shapes that do not fit, a covariance that is not symmetric and positive definite, weights that are not
-            positive.
     """
 
     clip = False

@@ -20,9 +20,6 @@ class RemapClasses(DenoiserWrapper):
     Args:
         denoiser: class-conditional.
         classes: the denoiser's class of each label; one may stand for several labels.
-
-    Raises:
-        ValueError: a denoiser without classes, no classes, or one that it does not have.
     """
 
     def __init__(self, denoiser: Denoiser, classes: Sequence[int]):

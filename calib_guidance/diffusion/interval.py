@@ -20,9 +20,6 @@ class Interval:
         interval: ``[t_low, t_high]``, both included, on the scale of the full process (0 … 999); None is everywhere.
         sigma_interval: the same on the scale of σ = √(1/ᾱ − 1); where both are given both must hold.
         every: on at the first step and every so many-th after it.
-
-    Raises:
-        ValueError: an interval that is not two ascending numbers, or ``every`` below 1.
     """
 
     def __init__(

@@ -31,9 +31,6 @@ def x0_coefficients(prediction: str, alphas_cumprod: np.ndarray) -> tuple[np.nda
     """a and b of x̂0 = a·x_t + b·output, for a network that predicts ε or v.
 
     In float64, since 1/ᾱ − 1 loses most of its digits in float32 where there is little noise.
-
-    Raises:
-        ValueError: another prediction.
     """
     check_prediction(prediction)
     if prediction == "epsilon":

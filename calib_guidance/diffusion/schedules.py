@@ -19,9 +19,6 @@ def named_betas(name: str, num_steps: int = 1000) -> np.ndarray:
 
     ``linear`` runs from 1e-4 to 0.02 (scaled by 1000/num_steps); ``cosine`` follows
     ᾱ(u) = cos²((u + 0.008)/1.008·π/2), with β capped at 0.999.
-
-    Raises:
-        ValueError: another name.
     """
     check_choice("noise schedule", name, get_args(ScheduleName))
     if name == "linear":
@@ -45,9 +42,6 @@ def respaced_timesteps(num_steps: int, respacing: str | int) -> np.ndarray:
         respacing: ``"250"`` spreads 250 steps from the first to the last; ``"10,10,5"`` cuts the process in equal
             sections with so many steps each (0 skips a section); ``"ddim25"`` strides by the first integer that gives 25
             steps, from 0.
-
-    Raises:
-        ValueError: a text of another form, or more steps than there are.
     """
     text = str(respacing).replace(" ", "")
     if match := re.fullmatch(r"ddim(\d+)", text):

@@ -375,9 +375,6 @@ class UNet(_Encoder):
         channel_mult_emb: width of the embedding over ``model_channels``.
         min_group_channels: channels that a group of the normalisations has at least, so that layers of fewer than 32 times
             that have fewer groups (EDM's networks: 4); None gives every layer 32 groups (ADM's).
-
-    Raises:
-        ValueError: widths, heads or ``dtype`` that cannot be.
     """
 
     def __init__(
@@ -450,11 +447,7 @@ class UNet(_Encoder):
         return self.time_embed(timestep_embedding(timesteps, self.model_channels))
 
     def embed_labels(self, y: Tensor) -> Tensor:
-        """Class part of the embedding: ``(N,)`` to ``(N, emb_channels)``; a label of -1 means no class, all zeros.
-
-        Raises:
-            ValueError: the network knows no classes.
-        """
+        """Class part of the embedding: ``(N,)`` to ``(N, emb_channels)``; a label of -1 means no class, all zeros."""
         if self.num_classes is None:
             raise ValueError("labels were given to a network without classes (num_classes: null)")
         return self.label_emb(y.clamp(min=0)) * (y >= 0)[:, None]
@@ -492,9 +485,6 @@ class EncoderUNet(_Encoder):
 
     The others are those of :class:`UNet`. The published classifiers have ``num_head_channels: 64``,
     ``use_scale_shift_norm`` and ``resblock_updown``.
-
-    Raises:
-        ValueError: widths, heads or ``dtype`` that cannot be.
     """
 
     def __init__(

@@ -38,9 +38,6 @@ class DiT(nn.Module):
         out_channels: twice ``in_channels`` where the variance is learned.
         num_classes: K; label K of the table is the null class of classifier-free guidance.
         dtype: ``float32``, ``float16`` or ``bfloat16`` of the transformer; embeddings and output are float32.
-
-    Raises:
-        ValueError: sizes that do not divide, or unknown names.
     """
 
     def __init__(

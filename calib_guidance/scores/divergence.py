@@ -92,9 +92,6 @@ class DivergenceRegularized(Score):
         epsilon: how peaked the target is, in (0, 1): near 0 uniform, near 1 one-hot.
         tau1: joint temperature, > 0.
         tau2: marginal temperature, ≥ 0.
-
-    Raises:
-        ValueError: an unknown divergence or a value out of range.
     """
 
     def __init__(

@@ -39,9 +39,6 @@ class EntropyRegularized(Score):
         weighting: one of the above.
         tau1: joint temperature, > 0.
         tau2: marginal temperature, ≥ 0.
-
-    Raises:
-        ValueError: an unknown weighting or a value out of range.
     """
 
     def __init__(self, entropy_weight: float = 0.1, weighting: str = "constant", tau1: float = 1.0, tau2: float = 1.0):

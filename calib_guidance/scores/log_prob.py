@@ -23,9 +23,6 @@ class TemperedLogProb(Score):
     Args:
         tau1: joint temperature, > 0.
         tau2: marginal temperature, ≥ 0.
-
-    Raises:
-        ValueError: a temperature out of range.
     """
 
     def __init__(self, tau1: float = 1.0, tau2: float = 1.0):

@@ -35,9 +35,6 @@ class Tilted(Score):
         tilt: t ≠ 0, −0.2 in the paper.
         group_size: samples per group, ≥ 2; the number of samples and the batch size must be multiples of it.
         score: the S_j; plain log-probability by default.
-
-    Raises:
-        ValueError: t = 0 (use the score itself) or a group of fewer than two.
     """
 
     def __init__(self, tilt: float = -0.2, group_size: int = 10, score: Score | None = None):

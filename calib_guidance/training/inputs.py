@@ -73,9 +73,6 @@ class _Diffusion(nn.Module):
         steps: respacing as samplers take it; None keeps all steps.
         weights: relative weights of equal sections of the respaced schedule, from the cleanest to the noisiest; None draws
             all steps alike.
-
-    Raises:
-        ValueError: a respacing that cannot be, or weights that are not numbers ≥ 0 with a sum above 0.
     """
 
     def __init__(self, schedule: NoiseSchedule, steps: str | int | None, weights: Sequence[float] | None):
@@ -130,9 +127,6 @@ class NoisyInput(InputTransform):
         steps: respacing as samplers take it, e.g. ``"250"``; None draws from all steps.
         weights: relative weights of equal sections of the respaced schedule, from the cleanest to the noisiest; None draws
             all steps alike.
-
-    Raises:
-        ValueError: an unknown schedule, a respacing that cannot be, or weights that are not numbers ≥ 0 with a sum above 0.
     """
 
     def __init__(
@@ -180,9 +174,6 @@ class DenoisedInput(InputTransform):
             all steps alike.
         precision: ``bf16`` or ``fp16`` autocast of the network, or ``fp32``, which runs it as sampling does (in its own
             ``dtype``). Of a network that predicts ε, x̂0 has √(1/ᾱ − 1) times the rounding error.
-
-    Raises:
-        ValueError: an unknown precision, a respacing that cannot be, or weights that are not numbers ≥ 0 with a sum above 0.
     """
 
     def __init__(

@@ -16,9 +16,6 @@ class WarmupCosine(LRScheduler):
         warmup_steps: optimizer steps of the warm-up.
         total_steps: optimizer steps of the run; None lets the training module fill in what the trainer is going to do.
         final: share of the rate that is left at the end, in [0, 1].
-
-    Raises:
-        ValueError: numbers out of range.
     """
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int = 0, total_steps: int | None = None, final: float = 0.0):

@@ -22,9 +22,6 @@ def smooth_ece(logits: Tensor, y: Tensor, beta: float = 1e-2) -> Tensor:
     Returns:
         Scalar. p̂ is the largest softmax probability; a, whether its class is the true one, is a constant to the
         gradient.
-
-    Raises:
-        ValueError: β out of range.
     """
     confidence, correct = _confidence(logits, y, beta)
     return ((confidence - correct).square() + beta).sqrt().mean()
@@ -52,9 +49,6 @@ def binned_smooth_ece(logits: Tensor, y: Tensor, beta: float = 1e-2, num_bins: i
 
     Returns:
         Scalar, the same on every rank. The bin of a sample and a are constants to the gradient.
-
-    Raises:
-        ValueError: β or the number of bins out of range.
     """
     if num_bins < 1:
         raise ValueError(f"num_bins must be at least 1, got {num_bins}")

@@ -58,9 +58,6 @@ def read_config(source: str, kind: str) -> dict[str, Any]:
     Args:
         source: folder, or ``hf://OWNER/NAME[/FOLDER][@REVISION]``.
         kind: class that it must be of.
-
-    Raises:
-        CheckpointError: there is none, it is not JSON, or it is of another class.
     """
     path = _file(source, "config.json")
     if path is None:
@@ -79,11 +76,7 @@ def read_config(source: str, kind: str) -> dict[str, Any]:
 
 
 def read_weights(source: str) -> dict[str, Tensor]:
-    """Tensors of a folder by name: safetensors where there are any, otherwise ``.bin``, of which nothing is executed.
-
-    Raises:
-        CheckpointError: neither is there, or it cannot be read.
-    """
+    """Tensors of a folder by name: safetensors where there are any, otherwise ``.bin``, of which nothing is executed."""
     for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
         path = _file(source, name)
         if path is not None:
@@ -99,9 +92,6 @@ def load_autoencoder(source: str | Mapping[str, Any], kind: str) -> nn.Module:
     Args:
         source: folder, or ``hf://OWNER/NAME[/FOLDER][@REVISION]``; of a pipeline's folder, its ``vae`` is taken. Or arguments.
         kind: ``AutoencoderKL`` or ``AutoencoderTiny``.
-
-    Raises:
-        CheckpointError: the folder holds no such model, or its weights do not fit its configuration.
     """
     import diffusers  # seconds to import, and only latent models need it
 

@@ -55,11 +55,7 @@ def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of :class:`~calib_guidance.networks.dit.DiT` from those of diffusers' ``DiTTransformer2DModel``.
-
-    Raises:
-        CheckpointError: the copies of the embedders, one in every block there, are not all the same.
-    """
+    """Weights of :class:`~calib_guidance.networks.dit.DiT` from those of diffusers' ``DiTTransformer2DModel``."""
     found = {}
     for name, value in state.items():
         match = _COPIES.fullmatch(name)
@@ -95,9 +91,6 @@ def named_dit(name: str, dtype: str | None = None) -> DiT:
     """An architecture of the paper: ``dit_{s,b,l,xl}_{2,4,8}_{256,512}``: size, patch, image side in pixels.
 
     Weights were published for ``dit_xl_2_256`` and ``dit_xl_2_512``.
-
-    Raises:
-        ValueError: another name.
     """
     match = re.fullmatch(r"dit_(s|b|l|xl)_(2|4|8)_(256|512)", name)
     if not match:

@@ -40,11 +40,7 @@ def is_edm(state: Mapping[str, Tensor]) -> bool:
 
 
 def _bare(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights without the prefix of the preconditioning and the constants.
-
-    Raises:
-        ValueError: a resampling filter other than the 2×2 box.
-    """
+    """Weights without the prefix of the preconditioning and the constants."""
     weights = {}
     for name, value in state.items():
         if name.endswith("resample_filter"):
@@ -104,9 +100,6 @@ def block_from_edm(state: Mapping[str, Tensor], head_channels: int = HEAD_CHANNE
 
     Returns:
         Two dicts by ADM's names; the second is empty where the block has no attention.
-
-    Raises:
-        ValueError: a name that EDM's blocks do not have, or channels that are not whole heads.
     """
     residual, attention = {}, {}
     for name, value in state.items():
@@ -137,9 +130,6 @@ def from_edm(state: Mapping[str, Tensor], head_channels: int = HEAD_CHANNELS) ->
 
     Returns:
         A new dict; tensors that are not reordered share their memory with those of ``state``.
-
-    Raises:
-        ValueError: names that are not EDM's, or another resampling filter than the 2×2 box.
     """
     weights = _bare(state)
     places = _places(weights)
@@ -165,11 +155,7 @@ def from_edm(state: Mapping[str, Tensor], head_channels: int = HEAD_CHANNELS) ->
 
 
 def edm_architecture(state: Mapping[str, Tensor]) -> dict[str, object]:
-    """Arguments of the :class:`~calib_guidance.networks.UNet` that EDM's weights belong to, all but dropout and dtype.
-
-    Raises:
-        ValueError: names that are not EDM's.
-    """
+    """Arguments of the :class:`~calib_guidance.networks.UNet` that EDM's weights belong to, all but dropout and dtype."""
     weights = _bare(state)
     blocks = _blocks(weights)
     resolutions = sorted({resolution for resolution, _, _ in blocks["enc"]}, reverse=True)

@@ -17,9 +17,6 @@ def fetch(path: str | os.PathLike[str]) -> Path:
     """Where a file or folder lies on this machine; what ``hf://OWNER/REPO/PATH@REVISION`` names is downloaded once.
 
     Of a folder, or a whole repository (no PATH), the ``.json`` and ``.safetensors`` files are fetched, and nothing else.
-
-    Raises:
-        CheckpointError: nothing there, no access, or no network; names the cause and what to do.
     """
     if not str(path).startswith(PREFIX):
         return find_file(path)

@@ -166,11 +166,7 @@ def _read_edm(path: Path) -> Weights:
 
 
 def read_weights(path: str | os.PathLike[str]) -> Weights:
-    """What is in a weights file, whatever it is called; see :func:`read_state_dict`.
-
-    Raises:
-        CheckpointError: no such file, not a weights file, or a file that holds more than tensors and plain containers.
-    """
+    """What is in a weights file, whatever it is called; see :func:`read_state_dict`."""
     if Path(path).name == "None":
         raise CheckpointError(
             "the weights file is named 'None': jsonargparse reads null on the command line as that text; write null in a YAML "
@@ -208,9 +204,6 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Reads ``.safetensors``; folders of them with an index, as diffusers writes them; files of torch.save in both of its formats,
     with weights nested under ``state_dict``, ``model`` or ``ema`` (averages are preferred) and the prefixes of DataParallel,
     ``torch.compile`` and averages taken off; pickles of EDM (``ema``); and ``hf://OWNER/REPO/PATH`` of the hub.
-
-    Raises:
-        CheckpointError: no such file, not a weights file, or a file that holds more than tensors and plain containers.
     """
     return read_weights(path).state
 
@@ -220,11 +213,7 @@ def _some(names: list[str], limit: int = 8) -> str:
 
 
 def part_of(weights: Weights, module: nn.Module) -> Weights:
-    """Of a Lightning checkpoint, the part that fits a module by names and shapes; other weights as they are.
-
-    Raises:
-        CheckpointError: no part, or several.
-    """
+    """Of a Lightning checkpoint, the part that fits a module by names and shapes; other weights as they are."""
     if weights.parts is None:
         return weights
     expected = {name: value.shape for name, value in module.state_dict().items()}
@@ -263,9 +252,6 @@ def load_weights(module: nn.Module, source: str | os.PathLike[str] | Weights, **
     Returns:
         What was loaded, for the report of a run: ``file``, ``bytes`` (of its tensors), ``published`` (names that have these
         shapes) and what shapes do not tell.
-
-    Raises:
-        CheckpointError: naming the file, and each missing or unexpected name, wrong shape, or other setting.
     """
     weights = part_of(source if isinstance(source, Weights) else read_weights(source), module)
     settings = settings | registry.nonstate_hparams(module)
@@ -298,9 +284,6 @@ def load_state(
 
     Returns:
         As :func:`load_weights`.
-
-    Raises:
-        CheckpointError: naming the file, and each missing or unexpected name, wrong shape, or other setting.
     """
     settings = registry.nonstate_hparams(module) | dict(settings or {})
     names, state, expected = registry.identify(state), dict(state), module.state_dict()
@@ -342,9 +325,6 @@ def save_weights(weights: nn.Module | Mapping[str, Tensor], path: str | os.PathL
         weights: a module, or tensors by name.
         path: file to write.
         metadata: what shapes do not tell, kept as text in the file and checked when it is loaded.
-
-    Raises:
-        OSError: the folder cannot be written.
     """
     tensors = weights.state_dict() if isinstance(weights, nn.Module) else weights
     state = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}

@@ -43,10 +43,6 @@ def load_network(
         dtype: of a network that is built here; None takes the published one, or float32.
         stated: settings of the configuration; None takes what the file says of itself, else how it was published, else the
             usual one where there are no weights.
-
-    Raises:
-        CheckpointError: the file does not fit the network, was trained otherwise, or does not tell how.
-        ValueError: an unknown name, nothing to know the network by, or a ``dtype`` for a module.
     """
     weights, described = (None, {}) if checkpoint is None else _read(checkpoint, kind)
     name = network if isinstance(network, str) else None

@@ -141,10 +141,6 @@ def read_edm_pickle(file: BinaryIO) -> EDMNetwork:
 
     Args:
         file: opened for reading bytes.
-
-    Raises:
-        pickle.UnpicklingError: a name that is not allowed, or something else than a network.
-        Exception: whatever else a damaged or hostile pickle makes the unpickler raise.
     """
     content = _Restricted(file).load()
     if not isinstance(content, Mapping) or "ema" not in content:

@@ -73,11 +73,7 @@ CARDS: Mapping[str, Card] = MappingProxyType(_read_cards(Path(__file__).with_nam
 
 
 def entry(name: str, kind: str | None = None) -> Card:
-    """The card of a name.
-
-    Raises:
-        ValueError: another name, or one of another kind; lists the names that there are.
-    """
+    """The card of a name."""
     known = [card.name for card in CARDS.values() if kind in (None, card.kind)]
     if name not in known:
         raise ValueError(f"unknown published network {name!r}; known: {', '.join(known)}, or a class_path of your own")
@@ -97,9 +93,6 @@ def make_network(name: str, dtype: str | None = None) -> nn.Module:
         name: of a card with a ``network``.
         dtype: ``float32``, ``float16`` or ``bfloat16``, of the body; None takes what it was published with (for most of ADM's
             float16, in which few CPUs compute fast: float32 or bfloat16 there).
-
-    Raises:
-        ValueError: an unknown name or ``dtype``.
     """
     card = entry(name)
     return getattr(networks, card.network)(**card.arguments | ({} if dtype is None else {"dtype": dtype}))
@@ -137,10 +130,6 @@ def build(
         kind: of the published networks that fit here.
         dtype: see :func:`make_network`; only for published ones.
         state: weights that will be loaded. A published network gets no others, which saves making them.
-
-    Raises:
-        ValueError: an unknown name, nothing to know the network by, or a ``dtype`` for a module.
-        CheckpointError: shapes of no published network, or of several.
     """
     names = [] if state is None else identify(state, kind)
     if isinstance(network, nn.Module):
@@ -203,9 +192,6 @@ def check(name: str, settings: Mapping[str, object], path: str | os.PathLike[str
         name: published name.
         settings: options of the configuration, e.g. ``noise_schedule``, and :func:`nonstate_hparams` of the network.
         path: file of the weights, for the message; None where the configuration names the network itself.
-
-    Raises:
-        CheckpointError: lists each difference and what to set.
     """
     card = CARDS[name]
     stated = card.arguments | card.settings
