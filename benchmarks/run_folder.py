@@ -39,6 +39,8 @@ from calib_guidance.callbacks.background import Background
 from calib_guidance.cli.lightning import CalibGuidanceCLI, run_lightning
 from calib_guidance.networks import UNet
 from calib_guidance.runs import RunFolder
+from calib_guidance.runs.claims import Claims
+from calib_guidance.runs.context import ShardPart
 from calib_guidance.tasks.retry import Attempt
 
 FIGURES: dict[str, Figure] = {}
@@ -186,8 +188,9 @@ def digits(samples: int) -> None:
     """Share of keeping samples in the shipped configuration."""
     clock = Clock()
     for owner, names in {
-        SampleWriter: ("_begin", "_tell", "_keep"),
-        RunFolder: ("remaining", "claim", "state", "holds", "renew", "release"),
+        SampleWriter: ("_begin", "_log_state", "_keep"),
+        RunFolder: ("remaining", "state"),
+        Claims: ("acquire", "holds", "renew", "release"),
     }.items():
         for name in names:
             clock.wrap(owner, name)
@@ -206,11 +209,12 @@ def adm128(shard: int) -> None:
     writer, images = SampleWriter(), smooth_noise(shard, 128)
     columns = {"index": torch.arange(shard), "label": torch.arange(shard), "seed": torch.zeros(shard, dtype=torch.long)}
     columns["image"] = to_uint8(images)
-    made = sample_writer._Made(range(shard), range(shard), lambda: columns, [], 0.0, None, time.monotonic())
+    part = ShardPart(range(shard), range(shard))
+    made = sample_writer._Batch(part, lambda: columns, [], 0.0, None, time.monotonic())
     with tempfile.TemporaryDirectory() as folder:
         writer.run, writer._device = RunFolder(folder, shard, shard), "cpu"
         writer.run.begin({}, {})
-        writer._forget()
+        writer._shard = sample_writer._Shard()
         started = time.perf_counter()
         writer.run.claims.acquire(range(shard))
         writer._keep(made)

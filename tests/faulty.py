@@ -63,7 +63,7 @@ class SignalAt(L.Callback):
         self.batches, self.batch = batches, -1
 
     def setup(self, trainer, pl_module, stage):
-        pl_module.observers.insert(0, self)
+        pl_module.context.observers.insert(0, self)
 
     def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
         self.batch += 1

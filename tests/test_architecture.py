@@ -92,3 +92,13 @@ def test_samplers_are_small():
         ]
         assert all(n.end_lineno - n.lineno < 30 for n in steps), path
         assert not (steps and path.name != "base.py") or len(path.read_text().splitlines()) <= 100, path
+
+
+def test_no_part_searches_the_callbacks_for_a_sibling():
+    """Parts of a run share a context; the command line alone hands things to every callback."""
+    for folder in ("tasks", "callbacks", "data"):
+        for path in (ROOT / folder).glob("*.py"):
+            attributes = [
+                node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)
+            ]
+            assert "callbacks" not in attributes, path.name

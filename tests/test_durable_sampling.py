@@ -138,12 +138,12 @@ def test_more_samples_extend_it(copy, whole, tmp_path):
 
 def test_fewer_samples_take_nothing_away(copy, whole, capsys, caplog):
     predict(copy, samples=10)
-    assert f"is a run of {TAIL} samples: all of them stay" in caplog.text
+    assert f"is a run of {TAIL} samples: all of them are kept" in caplog.text
     assert tables(copy) == tables(whole)
     assert json.loads((copy / "metrics.json").read_text())["num_samples"] == TAIL
     (copy / "shards/00000040.json").unlink()
     predict(copy, samples=10)
-    assert "5 of 45 samples are not made yet" in capsys.readouterr().out
+    assert "5 samples are left" in capsys.readouterr().out
 
 
 class TestIdentity:
@@ -225,7 +225,7 @@ class TestDamage:
         calibration["init_args"] = {"num_bins": 10}
         (tmp_path / "bins.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
         predict(copy, f"--config={tmp_path / 'bins.yaml'}")
-        assert "TrajectoryCalibration is left out of the report" in caplog.text
+        assert "TrajectoryCalibration is not in the report" in caplog.text
         assert "integral_ece" not in figures_of(copy)
         assert "gradient_norm_t" in figures_of(copy)
 

@@ -115,7 +115,7 @@ class TestNonFinite:
     def test_half_precision_that_overflows_is_mended_in_float32(self, sound, tmp_path, caplog):
         folder = tmp_path / "run"
         assert predict(folder, fault={"label": 7, "step": 333, "fault": "overflow"}) == 0
-        assert "not finite, sampling once more in float32: 13" in caplog.text
+        assert "not finite, sampling again in float32: 13" in caplog.text
         assert_same(folder, sound)
         assert [record["failed"] for record in records(folder).values()] == [[], []]
         # The figures are those of the samples as they are, each counted once at every step.
@@ -150,7 +150,7 @@ class TestNonFinite:
         whole, folder = tmp_path / "whole", tmp_path / "run"
         assert predict(whole, score=TILTED) == 0
         assert predict(folder, score=TILTED, fault={"label": 7, "step": 333, "fault": "overflow"}) == 0
-        assert "not finite, sampling once more in float32: 10, 11, 12, 13, 14" in caplog.text
+        assert "not finite, sampling again in float32: 10, 11, 12, 13, 14" in caplog.text
         assert_same(folder, whole)
 
     def test_float32_leaves_no_trace(self):
@@ -175,7 +175,7 @@ class TestMemory:
     def test_a_batch_that_does_not_fit_is_halved(self, sound, tmp_path, caplog):
         folder = tmp_path / "run"
         assert predict(folder, fault={"largest": 3, "step": 333}) == 0
-        assert caplog.text.count("out of memory with 10 samples at a time on cpu: going on with 3") == 1
+        assert caplog.text.count("out of memory with 10 samples at a time on cpu: continuing with 3 at a time") == 1
         assert caplog.text.count("out of memory") == 1  # the second batch is cut beforehand
         assert_same(folder, sound)
         found, expected = metrics(folder), metrics(sound)  # steps that were tried in vain are not counted
@@ -184,7 +184,7 @@ class TestMemory:
 
     def test_groups_stay_whole(self, tmp_path, caplog, capsys):
         assert predict(tmp_path / "run", score=TILTED, fault={"largest": 9, "step": 333}) == 0
-        assert "going on with 5" in caplog.text
+        assert "continuing with 5" in caplog.text
         assert predict(tmp_path / "none", score=TILTED, fault={"largest": 4, "step": 333}) == 1
         assert "one group of 5 samples, which the score tilts together, does not fit" in capsys.readouterr().err
         assert claims(tmp_path / "none") == []
@@ -209,12 +209,12 @@ def interrupted(batches, **settings):
 
 class TestSignals:
     @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
-    def test_the_shard_at_hand_is_finished(self, sound, tmp_path, capsys, name):
+    def test_the_current_shard_is_finished(self, sound, tmp_path, capsys, name):
         folder = tmp_path / "run"
         handlers = [signal.getsignal(number) for number in SIGNALS]
         assert predict(folder, **interrupted({0: name})) == 4
         message = capsys.readouterr().err
-        assert f"stopped by {name}, the shard at hand was finished" in message
+        assert f"stopped by {name}, the current shard was finished" in message
         assert f"calib-guidance status {folder}" in message
         assert list(records(folder)) == ["00000000"]
         assert claims(folder) == []
@@ -222,10 +222,10 @@ class TestSignals:
         assert predict(folder, **interrupted({})) == 0
         assert_same(folder, sound)
 
-    def test_or_given_up(self, tmp_path, capsys):
+    def test_or_abandoned(self, tmp_path, capsys):
         folder = tmp_path / "run"
         assert predict(folder, writer={"stop_within": 0.0}, **interrupted({3: "SIGTERM"})) == 4
-        assert "stopped by SIGTERM, the shard at hand was given up" in capsys.readouterr().err
+        assert "stopped by SIGTERM, the current shard was abandoned" in capsys.readouterr().err
         assert list(records(folder)) == ["00000000"]
         assert claims(folder) == []
 
@@ -300,27 +300,27 @@ class TestPace:
             stop.begin(left)
         clock.now += 20
         written = []
-        with pytest.raises(StoppedError, match="the shard at hand was finished"):
+        with pytest.raises(StoppedError, match="the current shard was finished"):
             stop.end(10, lambda: written.append(True))
         assert written
 
     def test_a_shard_that_is_made_has_to_be_written_too(self, stop, clock):
         stop.behind = 1.0
         os.kill(os.getpid(), signal.SIGTERM)  # 60 s for 60 s of work, and writing
-        with pytest.raises(StoppedError, match="the shard at hand was given up"):
+        with pytest.raises(StoppedError, match="the current shard was abandoned"):
             stop(None)
 
     def test_gives_up_at_once_what_cannot_be_finished(self, stop, clock):
         clock.now += 5
         stop.begin(40)  # 80 s of work
         os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(StoppedError, match="the shard at hand was given up"):
+        with pytest.raises(StoppedError, match="the current shard was abandoned"):
             stop(None)
 
     def test_gives_up_when_the_time_is_over(self, stop, clock):
         os.kill(os.getpid(), signal.SIGTERM)
         clock.now += 50  # a batch that takes longer than the last
-        with pytest.raises(StoppedError, match="the shard at hand was given up"):
+        with pytest.raises(StoppedError, match="the current shard was abandoned"):
             stop.end(10, unasked)
 
     def test_a_second_signal_stops_at_once(self, stop, clock):

@@ -27,6 +27,7 @@ from calib_guidance.denoisers import (
 from calib_guidance.diffusion import Interval
 from calib_guidance.guidance import ClassifierGuidance, GuidanceSchedule, SwitchedGuidance
 from calib_guidance.networks import DiT, EncoderUNet, SmallResNet, UNet
+from calib_guidance.runs.context import SamplingContext
 from calib_guidance.samplers import DDIM, DDPM, DPMSolver, Heun, UniPC
 from calib_guidance.scores import DivergenceRegularized, EntropyRegularized, Tilted
 from calib_guidance.tasks.retry import FirstNonFinite
@@ -64,15 +65,10 @@ def loop(sampler, denoiser, guidance=None, device="meta", may_make=False):
     """The observer records of a run that was watched from the second step on, and how many operations were seen."""
     y = torch.arange(SIZE, device=device) % 3
     noise = torch.empty(SIZE, *denoiser.image_shape, device=device).zero_()
-    observers = [SampleWriter().stop]
-    run = SimpleNamespace(
-        check=lambda: None,
-        sampler=sampler,
-        denoiser=denoiser,
-        guidance=guidance,
-        observers=observers,
-        in_hand=list(range(SIZE)),
-    )
+    context = SamplingContext()
+    context.observe(SampleWriter().stop)
+    context.indices = list(range(SIZE))
+    run = SimpleNamespace(check=lambda: None, sampler=sampler, denoiser=denoiser, guidance=guidance, context=context)
     trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
     for callback in (TrajectoryCalibration(), GradientNorm(), TrajectoryStrips(samples=(0, 2, 7))):
         callback.setup(trainer, run, "predict")
@@ -87,7 +83,7 @@ def loop(sampler, denoiser, guidance=None, device="meta", may_make=False):
 
         try:
             # Last, so that what observers make at their first call is not of every step.
-            sampler(denoiser, lambda: noise, y, guidance, [FirstNonFinite(), *run.observers, begin])
+            sampler(denoiser, lambda: noise, y, guidance, [FirstNonFinite(), *context.observers, begin])
         finally:
             watch.on = False
             if device == "cuda":

@@ -97,7 +97,7 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(whole, tmp_path):
     last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
     status, output = fit(tmp_path, "--ckpt_path=last")
     assert status == 0, output[-3000:]
-    assert "last.ckpt is truncated or damaged: continuing from the checkpoint before it" in output.replace("\n", " ")
+    assert "last.ckpt is corrupted: resuming from the previous checkpoint" in output.replace("\n", " ")
     assert_continued(tmp_path, whole, EVERY)
     found, expected = weights(tmp_path), weights(whole)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -109,7 +109,7 @@ def test_nothing_to_fall_back_to_is_an_error(tmp_path):
     (tmp_path / "checkpoints/last.ckpt").write_bytes(b"PK half a file")
     status, output = fit(tmp_path, "--ckpt_path=last")
     assert status == 2
-    assert "is truncated or damaged, and there is no earlier one" in output
+    assert "is corrupted, and there is no previous checkpoint" in output
 
 
 @pytest.mark.slow

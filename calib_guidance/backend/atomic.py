@@ -92,10 +92,11 @@ def _create_in_place(path: Path, data: bytes) -> bool:
 
 
 def link_or_copy(source: Path, target: Path, writer: str | None = None) -> None:
-    """Put a file in another place, atomically: as a hard link, or as a copy on another file system."""
+    """Put a file in another place, atomically: as a hard link where the file system has them, else as a copy."""
     temporary = temporary_path(target, writer)
+    temporary.unlink(missing_ok=True)
     try:
         os.link(source, temporary)
-    except OSError:
+    except OSError:  # another file system, or one without hard links
         shutil.copyfile(source, temporary)
     os.replace(temporary, target)

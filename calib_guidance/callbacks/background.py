@@ -1,4 +1,4 @@
-"""Work beside the main thread: what a run does with a batch while the device makes the next one."""
+"""Work in a thread beside the main one: what a run does with a batch while the device makes the next one."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 
 
 class Background:
-    """Does jobs one after the other, in the order in which they are given, in a thread of its own.
+    """Does jobs one after the other in a thread of its own.
 
-    When one has failed the later ones are left out, and the main thread gets what it raised the next time that it asks.
+    After a job has failed the later ones are skipped, and the main thread gets the error at its next call.
 
     Args:
         waiting: the most jobs that are given and not done, which bounds the memory that they hold.
 
     Attributes:
-        error: what a job raised, None while none did.
+        error: of the first job that failed, None while none did.
     """
 
     def __init__(self, waiting: int):
@@ -30,14 +30,9 @@ class Background:
         self._jobs: deque[Future[None]] = deque()
 
     def give(self, job: Callable[[], object]) -> None:
-        """Give a job, when there is room for it.
-
-        Raises:
-            BaseException: what an earlier one raised.
-        """
+        """Give a job, as soon as there is room for it. Raises the error of an earlier one."""
         while len(self._jobs) >= self.waiting:
-            wait([self._jobs[0]])
-            self._jobs.popleft()
+            wait([self._jobs.popleft()])
         self.check()
         self._jobs.append(self._thread.submit(self._do, job))
 
@@ -50,16 +45,12 @@ class Background:
             self.error = error
 
     def check(self) -> None:
-        """Raise what a job has raised."""
+        """Raise the error of a job that failed."""
         if self.error is not None:
             raise self.error
 
     def finish(self) -> None:
-        """Wait until all jobs are done.
-
-        Raises:
-            BaseException: what one of them raised.
-        """
+        """Wait until all jobs are done. Raises the error of a job that failed."""
         wait(self._jobs)
         self._jobs.clear()
         self.check()
@@ -76,13 +67,13 @@ def _copies(device: torch.device) -> torch.cuda.Stream:
 
 
 def to_host(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
-    """Begin to copy tensors to the host, beside what a GPU computes next.
+    """Start to copy tensors to the host, beside what a GPU computes next.
 
     Args:
-        tensors: not to be changed in place before the copies are there.
+        tensors: not to be changed in place before the copies are complete.
 
     Returns:
-        What waits for the copies and gives them; for any thread.
+        Function that waits for the copies and returns them; for any thread.
     """
     device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
     if device is None:
@@ -94,9 +85,9 @@ def to_host(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
         host = {name: pinned[name].copy_(tensor, non_blocking=True) for name, tensor in tensors.items()}
         done.record(stream)
 
-    def there() -> dict[str, Tensor]:
+    def copied() -> dict[str, Tensor]:
         done.synchronize()
-        tensors.clear()  # kept until now, so that their memory was nobody else's
+        tensors.clear()  # kept until now, so that their memory is not reused
         return host
 
-    return there
+    return copied

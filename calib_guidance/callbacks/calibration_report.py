@@ -41,6 +41,10 @@ class CalibrationReport(L.Callback):
     def __init__(self, plots: bool = True):
         self.plots = plots
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        # The table of this report has the same numbers as Lightning's.
+        trainer.validate_loop.verbose = trainer.test_loop.verbose = False
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
             self._report("val", trainer, pl_module)

@@ -1,9 +1,8 @@
-"""Training checkpoints that survive being interrupted while they are written."""
+"""Training checkpoints that survive an interruption while they are written."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +12,11 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
-from calib_guidance.backend.atomic import atomic_write
+from calib_guidance.backend.atomic import atomic_write, link_or_copy
 from calib_guidance.weights.io import CheckpointError
 
 
-def _whole(path: Path) -> bool:
+def _is_sound(path: Path) -> bool:
     """Whether every part of a checkpoint can be read and has the checksum that was stored with it."""
     try:
         with zipfile.ZipFile(path) as file:
@@ -27,15 +26,14 @@ def _whole(path: Path) -> bool:
 
 
 def previous_checkpoint(path: str | os.PathLike[str]) -> Path:
-    """Where the checkpoint that ``path`` replaced is kept."""
+    """Path of the checkpoint that ``path`` replaced."""
     return Path(f"{path}.previous")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint completely or not at all, and keeps the one that it replaces.
+    """Writes checkpoints atomically, and keeps the one that is replaced as ``NAME.previous``.
 
-    A checkpoint goes to a temporary file beside its place, is forced to the disk and renamed; the one that was there before
-    stays as ``NAME.previous``. Loading one that is truncated or damaged takes the previous one, with a warning.
+    If a checkpoint fails its checksums, loading warns and takes the previous one.
     """
 
     def save_checkpoint(
@@ -48,22 +46,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         with atomic_write(path) as file:
             torch.save(checkpoint, file)
             file.flush()  # a full disk shows here, before the previous checkpoint goes
-            self._keep(path)
-
-    @staticmethod
-    def _keep(path: Path) -> None:
-        """Keep the checkpoint at ``path`` as the previous one, without a moment in which ``path`` is missing."""
-        if not zipfile.is_zipfile(
-            path
-        ):  # nothing there, or a truncated one, which must not replace a good previous one
-            return
-        link = Path(f"{path}.{os.getpid()}.link")
-        link.unlink(missing_ok=True)
-        try:
-            os.link(path, link)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(path, link)
-        os.replace(link, previous_checkpoint(path))
+            if zipfile.is_zipfile(path):  # a truncated one must not replace a good previous one
+                link_or_copy(path, previous_checkpoint(path))
 
     def load_checkpoint(
         self,
@@ -72,15 +56,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
         weights_only = True if weights_only is None else weights_only  # an address would be unpickled otherwise
-        if "://" in str(path) or not Path(path).exists() or _whole(Path(path)):
+        if "://" in str(path) or not Path(path).exists() or _is_sound(Path(path)):
             return super().load_checkpoint(path, map_location, weights_only)
         previous = previous_checkpoint(path)
-        if not _whole(previous):
+        if not _is_sound(previous):
             raise CheckpointError(
-                f"{path} is truncated or damaged, and there is no earlier one to fall back to ({previous}): remove it and "
-                "start the run again without --ckpt_path"
+                f"{path} is corrupted, and there is no previous checkpoint ({previous}): remove it and restart the run without "
+                "--ckpt_path"
             )
-        rank_zero_warn(f"{path} is truncated or damaged: continuing from the checkpoint before it, {previous}")
+        rank_zero_warn(f"{path} is corrupted: resuming from the previous checkpoint, {previous}")
         return super().load_checkpoint(previous, map_location, weights_only)
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 import yaml
-from lightning.pytorch.cli import SaveConfigCallback
 from torch import Tensor
 
 from calib_guidance.backend.atomic import write_text
@@ -56,6 +57,12 @@ class ExportClassifier(L.Callback):
         self.best = math.inf
         self._seen: list[dict[str, Tensor]] = []
         self._weights: dict[str, Tensor] = {}
+        self._configured: dict[str, Any] | None = None
+
+    def configure_run(self, configuration: Mapping[str, Any]) -> None:
+        """Take the classifier's part of the configuration, which :meth:`on_validation_end` writes beside the weights."""
+        if "classifier" in configuration["model"].get("init_args", {}):
+            self._configured = json.loads(json.dumps(configuration["model"]["init_args"]["classifier"], default=str))
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage not in ("fit", "validate"):
@@ -135,14 +142,10 @@ class ExportClassifier(L.Callback):
         classifier = pl_module.classifier
         notes = classifier.weights_metadata | {"temperature": temperature}
         save_weights(self._weights, self.target, **notes)
-        description = _description(trainer)
-        if description is None:
+        if self._configured is None:
             return
-        description.setdefault("init_args", {})
-        description["init_args"] |= {
-            _WEIGHTS_OPTION[type(classifier).__name__]: str(self.target),
-            "temperature": temperature,
-        }
+        replaced = {_WEIGHTS_OPTION[type(classifier).__name__]: str(self.target), "temperature": temperature}
+        description = self._configured | {"init_args": self._configured.get("init_args", {}) | replaced}
         text = f"# `classifier:` of a predict configuration, written by calib-guidance {trainer.state.fn.value}.\n"
         write_text(self.target.with_suffix(".yaml"), text + yaml.safe_dump(description, sort_keys=False))
 
@@ -151,12 +154,3 @@ class ExportClassifier(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
-
-
-def _description(trainer: L.Trainer) -> dict[str, Any] | None:
-    """The classifier's part of the configuration; None where the trainer was not set up by the command line."""
-    for callback in trainer.callbacks:
-        if isinstance(callback, SaveConfigCallback):
-            config = yaml.safe_load(callback.parser.dump(callback.config, skip_none=False, skip_validation=True))
-            return config["model"]["init_args"]["classifier"]
-    return None

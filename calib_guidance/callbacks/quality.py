@@ -59,6 +59,7 @@ class SampleQuality(Measurement):
         self.measures = Measures(tuple(metrics), features, eval_classifier, k=k)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage != "predict":
             return
         device = trainer.strategy.root_device
@@ -102,7 +103,7 @@ class SampleQuality(Measurement):
         )
 
     def results(self, trainer: L.Trainer) -> dict[str, Any]:
-        folder = trainer.datamodule.run_folder.extended()
+        folder = self.context.store.extended()
         if not any(folder.record(shard)["rows"] for shard in folder.shards()):
             return {"notes": ["quality not measured: all samples failed"]}
         images = open_images(folder.path)

@@ -1,4 +1,4 @@
-"""SLURM's pre-emption, answered between two steps."""
+"""SLURM preemption, handled between two steps."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-_EVERY = 5  # steps between two looks: the devices have to agree, which makes them wait for each other
+_EVERY = 5  # steps: the devices must agree, so they wait for each other
 
 
 class RequeueBetweenSteps(L.Callback):
-    """Under SLURM, lets the answer to SIGUSR1 wait until a training step is done.
+    """Under SLURM, handles SIGUSR1 after a training step.
 
-    Lightning writes its checkpoint the moment that the signal comes, on each device on its own. In the middle of a step the batch
-    at hand would count as seen without having been learned from, and devices could be at different steps. Here the signal is
-    only noted, and within five steps all devices write the checkpoint together; then Lightning queues the job again, as it
-    does. A signal during validation waits for its end. ``calib-guidance fit`` always has it.
+    Lightning writes its checkpoint at the moment of the signal, on each device. In the middle of a step the current batch would
+    count as seen without having been learned from, and devices could be at different steps. Here the signal is only noted, and
+    within five steps all devices write the checkpoint together; then Lightning requeues the job. A signal during validation
+    waits for its end. ``calib-guidance fit`` always has this callback.
     """
 
     def __init__(self) -> None:

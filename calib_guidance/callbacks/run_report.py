@@ -1,7 +1,8 @@
-"""Ends a sampling run: a table, ``metrics.json`` and plots."""
+"""Report of a sampling run: a table, ``metrics.json`` and plots."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,19 @@ import lightning as L
 import torch
 
 from calib_guidance import __version__
-from calib_guidance.callbacks.measurement import Measurement
-from calib_guidance.callbacks.sample_writer import SampleWriter
+from calib_guidance.callbacks.measurement import kept_measurements, load_kept
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation.output import described, described_uncertainty, printed_table, write_json
-from calib_guidance.runs import RunFolder
-from calib_guidance.runs.integrity import ShardState
+from calib_guidance.runs.status import status_lines, survey
 
-_LISTED = 10  # shards or samples in a message
+log = logging.getLogger(__name__)
+_LISTED = 10  # samples in a message
 
 
-class RunReport(Measurement):
-    """Prints the table of metrics when all samples are made, and writes ``metrics.json`` and plots.
+class RunReport(L.Callback):
+    """Prints the table of a complete run and writes ``metrics.json`` and plots.
 
-    Results cover the complete run folder, however many runs and workers made it; until it is complete there are none.
+    The results of all measurements cover the complete folder, however many runs and workers made it; there are none before.
     Seconds per image are those of sampling on one device, without measuring and writing.
 
     Args:
@@ -32,39 +32,37 @@ class RunReport(Measurement):
     def __init__(self, plots: bool = True):
         self.plots = plots
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "predict" and self._writer(trainer) is None:
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if pl_module.context.store is None:
             raise ConfigurationError(
                 "RunReport reports what SampleWriter has written: add calib_guidance.callbacks.SampleWriter to trainer.callbacks"
             )
-
-    @staticmethod
-    def _writer(trainer: L.Trainer) -> SampleWriter | None:
-        return next((callback for callback in trainer.callbacks if isinstance(callback, SampleWriter)), None)
-
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Samples are missing, so an earlier report does not cover the complete folder.
         if trainer.is_global_zero:
             Path(trainer.default_root_dir, "metrics.json").unlink(missing_ok=True)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         # Not an epoch-end hook: a rank without batches gets none, and the results are collective.
-        if stage != "predict":
+        if stage != "predict" or pl_module.context.store is None:
             return
-        writer = self._writer(trainer)
+        context = pl_module.context
         trainer.strategy.barrier("all samples written")
-        run = writer.run.extended()
-        # As rank 0 sees it: file systems may show the others something older.
-        missing = trainer.strategy.broadcast([(shard, run.state(shard)) for shard in run.remaining()])
-        if missing:
+        run = context.store.extended()
+        state = survey(run)
+        # As rank 0 sees it: file systems may show the others an older state.
+        if not trainer.strategy.broadcast(state["complete"]):
             if trainer.is_global_zero:
-                self._print_missing(run, missing)
+                print("", *status_lines(state), "re-run to resume; the last worker prints the report", sep="\n")
             return
-        measurements = [callback for callback in trainer.callbacks if isinstance(callback, Measurement)]
-        writer.load_sums(trainer)
+        for name, measurement in kept_measurements(context).items():
+            if not load_kept(run, name, measurement):
+                log.warning(
+                    f"{type(measurement).__name__} is not in the report: some samples were made without it, or with other "
+                    "settings of it"
+                )
         results: dict[str, Any] = {}
         uncertainty: dict[str, Any] = {}
-        for measurement in measurements:
+        for measurement in context.measurements:
             found = measurement.results(trainer)
             uncertainty |= found.get("uncertainty", {})
             results |= found
@@ -79,21 +77,10 @@ class RunReport(Measurement):
         folder = Path(trainer.default_root_dir)
         path = folder / "metrics.json"
         write_json(path, results)
-        plots = [p for m in measurements for p in m.draw(folder / "plots", trainer)] if self.plots else []
+        plots = [p for m in context.measurements for p in m.draw(folder / "plots", trainer)] if self.plots else []
         predictions = ["predictions.npz"] if "classifier_accuracy" in results else []
         written = [run.samples, path, *(folder / name for name in (*predictions, "trajectory.npz", "config.yaml"))]
         self._print(results, folder, [path for path in written if path.exists()], plots)
-
-    @staticmethod
-    def _print_missing(run: RunFolder, missing: list[tuple[range, ShardState]]) -> None:
-        """What is left, and who has it."""
-        left = sum(len(shard) for shard, _ in missing)
-        print(f"\n{left} of {run.num_requests} samples are not made yet. Their report comes when all are:")
-        for shard, state in missing[:_LISTED]:
-            print(f"  {shard.start} … {shard[-1]}: {state.name}, {state.reason}")
-        if len(missing) > _LISTED:
-            print(f"  and {len(missing) - _LISTED} shards more")
-        print("re-run to resume; the worker that makes the last sample prints the report")
 
     @staticmethod
     def _print(results: dict[str, Any], folder: Path, written: list[Path], plots: list[Path]) -> None:

@@ -1,4 +1,4 @@
-"""Writes samples as they are made."""
+"""Writes samples while the next ones are made."""
 
 from __future__ import annotations
 
@@ -26,32 +26,24 @@ from calib_guidance import __version__
 from calib_guidance.backend.images import UINT8_RULES, to_uint8
 from calib_guidance.callbacks.background import Background, to_host
 from calib_guidance.callbacks.clean_stop import CleanStop
-from calib_guidance.callbacks.identity import measurement_names, run_identity
-from calib_guidance.callbacks.measurement import Measurement
+from calib_guidance.callbacks.measurement import Measurement, kept_measurements
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.plots import sample_grid
 from calib_guidance.runs import RunFolder, read_table
+from calib_guidance.runs.context import UNREADABLE, ShardPart
+from calib_guidance.runs.identity import run_identity
+from calib_guidance.samplers import StepRecord
+from calib_guidance.tasks.retry import Samples
 
 log = logging.getLogger(__name__)
-UNREADABLE = "its image cannot be read"
-_FEWEST_BLOCKS, _MOST_BLOCKS = 5, 50  # of which a spread is taken, in memory at a time
 _WAITING = 2  # batches that are made and not in their shard yet
 
 
-def _png(image: np.ndarray) -> bytes:
-    """PNG of a uint8 image ``(C, H, W)``, grey or RGB."""
+def _png(image: np.ndarray) -> dict[str, Any]:
+    """Cell of an image column: PNG of a uint8 image ``(C, H, W)``, gray or RGB."""
     buffer = io.BytesIO()
     Image.fromarray(image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def _tensors(table: dict[str, np.ndarray]) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(column) for name, column in table.items()}
-
-
-def _join(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Rows of both; the shape of a row is not known where there are none."""
-    return np.concatenate([a, b]) if len(a) and len(b) else a if len(a) else b
+    return {"bytes": buffer.getvalue(), "path": None}
 
 
 def read_samples(folder: str | os.PathLike[str]) -> Iterator[dict[str, Tensor]]:
@@ -61,52 +53,79 @@ def read_samples(folder: str | os.PathLike[str]) -> Iterator[dict[str, Tensor]]:
         ``image`` uint8 ``(N, C, H, W)`` and every other column ``(N,)``: ``index``, ``label``, ``seed`` …
     """
     for path in sorted(Path(folder).glob("*.parquet")):
-        yield _tensors(read_table(path))
+        yield {name: torch.from_numpy(column) for name, column in read_table(path).items()}
 
 
-class _Made(NamedTuple):
+class _Batch(NamedTuple):
     """A batch on its way into its shard.
 
     Attributes:
-        shard, rows: what it is of, and the requests that were asked for with it.
+        part: of the shard.
         columns: waits for ``image`` uint8 ``(N, C, H, W)`` and the columns beside it.
-        wrong: ``{index, step, reason, configuration}`` of samples that could not be made.
-        seconds: that it took.
-        sums: waits for those of the shard, of which this is the last batch; None with the others.
-        at: when it was made, on the clock of time.monotonic.
+        failed: ``{index, step, reason, configuration}`` of failed samples.
+        seconds: of sampling.
+        sums: waits for what measurements keep of the shard; None unless this is its last batch.
+        finished: when it was made, on the clock of time.monotonic.
     """
 
-    shard: range
-    rows: range
+    part: ShardPart
     columns: Callable[[], dict[str, Tensor]]
-    wrong: list[dict[str, Any]]
+    failed: list[dict[str, Any]]
     seconds: float
     sums: Callable[[], dict[str, Tensor]] | None
-    at: float
+    finished: float
+
+
+class _Shard:
+    """Samples of the current shard, which the background thread collects."""
+
+    def __init__(self) -> None:
+        self.columns: dict[str, list[Any]] = {"image": []}
+        self.failed: list[dict[str, Any]] = []
+        self.seconds = 0.0
+
+    def add(self, batch: _Batch) -> None:
+        """Add a batch, its images as PNG."""
+        columns = batch.columns()
+        images = columns.pop("image").numpy()
+        for key, column in columns.items():
+            self.columns.setdefault(key, []).extend(column.tolist())
+        unread = set(batch.part.rows) - set(columns["index"].tolist()) - {sample["index"] for sample in batch.failed}
+        self.failed += [*batch.failed, *({"index": i, "step": None, "reason": UNREADABLE} for i in sorted(unread))]
+        self.seconds += batch.seconds
+        # Compressing releases Python's lock, and is most of what writing samples costs.
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            self.columns["image"] += pool.map(_png, images)
+
+    def table(self) -> pa.Table:
+        """The samples, as ``datasets`` reads them."""
+        features = {key: datasets.Value("int64") for key in self.columns if key != "image"}
+        schema = datasets.Features(features | {"image": datasets.Image()}).arrow_schema
+        return pa.Table.from_pydict(self.columns, schema=schema)
 
 
 class SampleWriter(Measurement):
-    """Keeps the samples of a run in shards, each written once and whole: a run can be stopped at any instant and goes on.
+    """Writes the samples of a run in shards, each once and atomically: a run that is stopped at any instant can be resumed.
 
-    The images are what the module's predict step returns as ``image``; its further columns and those of the requests, all whole
-    numbers, are written beside them. See :class:`~calib_guidance.runs.RunFolder` for what the folder holds;
+    The images are the ``image`` of the predict step; its further columns and those of the requests, all integers, are written
+    beside them. See :mod:`calib_guidance.runs.store` for the files of the folder;
     ``datasets.load_dataset("parquet", data_files="FOLDER/samples/*.parquet")`` reads it.
 
-    Copies to the host, encoding and writing go on beside the next batch, two batches behind at most. Given again, the same
-    command does what is left, with any number of devices and any batch size; several that know nothing of
-    each other may work at the same time. Whatever would change pixels is refused, but more samples are made as asked.
+    Copies to the host, encoding and writing run beside the next batch, two batches behind at most. Re-running the command
+    resumes the run, with any number of devices and any batch size; independent jobs may work at the same time. A configuration
+    that would change pixels is rejected; more samples extend the run.
 
     Args:
         folder: of the run; the trainer's default_root_dir by default.
         uint8_rule: see :func:`calib_guidance.backend.images.to_uint8`.
         restart: remove an earlier run from the folder first, with its samples.
-        lease: seconds after which a worker that gives no sign of life is dead, and its shard another's.
+        lease: seconds after which a worker without a sign of life is dead, and its shard is reclaimed.
         stop_within: seconds within which SIGTERM, SIGUSR1 or Ctrl-C are answered, see
             :class:`~calib_guidance.callbacks.clean_stop.CleanStop`.
 
     Raises:
-        ConfigurationError: an unknown rule, a lease or a ``stop_within`` that is no time; before sampling, a folder that cannot
-            be written or holds the samples of another configuration.
+        ConfigurationError: an unknown rule, or a lease or ``stop_within`` out of range; before sampling, a folder that cannot be
+            written or holds the samples of another configuration.
     """
 
     def __init__(
@@ -126,7 +145,7 @@ class SampleWriter(Measurement):
         self.run: RunFolder | None = None
         self._background: Background | None = None
         self._unfinished: range | None = None  # a shard of which batches are made, and not yet the last
-        self._given_up: range | None = None
+        self._abandoned: range | None = None
 
     def target(self, trainer: L.Trainer) -> Path:
         """The folder of the run."""
@@ -136,7 +155,7 @@ class SampleWriter(Measurement):
         """Whether the folder holds a run, of whatever configuration.
 
         Raises:
-            ConfigurationError: it cannot be gone on with: its run.json is missing or damaged.
+            ConfigurationError: a run that cannot be resumed: its run.json is missing or corrupted.
         """
         run = RunFolder(self.target(trainer), 1, 1, self.lease)
         if not self.restart:
@@ -144,16 +163,20 @@ class SampleWriter(Measurement):
         return (run.path / "run.json").exists()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage != "predict":
             return
         pl_module.check()  # nothing of an earlier run is touched for a configuration that cannot run
         self._check_writable(self.target(trainer))
         self.run = self._begin(trainer, pl_module)
         remaining = self.run.remaining(verify=True)
-        self._tell(remaining)
-        trainer.datamodule.run_folder, trainer.datamodule.remaining = self.run, remaining
-        if hasattr(pl_module, "observers"):  # a batch may take longer than the lease
-            pl_module.observers += [lambda record: self.run.claims.renew(), self.stop]
+        self._log_state(remaining)
+        self.context.open(self.run, remaining)
+        self.context.observe(self._observe)
+
+    def _observe(self, record: StepRecord) -> None:
+        self.run.claims.renew()  # a batch may take longer than the lease
+        self.stop(record)
 
     @staticmethod
     def _check_writable(folder: Path) -> None:
@@ -164,13 +187,18 @@ class SampleWriter(Measurement):
         except OSError as error:
             raise ConfigurationError(
                 f"the output folder {folder} cannot be written ({error.strerror or error}): set trainer.default_root_dir "
-                "to one that can"
+                "to a folder that can"
             ) from error
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> RunFolder:
-        path, requests = self.target(trainer), trainer.datamodule
-        identity = run_identity(trainer, pl_module, self.uint8_rule)
-        # Not where a launcher starts a worker anew, that is in the middle of the run.
+        path, requests, configuration = self.target(trainer), trainer.datamodule, self.context.configuration
+        if configuration is None or trainer.fast_dev_run:
+            raise ConfigurationError(
+                "SampleWriter stores the configuration with the samples, and has none: sample with `calib-guidance predict`, "
+                "or with calib_guidance.cli.commands.main from Python, without fast_dev_run"
+            )
+        identity = run_identity(configuration, pl_module.networks(), str(trainer.precision), self.uint8_rule)
+        # Not where a launcher restarts a worker in the middle of the run.
         if self.restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             trainer.strategy.barrier("the earlier run is still there")
             if trainer.is_global_zero:
@@ -183,193 +211,124 @@ class SampleWriter(Measurement):
         run.begin(identity, versions)
         return run
 
-    def _tell(self, remaining: list[range]) -> None:
-        """What there is already, where there is something."""
-        done = len(self.run.shards()) - len(remaining)
-        if done:
-            rank_zero_info(f"{self.run.path}: {done} of {len(self.run.shards())} shards are done")
-        if (there := self.run.extended().num_requests) > self.run.num_requests:
-            rank_zero_info(f"{self.run.path} is a run of {there} samples: all of them stay, and are reported on")
+    def _log_state(self, remaining: list[range]) -> None:
+        """Log what is in the folder, if anything is."""
+        path, shards = self.run.path, self.run.shards()
+        if done := len(shards) - len(remaining):
+            rank_zero_info(f"{path}: {done} of {len(shards)} shards are done")
+        if (count := self.run.extended().num_requests) > self.run.num_requests:
+            rank_zero_info(f"{path} is a run of {count} samples: all of them are kept and reported on")
         for shard in remaining:
             if (state := self.run.state(shard, verify=True)).name == "corrupted":
-                log.warning(f"{self.run.path}: samples {shard.start} … {shard[-1]} are regenerated: {state.reason}")
-        if foreign := self.run.foreign():
-            names = ", ".join(str(path.relative_to(self.run.path)) for path in foreign[:5])
-            log.warning(
-                f"{self.run.path}: {len(foreign)} files belong to no shard, and are not counted: {names}"
-                f"{' …' if len(foreign) > 5 else ''}"
-            )
-
-    def _forget(self) -> None:
-        """Begin a shard, in the background."""
-        self._columns: dict[str, list[Any]] = {"image": []}
-        self._left_out: list[dict[str, Any]] = []
-        self._seconds = 0.0
+                log.warning(f"{path}: samples {shard.start} … {shard[-1]} are regenerated: {state.reason}")
+        if foreign := [str(file.relative_to(path)) for file in self.run.foreign()]:
+            names = f"{', '.join(foreign[:5])}{' …' if len(foreign) > 5 else ''}"
+            log.warning(f"{path}: {len(foreign)} files belong to no shard, and are not counted: {names}")
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.stop.install(trainer)
-        self.measurements = measurement_names(trainer)  # not in setup, where some may not have been set up themselves
-        for measurement in self.measurements.values():
+        self.kept = kept_measurements(self.context)  # not in setup, before others have registered
+        for measurement in self.kept.values():
             measurement.reset()
         device = trainer.strategy.root_device
         self._device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        self._background, self._unfinished, self._given_up = Background(_WAITING), None, None
-        self._forget()
+        self._background, self._shard = Background(_WAITING), _Shard()
+        self._unfinished = self._abandoned = None
 
     def on_predict_batch_start(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        batch: dict[str, Tensor],
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._background.check()
         self.run.claims.renew()
-        loader = trainer.predict_dataloaders
-        self.stop.begin(loader.shard.stop - loader.rows.start)
+        self.stop.begin(batch["shard"].num_left)
         self._started = time.perf_counter()
 
     def on_predict_batch_end(
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        outputs: dict[str, Tensor],
-        batch: dict[str, Tensor],
+        outputs: Samples,
+        batch: dict[str, Any],
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        # The step has asked the device whether all is finite, so that the samples are there.
+        # The step has asked the device whether all is finite, so the samples are complete.
         seconds = time.perf_counter() - self._started
-        loader, rows = trainer.predict_dataloaders, batch | outputs
-        wrong = [sample._asdict() | {"configuration": self.run.fingerprint} for sample in pl_module.left_out]
-        if wrong:
-            bad, found = {sample["index"] for sample in wrong}, rows["index"].tolist()
-            kept = torch.tensor([row for row, index in enumerate(found) if index not in bad], dtype=torch.long)
-            rows = {key: column[kept.to(column.device)] for key, column in rows.items()}
-        for measurement in self.measurements.values():
+        part = batch["shard"]
+        rows = {key: column for key, column in batch.items() if key != "shard"} | outputs.columns
+        if failed := {sample.index for sample in outputs.failed}:
+            kept = [row for row, index in enumerate(rows["index"].tolist()) if index not in failed]
+            place = torch.tensor(kept, dtype=torch.long)
+            rows = {key: column[place.to(column.device)] for key, column in rows.items()}
+        for measurement in self.kept.values():
             measurement.finished(rows["image"], rows["label"])
-        last = loader.rows.stop == loader.shard.stop
         columns = to_host(rows | {"image": to_uint8(rows["image"], self.uint8_rule)})
-        sums = self._sums() if last else None
-        made = _Made(loader.shard, loader.rows, columns, wrong, seconds, sums, time.monotonic())
+        named = [sample._asdict() | {"configuration": self.run.fingerprint} for sample in outputs.failed]
+        sums = self._take_sums() if part.is_last else None
+        made = _Batch(part, columns, named, seconds, sums, time.monotonic())
         self._background.give(lambda: self._keep(made))
-        self._unfinished = None if last else loader.shard
-        self.stop.end(len(loader.rows), self._background.finish)
+        self._unfinished = None if part.is_last else part.shard
+        self.stop.end(len(part.rows), self._background.finish)
 
-    def _sums(self) -> Callable[[], dict[str, Tensor]]:
+    def _take_sums(self) -> Callable[[], dict[str, Tensor]]:
         """What measurements keep of the shard, which they forget."""
         sums = {
             f"{name}.{key}": value.detach().clone()
-            for name, measurement in self.measurements.items()
+            for name, measurement in self.kept.items()
             for key, value in (measurement.sums() | measurement.rows()).items()
         }
-        for measurement in self.measurements.values():
+        for measurement in self.kept.values():
             measurement.reset()
         return to_host(sums)
 
-    def _keep(self, made: _Made) -> None:
-        """Take a batch into its shard, in the background, and write the shard with its last one."""
-        if made.shard == self._given_up:
+    def _keep(self, batch: _Batch) -> None:
+        """Add a batch to its shard, in the background, and write the shard with its last batch."""
+        if batch.part.shard == self._abandoned:
             return
-        columns = made.columns()
-        images = columns.pop("image").numpy()
-        found = {key: column.tolist() for key, column in columns.items()}
-        for key, column in found.items():
-            self._columns.setdefault(key, []).extend(column)
-        unread = set(made.rows) - set(found["index"]) - {sample["index"] for sample in made.wrong}
-        self._left_out += [*made.wrong, *({"index": i, "step": None, "reason": UNREADABLE} for i in sorted(unread))]
-        self._seconds += made.seconds
-        # Compressing lets go of Python's lock, and is most of what keeping samples costs.
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            self._columns["image"] += [{"bytes": png, "path": None} for png in pool.map(_png, images)]
+        self._shard.add(batch)
         self.run.claims.renew()  # the main thread may be waiting for this one
-        if made.sums is not None:
-            self._write(made.shard, made.sums())
-            self.stop.behind = time.monotonic() - made.at
+        if batch.sums is not None:
+            self._write(batch.part.shard, batch.sums())
+            self.stop.behind = time.monotonic() - batch.finished
 
     def _write(self, shard: range, sums: dict[str, Tensor]) -> None:
-        features = {key: datasets.Value("int64") for key in self._columns if key != "image"}
-        schema = datasets.Features(features | {"image": datasets.Image()}).arrow_schema
-        table = pa.Table.from_pydict(self._columns, schema=schema)
+        made, self._shard = self._shard, _Shard()
         arrays = {name: value.numpy() for name, value in sums.items()}
-        if not self.run.write(shard, table, arrays, self._left_out, self._seconds, self._device):
+        if not self.run.write(shard, made.table(), arrays, made.failed, made.seconds, self._device):
             log.warning(
                 f"samples {shard.start} … {shard[-1]} were reclaimed by another worker, which took this one for dead: raise "
                 f"the SampleWriter's lease ({self.lease:g} s) above the seconds of a batch"
             )
-        self._forget()
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._background.finish()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._given_up = self._unfinished
+        self._abandoned = self._unfinished
         self._release()
         if (error := self._background and self._background.error) not in (None, exception):
-            log.error(f"what was made last is not written: {error}")
+            log.error(f"the last samples are not written: {error}")
         self.stop.requeue()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._release()
         if stage == "predict":
-            self.stop.install(trainer)  # where nothing was left to sample, and a report follows
+            self.stop.install(trainer)  # if nothing was left to sample, and a report follows
 
     def _release(self) -> None:
-        """Let others have what is not finished, when shards that are made have been written."""
+        """Release unfinished shards, after those that are made have been written."""
         if self._background is not None:
             self._background.close()
         if self.run is not None:
             self.run.claims.release()
 
-    def results(self, trainer: L.Trainer) -> dict[str, object]:
+    def results(self, trainer: L.Trainer) -> dict[str, Any]:
         run = self.run.extended()
         records = [run.record(shard) for shard in run.shards()]
-        requested = sum(record["requested"] for record in records)
-        left_out = [sample for record in records for sample in record["failed"]]
-        return {
-            "num_samples": sum(record["rows"] for record in records),
-            "uint8_rule": self.uint8_rule,
-            "seconds_per_image": sum(record["seconds"] for record in records) / requested,
-            **({"failed": left_out} if left_out else {}),
-        }
-
-    def load_sums(self, trainer: L.Trainer) -> None:
-        """Give every measurement what is kept of the whole folder, or nothing where some shard was made without it."""
-        run, measurements = self.run.extended(), measurement_names(trainer)
-        joined = {f"{name}.{key}" for name, measurement in measurements.items() for key in measurement.rows()}
-        added = {f"{name}.{key}" for name, measurement in measurements.items() for key in measurement.sums()}
-        totals: dict[str, np.ndarray] = {}
-        shards = run.shards()
-        num_blocks = min(len(shards), _MOST_BLOCKS)
-        blocks: list[dict[str, np.ndarray]] = [{} for _ in range(num_blocks)]
-        for number, shard in enumerate(shards):
-            kept = run.read_sums(shard)
-            block = blocks[number * num_blocks // len(shards)]
-            for key in added & kept.keys():
-                fits = key in block and block[key].shape == kept[key].shape
-                block[key] = block[key] + kept[key] if fits else kept[key]
-            both = totals.keys() & kept.keys() if number else set()
-            totals = {
-                **({} if number else kept),
-                **{key: totals[key] + kept[key] for key in both - joined if totals[key].shape == kept[key].shape},
-                **{key: _join(totals[key], kept[key]) for key in both & joined},
-            }
-        for name, measurement in measurements.items():
-            measurement.reset()
-            expected = measurement.sums() | measurement.rows()
-            found = {key: torch.from_numpy(totals[f"{name}.{key}"]) for key in expected if f"{name}.{key}" in totals}
-            if found.keys() == expected.keys():
-                measurement.load(found)
-                if num_blocks >= _FEWEST_BLOCKS:
-                    names = {key: f"{name}.{key}" for key in measurement.sums()}
-                    sums = {key: np.stack([block[full] for block in blocks]) for key, full in names.items()}
-                    measurement.load_blocks({key: torch.from_numpy(value) for key, value in sums.items()})
-            else:
-                log.warning(
-                    f"{type(measurement).__name__} is left out of the report: some samples were made without it, or with other "
-                    "settings of it"
-                )
+        requested, rows, seconds = (sum(r[key] for r in records) for key in ("requested", "rows", "seconds"))
+        failed = [sample for record in records for sample in record["failed"]]
+        found = {"num_samples": rows, "uint8_rule": self.uint8_rule, "seconds_per_image": seconds / requested}
+        return found | ({"failed": failed} if failed else {})
 
     def draw(self, folder: Path, trainer: L.Trainer) -> list[Path]:
         run = self.run.extended()

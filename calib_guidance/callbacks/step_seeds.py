@@ -1,4 +1,4 @@
-"""Randomness of training that a restart does not change."""
+"""Random numbers of training that a restart does not change."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from calib_guidance.data.loading import hashed
 class StepSeeds(L.Callback):
     """Seeds torch's generators before every training step with a function of (seed, rank, epoch, batch).
 
-    A resumed run then draws the noise and the dropout that the uninterrupted one would have drawn, whatever else has used
-    the generators in between. ``calib-guidance fit`` always has it.
+    A resumed run draws the same noise and dropout as the uninterrupted one, whatever else has used the generators in between.
+    ``calib-guidance fit`` always has this callback.
     """
 
     def __init__(self) -> None:

@@ -37,13 +37,14 @@ class TrajectoryMeasurement(Measurement, BufferedObserver):
         """The metric for a trajectory of so many steps, of ``sums`` that are not to be synchronised: every rank has all."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage == "predict":
             pl_module.check()
             levels = pl_module.sampler.levels(pl_module.denoiser)
             self.t, self.num_train_steps = levels.times.tolist(), levels.num_train_steps
             self.metric = self.build(len(self.t)).to(trainer.strategy.root_device)
             self.noted: list[tuple[int, list[Tensor]]] = []
-            pl_module.observers.append(self)
+            self.context.observe(self)
 
     def __call__(self, record: StepRecord) -> None:
         if (terms := self.terms(record)) is not None:

@@ -20,7 +20,7 @@ from calib_guidance.samplers import BufferedObserver, StepRecord
 
 
 class _Noted(NamedTuple):
-    """What one step showed of the chosen samples in hand: their rows, classes, x̂0 and gradients."""
+    """What one step showed of the chosen samples of the current batch: their rows, classes, x̂0 and gradients."""
 
     rows: list[int]
     label: Tensor
@@ -33,7 +33,7 @@ class TrajectoryStrips(Measurement, BufferedObserver):
 
     ``trajectory.npz`` in the folder of the run holds ``index`` and ``label`` ``(k,)``, ``t`` ``(steps,)`` from noise to image,
     ``x0`` uint8 ``(k, steps, C, H, W)`` as it is decoded, and ``gradient`` float32 ``(k, steps, C', H', W')``, ∇S where the
-    sampler is given it, NaN at steps where no classifier ran. Samples that were left out are not in it.
+    sampler is given it, NaN at steps where no classifier ran. Failed samples are not in it.
 
     Whoever makes one of the samples keeps it with its shard, so that what is in the file does not depend on batches, workers
     or restarts. Each sample takes 5 bytes for each number of each step.
@@ -55,19 +55,20 @@ class TrajectoryStrips(Measurement, BufferedObserver):
         self.reset()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage != "predict":
             return
         pl_module.check()
         times = pl_module.sampler.levels(pl_module.denoiser).times
         kept = np.unique(np.linspace(len(times) - 1, 0, min(self.steps, len(times))).round().astype(int))[::-1]
         self.t, self.places = times[kept], {int(i): place for place, i in enumerate(kept)}
-        self.module, self.noted = pl_module, {}
-        pl_module.observers.append(self)
+        self.decode, self.noted = pl_module.denoiser.decode, {}
+        self.context.observe(self)
 
     def __call__(self, record: StepRecord) -> None:
         if record.i not in self.places:
             return
-        rows = [row for row, index in enumerate(self.module.in_hand) if index in self.samples]
+        rows = [row for row, index in enumerate(self.context.indices) if index in self.samples]
         if not rows:
             return
 
@@ -75,7 +76,7 @@ class TrajectoryStrips(Measurement, BufferedObserver):
             return torch.stack([tensor[row] for row in rows])
 
         with torch.no_grad():
-            x0 = to_uint8(self.module.denoiser.decode(chosen(record.guided.prediction.x0)))
+            x0 = to_uint8(self.decode(chosen(record.guided.prediction.x0)))
         gradient = record.guided.aux.gradient
         gradient = torch.full_like(chosen(record.x_t), torch.nan) if gradient is None else chosen(gradient)
         # Of a step that is repeated, the last time.
@@ -83,7 +84,7 @@ class TrajectoryStrips(Measurement, BufferedObserver):
 
     def count(self, rows: slice | Tensor) -> None:
         if len(self.noted) == len(self.places):  # else memory ran out on the way
-            kept = set(range(len(self.module.in_hand))[rows] if isinstance(rows, slice) else rows.tolist())
+            kept = set(range(len(self.context.indices))[rows] if isinstance(rows, slice) else rows.tolist())
             steps = [self.noted[place] for place in range(len(self.places))]
             x0, gradient = (
                 torch.stack([step.x0 for step in steps], 1),
@@ -91,7 +92,7 @@ class TrajectoryStrips(Measurement, BufferedObserver):
             )
             for k, row in enumerate(steps[0].rows):
                 if row in kept:
-                    index = torch.tensor(self.module.in_hand[row])
+                    index = torch.tensor(self.context.indices[row])
                     one = {"index": index, "label": steps[0].label[k], "x0": x0[k], "gradient": gradient[k]}
                     self._kept.append({name: value.cpu() for name, value in one.items()})
         self.noted.clear()

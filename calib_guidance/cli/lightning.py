@@ -12,8 +12,9 @@ import re
 import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import jsonargparse
 import lightning as L
@@ -24,11 +25,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero
 
 from calib_guidance.backend.threads import set_threads
-from calib_guidance.callbacks import CalibrationReport, RequeueBetweenSteps, SampleWriter, StepSeeds
+from calib_guidance.callbacks import RequeueBetweenSteps, StepSeeds
 from calib_guidance.callbacks.checkpoint_io import AtomicCheckpointIO
-from calib_guidance.callbacks.sample_writer import UNREADABLE
 from calib_guidance.cli.configs import expand_bases
 from calib_guidance.errors import ConfigurationError, FailedSamplesError
+from calib_guidance.tasks.retry import FaultTolerant
 from calib_guidance.weights.io import CheckpointError
 
 # Imported so that configurations can name their classes without a module: `sampler: DDIM`.
@@ -154,6 +155,14 @@ def subclasses_listed_once() -> Iterator[None]:
         setattr(hints, name, original)
 
 
+@runtime_checkable
+class StoresConfiguration(Protocol):
+    """A model or callback that stores the resolved configuration with its output."""
+
+    def configure_run(self, configuration: Mapping[str, Any]) -> None:
+        """Take the configuration, before the run."""
+
+
 class CalibGuidanceCLI(LightningCLI):
     """LightningCLI with what sampling needs set: any module and data class, gradients inside predict."""
 
@@ -192,8 +201,6 @@ class CalibGuidanceCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, object]:
         """Lets ``--ckpt_path last`` also find what was written when SLURM took the nodes away, where that is newer."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        if any(isinstance(callback, CalibrationReport) for callback in self.trainer.callbacks) and "verbose" in kwargs:
-            kwargs["verbose"] = False  # it prints the same figures in one table
         if kwargs.get("ckpt_path") == "last":
             folders = [Path(callback.dirpath) for callback in self.trainer.checkpoint_callbacks if callback.dirpath]
             last = [path for folder in folders for path in folder.glob("last*.ckpt")]
@@ -204,25 +211,26 @@ class CalibGuidanceCLI(LightningCLI):
         return kwargs
 
     def after_predict(self) -> None:
-        """Lets the exit status say that samples were left out. Images that cannot be read are bounded by ``max_corrupt``."""
-        writer = next((callback for callback in self.trainer.callbacks if isinstance(callback, SampleWriter)), None)
-        if writer is None or not self.trainer.is_global_zero:
+        """Raise for failed samples, so that the exit status tells of them. ``max_corrupt`` bounds unreadable images."""
+        if not (isinstance(self.model, FaultTolerant) and self.trainer.is_global_zero):
             return
-        run = writer.run.extended()
-        left_out = [] if run.remaining() else [s for s in run.failed() if s["reason"] != UNREADABLE]
-        if left_out:
-            listed = ", ".join(str(sample["index"]) for sample in left_out[:10])
+        if failed := [str(sample["index"]) for sample in self.model.context.failed()]:
             raise FailedSamplesError(
-                f"{len(left_out)} samples failed: {listed}{' …' if len(left_out) > 10 else ''} "
-                f"(calib-guidance status {run.path} lists the reasons)"
+                f"{len(failed)} samples failed: {', '.join(failed[:10])}{' …' if len(failed) > 10 else ''} "
+                f"(calib-guidance status {self.model.context.store.path} lists the reasons)"
             )
 
     def instantiate_classes(self) -> None:
+        """Build all parts, and give the resolved configuration to those that store it with their output."""
         try:
             with subclasses_listed_once():
                 super().instantiate_classes()
         except (ValueError, RuntimeError, ImportError, OSError) as error:
             raise ConfigurationError(str(innermost(error))) from error
+        configuration = self.config.get(str(self.subcommand), self.config).as_dict()
+        for part in (self.model, *self.trainer.callbacks):
+            if isinstance(part, StoresConfiguration):
+                part.configure_run(configuration)
 
 
 def run_lightning(argv: Sequence[str], cli: type[CalibGuidanceCLI] = CalibGuidanceCLI) -> CalibGuidanceCLI:

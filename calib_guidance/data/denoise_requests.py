@@ -11,7 +11,7 @@ from calib_guidance.errors import ConfigurationError
 
 
 class _Requests:
-    """Apart from the data module, whose trainer no loading process needs."""
+    """Requests without the data module, whose trainer the reading processes do not need."""
 
     def __init__(self, images: Dataset, draws_per_image: int, num_classes: int, seed: int):
         self.images, self.draws_per_image, self.num_classes, self.seed = images, draws_per_image, num_classes, seed
@@ -47,10 +47,10 @@ class DenoiseRequests(RequestData):
         draws_per_image: how often every image is denoised.
         seed: of every request, ≥ 0; a denoised image is a function of (configuration, seed, index) alone.
         batch_size: images per batch and device.
-        shard_size: images that are written together; what is not written is lost when a run is stopped. None takes that of
+        shard_size: images that are written together; a run that stops loses the images of unwritten shards. None takes that of
             the folder, or the batch size.
         num_workers: processes per device that read images; 0 reads in the main one.
-        max_corrupt: share of the images that may be unreadable, in [0, 1]. They are left out, and named.
+        max_corrupt: fraction of the images that may be unreadable, in [0, 1]. They are skipped and named.
 
     Raises:
         ConfigurationError: numbers out of range, a data set without images, or, when it is read, a label outside

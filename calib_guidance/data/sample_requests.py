@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from calib_guidance.diffusion.rng import random_label
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.runs import RunFolder
+from calib_guidance.runs.context import SamplingContext, ShardPart
 
 POLICIES = ("balanced", "uniform")
 
@@ -28,82 +26,67 @@ class Requests(Protocol):
     def __getitem__(self, index: int) -> dict[str, int | Tensor]: ...
 
 
-def _collate(items: list[dict[str, int | Tensor]]) -> dict[str, object]:
-    """One batch, with the paths of what cannot be read as ``corrupt``."""
-    good = [item for item in items if "corrupt" not in item]
-    corrupt = [item["corrupt"] for item in items if "corrupt" in item]
-    return (default_collate(good) if good else {}) | ({"corrupt": corrupt} if corrupt else {})
+class _Batches(Dataset):
+    """One batch of requests for each part of a shard."""
+
+    def __init__(self, requests: Requests):
+        self.requests = requests
+
+    def __getitem__(self, part: ShardPart) -> dict[str, Any]:
+        items = [self.requests[index] for index in part.rows]
+        good = [item for item in items if "corrupt" not in item]
+        corrupt = [item["corrupt"] for item in items if "corrupt" in item]
+        batch = (default_collate(good) if good else {}) | ({"corrupt": corrupt} if corrupt else {})
+        return batch | {"shard": part}
+
+
+def _unchanged(batch: dict[str, Any]) -> dict[str, Any]:
+    return batch
+
+
+def cut(rows: range, size: int) -> list[range]:
+    """Consecutive pieces of ``size``; the last may be shorter."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 class ShardLoader:
     """Batches of the shards that this worker takes, each cut from the shard's start.
 
-    The composition of a batch depends on the sizes of batches and shards alone, not on who makes it, nor when.
+    The composition of a batch depends on the sizes of batches and shards alone, not on the worker or the time.
 
     Args:
         requests: all of them.
-        batch_size: requests per batch; the last of a shard may be smaller.
-        take: gives the shards to be made; asked for the next one when the batches of the last have been used, or, where
-            processes read ahead, when they are read.
-        take_over: gives shards that other workers have left, when those are done.
-        longest: the most batches that this may become.
+        batch_size: requests per batch; the last batch of a shard may be smaller.
+        context: gives the shards; the next one when the batches of the last have been used, or are read by processes.
         num_workers: processes that read requests.
-
-    Attributes:
-        shard, rows: what the last batch is of, and the requests that were asked for with it.
     """
 
-    def __init__(
-        self,
-        requests: Requests,
-        batch_size: int,
-        take: Callable[[], Iterable[range]],
-        take_over: Callable[[], Iterable[range]],
-        longest: int,
-        num_workers: int = 0,
-    ):
-        self.requests, self.batch_size, self.longest, self.num_workers = requests, batch_size, longest, num_workers
-        self.take, self.take_over = take, take_over
-        self.shard = self.rows = range(0)
+    def __init__(self, requests: Requests, batch_size: int, context: SamplingContext, num_workers: int = 0):
+        self.requests, self.batch_size, self.context, self.num_workers = requests, batch_size, context, num_workers
 
     def __len__(self) -> int:
-        return self.longest
+        """The most batches that there may be."""
+        return sum(len(cut(shard, self.batch_size)) for shard in self.context.shards)
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        yield from self._batches(self.take(), self.num_workers)
-        # Not read ahead: taking over means waiting, and nothing of its own may lie unfinished meanwhile.
-        yield from self._batches(self.take_over(), 0)
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        yield from self._batches(self.context.take(), self.num_workers)
+        # Not read ahead: reclaiming means waiting, and no shard of this worker may lie unfinished meanwhile.
+        yield from self._batches(self.context.reclaim(), 0)
 
-    def _batches(self, shards: Iterable[range], num_workers: int) -> Iterator[dict[str, Tensor]]:
-        asked: deque[tuple[range, range]] = deque()
-
-        def rows() -> Iterator[range]:
-            for shard in shards:
-                for batch in cut(shard, self.batch_size):
-                    asked.append((shard, batch))
-                    yield batch
-
-        options = {"num_workers": num_workers, "collate_fn": _collate, "generator": torch.Generator()}
-        for batch in DataLoader(self.requests, batch_sampler=rows(), **options):
-            self.shard, self.rows = asked.popleft()
-            yield batch
-
-
-def cut(rows: range, size: int) -> list[range]:
-    """Consecutive pieces of ``size``, the last as long as is left."""
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
+    def _batches(self, shards: Iterable[range], num_workers: int) -> Iterator[dict[str, Any]]:
+        parts = (ShardPart(shard, rows) for shard in shards for rows in cut(shard, self.batch_size))
+        options = {"num_workers": num_workers, "collate_fn": _unchanged, "generator": torch.Generator()}
+        yield from DataLoader(_Batches(self.requests), sampler=parts, batch_size=None, **options)
 
 
 class RequestData(L.LightningDataModule):
-    """Requests in shards, which workers take from a :class:`~calib_guidance.runs.RunFolder`.
+    """Requests in shards, for a task that samples them.
 
     Attributes:
         requests: all of them.
         batch_size: requests per batch and device.
-        shard_size: requests per shard; None leaves it to the folder, and for a new one it is the batch size.
+        shard_size: requests per shard; None takes the shard size of the run folder, for a new one the batch size.
         num_workers: processes per device that read requests.
-        run_folder: set by :class:`~calib_guidance.callbacks.SampleWriter`; without one, ranks take batches in turn.
-        remaining: the shards of it that were not done when the run began.
     """
 
     requests: Requests
@@ -115,21 +98,18 @@ class RequestData(L.LightningDataModule):
         super().__init__()
         # A rank may find nothing left to do, which is fine here.
         self.allow_zero_length_dataloader_with_multiple_devices = True
-        self.run_folder: RunFolder | None = None
-        self.remaining: list[range] = []
 
     def __len__(self) -> int:
         return len(self.requests)
 
     def predict_dataloader(self) -> ShardLoader:
-        folder = self.run_folder
-        if folder is None:
-            rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-            blocks = cut(range(len(self)), self.batch_size)[rank::ranks]
-            return ShardLoader(self.requests, self.batch_size, lambda: blocks, tuple, len(blocks), self.num_workers)
-        longest = sum(len(cut(shard, self.batch_size)) for shard in self.remaining)
-        take = functools.partial(folder.take, self.remaining)
-        return ShardLoader(self.requests, self.batch_size, take, folder.reclaim, longest, self.num_workers)
+        """Batches of the shards that the context of the task gives; if nothing is written, ranks take batches in turn."""
+        trainer = self.trainer
+        context = trainer.lightning_module.context if trainer and trainer.lightning_module else SamplingContext()
+        if context.store is None:
+            rank, ranks = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+            context = SamplingContext(cut(range(len(self)), self.batch_size)[rank::ranks])
+        return ShardLoader(self.requests, self.batch_size, context, self.num_workers)
 
 
 def check_numbers(**values: tuple[int, int]) -> None:
@@ -149,8 +129,8 @@ class SampleRequests(RequestData):
             number for all, or the path of a text file with one class number per line.
         seed: of every sample, ≥ 0; a sample is a function of (configuration, seed, index) alone.
         batch_size: samples per batch and device.
-        shard_size: samples that are written together; what is not written is lost when a run is stopped. None takes that of
-            the folder, or the batch size.
+        shard_size: samples that are written together; a run that stops loses the samples of unwritten shards. None takes that
+            of the folder, or the batch size.
 
     Raises:
         ConfigurationError: numbers out of range, a class outside 0 … num_classes − 1, or a label file that does not fit.

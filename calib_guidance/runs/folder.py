@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors.numpy import save as save_arrays
 
 from calib_guidance.backend.atomic import create, link_or_copy, sync_folder
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.runs.claims import Claims, new_worker
 from calib_guidance.runs.identity import differences, new_run, read_run
 from calib_guidance.runs.integrity import ShardState, clean_up, foreign_files, shard_state
-from calib_guidance.runs.store import ShardStore, readable_json
+from calib_guidance.runs.store import ShardStore, canonical_json, readable_json, sha256
 
 
 class RunFolder(ShardStore):
@@ -194,7 +198,33 @@ class RunFolder(ShardStore):
         """
         if not self.claims.holds(shard):
             return False
-        self.write_shard(shard, table, sums, failed, seconds, device)
+        indices = sorted([*table["index"].to_pylist(), *(sample["index"] for sample in failed)])
+        if indices != list(shard):
+            raise ValueError(f"expected the samples of {shard}, got {indices}")
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        data = sink.getvalue().to_pybytes()
+        self.put(self.table_path(shard), data)
+        encoded = save_arrays({name: np.ascontiguousarray(array) for name, array in sums.items()}) if sums else None
+        if encoded is not None:
+            self.put(self.sums_path(shard), encoded)
+        record = {
+            "run": self.fingerprint,
+            "first": shard.start,
+            "requested": len(shard),
+            "rows": table.num_rows,
+            "failed": list(failed),
+            "sha256": sha256(data),
+            "bytes": len(data),
+            "sums_sha256": None if encoded is None else sha256(encoded),
+            "seconds": seconds,
+            "device": device,
+            "host": socket.gethostname(),
+            "worker": self.worker,
+            "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        record["checksum"] = sha256(canonical_json(record))
+        self.put(self.record_path(shard), readable_json(record))
         self.claims.release(shard)
         return True
 

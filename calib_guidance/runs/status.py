@@ -110,7 +110,7 @@ def _remaining(found: dict[str, Any]) -> str:
     return f"{left}: {_duration(found['seconds_left'])} {how}"
 
 
-def _lines(found: dict[str, Any]) -> list[str]:
+def status_lines(found: dict[str, Any]) -> list[str]:
     """Text of a :func:`survey`."""
     samples, shards = found["samples"], found["shards"]
     alive = {True: "alive", None: "alive or dead, its lease has not run out", False: "dead"}
@@ -168,7 +168,7 @@ def status(args: Sequence[str]) -> None:
         found = survey(RunFolder.open(options.folder), options.verify)
     except OSError as error:
         raise ConfigurationError(f"{options.folder} cannot be read: {error.strerror}: {error.filename}") from error
-    print(json.dumps(found, indent=1) if options.json else "\n".join(_lines(found)))
+    print(json.dumps(found, indent=1) if options.json else "\n".join(status_lines(found)))
     if not found["sound"]:
         raise SystemExit(3)
     if not found["complete"]:

@@ -22,18 +22,14 @@ import hashlib
 import io
 import json
 import os
-import socket
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 from safetensors.numpy import load as load_arrays
-from safetensors.numpy import save as save_arrays
 
 from calib_guidance.backend.atomic import atomic_write
 from calib_guidance.errors import RunError, StoppedError
@@ -207,56 +203,13 @@ class ShardStore:
         return self._read_verified(self.table_path(shard), self._done(shard)["sha256"])
 
     def read_sums(self, shard: range) -> dict[str, np.ndarray]:
-        """Arrays that were given to :meth:`write_shard` as sums.
+        """Arrays that were given to :meth:`RunFolder.write` as sums.
 
         Raises:
             CorruptedShardError: they are not what was written.
         """
         record = self._done(shard)
         return {} if record["sums_sha256"] is None else load_arrays(self.sums_path(shard).read_bytes())
-
-    def write_shard(
-        self,
-        shard: range,
-        table: pa.Table,
-        sums: Mapping[str, np.ndarray] | None = None,
-        failed: Sequence[Mapping[str, Any]] = (),
-        seconds: float = 0.0,
-        device: str = "",
-    ) -> None:
-        """Write table, sums and, last, the record of a shard.
-
-        Raises:
-            StoppedError: the file system is full.
-            ValueError: the samples are not those of the shard, each once.
-        """
-        indices = sorted([*table["index"].to_pylist(), *(sample["index"] for sample in failed)])
-        if indices != list(shard):
-            raise ValueError(f"expected the samples of {shard}, got {indices}")
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
-        data = sink.getvalue().to_pybytes()
-        self.put(self.table_path(shard), data)
-        encoded = save_arrays({name: np.ascontiguousarray(array) for name, array in sums.items()}) if sums else None
-        if encoded is not None:
-            self.put(self.sums_path(shard), encoded)
-        record = {
-            "run": self.fingerprint,
-            "first": shard.start,
-            "requested": len(shard),
-            "rows": table.num_rows,
-            "failed": list(failed),
-            "sha256": sha256(data),
-            "bytes": len(data),
-            "sums_sha256": None if encoded is None else sha256(encoded),
-            "seconds": seconds,
-            "device": device,
-            "host": socket.gethostname(),
-            "worker": self.worker,
-            "written": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        record["checksum"] = sha256(canonical_json(record))
-        self.put(self.record_path(shard), readable_json(record))
 
     def put(self, path: Path, data: bytes) -> None:
         """Write a file of the folder atomically.

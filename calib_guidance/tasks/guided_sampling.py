@@ -43,7 +43,7 @@ class GuidedSampling(FaultTolerant):
         sampler: the sampling loop.
         guidance: classifier guidance; None samples the model as it is.
 
-    Callbacks that watch the trajectory append themselves to ``observers``.
+    Callbacks that watch the trajectory register with ``context.observe`` in their ``setup``.
     """
 
     def __init__(self, denoiser: Denoiser, sampler: Sampler, guidance: Guidance | None = None):
@@ -154,5 +154,5 @@ class GuidedSampling(FaultTolerant):
         noise = SampleStreams(batch["seed"].tolist(), batch["index"].tolist(), self.denoiser.image_shape, self.device)
         watch = FirstNonFinite()
         with in_float32(self.denoiser, *filter(None, [self.guidance])) if float32 else contextlib.nullcontext():
-            x0 = self.sampler(self.denoiser, noise, batch["label"], self.guidance, [watch, *self.observers])
+            x0 = self.sampler(self.denoiser, noise, batch["label"], self.guidance, [watch, *self.context.observers])
             return Attempt({"image": self.denoiser.decode(x0)}, watch.t)

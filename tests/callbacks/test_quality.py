@@ -18,6 +18,7 @@ from calib_guidance.metrics import (
 )
 from calib_guidance.networks import SmallResNet
 from calib_guidance.runs import RunFolder
+from calib_guidance.runs.context import SamplingContext
 from tests.image_files import pictures, write
 
 
@@ -33,12 +34,13 @@ def run_and_trainer(folder, count=50):
     run = RunFolder.open(write(folder, "run folder", pixels, labels))
     trainer = SimpleNamespace(
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
-        datamodule=SimpleNamespace(run_folder=run),
+        lightning_module=SimpleNamespace(context=SamplingContext()),
         default_root_dir=str(folder),
         is_global_zero=True,
         global_rank=0,
         world_size=1,
     )
+    trainer.lightning_module.context.open(run, [])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(labels), trainer
 
 
@@ -46,7 +48,7 @@ def measured(trainer, **options):
     generator = torch.Generator().manual_seed(1)
     reference = [{"image": torch.rand(1, 8, 8, generator=generator) * 2 - 1, "label": i % 3} for i in range(40)]
     quality = SampleQuality(Pixels(), reference, batch_size=8, **options)
-    quality.setup(trainer, None, "predict")
+    quality.setup(trainer, trainer.lightning_module, "predict")
     real = torch.stack([((r["image"] + 1) * 127.5).floor().flatten() for r in reference])
     return quality.results(trainer), real
 
@@ -112,7 +114,7 @@ def test_a_reference_of_statistics_leaves_out_what_needs_images(tmp_path):
     real = images[::2].flatten(1).double().numpy()
     np.savez(tmp_path / "statistics.npz", mu=real.mean(0), sigma=np.cov(real, rowvar=False))
     quality = SampleQuality(Pixels(), str(tmp_path / "statistics.npz"))
-    quality.setup(trainer, None, "predict")
+    quality.setup(trainer, trainer.lightning_module, "predict")
     found = quality.results(trainer)
     expected = frechet_distance(*mean_and_covariance(torch.from_numpy(real)), *mean_and_covariance(images.flatten(1)))
     assert found["frechet_distance"] == pytest.approx(float(expected), rel=1e-6)

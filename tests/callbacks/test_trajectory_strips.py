@@ -63,11 +63,11 @@ def sound(tmp_path_factory):
             for row, index in enumerate(batch["index"].tolist()):
                 seen[index][record.i] = to_uint8(x0[row]).numpy(), gradient[row].numpy()
 
-        module.observers.append(observe)
+        module.context.observers.append(observe)
         try:
             return attempt(module, batch, float32)
         finally:
-            module.observers.pop()
+            module.context.observers.pop()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
@@ -106,7 +106,7 @@ def test_a_sample_that_is_made_twice_is_kept_once(sound, tmp_path):
     assert_same(trajectory(tmp_path / "run"), trajectory(sound[0]))
 
 
-def test_a_sample_that_is_left_out_is_not_there(sound, tmp_path):
+def test_a_failed_sample_is_not_there(sound, tmp_path):
     with pytest.raises(SystemExit):
         predict(tmp_path / "run", fault={"label": 7, "step": 333, "fault": "nan"})
     assert_same(trajectory(tmp_path / "run"), trajectory(sound[0]), but=[FAILING])
@@ -116,7 +116,7 @@ def test_shards_that_were_made_without_it_are_said(sound, tmp_path, caplog):
     folder = tmp_path / "run"
     predict(folder, strips=False, num_samples=10)
     predict(folder)
-    assert "TrajectoryStrips is left out of the report" in caplog.text
+    assert "TrajectoryStrips is not in the report" in caplog.text
     assert not (folder / "trajectory.npz").exists()
     assert json.loads((folder / "metrics.json").read_text())["num_samples"] == 20
     images = [part["image"] for part in read_samples(folder / "samples")]

@@ -1,12 +1,16 @@
 """Batches of shards."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from lightning.fabric.utilities import move_data_to_device
 
 from calib_guidance.data import SampleRequests
 from calib_guidance.data.sample_requests import RequestData, ShardLoader, cut
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.runs import RunFolder
+from calib_guidance.runs.context import SamplingContext
 from tests.test_run_folder import table
 
 
@@ -20,23 +24,31 @@ class Numbers(RequestData):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_batches_are_cut_within_shards_and_say_what_they_are_of(tmp_path, num_workers):
+def test_batches_are_cut_within_shards_and_carry_their_shard(tmp_path, num_workers):
+    run, context = RunFolder(tmp_path, 4, 11), SamplingContext()
+    run.begin({}, {})
+    run.claims.acquire(range(0, 4))
+    run.write(range(0, 4), table(range(0, 4)))
+    context.open(run, run.remaining())
     data = Numbers(11, 3, num_workers)
-    data.run_folder = RunFolder(tmp_path, 4, 11)
-    data.run_folder.begin({}, {})
-    data.run_folder.claims.acquire(range(0, 4))
-    data.run_folder.write(range(0, 4), table(range(0, 4)))
-    data.remaining = data.run_folder.remaining()
+    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(context=context))
     loader = data.predict_dataloader()
-    found = [(loader.shard, loader.rows, batch["index"].tolist()) for batch in loader]
-    assert found == [
-        (range(4, 8), range(4, 7), [4, 5, 6]),
-        (range(4, 8), range(7, 8), [7]),
-        (range(8, 11), range(8, 11), [8, 9, 10]),
+    found = [(batch["shard"], batch["index"].tolist()) for batch in loader]
+    assert [(part.shard, part.rows, part.is_last, part.num_left, indices) for part, indices in found] == [
+        (range(4, 8), range(4, 7), False, 4, [4, 5, 6]),
+        (range(4, 8), range(7, 8), True, 1, [7]),
+        (range(8, 11), range(8, 11), True, 3, [8, 9, 10]),
     ]
     assert len(loader) == 3
-    assert data.run_folder.claims.holds(range(4, 8))
-    assert not data.run_folder.claims.holds(range(0, 4))
+    assert run.claims.holds(range(4, 8))
+    assert not run.claims.holds(range(0, 4))
+
+
+def test_lightning_moves_a_batch_and_leaves_its_shard():
+    (batch,) = SampleRequests(3, num_classes=3, batch_size=3).predict_dataloader()
+    moved = move_data_to_device(batch, torch.device("meta"))
+    assert moved["shard"] is batch["shard"]
+    assert moved["index"].device.type == "meta"
 
 
 def test_what_cannot_be_read_is_named():
@@ -46,8 +58,12 @@ def test_what_cannot_be_read_is_named():
 
 
 def test_shards_that_others_left_come_last():
+    class Others(SamplingContext):
+        def reclaim(self):
+            yield range(6, 9)
+
     requests = [{"index": i} for i in range(9)]
-    loader = ShardLoader(requests, 2, lambda: [range(0, 3)], lambda: [range(6, 9)], 4)
+    loader = ShardLoader(requests, 2, Others([range(0, 3)]))
     assert [batch["index"].tolist() for batch in loader] == [[0, 1], [2], [6, 7], [8]]
 
 

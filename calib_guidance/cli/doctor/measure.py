@@ -44,7 +44,7 @@ class Meter(L.Callback):
             guided = 0 if module.guidance is None else int(module.guidance.plan(levels).active.sum())
             repeats = module.sampler.recurrence
             self.times |= {"guided step": repeats * guided, "step": repeats * (len(levels.times) - guided)}
-            module.observers = [self]
+            module.context.observe(self)
         self._started = time.perf_counter()
         self.start()
 

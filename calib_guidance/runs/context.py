@@ -1,0 +1,99 @@
+"""Sampling context: one object that the task, the loader, the writer and the measurements of a sampling run share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from calib_guidance.runs.folder import RunFolder
+from calib_guidance.samplers.records import BufferedObserver, Observer
+
+UNREADABLE = "its image cannot be read"
+
+
+class ShardPart:
+    """Part of a shard that one batch holds, as ``batch["shard"]``.
+
+    Lightning takes tuples and dataclasses apart when it moves a batch to the device, and leaves this class as it is.
+
+    Attributes:
+        shard: indices of the shard.
+        rows: indices that the batch was requested with.
+    """
+
+    def __init__(self, shard: range, rows: range):
+        self.shard, self.rows = shard, rows
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the batch is the last of its shard."""
+        return self.rows.stop == self.shard.stop
+
+    @property
+    def num_left(self) -> int:
+        """Samples of the shard from this batch on."""
+        return self.shard.stop - self.rows.start
+
+
+class SamplingContext:
+    """Run folder, shards, observers and failed samples of one sampling run.
+
+    The task owns the context. The command line gives it the configuration, the writer its run folder in ``setup``; observers and
+    measurements register in ``setup``; the loader takes shards from it.
+
+    Args:
+        shards: to be made, in order, where nothing is written.
+
+    Attributes:
+        configuration: resolved configuration of the run; None in a run that was not started from one.
+        store: run folder; None in a run that writes nothing.
+        shards: those that were not done when the run started.
+        observers: of the trajectory.
+        measurements: of the run, in the order of their registration.
+        indices: of the samples that the current attempt makes, row by row.
+    """
+
+    def __init__(self, shards: Sequence[range] = ()):
+        self.configuration: Mapping[str, Any] | None = None
+        self.store: RunFolder | None = None
+        self.shards = list(shards)
+        self.observers: list[Observer] = []
+        self.measurements: list[Any] = []
+        self.indices: list[int] = []
+
+    def open(self, store: RunFolder, shards: Sequence[range]) -> None:
+        """Write the samples of the given shards to a run folder."""
+        self.store, self.shards = store, list(shards)
+
+    def observe(self, observer: Observer) -> None:
+        """Register an observer of every step. An observer that is registered already stays registered once."""
+        if observer not in self.observers:
+            self.observers.append(observer)
+
+    def measure(self, measurement: Any) -> None:
+        """Register a :class:`~calib_guidance.callbacks.Measurement`, once."""
+        if measurement not in self.measurements:
+            self.measurements.append(measurement)
+
+    def take(self) -> Iterator[range]:
+        """Shards for this worker, claimed if there is a run folder."""
+        yield from self.shards if self.store is None else self.store.take(self.shards)
+
+    def reclaim(self) -> Iterator[range]:
+        """Shards that dead workers left, claimed; for the time after :meth:`take`."""
+        yield from () if self.store is None else self.store.reclaim()
+
+    def count(self, rows: slice | Tensor) -> None:
+        """Tell observers that wait for it which rows of the current attempt are kept."""
+        for observer in self.observers:
+            if isinstance(observer, BufferedObserver):
+                observer.count(rows)
+
+    def failed(self) -> list[dict[str, Any]]:
+        """``{index, step, reason}`` of the failed samples of a complete run, without images that could not be read."""
+        run = None if self.store is None else self.store.extended()
+        if run is None or run.remaining():
+            return []
+        return [sample for sample in run.failed() if sample["reason"] != UNREADABLE]
