@@ -154,5 +154,14 @@ class GuidedSampling(FaultTolerant):
         noise = SampleStreams(batch["seed"].tolist(), batch["index"].tolist(), self.denoiser.image_shape, self.device)
         watch = FirstNonFinite()
         with in_float32(self.denoiser, *filter(None, [self.guidance])) if float32 else contextlib.nullcontext():
-            x0 = self.sampler(self.denoiser, noise, batch["label"], self.guidance, [watch, *self.context.observers])
+            observers = [watch, *self.context.observers]
+            x0 = self.sampler(self.denoiser, noise, batch["label"], self.guidance, observers, self._show_progress)
             return Attempt({"image": self.denoiser.decode(x0)}, watch.t)
+
+    def _show_progress(self, step: int, num_steps: int) -> None:
+        """Name the step in the progress bar, which itself counts batches."""
+        trainer = self._trainer  # None where a batch is tried outside of a loop
+        bar = trainer and getattr(trainer.progress_bar_callback, "predict_progress_bar", None)
+        if bar is not None:
+            bar.set_postfix_str(f"step {step}/{num_steps}", refresh=False)
+            bar.update(0)
