@@ -273,7 +273,7 @@ class TestRefusals:
     def test_torn_groups(self, out, capsys):
         overlay = "--config=lightning_configs/score/tilted.yaml"
         message = refuse(capsys, out, overlay, "--data.init_args.batch_size=4")
-        assert "data.init_args.batch_size must be a multiple of 10, got 4" in message
+        assert "data.batch_size must be a multiple of 10, got 4" in message
 
     @pytest.mark.parametrize(
         ("content", "message"),

@@ -124,7 +124,7 @@ class TestNoGo:
             monkeypatch.setattr(module, "free_memory", lambda device: 9 * 10**6)
         status, report = examine(DIGITS)
         assert status == 1
-        (line,) = [line for line in report.splitlines() if "set data.init_args.batch_size to" in line]
+        (line,) = [line for line in report.splitlines() if "set data.batch_size to" in line]
         fits = int(line.split()[-3])
         assert 1 < fits < 100
         status, report = examine(DIGITS, f"--data.init_args.batch_size={fits}", "--data.init_args.num_samples=1")

@@ -28,7 +28,7 @@ def flag(name: str) -> str:
 
 def init_arg(name: str) -> str:
     """The option as :class:`~calib_guidance.data.ImageData` calls it."""
-    return f"data.init_args.{'train_split, val_split or test_split' if name == 'split' else name}"
+    return f"data.{'train_split, val_split or test_split' if name == 'split' else name}"
 
 
 @dataclass(frozen=True)

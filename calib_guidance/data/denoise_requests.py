@@ -27,8 +27,7 @@ class _Requests:
         label = int(item["label"])
         if not 0 <= label < self.num_classes:
             raise ConfigurationError(
-                f"data.init_args.images: image {row} has the label {label}, outside 0 … {self.num_classes - 1} "
-                "(data.init_args.num_classes)"
+                f"data.images: image {row} has the label {label}, outside 0 … {self.num_classes - 1} (data.num_classes)"
             )
         numbers = {"index": index, "source": int(item["index"]), "label": label, "seed": self.seed}
         return numbers | {"image": item["image"]}
@@ -78,13 +77,13 @@ class DenoiseRequests(RequestData):
             num_workers=(num_workers, 0),
         )
         if not 0 <= max_corrupt <= 1:
-            raise ConfigurationError(f"data.init_args.max_corrupt must be in [0, 1], got {max_corrupt}")
+            raise ConfigurationError(f"data.max_corrupt must be in [0, 1], got {max_corrupt}")
         if not len(images):
-            raise ConfigurationError("data.init_args.images: the data set holds no images")
+            raise ConfigurationError("data.images: the data set holds no images")
         self.images, self.num_classes, self.draws_per_image, self.seed = images, num_classes, draws_per_image, seed
         self.batch_size, self.shard_size, self.num_workers = batch_size, shard_size, num_workers
         self.requests = _Requests(images, draws_per_image, num_classes, seed)
-        self.corrupt = SkippedImages("data.init_args.images", max_corrupt)
+        self.corrupt = SkippedImages("data.images", max_corrupt)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -99,7 +98,7 @@ class DenoiseRequests(RequestData):
         if not (isinstance(item, dict) and {"image", "label", "index"} <= item.keys()):
             found = sorted(item) if isinstance(item, dict) else type(item).__name__
             raise ConfigurationError(
-                f"data.init_args.images: expected a data set of dicts with image, label and index, got {found}"
+                f"data.images: expected a data set of dicts with image, label and index, got {found}"
             )
         return tuple(item["image"].shape)
 

@@ -115,15 +115,13 @@ class ImageData(L.LightningDataModule):
             heldout_draws=(heldout_draws, 1),
         )
         if channels not in _MODES:
-            raise ConfigurationError(f"data.init_args.channels must be 1 or 3, got {channels}")
+            raise ConfigurationError(f"data.channels must be 1 or 3, got {channels}")
         if classes not in (None, "imagenet"):
-            raise ConfigurationError(f"data.init_args.classes must be imagenet or null, got {classes!r}")
+            raise ConfigurationError(f"data.classes must be imagenet or null, got {classes!r}")
         if not 0 <= max_corrupt <= 1:
-            raise ConfigurationError(f"data.init_args.max_corrupt must be in [0, 1], got {max_corrupt}")
+            raise ConfigurationError(f"data.max_corrupt must be in [0, 1], got {max_corrupt}")
         if samples_per_epoch is not None and not streaming:
-            raise ConfigurationError(
-                "data.init_args.samples_per_epoch is for streams: set data.init_args.streaming, or leave it out"
-            )
+            raise ConfigurationError("data.samples_per_epoch is for streams: set data.streaming, or leave it out")
         self.source, self.streaming = source, streaming
         self.splits = {"train": train_split, "val": val_split, "test": test_split or val_split}
         columns = {"image_column": image_column, "label_column": label_column}
@@ -167,7 +165,7 @@ class ImageData(L.LightningDataModule):
             if isinstance(source, FolderImages):
                 raise ConfigurationError(f"{source.where}: no classes, because {source.why_unlabelled}")
             raise ConfigurationError(
-                f"{source.where}: no column of labels is found; name one of integers with data.init_args.label_column"
+                f"{source.where}: no column of labels is found; name one of integers with data.label_column"
             )
         return source
 
@@ -177,14 +175,12 @@ class ImageData(L.LightningDataModule):
         elif names is not None:
             self.class_names = names
         elif self.num_classes is None:
-            raise ConfigurationError(
-                f"{self.source}: its labels are numbers without names; state data.init_args.num_classes"
-            )
+            raise ConfigurationError(f"{self.source}: its labels are numbers without names; state data.num_classes")
         if self.class_names is not None:
             if self.num_classes not in (None, len(self.class_names)):
                 raise ConfigurationError(
-                    f"data.init_args.num_classes is {self.num_classes}, but there are {len(self.class_names)} named classes; "
-                    "leave it out, or set data.init_args.classes to imagenet where the classifier's classes are those"
+                    f"data.num_classes is {self.num_classes}, but there are {len(self.class_names)} named classes; "
+                    "leave it out, or set data.classes to imagenet where the classifier's classes are those"
                 )
             self.num_classes = len(self.class_names)
 
@@ -194,7 +190,7 @@ class ImageData(L.LightningDataModule):
         if self.classes == "imagenet":
             if names is None:
                 raise ConfigurationError(
-                    f"{where}: data.init_args.classes is imagenet, but the labels have no names to order them by. If they are in "
+                    f"{where}: data.classes is imagenet, but the labels have no names to order them by. If they are in "
                     "torchvision's order already, set classes to null and num_classes to 1000"
                 )
             return imagenet_labels(names, where)
@@ -237,7 +233,7 @@ class ImageData(L.LightningDataModule):
         if samples is None:
             raise ConfigurationError(
                 f"{self.source} does not state how many images split {self.splits[use]!r} has: set "
-                "data.init_args.samples_per_epoch"
+                "data.samples_per_epoch"
             )
         return TrainImageStream(source, rows, reader, self.seed, self.shuffle_buffer, samples // world)
 
@@ -250,7 +246,7 @@ class ImageData(L.LightningDataModule):
             or tuple(result.shape) != self.image_shape
         ):
             raise ConfigurationError(
-                f"data.init_args.train_transform has to make 8-bit images of shape {self.image_shape}; it made "
+                f"data.train_transform has to make 8-bit images of shape {self.image_shape}; it made "
                 f"{getattr(result, 'dtype', type(result).__name__)} of shape {tuple(getattr(result, 'shape', ()))}"
             )
 

@@ -79,7 +79,7 @@ class ImageReader:
         if tuple(pixels.shape) != self.shape:
             return {
                 "wrong": f"{name}: the transform makes it {tuple(pixels.shape)}, expected {self.shape}: give "
-                "data.init_args.train_transform a resize or crop to data.init_args.image_size"
+                "data.train_transform a resize or crop to data.image_size"
             }
         label = row.label if self.labels is None else self.labels[row.label]
         item = {"image": from_uint8(pixels), "label": label, "index": index}

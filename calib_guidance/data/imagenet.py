@@ -49,7 +49,7 @@ def imagenet_labels(names: Sequence[str], where: str) -> list[int]:
         raise ConfigurationError(
             f"{where}: {len(unknown)} of {len(names)} class names are not ImageNet's: {first}. Known are WordNet ids such as "
             "n01440764, synsets such as 'tench, Tinca tinca' and torchvision's categories such as 'tench'; for other classes "
-            "leave data.init_args.classes null"
+            "leave data.classes null"
         )
     certain = {number for name in names if len(meanings[name]) == 1 for number in meanings[name]}
     labels = []

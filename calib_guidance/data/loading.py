@@ -89,7 +89,7 @@ class SkippedImages:
         setting: the option that holds it, for messages.
     """
 
-    def __init__(self, where: str, max_fraction: float, setting: str = "data.init_args.max_corrupt"):
+    def __init__(self, where: str, max_fraction: float, setting: str = "data.max_corrupt"):
         self.where, self.max_fraction, self.setting = where, max_fraction, setting
         self.names: set[str] = set()
 

@@ -116,7 +116,7 @@ def check_numbers(**values: tuple[int, int]) -> None:
     """Raise ConfigurationError for the first option of the data module, ``name=(value, least)``, that is below its least."""
     for name, (value, least) in values.items():
         if value < least:
-            raise ConfigurationError(f"data.init_args.{name} must be at least {least}, got {value}")
+            raise ConfigurationError(f"data.{name} must be at least {least}, got {value}")
 
 
 class SampleRequests(RequestData):
@@ -166,7 +166,7 @@ class SampleRequests(RequestData):
             path = Path(str(labels))
             if not path.is_file():
                 raise ConfigurationError(
-                    f"data.init_args.labels: {labels!r} is neither {' nor '.join(POLICIES)}, nor a class number, nor a file"
+                    f"data.labels: {labels!r} is neither {' nor '.join(POLICIES)}, nor a class number, nor a file"
                 ) from None
             lines = path.read_text().split()
             if len(lines) < self.num_samples or not all(line.lstrip("-").isdigit() for line in lines):
@@ -179,7 +179,7 @@ class SampleRequests(RequestData):
         for row, label in enumerate(classes):
             if not 0 <= label < self.num_classes:
                 raise ConfigurationError(
-                    f"data.init_args.labels: sample {row} asks for class {label}, outside 0 … {self.num_classes - 1}"
+                    f"data.labels: sample {row} asks for class {label}, outside 0 … {self.num_classes - 1}"
                 )
         return classes
 

@@ -51,6 +51,6 @@ class Tilted(Score):
         if len(logits) % self.group_size:
             raise ValueError(
                 f"a batch of {len(logits)} samples does not hold whole groups of {self.group_size}: make "
-                "data.init_args.batch_size and num_samples multiples of the score's group_size"
+                "data.batch_size and num_samples multiples of the score's group_size"
             )
         return tilted(self.score(logits, y, time), self.tilt, self.group_size)

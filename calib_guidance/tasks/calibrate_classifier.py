@@ -116,7 +116,7 @@ class CalibrateClassifier(L.LightningModule):
         if classes not in (None, self.classifier.num_classes):
             raise ConfigurationError(
                 f"the data has {classes} classes, the classifier {self.classifier.num_classes}: set "
-                f"model.init_args.classifier.init_args.num_classes (or its network's) to {classes}"
+                f"model.classifier.num_classes (or its network's) to {classes}"
             )
         self.input_transform.check_classes(self.classifier.num_classes)
         if (shape := getattr(data, "image_shape", None)) is not None:

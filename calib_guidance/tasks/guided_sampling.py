@@ -83,7 +83,7 @@ class GuidedSampling(FaultTolerant):
         for name in ("batch_size", "shard_size", "num_samples"):
             if (getattr(requests, name) or 0) % group:
                 yield (
-                    f"the score tilts over groups of {group} samples, so data.init_args.{name} must be a multiple of {group}, "
+                    f"the score tilts over groups of {group} samples, so data.{name} must be a multiple of {group}, "
                     f"got {getattr(requests, name)}"
                 )
 
@@ -91,7 +91,7 @@ class GuidedSampling(FaultTolerant):
         if self.denoiser.num_classes not in (None, num_classes):
             yield (
                 f"the requests have {num_classes} classes, the denoiser {self.denoiser.num_classes}: set "
-                "data.init_args.num_classes to the denoiser's, or its class_conditional to false"
+                "data.num_classes to the denoiser's, or its class_conditional to false"
             )
         levels = self.sampler.levels(self.denoiser)
         one = torch.zeros(1, dtype=torch.long, device=self.device)
@@ -127,7 +127,7 @@ class GuidedSampling(FaultTolerant):
         if logits.shape != (1, num_classes):
             yield (
                 f"the requests have {num_classes} classes, the classifier {logits.shape[-1]}: name a classifier of these "
-                "classes, or set data.init_args.num_classes"
+                "classes, or set data.num_classes"
             )
 
     def _noise_problems(self, classifier: Classifier) -> Iterator[str]:

@@ -203,7 +203,7 @@ class DenoisedInput(InputTransform):
         expected = self.frozen.module.num_classes
         if expected not in (None, num_classes):
             raise ConfigurationError(
-                f"the data has {num_classes} classes, the denoiser {expected}: set data.init_args.num_classes to the "
+                f"the data has {num_classes} classes, the denoiser {expected}: set data.num_classes to the "
                 "denoiser's, or its class_conditional to false"
             )
 

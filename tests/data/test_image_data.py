@@ -323,9 +323,7 @@ def test_corrupt_images_are_skipped_and_named(folder, tmp_path, caplog, num_work
     for file in files[:2]:
         assert sum(f"skipped a corrupt image: {file}" in record.message for record in caplog.records) == 1
     assert any("split 'train': 2 corrupt images were skipped" in record.message for record in caplog.records)
-    with pytest.raises(
-        ConfigurationError, match=r"[12] of 18 images are corrupt, more than data.init_args.max_corrupt \(0.05\)"
-    ):
+    with pytest.raises(ConfigurationError, match=r"[12] of 18 images are corrupt, more than data.max_corrupt \(0.05\)"):
         fit(ImageData(str(folder), **options, max_corrupt=0.05), tmp_path, max_epochs=3)
 
 
@@ -350,7 +348,7 @@ def test_a_corrupt_share_of_a_stream_is_an_error(tmp_path):
     rows = datasets.Dataset.from_list(rows, table(1).features)
     datasets.DatasetDict(train=rows, validation=table(3)).save_to_disk(tmp_path)
     data = ImageData(str(tmp_path), 8, batch_size=20, streaming=True, max_corrupt=0.01)
-    with pytest.raises(ConfigurationError, match="images are corrupt, more than data.init_args.max_corrupt"):
+    with pytest.raises(ConfigurationError, match="images are corrupt, more than data.max_corrupt"):
         fit(data, tmp_path, max_epochs=2)
 
 
@@ -372,7 +370,7 @@ def test_labels_outside_the_range(tmp_path, streaming):
     rows = table(12).cast_column("label", datasets.Value("int64"))
     wrong = datasets.Dataset.from_dict({**table(4).to_dict(), "label": [0, 1, -1, 2]}, rows.features)
     datasets.DatasetDict(train=rows, validation=wrong).save_to_disk(tmp_path)
-    with pytest.raises(ConfigurationError, match="numbers without names; state data.init_args.num_classes"):
+    with pytest.raises(ConfigurationError, match="numbers without names; state data.num_classes"):
         opened(tmp_path, streaming=streaming)
     with pytest.raises(ConfigurationError, match="split 'validation'.*label -1 is outside 0 … 2"):
         fit(ImageData(str(tmp_path), 8, batch_size=4, num_classes=3, streaming=streaming), tmp_path)
@@ -411,7 +409,7 @@ def test_where_there_is_nothing(folder, tmp_path, parquet):
         opened(parquet, val_split="test")
     with pytest.raises(
         ConfigurationError,
-        match="data.init_args.label_column 'fine_label' is not there; the .* are: label, number, step",
+        match="data.label_column 'fine_label' is not there; the .* are: label, number, step",
     ):
         opened(parquet, label_column="fine_label")
     with pytest.raises(ConfigurationError, match="image_column 'number' holds .*; the columns that fit are: image"):
@@ -445,7 +443,7 @@ def test_options_out_of_range(options, message):
             "accept its terms at https://huggingface.co/datasets/ILSVRC/imagenet-1k, then run `hf auth login` or set HF_TOKEN",
         ),
         (datasets.exceptions.DatasetNotFoundError("doesn't exist"), "neither a path here nor a data set on the hub"),
-        (ConnectionError("no network"), "cannot be reached .*name a local copy with data.init_args.source"),
+        (ConnectionError("no network"), "cannot be reached .*name a local copy with data.source"),
         (OfflineModeIsEnabled("offline"), "cannot be reached"),
     ],
 )

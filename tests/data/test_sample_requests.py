@@ -78,5 +78,5 @@ def test_without_a_folder_all_are_taken_in_order():
 
 
 def test_a_shard_of_nothing_is_refused():
-    with pytest.raises(ConfigurationError, match=r"data.init_args.shard_size must be at least 1, got 0"):
+    with pytest.raises(ConfigurationError, match=r"data.shard_size must be at least 1, got 0"):
         SampleRequests(5, shard_size=0)

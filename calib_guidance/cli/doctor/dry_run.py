@@ -88,9 +88,7 @@ class DryRun:
         if weights + full > free:
             slope = (full - small) / max(size - least, 1)
             most = least + int((free - weights - small) / slope) // least * least if slope else 0
-            cure = (
-                f"set data.init_args.batch_size to {most} or less" if most >= least else "use a device with more memory"
-            )
+            cure = f"set data.batch_size to {most} or less" if most >= least else "use a device with more memory"
             mark, text = "wrong", [cure]
         self.report.add(
             mark,
@@ -142,7 +140,7 @@ class DryRun:
             finally:
                 data.batch_size = size
         if meter.batch_size < min(count, len(data)) and isinstance(module, GuidedSampling):
-            cure = f"set data.init_args.batch_size to {meter.batch_size} or less"
+            cure = f"set data.batch_size to {meter.batch_size} or less"
             self.report.add(
                 "wrong", f"a batch of {count} does not fit into the memory of {self.parts.device_name}", cure
             )

@@ -264,9 +264,7 @@ class Parts:
             + (f"; the run has {self.workers}" if self.workers else ""),
         )
         if image.abs().max() > 1.01 or not image.isfinite().all():
-            self.report.add(
-                "wrong", "images must lie in [-1, 1]: data.init_args.train_transform must return 8-bit images"
-            )
+            self.report.add("wrong", "images must lie in [-1, 1]: data.train_transform must return 8-bit images")
 
     def _check_output(self) -> None:
         """Whether the folder of the run can be written and has space; nothing is written."""
