@@ -38,12 +38,8 @@ def _temporary_file(path: Path, writer: str | None) -> Iterator[tuple[BinaryIO, 
 def atomic_write(path: str | os.PathLike[str], writer: str | None = None) -> Iterator[BinaryIO]:
     """A binary file that takes the place of ``path`` at the end of the block; nothing changes where the block raises.
 
-    The content goes to a temporary file in the same folder, is forced to the disk and renamed, so that a process or a machine
-    that stops leaves either the old file or the new one. The folder is made where it is missing.
-
-    Args:
-        path: of the file.
-        writer: part of the temporary file's name, unique among those that write the file; the process number by default.
+    The content goes to a temporary file in the same folder, see :func:`temporary_path`, is forced to the disk and renamed: a
+    process or a machine that stops leaves either the old file or the new one. The folder is made where it is missing.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,21 +69,16 @@ def create(path: Path, data: bytes, writer: str | None = None) -> bool:
         except FileExistsError:
             return False
         except OSError:  # a file system without hard links
-            return _create_in_place(path, data)
-    return True
-
-
-def _create_in_place(path: Path, data: bytes) -> bool:
-    try:
-        with open(path, "xb") as file:
             try:
-                file.write(data)
-                file.flush()
-            except BaseException:
-                path.unlink()
-                raise
-    except FileExistsError:
-        return False
+                with open(path, "xb") as file:
+                    try:
+                        file.write(data)
+                        file.flush()
+                    except BaseException:
+                        path.unlink()
+                        raise
+            except FileExistsError:
+                return False
     return True
 
 

@@ -23,12 +23,9 @@ class _OwnGradient(torch.autograd.Function):
 class Compiled:
     """A function of tensors compiled by torch.compile for the shapes that it meets; on a GPU recorded as CUDA graphs.
 
-    A graph writes to the same memory at every call. What leaves here, output and input gradients, is copied out of it, so that it
-    may be kept for as long as one likes; inputs are copied in by PyTorch. Every new shape costs a compilation:
-    :class:`~calib_guidance.tasks.retry.FaultTolerant` pads short batches.
-
-    Args:
-        function: from tensors to one tensor, such as a network or a method of one.
+    A graph writes to the same memory at every call. Output and input gradients are copied out of it, and may be kept; inputs are
+    copied in by PyTorch. Every new shape costs a compilation: :class:`~calib_guidance.tasks.retry.FaultTolerant` pads short
+    batches.
     """
 
     def __init__(self, function: Callable[..., Tensor]):

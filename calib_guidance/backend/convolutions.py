@@ -16,17 +16,15 @@ _ops = torch.ops.mkldnn
 _PLAIN = ("none", [], "")  # no activation fused
 
 
-def _operations(x: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
-    return 2 * out_shape[0] * out_shape[2] * out_shape[3] * torch.Size(weight).numel()
-
-
-def _operations_transposed(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
-    return 2 * x[0] * x[2] * x[3] * torch.Size(weight).numel()
-
-
 if torch.backends.mkldnn.is_available():  # builds without oneDNN do not have the operators
-    register_flop_formula(_ops._convolution_pointwise)(_operations)
-    register_flop_formula(_ops._convolution_transpose_pointwise)(_operations_transposed)
+
+    @register_flop_formula(_ops._convolution_pointwise)
+    def _operations(x: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
+        return 2 * out_shape[0] * out_shape[2] * out_shape[3] * torch.Size(weight).numel()
+
+    @register_flop_formula(_ops._convolution_transpose_pointwise)
+    def _operations_transposed(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+        return 2 * x[0] * x[2] * x[3] * torch.Size(weight).numel()
 
 
 class _Convolve(torch.autograd.Function):
@@ -91,19 +89,18 @@ class PackedConv2d(nn.Conv2d):
             and not torch.compiler.is_compiling()
         )
 
+    def _strides(self, shape: Sequence[int]) -> list[tuple[int, int]]:
+        """Along each side of an input of ``shape``: strides that fit, and pixels at the end that no stride reaches."""
+        sides = zip(shape[2:], self.padding, self.dilation, self.kernel_size, self.stride, strict=True)
+        return [divmod(s + 2 * p - d * (k - 1) - 1, stride) for s, p, d, k, stride in sides]
+
     def out_size(self, shape: Sequence[int]) -> list[int]:
         """``[N, C, H, W]`` of the output for an input of ``shape``."""
-        sides = zip(shape[2:], self.padding, self.dilation, self.kernel_size, self.stride, strict=True)
-        return [
-            shape[0],
-            self.out_channels,
-            *((s + 2 * p - d * (k - 1) - 1) // stride + 1 for s, p, d, k, stride in sides),
-        ]
+        return [shape[0], self.out_channels, *(strides + 1 for strides, _ in self._strides(shape))]
 
     def unused(self, shape: Sequence[int]) -> list[int]:
         """Rows and columns at the end of an input of ``shape`` that no stride reaches."""
-        sides = zip(shape[2:], self.padding, self.dilation, self.kernel_size, self.stride, strict=True)
-        return [(s + 2 * p - d * (k - 1) - 1) % stride for s, p, d, k, stride in sides]
+        return [rest for _, rest in self._strides(shape)]
 
     def packed(self, shape: Sequence[int], backward: bool = False) -> Tensor:
         """The weights, packed for the first ``shape`` of inputs; for others oneDNN rearranges them again where it must."""

@@ -29,15 +29,10 @@ def _others_alive() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """This process among those that work together. What is summed or gathered is the same on every one of them.
+    """This process among those that work together.
 
-    Every process has to call :meth:`sum`, :meth:`gather` and :meth:`gather_rows`, in the same order; each raises RunError where
-    another process has ended.
-
-    Args:
-        rank: 0 … world_size − 1.
-        world_size: how many there are.
-        device: of this one.
+    Every process has to call :meth:`sum`, :meth:`gather` and :meth:`gather_rows` in the same order, and gets the same result.
+    Each raises RunError where another process has ended.
     """
 
     rank: int = 0
@@ -81,10 +76,9 @@ class DistributedContext:
 
 
 def _device(name: str | None, local_rank: int, together: int) -> torch.device:
-    if name is None:
-        name = "cuda" if torch.cuda.device_count() >= together else "cpu"
+    default = "cuda" if torch.cuda.device_count() >= together else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(name or default)
     except RuntimeError as error:
         raise ConfigurationError(f"--device: {name!r} is no device: cpu, cuda or cuda:NUMBER") from error
     if device.type == "cuda":

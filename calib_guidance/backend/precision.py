@@ -14,9 +14,7 @@ from calib_guidance.errors import check_choice
 Dtype = Literal["float32", "float16", "bfloat16"]
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype)}
 HALVES = (torch.float16, torch.bfloat16)
-_ROOM = (
-    256.0  # by which gradients start above 1: far from the least number of float16, 6e-8, and from its largest, 65504
-)
+_ROOM = 256.0  # where gradients start: far from the least number of float16, 6e-8, and from its largest, 65504
 
 
 def dtype_of(name: str, known: Iterable[str] = DTYPES) -> torch.dtype:
@@ -46,45 +44,31 @@ def exact_float32() -> Iterator[None]:
             backend.allow_tf32 = allowed
 
 
-class _Enter(torch.autograd.Function):
-    """The image, whose gradient gets back the size that :class:`_Leave` took from it."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, sizes: list[Tensor]) -> Tensor:
-        ctx.sizes = sizes
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
-        (size,) = ctx.sizes
-        return gradient * (size / _ROOM).view(-1, *[1] * (gradient.ndim - 1)), None
-
-
-class _Leave(torch.autograd.Function):
-    """The logits, whose gradient starts its way back at one size for all samples."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, logits: Tensor, sizes: list[Tensor]) -> Tensor:
-        ctx.sizes = sizes
-        return logits.view_as(logits)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
-        size = gradient.abs().amax(dim=1)
-        size = torch.where(size > 0, size, torch.ones_like(size))
-        ctx.sizes[:] = [size]
-        return gradient * (_ROOM / size)[:, None], None
-
-
 def wide_gradient(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Call a network in float16 whose gradients do not vanish: a sure classifier's are below what float16 can tell from 0.
+    """Call a network in float16 whose gradients do not vanish: those of a sure classifier are below the least of float16.
 
-    The way back is linear and samples do not meet on it, so that each one's gradient may start at its own size and get that back
-    in float32. Costs nothing where no gradient is taken.
+    The way back is linear and samples do not meet on it. Each sample's gradient starts at one size, and gets its own back in
+    float32.
 
     Args:
         network: maps float32 images ``(N, …)``, which it casts itself, to float32 logits ``(N, K)``.
         x: the images.
     """
-    sizes: list[Tensor] = []
-    return _Leave.apply(network(_Enter.apply(x, sizes)), sizes)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return network(x)
+    size = torch.ones(())
+
+    def start(gradient: Tensor) -> Tensor:
+        nonlocal size
+        largest = gradient.abs().amax(dim=1)
+        size = torch.where(largest > 0, largest, torch.ones_like(largest))
+        return gradient * (_ROOM / size)[:, None]
+
+    def end(gradient: Tensor) -> Tensor:
+        return gradient * (size / _ROOM).view(-1, *[1] * (gradient.ndim - 1))
+
+    images = x.view_as(x)
+    images.register_hook(end)
+    logits = network(images)
+    logits.register_hook(start)
+    return logits.view_as(logits)

@@ -19,10 +19,7 @@ def shipped(name: str | os.PathLike[str]) -> Path:
 
 
 def find_file(path: str | os.PathLike[str]) -> Path:
-    """The path itself if it exists, else the file of the package that it names, else the path itself.
-
-    So ``checkpoints/digits/diffusion.safetensors`` can be read from any working directory.
-    """
+    """The path itself, or the file of the package that it names where only that exists, from any working directory."""
     path = Path(path)
     if path.exists() or path.parts[:1] not in [(folder,) for folder in FOLDERS] or not shipped(path).exists():
         return path

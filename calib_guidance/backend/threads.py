@@ -29,14 +29,9 @@ def available_cores(quota_file: str | os.PathLike[str] = "/sys/fs/cgroup/cpu.max
 
 
 def sensible_threads(processes: int, cores: int, environment: Mapping[str, str]) -> Threads | None:
-    """Threads for each of so many processes beside each other; None where OMP_NUM_THREADS says it.
+    """Threads for each of so many processes on this machine; None where OMP_NUM_THREADS says it.
 
     torchrun sets OMP_NUM_THREADS to 1 where nobody has set it, so that under torchrun a 1 is nobody's wish.
-
-    Args:
-        processes: on this machine.
-        cores: that this process may use, see :func:`available_cores`.
-        environment: variables.
     """
     stated = environment.get("OMP_NUM_THREADS")
     if stated and not (stated == "1" and "TORCHELASTIC_RUN_ID" in environment):

@@ -35,12 +35,14 @@ class Classifier(nn.Module, ABC):
         if not values.numel() or not all(v > 0 for v in np.ravel(temperature)):
             raise ValueError(f"temperature must be a number above 0, or one for each range of t; got {temperature}")
         self.temperature = [float(v) for v in temperature] if isinstance(temperature, Sequence) else float(temperature)
-        self.num_steps, self.is_compiled = num_steps, compile
-        self._compiled: Compiled | None = None
+        self.num_steps, self.is_compiled, self._compiled = num_steps, compile, None
         self.register_buffer("_inverse_temperature", 1 / values, persistent=False)
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor: ...
+
+    def check_image(self, shape: Sequence[int]) -> None:
+        """Raise ValueError if images of ``(C, H, W)`` do not fit, where the classifier can tell."""
 
     def temper(self, logits: Tensor, t: Tensor | None) -> Tensor:
         """Logits ``(N, K)`` divided by the temperature at t ``(N,)``."""

@@ -149,9 +149,6 @@ class CLIPClassifier(Classifier):
         std: its standard deviation.
         dtype: ``float32``, ``bfloat16`` or ``float16``, of the matrix products of the image network; embeddings are compared
             in float32.
-        temperature: of the logits, one or one for each of equal ranges of t, see :class:`~calib_guidance.classifiers.Classifier`.
-        compile: compile the image network once it is frozen, forward and backward, see
-            :class:`~calib_guidance.backend.compilation.Compiled`.
 
     Images of any size are resized as a whole to the network's (bicubic, antialiased).
     """
@@ -166,10 +163,9 @@ class CLIPClassifier(Classifier):
         mean: Sequence[float] = _MEAN,
         std: Sequence[float] = _STD,
         dtype: Dtype = "float32",
-        temperature: float | Sequence[float] = 1.0,
-        compile: bool = False,
+        **kwargs: Any,
     ):
-        super().__init__(temperature, compile=compile)
+        super().__init__(**kwargs)
         if isinstance(prompts, str) or not prompts or not all(prompts):
             raise ValueError(f"prompts must be a list of texts, one per class, got {prompts!r}")
         if cutouts < 0:
@@ -209,8 +205,7 @@ class CLIPClassifier(Classifier):
                 )
         return tokenizer(list(self.prompts))
 
-    def check_image(self, shape: tuple[int, int, int]) -> None:
-        """Raise ValueError if images of ``(C, H, W)`` are not in colour."""
+    def check_image(self, shape: Sequence[int]) -> None:
         if shape[0] != 3:
             raise ValueError(f"CLIP sees images of 3 colours, not of {shape[0]}")
 

@@ -35,11 +35,9 @@ class Ensemble(Classifier):
             classifier.freeze()
         return super().freeze()
 
-    def check_image(self, shape: tuple[int, int, int]) -> None:
-        """Raise ValueError if images of ``(C, H, W)`` do not fit a member that can tell."""
+    def check_image(self, shape: Sequence[int]) -> None:
         for classifier in self.classifiers:
-            if hasattr(classifier, "check_image"):
-                classifier.check_image(shape)
+            classifier.check_image(shape)
 
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         log_p = [as_float(classifier(x, t)).log_softmax(dim=1) for classifier in self.classifiers]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,8 @@ class NoiseAwareClassifier(Classifier):
             (``adm_classifier128``, :mod:`calib_guidance.weights.registry`); or None, for the published one that has the shapes of
             the checkpoint.
         checkpoint: weights file; None leaves the network as it is (for ``fit``).
-        temperature: of the logits, one or one for each of equal ranges of t, see :class:`~calib_guidance.classifiers.Classifier`.
         dtype: of a published network's convolutions: ``float16``, ``bfloat16`` or ``float32``; None takes float32, in which the
-            published figures were sampled. A network of your own has a dtype of its own.
-        compile: compile the network once it is frozen, forward and backward, see
-            :class:`~calib_guidance.backend.compilation.Compiled`.
+            published samples were made. A network of your own has a dtype of its own.
 
     Attributes:
         noise_schedule: name of the one whose steps t are, where it is known: of published weights.
@@ -35,11 +33,10 @@ class NoiseAwareClassifier(Classifier):
         self,
         network: nn.Module | str | None = None,
         checkpoint: str | None = None,
-        temperature: float | Sequence[float] = 1.0,
         dtype: Dtype | None = None,
-        compile: bool = False,
+        **kwargs: Any,
     ):
-        super().__init__(temperature, compile=compile)
+        super().__init__(**kwargs)
         weights = None if checkpoint is None else read_weights(checkpoint)
         network, card = registry.build(network, "adm_classifier", dtype, weights and weights.state)
         self.network, self.num_classes = network, network.num_classes
@@ -59,8 +56,7 @@ class NoiseAwareClassifier(Classifier):
             "temperature": self.temperature,
         } | registry.nonstate_hparams(self.network)
 
-    def check_image(self, shape: tuple[int, int, int]) -> None:
-        """Raise ValueError if images of ``(C, H, W)`` do not fit the network."""
+    def check_image(self, shape: Sequence[int]) -> None:
         self.network.check_image(shape)
 
     def freeze(self) -> Classifier:

@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import timm
 import torch
@@ -77,10 +77,7 @@ def build_network(
 
 
 def fold_batch_norm(network: nn.Module) -> nn.Module:
-    """Fold each BatchNorm into the convolution before it, for inference: same function, fewer passes over memory.
-
-    A network that torch.fx cannot trace is returned unchanged.
-    """
+    """Fold each BatchNorm into the convolution before it, for inference; a network that torch.fx cannot trace is unchanged."""
     if "forward" in vars(network):  # smoothed around its forward, which a trace would leave out
         return network
     try:
@@ -101,11 +98,8 @@ class OffTheShelfClassifier(Classifier):
         resize: side in pixels to which images are resized (bilinear, antialiased), or None.
         softplus_beta: β of the Softplus that replaces every ReLU (3 for DDPM, 5 for EDM in the paper); None keeps ReLU.
         activations: what Softplus replaces, class names of torch.nn.
-        temperature: of the logits, one or one for each of equal ranges of t, see :class:`~calib_guidance.classifiers.Classifier`.
         dtype: ``float32``, ``bfloat16`` or ``float16`` of the network once it is frozen, which is when it guides. Images, logits
             and gradients are float32 whatever it is.
-        compile: compile the network once it is frozen, forward and backward, see
-            :class:`~calib_guidance.backend.compilation.Compiled`.
     """
 
     def __init__(
@@ -117,11 +111,10 @@ class OffTheShelfClassifier(Classifier):
         resize: int | None = None,
         softplus_beta: float | None = None,
         activations: Sequence[str] = ("ReLU",),
-        temperature: float | Sequence[float] = 1.0,
         dtype: Dtype = "float32",
-        compile: bool = False,
+        **kwargs: Any,
     ):
-        super().__init__(temperature, compile=compile)
+        super().__init__(**kwargs)
         check_choice("normalize", normalize, get_args(Normalization))
         if resize is not None and resize < 1:
             raise ValueError(f"resize must be a number of pixels or null, got {resize}")

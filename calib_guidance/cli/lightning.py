@@ -6,7 +6,6 @@ import contextlib
 import difflib
 import functools
 import importlib
-import inspect
 import logging
 import re
 import sys
@@ -96,7 +95,7 @@ def _unknown_class(class_path: str) -> str:
 
 def _unknown_option(class_path: str, option: str) -> str:
     named = import_class(class_path)
-    accepted = list(inspect.signature(named).parameters)
+    accepted = jsonargparse.ArgumentParser().add_class_arguments(named, fail_untyped=False)
     near = difflib.get_close_matches(option, accepted, 1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     return f"{named.__name__} has no option {option!r}{hint}; it has: {', '.join(accepted)}"

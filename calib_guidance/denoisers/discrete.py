@@ -1,31 +1,88 @@
-"""What the networks of discrete processes have in common."""
+"""What the denoisers around one network have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from calib_guidance.backend.compilation import Compiled
+from calib_guidance.backend.precision import Dtype
 from calib_guidance.denoisers.base import Denoiser, Predict, Prediction, at_step
-from calib_guidance.diffusion.parameterization import x0_coefficients
-from calib_guidance.diffusion.schedules import NoiseLevels
+from calib_guidance.diffusion.parameterization import Parameterization, check_prediction, x0_coefficients
+from calib_guidance.diffusion.schedules import NoiseLevels, NoiseSchedule, ScheduleName, named_betas
+from calib_guidance.weights.loading import load_network
 
 
-class DiscreteDenoiser(Denoiser):
-    """A network of x_t and t that predicts ε or v and, in further channels, the variance of the reverse step.
+class NetworkDenoiser(Denoiser):
+    """A denoiser around one network: ``embed_time(t)`` and ``embed_labels(y)``, whose sum goes into ``decode(x, emb)``.
 
-    Attributes:
-        network: an ADM UNet or a DiT: ``embed_time(t)`` and ``embed_labels(y)``, of which the sum goes into ``decode(x, emb)``.
-        prediction: ``epsilon`` or ``v``.
-            What a label of -1 embeds as is the network's to say: nothing, or a null class of its own.
-        num_classes: where it is None, all labels are -1.
-        _decode: ``network.decode``, compiled where asked for.
+    Args:
+        stated: settings of the configuration, see :func:`~calib_guidance.weights.loading.load_network`.
+        network: the network; a published name (:mod:`calib_guidance.weights.registry`); or None, for what the checkpoint tells.
+        checkpoint: weights file; None keeps the network as it is.
+        class_conditional: false hands no label to the network, which makes an unconditional model of one that was trained
+            with label dropout.
+        image_size: side in pixels of what is sampled; None takes the network's.
+        compile: compile the network, see :class:`~calib_guidance.backend.compilation.Compiled`.
+        dtype: ``float16``, ``bfloat16`` or ``float32`` of the body of a network that is built here; None takes the one it was
+            published with (for most float16; CPUs compute faster in float32 or bfloat16), and float32 for others.
     """
 
-    network: nn.Module
-    prediction: str
-    _decode: Callable[[Tensor, Tensor], Tensor]
+    kind: str
+
+    def __init__(
+        self,
+        stated: dict[str, Any],
+        network: nn.Module | str | None = None,
+        checkpoint: str | None = None,
+        class_conditional: bool = True,
+        image_size: int | None = None,
+        compile: bool = False,
+        dtype: Dtype | None = None,
+    ):
+        super().__init__()
+        network, self.settings, self.provenance = load_network(network, self.kind, checkpoint, dtype, **stated)
+        size = network.image_size if image_size is None else image_size
+        self.image_shape = (network.in_channels, size, size)
+        network.check_image(self.image_shape)
+        if network.out_channels not in (network.in_channels, 2 * network.in_channels):
+            raise ValueError(
+                f"out_channels must be in_channels ({network.in_channels}) or, with learned variance, twice that; got "
+                f"{network.out_channels}"
+            )
+        self.network, self.is_compiled = network, compile
+        self.has_learned_variance = network.out_channels == 2 * network.in_channels
+        self.num_classes = network.num_classes if class_conditional else None
+        self._decode = Compiled(network.decode) if compile else network.decode
+
+
+class DiscreteDenoiser(NetworkDenoiser):
+    """A network of x_t and t that predicts ε or v and, in further channels, the variance of the reverse step.
+
+    Args:
+        noise_schedule: ``linear`` (published ADM 128, 256, 512, and DiT) or ``cosine`` (published ADM 64); None takes what the
+            weights were published with or say of themselves, ``linear`` without weights.
+        num_steps: length of the diffusion process that it was trained for.
+        prediction: ``epsilon`` (all published models) or ``v``; None as for ``noise_schedule``, ``epsilon`` without weights.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module | str | None = None,
+        checkpoint: str | None = None,
+        noise_schedule: ScheduleName | None = None,
+        num_steps: int = 1000,
+        prediction: Parameterization | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ):
+        stated = {"noise_schedule": noise_schedule, "prediction": prediction, "num_steps": num_steps}
+        super().__init__(stated, network, checkpoint, *args, **kwargs)
+        self.prediction = self.settings["prediction"]
+        check_prediction(self.prediction)
+        self.schedule = NoiseSchedule(named_betas(self.settings["noise_schedule"], num_steps))
 
     def prepare(self, levels: NoiseLevels, y: Tensor | None) -> Predict:
         network = self.network

@@ -8,14 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from calib_guidance.backend.compilation import Compiled
-from calib_guidance.backend.precision import Dtype
 from calib_guidance.denoisers.decoders import DecoderDtype, VAEDecoder
 from calib_guidance.denoisers.discrete import DiscreteDenoiser
 from calib_guidance.diffusion.parameterization import Parameterization, check_prediction
-from calib_guidance.diffusion.schedules import NoiseSchedule, ScheduleName, named_betas
+from calib_guidance.diffusion.schedules import ScheduleName
 from calib_guidance.networks.dit import DiT
-from calib_guidance.weights.loading import load_network
 
 
 class DiTDenoiser(DiscreteDenoiser):
@@ -37,12 +34,10 @@ class DiTDenoiser(DiscreteDenoiser):
         num_steps: length of the diffusion process that it was trained for.
         prediction: ``epsilon`` (published) or ``v``.
         class_conditional: false hands the null class to the network always.
-        dtype: ``float32`` (None), ``float16`` or ``bfloat16`` of a network that is given by name or None. A network of your own
-            has a dtype of its own.
         vae_dtype: ``float32`` (None) or ``bfloat16`` of an autoencoder's decoder. Another module has a dtype of its own.
-        compile: compile the network, see :class:`~calib_guidance.backend.compilation.Compiled`.
     """
 
+    kind = "dit"
     clip = False
 
     def __init__(
@@ -55,25 +50,14 @@ class DiTDenoiser(DiscreteDenoiser):
         noise_schedule: ScheduleName = "linear",
         num_steps: int = 1000,
         prediction: Parameterization = "epsilon",
-        class_conditional: bool = True,
-        dtype: Dtype | None = None,
         vae_dtype: DecoderDtype | None = None,
-        compile: bool = False,
+        **kwargs: Any,
     ):
-        super().__init__()
         if decode_batch is not None and decode_batch < 1:
             raise ValueError(f"decode_batch must be at least 1, or null for all at once, got {decode_batch}")
         check_prediction(prediction)
-        stated = {"noise_schedule": noise_schedule, "prediction": prediction, "num_steps": num_steps}
-        self.network, _, self.provenance = load_network(network, "dit", checkpoint, dtype, **stated)
-        network = self.network
-        self.image_shape = (network.in_channels, network.image_size, network.image_size)
-        self.schedule = NoiseSchedule(named_betas(noise_schedule, num_steps))
-        self.prediction, self.decode_batch = prediction, decode_batch
-        self.num_classes = network.num_classes if class_conditional else None
-        self.has_learned_variance = network.out_channels == 2 * network.in_channels
-        self.is_compiled = compile
-        self._decode = Compiled(network.decode) if compile else network.decode
+        super().__init__(network, checkpoint, noise_schedule, num_steps, prediction, image_size=None, **kwargs)
+        self.decode_batch = decode_batch
         if isinstance(vae, str | dict) or hasattr(vae, "quant_conv"):
             vae = VAEDecoder(vae, latent_scale, vae_dtype or "float32")
         elif vae_dtype is not None:

@@ -7,9 +7,10 @@ can be computed once per trajectory (:meth:`UNet.embed`) instead of once per ste
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from calib_guidance.backend.tuning import pointwise
 _GROUPS = 32
 
 
-@functools.lru_cache(maxsize=32)
+@lru_cache(maxsize=32)
 def _frequencies(half: int, max_period: float, device: torch.device) -> Tensor:
     """``(half,)`` float32: made once, where a network is called at every step."""
     with torch.inference_mode(False):  # tensors of inference mode could not be part of a gradient later
@@ -46,6 +47,11 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0
     angles = timesteps[:, None].float() * frequencies(dim // 2, max_period, timesteps.device)
     embedding = torch.cat([angles.cos(), angles.sin()], dim=1)
     return F.pad(embedding, (0, dim % 2))
+
+
+def _zero(layer: nn.Module) -> None:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -105,10 +111,9 @@ class ResBlock(nn.Module):
         emb_channels: width of the time (and class) embedding.
         dropout: rate before the second convolution.
         out_channels: output channels; None keeps ``channels``.
-        use_scale_shift_norm: the embedding scales and shifts the second normalisation; otherwise it is added before it.
-        up: double the resolution inside the block.
-        down: halve the resolution inside the block.
-        min_group_channels: of the normalisations, see :class:`GroupNorm`.
+        use_scale_shift_norm: the embedding scales and shifts the second normalization; otherwise it is added before it.
+        up, down: double or halve the resolution inside the block.
+        min_group_channels: of the normalizations, see :class:`GroupNorm`.
     """
 
     def __init__(
@@ -139,8 +144,7 @@ class ResBlock(nn.Module):
             nn.Dropout(dropout),
             nn.Conv2d(out_channels, out_channels, 3, padding=1),
         )
-        nn.init.zeros_(self.out_layers[-1].weight)
-        nn.init.zeros_(self.out_layers[-1].bias)
+        _zero(self.out_layers[-1])
         self.skip_connection = nn.Identity() if out_channels == channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -184,8 +188,8 @@ class AttentionBlock(nn.Module):
         num_heads: number of heads, used where ``num_head_channels`` is -1.
         num_head_channels: channels of each head, or -1.
         use_new_attention_order: order of the qkv channels; the published 64×64 model uses the new one, the larger ones
-            the legacy one, and the wrong one loads without complaint and changes every output.
-        min_group_channels: of the normalisation, see :class:`GroupNorm`.
+            the legacy one. Weights load in either; with the wrong one every output is wrong.
+        min_group_channels: of the normalization, see :class:`GroupNorm`.
     """
 
     def __init__(
@@ -207,8 +211,7 @@ class AttentionBlock(nn.Module):
         self.norm = GroupNorm(channels, min_group_channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv1d(channels, channels, 1)
-        nn.init.zeros_(self.proj_out.weight)
-        nn.init.zeros_(self.proj_out.bias)
+        _zero(self.proj_out)
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape
@@ -220,14 +223,7 @@ class AttentionBlock(nn.Module):
 
 
 class AttentionPool2d(nn.Module):
-    """Attention pooling: a mean token attends to the pixels and becomes the output.
-
-    Args:
-        spatial_size: height (= width) of the feature map, in pixels.
-        channels: input channels.
-        num_head_channels: channels of each head.
-        output_dim: output width.
-    """
+    """Attention pooling of ``(N, C, spatial_size, spatial_size)``: a mean token attends to the pixels and becomes the output."""
 
     def __init__(self, spatial_size: int, channels: int, num_head_channels: int, output_dim: int):
         super().__init__()
@@ -255,31 +251,52 @@ class _EmbedSequential(nn.Sequential):
 
 
 class _Encoder(nn.Module):
-    """What the UNet and the classifier share: embedding, downward path and middle block."""
+    """What the UNet and the classifier share: embedding, downward path and middle block.
+
+    Args:
+        image_size: height (= width) that the network was made for, in pixels.
+        in_channels: image channels.
+        model_channels: base width.
+        out_channels: of the UNet ``in_channels``, or twice that where the variance is learned; of the classifier its classes.
+        num_res_blocks: residual blocks per level.
+        attention_resolutions: downsampling factors at which there is attention (1 = full resolution).
+        dropout: rate, while training.
+        channel_mult: width of each level over ``model_channels``.
+        conv_resample: resampling has a convolution where it is not done by residual blocks.
+        num_heads: attention heads, where ``num_head_channels`` is -1.
+        num_head_channels: channels per attention head, or -1.
+        use_scale_shift_norm: the embedding scales and shifts the normalization instead of being added.
+        resblock_updown: residual blocks do the resampling.
+        use_new_attention_order: order of the qkv channels, see :class:`AttentionBlock`.
+        dtype: ``float32``, ``float16`` or ``bfloat16``, of the convolutions of the body.
+        channel_mult_emb: width of the embedding over ``model_channels``.
+        min_group_channels: channels that a group of the normalizations has at least, so that layers of fewer than 32 times
+            that have fewer groups (EDM's networks: 4); None gives every layer 32 groups (ADM's).
+    """
 
     def __init__(
         self,
         image_size: int,
-        in_channels: int,
-        model_channels: int,
-        num_res_blocks: int,
-        attention_resolutions: Sequence[int],
-        dropout: float,
-        channel_mult: Sequence[float],
-        conv_resample: bool,
-        num_heads: int,
-        num_head_channels: int,
-        use_scale_shift_norm: bool,
-        resblock_updown: bool,
-        use_new_attention_order: bool,
-        dtype: Dtype,
+        in_channels: int = 3,
+        model_channels: int = 128,
+        out_channels: int = 6,
+        num_res_blocks: int = 2,
+        attention_resolutions: Sequence[int] = (),
+        dropout: float = 0.0,
+        channel_mult: Sequence[float] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        dtype: Dtype = "float32",
         channel_mult_emb: int = 4,
         min_group_channels: int | None = None,
     ):
         super().__init__()
-        self.image_size = image_size
-        self.in_channels = in_channels
-        self.model_channels = model_channels
+        self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
+        self.model_channels, self.num_res_blocks = model_channels, num_res_blocks
         self.dtype = dtype_of(dtype)
         # The coarsest level halves once per level after the first, and skip connections need whole pixels.
         self.size_multiple = 2 ** (len(channel_mult) - 1)
@@ -287,44 +304,41 @@ class _Encoder(nn.Module):
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
         )
-
-        def res(channels: int, out_channels: int | None = None, **kwargs: bool) -> ResBlock:
-            return ResBlock(
-                channels,
-                emb_channels,
-                dropout,
-                out_channels,
-                use_scale_shift_norm,
-                min_group_channels=min_group_channels,
-                **kwargs,
-            )
-
-        def attention(channels: int, heads: int = num_heads) -> AttentionBlock:
-            return AttentionBlock(channels, heads, num_head_channels, use_new_attention_order, min_group_channels)
-
-        self._res, self._attention = res, attention
-        channels = int(channel_mult[0] * model_channels)
+        self._norm = partial(GroupNorm, min_group_channels=min_group_channels)
+        self._res = res = partial(
+            ResBlock,
+            emb_channels=emb_channels,
+            dropout=dropout,
+            use_scale_shift_norm=use_scale_shift_norm,
+            min_group_channels=min_group_channels,
+        )
+        self._attention = attention = partial(
+            AttentionBlock,
+            num_heads=num_heads,
+            num_head_channels=num_head_channels,
+            use_new_attention_order=use_new_attention_order,
+            min_group_channels=min_group_channels,
+        )
+        self._down = partial(res, down=True) if resblock_updown else partial(Downsample, with_conv=conv_resample)
+        self._up = partial(res, up=True) if resblock_updown else partial(Upsample, with_conv=conv_resample)
+        # Width of each level, and whether it has attention.
+        self._levels = [(int(m * model_channels), 2**i in attention_resolutions) for i, m in enumerate(channel_mult)]
+        channels = self._levels[0][0]
         self.input_blocks = nn.ModuleList([_EmbedSequential(nn.Conv2d(in_channels, channels, 3, padding=1))])
-        skips, downsampling = [channels], 1
-        for level, mult in enumerate(channel_mult):
+        self._skips = [channels]
+        for level, (width, attends) in enumerate(self._levels):
             for _ in range(num_res_blocks):
-                layers: list[nn.Module] = [res(channels, int(mult * model_channels))]
-                channels = int(mult * model_channels)
-                if downsampling in attention_resolutions:
-                    layers.append(attention(channels))
+                layers = [res(channels, out_channels=width), *([attention(width)] if attends else [])]
                 self.input_blocks.append(_EmbedSequential(*layers))
-                skips.append(channels)
+                channels = width
+                self._skips.append(channels)
             if level < len(channel_mult) - 1:
-                down = res(channels, down=True) if resblock_updown else Downsample(channels, conv_resample)
-                self.input_blocks.append(_EmbedSequential(down))
-                skips.append(channels)
-                downsampling *= 2
+                self.input_blocks.append(_EmbedSequential(self._down(channels)))
+                self._skips.append(channels)
         self.middle_block = _EmbedSequential(res(channels), attention(channels), res(channels))
-        self._skips, self._channels, self._downsampling = skips, channels, downsampling
 
-    def _finish(self) -> None:
-        """Drop the builders and set the number formats, once every block exists."""
-        del self._res, self._attention
+    def _cast(self) -> None:
+        """Set the number formats, once every block exists."""
         # As in the published half-precision models: convolutions of the body are half, norms and linear layers are not.
         for name in ("input_blocks", "middle_block", "output_blocks"):
             for module in getattr(self, name, nn.Module()).modules():
@@ -341,110 +355,45 @@ class _Encoder(nn.Module):
                 f"channels and sides that are multiples of {self.size_multiple}"
             )
 
+    def embed_time(self, timesteps: Tensor) -> Tensor:
+        """Time part of the embedding: ``(N,)`` on the 0 … 999 scale to ``(N, emb_channels)``."""
+        return self.time_embed(timestep_embedding(timesteps, self.model_channels))
+
     def _encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
-        h = x.to(self.dtype, memory_format=torch.channels_last)
-        states = []
+        states = [x.to(self.dtype, memory_format=torch.channels_last)]
         for block in self.input_blocks:
-            h = block(h, emb)
-            states.append(h)
-        states.append(self.middle_block(h, emb))
-        return states
+            states.append(block(states[-1], emb))
+        return [*states[1:], self.middle_block(states[-1], emb)]
 
 
 class UNet(_Encoder):
     """The diffusion network of ADM.
 
     Args:
-        image_size: height (= width) that the network was made for, in pixels; others work where the halvings do.
-        in_channels: image channels.
-        model_channels: base width.
-        out_channels: ``in_channels``, or twice that where the variance is learned.
-        num_res_blocks: residual blocks per level.
-        attention_resolutions: downsampling factors at which there is attention (1 = full resolution).
-        dropout: rate, while training.
-        channel_mult: width of each level over ``model_channels``.
-        conv_resample: resampling has a convolution where it is not done by residual blocks.
         num_classes: number of classes, or None for a network without labels.
-        num_heads: attention heads, where ``num_head_channels`` is -1.
-        num_head_channels: channels per attention head, or -1.
         num_heads_upsample: heads on the upward path, or -1 for ``num_heads``.
-        use_scale_shift_norm: the embedding scales and shifts the normalisation instead of being added.
-        resblock_updown: residual blocks do the resampling.
-        use_new_attention_order: order of the qkv channels, see :class:`AttentionBlock`.
-        dtype: ``float32``, ``float16`` or ``bfloat16``, of the convolutions of the body.
-        channel_mult_emb: width of the embedding over ``model_channels``.
-        min_group_channels: channels that a group of the normalisations has at least, so that layers of fewer than 32 times
-            that have fewer groups (EDM's networks: 4); None gives every layer 32 groups (ADM's).
     """
 
-    def __init__(
-        self,
-        image_size: int,
-        in_channels: int = 3,
-        model_channels: int = 128,
-        out_channels: int = 6,
-        num_res_blocks: int = 2,
-        attention_resolutions: Sequence[int] = (),
-        dropout: float = 0.0,
-        channel_mult: Sequence[float] = (1, 2, 4, 8),
-        conv_resample: bool = True,
-        num_classes: int | None = None,
-        num_heads: int = 1,
-        num_head_channels: int = -1,
-        num_heads_upsample: int = -1,
-        use_scale_shift_norm: bool = False,
-        resblock_updown: bool = False,
-        use_new_attention_order: bool = False,
-        dtype: Dtype = "float32",
-        channel_mult_emb: int = 4,
-        min_group_channels: int | None = None,
-    ):
-        super().__init__(
-            image_size,
-            in_channels,
-            model_channels,
-            num_res_blocks,
-            attention_resolutions,
-            dropout,
-            channel_mult,
-            conv_resample,
-            num_heads,
-            num_head_channels,
-            use_scale_shift_norm,
-            resblock_updown,
-            use_new_attention_order,
-            dtype,
-            channel_mult_emb,
-            min_group_channels,
-        )
-        self.out_channels = out_channels
+    def __init__(self, *args: Any, num_classes: int | None = None, num_heads_upsample: int = -1, **kwargs: Any):
+        super().__init__(*args, **kwargs)
         self.num_classes = num_classes
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, self.emb_channels)
-        channels, skips, downsampling = self._channels, self._skips, self._downsampling
-        heads = num_heads if num_heads_upsample == -1 else num_heads_upsample
+        skips, heads = list(self._skips), {} if num_heads_upsample == -1 else {"num_heads": num_heads_upsample}
+        channels = skips[-1]
         self.output_blocks = nn.ModuleList()
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            for block in range(num_res_blocks + 1):
-                layers = [self._res(channels + skips.pop(), int(mult * model_channels))]
-                channels = int(mult * model_channels)
-                if downsampling in attention_resolutions:
-                    layers.append(self._attention(channels, heads))
-                if level and block == num_res_blocks:
-                    up = self._res(channels, up=True) if resblock_updown else Upsample(channels, conv_resample)
-                    layers.append(up)
-                    downsampling //= 2
+        for level, (width, attends) in reversed(list(enumerate(self._levels))):
+            for block in range(self.num_res_blocks + 1):
+                layers = [self._res(channels + skips.pop(), out_channels=width)]
+                channels = width
+                if attends:
+                    layers.append(self._attention(width, **heads))
+                if level and block == self.num_res_blocks:
+                    layers.append(self._up(width))
                 self.output_blocks.append(_EmbedSequential(*layers))
-        self.out = nn.Sequential(
-            GroupNorm(channels, min_group_channels), SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
-        )
-        nn.init.zeros_(self.out[-1].weight)
-        nn.init.zeros_(self.out[-1].bias)
-        self._finish()
-
-    def embed_time(self, timesteps: Tensor) -> Tensor:
-        """Time part of the embedding: ``(N,)`` to ``(N, emb_channels)``."""
-        return self.time_embed(timestep_embedding(timesteps, self.model_channels))
+        self.out = nn.Sequential(self._norm(channels), SiLU(), nn.Conv2d(channels, self.out_channels, 3, padding=1))
+        _zero(self.out[-1])
+        self._cast()
 
     def embed_labels(self, y: Tensor) -> Tensor:
         """Class part of the embedding: ``(N,)`` to ``(N, emb_channels)``; a label of -1 means no class, all zeros."""
@@ -479,12 +428,7 @@ class UNet(_Encoder):
 class EncoderUNet(_Encoder):
     """The noise-aware classifier of ADM: the downward half of the UNet and attention pooling.
 
-    Args:
-        image_size: height (= width) of the images, in pixels, fixed by the pooling's positional table.
-        out_channels: number of classes.
-
-    The others are those of :class:`UNet`. The published classifiers have ``num_head_channels: 64``,
-    ``use_scale_shift_norm`` and ``resblock_updown``.
+    The pooling's positional table fixes the size of the images.
     """
 
     def __init__(
@@ -493,42 +437,30 @@ class EncoderUNet(_Encoder):
         in_channels: int = 3,
         model_channels: int = 128,
         out_channels: int = 1000,
-        num_res_blocks: int = 2,
-        attention_resolutions: Sequence[int] = (),
-        dropout: float = 0.0,
-        channel_mult: Sequence[float] = (1, 2, 4, 8),
-        conv_resample: bool = True,
+        *args: Any,
         num_heads: int = 1,
         num_head_channels: int = 64,
         use_scale_shift_norm: bool = True,
         resblock_updown: bool = True,
-        use_new_attention_order: bool = False,
-        dtype: Dtype = "float32",
+        **kwargs: Any,
     ):
         super().__init__(
             image_size,
             in_channels,
             model_channels,
-            num_res_blocks,
-            attention_resolutions,
-            dropout,
-            channel_mult,
-            conv_resample,
-            num_heads,
-            num_head_channels,
-            use_scale_shift_norm,
-            resblock_updown,
-            use_new_attention_order,
-            dtype,
+            out_channels,
+            *args,
+            num_heads=num_heads,
+            num_head_channels=num_head_channels,
+            use_scale_shift_norm=use_scale_shift_norm,
+            resblock_updown=resblock_updown,
+            **kwargs,
         )
-        self.num_classes = out_channels
-        head = num_head_channels if num_head_channels != -1 else self._channels // num_heads
-        self.out = nn.Sequential(
-            GroupNorm(self._channels),
-            SiLU(),
-            AttentionPool2d(image_size // self._downsampling, self._channels, head, out_channels),
-        )
-        self._finish()
+        self.num_classes, channels = out_channels, self._skips[-1]
+        head = num_head_channels if num_head_channels != -1 else channels // num_heads
+        side = image_size // self.size_multiple
+        self.out = nn.Sequential(self._norm(channels), SiLU(), AttentionPool2d(side, channels, head, out_channels))
+        self._cast()
 
     def check_image(self, shape: Sequence[int]) -> None:
         super().check_image(shape)
@@ -540,5 +472,4 @@ class EncoderUNet(_Encoder):
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         """Class logits ``(N, out_channels)``, float32, of noisy images ``(N, C, H, W)`` at ``timesteps`` ``(N,)``."""
-        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))
-        return self.out(self._encode(x, emb)[-1].float())
+        return self.out(self._encode(x, self.embed_time(timesteps))[-1].float())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -12,14 +11,6 @@ from torch import Tensor, nn
 def as_float(logits: Tensor) -> Tensor:
     """Half-precision logits as float32: scores and their gradients are never computed in half precision."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-
-
-def check_temperatures(tau1: float, tau2: float) -> None:
-    """Raise ValueError unless τ1 > 0 and τ2 ≥ 0."""
-    if not (math.isfinite(tau1) and tau1 > 0):
-        raise ValueError(f"tau1 (joint temperature) must be a number above 0, got {tau1}")
-    if not (math.isfinite(tau2) and tau2 >= 0):
-        raise ValueError(f"tau2 (marginal temperature) must be a number of at least 0, got {tau2}")
 
 
 class Score(nn.Module, ABC):

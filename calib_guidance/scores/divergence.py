@@ -9,12 +9,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from calib_guidance.scores.base import Score, as_float, check_temperatures
-from calib_guidance.scores.log_prob import tempered_log_prob
+from calib_guidance.errors import check_choice
+from calib_guidance.scores.base import as_float
+from calib_guidance.scores.log_prob import TemperedLogProb, tempered_log_prob
 
 
 def _entropy_term(log_p: Tensor) -> Tensor:
@@ -83,29 +85,23 @@ def divergence_regularized(
     return tempered_log_prob(logits, y, tau1, tau2) - alpha * DIVERGENCES[divergence](log_q, log_p)
 
 
-class DivergenceRegularized(Score):
+class DivergenceRegularized(TemperedLogProb):
     """log p_{τ1,τ2}(y|x) − α·D(q_y, p): pulls the prediction toward a softened one-hot target.
 
     Args:
         divergence: ``rkl``, ``fkl``, ``js`` or ``hellinger``.
         alpha: weight α ≥ 0; 0.05 … 0.15 in the paper.
         epsilon: how peaked the target is, in (0, 1): near 0 uniform, near 1 one-hot.
-        tau1: joint temperature, > 0.
-        tau2: marginal temperature, ≥ 0.
     """
 
-    def __init__(
-        self, divergence: str = "js", alpha: float = 0.1, epsilon: float = 0.1, tau1: float = 1.0, tau2: float = 1.0
-    ):
-        super().__init__()
-        if divergence not in DIVERGENCES:
-            raise ValueError(f"divergence: unknown {divergence!r}; known: {', '.join(DIVERGENCES)}")
+    def __init__(self, divergence: str = "js", alpha: float = 0.1, epsilon: float = 0.1, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        check_choice("divergence", divergence, DIVERGENCES)
         if not (math.isfinite(alpha) and alpha >= 0):
             raise ValueError(f"alpha must be a number of at least 0, got {alpha}")
         if not 0 < epsilon < 1:
             raise ValueError(f"epsilon must lie strictly between 0 and 1, got {epsilon}")
-        check_temperatures(tau1, tau2)
-        self.divergence, self.alpha, self.epsilon, self.tau1, self.tau2 = divergence, alpha, epsilon, tau1, tau2
+        self.divergence, self.alpha, self.epsilon = divergence, alpha, epsilon
 
     def forward(self, logits: Tensor, y: Tensor, time: float = 1.0) -> Tensor:
         return divergence_regularized(logits, y, self.divergence, self.alpha, self.epsilon, self.tau1, self.tau2)

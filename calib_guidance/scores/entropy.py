@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor
 
-from calib_guidance.scores.base import Score, as_float, check_temperatures
-from calib_guidance.scores.log_prob import tempered_log_prob
+from calib_guidance.errors import check_choice
+from calib_guidance.scores.base import as_float
+from calib_guidance.scores.log_prob import TemperedLogProb, tempered_log_prob
 
 WEIGHTINGS = ("constant", "linear", "cosine", "confidence")
 
@@ -25,7 +27,7 @@ def entropy_regularized(
     return tempered_log_prob(logits, y, tau1, tau2) + weight * entropy(logits)
 
 
-class EntropyRegularized(Score):
+class EntropyRegularized(TemperedLogProb):
     """log p_{τ1,τ2}(y|x) + λ_t·H(p): rewards an undecided classifier, so that its gradient lasts.
 
     The paper calls λ_t adaptive without saying how; these are offered:
@@ -37,18 +39,14 @@ class EntropyRegularized(Score):
     Args:
         entropy_weight: λ, any finite number; negative sharpens instead.
         weighting: one of the above.
-        tau1: joint temperature, > 0.
-        tau2: marginal temperature, ≥ 0.
     """
 
-    def __init__(self, entropy_weight: float = 0.1, weighting: str = "constant", tau1: float = 1.0, tau2: float = 1.0):
-        super().__init__()
-        if weighting not in WEIGHTINGS:
-            raise ValueError(f"weighting: unknown {weighting!r}; known: {', '.join(WEIGHTINGS)}")
+    def __init__(self, entropy_weight: float = 0.1, weighting: str = "constant", *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        check_choice("weighting", weighting, WEIGHTINGS)
         if not math.isfinite(entropy_weight):
             raise ValueError(f"entropy_weight must be a finite number, got {entropy_weight}")
-        check_temperatures(tau1, tau2)
-        self.entropy_weight, self.weighting, self.tau1, self.tau2 = entropy_weight, weighting, tau1, tau2
+        self.entropy_weight, self.weighting = entropy_weight, weighting
 
     def weight(self, logits: Tensor, time: float) -> Tensor | float:
         """λ_t: one number, or ``(N,)`` for ``confidence``."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from calib_guidance.scores.base import Score, as_float, check_temperatures
+from calib_guidance.scores.base import Score, as_float
 
 
 def tempered_log_prob(logits: Tensor, y: Tensor, tau1: float = 1.0, tau2: float = 1.0) -> Tensor:
@@ -27,7 +29,10 @@ class TemperedLogProb(Score):
 
     def __init__(self, tau1: float = 1.0, tau2: float = 1.0):
         super().__init__()
-        check_temperatures(tau1, tau2)
+        if not (math.isfinite(tau1) and tau1 > 0):
+            raise ValueError(f"tau1 (joint temperature) must be a number above 0, got {tau1}")
+        if not (math.isfinite(tau2) and tau2 >= 0):
+            raise ValueError(f"tau2 (marginal temperature) must be a number of at least 0, got {tau2}")
         self.tau1, self.tau2 = tau1, tau2
 
     def forward(self, logits: Tensor, y: Tensor, time: float = 1.0) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from calib_guidance.denoisers.base import Denoiser, prepare_clipped
 from calib_guidance.diffusion.parameterization import diffuse
 from calib_guidance.diffusion.rng import DIFFUSION, SampleStreams, random_steps
 from calib_guidance.diffusion.schedules import NoiseSchedule, ScheduleName, named_betas
-from calib_guidance.errors import ConfigurationError
+from calib_guidance.errors import ConfigurationError, check_choice
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
@@ -65,18 +66,19 @@ class CleanInput(InputTransform):
         return batch["image"], batch.get("t")
 
 
-class _Diffusion(nn.Module):
+class _DiffusedInput(InputTransform):
     """x_t ~ q(x_t | x0) at steps of a (respaced) schedule.
 
     Args:
         schedule: of the full process.
-        steps: respacing as samplers take it; None keeps all steps.
+        steps: respacing as samplers take it, e.g. ``"250"``; None draws from all steps.
         weights: relative weights of equal sections of the respaced schedule, from the cleanest to the noisiest; None draws
             all steps alike.
     """
 
-    def __init__(self, schedule: NoiseSchedule, steps: str | int | None, weights: Sequence[float] | None):
+    def __init__(self, schedule: NoiseSchedule, steps: str | int | None = None, weights: Sequence[float] | None = None):
         super().__init__()
+        self.num_steps = len(schedule)
         self.schedule = schedule if steps is None else schedule.respace(steps)
         share = np.ones(1) if weights is None else np.asarray(weights, dtype=np.float64)
         if not (share.ndim == 1 and share.size and np.isfinite(share).all() and (share >= 0).all() and share.any()):
@@ -87,18 +89,16 @@ class _Diffusion(nn.Module):
         ends, edges = np.arange(1, size + 1) * sections, np.arange(sections + 1) * size
         cumulative = np.interp(ends, edges, np.append(0.0, share.cumsum()))
         self._cumulative = cumulative / cumulative[-1]
-        for name, table in (
-            ("cumulative", self._cumulative),
-            ("alphas_cumprod", self.schedule.alphas_cumprod),
-        ):
-            self.register_buffer(name, torch.tensor(table).float(), persistent=False)
+        self.register_buffer("cumulative", torch.tensor(self._cumulative).float(), persistent=False)
+        alphas_cumprod = torch.tensor(self.schedule.alphas_cumprod).float()
+        self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
         self.register_buffer("timesteps", torch.tensor(self.schedule.timesteps), persistent=False)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Diffusion:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _DiffusedInput:
         """Moves to a device and stays float32: in half precision the tables would tell few steps apart."""
         return super()._apply(lambda buffer: buffer.to(fn(buffer).device), recurse)
 
-    def forward(self, batch: dict[str, Tensor], seed: int | None) -> tuple[Tensor, Tensor]:
+    def diffuse(self, batch: dict[str, Tensor], seed: int | None) -> tuple[Tensor, Tensor]:
         """x_t ``(N, C, H, W)`` and the respaced step ``(N,)`` of each."""
         if "t" in batch:
             raise ConfigurationError(
@@ -118,31 +118,20 @@ class _Diffusion(nn.Module):
         return diffuse(x0, noise, self.alphas_cumprod[i].view(-1, 1, 1, 1)).to(x0.dtype), i
 
 
-class NoisyInput(InputTransform):
+class NoisyInput(_DiffusedInput):
     """x_t ~ q(x_t | x0) with t drawn over the schedule (Dhariwal & Nichol 2021, section 4).
 
     Args:
         noise_schedule: ``linear`` or ``cosine``, that of the diffusion model to be guided.
         num_steps: length of that process.
-        steps: respacing as samplers take it, e.g. ``"250"``; None draws from all steps.
-        weights: relative weights of equal sections of the respaced schedule, from the cleanest to the noisiest; None draws
-            all steps alike.
     """
 
-    def __init__(
-        self,
-        noise_schedule: ScheduleName = "linear",
-        num_steps: int = 1000,
-        steps: str | int | None = None,
-        weights: Sequence[float] | None = None,
-    ):
-        super().__init__()
-        self.num_steps = num_steps
-        self.diffusion = _Diffusion(NoiseSchedule(named_betas(noise_schedule, num_steps)), steps, weights)
+    def __init__(self, noise_schedule: ScheduleName = "linear", num_steps: int = 1000, *args: Any, **kwargs: Any):
+        super().__init__(NoiseSchedule(named_betas(noise_schedule, num_steps)), *args, **kwargs)
 
     def forward(self, batch: dict[str, Tensor], seed: int | None = None) -> tuple[Tensor, Tensor]:
-        x_t, i = self.diffusion(batch, seed)
-        return x_t, self.diffusion.timesteps[i]
+        x_t, i = self.diffuse(batch, seed)
+        return x_t, self.timesteps[i]
 
 
 class _Frozen:
@@ -162,16 +151,13 @@ class _Frozen:
         return self
 
 
-class DenoisedInput(InputTransform):
+class DenoisedInput(_DiffusedInput):
     """x̂0(x_t) of a frozen diffusion model, clipped and decoded as guidance shows it to the classifier (arXiv 2310.11311).
 
     No gradient is kept. The model is no part of this module's parameters, state and copies.
 
     Args:
         denoiser: the diffusion model to be guided; a class-conditional one is given the labels.
-        steps: respacing as samplers take it, e.g. ``"250"``; None draws from all steps.
-        weights: relative weights of equal sections of the respaced schedule, from the cleanest to the noisiest; None draws
-            all steps alike.
         precision: ``bf16`` or ``fp16`` autocast of the network, or ``fp32``, which runs it as sampling does (in its own
             ``dtype``). Of a network that predicts ε, x̂0 has √(1/ᾱ − 1) times the rounding error.
     """
@@ -183,12 +169,9 @@ class DenoisedInput(InputTransform):
         weights: Sequence[float] | None = None,
         precision: str = "bf16",
     ):
-        super().__init__()
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision: unknown {precision!r}; known: {', '.join(PRECISIONS)}")
+        check_choice("precision", precision, PRECISIONS)
+        super().__init__(denoiser.schedule, steps, weights)
         self.frozen, self.precision = _Frozen(denoiser), precision
-        self.num_steps = len(denoiser.schedule)
-        self.diffusion = _Diffusion(denoiser.schedule, steps, weights)
 
     def check_image(self, shape: Sequence[int]) -> None:
         expected = self.frozen.module.image_shape
@@ -212,11 +195,11 @@ class DenoisedInput(InputTransform):
         self, batch: dict[str, Tensor], seed: int | None = None, precision: str | None = None
     ) -> tuple[Tensor, Tensor]:
         """As of :class:`InputTransform`; ``precision`` stands in for the configured one."""
-        x_t, i = self.diffusion(batch, seed)
+        x_t, i = self.diffuse(batch, seed)
         denoiser, dtype = self.frozen.on(x_t.device), PRECISIONS[precision or self.precision]
         # Off where it is not asked for, even inside the autocast of a trainer: embeddings and coefficients stay float32.
         with autocast(x_t.device, None):
-            predict = prepare_clipped(denoiser, self.diffusion.schedule.levels, batch["label"])
+            predict = prepare_clipped(denoiser, self.schedule.levels, batch["label"])
             with autocast(x_t.device, dtype):
                 x0 = denoiser.decode(predict(x_t, i).x0)
-        return x0.to(x_t.dtype), self.diffusion.timesteps[i]
+        return x0.to(x_t.dtype), self.timesteps[i]

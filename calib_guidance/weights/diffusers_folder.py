@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from calib_guidance.errors import CheckpointError
 from calib_guidance.weights.hub import FILES, PREFIX, fetch
-from calib_guidance.weights.io import CheckpointError, load_state, read_state_dict
+from calib_guidance.weights.io import Weights, load_weights, read_state_dict
 
 # Before diffusers 0.15, autoencoders named the parts of their attention otherwise; published files still do.
 _OLD_ATTENTION = re.compile(r"(.*attentions\.\d+\.)(query|key|value|proj_attn)\.(weight|bias)")
@@ -105,5 +106,5 @@ def load_autoencoder(source: str | Mapping[str, Any], kind: str) -> nn.Module:
         if match := _OLD_ATTENTION.fullmatch(name):
             name = f"{match[1]}{_ATTENTION[match[2]]}.{match[3]}"
         state[name] = value
-    load_state(model, state, source)
+    load_weights(model, Weights(source, state))
     return model.eval()

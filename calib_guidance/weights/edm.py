@@ -1,7 +1,7 @@
 """EDM's network (Karras et al. 2022, https://arxiv.org/abs/2206.00364) as the UNet of ADM.
 
 EDM re-trained ADM's architecture under names of its own. What differs is the order of the qkv channels, labels that enter
-as a linear map of one-hot vectors instead of a table, and the smallest normalisation groups, so that the weights, renamed,
+as a linear map of one-hot vectors instead of a table, and the smallest normalization groups, so that the weights, renamed,
 run in :class:`~calib_guidance.networks.UNet`. (EDM activates the embedding once, ADM in each block: the same function.)
 """
 
@@ -34,9 +34,7 @@ _BLOCK = re.compile(r"(enc|dec)\.(\d+)x\2_(conv|down|up|in|block)(\d*)\.")
 
 def is_edm(state: Mapping[str, Tensor]) -> bool:
     """Whether weights have the names of EDM's DhariwalUNet, alone or within its preconditioning (``model.``)."""
-    return any(name.removeprefix("model.") == "map_layer0.weight" for name in state) and any(
-        name.removeprefix("model.") == "out_conv.weight" for name in state
-    )
+    return {"map_layer0.weight", "out_conv.weight"} <= {name.removeprefix("model.") for name in state}
 
 
 def _bare(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -54,40 +52,31 @@ def _bare(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-def _blocks(weights: Mapping[str, Tensor]) -> dict[str, list[tuple[int, str, int]]]:
-    """(resolution, kind, number) of each block of ``enc`` and ``dec``, in the order in which they run."""
-    found: dict[str, set] = {"enc": set(), "dec": set()}
-    for match in filter(None, map(_BLOCK.match, weights)):
-        found[match[1]].add((int(match[2]), match[3], int(match[4] or 0)))
-    # Within a resolution, what changes it comes first.
-    return {
-        "enc": sorted(found["enc"], key=lambda b: (-b[0], b[1] == "block", b[2])),
-        "dec": sorted(found["dec"], key=lambda b: (b[0], b[1] == "block", b[2])),
+def _blocks(weights: Mapping[str, Tensor], side: str) -> dict[str, tuple[int, str, int]]:
+    """(resolution, kind, number) of each block of ``enc`` or ``dec`` by prefix, in the order in which they run."""
+    found = {
+        match[0][:-1]: (int(match[2]), match[3], int(match[4] or 0))
+        for match in filter(None, map(_BLOCK.match, weights))
+        if match[1] == side
     }
-
-
-def _prefix(side: str, block: tuple[int, str, int]) -> str:
-    resolution, kind, number = block
-    return f"{side}.{resolution}x{resolution}_{kind}{number if kind in ('in', 'block') else ''}"
+    sign = -1 if side == "enc" else 1
+    # Within a resolution, what changes it comes first.
+    return dict(sorted(found.items(), key=lambda item: (sign * item[1][0], item[1][1] == "block", item[1][2])))
 
 
 def _places(weights: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
     """Where each block goes: EDM's prefix to ADM's of its residual part and of its attention."""
-    blocks, places = _blocks(weights), {}
-    for number, block in enumerate(blocks["enc"]):
-        places[_prefix("enc", block)] = f"input_blocks.{number}.0", f"input_blocks.{number}.1"
-    number, previous = -1, None
-    for block in blocks["dec"]:
-        name = _prefix("dec", block)
-        if block[1] == "in":
-            places[name] = ("middle_block.0", "middle_block.1") if block[2] == 0 else ("middle_block.2", "")
-        elif block[1] == "up":  # part of ADM's last block of the level below
-            attention = previous and f"{_prefix('dec', previous)}.qkv.weight" in weights
-            places[name] = f"output_blocks.{number}.{2 if attention else 1}", ""
+    places = {name: (f"input_blocks.{n}.0", f"input_blocks.{n}.1") for n, name in enumerate(_blocks(weights, "enc"))}
+    number, previous = -1, ""
+    for name, (_, kind, index) in _blocks(weights, "dec").items():
+        if kind == "in":
+            places[name] = f"middle_block.{2 * index}", f"middle_block.{2 * index + 1}"
+        elif kind == "up":  # part of ADM's last block of the level below
+            places[name] = f"output_blocks.{number}.{2 if f'{previous}.qkv.weight' in weights else 1}", ""
         else:
             number += 1
             places[name] = f"output_blocks.{number}.0", f"output_blocks.{number}.1"
-        previous = block
+        previous = name
     return places
 
 
@@ -126,7 +115,7 @@ def from_edm(state: Mapping[str, Tensor], head_channels: int = HEAD_CHANNELS) ->
 
     Args:
         state: weights by EDM's names, with or without the preconditioning's ``model.`` before them.
-        head_channels: channels of each attention head; 64 in all of EDM's networks.
+        head_channels: of each attention head; 64 in all of EDM's networks.
 
     Returns:
         A new dict; tensors that are not reordered share their memory with those of ``state``.
@@ -157,8 +146,8 @@ def from_edm(state: Mapping[str, Tensor], head_channels: int = HEAD_CHANNELS) ->
 def edm_architecture(state: Mapping[str, Tensor]) -> dict[str, object]:
     """Arguments of the :class:`~calib_guidance.networks.UNet` that EDM's weights belong to, all but dropout and dtype."""
     weights = _bare(state)
-    blocks = _blocks(weights)
-    resolutions = sorted({resolution for resolution, _, _ in blocks["enc"]}, reverse=True)
+    blocks = _blocks(weights, "enc").values()
+    resolutions = list(dict.fromkeys(resolution for resolution, _, _ in blocks))
     if not is_edm(state) or not resolutions:
         raise ValueError("these are not the weights of EDM's DhariwalUNet, whose names begin with map_layer0 and enc.")
     size, width = resolutions[0], weights["map_layer0.weight"].shape[1]
@@ -168,7 +157,7 @@ def edm_architecture(state: Mapping[str, Tensor]) -> dict[str, object]:
         "in_channels": weights[f"enc.{size}x{size}_conv.weight"].shape[1],
         "model_channels": width,
         "out_channels": len(weights["out_conv.weight"]),
-        "num_res_blocks": sum(r == size and kind == "block" for r, kind, _ in blocks["enc"]),
+        "num_res_blocks": sum(r == size and kind == "block" for r, kind, _ in blocks),
         "attention_resolutions": tuple(size // r for r in resolutions if f"{first[r]}.qkv.weight" in weights),
         "channel_mult": tuple(len(weights[f"{first[r]}.conv0.weight"]) // width for r in resolutions),
         "num_classes": weights["map_label.weight"].shape[1] if "map_label.weight" in weights else None,

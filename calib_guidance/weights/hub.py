@@ -42,28 +42,18 @@ def fetch(path: str | os.PathLike[str]) -> Path:
             patterns = [f"{folder}/*{end}" if folder else f"*{end}" for end in (".json", ".safetensors")]
             return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns)) / inside
         return Path(hf_hub_download(repo, inside, revision=revision or None))
-    except HFValidationError as error:
-        raise CheckpointError(f"{path}: {_FORM} ({error})") from error
-    except GatedRepoError as error:
-        raise CheckpointError(
-            f"{path}: {repo} gives its files to those who accepted its terms: accept them at https://huggingface.co/{repo} and "
-            "log in with `hf auth login`"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise CheckpointError(f"{path}: {repo} has no revision {revision!r}") from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"{path}: no repository {repo}, or a private one: check the name, or log in with `hf auth login`"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(
-            f"{path}: the hub cannot be reached and the file was not fetched before: download it elsewhere and name "
-            "the local file"
-        ) from error
-    except EntryNotFoundError as error:
-        raise CheckpointError(f"{path}: {repo} has no file {inside}") from error
-    except Exception as error:  # a broken connection is another class in each version of its HTTP library
-        raise CheckpointError(
-            f"{path}: could not be fetched from the hub ({type(error).__name__}: {error}): download it elsewhere and name the "
-            "local file"
-        ) from error
+    except Exception as error:  # a broken connection is another class in each version of the hub's HTTP library
+        causes = {
+            HFValidationError: f"{_FORM} ({error})",
+            GatedRepoError: f"{repo} gives its files to those who accepted its terms: accept them at "
+            f"https://huggingface.co/{repo} and log in with `hf auth login`",
+            RevisionNotFoundError: f"{repo} has no revision {revision!r}",
+            RepositoryNotFoundError: f"no repository {repo}, or a private one: check the name, or log in with `hf auth login`",
+            LocalEntryNotFoundError: "the hub cannot be reached and the file was not fetched before: download it elsewhere and "
+            "name the local file",
+            EntryNotFoundError: f"{repo} has no file {inside}",
+            Exception: f"could not be fetched from the hub ({type(error).__name__}: {error}): download it elsewhere and name "
+            "the local file",
+        }
+        cause = next(message for kind, message in causes.items() if isinstance(error, kind))
+        raise CheckpointError(f"{path}: {cause}") from error

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import json
 import os
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,11 +64,6 @@ def _reason(error: BaseException) -> str:
     lines = str(error).splitlines()
     refused = (line.strip() for line in lines if "GLOBAL" in line or "WeightsUnpickler error" in line)
     return f"{type(error).__name__}: {next(refused, first_line(error))}"
-
-
-def _missing(path: Path) -> str:
-    card = registry.by_file(path)
-    return f"{path}: no such weights file; {card.where if card else 'name an existing one (see checkpoints/README.md)'}"
 
 
 def _what_else(head: bytes) -> str:
@@ -145,11 +140,8 @@ def _read_torch(path: Path, is_archive: bool) -> Weights:
             break
         content = nested[0]
     if not _is_state(content):
-        found = (
-            f"a mapping with {_some(sorted(map(str, content)))}"
-            if isinstance(content, Mapping)
-            else type(content).__name__
-        )
+        is_mapping = isinstance(content, Mapping)
+        found = f"a mapping with {_some(sorted(map(str, content)))}" if is_mapping else type(content).__name__
         raise CheckpointError(f"{path}: expected a mapping of names to tensors, found {found}")
     state = {name.replace("_orig_mod.", ""): value for name, value in content.items()}
     averaged = state.keys() - {"n_averaged"}
@@ -157,12 +149,6 @@ def _read_torch(path: Path, is_archive: bool) -> Weights:
         state = {name.removeprefix("module."): state[name] for name in state if name in averaged}
     parts = outermost.get("weights_metadata", {}) if "pytorch-lightning_version" in outermost else None
     return Weights(path, state, parts=parts)
-
-
-def _read_edm(path: Path) -> Weights:
-    with open(path, "rb") as file:
-        network = read_edm_pickle(file)
-    return Weights(path, network.state, arguments=network.arguments)
 
 
 def read_weights(path: str | os.PathLike[str]) -> Weights:
@@ -176,7 +162,9 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
     if path.is_dir():
         return _read_folder(path)
     if not path.is_file():
-        raise CheckpointError(_missing(path))
+        card = registry.by_file(path)
+        where = card.where if card else "name an existing one (see checkpoints/README.md)"
+        raise CheckpointError(f"{path}: no such weights file; {where}")
     if path.name.endswith(".safetensors.index.json"):
         return _read_shards(path)
     with open(path, "rb") as file:
@@ -189,7 +177,9 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
     try:
         if is_archive or _LEGACY_MAGIC in head[:32]:
             return _read_torch(path, is_archive)
-        return _read_edm(path)
+        with open(path, "rb") as file:
+            state, arguments = read_edm_pickle(file)
+        return Weights(path, state, arguments=arguments)
     except CheckpointError:
         raise
     except Exception as error:  # a damaged or hostile pickle fails in as many ways as there are opcodes
@@ -213,7 +203,7 @@ def _some(names: list[str], limit: int = 8) -> str:
 
 
 def part_of(weights: Weights, module: nn.Module) -> Weights:
-    """Of a Lightning checkpoint, the part that fits a module by names and shapes; other weights as they are."""
+    """Of a Lightning checkpoint, the one part that fits a module by names and shapes; other weights as they are."""
     if weights.parts is None:
         return weights
     expected = {name: value.shape for name, value in module.state_dict().items()}
@@ -224,11 +214,8 @@ def part_of(weights: Weights, module: nn.Module) -> Weights:
             fitting.append((prefix, part))
     if len(fitting) != 1:
         parts = sorted({".".join(name.split(".")[:2]) for name in names})
-        found = (
-            f"several parts fit: {', '.join(prefix.rstrip('.') for prefix, _ in fitting)}"
-            if fitting
-            else "no part fits"
-        )
+        several = f"several parts fit: {', '.join(prefix.rstrip('.') for prefix, _ in fitting)}"
+        found = several if fitting else "no part fits"
         raise CheckpointError(
             f"{weights.path} is a training checkpoint in which {found} {type(module).__name__} by names and shapes (it "
             f"has {_some(parts, 4)}): name the weights that ExportWeights or ExportClassifier wrote, or the architecture that "
@@ -262,60 +249,32 @@ def load_weights(module: nn.Module, source: str | os.PathLike[str] | Weights, **
                 f"These weights would load, and with another {name} be something else than was trained: set {name} to "
                 f"{weights.metadata[name]}"
             )
-    return load_state(module, weights.state, weights.path, settings, weights.metadata)
-
-
-def load_state(
-    module: nn.Module,
-    state: Mapping[str, Tensor],
-    path: str | os.PathLike[str],
-    settings: Mapping[str, object] | None = None,
-    compared: Container[str] = (),
-) -> dict[str, object]:
-    """Load weights by name into a module, every name and shape of which must fit.
-
-    Args:
-        module: what to load into.
-        state: the weights, by the module's names.
-        path: where they come from, for the message.
-        settings: what they are used with, by name, to be compared with how they were published, where they were.
-        compared: settings that have been compared with what the file says of itself, and are not once more: it may be
-            somebody's own, trained otherwise in the same shapes.
-
-    Returns:
-        As :func:`load_weights`.
-    """
-    settings = registry.nonstate_hparams(module) | dict(settings or {})
-    names, state, expected = registry.identify(state), dict(state), module.state_dict()
+    names, state, expected = registry.identify(weights.state), dict(weights.state), module.state_dict()
     for name in expected.keys() - state.keys():
         # A count for training only, which older files do not have, and DiT's table of positions, which diffusers computes.
         if name.endswith((".num_batches_tracked", "pos_embed.pos_embed")):
             state[name] = expected[name]
-    missing = sorted(expected.keys() - state.keys())
-    unexpected = sorted(state.keys() - expected.keys())
-    shapes = sorted(
-        f"{name} (file {tuple(state[name].shape)}, network {tuple(expected[name].shape)})"
-        for name in expected.keys() & state.keys()
-        if state[name].shape != expected[name].shape
-    )
-    problems = [
-        f"{what}: {_some(names)}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if names
-    ]
-    if problems:
+    problems = {
+        "missing": expected.keys() - state.keys(),
+        "unexpected": state.keys() - expected.keys(),
+        "of another shape": {
+            f"{name} (file {tuple(state[name].shape)}, network {tuple(expected[name].shape)})"
+            for name in expected.keys() & state.keys()
+            if state[name].shape != expected[name].shape
+        },
+    }
+    if any(problems.values()):
+        wrong = "; ".join(f"{what}: {_some(sorted(which))}" for what, which in problems.items() if which)
         known = f" (the file has the names and shapes of {' or '.join(names)})" if names else ""
         raise CheckpointError(
-            f"{path} does not fit {type(module).__name__}; "
-            + "; ".join(problems)
-            + f"{known}. Name the file that belongs to "
+            f"{weights.path} does not fit {type(module).__name__}; {wrong}{known}. Name the file that belongs to "
             "this architecture, or the architecture that belongs to this file"
         )
-    if len(names) == 1:
-        registry.check(names[0], {k: v for k, v in settings.items() if k not in compared}, path)
+    if len(names) == 1:  # what the file says of itself was compared above: it may be another one of the same shapes
+        registry.check(names[0], {k: v for k, v in settings.items() if k not in weights.metadata}, weights.path)
     module.load_state_dict(state)
     size = sum(value.numel() * value.element_size() for value in state.values())
-    return {"file": str(path), "bytes": size, "published": names} | settings
+    return {"file": str(weights.path), "bytes": size, "published": names} | settings
 
 
 def save_weights(weights: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str], **metadata: object) -> None:

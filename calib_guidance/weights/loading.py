@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
@@ -17,23 +17,9 @@ from calib_guidance.weights.io import Weights, load_weights, part_of, read_weigh
 _DEFAULTS = {"noise_schedule": "linear", "prediction": "epsilon"}
 
 
-class Loaded(NamedTuple):
-    """A network that is ready to denoise.
-
-    Attributes:
-        network: frozen, in evaluation mode.
-        settings: the stated ones, those that were None found.
-        provenance: settings and what was loaded, for the report of a run.
-    """
-
-    network: nn.Module
-    settings: dict[str, Any]
-    provenance: dict[str, object]
-
-
 def load_network(
     network: nn.Module | str | None, kind: str, checkpoint: str | None, dtype: str | None, **stated: Any
-) -> Loaded:
+) -> tuple[nn.Module, dict[str, Any], dict[str, object]]:
     """The network of a diffusion model's configuration.
 
     Args:
@@ -43,24 +29,34 @@ def load_network(
         dtype: of a network that is built here; None takes the published one, or float32.
         stated: settings of the configuration; None takes what the file says of itself, else how it was published, else the
             usual one where there are no weights.
+
+    Returns:
+        The network, frozen in evaluation mode; the stated settings with those that were None filled in; and provenance: the
+        settings and what was loaded, for the report of a run.
     """
     weights, described = (None, {}) if checkpoint is None else _read(checkpoint, kind)
-    name = network if isinstance(network, str) else None
-    if kind == "dit" and name is not None and name not in registry.CARDS:
-        network, dtype = named_dit(name, dtype), None
+    published = network if isinstance(network, str) else None
+    if kind == "dit" and published is not None and published not in registry.CARDS:
+        network, dtype = named_dit(published, dtype), None
     elif network is None and described:
-        network, dtype = (described_dit if kind == "dit" else _described_unet)(described, dtype), None
+        network = described_dit(described, dtype) if kind == "dit" else UNet(**described, dtype=dtype or "float32")
+        dtype = None
     network, card = registry.build(network, kind, dtype, weights and weights.state)
-    if kind == "dit":
-        _check_described(network, described, checkpoint)
+    if kind == "dit":  # a folder's config.json must be of the same architecture
+        for name, value in network.architecture.items():
+            if described.get(name, value) != value:
+                raise CheckpointError(
+                    f"{checkpoint} is of a DiT with {name}: {described[name]}, the configuration's has {value}: name the network "
+                    "that belongs to these weights, or null for the folder's own"
+                )
     weights = weights and part_of(weights, network)
     settings = {name: _setting(name, value, weights, card) for name, value in stated.items()}
-    if name is not None and card is not None:
+    if published is not None and card is not None:
         registry.check(card.name, settings)
     provenance = settings | registry.nonstate_hparams(network)
     if weights is not None:
         provenance |= load_weights(network, weights, **settings)
-    return Loaded(network.eval().requires_grad_(False), settings, provenance)
+    return network.eval().requires_grad_(False), settings, provenance
 
 
 def _read(checkpoint: str, kind: str) -> tuple[Weights, Mapping[str, Any]]:
@@ -81,20 +77,6 @@ def _read(checkpoint: str, kind: str) -> tuple[Weights, Mapping[str, Any]]:
     # What an EDM pickle says of its preconditioning is compared like what files of this project say.
     said = {name: str(value) for name, value in weights.arguments.items() if name == "sigma_data"}
     return weights._replace(state=state, metadata={**weights.metadata, **said}), described
-
-
-def _described_unet(architecture: Mapping[str, Any], dtype: str | None) -> UNet:
-    return UNet(**architecture, dtype=dtype or "float32")
-
-
-def _check_described(network: nn.Module, described: Mapping[str, Any], folder: str | None) -> None:
-    """Raise CheckpointError where a folder's ``config.json`` is of another architecture than the network."""
-    for name, value in network.architecture.items():
-        if described.get(name, value) != value:
-            raise CheckpointError(
-                f"{folder} is of a DiT with {name}: {described[name]}, the configuration's has {value}: name the network that "
-                "belongs to these weights, or null for the folder's own"
-            )
 
 
 def _setting(name: str, value: Any, weights: Weights | None, card: registry.Card | None) -> Any:

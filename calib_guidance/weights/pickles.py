@@ -12,27 +12,13 @@ import io
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 _CONTAINERS = ("ModuleDict", "ModuleList", "Sequential")
-
-
-class EDMNetwork(NamedTuple):
-    """A network of an EDM pickle.
-
-    Attributes:
-        class_name: of the outermost module, e.g. ``EDMPrecond``.
-        state: tensors by name, e.g. ``model.enc.64x64_conv.weight``.
-        arguments: what the outermost module was made with by name, e.g. ``img_resolution``, ``label_dim``.
-    """
-
-    class_name: str
-    state: dict[str, Tensor]
-    arguments: dict[str, Any]
 
 
 class _Record:
@@ -62,7 +48,7 @@ class _Restricted(pickle.Unpickler):
             ("dnnlib.util", "EasyDict"): lambda: type("EasyDict", (_Dict,), {}),
             ("torch_utils.persistence", "_reconstruct_persistent_obj"): lambda: self._persistent,
             ("torch._utils", "_rebuild_tensor_v2"): lambda: self._tensor,
-            ("torch._utils", "_rebuild_parameter"): lambda: self._parameter,
+            ("torch._utils", "_rebuild_parameter"): lambda: lambda data, *_: data,
             ("torch.storage", "_load_from_bytes"): lambda: self._storage,
             ("numpy", "dtype"): lambda: type("dtype", (_NumpyType,), {}),
             ("numpy.core.multiarray", "scalar"): lambda: self._numpy_scalar,
@@ -96,9 +82,6 @@ class _Restricted(pickle.Unpickler):
     ) -> Tensor:
         # as_strided refuses what lies outside of the storage.
         return torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage).as_strided(size, stride, offset)
-
-    def _parameter(self, data: Tensor, *_: object) -> Tensor:
-        return data
 
     def _numpy_scalar(self, kind: _NumpyType, data: bytes) -> object:
         return np.frombuffer(data, dtype=kind.name, count=1)[0].item()
@@ -136,7 +119,7 @@ def _tensors(record: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(module, f"{prefix}{name}.")
 
 
-def read_edm_pickle(file: BinaryIO) -> EDMNetwork:
+def read_edm_pickle(file: BinaryIO) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The weight-averaged network (``ema``) of an EDM pickle.
 
     Args:
@@ -144,12 +127,10 @@ def read_edm_pickle(file: BinaryIO) -> EDMNetwork:
     """
     content = _Restricted(file).load()
     if not isinstance(content, Mapping) or "ema" not in content:
-        found = (
-            f"with {', '.join(map(str, content))}" if isinstance(content, Mapping) else f"of {type(content).__name__}"
-        )
+        is_mapping = isinstance(content, Mapping)
+        found = f"with {', '.join(map(str, content))}" if is_mapping else f"of {type(content).__name__}"
         raise pickle.UnpicklingError(f"expected a pickle with a network under 'ema', found one {found}")
     network = content["ema"]
     if not isinstance(network, _Record) or "_modules" not in vars(network):
         raise pickle.UnpicklingError(f"expected a network under 'ema', found {type(network).__name__}")
-    arguments = dict(vars(network).get("_init_kwargs") or {})
-    return EDMNetwork(type(network).__name__, dict(_tensors(network)), arguments)
+    return dict(_tensors(network)), dict(vars(network).get("_init_kwargs") or {})

@@ -36,7 +36,7 @@ from calib_guidance.scores import TemperedLogProb
 from calib_guidance.tasks import GuidedSampling
 from calib_guidance.weights import registry
 from calib_guidance.weights.dit import to_diffusers, to_dit
-from calib_guidance.weights.io import CheckpointError, load_state
+from calib_guidance.weights.io import CheckpointError, Weights, load_weights
 from docs.fit_linear_decoder import main
 
 VAE = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 16}
@@ -63,7 +63,7 @@ def vae():
 @pytest.fixture(scope="module")
 def network(fixture):
     network = tiny_dit()
-    load_state(network, to_dit(fixture.weights()), "fixture")
+    load_weights(network, Weights("fixture", to_dit(fixture.weights())))
     return network
 
 
@@ -198,7 +198,7 @@ class TestFiles:
             assert read.provenance["published"] == ["dit_xl_2_256"]
             assert read.network.architecture == network.architecture
             assert read.network.transformer.proj_out_1.weight.dtype == torch.bfloat16
-        load_state(network, to_dit(fixture.weights()), path)
+        load_weights(network, Weights(path, to_dit(fixture.weights())))
         read = DiTDenoiser("dit_xl_2_256", path)
         for key, value in network.state_dict().items():
             assert torch.equal(value, read.network.state_dict()[key]), key

@@ -6,7 +6,7 @@ from diffusers import DiTTransformer2DModel
 
 from calib_guidance.networks import DiT
 from calib_guidance.weights.dit import from_official, named_dit, to_diffusers, to_dit
-from calib_guidance.weights.io import CheckpointError, load_state
+from calib_guidance.weights.io import CheckpointError, Weights, load_weights
 
 
 def tiny(**changes):
@@ -27,7 +27,7 @@ def fixture(golden):
 @pytest.fixture
 def network(fixture):
     network = tiny()
-    load_state(network, to_dit(fixture.weights()), "fixture")
+    load_weights(network, Weights("fixture", to_dit(fixture.weights())))
     return network
 
 
@@ -51,9 +51,9 @@ def test_every_part_matches_the_reference(fixture, network):
 def test_weights_without_positions_get_the_published_ones(fixture):
     assert (tiny().transformer.pos_embed.pos_embed - fixture["pos_embed_sincos"]).abs().max() <= 1e-6
     official = tiny()
-    load_state(official, to_dit(fixture.weights()), "fixture")
+    load_weights(official, Weights("fixture", to_dit(fixture.weights())))
     network = tiny()
-    load_state(network, to_dit(to_diffusers(official.state_dict())), "diffusers")
+    load_weights(network, Weights("diffusers", to_dit(to_diffusers(official.state_dict()))))
     fixture.assert_close("output_sincos", network(fixture["x"], fixture["t"], null(fixture["y"])))
 
 
@@ -75,7 +75,7 @@ def test_embedders_that_differ_between_blocks_are_refused(network):
     name = "transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight"
     state[name] = state[name] + 1e-3
     with pytest.raises(CheckpointError, match=r"blocks\.1.*class_embedder.*differs"):
-        load_state(tiny(), to_dit(state), "file")
+        load_weights(tiny(), Weights("file", to_dit(state)))
 
 
 def test_the_published_size_by_name():
@@ -109,7 +109,7 @@ def test_the_published_size_by_name():
 @pytest.mark.parametrize(("dtype", "largest"), [("float16", 0.02), ("bfloat16", 0.15)])
 def test_half_precision_stays_close_and_returns_float32(fixture, dtype, largest):
     network = tiny(dtype=dtype)
-    load_state(network, to_dit(fixture.weights()), "fixture")
+    load_weights(network, Weights("fixture", to_dit(fixture.weights())))
     assert network.transformer.proj_out_1.weight.dtype == getattr(torch, dtype)
     output = network(fixture["x"], fixture["t"], null(fixture["y"]))
     assert output.dtype == torch.float32
