@@ -151,7 +151,13 @@ def test_where_public_files_are():
 
 
 def test_the_readme_of_checkpoints_has_the_table():
-    assert registry.markdown() in (ROOT / "checkpoints/README.md").read_text()
+    lines = ["| name | file | source | size | license | used by |", "|---|---|---|---:|---|---|"]
+    for card in registry.CARDS.values():
+        address = card.source.replace("hf://", "https://huggingface.co/")
+        source = f"<{card.source}>" if address == card.source else f"[{card.source}]({address})"
+        size = f"{card.bytes / 1e9:.2f} GB" if card.bytes >= 1e9 else f"{card.bytes / 1e6:.0f} MB"
+        lines.append(f"| `{card.name}` | `{card.file}` | {source} | {size} | {card.license} | {card.used_by} |")
+    assert "\n".join(lines) in (ROOT / "checkpoints/README.md").read_text()
     for name, entry in registry.CARDS.items():
         assert entry.name == name
         assert entry.source.endswith(entry.file)

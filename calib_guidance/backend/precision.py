@@ -56,7 +56,7 @@ def wide_gradient(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
         return network(x)
-    size = torch.ones(())
+    size: Tensor | None = None  # of each sample, from the start of the way back to its end
 
     def start(gradient: Tensor) -> Tensor:
         nonlocal size

@@ -50,11 +50,7 @@ def _read_config(model: str | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build_clip(model: str | Mapping[str, Any]) -> nn.Module:
-    """A contrastive model of open_clip with random weights.
-
-    Args:
-        model: see :class:`CLIPClassifier`.
-    """
+    """A contrastive model of open_clip with random weights; ``model`` as for :class:`CLIPClassifier`."""
     open_clip, config = _import_open_clip(), _read_config(model)
     text = config.get("text_cfg", {})
     if "multimodal_cfg" in config or "hf_model_name" in text or "hf_tokenizer_name" in text:
@@ -72,7 +68,7 @@ def build_clip(model: str | Mapping[str, Any]) -> nn.Module:
 def _check_published(model: str | Mapping[str, Any], weights: str, mean: Sequence[float], std: Sequence[float]) -> None:
     """Raise ValueError where published weights were trained with another activation or other pixel statistics.
 
-    Neither leaves a trace in names and shapes. open_clip lists them for the files on the hub; of others only the name tells.
+    Names and shapes do not show these. open_clip lists them for the files on the hub; of others only the name tells.
     """
     open_clip = _import_open_clip()
     repository = "/".join(weights.removeprefix("hf://").split("/")[:2]) + "/"
@@ -102,8 +98,7 @@ def resampling_matrix(start: Tensor, length: Tensor, source: int, target: int) -
     it is cut off. As a matrix it has a gradient that is the same in every run, which a scatter on a GPU has not.
 
     Args:
-        start: ``(...)`` where the stretch begins, in pixels from the beginning of the line; may lie between two pixels.
-        length: ``(...)`` its length in pixels.
+        start, length: ``(...)`` of the stretch, in pixels from the beginning of the line.
         source: pixels in the line.
         target: pixels to make of the stretch.
 

@@ -37,7 +37,7 @@ def build_network(
         num_classes: width of the last layer.
         weights: None for random ones, a name that the library knows (``IMAGENET1K_V2``; ``pretrained`` for timm), or a
             local file.
-        metadata: what a local file must say of itself, where it says it (see :func:`~calib_guidance.weights.io.load_weights`).
+        metadata: settings for :func:`~calib_guidance.weights.io.load_weights` of a local file.
     """
     local = weights is not None and ("/" in weights or "." in weights)
     library, _, model = name.partition("/")

@@ -34,18 +34,10 @@ def _calls_functional_relu(module: nn.Module) -> bool:
 
 
 def smooth_activations(model: nn.Module, beta: float, activations: Sequence[str] = ("ReLU",)) -> nn.Module:
-    """Replace activations by Softplus(β)(x) = log(1 + exp(βx))/β, in place; the weights stay.
+    """Replace activations by Softplus(β)(x) = log(1 + exp(βx))/β, in place; returns the model.
 
     ReLU modules are replaced, and ReLUs that a model calls as functions (torchvision's DenseNet, GoogLeNet, Inception)
-    are intercepted. β → ∞ is ReLU again; the paper uses 3 (DDPM) and 5 (EDM).
-
-    Args:
-        model: any module.
-        beta: > 0.
-        activations: class names of ``torch.nn`` to replace; others (GELU, SiLU) are left alone unless named here.
-
-    Returns:
-        The model, ready to use in place of the given one.
+    are intercepted. β → ∞ is ReLU again; the paper uses 3 (DDPM) and 5 (EDM). ``activations`` are class names of ``torch.nn``.
     """
     if not beta > 0:
         raise ValueError(f"softplus_beta must be above 0 (null keeps the activations), got {beta}")

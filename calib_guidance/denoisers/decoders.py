@@ -26,8 +26,8 @@ class VAEDecoder(nn.Module):
     """The decoder of a variational autoencoder of Stable Diffusion's kind.
 
     Args:
-        vae: diffusers folder or ``hf://OWNER/NAME`` of an ``AutoencoderKL``; one that is built already; or the arguments of one,
-            which then has random weights.
+        vae: diffusers folder or ``hf://OWNER/NAME`` of an ``AutoencoderKL``; one that is built already; or the arguments of one
+            with random weights.
         latent_scale: what the autoencoder's latents were multiplied with for the diffusion model.
         dtype: ``float32`` or ``bfloat16``. float16 is not offered: the classifier's gradients underflow in it.
     """

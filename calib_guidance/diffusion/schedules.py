@@ -96,10 +96,8 @@ class NoiseLevels(NamedTuple):
 
 def _levels(times: np.ndarray, alphas_cumprod: np.ndarray, num_train_steps: int) -> NoiseLevels:
     """Levels that are passed one after the other, the last one first."""
-    n = len(times)
-    return NoiseLevels(
-        np.asarray(times, np.float64), alphas_cumprod, np.arange(n) / n, np.arange(n)[::-1], num_train_steps
-    )
+    i = np.arange(len(times))
+    return NoiseLevels(np.asarray(times, np.float64), alphas_cumprod, i / len(i), i[::-1], num_train_steps)
 
 
 class Posterior(NamedTuple):

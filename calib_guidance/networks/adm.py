@@ -32,15 +32,9 @@ def _frequencies(half: int, max_period: float, device: torch.device) -> Tensor:
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoidal embedding, cosines first.
+    """Sinusoidal embedding ``(N, dim)`` float32, cosines first, of ``timesteps`` ``(N,)``.
 
-    Args:
-        timesteps: ``(N,)`` on the 0 … 999 scale, fractional values allowed.
-        dim: width of the embedding.
-        max_period: the longest wavelength is ``2π·max_period``.
-
-    Returns:
-        ``(N, dim)`` float32.
+    The longest wavelength is 2π·max_period.
     """
     # The compiler makes constants of its own, and warns of a cache.
     frequencies = _frequencies.__wrapped__ if torch.compiler.is_compiling() else _frequencies
@@ -409,15 +403,9 @@ class UNet(_Encoder):
         return self.out(h.float())
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
-        """Network output.
+        """Output ``(N, out_channels, H, W)`` float32 for noisy images ``(N, C, H, W)`` at ``timesteps`` ``(N,)``.
 
-        Args:
-            x: ``(N, in_channels, H, W)`` noisy images.
-            timesteps: ``(N,)`` on the 0 … 999 scale.
-            y: ``(N,)`` classes, -1 for none; None for all none.
-
-        Returns:
-            ``(N, out_channels, H, W)`` float32.
+        ``timesteps`` are on the 0 … 999 scale; ``y`` are ``(N,)`` classes, -1 for none; None for all none.
         """
         emb = self.embed_time(timesteps)
         if y is not None:

@@ -13,8 +13,8 @@ from calib_guidance.networks.adm import timestep_embedding
 _FREQUENCIES = 256
 
 
-class _Given(nn.Module):
-    """Stands where diffusers computes time and class embedding anew in every block: takes the ready one as the time."""
+class _ReadyEmbedding(nn.Module):
+    """Replaces the embedders in every block of diffusers: takes the ready embedding as the time."""
 
     def forward(self, timestep: Tensor, class_labels: None, hidden_dtype: torch.dtype | None = None) -> Tensor:
         return timestep
@@ -82,7 +82,7 @@ class DiT(nn.Module):
         self.label_emb = nn.Embedding(num_classes + 1, hidden_size)
         self.transformer = DiTTransformer2DModel(**self.architecture, norm_eps=1e-6)
         for block in self.transformer.transformer_blocks:
-            block.norm1.emb = _Given()
+            block.norm1.emb = _ReadyEmbedding()
         # Official files carry the table of positions, so that it is a weight here too.
         positions = self.transformer.pos_embed
         positions.register_buffer("pos_embed", positions.pos_embed, persistent=True)
@@ -109,15 +109,9 @@ class DiT(nn.Module):
         return output.to(emb.dtype)
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
-        """Network output.
+        """Output ``(N, out_channels, H, W)``, noise then variance, for latents ``(N, C, H, W)`` at ``timesteps`` ``(N,)``.
 
-        Args:
-            x: ``(N, in_channels, H, W)`` noisy latents.
-            timesteps: ``(N,)`` on the 0 … 999 scale.
-            y: ``(N,)`` classes, -1 for none; None for all none.
-
-        Returns:
-            ``(N, out_channels, H, W)`` in the type of the embeddings, float32 as built: noise, then variance.
+        ``y`` are ``(N,)`` classes, -1 for none; None for all none. The output has the type of the embeddings.
         """
         y = torch.full_like(timesteps, -1, dtype=torch.long) if y is None else y
         return self.decode(x, self.embed_time(timesteps) + self.embed_labels(y))

@@ -54,12 +54,7 @@ def subfolder(source: str, name: str) -> str:
 
 
 def read_config(source: str, kind: str) -> dict[str, Any]:
-    """What a folder's ``config.json`` says of its model.
-
-    Args:
-        source: folder, or ``hf://OWNER/NAME[/FOLDER][@REVISION]``.
-        kind: class that it must be of.
-    """
+    """What ``config.json`` in a folder, or ``hf://OWNER/NAME[/FOLDER][@REVISION]``, says of its model of class ``kind``."""
     path = _file(source, "config.json")
     if path is None:
         raise CheckpointError(

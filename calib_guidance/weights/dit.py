@@ -88,10 +88,7 @@ def to_dit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def named_dit(name: str, dtype: str | None = None) -> DiT:
-    """An architecture of the paper: ``dit_{s,b,l,xl}_{2,4,8}_{256,512}``: size, patch, image side in pixels.
-
-    Weights were published for ``dit_xl_2_256`` and ``dit_xl_2_512``.
-    """
+    """An architecture of the paper: ``dit_{s,b,l,xl}_{2,4,8}_{256,512}``: size, patch, image side in pixels."""
     match = re.fullmatch(r"dit_(s|b|l|xl)_(2|4|8)_(256|512)", name)
     if not match:
         raise ValueError(f"network: unknown {name!r}; expected dit_SIZE_PATCH_IMAGE such as dit_xl_2_256")

@@ -14,12 +14,7 @@ from torch import Tensor
 
 HEAD_CHANNELS = 64
 MIN_GROUP_CHANNELS = 4
-_RENAMED = {
-    "map_layer0": "time_embed.0",
-    "map_layer1": "time_embed.2",
-    "out_norm": "out.0",
-    "out_conv": "out.2",
-}
+_RENAMED = {"map_layer0": "time_embed.0", "map_layer1": "time_embed.2", "out_norm": "out.0", "out_conv": "out.2"}
 _RESIDUAL = {
     "norm0": "in_layers.0",
     "conv0": "in_layers.2",
@@ -81,15 +76,7 @@ def _places(weights: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
 
 
 def block_from_edm(state: Mapping[str, Tensor], head_channels: int = HEAD_CHANNELS) -> tuple[dict, dict]:
-    """Weights of one of EDM's blocks as those of a :class:`ResBlock` and of an :class:`AttentionBlock`.
-
-    Args:
-        state: the block's weights by EDM's names (``norm0.weight`` …), without resampling filters.
-        head_channels: channels of each attention head.
-
-    Returns:
-        Two dicts by ADM's names; the second is empty where the block has no attention.
-    """
+    """Weights of one of EDM's blocks as those of a :class:`ResBlock` and of an :class:`AttentionBlock` (empty without one)."""
     residual, attention = {}, {}
     for name, value in state.items():
         layer, _, kind = name.rpartition(".")
@@ -113,12 +100,7 @@ def block_from_edm(state: Mapping[str, Tensor], head_channels: int = HEAD_CHANNE
 def from_edm(state: Mapping[str, Tensor], head_channels: int = HEAD_CHANNELS) -> dict[str, Tensor]:
     """Weights of EDM's DhariwalUNet by the names, and in the orders, of :class:`~calib_guidance.networks.UNet`.
 
-    Args:
-        state: weights by EDM's names, with or without the preconditioning's ``model.`` before them.
-        head_channels: of each attention head; 64 in all of EDM's networks.
-
-    Returns:
-        A new dict; tensors that are not reordered share their memory with those of ``state``.
+    Tensors that are not reordered share their memory with those of ``state``. Each attention head has ``head_channels``.
     """
     weights = _bare(state)
     places = _places(weights)

@@ -27,10 +27,9 @@ _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # what torch.save wrote firs
 
 
 class Weights(NamedTuple):
-    """What was read of a weights file.
+    """What was read of a weights file, or folder.
 
     Attributes:
-        path: of the file or folder, on this machine.
         state: tensors by name.
         metadata: settings that the file states, where this project wrote it (see :func:`save_weights`).
         parts: of a Lightning checkpoint, metadata by the path of its part; None for other files.
@@ -278,13 +277,7 @@ def load_weights(module: nn.Module, source: str | os.PathLike[str] | Weights, **
 
 
 def save_weights(weights: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str], **metadata: object) -> None:
-    """Write weights as safetensors, atomically.
-
-    Args:
-        weights: a module, or tensors by name.
-        path: file to write.
-        metadata: what shapes do not tell, kept as text in the file and checked when it is loaded.
-    """
+    """Write weights as safetensors, atomically, with ``metadata``: what shapes do not tell, checked when it is loaded."""
     tensors = weights.state_dict() if isinstance(weights, nn.Module) else weights
     state = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with atomic_write(path) as file:

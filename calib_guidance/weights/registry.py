@@ -48,19 +48,14 @@ class Card:
         return self.source.rpartition("/")[2]
 
     @property
-    def address(self) -> str:
-        """Where a browser finds it."""
-        return self.source.replace("hf://", "https://huggingface.co/")
-
-    @property
     def where(self) -> str:
         """Where to get it, for messages."""
         return f"the public {self.name} is at {self.source} ({self.bytes / 1e6:,.0f} MB, license {self.license})"
 
 
-def _read_cards(path: Path) -> dict[str, Card]:
+def _read_cards() -> dict[str, Card]:
     cards = {}
-    for name, values in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+    for name, values in yaml.safe_load(Path(__file__).with_name("cards.yaml").read_text(encoding="utf-8")).items():
         if name.startswith("."):  # what several cards share
             continue
         shapes = {key: tuple(shape) for key, shape in values.pop("signature_shapes", {}).items()}
@@ -69,7 +64,7 @@ def _read_cards(path: Path) -> dict[str, Card]:
     return cards
 
 
-CARDS: Mapping[str, Card] = MappingProxyType(_read_cards(Path(__file__).with_name("cards.yaml")))
+CARDS: Mapping[str, Card] = MappingProxyType(_read_cards())
 
 
 def entry(name: str, kind: str | None = None) -> Card:
@@ -87,13 +82,7 @@ def by_file(path: str | os.PathLike[str]) -> Card | None:
 
 
 def make_network(name: str, dtype: str | None = None) -> nn.Module:
-    """The network of a card, without its weights.
-
-    Args:
-        name: of a card with a ``network``.
-        dtype: ``float32``, ``float16`` or ``bfloat16``, of the body; None takes what it was published with (for most of ADM's
-            float16, in which few CPUs compute fast: float32 or bfloat16 there).
-    """
+    """The network of a card, without its weights; ``dtype`` is that of its body, None the published one."""
     card = entry(name)
     return getattr(networks, card.network)(**card.arguments | ({} if dtype is None else {"dtype": dtype}))
 
@@ -129,7 +118,7 @@ def build(
         network: a module, taken as it is; a published name; or None, for the one that has the shapes of ``state``.
         kind: of the published networks that fit here.
         dtype: see :func:`make_network`; only for published ones.
-        state: weights that will be loaded. A published network gets no others, which saves making them.
+        state: weights that will be loaded: a published network is then built without random ones.
     """
     names = [] if state is None else identify(state, kind)
     if isinstance(network, nn.Module):
@@ -186,7 +175,7 @@ _OPTIONS = {
 
 
 def check(name: str, settings: Mapping[str, object], path: str | os.PathLike[str] | None = None) -> None:
-    """Compare how weights are used with how the published ones that have their names and shapes were made.
+    """Raise CheckpointError where weights are used otherwise than the published ones of their shapes were made.
 
     Args:
         name: published name.
@@ -207,13 +196,3 @@ def check(name: str, settings: Mapping[str, object], path: str | os.PathLike[str
             f"{path} has the names and shapes of {name}, which was made with {found}. The weights would load and compute "
             f"something else: set {cure}, or name the network, network: {name}"
         )
-
-
-def markdown() -> str:
-    """The table of checkpoints/README.md."""
-    lines = ["| name | file | source | size | license | used by |", "|---|---|---|---:|---|---|"]
-    for card in CARDS.values():
-        source = f"<{card.source}>" if card.address == card.source else f"[{card.source}]({card.address})"
-        size = f"{card.bytes / 1e9:.2f} GB" if card.bytes >= 1e9 else f"{card.bytes / 1e6:.0f} MB"
-        lines.append(f"| `{card.name}` | `{card.file}` | {source} | {size} | {card.license} | {card.used_by} |")
-    return "\n".join(lines)
