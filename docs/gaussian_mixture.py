@@ -29,7 +29,7 @@ from calib_guidance.guidance import ClassifierGuidance
 from calib_guidance.plots import COLOURS, Contours, direction_field
 from calib_guidance.samplers import DDIM, DDPM, Sampler
 from calib_guidance.scores import DivergenceRegularized, EntropyRegularized, Score, TemperedLogProb, Tilted
-from calib_guidance.scores.divergence import smoothed_one_hot_log
+from calib_guidance.scores.regularized import smoothed_one_hot_log
 
 BLUE, VERMILLION, BLACK = COLOURS[0], COLOURS[1], COLOURS[6]
 HALO = [withStroke(linewidth=2, foreground="white")]

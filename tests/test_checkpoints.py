@@ -28,7 +28,6 @@ from calib_guidance.weights import pickles
 from calib_guidance.weights.io import (
     CheckpointError,
     load_weights,
-    read_state_dict,
     read_weights,
     tensors_only,
 )
@@ -79,7 +78,7 @@ class TestFormats:
     )
     def test_files_of_torch(self, tmp_path, state, nest, zipped):
         (tmp_path / "a.pth").write_bytes(torch_bytes(nest(state), _use_new_zipfile_serialization=zipped))
-        same(read_state_dict(tmp_path / "a.pth"), state)
+        same(read_weights(tmp_path / "a.pth").state, state)
 
     def test_half_precision_options_of_training_and_files_without_batch_counts(self, tmp_path, state):
         import argparse
@@ -106,22 +105,22 @@ class TestFormats:
         index = shards / "m.safetensors.index.json"
         index.write_text(json.dumps({"weight_map": {k: file for file, keys in parts.items() for k in keys}}))
         for path in (whole, whole / "diffusion_pytorch_model.safetensors", shards, index):
-            same(read_state_dict(path), state)
+            same(read_weights(path).state, state)
         (shards / "m-00002-of-00002.safetensors").rename(tmp_path / "away.safetensors")
         with pytest.raises(CheckpointError, match="1 of 2 shards are missing: m-00002"):
-            read_state_dict(shards)
+            read_weights(shards)
         save_file({names[5]: state[names[5]]}, shards / "m-00002-of-00002.safetensors")
         with pytest.raises(CheckpointError, match="do not hold what it lists"):
-            read_state_dict(shards)
+            read_weights(shards)
         index.write_text(json.dumps({"weight_map": {names[0]: "../away.safetensors"}}))
         with pytest.raises(CheckpointError, match="files outside of its folder"):
-            read_state_dict(shards)
+            read_weights(shards)
         (whole / "diffusion_pytorch_model.safetensors").unlink()
         save_file(state, whole / "other.safetensors")
         with pytest.raises(
             CheckpointError, match="found diffusion_pytorch_model.fp16.safetensors, other.safetensors: name"
         ):
-            read_state_dict(whole)
+            read_weights(whole)
 
     @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
     def test_pickles_of_edm(self, tmp_path, golden, protocol):
@@ -178,7 +177,7 @@ class TestOtherFiles:
     def test_what_is_no_weights_file_is_named(self, tmp_path, content, message):
         (tmp_path / "128x128_diffusion.pt").write_bytes(content)
         with pytest.raises(CheckpointError, match=f"128x128_diffusion.pt: expected weights.*found {message}"):
-            read_state_dict(tmp_path / "128x128_diffusion.pt")
+            read_weights(tmp_path / "128x128_diffusion.pt")
 
     def test_truncated_files(self, tmp_path, state, golden):
         save_file(state, tmp_path / "a.safetensors")
@@ -192,7 +191,7 @@ class TestOtherFiles:
             for size in (len(content) // 2, len(content) - 20, 600):
                 (tmp_path / name).write_bytes(content[:size])
                 with pytest.raises(CheckpointError, match=f"{name}: .*truncated"):
-                    read_state_dict(tmp_path / name)
+                    read_weights(tmp_path / name)
 
     def test_what_holds_no_weights(self, tmp_path):
         for content, found in (
@@ -202,19 +201,19 @@ class TestOtherFiles:
         ):
             torch.save(content, tmp_path / "a.pt")
             with pytest.raises(CheckpointError, match=f"expected a mapping of names to tensors, found {found}"):
-                read_state_dict(tmp_path / "a.pt")
+                read_weights(tmp_path / "a.pt")
         for content, found in (([1], "found one of list"), ({"G": 1}, "found one with G"), ({"ema": 1}, "found int")):
             (tmp_path / "a.pkl").write_bytes(pickle.dumps(content))
             with pytest.raises(CheckpointError, match=found):
-                read_state_dict(tmp_path / "a.pkl")
+                read_weights(tmp_path / "a.pkl")
 
     def test_a_missing_published_file_says_where_it_is(self, tmp_path):
         with pytest.raises(
             CheckpointError, match=r"no such weights file; the public adm_imagenet128 is at https://openaipublic.*MIT"
         ):
-            read_state_dict(tmp_path / "128x128_diffusion.pt")
+            read_weights(tmp_path / "128x128_diffusion.pt")
         with pytest.raises(CheckpointError, match="see checkpoints/README.md"):
-            read_state_dict(tmp_path / "mine.pt")
+            read_weights(tmp_path / "mine.pt")
 
     def test_another_published_file_is_recognised(self, tmp_path):
         torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "a.pth")
@@ -261,7 +260,7 @@ class TestHarm:
         for name, content in files.items():
             (tmp_path / name).write_bytes(content)
             with pytest.raises(CheckpointError, match="without executing code") as refused:
-                read_state_dict(tmp_path / name)
+                read_weights(tmp_path / name)
             # It names what was asked for, and does not hand on torch's advice to execute it after all.
             assert re.search(r"system|eval|exec", str(refused.value)), name
             assert "arbitrary code" not in str(refused.value), name
@@ -287,7 +286,7 @@ class TestHarm:
         ):
             (tmp_path / "a.pkl").write_bytes(build(target))
             with pytest.raises(CheckpointError):
-                read_state_dict(tmp_path / "a.pkl")
+                read_weights(tmp_path / "a.pkl")
         named = (torch._utils._rebuild_tensor_v2, nn.ModuleDict, OrderedDict, np.dtype, *vars(pickles).values())
         assert not any(hasattr(thing, "evil") for thing in named)
 
@@ -301,7 +300,7 @@ class TestHarm:
 
         (tmp_path / "a.pkl").write_bytes(pickle.dumps({"ema": Outside()}))
         with pytest.raises(CheckpointError, match="out of bounds"):
-            read_state_dict(tmp_path / "a.pkl")
+            read_weights(tmp_path / "a.pkl")
 
     @pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/resnet18.tv_in1k"])
     def test_weights_by_name(self, tmp_path, monkeypatch, name):
@@ -375,13 +374,13 @@ class TestHub:
                 asked.append((repo, revision, allow_patterns)) or str(tmp_path.parent)
             ),
         )
-        same(read_state_dict("hf://owner/repo.v1/model.safetensors@abc"), state)
-        same(read_state_dict(f"hf://owner/repo/{tmp_path.name}"), state)
+        same(read_weights("hf://owner/repo.v1/model.safetensors@abc").state, state)
+        same(read_weights(f"hf://owner/repo/{tmp_path.name}").state, state)
         folder = [f"{tmp_path.name}/*.json", f"{tmp_path.name}/*.safetensors"]
         assert asked == [("owner/repo.v1", "model.safetensors", "abc"), ("owner/repo", None, folder)]
         for wrong in ("hf://owner", "hf://owner/repo/../x.pt", "hf://"):
             with pytest.raises(CheckpointError, match="expected hf://OWNER/REPO/PATH"):
-                read_state_dict(wrong)
+                read_weights(wrong)
 
     def test_errors_name_cause_and_cure(self, monkeypatch):
         response = httpx.Response(404, request=httpx.Request("GET", "https://huggingface.co"))
@@ -402,4 +401,4 @@ class TestHub:
 
             monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
             with pytest.raises(CheckpointError, match=message):
-                read_state_dict("hf://owner/repo/a.pt@main")
+                read_weights("hf://owner/repo/a.pt@main")

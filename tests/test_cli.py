@@ -15,7 +15,7 @@ from PIL import Image
 from calib_guidance.callbacks import read_samples
 from calib_guidance.cli import main
 from calib_guidance.networks import SmallResNet
-from calib_guidance.weights.io import read_state_dict, save_weights
+from calib_guidance.weights.io import read_weights, save_weights
 from tests.conftest import ROOT
 
 PREDICT = ["predict", "--config", "lightning_configs/predict/digits.yaml"]
@@ -101,7 +101,7 @@ def test_every_fit_configuration_trains_and_exports_what_predict_reads(in_root, 
     path.write_text(yaml.safe_dump(config))
     main(["fit", "--config", str(path), *QUICK])
     if shipped is not None:
-        found, expected = read_state_dict(exported), read_state_dict(ROOT / shipped)
+        found, expected = read_weights(exported).state, read_weights(ROOT / shipped).state
         assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in expected.items()}
     if "classifier" in config["model"]["init_args"]:  # and the YAML beside it names it for predict
         description = yaml.safe_load((tmp_path / "classifier.yaml").read_text())
@@ -121,7 +121,7 @@ def test_the_weights_average_is_what_is_exported(in_root, tmp_path):
     config["trainer"]["callbacks"] = [trained, averaging, export]
     (tmp_path / "fit.yaml").write_text(yaml.safe_dump(config))
     main(["fit", "--config", str(tmp_path / "fit.yaml"), *QUICK])
-    before, after = (read_state_dict(tmp_path / f"{n}.safetensors") for n in ("average", "trained"))
+    before, after = (read_weights(tmp_path / f"{n}.safetensors").state for n in ("average", "trained"))
     assert any(not torch.equal(before[k], after[k]) for k in before)
 
 

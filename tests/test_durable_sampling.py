@@ -17,7 +17,7 @@ from calib_guidance.callbacks import read_samples
 from calib_guidance.cli import main
 from calib_guidance.cli.lightning import CalibGuidanceCLI, run_lightning
 from calib_guidance.runs import RunFolder
-from calib_guidance.weights.io import read_state_dict, save_weights
+from calib_guidance.weights.io import read_weights, save_weights
 from tests.conftest import ROOT
 from tests.test_run_folder import flip
 
@@ -174,7 +174,7 @@ class TestIdentity:
         moved = tmp_path / "elsewhere.safetensors"
         shutil.copy("checkpoints/digits/classifier.safetensors", moved)
         predict(copy, f"{option}={moved}")
-        state = read_state_dict(moved)
+        state = read_weights(moved).state
         state["fc.bias"][0] += 1e-3
         save_weights(state, moved)
         assert "weights of guidance: " in refused(f"{option}={moved}")

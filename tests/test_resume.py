@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from calib_guidance.cli import main
-from calib_guidance.weights.io import read_state_dict
+from calib_guidance.weights.io import read_weights
 from tests.conftest import ROOT
 
 EPOCHS, STEPS, EVERY = 3, 4, 3  # steps an epoch, and steps between checkpoints
@@ -55,7 +55,7 @@ def seen(folder, rank=0):
 
 
 def weights(folder):
-    return read_state_dict(folder / "classifier.safetensors")
+    return read_weights(folder / "classifier.safetensors").state
 
 
 @pytest.fixture(scope="module")

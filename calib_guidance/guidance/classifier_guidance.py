@@ -15,8 +15,7 @@ from calib_guidance.denoisers.base import Predict, Prediction
 from calib_guidance.diffusion.schedules import NoiseLevels
 from calib_guidance.guidance.base import Aux, Decode, Guidance, Guide, Guided, Plan, identity
 from calib_guidance.guidance.schedules import GuidanceSchedule
-from calib_guidance.scores.base import Score
-from calib_guidance.scores.log_prob import TemperedLogProb
+from calib_guidance.scores.base import Score, TemperedLogProb
 
 CLASSIFIER_INPUTS = ("x0", "x_t", "x_t_normalized")
 APPLY_TO = ("score", "cfg_residual", "sample")

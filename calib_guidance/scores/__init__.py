@@ -1,9 +1,14 @@
 """Scores: what guidance climbs, as functions of logits and class alone."""
 
-from calib_guidance.scores.base import Score
-from calib_guidance.scores.divergence import DIVERGENCES, DivergenceRegularized, divergence_regularized
-from calib_guidance.scores.entropy import EntropyRegularized, entropy, entropy_regularized
-from calib_guidance.scores.log_prob import TemperedLogProb, tempered_log_prob
+from calib_guidance.scores.base import Score, TemperedLogProb, tempered_log_prob
+from calib_guidance.scores.regularized import (
+    DIVERGENCES,
+    DivergenceRegularized,
+    EntropyRegularized,
+    divergence_regularized,
+    entropy,
+    entropy_regularized,
+)
 from calib_guidance.scores.tilted import Tilted, tilted
 
 __all__ = [

@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from calib_guidance.scores.base import Score
-from calib_guidance.scores.log_prob import TemperedLogProb
+from calib_guidance.scores.base import Score, TemperedLogProb
 
 
 def tilted(scores: Tensor, tilt: float, group_size: int) -> Tensor:

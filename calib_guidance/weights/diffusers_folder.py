@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from calib_guidance.errors import CheckpointError
 from calib_guidance.weights.hub import FILES, PREFIX, fetch
-from calib_guidance.weights.io import Weights, load_weights, read_state_dict
+from calib_guidance.weights.io import Weights, load_weights, read_weights
 
 # Before diffusers 0.15, autoencoders named the parts of their attention otherwise; published files still do.
 _OLD_ATTENTION = re.compile(r"(.*attentions\.\d+\.)(query|key|value|proj_attn)\.(weight|bias)")
@@ -71,12 +71,11 @@ def read_config(source: str, kind: str) -> dict[str, Any]:
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
-def read_weights(source: str) -> dict[str, Tensor]:
-    """Tensors of a folder by name: safetensors where there are any, otherwise ``.bin``, of which nothing is executed."""
+def weights_file(source: str) -> Path:
+    """The file of a folder's weights: safetensors where there is one, otherwise ``.bin``."""
     for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
-        path = _file(source, name)
-        if path is not None:
-            return read_state_dict(path)
+        if (path := _file(source, name)) is not None:
+            return path
     raise CheckpointError(
         f"{source}: neither diffusion_pytorch_model.safetensors nor diffusion_pytorch_model.bin in it"
     )
@@ -97,7 +96,7 @@ def load_autoencoder(source: str | Mapping[str, Any], kind: str) -> nn.Module:
     source = subfolder(source, "vae")
     model = build.from_config(read_config(source, kind))
     state = {}
-    for name, value in read_weights(source).items():
+    for name, value in read_weights(weights_file(source)).state.items():
         if match := _OLD_ATTENTION.fullmatch(name):
             name = f"{match[1]}{_ATTENTION[match[2]]}.{match[3]}"
         state[name] = value

@@ -151,7 +151,12 @@ def _read_torch(path: Path, is_archive: bool) -> Weights:
 
 
 def read_weights(path: str | os.PathLike[str]) -> Weights:
-    """What is in a weights file, whatever it is called; see :func:`read_state_dict`."""
+    """What is in a weights file, whatever it is called, without executing anything in it.
+
+    Reads ``.safetensors``; folders of them with an index, as diffusers writes them; files of torch.save in both of its formats,
+    with weights nested under ``state_dict``, ``model`` or ``ema`` (averages are preferred) and the prefixes of DataParallel,
+    ``torch.compile`` and averages taken off; pickles of EDM (``ema``); and ``hf://OWNER/REPO/PATH`` of the hub.
+    """
     if Path(path).name == "None":
         raise CheckpointError(
             "the weights file is named 'None': jsonargparse reads null on the command line as that text; write null in a YAML "
@@ -185,16 +190,6 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
         raise CheckpointError(
             f"{path}: not a weights file that can be read without executing code, or a truncated one ({_reason(error)})"
         ) from error
-
-
-def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Tensors of a weights file by name, without executing anything in it.
-
-    Reads ``.safetensors``; folders of them with an index, as diffusers writes them; files of torch.save in both of its formats,
-    with weights nested under ``state_dict``, ``model`` or ``ema`` (averages are preferred) and the prefixes of DataParallel,
-    ``torch.compile`` and averages taken off; pickles of EDM (``ema``); and ``hf://OWNER/REPO/PATH`` of the hub.
-    """
-    return read_weights(path).state
 
 
 def _some(names: list[str], limit: int = 8) -> str:

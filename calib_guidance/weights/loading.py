@@ -64,7 +64,8 @@ def _read(checkpoint: str, kind: str) -> tuple[Weights, Mapping[str, Any]]:
     if kind == "dit" and diffusers_folder.is_folder(checkpoint):
         folder = diffusers_folder.subfolder(checkpoint, "transformer")
         config = diffusers_folder.read_config(folder, "DiTTransformer2DModel")
-        return Weights(checkpoint, from_diffusers(diffusers_folder.read_weights(folder))), config
+        state = read_weights(diffusers_folder.weights_file(folder)).state
+        return Weights(checkpoint, from_diffusers(state)), config
     weights = read_weights(checkpoint)
     if kind == "dit":
         return weights._replace(state=to_dit(weights.state)), {}

@@ -14,7 +14,7 @@ from calib_guidance.classifiers import NoiseAwareClassifier, OffTheShelfClassifi
 from calib_guidance.classifiers.smoothing import smooth_activations
 from calib_guidance.denoisers import ADMDenoiser
 from calib_guidance.networks import EncoderUNet, SmallResNet
-from calib_guidance.weights.io import CheckpointError, load_weights, read_state_dict, save_weights
+from calib_guidance.weights.io import CheckpointError, load_weights, read_weights, save_weights
 
 
 class CountReLU(TorchFunctionMode):
@@ -156,7 +156,7 @@ class TestWeights:
 
     def test_missing_file_and_wrong_architecture_name_the_cause(self, tmp_path):
         with pytest.raises(CheckpointError, match=r"nothing\.pt: no such weights file"):
-            read_state_dict(tmp_path / "nothing.pt")
+            read_weights(tmp_path / "nothing.pt")
         save_weights(SmallResNet(widths=(32, 64)), tmp_path / "small.safetensors")
         with pytest.raises(CheckpointError, match=r"missing: stages\.2.*of another shape: "):
             load_weights(SmallResNet(widths=(32, 48, 64)), tmp_path / "small.safetensors")
@@ -169,7 +169,7 @@ class TestWeights:
         save_weights(SmallResNet(), whole)
         (tmp_path / "cut.safetensors").write_bytes(whole.read_bytes()[:1000])
         with pytest.raises(CheckpointError, match="not a readable safetensors file"):
-            read_state_dict(tmp_path / "cut.safetensors")
+            read_weights(tmp_path / "cut.safetensors")
 
         class Evil:
             def __reduce__(self):
@@ -177,7 +177,7 @@ class TestWeights:
 
         torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
         with pytest.raises(CheckpointError, match="without executing code"):
-            read_state_dict(tmp_path / "evil.pt")
+            read_weights(tmp_path / "evil.pt")
         assert not (tmp_path / "owned").exists()
 
 

@@ -20,7 +20,7 @@ from calib_guidance.cli import main
 from calib_guidance.networks import SmallResNet
 from calib_guidance.tasks import CalibrateClassifier
 from calib_guidance.training.lr_schedules import WarmupCosine
-from calib_guidance.weights.io import CheckpointError, read_state_dict, save_weights
+from calib_guidance.weights.io import CheckpointError, read_weights, save_weights
 from tests.conftest import ROOT
 
 CONFIG = ROOT / "lightning_configs/fit/digits_calibration.yaml"
@@ -100,7 +100,7 @@ class TestTraining:
         for steps in (1, 3):
             trainer = {"max_steps": steps, "val_check_interval": steps}
             fit(tmp_path / str(steps), model={"freeze": ["network.stem.*", "network.stages.*"]}, trainer=trainer)
-            found[steps] = read_state_dict(tmp_path / str(steps) / "classifier.safetensors")
+            found[steps] = read_weights(tmp_path / str(steps) / "classifier.safetensors").state
         changed = {name for name in found[1] if not torch.equal(found[1][name], found[3][name])}
         assert changed == {"fc.weight", "fc.bias"}  # not even the BatchNorm statistics of the others
 
@@ -312,7 +312,7 @@ class TestExport:
             fit(tmp_path / name, model=ruin, export=export, trainer={"max_epochs": 3, "gradient_clip_val": None})
         reports = [json.loads(p.read_text()) for p in sorted((tmp_path / "best/calibration").glob("*.json"))]
         scores = [report["nll"]["by_level"][0] for report in reports]
-        best, last = (read_state_dict(tmp_path / n / "classifier.safetensors") for n in ("best", "last"))
+        best, last = (read_weights(tmp_path / n / "classifier.safetensors").state for n in ("best", "last"))
         same = all(torch.equal(best[key], last[key]) for key in best)
         assert same == (min(range(3), key=scores.__getitem__) == 2)
 
@@ -324,7 +324,7 @@ class TestExport:
         fit(tmp_path / "trained", trainer=trainer)
         fit(tmp_path / "first", trainer={"max_steps": 1, "max_epochs": -1, "val_check_interval": 1})
         average, trained, first = (
-            read_state_dict(tmp_path / n / "classifier.safetensors")["fc.weight"]
+            read_weights(tmp_path / n / "classifier.safetensors").state["fc.weight"]
             for n in ("average", "trained", "first")
         )
         assert not torch.equal(average, trained)
