@@ -145,7 +145,7 @@ class CLIPClassifier(Classifier):
         dtype: ``float32``, ``bfloat16`` or ``float16``, of the matrix products of the image network; embeddings are compared
             in float32.
 
-    Images of any size are resized as a whole to the network's (bicubic, antialiased).
+    Images of any size are resized to the network's (bicubic, antialiased).
     """
 
     def __init__(
@@ -176,8 +176,8 @@ class CLIPClassifier(Classifier):
             load_weights(clip, weights)
         self.prompts, self.num_classes = tuple(prompts), len(prompts)
         self.cutouts, self.cutout_scale = cutouts, tuple(cutout_scale)
-        self.size = clip.visual.image_size
-        self.size = self.size if isinstance(self.size, tuple) else (self.size, self.size)
+        size = clip.visual.image_size
+        self.size = size if isinstance(size, tuple) else (size, size)
         text_config = _read_config(model).get("text_cfg", {})
         with torch.no_grad():
             tokens = self._tokenize(clip.context_length, text_config.get("tokenizer_kwargs") or {})

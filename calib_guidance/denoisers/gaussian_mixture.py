@@ -54,12 +54,8 @@ class GaussianMixture(Denoiser):
             raise ValueError("covariances must be symmetric")
         if not (variances > 0).all() or not (w > 0).all():
             raise ValueError("covariances must be positive definite and weights positive")
-        for name, value in (
-            ("means", mu),
-            ("variances", variances),
-            ("axes", axes),
-            ("log_weights", (w / w.sum()).log()),
-        ):
+        tables = {"means": mu, "variances": variances, "axes": axes, "log_weights": (w / w.sum()).log()}
+        for name, value in tables.items():
             self.register_buffer(name, value, persistent=False)
         self.schedule = NoiseSchedule(named_betas(noise_schedule, num_steps))
         self.image_shape = (d, 1, 1)
@@ -105,10 +101,7 @@ class GaussianMixture(Denoiser):
         return x[:, :, None, None].float()
 
     def posterior_mean(self, x_t: Tensor, alphas_cumprod: float | Tensor, y: Tensor | None = None) -> Tensor:
-        """E[x0 | x_t], or E[x0 | x_t, y] where y is a class (-1 is none); ``(N, D, 1, 1)`` in the type of ``x_t``.
-
-        ``alphas_cumprod`` is one number or one per sample ``(N,)``.
-        """
+        """E[x0 | x_t], or E[x0 | x_t, y] where y is a class (-1 is none), at one ᾱ or one per sample; ``(N, D, 1, 1)``."""
         alphas_cumprod = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device=x_t.device).view(-1, 1, 1)
         log_joint, rotated, variances = self._components(x_t, alphas_cumprod)
         gain = alphas_cumprod.sqrt() * self.variances / variances

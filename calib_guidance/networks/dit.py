@@ -23,9 +23,8 @@ class _ReadyEmbedding(nn.Module):
 class DiT(nn.Module):
     """A class-conditional diffusion transformer over latents.
 
-    diffusers keeps a copy of the time and class embedders in every block, and computes each of them at every step. Here there
-    is one, outside the transformer, which a trajectory needs once (:meth:`embed_time`, :meth:`embed_labels`); DiT-XL/2 has
-    75 million parameters less for it. Two more things are as DiT was trained, and not as diffusers runs the same weights: the
+    diffusers keeps a copy of the time and class embedders in every block. Here there is one, outside the transformer, computed
+    once per trajectory; DiT-XL/2 has 75 million parameters less for it. As DiT was trained, and unlike diffusers, the
     frequencies of the time embedding are 10000^(−k/128), not 10000^(−k/127), and every LayerNorm has ε = 1e-6.
 
     Args:

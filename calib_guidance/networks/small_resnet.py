@@ -28,16 +28,13 @@ class SmallResNet(nn.Module):
         self.stem = nn.Sequential(
             nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
         )
-        layers: list[nn.Module] = []
-        previous = widths[0]
+        layers, previous = [], widths[0]
         for stage, width in enumerate(widths):
             for block in range(blocks):
-                stride = 2 if stage and not block else 1
-                shortcut = None
+                stride, shortcut = 2 if stage and not block else 1, None
                 if stride != 1 or previous != width:
-                    shortcut = nn.Sequential(
-                        nn.Conv2d(previous, width, 1, stride=stride, bias=False), nn.BatchNorm2d(width)
-                    )
+                    conv = nn.Conv2d(previous, width, 1, stride=stride, bias=False)
+                    shortcut = nn.Sequential(conv, nn.BatchNorm2d(width))
                 layers.append(BasicBlock(previous, width, stride, shortcut))
                 previous = width
         self.stages = nn.Sequential(*layers)

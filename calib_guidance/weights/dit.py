@@ -29,12 +29,10 @@ _OFFICIAL = [
 ]
 _QKV = re.compile(r"blocks\.(\d+)\.attn\.qkv\.(\w+)")
 _COPIES = re.compile(r"transformer_blocks\.(\d+)\.norm1\.emb\.(.+)")
-_EMBEDDERS = {
-    "timestep_embedder.linear_1.weight": "time_embed.0.weight",
-    "timestep_embedder.linear_1.bias": "time_embed.0.bias",
-    "timestep_embedder.linear_2.weight": "time_embed.2.weight",
-    "timestep_embedder.linear_2.bias": "time_embed.2.bias",
-    "class_embedder.embedding_table.weight": "label_emb.weight",
+_EMBEDDERS = {"class_embedder.embedding_table.weight": "label_emb.weight"} | {
+    f"timestep_embedder.linear_{there}.{kind}": f"time_embed.{here}.{kind}"
+    for there, here in ((1, 0), (2, 2))
+    for kind in ("weight", "bias")
 }
 
 
