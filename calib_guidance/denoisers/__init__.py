@@ -1,9 +1,9 @@
 """Diffusion models behind one interface."""
 
-from calib_guidance.denoisers.adm import ADMDenoiser
 from calib_guidance.denoisers.base import Denoiser, Prediction
 from calib_guidance.denoisers.combination import Combination
 from calib_guidance.denoisers.decoders import LinearDecoder, TinyDecoder, VAEDecoder, fit_linear_decoder
+from calib_guidance.denoisers.discrete import ADMDenoiser
 from calib_guidance.denoisers.dit import DiTDenoiser
 from calib_guidance.denoisers.edm import EDMDenoiser
 from calib_guidance.denoisers.gaussian_mixture import GaussianMixture

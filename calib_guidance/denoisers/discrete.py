@@ -1,4 +1,4 @@
-"""What the denoisers around one network have in common."""
+"""Denoisers around one network, and those of ADM / guided-diffusion among them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from calib_guidance.backend.precision import Dtype
 from calib_guidance.denoisers.base import Denoiser, Predict, Prediction, at_step
 from calib_guidance.diffusion.parameterization import Parameterization, check_prediction, x0_coefficients
 from calib_guidance.diffusion.schedules import NoiseLevels, NoiseSchedule, ScheduleName, named_betas
+from calib_guidance.networks.adm import UNet
 from calib_guidance.weights.loading import load_network
 
 
@@ -102,3 +103,18 @@ class DiscreteDenoiser(NetworkDenoiser):
             return Prediction(at_step(from_x, i) * x_t + at_step(from_output, i) * output, variance)
 
         return predict
+
+
+class ADMDenoiser(DiscreteDenoiser):
+    """An ADM UNet over a linear or cosine schedule.
+
+    Args:
+        network: the UNet, twice as many output as input channels mean a learned variance; or a published
+            name (``adm_imagenet128``, :mod:`calib_guidance.weights.registry`) for architecture and settings; or None, for the
+            published one that has the shapes of the checkpoint.
+    """
+
+    kind = "adm"
+
+    def __init__(self, network: UNet | str | None = None, *args: Any, **kwargs: Any):
+        super().__init__(network, *args, **kwargs)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,12 +20,8 @@ def _bit_generator(seed: int, index: int, stream: int) -> np.random.Philox:
     )
 
 
-class Noise(Protocol):
-    """Where a sampler gets its random numbers from."""
-
-    def __call__(self) -> Tensor:
-        """The next standard normal images, ``(N, C, H, W)``."""
-        ...
+# Where a sampler gets its random numbers from: the next standard normal images, (N, C, H, W), at every call.
+Noise = Callable[[], Tensor]
 
 
 class SampleStreams:

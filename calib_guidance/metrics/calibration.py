@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from calib_guidance.metrics.levels import LevelMetric, Terms, add_up
-from calib_guidance.training.smooth_ece import equal_width_bin
+from calib_guidance.training.losses import equal_width_bin
 
 # The fine histogram of log-odds. With K classes the largest probability has log-odds of −log(K − 1) or more; above 20
 # it is within 2e-9 of 1.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from calib_guidance.diffusion.parameterization import Parameterization, diffuse, v_target, x0_coefficients
 from calib_guidance.diffusion.schedules import NoiseSchedule, ScheduleName, named_betas
 from calib_guidance.tasks.common import Shared, log_loss
-from calib_guidance.training.diffusion_losses import variational_bound_term
+from calib_guidance.training.losses import variational_bound_term
 from calib_guidance.weights import registry
 
 VARIANCES = ("fixed", "learned_range")

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torchvision.transforms import v2
 
 from calib_guidance.classifiers import NoiseAwareClassifier, OffTheShelfClassifier
-from calib_guidance.classifiers.smoothing import smooth_activations
+from calib_guidance.classifiers.off_the_shelf import smooth_activations
 from calib_guidance.denoisers import ADMDenoiser
 from calib_guidance.networks import EncoderUNet, SmallResNet
 from calib_guidance.weights.io import CheckpointError, load_weights, read_weights, save_weights

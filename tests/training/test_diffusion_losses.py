@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from calib_guidance.training.diffusion_losses import discretised_gaussian_nll, gaussian_kl, variational_bound_term
+from calib_guidance.training.losses import discretised_gaussian_nll, gaussian_kl, variational_bound_term
 
 
 def test_kl_of_normals():
