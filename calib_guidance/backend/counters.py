@@ -26,11 +26,7 @@ class FlopCounter(FlopCounterMode):
 
 
 class PeakMemory(TorchDispatchMode):
-    """Bytes in tensors that are alive at once. Memory inside kernels is not counted.
-
-    Attributes:
-        peak: the most so far.
-    """
+    """Bytes in tensors that are alive at once, ``peak`` the most so far. Memory inside kernels is not counted."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -97,9 +97,8 @@ def _device(name: str | None, local_rank: int, together: int) -> torch.device:
 def distributed_context(device: str | None = None) -> Iterator[DistributedContext]:
     """The processes that ``torchrun`` started, connected while inside; without it this one alone.
 
-    Args:
-        device: ``cpu``, ``cuda`` (each process its own) or ``cuda:NUMBER``; None takes a GPU for each process where the machine
-            has as many, and the CPU otherwise. GPUs speak through NCCL, CPUs through gloo.
+    ``device`` is ``cpu``, ``cuda`` (each process its own) or ``cuda:NUMBER``; None takes a GPU for each process where the machine
+    has as many, and the CPU otherwise. GPUs speak through NCCL, CPUs through gloo.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size == 1:

@@ -24,9 +24,13 @@ class Classifier(nn.Module, ABC):
         num_steps: length of the diffusion process that t refers to.
         compile: compile the network once it is frozen, forward and backward, see
             :class:`~calib_guidance.backend.compilation.Compiled`.
+
+    Attributes:
+        compiled_module: name of the module that ``compile`` is about.
     """
 
     num_classes: int
+    compiled_module = "network"
 
     def __init__(self, temperature: float | Sequence[float] = 1.0, num_steps: int = 1000, compile: bool = False):
         super().__init__()
@@ -55,13 +59,10 @@ class Classifier(nn.Module, ABC):
         level = t * len(self._inverse_temperature) // self.num_steps
         return logits * self._inverse_temperature[level].unsqueeze(1)
 
-    def _compile(self, network: nn.Module) -> None:
-        """Compile a network that is ready to guide, once and where asked for; ``_compiled or network`` then runs it."""
-        if self.is_compiled and self._compiled is None:
-            self._compiled = Compiled(network)
-
     def freeze(self) -> Classifier:
-        """Make the classifier ready to guide: evaluation mode, no parameter gradients. Input gradients still flow."""
+        """Make the classifier ready to guide: evaluation mode, no parameter gradients, compiled where asked for."""
+        if self.is_compiled and self._compiled is None:
+            self._compiled = Compiled(self.get_submodule(self.compiled_module))
         return self.eval().requires_grad_(False)
 
 

@@ -148,6 +148,8 @@ class CLIPClassifier(Classifier):
     Images of any size are resized to the network's (bicubic, antialiased).
     """
 
+    compiled_module = "visual"
+
     def __init__(
         self,
         prompts: Sequence[str],
@@ -225,10 +227,6 @@ class CLIPClassifier(Classifier):
                 rows, columns = rows.unsqueeze(1), columns.unsqueeze(1)
             views.append(((x @ columns.mT).mT @ rows.mT).mT)
         return views
-
-    def freeze(self) -> Classifier:
-        self._compile(self.visual)
-        return super().freeze()
 
     def similarity(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         """Cosine between images ``(N, 3, H, W)`` in [-1, 1] and each prompt, ``(N, K)`` in [-1, 1]; the mean over cut-outs."""

@@ -59,10 +59,6 @@ class NoiseAwareClassifier(Classifier):
     def check_image(self, shape: Sequence[int]) -> None:
         self.network.check_image(shape)
 
-    def freeze(self) -> Classifier:
-        self._compile(self.network)
-        return super().freeze()
-
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         if t is None:
             raise ValueError(

@@ -63,18 +63,17 @@ def build_network(
         )
     if weights is None or local:
         network = make()
-    else:
-        try:
-            with tensors_only():
-                network = make()
-        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-            raise CheckpointError(
-                f"{name}: its weights {weights} could not be fetched and loaded ({type(error).__name__}: {error}). Without "
-                f"network, fetch {file} elsewhere and name it: weights: checkpoints/{file}"
-            ) from error
-    if local:
-        load_weights(network, weights, **(metadata or {}))
-    return network
+        if local:
+            load_weights(network, weights, **(metadata or {}))
+        return network
+    try:
+        with tensors_only():
+            return make()
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{name}: its weights {weights} could not be fetched and loaded ({type(error).__name__}: {error}). Without "
+            f"network, fetch {file} elsewhere and name it: weights: checkpoints/{file}"
+        ) from error
 
 
 class _SoftplusForReLU(TorchFunctionMode):
@@ -198,10 +197,8 @@ class OffTheShelfClassifier(Classifier):
         On a CPU the convolutions then keep two more copies of their weights, see
         :class:`~calib_guidance.backend.convolutions.PackedConv2d`.
         """
-        super().freeze()
         if not self._frozen:
             self.network = fold_batch_norm(self.network).to(self.dtype, memory_format=torch.channels_last)
-            self._compile(self.network)
             if not self.is_compiled:
                 pack_convolutions(self.network)
             self._frozen = True

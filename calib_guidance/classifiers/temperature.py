@@ -18,10 +18,10 @@ def fit_temperature(
     num_levels: int = 1,
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Tensor:
-    """The temperatures that minimise the negative log-likelihood of held-out data, by L-BFGS on log T.
+    """The temperatures that minimize the negative log-likelihood of held-out data, by L-BFGS on log T.
 
     Args:
-        logits: ``(N, K)`` of data that the classifier was not trained on, at temperature 1.
+        logits: ``(N, K)`` at temperature 1.
         y: ``(N,)`` true classes.
         level: ``(N,)`` noise level of each, in 0 … num_levels − 1; None puts all in level 0.
         num_levels: temperatures to fit.

@@ -76,13 +76,7 @@ class Denoiser(nn.Module, ABC):
         """
 
     def forward(self, x_t: Tensor, t: int | Tensor, y: Tensor | None = None) -> Prediction:
-        """Predict x̂0.
-
-        Args:
-            x_t: ``(N, C, H, W)`` noisy images.
-            t: step of the full process, 0 … T − 1; one for all, or ``(N,)``.
-            y: ``(N,)`` labels, -1 for none; None for no label at all.
-        """
+        """Predict x̂0 of ``x_t`` ``(N, C, H, W)`` at step ``t``, one or ``(N,)`` of 0 … T − 1; ``y`` as for :meth:`prepare`."""
         steps = torch.as_tensor(t).reshape(-1)
         i = torch.arange(len(steps), device=x_t.device) if len(steps) > 1 else 0
         return self.prepare(self.schedule.at(steps.tolist()), y)(x_t, i)
@@ -93,11 +87,7 @@ class Denoiser(nn.Module, ABC):
 
 
 class DenoiserWrapper(Denoiser):
-    """A denoiser around a denoiser, whose process, shape and decoder it shares.
-
-    Args:
-        denoiser: the inner one.
-    """
+    """A denoiser around a denoiser, whose process, shape and decoder it shares."""
 
     def __init__(self, denoiser: Denoiser):
         super().__init__()

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from calib_guidance.denoisers.decoders import DecoderDtype, VAEDecoder
 from calib_guidance.denoisers.discrete import DiscreteDenoiser
-from calib_guidance.diffusion.parameterization import Parameterization, check_prediction
+from calib_guidance.diffusion.parameterization import Parameterization
 from calib_guidance.diffusion.schedules import ScheduleName
 from calib_guidance.networks.dit import DiT
 
@@ -28,8 +28,8 @@ class DiTDenoiser(DiscreteDenoiser):
             random weights); or any module from latents to images. None is for a model whose latents are never decoded, such as
             the negative of autoguidance.
         latent_scale: what the autoencoder's latents were multiplied with for the diffusion model.
-        decode_batch: latents that are decoded at a time; None decodes all. Where a gradient goes through several such parts, one
-            part's activations are kept at a time, and those of all but the last are computed anew on the way back.
+        decode_batch: latents that are decoded at a time; None decodes all. With gradients, the activations of all parts but the
+            last are recomputed on the way back.
         noise_schedule: ``linear`` (published) or ``cosine``.
         num_steps: length of the diffusion process that it was trained for.
         prediction: ``epsilon`` (published) or ``v``.
@@ -55,7 +55,6 @@ class DiTDenoiser(DiscreteDenoiser):
     ):
         if decode_batch is not None and decode_batch < 1:
             raise ValueError(f"decode_batch must be at least 1, or null for all at once, got {decode_batch}")
-        check_prediction(prediction)
         super().__init__(network, checkpoint, noise_schedule, num_steps, prediction, image_size=None, **kwargs)
         self.decode_batch = decode_batch
         if isinstance(vae, str | dict) or hasattr(vae, "quant_conv"):

@@ -118,12 +118,7 @@ class Posterior(NamedTuple):
 
 
 def posterior(alphas_cumprod: np.ndarray, betas: np.ndarray | None = None) -> Posterior:
-    """The posterior of a process with these ᾱ, the least noisy step first; ᾱ before it counts as 1.
-
-    Args:
-        alphas_cumprod: ``(N,)`` ᾱ.
-        betas: ``(N,)`` β where it is known exactly; None computes 1 − ᾱ_i/ᾱ_{i−1}.
-    """
+    """The posterior of a process with these ᾱ ``(N,)``, the least noisy step first; β is 1 − ᾱ_i/ᾱ_{i−1} unless given."""
     previous, remaining = np.append(1.0, alphas_cumprod[:-1]), 1.0 - alphas_cumprod
     betas = 1.0 - alphas_cumprod / previous if betas is None else betas
     variance = betas * (1.0 - previous) / remaining
@@ -144,8 +139,7 @@ class NoiseSchedule:
         num_train_steps: T.
         timesteps: ``(N,)`` what the network is given at each step.
         betas, alphas_cumprod, alphas_cumprod_prev: ``(N,)``; ᾱ before the first step counts as 1.
-        posterior_variance, posterior_log_variance_clipped, posterior_mean_coef1, posterior_mean_coef2: of
-            q(x_{t-1} | x_t, x_0), Ho et al. 2020 Eq. 7; the log of entry 0, whose variance is 0, is that of entry 1.
+        posterior_variance, posterior_log_variance_clipped, posterior_mean_coef1, posterior_mean_coef2: see :class:`Posterior`.
     """
 
     def __init__(self, betas: np.ndarray, timesteps: np.ndarray | None = None):

@@ -118,12 +118,8 @@ def variational_bound_term(
 ) -> Tensor:
     """One term of the variational bound per sample, in bits per dimension.
 
-    Args:
-        x0, true_mean, mean, log_variance: ``(N, C, H, W)``; true_log_variance broadcasts to them.
-        is_first_step: ``(N,)`` bool, where the term is the decoder's likelihood instead of a divergence.
-
-    Returns:
-        ``(N,)``.
+    Images and moments are ``(N, C, H, W)``, to which true_log_variance broadcasts. Where ``is_first_step`` ``(N,)``, the term is
+    the decoder's likelihood instead of a divergence.
     """
     divergence = gaussian_kl(true_mean, true_log_variance, mean, log_variance).flatten(1).mean(1)
     likelihood = discretised_gaussian_nll(x0, mean, log_variance).flatten(1).mean(1)

@@ -66,7 +66,6 @@ def _reason(error: BaseException) -> str:
 
 
 def _what_else(head: bytes) -> str:
-    """What a file is that is no weights file, from how it begins."""
     text = head.lstrip().lower()
     if not head:
         return "an empty file: the download or the disk failed"
@@ -231,8 +230,7 @@ def load_weights(module: nn.Module, source: str | os.PathLike[str] | Weights, **
         settings: what the weights are used with, e.g. ``noise_schedule``, by name.
 
     Returns:
-        What was loaded, for the report of a run: ``file``, ``bytes`` (of its tensors), ``published`` (names that have these
-        shapes) and what shapes do not tell.
+        Provenance for the report of a run: ``file``, ``bytes``, ``published`` (names that have these shapes) and settings.
     """
     weights = part_of(source if isinstance(source, Weights) else read_weights(source), module)
     settings = settings | registry.nonstate_hparams(module)

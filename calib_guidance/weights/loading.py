@@ -23,10 +23,8 @@ def load_network(
     """The network of a diffusion model's configuration.
 
     Args:
-        network: a module, taken as it is; a published name; or None, for the one that the checkpoint tells.
+        network, checkpoint, dtype: see :class:`~calib_guidance.denoisers.discrete.NetworkDenoiser`.
         kind: ``adm``, ``edm`` or ``dit``.
-        checkpoint: weights file or folder; None keeps the network as it is.
-        dtype: of a network that is built here; None takes the published one, or float32.
         stated: settings of the configuration; None takes what the file says of itself, else how it was published, else the
             usual one where there are no weights.
 
