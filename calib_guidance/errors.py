@@ -1,5 +1,6 @@
 """Errors that the command line shows as one message, without a traceback."""
 
+import difflib
 from collections.abc import Iterable
 
 
@@ -46,3 +47,9 @@ def check_choice(option: str, value: object, known: Iterable[str]) -> None:
     """Raise ValueError where an option has none of its known values."""
     if value not in known:
         raise ValueError(f"{option}: unknown {value!r}; known: {', '.join(known)}")
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'NAME'?)`` with the known name that is most like a misspelled one; empty if none is."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f" (did you mean {near[0]!r}?)" if near else ""

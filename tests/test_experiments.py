@@ -56,7 +56,7 @@ def classes_listed_once():
 
 @pytest.fixture
 def quick(in_root, tmp_path):
-    """The digits' configuration without figures of each run, and with few measurements."""
+    """The digits' configuration without plots of each run, and with few measurements."""
 
     def quick(*callbacks, measured=("TrajectoryCalibration",)):
         content = yaml.safe_load((in_root / FILE["configs"][0]).read_text())
@@ -125,7 +125,7 @@ def test_a_grid_is_run_once_and_shared(write, quick, tmp_path, capsys):
     assert lines[0] == "| score | scale | Fréchet distance ↓ | precision ↑ | recall ↑ | integral ECE ↓ |"
     assert lines[2].startswith(f"| tempered | 1 | {float(found[0]['frechet_distance']):.3f} |")
     for stem in ("score", "scale", "scale-precision-recall"):
-        assert (tmp_path / f"out/small/figures/{stem}.png").stat().st_size > 1000
+        assert (tmp_path / f"out/small/plots/{stem}.png").stat().st_size > 1000
 
     before = records(tmp_path / "out")
     base = [*configs, "lightning_configs/score/tempered.yaml"]
@@ -162,7 +162,7 @@ def test_halving_spends_samples_on_the_best_and_reuses_them(write, quick, tmp_pa
     assert small.table_path(first).read_bytes() == large.table_path(first).read_bytes()
     assert len(large.shards()) == 3
 
-    # Fewer samples of what has more: nothing is sampled, and the figures are those of fewer.
+    # Fewer samples of what has more: nothing is sampled, and the metrics are those of fewer.
     capsys.readouterr()
     shutil.rmtree(found[best, "10"]["folder"])
     experiment(path, tmp_path / "out")
@@ -185,8 +185,8 @@ def test_a_killed_run_goes_on(write, quick, tmp_path, capsys):
     }
     marker = str(tmp_path / "killed")
     kill = {"class_path": "tests.interruptions.KillOnce", "init_args": {"batches": 2, "marker": marker}}
-    figures = ["frechet_distance", "integral_ece"]
-    path = write(configs=quick(kill), axes=SINGLE, columns=figures, evaluate=evaluate | {"allow-few": True})
+    metrics = ["frechet_distance", "integral_ece"]
+    path = write(configs=quick(kill), axes=SINGLE, columns=metrics, evaluate=evaluate | {"allow-few": True})
     process = get_context("spawn").Process(target=experiment, args=(path, tmp_path / "out"))
     process.start()
     process.join()
@@ -251,7 +251,7 @@ def test_the_table_has_mean_and_deviation_over_seeds(write, tmp_path):
     metrics = {
         (*key, 30): dict(zip(("frechet_distance", "precision"), pair, strict=True)) for key, pair in found.items()
     }
-    results = Results(plan, [0, 1], {0: 30, 1: 30}, measured(plan, tmp_path, metrics))
+    results = Results(plan, {0: 30, 1: 30}, measured(plan, tmp_path, metrics))
     lines = results.markdown("table").splitlines()
     assert lines[2:] == ["| 1 | 1.500 ± 0.707 | 0.500 ± 0.000 |", "| 4 | 3.000 ± 0.000 | – |"]
 
@@ -280,7 +280,7 @@ def test_evaluation_is_of_all_samples_and_of_what_the_ranking_needs(write, tmp_p
     [
         ({"valeus": {}}, "allowed: seeds, configs, set, stages, num_samples, rows, axes"),
         ({"columns": None}, "expected columns (of one table), or tables"),
-        ({"seeds": 3}, "seeds: Expected a list. Got value: 3"),
+        ({"seeds": 3}, "seeds: expected a list, got 3"),
         ({"columns": ["frechet"]}, "there is no metric 'frechet' (did you mean 'frechet_distance'?)"),
         ({"columns": ["clip_score"]}, "clip_score would not be measured with"),
         (
@@ -312,7 +312,10 @@ def test_evaluation_is_of_all_samples_and_of_what_the_ranking_needs(write, tmp_p
         ({"evaluate": {"reference": "nowhere.npz"}}, "reference nowhere.npz does not exist"),
         ({"evaluate": {"reference": "a/b", "features": "classifier:no.yaml"}}, "features no.yaml does not exist"),
         ({"evaluate": {"reference": "a/b", "featurs": "inception"}}, "evaluate: unrecognized arguments: --featurs"),
-        ({"evaluate": {"reference": "a/b", "batch-size": "many"}}, "argument --batch-size: invalid int value: 'many'"),
+        (
+            {"evaluate": {"reference": "a/b", "batch-size": "many"}},
+            "argument --batch-size: must be an integer of at least 1, got 'many'",
+        ),
         ({"evaluate": {"reference": "a/b", "output": "o"}}, "kept with each run: remove output"),
         (
             {"set": {"model.denoiser.checkpoint": "nowhere.safetensors"}},
@@ -518,20 +521,23 @@ def test_rows_that_need_others_come_after_them(write, tmp_path):
         ({"rows": None}, "expected rows, axes or both"),
         (
             {"rows": [{"name": "a", "configs": "score/js"}]},
-            "rows[0]: configs: Expected one of list[str], dict[str, list[str]]. Got value: score/js",
+            "rows[0], configs: expected a list or a mapping, got 'score/js'",
         ),
-        ({"rows": [{"name": "a", "set": "--foo"}]}, "rows[0]: set: Expected a dict. Got value: --foo"),
+        ({"rows": [{"name": "a", "set": "--foo"}]}, "rows[0], set: expected a mapping, got '--foo'"),
         (
             {"rows": [{"name": "a", "set": {"model.x": "{foldr}"}}]},
             "unknown {foldr} in a value; known: {seed}, {folder}",
         ),
-        ({"seeds": ["a"]}, "seeds: Expected a int. Got value: a"),
+        ({"seeds": ["a"]}, "seeds[0]: expected an integer, got 'a'"),
         ({"seeds": [1, 1]}, "seeds must be different integers"),
-        ({"groups": ["g"]}, "groups: Expected a dict. Got value: ['g']"),
-        ({"stages": {"s": {"command": "predcit"}}}, "'test', 'predict']. Got value: predcit"),
+        ({"groups": ["g"]}, "groups: expected a mapping, got ['g']"),
+        (
+            {"stages": {"s": {"command": "predcit"}}},
+            "stages[s], command: expected one of fit, validate, test, predict, got 'predcit'",
+        ),
         (
             {"tables": {"t": {"columns": [{"key": "k", "title": "x", "digits": "two"}]}}},
-            "tables[t], columns[0]: digits: Expected one of int, NoneType. Got value: two",
+            "tables[t], columns[0], digits: expected an integer or null, got 'two'",
         ),
         ({"tables": {"t": {"columns": [{"key": "k"}]}}}, "there is no metric 'k'"),
     ],
@@ -548,8 +554,8 @@ def test_files_that_cannot_run_say_why(write, tmp_path, capsys, changes, message
     [
         ("stages: {}\ntables: {}\n", "missing key 'seeds'"),
         ("rows: [", "is not valid YAML"),
-        ("- a", "must be a mapping, got ['a']"),
-        ("", "must be a mapping, got None"),
+        ("- a", "expected a mapping, got ['a']"),
+        ("", "expected a mapping, got None"),
     ],
 )
 def test_a_file_of_another_kind_says_so(tmp_path, capsys, text, message):

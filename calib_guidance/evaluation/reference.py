@@ -38,9 +38,9 @@ were made of and with; other programs read mu and sigma of it. Any number of pro
 
 def at_least_one(text: str) -> int:
     """An option's value that must be 1 or more, for argparse."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
 
 
 def add_measuring_options(parser: argparse.ArgumentParser, default: str | None = None) -> None:

@@ -58,16 +58,12 @@ class Experimenter:
         output: folder of all experiments.
         workers: runs at a time.
         devices: see :func:`calib_guidance.experiments.runner.do_runs`.
-
-    Attributes:
-        runs: that are done, by setting, seed and number of samples.
-        made: how many of them this object did.
     """
 
     def __init__(self, plan: Plan, output: Path, workers: int = 1, devices: Sequence[str] = ()):
         self.plan, self.output, self.workers, self.devices = plan, output, workers, devices
-        self.runs: dict[tuple[int, int, int], Run] = {}
-        self.made = 0
+        self.runs: dict[tuple[int, int, int], Run] = {}  # that are done, by setting, seed and number of samples
+        self.made = 0  # how many of them this object did
 
     def make(self, settings: Sequence[int], num_samples: int) -> None:
         """Do what is left of the runs of some settings.
@@ -78,14 +74,11 @@ class Experimenter:
         runs = self.plan.runs(settings, num_samples, self.output)
         todo = list({run.folder: run for run in runs if not run.done()}.values())
         before = f"{len({run.folder for run in runs}) - len(todo)} runs done before"
-        failed = do_runs(
-            todo, self.workers, self.devices, f"{num_samples} samples, {before}" if num_samples else before
-        )
-        if failed:
+        before = f"{num_samples} samples, {before}" if num_samples else before
+        if failed := do_runs(todo, self.workers, self.devices, before):
             logs = ", ".join(str(run.folder / "log.txt") for run in failed[:3])
-            raise SystemExit(
-                f"{len(failed)} of {len(runs)} runs failed. Logs: {logs}. Re-run the command to do what is left"
-            )
+            text = f"{len(failed)} of {len(runs)} runs failed. Logs: {logs}. Re-run the command to do what is left"
+            raise SystemExit(text)
         self.made += len(todo)
         self.runs |= {(run.setting, run.seed, num_samples): run for run in runs if run.setting in settings}
 
@@ -113,14 +106,14 @@ class Experimenter:
         experiment, settings = self.plan.experiment, rows or range(len(self.plan.settings))
         if experiment.halving is None or rows:
             self.make(settings, experiment.num_samples)
-            return Results(self.plan, settings, dict.fromkeys(settings, experiment.num_samples), self.runs)
+            return Results(self.plan, dict.fromkeys(settings, experiment.num_samples), self.runs)
 
         def measure(asked: Sequence[int], num_samples: int) -> list[float]:
             self.make(asked, num_samples)
             return self.rank(asked, num_samples)
 
         rungs = experiment.halving.rungs(experiment.num_samples)
-        return Results(self.plan, settings, halve(settings, rungs, experiment.halving.factor, measure), self.runs)
+        return Results(self.plan, halve(settings, rungs, experiment.halving.factor, measure), self.runs)
 
 
 def _devices(text: str | None) -> list[str]:
@@ -137,8 +130,7 @@ def _read(path: Path) -> Plan:
     disabled = logging.root.manager.disable
     logging.disable(logging.INFO)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             return make_plan(path)
     finally:
         logging.disable(disabled)
@@ -164,29 +156,29 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
 
 def _write(results: Results, folder: Path, into: Path | None) -> None:
     """Write tables, CSV files, plots and links, and print the tables."""
-    plan = results.plan
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    plan, paths = results.plan, []
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
     for mark in plan.experiment.tables:
         text = results.markdown(mark)
-        (folder / f"{mark}.md").write_text(text + "\n")
+        paths.append(folder / f"{mark}.md")
+        paths[-1].write_text(text + "\n")
         print(f"\n{text}")
         if into is not None:
             insert(text, mark, into)
     for column in plan.columns:
-        if all(value is None for number in results.shown for value in results.values(number, column)):
+        if all(value is None for number in results.samples for value in results.values(number, column)):
             print(f"note: no run has {column.key} in {column.file or 'metrics.json'}, for column {column.title!r}")
     results.write_csv(folder)
     results.link(folder)
-    paths = [*(folder / f"{mark}.md" for mark in plan.experiment.tables), folder / "settings.csv", folder / "runs.csv"]
-    paths += results.draw(folder / "figures")
+    paths += [folder / "settings.csv", folder / "runs.csv", *results.draw(folder / "plots")]
     print(f"\nbest by {plan.columns[0].key}: {plan.settings[results.order()[0]].name}")
-    print("wrote\n" + "\n".join(f"  {path}" for path in paths))
+    print("wrote", *paths, sep="\n  ")
 
 
 def experiment(argv: Sequence[str]) -> None:
     """Do the runs of an experiment, print its tables and draw its plots; completed runs are skipped.
 
-    Writes ``OUTPUT/NAME/`` with the tables, ``settings.csv``, ``runs.csv``, ``figures/`` and links by name to the runs, which
+    Writes ``OUTPUT/NAME/`` with the tables, ``settings.csv``, ``runs.csv``, ``plots/`` and links by name to the runs, which
     are in ``OUTPUT/runs/``. With ``--row`` the folder is ``OUTPUT/NAME/rows``.
 
     Args:
@@ -211,6 +203,5 @@ def experiment(argv: Sequence[str]) -> None:
     workers = options.workers or len(devices) or min(os.cpu_count() or 1, 4)
     experimenter = Experimenter(plan, options.output, workers, devices)
     results = experimenter.run(rows)
-    folder = options.output / plan.name
-    _write(results, folder / "rows" if rows else folder, options.into)
+    _write(results, options.output / plan.name / ("rows" if rows else ""), options.into)
     print(f"{experimenter.made} runs in {(time.monotonic() - started) / 60:.1f} minutes")

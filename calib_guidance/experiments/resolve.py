@@ -25,28 +25,23 @@ from calib_guidance.cli.lightning import innermost, run_lightning
 from calib_guidance.cli.parsed import ParsedCLI, all_options, use_random_weights
 from calib_guidance.errors import CheckpointError, ConfigurationError
 from calib_guidance.evaluation.evaluate import read_options
+from calib_guidance.evaluation.statistics import file_sha256
 from calib_guidance.experiments.runner import sources
 
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
 PLACES = re.compile(r"\{\w+\}")  # in values, filled in for each run
 
+file_hash = functools.cache(file_sha256)
+
 
 @dataclass(frozen=True)
 class Command:
-    """One command of a setting.
+    """One command of a setting. ``{seed}``, ``{folder}`` and ``{needed}`` in its values are filled in for each run."""
 
-    Attributes:
-        stage: its name; the command writes into a folder of that name below that of the run.
-        name: ``predict``, ``fit`` …
-        configs: configuration files.
-        values: of dotted configuration keys, common ones and those of the row; ``{seed}``, ``{folder}`` and ``{needed}`` are
-            filled in for each run.
-    """
-
-    stage: str
-    name: str
-    configs: tuple[str, ...]
-    values: tuple[Mapping[str, Any], ...]
+    stage: str  # the command writes into a folder of that name below that of the run
+    name: str  # ``predict``, ``fit`` …
+    configs: tuple[str, ...]  # files
+    values: tuple[Mapping[str, Any], ...]  # of dotted configuration keys, common ones and those of the row
 
     @property
     def of_files(self) -> dict[str, str]:
@@ -71,14 +66,8 @@ class Command:
         return [*argv, f"--trainer.default_root_dir={(folder or Path()) / self.stage}", *QUIET]
 
 
-@functools.cache
-def file_hash(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class Resolver:
-    """Resolves and checks commands, each once."""
+    """Resolves and checks commands, each once; so does it make their parsers, which takes longest."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, ...], Namespace] = {}
@@ -93,28 +82,24 @@ class Resolver:
         argv = tuple(command.argv(seed=0, num_samples=1))
         if argv not in self._known:
             try:
-                self._known[argv] = self._resolve(argv)
+                cli = self._parse(argv)
+                self._known[argv] = copy.deepcopy(cli.options)
+                if command.name == "predict":
+                    _build(cli)
             except (ValueError, RuntimeError, CheckpointError) as error:
                 raise ConfigurationError(f"{where}: {innermost(error)}") from error
         return self._known[argv]
-
-    def _resolve(self, argv: Sequence[str]) -> Namespace:
-        cli = self._parse(argv)
-        options = copy.deepcopy(cli.options)
-        if argv[0] == "predict":
-            self._build(cli)
-        return options
 
     def _parse(self, argv: Sequence[str]) -> ParsedCLI:
         files = [file for option, file in itertools.pairwise(argv) if option == "--config" and "\n" not in file]
         try:
             if (cli := self._clis.get(argv[0])) is None:
                 cli = self._clis[argv[0]] = run_lightning(argv, ParsedCLI)
-            else:  # making the parser is what takes longest
+            else:
                 cli.parse_arguments(cli.parser, expand_bases(argv))
         except ConfigurationError:
-            words = [argv[0], *(word for file in files for word in ("--config", file))]
-            if words != argv and words == list(argv[: len(words)]):
+            words = (argv[0], *(word for file in files for word in ("--config", file)))
+            if words != argv and words == argv[: len(words)]:
                 self._parse(words)  # says so where it is another command's model that refuses the values
             raise
         if cli.trains != (argv[0] != "predict"):
@@ -122,16 +107,17 @@ class Resolver:
             raise ConfigurationError(f"{argv[0]} cannot run {', '.join(files)}: its model {does}")
         return cli
 
-    def _build(self, cli: ParsedCLI) -> None:
-        """Build without weights, for what the constructors refuse."""
-        model = copy.deepcopy(cli.options.model)
-        for option in [o for o in all_options(model, "model") if o.is_weights]:
-            if not use_random_weights(option):
-                return  # the file says what the architecture is
-        with torch.device("meta"):
-            module = cli.build("model", model)
-        module.sampler.check(module.denoiser, module.guidance)
-        cli.build("data", cli.options.data)
+
+def _build(cli: ParsedCLI) -> None:
+    """Build sampling without weights, for what the constructors refuse."""
+    model = copy.deepcopy(cli.options.model)
+    for option in [o for o in all_options(model, "model") if o.is_weights]:
+        if not use_random_weights(option):
+            return  # the file says what the architecture is
+    with torch.device("meta"):
+        module = cli.build("model", model)
+    module.sampler.check(module.denoiser, module.guidance)
+    cli.build("data", cli.options.data)
 
 
 def digest_of(commands: Sequence[Command], options: Sequence[Namespace], needed: str | None) -> str:
@@ -152,8 +138,8 @@ def digest_of(commands: Sequence[Command], options: Sequence[Namespace], needed:
     return hashlib.sha256(text.encode() + sources()).hexdigest()
 
 
-def words_of(options: Mapping[str, Any]) -> list[str]:
-    """Options as on a command line."""
+def evaluate_argv(options: Mapping[str, Any]) -> list[str]:
+    """Options of ``evaluate`` as on its command line."""
     given = {f"--{option}": value for option, value in options.items() if value is not False}
     return [word for option, value in given.items() for word in ([option] if value is True else [option, str(value)])]
 
@@ -166,7 +152,7 @@ def check_evaluation(options: Mapping[str, Any], where: str) -> None:
         raise ConfigurationError(f"{where}, evaluate: results are kept with each run: remove output")
     with contextlib.redirect_stderr(io.StringIO()) as said:
         try:
-            read_options(["RUN", *words_of(options)])
+            read_options(["RUN", *evaluate_argv(options)])
         except SystemExit:
             raise ConfigurationError(f"{where}, evaluate: {said.getvalue().rpartition('error: ')[2].strip()}") from None
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import itertools
 import multiprocessing
 import os
 import queue
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -23,35 +22,25 @@ from tqdm import tqdm
 import calib_guidance
 from calib_guidance.cli.lightning import run_lightning, subclasses_listed_once
 from calib_guidance.errors import FailedSamplesError, StoppedError
+from calib_guidance.evaluation.evaluate import evaluate
 from calib_guidance.runs import RunFolder
 
 # Folders and modules that look at runs or start them: what they do changes no run.
 _NOT_PART_OF_A_RUN = {"cli", "experiments", "report", "runs/export.py", "runs/status.py"}
-_WITHOUT_LIGHTNING = {"evaluate": "calib_guidance.evaluation.evaluate"}  # modules with a function of the command's name
 _DONE = "done"  # marker file in the folder of a run
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run.
+    """One run."""
 
-    Attributes:
-        setting: its index.
-        seed: of the run.
-        commands: command lines, one after the other.
-        folder: where it writes; its name is a hash of all that changes the result.
-        needs: folder of a run that must be done before it, or None.
-        same: folders of runs that differ from it in the number of samples alone, whose samples it may start with.
-        num_samples: how many it asks for; used only with ``same``.
-    """
-
-    setting: int
+    setting: int  # its index
     seed: int
-    commands: tuple[tuple[str, ...], ...]
-    folder: Path
-    needs: Path | None = None
-    same: tuple[Path, ...] = ()
-    num_samples: int = 0
+    commands: tuple[tuple[str, ...], ...]  # command lines, one after the other
+    folder: Path  # where it writes; its name is a hash of all that changes the result
+    needs: Path | None = None  # folder of a run that must be done before it
+    same: tuple[Path, ...] = ()  # of runs that differ in the number of samples alone, whose samples it may start with
+    num_samples: int = 0  # that it asks for; used only with ``same``
 
     def done(self) -> bool:
         """Whether an earlier run in this folder finished."""
@@ -84,13 +73,6 @@ def _output_in(path: Path) -> Iterator[None]:
             os.close(copy)
 
 
-def _command(argv: Sequence[str]) -> None:
-    if argv[0] in _WITHOUT_LIGHTNING:
-        getattr(importlib.import_module(_WITHOUT_LIGHTNING[argv[0]]), argv[0])(argv[1:])
-    else:
-        run_lightning(argv)
-
-
 def work(run: Run, threads: int) -> list[str]:
     """Do one run, its output in a file beside what it writes. One that was interrupted resumes where it can.
 
@@ -107,9 +89,9 @@ def work(run: Run, threads: int) -> list[str]:
     for other in run.same:
         RunFolder.begin_with(run.folder, other, run.num_samples)
     with _output_in(run.folder / "log.txt"), subclasses_listed_once():
-        for argv in run.commands:
+        for command in run.commands:
             try:
-                _command(argv)
+                evaluate(command[1:]) if command[0] == "evaluate" else run_lightning(command)
             except FailedSamplesError as error:  # its metrics are those of the samples that there are
                 remarks.append(str(error))
     (run.folder / _DONE).touch()
@@ -120,12 +102,6 @@ def _see_one_device(devices: multiprocessing.Queue) -> None:
     """Let this worker process see one device, before it has looked for any."""
     with contextlib.suppress(queue.Empty):
         os.environ["CUDA_VISIBLE_DEVICES"] = devices.get(timeout=10)
-
-
-def _ready(waiting: Mapping[Path, Run], doing: Collection[Run]) -> list[Run]:
-    """Runs that need none of those that are not done."""
-    undone = waiting.keys() | {run.folder for run in doing}
-    return [run for run in waiting.values() if run.needs not in undone]
 
 
 class _Here(Executor):
@@ -170,28 +146,31 @@ def do_runs(runs: Sequence[Run], workers: int, devices: Sequence[str] = (), befo
     workers = max(1, min(workers, len(runs)))
     threads, usual = max(1, (os.cpu_count() or 1) // workers), torch.get_num_threads()
     failed: list[Run] = []
+    waiting = {run.folder: run for run in runs}
+    jobs: dict[Future, Run] = {}
     with _workers(workers, threads, devices) as pool, tqdm(total=len(runs), desc=before, unit="run") as bar:
-        waiting = {run.folder: run for run in runs}
-        jobs: dict[Future, Run] = {}
         while waiting or jobs:
+            undone = waiting.keys() | {run.folder for run in jobs.values()}
+            ready = [run for run in waiting.values() if run.needs not in undone]
+            stopped = False  # with the runs that wait
             try:
-                for run in _ready(waiting, jobs.values())[: workers - len(jobs)]:
+                for run in ready[: workers - len(jobs)]:
                     jobs[pool.submit(work, run, threads)] = run
                     del waiting[run.folder]
             except BrokenProcessPool:  # killed, for want of memory perhaps, and with it the others
-                failed += waiting.values()
-                waiting.clear()
+                stopped = True
             for job in wait(jobs, return_when=FIRST_COMPLETED).done:
                 run = jobs.pop(job)
                 bar.update()
                 if error := job.exception():
                     failed.append(run)
                     tqdm.write(f"failed: {run.folder / 'log.txt'}: {error}")
-                    if isinstance(error, StoppedError):  # this command was asked to end, not that run alone
-                        failed += waiting.values()
-                        waiting.clear()
-                    continue
-                for remark in job.result():
-                    tqdm.write(f"{run.folder}: {remark}")
+                    stopped |= isinstance(error, StoppedError)  # this command was asked to end, not that run alone
+                else:
+                    for remark in job.result():
+                        tqdm.write(f"{run.folder}: {remark}")
+            if stopped:
+                failed += waiting.values()
+                waiting.clear()
     torch.set_num_threads(usual)
     return failed

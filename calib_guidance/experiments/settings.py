@@ -25,11 +25,11 @@ from calib_guidance.experiments.resolve import (
     check_evaluation,
     check_files,
     digest_of,
+    evaluate_argv,
     file_hash,
-    words_of,
 )
 from calib_guidance.experiments.runner import Run
-from calib_guidance.experiments.schema import Column, Experiment, Row, Stage, read_experiment
+from calib_guidance.experiments.schema import Axis, Column, Experiment, Row, Stage, read_experiment
 
 
 def slug(text: str) -> str:
@@ -37,62 +37,31 @@ def slug(text: str) -> str:
     return re.sub(r"[^\w.=+]+", "-", text.lower()).strip("-")
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One setting of an experiment.
-
-    Attributes:
-        group: it is in; empty without groups.
-        labels: of the setting: its row's name, or the label of its value by axis.
-        name: ``γ=0.3, scale=2``, or that of the row.
-        commands: of its runs, one after the other.
-        options: resolved configuration of each command.
-        digest: hash of all that its results depend on, but seed and number of samples.
-        needs: index of the setting that must be done before it.
-    """
-
-    group: str
-    labels: Mapping[str, str]
-    name: str
-    commands: tuple[Command, ...]
-    options: tuple[Namespace, ...]
-    digest: str
-    needs: int | None = None
-
-    def unmeasured(self, column: Column, evaluated: bool) -> str | None:
-        """Why a run of the setting has no such value; None where it has, or where that is not known before."""
-        if column.file is not None or column.key not in METRICS:
-            return None
-        callback = METRICS[column.key].measured_by
-        if evaluated and callback == "SampleQuality":
-            return None
-        options = self.options[-1]
-        if not any(c.class_path.rpartition(".")[2] == callback for c in options.trainer.callbacks or []):
-            also = ", or evaluate to the experiment" if callback == "SampleQuality" else ""
-            return f"add calib_guidance.callbacks.{callback} to trainer.callbacks{also}"
-        if column.key == "integral_ece" and options.model.init_args.get("guidance") is None:
-            return "it is the error of a guiding classifier, and nothing guides"
-        return None
-
-
 def label_of(value: object) -> str:
-    """A value of an axis as text; a list of configuration files by their names."""
+    """A value of an axis as text."""
     if isinstance(value, float):
         return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
+class Setting:
+    """One setting of an experiment."""
+
+    group: str  # that it is in; empty without groups
+    labels: Mapping[str, str]  # its row's name, or the label of its value by axis
+    name: str  # ``γ=0.3, scale=2``, or that of the row
+    commands: tuple[Command, ...]  # of its runs, one after the other
+    options: tuple[Namespace, ...]  # resolved configuration of each command
+    digest: str  # hash of all that its results depend on, but seed and number of samples
+    needs: int | None = None  # index of the setting that must be done before it
+
+
+@dataclass(frozen=True)
 class Plan:
-    """An experiment with its settings resolved.
+    """An experiment with its settings resolved: rows, then the grid, in each group."""
 
-    Attributes:
-        name: of the file.
-        experiment: what the file says.
-        settings: rows, then the grid, in each group.
-    """
-
-    name: str
+    name: str  # of the file
     experiment: Experiment
     settings: tuple[Setting, ...]
 
@@ -112,12 +81,11 @@ class Plan:
         Raises:
             ConfigurationError: no setting has such a name.
         """
-        known = {f"{slug(s.group)}/{slug(s.name)}": number for number, s in enumerate(self.settings)}
         found: list[int] = []
         for name in names:
-            group, slash, rest = name.rpartition("/")
-            ends = f"{slug(group)}/{slug(rest)}" if slash else f"/{slug(name)}"
-            numbers = [number for key, number in known.items() if key == ends or (not slash and key.endswith(ends))]
+            numbers = [
+                n for n, s in enumerate(self.settings) if slug(name) in (slug(s.name), slug(f"{s.group}/{s.name}"))
+            ]
             if not numbers:
                 listed = ", ".join(dict.fromkeys(repr(setting.name) for setting in self.settings))
                 raise ConfigurationError(f"{self.name} has no row {name!r}; rows: {listed}")
@@ -141,71 +109,62 @@ class Plan:
         needed = None if setting.needs is None else self._run(setting.needs, seed, num_samples, output).folder
         stem = hashlib.sha256(f"{setting.digest} {seed}".encode()).hexdigest()[:16]
         folder = output / "runs" / (f"{stem}-{num_samples}" if num_samples else stem)
-        options = self._evaluation(num_samples)
-        if options:
-            named = [word.removeprefix("classifier:") for word in options]
-            files = [file_hash(path) for path in named if Path(path).is_file()]
-            of = hashlib.sha256(json.dumps([options, files]).encode()).hexdigest()[:8]
-            folder = folder.with_name(f"{folder.name}-{of}")
+        evaluate = self._evaluation(num_samples)
+        if evaluate:
+            files = [word.removeprefix("classifier:") for word in evaluate]
+            hashes = [file_hash(path) for path in files if Path(path).is_file()]
+            folder = Path(f"{folder}-{hashlib.sha256(json.dumps([evaluate, hashes]).encode()).hexdigest()[:8]}")
         argvs = [tuple(command.argv(seed, num_samples, folder, needed)) for command in setting.commands]
-        argvs += [("evaluate", str(folder), *options)] if options else []
+        argvs += [("evaluate", str(folder), *evaluate)] if evaluate else []
         alone = num_samples and not self.experiment.stages
-        same = [p for p in sorted(folder.parent.glob(f"{stem}-*")) if p != folder] if alone else []
+        same = sorted(path for path in folder.parent.glob(f"{stem}-*") if path != folder) if alone else []
         return Run(number, seed, tuple(argvs), folder, needed, tuple(same), num_samples)
 
     def _evaluation(self, num_samples: int) -> list[str]:
         """Arguments of ``evaluate``: for runs with all samples, and where the ranking needs it."""
-        halving, options, total = self.experiment.halving, self.experiment.evaluate, self.experiment.num_samples
-        ranked = None
-        if halving is not None and num_samples in halving.rungs(total):
-            ranked = METRICS.get(halving.rank_by(num_samples, total))
-        needed = num_samples == total or (ranked is not None and ranked.measured_by == "SampleQuality")
-        return words_of(options) if options and needed else []
+        options, halving, total = self.experiment.evaluate, self.experiment.halving, self.experiment.num_samples
+        if options is None:
+            return []
+        ranked = halving and METRICS.get(halving.rank_by(num_samples, total))
+        needed = num_samples == total or (ranked and ranked.measured_by == "SampleQuality")
+        return evaluate_argv(options) if needed else []
 
 
 def _for_stage(said: Any, stage: str, stages: Mapping[str, Stage]) -> Any:
     """What configs or set say for one stage: the same for all, unless the keys are names of stages."""
     by_stage = isinstance(said, Mapping) and said and said.keys() <= stages.keys()
-    return said.get(stage) or type(next(iter(said.values())))() if by_stage else said
+    return said.get(stage, {}) if by_stage else said
 
 
-def _grid(experiment: Experiment, where: str) -> Iterator[tuple[dict[str, str], Row]]:
+def _grid(axes: Mapping[str, Axis]) -> Iterator[tuple[dict[str, str], Row]]:
     """Labels and row of every point of the axes."""
     points = []
-    for name, axis in experiment.axes.items():
+    for axis in axes.values():
         files = [[value] if isinstance(value, str) else value for value in axis.configs]
-        labels = [label_of(v) for v in axis.values] + ["+".join(Path(f).name for f in each) for each in files]
-        if twice := sorted({label for label in labels if labels.count(label) > 1}):
-            raise ConfigurationError(f"{where}: two settings have the same name, {name}={twice[0]}")
-        rows = [Row("", set={axis.key: value}) for value in axis.values] + [Row("", configs=each) for each in files]
-        points.append([(name, label, row) for label, row in zip(labels, rows, strict=True)])
+        of_files = [Row("+".join(Path(file).name for file in each), each) for each in files]
+        points.append([Row(label_of(value), set={axis.key: value}) for value in axis.values] + of_files)
     for point in itertools.product(*points) if points else ():
-        labels = {name: label for name, label, _ in point}
-        configs = [config for *_, row in point for config in row.configs]
-        values = {key: value for *_, row in point for key, value in row.set.items()}
-        yield labels, Row(", ".join(f"{n}={label}" for n, label in labels.items()), configs, values)
+        labels = {name: row.name for name, row in zip(axes, point, strict=True)}
+        configs = [config for row in point for config in row.configs]
+        values = {key: value for row in point for key, value in row.set.items()}
+        yield labels, Row(", ".join(f"{name}={label}" for name, label in labels.items()), configs, values)
 
 
 def _commands(experiment: Experiment, group: object, row: Row, where: str) -> tuple[Command, ...]:
     """The commands of a setting."""
     stages, commands = experiment.stages or {"": Stage()}, []
+    known = ["{seed}", "{folder}", *(["{needed}"] if row.needs else [])]
     for name, stage in stages.items():
-        said = [
-            experiment.configs,
-            stage.configs,
-            _for_stage(group, name, stages),
-            _for_stage(row.configs, name, stages),
-        ]
+        own = [_for_stage(said, name, stages) for said in (group, row.configs)]
+        files = tuple(config for configs in (experiment.configs, stage.configs, *own) for config in configs)
         command = row.commands.get(name, stage.command)
-        files = [config for configs in said for config in configs]
         for config in files:
             find_configuration(config, command, said_by=where)
         values = ({**experiment.set, **stage.set}, _for_stage(row.set, name, stages))
-        known = ["{seed}", "{folder}", *(["{needed}"] if row.needs else [])]
         texts = [value for layer in values for value in layer.values() if isinstance(value, str)]
         if unknown := [place for text in texts for place in PLACES.findall(text) if place not in known]:
             raise ConfigurationError(f"{where}: unknown {unknown[0]} in a value; known: {', '.join(known)}")
-        commands.append(Command(name, command, tuple(files), values))
+        commands.append(Command(name, command, files, values))
     return tuple(commands)
 
 
@@ -219,27 +178,25 @@ def make_plan(path: Path) -> Plan:
     if experiment.evaluate is not None:
         check_evaluation(experiment.evaluate, where)
     first = next(iter(experiment.axes), "name")
-    named = [({first: row.name}, row) for row in experiment.rows] + list(_grid(experiment, where))
+    named = [*(({first: row.name}, row) for row in experiment.rows), *_grid(experiment.axes)]
     settings: list[Setting] = []
     numbers: dict[tuple[str, str], int] = {}
     resolver = Resolver()
     with subclasses_listed_once(), without_network():
-        for group, group_configs in (experiment.groups or {"": []}).items():
-            for labels, row in named:
-                if row.groups is not None and group not in row.groups:
-                    continue
-                said = f"{where}, {row.name}"
-                key = (slug(group), slug(row.name))
-                if key in numbers:
-                    raise ConfigurationError(f"{where}: two settings have the same name, {row.name!r}")
-                needs = None if row.needs is None else numbers.get((key[0], slug(row.needs)))
-                if row.needs is not None and needs is None:
-                    raise ConfigurationError(f"{said}: needs {row.needs!r}, which is not a row above")
-                commands = _commands(experiment, group_configs, row, said)
-                options = tuple(resolver.resolve(command, said) for command in commands)
-                digest = digest_of(commands, options, None if needs is None else settings[needs].digest)
-                numbers[key] = len(settings)
-                settings.append(Setting(group, labels, row.name, commands, options, digest, needs))
+        for (group, configs), (labels, row) in itertools.product((experiment.groups or {"": []}).items(), named):
+            if row.groups is not None and group not in row.groups:
+                continue
+            said, key = f"{where}, {row.name}", (slug(group), slug(row.name))
+            if key in numbers:
+                raise ConfigurationError(f"{where}: two settings have the same name, {row.name}")
+            needs = None if row.needs is None else numbers.get((key[0], slug(row.needs)))
+            if row.needs is not None and needs is None:
+                raise ConfigurationError(f"{said}: needs {row.needs!r}, which is not a row above")
+            commands = _commands(experiment, configs, row, said)
+            options = tuple(resolver.resolve(command, said) for command in commands)
+            digest = digest_of(commands, options, None if needs is None else settings[needs].digest)
+            numbers[key] = len(settings)
+            settings.append(Setting(group, labels, row.name, commands, options, digest, needs))
     plan = Plan(path.stem, experiment, tuple(settings))
     _check_measured(plan, where)
     return plan
@@ -247,9 +204,24 @@ def make_plan(path: Path) -> Plan:
 
 def _check_measured(plan: Plan, where: str) -> None:
     """Raise ConfigurationError for columns that no setting has, or that not all have and the ranking needs."""
-    ranked = plan.experiment.halving.metrics() if plan.experiment.halving else []
+    ranked = plan.experiment.halving.metrics if plan.experiment.halving else []
     for column in plan.columns:
-        reasons = [setting.unmeasured(column, plan.experiment.evaluate is not None) for setting in plan.settings]
+        reasons = [_unmeasured(s.options[-1], column, plan.experiment.evaluate is not None) for s in plan.settings]
         if all(reasons) or (column.key in ranked and any(reasons)):
             reason, setting = next((r, s) for r, s in zip(reasons, plan.settings, strict=True) if r)
             raise ConfigurationError(f"{where}: {column.key} would not be measured with {setting.name}: {reason}")
+
+
+def _unmeasured(options: Namespace, column: Column, evaluated: bool) -> str | None:
+    """Why a run has no such value; None where it has, or where that is not known before."""
+    if column.file is not None or column.key not in METRICS:
+        return None
+    callback = METRICS[column.key].measured_by
+    if evaluated and callback == "SampleQuality":
+        return None
+    if not any(c.class_path.rpartition(".")[2] == callback for c in options.trainer.callbacks or []):
+        also = ", or evaluate to the experiment" if callback == "SampleQuality" else ""
+        return f"add calib_guidance.callbacks.{callback} to trainer.callbacks{also}"
+    if column.key == "integral_ece" and options.model.init_args.get("guidance") is None:
+        return "it is the error of a guiding classifier, and nothing guides"
+    return None

@@ -36,10 +36,7 @@ def read_value(column: Column, folder: Path) -> float | None:
 def mean_and_std(values: Sequence[float | None]) -> tuple[float | None, float | None]:
     """Mean and standard deviation of the known values; None where there is none, or only one."""
     known = [value for value in values if value is not None]
-    return (
-        statistics.mean(known) if known else None,
-        statistics.stdev(known) if len(known) > 1 else None,
-    )
+    return statistics.mean(known) if known else None, statistics.stdev(known) if len(known) > 1 else None
 
 
 def cell(values: Sequence[float | None], column: Column) -> str:
@@ -60,19 +57,11 @@ def insert(text: str, mark: str, path: Path) -> None:
 
 @dataclass
 class Results:
-    """Results of the runs of an experiment.
-
-    Attributes:
-        plan: the experiment.
-        shown: settings that the tables have.
-        samples: number of samples that each of them got.
-        runs: that are done, by setting, seed and number of samples.
-    """
+    """Results of the runs of an experiment."""
 
     plan: Plan
-    shown: Sequence[int]
-    samples: dict[int, int]
-    runs: dict[tuple[int, int, int], Run]
+    samples: dict[int, int]  # that each setting of the tables got
+    runs: dict[tuple[int, int, int], Run]  # that are done, by setting, seed and number of samples
 
     def values(self, setting: int, column: Column, num_samples: int | None = None) -> list[float | None]:
         """A value of a setting, by seed."""
@@ -88,7 +77,7 @@ class Results:
             mean, _ = mean_and_std(self.values(number, column))
             return -self.samples[number], float("inf") if mean is None else column.sign * mean
 
-        return sorted(self.shown, key=place)
+        return sorted(self.samples, key=place)
 
     def _labels(self, number: int) -> list[str]:
         setting = self.plan.settings[number]
@@ -96,17 +85,16 @@ class Results:
 
     def markdown(self, mark: str) -> str:
         """A table: mean ± standard deviation over seeds of each setting; those that halving stopped earlier come last."""
-        plan, experiment, table = self.plan, self.plan.experiment, self.plan.experiment.tables[mark]
+        experiment, table = self.plan.experiment, self.plan.experiment.tables[mark]
         labels = [axis.title or name for name, axis in experiment.axes.items()] or [table.title]
         counted = ["samples"] if experiment.halving else []
         titles = [*labels, *counted, *(column.title for column in table.columns)]
         lines = [f"| {' | '.join(titles)} |", "|---" * len(labels) + "|" + "---:|" * (len(titles) - len(labels))]
         group = ""
-        for number in self.order() if experiment.halving else self.shown:
-            setting = plan.settings[number]
-            if setting.group != group:
-                lines.append(f"| **{setting.group}** |" + " |" * (len(titles) - 1))
-            group = setting.group
+        for number in self.order() if experiment.halving else self.samples:
+            if self.plan.settings[number].group != group:
+                group = self.plan.settings[number].group
+                lines.append(f"| **{group}** |" + " |" * (len(titles) - 1))
             cells = self._labels(number) + ([f"{self.samples[number]:,}"] if counted else [])
             cells += [cell(self.values(number, column), column) for column in table.columns]
             lines.append(f"| {' | '.join(cells)} |")
@@ -114,50 +102,52 @@ class Results:
 
     def write_csv(self, folder: Path) -> None:
         """``settings.csv``, a line per setting with mean and standard deviation, and ``runs.csv``, a line per run."""
-        plan = self.plan
-        labels = [*(["group"] if plan.experiment.groups else []), *(plan.experiment.axes or ["name"])]
+        experiment, columns = self.plan.experiment, self.plan.columns
+        group = ["group"] if experiment.groups else []
+        labels = [*group, *(experiment.axes or ["name"])]
+        keys = [column.key for column in columns]
+        names = [f"{c.file}:{c.key}" if c.file and keys.count(c.key) > 1 else c.key for c in columns]
 
         def start(number: int) -> list[str]:
-            return [*([plan.settings[number].group] if plan.experiment.groups else []), *self._labels(number)]
+            return [*(self.plan.settings[number].group for _ in group), *self._labels(number)]
 
-        keys = [column.key for column in plan.columns]
-        names = [f"{c.file}:{c.key}" if c.file and keys.count(c.key) > 1 else c.key for c in plan.columns]
         with open(folder / "settings.csv", "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow([*labels, "num_samples", *(f"{name}{end}" for name in names for end in ("", "_sd"))])
-            for number in self.shown:
-                pairs = [mean_and_std(self.values(number, column)) for column in plan.columns]
-                writer.writerow([*start(number), self.samples[number], *itertools.chain(*pairs)])
+            for number, count in self.samples.items():
+                pairs = [mean_and_std(self.values(number, column)) for column in columns]
+                writer.writerow([*start(number), count, *itertools.chain(*pairs)])
         with open(folder / "runs.csv", "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow([*labels, "seed", "num_samples", *names, "folder"])
             for (number, seed, count), run in sorted(self.runs.items()):
-                values = [read_value(column, run.folder) for column in plan.columns]
+                values = [read_value(column, run.folder) for column in columns]
                 writer.writerow([*start(number), seed, count, *values, run.folder])
 
     def draw(self, folder: Path) -> list[Path]:
         """Metrics over each axis, the others at the best setting's values; with the most samples that all points have."""
-        plan, paths = self.plan, []
-        axes = plan.experiment.axes
-        titles = {column.key: column.title for column in plan.columns}
-        best = next((plan.settings[n] for n in self.order() if plan.settings[n].labels.keys() == axes.keys()), None)
+        settings, axes, paths = self.plan.settings, self.plan.experiment.axes, []
+        best = next(
+            (settings[number] for number in self.order() if settings[number].labels.keys() == axes.keys()), None
+        )
         for name, axis in axes.items() if best else ():
-            others = [other for other in axes if other != name]
-            same = [n for n in self.shown if plan.settings[n].group == best.group and name in plan.settings[n].labels]
-            same = [n for n in same if all(plan.settings[n].labels.get(o) == best.labels[o] for o in others)]
+            others = {other: label for other, label in best.labels.items() if other != name}
+            alike = [n for n in self.samples if settings[n].group == best.group and name in settings[n].labels]
+            alike = [number for number in alike if others.items() <= settings[number].labels.items()]
             places = {label_of(value): value for value in axis.values}
-            numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in places.values())
-            same = [n for n in same if plan.settings[n].labels[name] in places or axis.configs]
+            same = {number: settings[number].labels[name] for number in alike}
+            same = {number: label for number, label in same.items() if axis.configs or label in places}
             if len(same) < 2:
                 continue
+            numeric = axis.values and all(type(value) in (int, float) for value in axis.values)
             count = min(self.samples[number] for number in same)
             points = []
-            for number in same:
-                values = {c.key: mean_and_std(self.values(number, c, count)) for c in plan.columns}
-                known = {key: pair for key, pair in values.items() if pair[0] is not None}
-                label = plan.settings[number].labels[name]
-                points.append((float(places[label]) if numeric and places else label, known))
-            title, held = axis.title or name, ", ".join(f"{other}={best.labels[other]}" for other in others)
+            for number, label in same.items():
+                found = {c.key: mean_and_std(self.values(number, c, count)) for c in self.plan.columns}
+                known = {key: pair for key, pair in found.items() if pair[0] is not None}
+                points.append((float(places[label]) if numeric else label, known))
+            title, held = axis.title or name, ", ".join(f"{other}={label}" for other, label in others.items())
+            titles = {column.key: column.title for column in self.plan.columns}
             if any(known for _, known in points):
                 paths += ablation(points, title, folder / slug(name), held=held, labels=titles)
             if all({"precision", "recall"} <= known.keys() for _, known in points):
@@ -166,10 +156,10 @@ class Results:
 
     def link(self, folder: Path) -> None:
         """Links by name to the folders of the runs: ``runs/GROUP/NAME/seedN``."""
-        for number in self.shown:
+        for number, count in self.samples.items():
             setting = self.plan.settings[number]
             for seed in self.plan.experiment.seeds:
                 link = folder / "runs" / slug(setting.group) / slug(setting.name) / f"seed{seed}"
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.unlink(missing_ok=True)
-                link.symlink_to(self.runs[number, seed, self.samples[number]].folder.resolve())
+                link.symlink_to(self.runs[number, seed, count].folder.resolve())
