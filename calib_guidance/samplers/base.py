@@ -135,7 +135,7 @@ class Sampler(ABC):
             for repeat in range(self.recurrence):
                 mean, std = self.step(x, i, evaluate, c)
                 mean, guided = evaluate.finish(mean, i)
-                x_next = mean if std is None or i == 0 else torch.addcmul(mean, std, noise())
+                x_next = mean if std is None or i == 0 else _add_noise(mean, std, noise())
                 for observe in observers:
                     observe(StepRecord(i, n, times[i], y, x, guided, x_next))
                 x = x_next
@@ -144,3 +144,8 @@ class Sampler(ABC):
             if progress is not None:
                 progress(n - i, n)
         return x.float()
+
+
+def _add_noise(mean: Tensor, std: Tensor, z: Tensor) -> Tensor:
+    """mean + std·z. One pass where std is an image, as DDPM's is; one rounding more where it is a number."""
+    return torch.addcmul(mean, std, z) if std.ndim else mean + std * z
