@@ -54,16 +54,14 @@ class UniPC(Multistep):
         return tables | {"slope": sizes.before / 2, "response": self.response(levels)}
 
     def step(self, x: Tensor, i: int, evaluate: Evaluate, c: SimpleNamespace) -> Transition:
-        x0, last, difference = evaluate(x, i).prediction.x0, c.state.get("x0"), None
+        x0, last, difference = evaluate(x, i).prediction.x0, c.state.get("x0"), c.state.get("difference")
         if last is not None:
             k, here = i + 1, on_own_path(x0, i, evaluate, c)
-            difference = last - here
-            d = last - c.from_after[k] * difference
-            if "difference" in c.state:
-                d = d + c.from_before[k] * c.state["difference"]
+            d = last if difference is None else last + c.from_before[k] * difference
+            d = d + c.from_after[k] * (here - last)
             x = c.to_x[k] * c.state["start"] + c.to_d[k] * d
             x = x if evaluate.moved is None else x + evaluate.moved
-            c.state["difference"] = difference
+            difference = c.state["difference"] = last - here
         c.state |= {"start": x, "x0": x0}
         d = x0 if difference is None else x0 - c.slope[i] * difference
         return Transition(c.to_x[i] * x + c.to_d[i] * d)
