@@ -91,7 +91,7 @@ class TestNames:
         ("name", "command", "path"),
         [
             ("digits", "predict", "predict/digits"),
-            ("digits", "compare", "compare/digits"),
+            ("digits", "experiment", "experiments/digits"),
             ("imagenet128/resnet101_js", "predict", "predict/imagenet128/resnet101_js"),
             ("resnet101_js.yaml", "predict", "predict/imagenet128/resnet101_js"),
             ("imagenet64/edm18_resnet101", "doctor", "predict/imagenet64/edm18_resnet101"),

@@ -121,11 +121,10 @@ class CalibrateClassifier(L.LightningModule):
         self.input_transform.check_classes(self.classifier.num_classes)
         if (shape := getattr(data, "image_shape", None)) is not None:
             self.input_transform.check_image(shape)
-            if hasattr(self.classifier, "check_image"):
-                try:
-                    self.classifier.check_image(shape)
-                except ValueError as error:
-                    raise ConfigurationError(str(error)) from error
+            try:
+                self.classifier.check_image(shape)
+            except ValueError as error:
+                raise ConfigurationError(str(error)) from error
 
     def on_fit_start(self) -> None:
         for module in self.classifier.modules():

@@ -117,8 +117,7 @@ class GuidedSampling(FaultTolerant):
     ) -> Iterator[str]:
         size = "×".join(map(str, image.shape[1:]))
         try:
-            if hasattr(classifier, "check_image"):
-                classifier.check_image(tuple(image.shape[1:]))
+            classifier.check_image(tuple(image.shape[1:]))
             with torch.no_grad():
                 logits = classifier(image, step)
         except (ValueError, RuntimeError) as error:
