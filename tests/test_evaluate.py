@@ -20,6 +20,7 @@ from calib_guidance.classifiers.clip import CLIPClassifier, build_clip
 from calib_guidance.cli import main
 from calib_guidance.data import digits
 from calib_guidance.metrics import (
+    CalibrationError,
     density_coverage,
     extrapolated_frechet_distance,
     frechet_distance,
@@ -28,7 +29,6 @@ from calib_guidance.metrics import (
     mean_and_covariance,
     precision_recall,
 )
-from calib_guidance.metrics.calibration import calibration_error
 from calib_guidance.networks import SmallResNet
 from calib_guidance.weights.io import save_weights
 from tests.conftest import ROOT
@@ -97,7 +97,7 @@ def test_figures_are_the_functions_of_the_features(sets, tmp_path, capsys):
         **dict(zip(("precision", "recall"), precision_recall(real.pool, generated.pool), strict=True)),
         **dict(zip(("density", "coverage"), density_coverage(real.pool, generated.pool), strict=True)),
         "classifier_accuracy": (logits.argmax(1) == labels).double().mean(),
-        "classifier_ece": calibration_error(logits, labels),
+        "classifier_ece": CalibrationError().of(logits, labels),
     }
     for name, value in expected.items():
         assert found[name] == pytest.approx(float(value), rel=1e-6), name

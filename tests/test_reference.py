@@ -333,9 +333,8 @@ def test_nothing_is_left_behind(in_root, tmp_path, capsys):
     assert "written as .npz" in refused(capsys, source, "--output", tmp_path / "out/x.npy", "--features", PROJECTION)
     assert "no device" in refused(capsys, source, "--output", output, "--features", PROJECTION, "--device", "abacus")
     assert "--features" in refused(capsys, source, "--output", output, "--features", "nothing", "--size=8")
-    assert "--batch-size must be" in refused(
-        capsys, source, "--output", output, "--features", PROJECTION, "--batch-size=0"
-    )
+    message = refused(capsys, source, "--output", output, "--features", PROJECTION, "--batch-size=0")
+    assert "--batch-size: must be an integer of at least 1, got '0'" in message
     (tmp_path / "file").touch()
     words = ["--size=8", "--features", PROJECTION]
     assert "Not a directory" in refused(capsys, source, "--output", tmp_path / "file/x.npz", *words)

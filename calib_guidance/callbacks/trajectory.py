@@ -18,7 +18,6 @@ from calib_guidance.diffusion.schedules import NoiseLevels
 from calib_guidance.evaluation.metrics import METRICS
 from calib_guidance.guidance import Guidance, GuidanceSchedule
 from calib_guidance.metrics import CalibrationError, calibration_error_from_bins, jackknife_std
-from calib_guidance.metrics.levels import Terms
 from calib_guidance.metrics.moments import StepMoments
 from calib_guidance.plots import Series, curves, guidance_schedule, reliability, strength
 from calib_guidance.samplers import DDPM, BufferedObserver, Sampler, StepRecord
@@ -98,12 +97,10 @@ class TrajectoryCalibration(TrajectoryMeasurement):
     def terms(self, record: StepRecord) -> list[Tensor] | None:
         if record.guided.aux.logits is None:
             return None
-        terms = self.metric.terms(record.guided.aux.logits, record.y)
-        return [terms.cell, *terms.values]
+        return list(self.metric.terms(record.guided.aux.logits, record.y))
 
     def add(self, i: int, terms: list[Tensor]) -> None:
-        cell, *values = terms
-        self.metric.add(Terms(cell, tuple(values)), i)
+        self.metric.add(tuple(terms), i)
 
     def results(self, trainer: L.Trainer) -> dict[str, Any]:
         ece = compute(self.metric, trainer).by_level.cpu()

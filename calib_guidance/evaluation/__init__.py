@@ -12,8 +12,7 @@ from calib_guidance.evaluation.features import (
 )
 from calib_guidance.evaluation.loading import read_classifier
 from calib_guidance.evaluation.metrics import METRICS
-from calib_guidance.evaluation.sample_set import Estimate, SampleSet
-from calib_guidance.evaluation.spec import MetricSpec
+from calib_guidance.evaluation.spec import Estimate, MetricSpec, SampleSet
 
 __all__ = [
     "METRICS",

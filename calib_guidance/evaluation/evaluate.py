@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import PIL
 import torch
-from tqdm import tqdm
 
 from calib_guidance import __version__
 from calib_guidance.backend.distributed import DistributedContext, distributed_context
@@ -21,6 +20,7 @@ from calib_guidance.data.run_images import RunImages
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation.features import features_from_name
 from calib_guidance.evaluation.loading import read_classifier
+from calib_guidance.evaluation.metrics import METRICS, OPTIONS, select, select_applicable, unmet
 from calib_guidance.evaluation.output import write_evaluation, write_summary
 from calib_guidance.evaluation.quality import Quality
 from calib_guidance.evaluation.reference import (
@@ -30,19 +30,18 @@ from calib_guidance.evaluation.reference import (
     at_least_one,
     reading_options,
 )
-from calib_guidance.evaluation.sample_set import Measures, ReferenceHolds
-from calib_guidance.evaluation.selection import OPTIONS, applicable, help_text, needs, select, unmet
-from calib_guidance.evaluation.spec import NO_FEATURES
-from calib_guidance.evaluation.statistics import ReferenceStatistics
+from calib_guidance.evaluation.spec import NO_FEATURES, Measures, MetricSpec, ReferenceHolds
+from calib_guidance.evaluation.statistics import ReferenceStatistics, open_reference
 
 _OF_SAMPLES = ("split", "subset", "image_column", "label_column")  # which the two sets may have differently
 _COLOUR = {1: "grey", 3: "RGB"}
+_METRICS = "".join(f"  {spec.option:<11}{spec.help}\n" for spec in METRICS.values() if spec.help)
 _EXAMPLES = f"""
 the reference may also be a file of statistics (.npz): of calib-guidance reference, of ADM's evaluator (mu, sigma, mu_s, sigma_s,
 arr_0), or mu and sigma alone (EDM, clean-fid, pytorch-fid).
 
 metrics:
-{help_text()}  MODULE.NAME a MetricSpec of your own
+{_METRICS}  MODULE.NAME a MetricSpec of your own
 By default all that the features, the reference and the options allow.
 
 examples:
@@ -102,12 +101,7 @@ def evaluate(args: Sequence[str]) -> None:
     """``calib-guidance evaluate``: see its ``--help``.
 
     Args:
-        args: the words after ``evaluate``.
-
-    Raises:
-        ConfigurationError: images, a reference or features that cannot be used or do not fit each other, metrics that cannot be
-            taken of them, or an output that cannot be written.
-        CheckpointError: weights that cannot be read.
+        args: the arguments after ``evaluate``.
     """
     options = read_options(args)
     with distributed_context(options.device) as processes:
@@ -125,59 +119,41 @@ def _evaluate(options: argparse.Namespace, processes: DistributedContext) -> Non
             raise ConfigurationError(
                 f"{folder} cannot be written: {there} is not a folder that may be written to (--output, of a single set)"
             )
-    # Before the networks, whose weights may have to be fetched.
-    is_file = ReferenceStatistics.holds(options.reference)
-    if is_file:
-        known = ReferenceStatistics.read(options.reference)
-    else:
-        images = open_images(options.reference, **reading_options(options))
+    # Before the networks, whose weights may have to be downloaded.
+    reference = open_reference(options.reference, **reading_options(options))
     if processes.is_first:
-        print("\n".join(part.source.summary() for part in (*sets, *([] if is_file else [images]))))
+        images = [part for part in (*sets, reference) if isinstance(part, ImageSet)]
+        print("\n".join(part.source.summary() for part in images))
     extractor = features_from_name(options.features)
     eval_classifier = None if options.eval_classifier is None else read_classifier(options.eval_classifier)
     clip = None if options.clip is None else read_classifier(options.clip)
     if clip is not None and not isinstance(clip, CLIPClassifier):
         raise ConfigurationError(f"--clip: {options.clip} describes {type(clip).__name__}, not CLIPClassifier")
     measures = Measures(
-        (),
-        extractor,
-        eval_classifier,
-        clip,
-        options.neighbours,
-        full_rank=not options.allow_few,
-        extrapolate=options.extrapolate,
+        extractor, eval_classifier, clip, options.neighbours, not options.allow_few, options.extrapolate
     )
     # All that can be refused is, before the first image goes through a network.
-    if is_file:
-        known.check(extractor)
-        holds = ReferenceHolds.of(known)
-        if known.images is not None and known.features is None:  # whose features are then taken
-            batch = open_images(known.images)
-            holds = holds._replace(num_features=batch.num_images, labels=batch.labelled)
-        shape = known.image_shape
-    else:
-        spatial = extractor.spatial_width is not None
-        holds = ReferenceHolds(images.num_images, images.num_images, spatial, images.labelled)
-        shape = images.image_shape
+    if isinstance(reference, ReferenceStatistics):
+        reference.check(extractor)
     for samples in sets:
-        _check_shape(samples, shape, options.reference)
-    measures = measures._replace(metrics=_metrics(options.metrics, measures, holds, sets)).to(processes.device)
+        _check_shape(samples, reference.image_shape, options.reference)
+    specs = _metrics(options.metrics, measures, ReferenceHolds.of(reference), sets)
+    measures.to(processes.device)
     for shape in dict.fromkeys(samples.image_shape for samples in sets):
         measures.check(shape, processes.device)
-    needed = needs(measures.metrics)
-    reference = ReferenceStatistics.of(
-        options.reference,
+    needs = {need for spec in specs for need in spec.needs}
+    statistics = ReferenceStatistics.of(
+        reference,
         extractor,
         options.batch_size,
-        keep_features="reference_features" in needed,
-        spatial="spatial" in needed,
+        keep_features="reference_features" in needs,
+        spatial="spatial" in needs,
         processes=processes,
-        **({} if is_file else reading_options(options)),
     )
-    quality = Quality(measures, reference, device=processes.device)
+    quality = Quality(specs, measures, statistics, processes)
     found = []
     for samples, folder in zip(sets, folders, strict=True):
-        found.append(_measure(samples, quality, options, processes))
+        found.append(_measure(samples, quality, options))
         if processes.is_first:
             write_evaluation(folder, found[-1], quality.predictions())
     if processes.is_first and len(sets) > 1:
@@ -200,51 +176,37 @@ def _check_shape(samples: ImageSet, shape: Sequence[int] | None, reference: str)
     raise ConfigurationError(f"{both}: they cannot be compared. Take a reference like the samples; {cure}")
 
 
-def _metrics(asked: str | None, measures: Measures, holds: ReferenceHolds, sets: Sequence[ImageSet]) -> tuple[str, ...]:
-    """The metrics to take: those that are asked for, or all that apply to the sets.
-
-    Raises:
-        ConfigurationError: one that is asked for cannot be taken, or none can.
-    """
-    metrics = applicable(measures, holds) if asked is None else tuple(name.strip() for name in asked.split(","))
-    measures = measures._replace(metrics=metrics)
+def _metrics(
+    asked: str | None, measures: Measures, holds: ReferenceHolds, sets: Sequence[ImageSet]
+) -> tuple[MetricSpec, ...]:
+    """The metrics that are asked for, or all that apply to the sets."""
+    names = None if asked is None else [name.strip() for name in asked.split(",")]
+    specs = select_applicable(measures, holds) if names is None else select(names)
     reasons: dict[str, str] = {}
     for samples in sets:
-        for name, reason in unmet(measures, holds, samples.num_images, samples.labelled).items():
+        for name, reason in unmet(specs, measures, holds, samples.num_images, samples.labelled).items():
             reasons[name] = f"{samples.name}: {reason}"
     # What too few samples do to a Fréchet distance is not left to a note among the others: it is the metric that is looked for.
-    fatal = [name for name in select(metrics) if name in reasons and (asked is not None or name == "fid")]
+    fatal = [f"{name} cannot be taken of {why}" for name, why in reasons.items() if names is not None or name == "fid"]
     if fatal:
-        raise ConfigurationError("; ".join(f"{name} cannot be taken of {reasons[name]}" for name in fatal))
-    return metrics
+        raise ConfigurationError("; ".join(fatal))
+    return specs
 
 
-def _measure(
-    samples: ImageSet, quality: Quality, options: argparse.Namespace, processes: DistributedContext
-) -> dict[str, Any]:
+def _measure(samples: ImageSet, quality: Quality, options: argparse.Namespace) -> dict[str, Any]:
     """The metrics of one set, on every process."""
-    quality.begin(samples.num_images, samples.labelled)
-    with tqdm(
-        total=samples.num_images, desc=samples.name, unit="image", leave=False, disable=not processes.is_first
-    ) as bar:
-        for batch in samples.batches(options.batch_size, processes.rank, processes.world_size):
-            quality.update(*batch)
-            bar.update(len(batch.index) * processes.world_size)
-    samples.gather(processes)
-    results = quality.compute()
+    results = quality.measure(samples, options.batch_size, progress=True)
     if options.metrics is None and quality.reference.features is None:
-        names = [name for name, specs in select(OPTIONS).items() if "reference_features" in specs[0].needs]
-        results["notes"].append(f"{', '.join(names[:-1])} and {names[-1]} skipped: {NO_FEATURES}")
+        names = dict.fromkeys(spec.option for spec in METRICS.values() if "reference_features" in spec.needs)
+        *most, last = names
+        results["notes"].append(f"{', '.join(most)} and {last} skipped: {NO_FEATURES}")
     results["notes"] += samples.notes
     results["num_samples"] = results["num_measured"]
-    results["provenance"] |= {
-        "samples": samples.provenance(),
-        "versions": {
-            "calib_guidance": __version__,
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "Pillow": PIL.__version__,
-        },
+    results["provenance"]["versions"] = {
+        "calib_guidance": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "Pillow": PIL.__version__,
     }
     return results
 

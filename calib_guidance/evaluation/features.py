@@ -7,7 +7,9 @@ import io
 import pickle
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import timm
@@ -66,16 +68,21 @@ class FeatureExtractor(nn.Module, ABC):
         width: D of the pooled features.
         spatial_width: D_s of the spatial ones, None without.
         num_logits: K of the logits, None without.
+        library, weights, resize, normalisation: see :meth:`provenance`.
     """
 
     name: str
     width: int
     spatial_width: int | None = None
     num_logits: int | None = None
+    library: str = _TORCH
+    weights: str | None = None
+    resize: Mapping[str, Any] = MappingProxyType({"size": None, "how": "none", "library": None})
+    normalisation: str = "none"
 
     def __call__(self, images: Tensor) -> Features:
         # TF32, the default for convolutions on GPUs, keeps 10 of the 23 bits that the definitions were computed with.
-        with exact_float32():
+        with exact_float32(), torch.no_grad():
             return super().__call__(images)
 
     @abstractmethod
@@ -90,17 +97,12 @@ class FeatureExtractor(nn.Module, ABC):
         """
         return {
             "extractor": self.name,
-            "library": _TORCH,
-            "weights": None,
+            "library": self.library,
+            "weights": self.weights,
             "weights_sha256": state_sha256(self),
-            "resize": {"size": None, "how": "none", "library": None},
-            "normalisation": "none",
+            "resize": dict(self.resize),
+            "normalisation": self.normalisation,
         }
-
-
-def _in_colour(images: Tensor) -> Tensor:
-    """Grey images with their one channel three times."""
-    return images.expand(-1, 3, -1, -1)
 
 
 class InceptionFeatures(FeatureExtractor):
@@ -112,10 +114,6 @@ class InceptionFeatures(FeatureExtractor):
     Args:
         weights: ``weights-inception-2015-12-05-6726825d.pth`` on this machine, or ``hf://…``; None lets torch-fidelity
             download it.
-
-    Raises:
-        ImportError: torch-fidelity is not installed.
-        CheckpointError: the file cannot be read or fetched, does not fit, or holds more than tensors.
     """
 
     name = "Inception-v3 (2015-12-05), torch-fidelity"
@@ -131,6 +129,8 @@ class InceptionFeatures(FeatureExtractor):
                 "InceptionFeatures needs torch-fidelity: pip install 'calib_guidance[inception]'"
             ) from error
         self.weights, self.library = weights, f"torch-fidelity {torch_fidelity.__version__}"
+        self.resize = {"size": 299, "how": "bilinear, not antialiased, as TensorFlow 1", "library": self.library}
+        self.normalisation = "(x − 128)/128"
         file: io.BytesIO | None = None
         if weights is not None:  # read here, so that any format will do and no file is executed; the class wants a file
             file = io.BytesIO()
@@ -155,21 +155,11 @@ class InceptionFeatures(FeatureExtractor):
         # torch-fidelity's name for TensorFlow's mixed_6/conv.
         self.network.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: self._seen.append(output))
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
         self._seen.clear()
-        pool, logits = self.network(_in_colour(images))
+        pool, logits = self.network(images.expand(-1, 3, -1, -1))
         spatial = self._seen.pop()[:, :7].permute(0, 2, 3, 1)  # as TensorFlow lays it out, and statistics files with it
         return Features(pool.float(), spatial.flatten(1).float(), logits.float())
-
-    def provenance(self) -> dict[str, Any]:
-        resize = {"size": 299, "how": "bilinear, not antialiased, as TensorFlow 1", "library": self.library}
-        return super().provenance() | {
-            "library": self.library,
-            "weights": self.weights,
-            "resize": resize,
-            "normalisation": "(x − 128)/128",
-        }
 
 
 class _LastLinear:
@@ -178,9 +168,6 @@ class _LastLinear:
     Args:
         network: to be watched.
         whose: names it in the error message.
-
-    Raises:
-        ValueError: there is no linear layer.
     """
 
     def __init__(self, network: nn.Module, whose: str):
@@ -200,26 +187,19 @@ class _LastLinear:
 class _ResizedFeatures(FeatureExtractor):
     """Base class: RGB images resized without cropping and normalized by channel."""
 
-    def _prepare(self, size: int, how: str, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        self.size, self.how = size, how
-        self.mean, self.std = tuple(mean), tuple(std)
+    def _prepare(self, size: int, how: str, mean: Sequence[float], std: Sequence[float], note: str = "") -> None:
+        self.size, self.how, self.mean, self.std = size, how, tuple(mean), tuple(std)
+        self.resize = {"size": size, "how": f"{how}, antialiased, whole image, in float32{note}", "library": _TORCH}
+        self.normalisation = f"mean {list(mean)}, standard deviation {list(std)} of [0, 1]"
+        self.requires_grad_(False).eval()
 
     def shown(self, images: Tensor) -> Tensor:
         """``(N, 3, size, size)`` as the network was trained with, of uint8 ``(N, C, H, W)``."""
-        x = _in_colour(images).float()
+        x = images.expand(-1, 3, -1, -1).float()
         if x.shape[-2:] != (self.size, self.size):
             x = F.interpolate(x, (self.size, self.size), mode=self.how, antialias=True, align_corners=False)
         mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
         return (x.clamp(0, 255) / 255 - mean) / std  # bicubic overshoots, which 8-bit images cannot
-
-    def provenance(self) -> dict[str, Any]:
-        how = f"{self.how}, antialiased, whole image, in float32"
-        return super().provenance() | {
-            "library": self.library,
-            "weights": self.weights,
-            "resize": {"size": self.size, "how": how, "library": _TORCH},
-            "normalisation": f"mean {list(self.mean)}, standard deviation {list(self.std)} of [0, 1]",
-        }
 
 
 class TimmFeatures(_ResizedFeatures):
@@ -232,10 +212,6 @@ class TimmFeatures(_ResizedFeatures):
         model: name that timm knows, with its tag.
         weights: ``pretrained``, a local file or ``hf://…`` with timm's names; None leaves random ones.
         size: side in pixels to which images are resized.
-
-    Raises:
-        ValueError: an unknown name, or a size that the model cannot be given.
-        CheckpointError: the file does not fit, or timm cannot fetch it.
     """
 
     def __init__(self, model: str = _DINOV2, weights: str | None = "pretrained", size: int | None = None):
@@ -245,24 +221,16 @@ class TimmFeatures(_ResizedFeatures):
         settings = timm.data.resolve_data_config(pretrained_cfg=self.network.pretrained_cfg)
         own = settings["input_size"][-1]
         size = size or (224 if "dinov2" in model else own)
-        self.own_size = own
         if size != own and hasattr(self.network, "set_input_size"):
             self.network.set_input_size(img_size=(size, size))
         self.name, self.weights, self.library = f"timm {model}", weights, f"timm {timm.__version__}"
         self.width = self.network.head_hidden_size
-        self._prepare(size, settings["interpolation"], settings["mean"], settings["std"])
-        self.requires_grad_(False).eval()
+        note = "" if size == own else f", where timm's settings say {own}"
+        self._prepare(size, settings["interpolation"], settings["mean"], settings["std"], note)
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
         features = self.network.forward_features(self.shown(images))
         return Features(self.network.forward_head(features, pre_logits=True).flatten(1).float())
-
-    def provenance(self) -> dict[str, Any]:
-        known = super().provenance()
-        if self.size != self.own_size:
-            known["resize"]["how"] += f", where timm's settings say {self.own_size}"
-        return known
 
 
 class TorchvisionFeatures(_ResizedFeatures):
@@ -273,10 +241,6 @@ class TorchvisionFeatures(_ResizedFeatures):
         weights: one of the names that it has for the model's weights, a local file or ``hf://…``; None leaves random ones.
 
     Images get the size, mean and standard deviation that torchvision names with the weights.
-
-    Raises:
-        ValueError: an unknown name, or a model without a linear layer.
-        CheckpointError: the file does not fit, or torchvision cannot fetch it.
     """
 
     def __init__(self, model: str, weights: str | None = "DEFAULT"):
@@ -284,16 +248,12 @@ class TorchvisionFeatures(_ResizedFeatures):
         self.network = build_network(f"torchvision/{model}", 1000, weights)
         known = torchvision.models.get_model_weights(model)
         shown = (known[weights] if weights in known.__members__ else known.DEFAULT).transforms()
-        self.name, self.weights = f"torchvision {model}", weights
-        self.library = f"torchvision {torchvision.__version__.partition('+')[0]}"
-        if weights in known.__members__:
-            self.weights = known[weights].name  # DEFAULT moves
+        self.name, self.library = f"torchvision {model}", f"torchvision {torchvision.__version__.partition('+')[0]}"
+        self.weights = known[weights].name if weights in known.__members__ else weights  # DEFAULT moves
         self._last = _LastLinear(self.network, self.name)
         self.width = self._last.width
         self._prepare(shown.crop_size[0], shown.interpolation.value, shown.mean, shown.std)
-        self.requires_grad_(False).eval()
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
         self.network(self.shown(images))
         return Features(self._last.input())
@@ -304,9 +264,6 @@ class ClassifierFeatures(FeatureExtractor):
 
     Args:
         classifier: the evaluation classifier; one that also guides makes the metrics look better than they are.
-
-    Raises:
-        ValueError: a classifier without a linear layer.
     """
 
     def __init__(self, classifier: Classifier):
@@ -316,23 +273,19 @@ class ClassifierFeatures(FeatureExtractor):
         self._last = _LastLinear(classifier, "the evaluation classifier")
         self.width, self.num_logits = self._last.width, classifier.num_classes
         self.name = f"input of the last linear layer ({self.width} wide) of {type(classifier).__name__}"
+        self._known = known = getattr(classifier, "provenance", {})
+        self.weights, size = known.get("file"), known.get("resize")
+        if size:
+            self.resize = {"size": size, "how": "bilinear, antialiased", "library": _TORCH}
+        self.normalisation = f"[-1, 1], {known.get('normalize', 'none')}"
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
         logits = self.classifier(from_uint8(images))
         return Features(self._last.input(), None, logits.float())
 
     def provenance(self) -> dict[str, Any]:
-        known = getattr(self.classifier, "provenance", {})
-        size = known.get("resize")
-        resize = {"size": size, "how": "bilinear, antialiased" if size else "none", "library": _TORCH if size else None}
-        return super().provenance() | {
-            "weights": known.get("file"),
-            "weights_sha256": self._sha256,
-            "architecture": known.get("architecture", type(self.classifier).__name__),
-            "resize": resize,
-            "normalisation": f"[-1, 1], {known.get('normalize', 'none')}",
-        }
+        architecture = self._known.get("architecture", type(self.classifier).__name__)
+        return super().provenance() | {"weights_sha256": self._sha256, "architecture": architecture}
 
 
 class ModuleFeatures(FeatureExtractor):
@@ -341,9 +294,6 @@ class ModuleFeatures(FeatureExtractor):
     Args:
         module: with an attribute ``width``, D, where none is given here.
         width: D.
-
-    Raises:
-        ValueError: no width.
     """
 
     def __init__(self, module: nn.Module, width: int | None = None):
@@ -353,20 +303,15 @@ class ModuleFeatures(FeatureExtractor):
             raise ValueError(f"{type(module).__name__} does not say how wide its features are: set its attribute width")
         self.module, self.width = module.requires_grad_(False).eval(), width
         self.name = f"{type(module).__module__}.{type(module).__qualname__}"
+        # What the module does to images only its code tells, so the code counts as weights do.
+        file = getattr(sys.modules[type(module).__module__], "__file__", None)
+        code = Path(file).read_bytes() if file else b""
+        self.library = f"{_TORCH}, code {hashlib.sha256(code).hexdigest()[:12]}"
+        self.resize = {"size": None, "how": "the module's own", "library": None}
+        self.normalisation = "[-1, 1]"
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
         return Features(self.module(from_uint8(images)).flatten(1).float())
-
-    def provenance(self) -> dict[str, Any]:
-        # What the module does to images only its code tells, so the code counts as weights do.
-        module = sys.modules[type(self.module).__module__]
-        code = Path(module.__file__).read_bytes() if getattr(module, "__file__", None) else b""
-        return super().provenance() | {
-            "library": f"{_TORCH}, code {hashlib.sha256(code).hexdigest()[:12]}",
-            "resize": {"size": None, "how": "the module's own", "library": None},
-            "normalisation": "[-1, 1]",
-        }
 
 
 def _own(module: str, name: str) -> FeatureExtractor:
@@ -387,10 +332,6 @@ def features_from_name(text: str) -> FeatureExtractor:
     ``classifier:CLASSIFIER.yaml`` (see :func:`~calib_guidance.evaluation.loading.read_classifier`), or ``PYTHON.MODULE:NAME``: a
     :class:`FeatureExtractor`, a torch module as :class:`ModuleFeatures` takes it, or a class or function without arguments that
     makes one.
-
-    Raises:
-        ConfigurationError: another form, an unknown name, or a library that is not installed.
-        CheckpointError: weights that cannot be read or fetched, or do not fit.
     """
     kind, _, rest = text.partition(":")
     try:

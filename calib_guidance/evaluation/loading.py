@@ -22,9 +22,6 @@ def load_object(module: str, name: str, where: str, expected: str) -> Any:
         module, name: what to import.
         where: starts the error message.
         expected: what else could be given, for the error message.
-
-    Raises:
-        ConfigurationError: no such module or attribute.
     """
     if os.getcwd() not in sys.path and "" not in sys.path:  # an installed command does not look there
         sys.path.append(os.getcwd())
@@ -49,12 +46,7 @@ def _build(description: object) -> object:
 
 
 def read_classifier(path: str | Path) -> Classifier:
-    """The classifier of a YAML file with ``class_path`` and ``init_args``, as ``calib-guidance fit`` exports it.
-
-    Raises:
-        ConfigurationError: no such file, or one that describes no classifier.
-        CheckpointError: its weights cannot be read or do not fit.
-    """
+    """The classifier of a YAML file with ``class_path`` and ``init_args``, as ``calib-guidance fit`` exports it."""
     try:
         classifier = _build(yaml.safe_load(Path(path).read_text()))
     except OSError as error:

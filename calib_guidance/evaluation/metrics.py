@@ -1,20 +1,21 @@
-"""The metric table: every metric of a set of samples, under one key, label and option."""
+"""The metric table: every metric of a set of samples, under one key, label and option; and metrics of a user's own module."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
+from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation.features import ClassifierFeatures
-from calib_guidance.evaluation.sample_set import Estimate, SampleSet
-from calib_guidance.evaluation.spec import MetricSpec, at_least, full_rank
+from calib_guidance.evaluation.loading import load_object
+from calib_guidance.evaluation.spec import Estimate, Measures, MetricSpec, ReferenceHolds, SampleSet
 from calib_guidance.metrics.bootstrap import bootstrap_sums
 from calib_guidance.metrics.calibration import bin_cells, calibration_error_from_bins
 from calib_guidance.metrics.classwise import classwise_distances
-from calib_guidance.metrics.density_coverage import count_in_balls
 from calib_guidance.metrics.frechet import (
     extrapolated_frechet_distance,
     frechet_distance,
@@ -24,9 +25,9 @@ from calib_guidance.metrics.frechet import (
 )
 from calib_guidance.metrics.inception_score import inception_score
 from calib_guidance.metrics.kernel_distance import kernel_distance, kernel_distance_subsets
-from calib_guidance.metrics.precision_recall import inside_each_other
+from calib_guidance.metrics.neighbors import count_in_balls, inside_each_other
 
-_SPLITS, _SUBSETS, _SUBSET_SIZE, _NEIGHBOURS, _BINS, _POINTS = 10, 100, 1000, 5, 15, 15
+_SPLITS, _SUBSETS, _SUBSET_SIZE, _NEIGHBORS, _BINS, _POINTS = 10, 100, 1000, 5, 15, 15
 
 
 def _strata(labels: Tensor) -> tuple[Tensor | None, str]:
@@ -38,7 +39,7 @@ def _strata(labels: Tensor) -> tuple[Tensor | None, str]:
 
 
 def _frechet(samples: SampleSet, column: str) -> Estimate:
-    mean, covariance, root = samples.reference_moments(column)
+    mean, covariance, root = samples.reference.moments(column)
     rows = samples.rows[column]
     strata, of = _strata(samples.labels)
     distance = frechet_distance(mean, covariance, *mean_and_covariance(rows), root)
@@ -61,7 +62,7 @@ def _frechet_distance_infinite(samples: SampleSet) -> Estimate | None:
     if smallest >= n:
         samples.notes.append(f"no extrapolation: subsets of {smallest} samples and more cannot be drawn from {n}")
         return None
-    mean, covariance, _ = samples.reference_moments("features")
+    mean, covariance, _ = samples.reference.moments("features")
     line = extrapolated_frechet_distance((mean, covariance), samples.features, smallest, _POINTS)
     x = 1 / line.sizes
     residual = line.distances - line.value - line.slope * x
@@ -107,15 +108,31 @@ def _inside(samples: SampleSet) -> tuple[Tensor, Tensor]:
 
 
 def _balls(samples: SampleSet) -> tuple[Tensor, Tensor]:
-    return samples.once("balls", lambda: count_in_balls(samples.reference_features, samples.features, _NEIGHBOURS))
+    return samples.once("balls", lambda: count_in_balls(samples.reference_features, samples.features, _NEIGHBORS))
+
+
+def _precision(samples: SampleSet) -> Estimate:
+    return samples.mean(_inside(samples)[0], "samples", fraction=True)
+
+
+def _recall(samples: SampleSet) -> Estimate:
+    return samples.mean(_inside(samples)[1], _REFERENCE, fraction=True)
+
+
+def _density(samples: SampleSet) -> Estimate:
+    return samples.mean(_balls(samples)[0], "samples", scale=1 / _NEIGHBORS)
+
+
+def _coverage(samples: SampleSet) -> Estimate:
+    return samples.mean(_balls(samples)[1] > 0, _REFERENCE, fraction=True)
 
 
 def _by_class(samples: SampleSet) -> dict[str, Any]:
     """Metrics of each class with enough images, and a note on those without."""
     known = samples.labels >= 0
-    labels = samples.reference.labels.to(samples.labels.device)
+    generated, labels = samples.features[known], samples.labels[known]
     found = classwise_distances(
-        samples.reference_features, labels, samples.features[known], samples.labels[known], samples.measures.k
+        samples.reference_features, samples.reference.labels, generated, labels, samples.measures.k
     )
     reasons: dict[tuple[str, str], list[str]] = {}
     for label, values in found.items():
@@ -143,16 +160,54 @@ def _classifier_ece(samples: SampleSet) -> Estimate:
     return Estimate(calibration_error_from_bins(cells.sum(0)), draws.std(), of)
 
 
+def _full_rank(width: Callable[[Measures], int]) -> Callable[[Measures, ReferenceHolds, int], str | None]:
+    """A Fréchet distance needs two samples, or more of them than features."""
+
+    def enough(measures: Measures, reference: ReferenceHolds, n: int) -> str | None:
+        m, d = reference.num_images, width(measures)
+        fewest = d + 1 if measures.full_rank else 2
+        if n >= fewest and (m is None or m >= fewest):
+            return None
+        whose = f"{n} samples" if n < fewest else f"{m} images in the reference"
+        if measures.full_rank:
+            return (
+                f"{whose} with {d} features each, whose covariance is singular: more than {d} are needed "
+                "(--allow-few for distances that compare only at the same number)"
+            )
+        return f"{whose}: 2 are needed"
+
+    return enough
+
+
+def _at_least(fewest: Callable[[Measures], tuple[int, int]]) -> Callable[[Measures, ReferenceHolds, int], str | None]:
+    """So many samples, and reference images whose features are kept."""
+
+    def enough(measures: Measures, reference: ReferenceHolds, n: int) -> str | None:
+        m, (samples, images) = reference.num_features, fewest(measures)
+        if n >= samples and m >= images:
+            return None
+        return f"needs {samples} samples and {images} reference images or more, got {n} and {m}"
+
+    return enough
+
+
 _REFERENCE, _FRACTION, _ANY = "reference images, the samples fixed", (0.0, 1.0), (-math.inf, math.inf)
-_POOL = {"needs": ("features",), "enough": full_rank(lambda measures: measures.extractor.width)}
-_BOTH = ("features", "reference_features")
-_KID = {"format": "{:.4f}", "higher_is_better": False, "needs": _BOTH, "limits": _ANY, "option": "kid"}
-_KID |= {"enough": at_least(lambda measures: 4, lambda measures: 4)}
-_PR = {"higher_is_better": True, "needs": _BOTH, "limits": _FRACTION, "option": "pr"}
-_PR |= {"enough": at_least(lambda measures: measures.k + 1, lambda measures: measures.k + 1)}
-_DC = {"higher_is_better": True, "needs": _BOTH, "option": "dc"}
-_DC |= {"enough": at_least(lambda measures: 1, lambda measures: _NEIGHBOURS + 1)}
-_OF_CLASSIFIER = {"needs": ("predictions", "labels"), "limits": _FRACTION, "option": "classifier"}
+_LOW, _HIGH = {"higher_is_better": False}, {"higher_is_better": True}
+_BOTH = {"needs": ("features", "reference_features")}
+_FID = {
+    "option": "fid",
+    "needs": ("features",),
+    "enough": _full_rank(lambda measures: measures.extractor.width),
+    **_LOW,
+}
+_SFID = {"option": "sfid", "needs": ("spatial",), **_LOW}
+_SFID |= {"enough": _full_rank(lambda measures: measures.extractor.spatial_width)}
+_KID = {"option": "kid", "format": "{:.4f}", "limits": _ANY, **_BOTH, **_LOW}
+_KID |= {"enough": _at_least(lambda measures: (4, 4))}
+_PR = {"option": "pr", "limits": _FRACTION, **_BOTH, **_HIGH}
+_PR |= {"enough": _at_least(lambda measures: (measures.k + 1, measures.k + 1))}
+_DC = {"option": "dc", "enough": _at_least(lambda measures: (1, _NEIGHBORS + 1)), **_BOTH, **_HIGH}
+_CLASSIFIER = {"option": "classifier", "needs": ("predictions", "labels"), "limits": _FRACTION}
 
 METRICS: Mapping[str, MetricSpec] = {
     spec.key: spec
@@ -160,30 +215,22 @@ METRICS: Mapping[str, MetricSpec] = {
         MetricSpec(
             "frechet_distance",
             "Fréchet distance",
-            higher_is_better=False,
             compute=_frechet_distance,
-            option="fid",
             help="Fréchet distance of pooled features",
-            **_POOL,
+            **_FID,
         ),
         MetricSpec(
             "frechet_distance_infinite",
             "Fréchet distance at N → ∞",
-            higher_is_better=False,
             compute=_frechet_distance_infinite,
-            limits=_ANY,
-            option="fid",
-            **_POOL,
+            **_FID | {"limits": _ANY},
         ),
         MetricSpec(
             "spatial_frechet_distance",
             "spatial Fréchet distance",
-            higher_is_better=False,
-            needs=("spatial",),
             compute=lambda samples: _frechet(samples, "spatial"),
-            option="sfid",
             help="Fréchet distance of spatial features (ADM's sFID)",
-            enough=full_rank(lambda measures: measures.extractor.spatial_width),
+            **_SFID,
         ),
         MetricSpec(
             "inception_score",
@@ -197,7 +244,6 @@ METRICS: Mapping[str, MetricSpec] = {
             enough=lambda measures, reference, n: (
                 f"{n} samples cannot be parted into {_SPLITS} splits" if n < _SPLITS else None
             ),
-            by_default=lambda measures: not measures.extractor_classifies,
         ),
         MetricSpec(
             "kernel_distance",
@@ -207,28 +253,10 @@ METRICS: Mapping[str, MetricSpec] = {
             **_KID,
         ),
         MetricSpec("kernel_distance_mean", "kernel distance, mean of subsets", compute=_kernel_distance_mean, **_KID),
-        MetricSpec(
-            "precision",
-            "precision",
-            compute=lambda samples: samples.mean(_inside(samples)[0], "samples", fraction=True),
-            help="improved precision and recall",
-            **_PR,
-        ),
-        MetricSpec("recall", "recall", compute=lambda s: s.mean(_inside(s)[1], _REFERENCE, fraction=True), **_PR),
-        MetricSpec(
-            "density",
-            "density",
-            compute=lambda samples: samples.mean(_balls(samples)[0], "samples", scale=1 / _NEIGHBOURS),
-            help=f"density and coverage, k = {_NEIGHBOURS}",
-            **_DC,
-        ),
-        MetricSpec(
-            "coverage",
-            "coverage",
-            compute=lambda samples: samples.mean(_balls(samples)[1] > 0, _REFERENCE, fraction=True),
-            limits=_FRACTION,
-            **_DC,
-        ),
+        MetricSpec("precision", "precision", compute=_precision, help="improved precision and recall", **_PR),
+        MetricSpec("recall", "recall", compute=_recall, **_PR),
+        MetricSpec("density", "density", compute=_density, help=f"density and coverage, k = {_NEIGHBORS}", **_DC),
+        MetricSpec("coverage", "coverage", compute=_coverage, **_DC | {"limits": _FRACTION}),
         MetricSpec(
             "by_class",
             "metrics of each class",
@@ -240,14 +268,11 @@ METRICS: Mapping[str, MetricSpec] = {
         MetricSpec(
             "classifier_accuracy",
             "accuracy",
-            higher_is_better=True,
             compute=lambda samples: samples.mean(samples.correct, "samples", fraction=True),
             help="accuracy and ECE of the evaluation classifier on the samples",
-            **_OF_CLASSIFIER,
+            **_CLASSIFIER | _HIGH,
         ),
-        MetricSpec(
-            "classifier_ece", "classifier ECE", higher_is_better=False, compute=_classifier_ece, **_OF_CLASSIFIER
-        ),
+        MetricSpec("classifier_ece", "classifier ECE", compute=_classifier_ece, **_CLASSIFIER | _LOW),
         MetricSpec(
             "clip_score",
             "CLIP score",
@@ -260,15 +285,63 @@ METRICS: Mapping[str, MetricSpec] = {
             help="mean cosine similarity between sample and prompt",
             measured_by="TrajectoryCLIPScore",
         ),
-        MetricSpec(
-            "integral_ece",
-            "integral ECE",
-            higher_is_better=False,
-            limits=_FRACTION,
-            measured_by="TrajectoryCalibration",
-        ),
-        MetricSpec(
-            "seconds_per_image", "seconds per image", "{:.4f}", higher_is_better=False, measured_by="SampleWriter"
-        ),
+        MetricSpec("integral_ece", "integral ECE", limits=_FRACTION, measured_by="TrajectoryCalibration", **_LOW),
+        MetricSpec("seconds_per_image", "seconds per image", "{:.4f}", measured_by="SampleWriter", **_LOW),
     )
 }
+
+OPTIONS: tuple[str, ...] = tuple(dict.fromkeys(spec.option for spec in METRICS.values() if spec.compute))
+
+
+def _load_metric(path: str) -> MetricSpec:
+    """The spec at a dotted path, ``MODULE.NAME``: a :class:`MetricSpec`, or what makes one without arguments."""
+    module, _, name = path.rpartition(".")
+    spec = load_object(module, name, f"metrics: {path}", "the dotted path of a MetricSpec")
+    try:
+        spec = spec() if callable(spec) else spec
+    except TypeError as error:
+        raise ConfigurationError(f"metrics: {path}: {error}; expected a MetricSpec, or what makes one") from error
+    if not isinstance(spec, MetricSpec) or spec.compute is None:
+        raise ConfigurationError(f"metrics: {path} is {type(spec).__name__}; expected a MetricSpec with compute")
+    if spec.key in METRICS:
+        raise ConfigurationError(f"metrics: {path} has the key {spec.key!r}, which a built-in metric has; rename it")
+    return dataclasses.replace(spec, option=path)
+
+
+def select(names: Iterable[str]) -> tuple[MetricSpec, ...]:
+    """The metrics of names, in the order of the table: names of :data:`OPTIONS`, or dotted paths of your own specs."""
+    names = list(dict.fromkeys(names))
+    if unknown := sorted(name for name in names if name not in OPTIONS and "." not in name):
+        raise ConfigurationError(
+            f"metrics: unknown {', '.join(unknown)}; known: {', '.join(OPTIONS)}, and the dotted path of a MetricSpec"
+        )
+    known = (spec for spec in METRICS.values() if spec.option in names and spec.compute)
+    return *known, *(_load_metric(name) for name in names if name not in OPTIONS)
+
+
+def select_applicable(measures: Measures, reference: ReferenceHolds) -> tuple[MetricSpec, ...]:
+    """All metrics of the table whose needs are met, whatever the number of samples.
+
+    But for the Inception score of an evaluation classifier's classes, like no published one.
+    """
+    missing = measures.missing(reference)
+    options = [option for option in OPTIONS if not (option == "is" and measures.extractor_classifies)]
+    return tuple(spec for spec in select(options) if missing.keys().isdisjoint(spec.needs))
+
+
+def unmet(
+    specs: Iterable[MetricSpec], measures: Measures, reference: ReferenceHolds, num_samples: int, labels_known: bool
+) -> dict[str, str]:
+    """Options that cannot be computed of so many samples, whose classes are known or not, and why."""
+    missing, reasons = measures.missing(reference, labels_known), {}
+    for spec in specs:
+        reason = next((missing[need] for need in spec.needs if need in missing), None)
+        if reason := reason or spec.enough(measures, reference, num_samples):
+            reasons[spec.option] = reason
+    return reasons
+
+
+def specs_of(*measured: Mapping[str, Any]) -> dict[str, MetricSpec]:
+    """The table, and the specs of your own that the contents of ``metrics.json`` describe, by key."""
+    own = {key: MetricSpec(key, **each) for results in measured for key, each in results.get("own_metrics", {}).items()}
+    return {**METRICS, **own}

@@ -13,8 +13,7 @@ import numpy as np
 
 from calib_guidance.backend.atomic import atomic_write, write_text
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.evaluation.metrics import METRICS
-from calib_guidance.evaluation.selection import specs_of
+from calib_guidance.evaluation.metrics import METRICS, specs_of
 from calib_guidance.evaluation.spec import MetricSpec
 
 _FRACTION = (0.0, 1.0)
@@ -101,11 +100,7 @@ def _images(images: Mapping[str, Any], count: int | None) -> str:
 
 
 def write_evaluation(folder: Path, results: Mapping[str, Any], predictions: Mapping[str, np.ndarray] | None) -> None:
-    """Write ``metrics.json``, ``metrics.md`` and ``predictions.npz`` of one set, and print its table.
-
-    Raises:
-        ConfigurationError: the folder cannot be written.
-    """
+    """Write ``metrics.json``, ``metrics.md`` and ``predictions.npz`` of one set, and print its table."""
     lines = described(results)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -135,24 +130,13 @@ def write_summary(folder: Path, names: Sequence[str], found: Sequence[Mapping[st
     }
     mean = {key: statistics.mean(results[key] for results in found) for key in specs}
     std = {key: statistics.stdev(results[key] for results in found) for key in specs}
-    uncertainty = {
-        key: MetricSpec(key, spec.label, limits=(-math.inf, math.inf)).uncertainty(
-            mean[key], std[key], f"{len(found)} runs"
-        )
-        for key, spec in specs.items()
-    }
-    lines = [
-        ["samples", *(spec.label for spec in specs.values())],
-        ["---", *["---:"] * len(specs)],
-        *(
-            [name, *(spec.format.format(results[key]) for key, spec in specs.items())]
-            for name, results in zip(names, found, strict=True)
-        ),
-        [
-            "**mean ± std**",
-            *(f"{spec.format.format(mean[key])} ± {spec.format.format(std[key])}" for key, spec in specs.items()),
-        ],
-    ]
+    of, unlimited = f"{len(found)} runs", MetricSpec("", "", limits=(-math.inf, math.inf))
+    uncertainty = {key: unlimited.uncertainty(mean[key], std[key], of) for key in specs}
+    lines = [["samples", *(spec.label for spec in specs.values())], ["---", *["---:"] * len(specs)]]
+    for name, results in zip(names, found, strict=True):
+        lines.append([name, *(spec.format.format(results[key]) for key, spec in specs.items())])
+    both = (f"{spec.format.format(mean[key])} ± {spec.format.format(std[key])}" for key, spec in specs.items())
+    lines.append(["**mean ± std**", *both])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     counts = sorted({results["num_measured"] for results in found})
     notes = [f"± is the standard deviation over {len(found)} runs"]

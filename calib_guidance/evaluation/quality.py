@@ -3,163 +3,149 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from calib_guidance.backend.distributed import DistributedContext
 from calib_guidance.backend.images import from_uint8
+from calib_guidance.data.image_sets import ImageBatch, ImageSet
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation.features import state_sha256
-from calib_guidance.evaluation.sample_set import Estimate, Measures, ReferenceHolds, SampleSet
-from calib_guidance.evaluation.selection import described_specs, select, unmet
-from calib_guidance.evaluation.statistics import ReferenceStatistics
-from calib_guidance.metrics.base import KeptRows
+from calib_guidance.evaluation.metrics import METRICS, unmet
+from calib_guidance.evaluation.spec import Estimate, Measures, MetricSpec, ReferenceHolds, SampleSet
+from calib_guidance.evaluation.statistics import ReferenceStatistics, gather_in_order
 
 
 class Quality:
     """Measures sets of samples against one reference.
 
-    :meth:`begin` a set, :meth:`update` with its images, on several processes with a share each, and :meth:`compute`.
-
     Args:
-        measures: what to compute; moved to ``device``.
+        specs: the metrics.
+        measures: what they are computed with; moved to the device of the process.
         reference: statistics of the reference's features, of the same extractor.
+        processes: that share the samples.
         resamples: draws of the bootstrap.
-        device: of images and values.
     """
 
     def __init__(
         self,
+        specs: Sequence[MetricSpec],
         measures: Measures,
         reference: ReferenceStatistics,
+        processes: DistributedContext,
         resamples: int = 200,
-        device: torch.device | str = "cpu",
     ):
-        self.device = torch.device(device)
-        self.reference, self.resamples = reference, resamples
+        self.specs, self.processes, self.resamples = specs, processes, resamples
         self._provenance = {"features": measures.extractor.provenance(), "reference": reference.provenance}
         for name, classifier in (("eval_classifier", measures.eval_classifier), ("clip", measures.clip)):
             if classifier is not None:  # its hash before it is frozen, which may fold weights into others
                 known = {"class": type(classifier).__name__, "weights_sha256": state_sha256(classifier)}
                 self._provenance[name] = getattr(classifier, "provenance", {}) | known
-        self.measures, self.extractor = measures.to(self.device), measures.extractor
-        self._reference_features = None if reference.features is None else reference.features.to(self.device)
-        self._roots: dict[str, Tensor] = {}
-
-    def begin(self, num_samples: int, labels_known: bool = True) -> None:
-        """Forget all samples and begin a set.
-
-        Args:
-            num_samples: in the set.
-            labels_known: whether the samples' classes are.
-        """
-        reasons = unmet(self.measures, ReferenceHolds.of(self.reference), num_samples, labels_known)
-        self._skipped = [f"{name} skipped: {reason}" for name, reason in reasons.items()]
-        chosen = select(self.measures.metrics)
-        self._specs = [spec for name, specs in chosen.items() if name not in reasons for spec in specs]
-        self._needs = {need for spec in self._specs for need in spec.needs}
-        of_samples = torch.zeros(0, dtype=torch.float64)
-        label = torch.zeros(0, dtype=torch.long)
-        columns = {
-            "features": lambda: {"features": torch.zeros(0, self.extractor.width)},
-            "spatial": lambda: {"spatial": torch.zeros(0, self.extractor.spatial_width)},
-            "logits": lambda: {"logits": torch.zeros(0, self.extractor.num_logits)},
-            "predictions": lambda: {"predicted": label, "confidence": of_samples, "of_label": of_samples},
-            "similarity": lambda: {"similarity": torch.zeros(0)},
-        }
-        kept = {"label": label}
-        for need, empty in columns.items():
-            if need in self._needs:
-                kept |= empty()
-        self._rows = KeptRows(kept).to(self.device)
+        self.measures, self.reference = measures.to(processes.device), reference.to(processes.device)
 
     @torch.no_grad()
-    def update(self, images: Tensor, labels: Tensor, index: Tensor) -> None:
-        """Add samples.
+    def measure(self, images: ImageSet, batch_size: int, progress: bool = False) -> dict[str, Any]:
+        """Every metric of a set; the same on all processes, all of which must call it.
 
         Args:
-            images: uint8 ``(N, C, H, W)``.
-            labels: ``(N,)`` classes, −1 where not known.
-            index: ``(N,)`` their numbers.
+            images: the samples.
+            batch_size: images at a time.
+            progress: show a bar, on the first process.
 
-        Raises:
-            ConfigurationError: classes that the evaluation classifier or the CLIP model does not have.
+        Returns:
+            Values by key of the metric, ``by_class``, and ``uncertainty`` by key: ``std``, ``low`` and ``high`` (95 %,
+            normal) and ``of``, what it is over; ``notes``; ``provenance`` of samples, features, reference, evaluation classifier
+            and CLIP model; ``num_measured``, ``num_reference``, ``features``, and ``own_metrics``, which describes those that are
+            not in the metric table.
         """
-        images, labels = images.to(self.device), labels.to(self.device)
-        pool, spatial, logits = self.extractor(images)
-        rows = {"label": labels, "index": index, "features": pool, "spatial": spatial, "logits": logits}
+        holds, processes = ReferenceHolds.of(self.reference), self.processes
+        reasons = unmet(self.specs, self.measures, holds, images.num_images, images.labelled)
+        specs = [spec for spec in self.specs if spec.option not in reasons]
+        self._needs = {need for spec in specs for need in spec.needs}
+        rows = []
+        with tqdm(
+            total=images.num_images,
+            desc=images.name,
+            unit="image",
+            leave=False,
+            disable=not (progress and processes.is_first),
+        ) as bar:
+            for batch in images.batches(batch_size, processes.rank, processes.world_size):
+                rows.append(self._rows(batch))
+                bar.update(len(batch.index) * processes.world_size)
+        images.gather(processes)
+        self._found = {name: value.to(processes.device) for name, value in gather_in_order(rows, processes).items()}
+        notes = [f"{option} skipped: {reason}" for option, reason in reasons.items()]
+        samples = SampleSet(self.measures, self.reference, self._found, self.resamples, notes)
+        own = {
+            spec.key: {"label": spec.label, "format": spec.format, "higher_is_better": spec.higher_is_better}
+            for spec in specs
+            if spec.key not in METRICS
+        }
+        return {
+            **_values(specs, samples),
+            "notes": [*samples.notes, *self.reference.notes],
+            "features": self.measures.extractor.name,
+            "num_measured": samples.num_samples,
+            "num_reference": self.reference.num_images,
+            "provenance": self._provenance | {"samples": images.provenance()},
+            **({"own_metrics": own} if own else {}),
+        }
+
+    def _rows(self, batch: ImageBatch) -> dict[str, Tensor]:
+        """What is kept of a batch, see :class:`SampleSet`."""
+        images, labels = (value.to(self.processes.device) for value in (batch.image, batch.label))
+        pool, spatial, logits = self.measures.extractor(images)
+        rows = {"index": batch.index.to(labels), "label": labels}
+        for name, value in (("features", pool), ("spatial", spatial), ("logits", logits)):
+            if name in self._needs:
+                rows[name] = value.float()
         if "predictions" in self._needs:
             if self.measures.eval_classifier is not None:
                 logits = self.measures.eval_classifier(from_uint8(images))
             p = logits.double().softmax(1)
-            _check_labels(labels, p.shape[1], "the evaluation classifier")
+            rows["of_label"] = _of_label(p, labels, "the evaluation classifier")
             rows["confidence"], rows["predicted"] = p.max(1)
-            rows["of_label"] = p.gather(1, labels[:, None]).squeeze(1)
         if "similarity" in self._needs:
-            similarity = self.measures.similarity(images)
-            _check_labels(labels, similarity.shape[1], "the CLIP model")
-            rows["similarity"] = similarity.gather(1, labels[:, None]).squeeze(1)
-        self._rows.update(**rows)
-
-    @torch.no_grad()
-    def compute(self) -> dict[str, Any]:
-        """Every metric of the set; the same on all processes, all of which must call it.
-
-        Returns:
-            Values by key of the metric, ``by_class``, and ``uncertainty`` by key: ``std``, ``low`` and ``high`` (95 %,
-            normal) and ``of``, what it is over; ``notes``; ``provenance`` of features, reference, evaluation classifier and CLIP
-            model; ``num_measured``, ``num_reference``, ``features``, and ``own_metrics``, which describes those that are not
-            in the metric table.
-        """
-        self._set = SampleSet(
-            self.measures,
-            self.reference,
-            self._rows.rows(),
-            self._reference_features,
-            self.resamples,
-            self._roots,
-            list(self._skipped),
-        )
-        found: dict[str, Any] = {}
-        uncertainty: dict[str, dict[str, Any]] = {}
-        for spec in self._specs:
-            value = spec.compute(self._set)
-            if isinstance(value, Mapping):
-                found[spec.key] = value
-            elif value is not None:
-                estimate = value if isinstance(value, Estimate) else Estimate(value)
-                found[spec.key] = float(estimate.value)
-                if math.isfinite(estimate.std):
-                    uncertainty[spec.key] = spec.uncertainty(*estimate)
-        own = described_specs(self._specs)
-        return {
-            **found,
-            "uncertainty": uncertainty,
-            "notes": [*self._set.notes, *self.reference.notes],
-            "features": self.extractor.name,
-            "num_measured": self._set.num_samples,
-            "num_reference": self.reference.num_images,
-            "provenance": dict(self._provenance),
-            **({"own_metrics": own} if own else {}),
-        }
+            rows["similarity"] = _of_label(self.measures.similarity(images).float(), labels, "the CLIP model")
+        return rows
 
     def predictions(self) -> dict[str, np.ndarray] | None:
-        """Evaluation classifier's prediction for each sample of :meth:`compute`, for ``predictions.npz``; None without one.
+        """Evaluation classifier's prediction for each sample of the last set, for ``predictions.npz``; None without one.
 
         ``index``, ``label``, ``predicted`` int64 and ``confidence`` float32, the probability that it gives the sample's class.
         """
         if "predictions" not in self._needs:
             return None
-        rows = self._set.rows
-        found = {name: rows[name].cpu().numpy() for name in ("index", "label", "predicted")}
-        return found | {"confidence": rows["of_label"].float().cpu().numpy()}
+        found = {name: self._found[name].cpu().numpy() for name in ("index", "label", "predicted")}
+        return found | {"confidence": self._found["of_label"].float().cpu().numpy()}
 
 
-def _check_labels(labels: Tensor, num_classes: int, whose: str) -> None:
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+def _values(specs: Sequence[MetricSpec], samples: SampleSet) -> dict[str, Any]:
+    """Values by key, and their ``uncertainty``."""
+    found: dict[str, Any] = {}
+    uncertainty: dict[str, dict[str, Any]] = {}
+    for spec in specs:
+        value = spec.compute(samples)
+        if isinstance(value, Mapping):
+            found[spec.key] = value
+        elif value is not None:
+            estimate = value if isinstance(value, Estimate) else Estimate(value)
+            found[spec.key] = float(estimate.value)
+            if math.isfinite(estimate.std):
+                uncertainty[spec.key] = spec.uncertainty(*estimate)
+    return {**found, "uncertainty": uncertainty}
+
+
+def _of_label(values: Tensor, labels: Tensor, whose: str) -> Tensor:
+    """Of values ``(N, K)`` those of the labels, ``(N,)``."""
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < values.shape[1]:
         raise ConfigurationError(
-            f"the samples are of classes {int(labels.min())} … {int(labels.max())}, {whose} knows {num_classes}, from 0 on"
+            f"the samples are of classes {int(labels.min())} … {int(labels.max())}, {whose} knows {values.shape[1]}, from 0 on"
         )
+    return values.gather(1, labels[:, None]).squeeze(1)

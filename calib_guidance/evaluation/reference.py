@@ -122,12 +122,7 @@ def reference(args: Sequence[str]) -> None:
     """``calib-guidance reference``: see its ``--help``.
 
     Args:
-        args: the words after ``reference``.
-
-    Raises:
-        ConfigurationError: images that cannot be used, an unknown extractor, or an output that is there already or cannot be
-            written. Nothing is left behind then.
-        CheckpointError: weights of the extractor that cannot be read.
+        args: the arguments after ``reference``.
     """
     parser = argparse.ArgumentParser(
         prog="calib-guidance reference",

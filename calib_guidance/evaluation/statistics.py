@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from calib_guidance.backend.distributed import DistributedContext
 from calib_guidance.data.image_sets import ImageSet, open_images
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation.features import FeatureExtractor
+from calib_guidance.metrics.frechet import covariance_root
 from calib_guidance.metrics.moments import Moments
 
 _SYMMETRY = 1e-4  # of the largest entry: float32 statistics are symmetric to 1e-6
@@ -55,41 +57,37 @@ class ReferenceStatistics:
     provenance: dict[str, Any] = field(default_factory=dict)
     images: str | None = None
     image_shape: tuple[int, int, int] | None = None
+    _roots: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(
         cls,
-        source: str | os.PathLike[str],
+        source: str | os.PathLike[str] | ImageSet | ReferenceStatistics,
         extractor: FeatureExtractor,
         batch_size: int = 64,
         keep_features: bool = False,
         spatial: bool = True,
         processes: DistributedContext | None = None,
-        **options: Any,
     ) -> ReferenceStatistics:
-        """The statistics of a reference, be it a file of statistics, which is read and checked, or images.
+        """The statistics of a reference, which is a file of statistics or images.
 
-        Features that are asked for and not in the file are taken of the images in it, where there are any; mean and covariance
-        stay those of the file, which are of more images in ADM's reference batches.
+        Features that are asked for and not in the file are extracted from the images in it, where there are any; mean and
+        covariance stay those of the file, which are of more images in ADM's reference batches.
 
         Args:
-            source: what :meth:`read` or :func:`~calib_guidance.data.image_sets.open_images` takes.
+            source: a path, or what :func:`open_reference` made of it.
             extractor, batch_size, keep_features, spatial, processes: see :meth:`from_images`.
-            options: of ``open_images``.
-
-        Raises:
-            ConfigurationError: see :meth:`read`, :meth:`check` and ``open_images``.
         """
+        opened = source if isinstance(source, ImageSet | ReferenceStatistics) else open_reference(source)
         measure = {"batch_size": batch_size, "keep_features": keep_features, "processes": processes}
-        if not cls.holds(source):
-            return cls.from_images(open_images(source, **options), extractor, spatial=spatial, **measure)
-        found = cls.read(source)
-        found.check(extractor)
-        if keep_features and found.features is None and found.images is not None:
-            batch = cls.from_images(open_images(found.images), extractor, spatial=False, **measure)
-            found.features, found.labels = batch.features, batch.labels
-            found.provenance["images"] = batch.provenance["images"]
-        return found
+        if isinstance(opened, ImageSet):
+            return cls.from_images(opened, extractor, spatial=spatial, **measure)
+        opened.check(extractor)
+        if keep_features and opened.features is None and opened.images is not None:
+            batch = cls.from_images(open_images(opened.images), extractor, spatial=False, **measure)
+            opened.features, opened.labels = batch.features, batch.labels
+            opened.provenance["images"] = batch.provenance["images"]
+        return opened
 
     @classmethod
     def from_images(
@@ -110,16 +108,14 @@ class ReferenceStatistics:
             keep_features: keep the features too, 4·D bytes an image, in order of the images.
             spatial: also those of spatial features, where the extractor has any.
             processes: that share the images; None is this one alone.
-
-        Raises:
-            ConfigurationError: fewer than two images, features that are not finite, or what :meth:`ImageSet.batches` raises.
         """
         processes = processes or DistributedContext()
         extractor.eval().to(processes.device)
-        pool = Moments(extractor.width, processes.device)
-        spatial = spatial and extractor.spatial_width is not None
-        second = Moments(extractor.spatial_width, processes.device) if spatial else None
-        kept: list[tuple[Tensor, Tensor, Tensor]] = []
+        widths = {"pool": extractor.width}
+        if spatial and extractor.spatial_width is not None:
+            widths["spatial"] = extractor.spatial_width
+        moments = {name: Moments(width, processes.device) for name, width in widths.items()}
+        kept: list[dict[str, Tensor]] = []
         for batch in images.batches(batch_size, processes.rank, processes.world_size):
             with torch.no_grad():
                 found = extractor(batch.image.to(processes.device))
@@ -128,48 +124,39 @@ class ReferenceStatistics:
                     f"{images.name}: features of some of images {int(batch.index[0])} … {int(batch.index[-1])} are not finite: "
                     "the weights of the extractor do not fit it, or are damaged"
                 )
-            pool.update(found.pool)
-            if second is not None:
-                second.update(found.spatial)
+            for name, each in moments.items():
+                each.update(getattr(found, name))
             if keep_features:
-                kept.append((batch.index, found.pool.float(), batch.label))
+                kept.append({"index": batch.index, "label": batch.label, "features": found.pool.float()})
         images.gather(processes)
-        count = int(processes.sum(pool.count))
+        count = int(processes.sum(moments["pool"].count))
         if count < 2:
             raise ConfigurationError(f"{images.name}: statistics need two images or more, there are {count}")
-        mean, covariance = pool.gather(processes)
-        spatial_mean, spatial_covariance = (None, None) if second is None else second.gather(processes)
-        features, labels = cls._gather(kept, extractor.width, processes) if keep_features else (None, None)
-        if labels is not None and not images.labelled:
-            labels = None
-        return cls(
-            mean,
-            covariance,
-            spatial_mean,
-            spatial_covariance,
-            features,
-            labels,
-            count,
-            {
-                "features": extractor.provenance(),
-                "images": images.provenance(),
-                "versions": {"calib_guidance": __version__, "torch": torch.__version__, "numpy": np.__version__},
-            },
-            image_shape=images.image_shape,
-        )
+        statistics = cls(*(value for each in moments.values() for value in each.gather(processes)))
+        if keep_features:
+            rows = gather_in_order(kept, processes)
+            statistics.features = rows["features"]
+            statistics.labels = rows["label"] if images.labelled else None
+        statistics.num_images, statistics.image_shape = count, images.image_shape
+        statistics.provenance = {
+            "features": extractor.provenance(),
+            "images": images.provenance(),
+            "versions": {"calib_guidance": __version__, "torch": torch.__version__, "numpy": np.__version__},
+        }
+        return statistics
 
-    @staticmethod
-    def _gather(
-        kept: list[tuple[Tensor, Tensor, Tensor]], width: int, processes: DistributedContext
-    ) -> tuple[Tensor, Tensor]:
-        """Features and labels of all processes, in order of index."""
-        empty = [(torch.zeros(0, dtype=torch.long), torch.zeros(0, width), torch.zeros(0, dtype=torch.long))]
-        index, features, labels = (
-            processes.gather_rows(torch.cat([part.cpu() for part in parts]))
-            for parts in zip(*(kept or empty), strict=True)
-        )
-        order = index.argsort()
-        return features[order], labels[order]
+    def to(self, device: torch.device) -> ReferenceStatistics:
+        """The same on a device."""
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **tensors)
+
+    def moments(self, column: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, covariance and its root of ``features`` or ``spatial`` features; the root is computed once."""
+        spatial = column == "spatial"
+        covariance = self.spatial_covariance if spatial else self.covariance
+        if column not in self._roots:
+            self._roots[column] = covariance_root(covariance.cpu()).to(covariance.device)
+        return self.spatial_mean if spatial else self.mean, covariance, self._roots[column]
 
     @staticmethod
     def holds(path: str | os.PathLike[str]) -> bool:
@@ -188,9 +175,6 @@ class ReferenceStatistics:
         ``mu`` and ``sigma`` alone, as EDM, clean-fid, pytorch-fid and torch-fidelity's users write them.
 
         Nothing pickled in it is executed. Images in it are not read.
-
-        Raises:
-            ConfigurationError: no such file, or one that holds no statistics, not both, or ones of shapes that do not fit.
         """
         path = Path(path).expanduser()
         if path.suffix != ".npz":
@@ -224,7 +208,7 @@ class ReferenceStatistics:
         statistics.provenance |= {
             "file": str(path),
             "format": "calib-guidance" if "provenance" in arrays else f"{', '.join(sorted(names))} in .npz",
-            "sha256": file_sha256(path),
+            "sha256": _file_sha256(path),
         }
         return statistics
 
@@ -276,9 +260,6 @@ class ReferenceStatistics:
 
         Returns:
             SHA-256 of the file.
-
-        Raises:
-            ConfigurationError: the file exists, is not named ``.npz``, or cannot be written.
         """
         path = Path(path).expanduser()
         check_output(path)
@@ -300,16 +281,13 @@ class ReferenceStatistics:
                 check_output(path)  # made by another meanwhile
         except OSError as error:
             raise ConfigurationError(f"{path} cannot be written: {error.strerror or error}") from error
-        return file_sha256(path)
+        return _file_sha256(path)
 
     def check(self, extractor: FeatureExtractor) -> None:
         """Refuse to be compared with features of another kind.
 
         Widths are compared, and, where the file says what its features are of, all that the extractor says of itself (weights'
-        hash, resize, normalisation …) but versions of libraries and where the weights lie.
-
-        Raises:
-            ConfigurationError: they differ; names both.
+        hash, resize, normalization …) but versions of libraries and where the weights lie.
         """
         where = self.provenance.get("file", "the reference")
         pairs = [("features", len(self.mean), extractor.width)]
@@ -348,6 +326,21 @@ class ReferenceStatistics:
         return notes
 
 
+def open_reference(source: str | os.PathLike[str], **options: Any) -> ReferenceStatistics | ImageSet:
+    """A reference by its path: a file of statistics, or images with ``options`` of ``open_images``."""
+    return ReferenceStatistics.read(source) if ReferenceStatistics.holds(source) else open_images(source, **options)
+
+
+def gather_in_order(batches: list[dict[str, Tensor]], processes: DistributedContext) -> dict[str, Tensor]:
+    """Rows ``(n, …)`` by name of the batches of all processes, on the CPU, in order of the rows ``index``."""
+    rows = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]} if batches else {}
+    kinds = processes.gather({name: (value.shape[1:], value.dtype) for name, value in rows.items()})
+    for name, (shape, dtype) in next(filter(None, kinds)).items():  # a process without batches takes part too
+        rows[name] = processes.gather_rows(rows.get(name, torch.zeros(0, *shape, dtype=dtype)))
+    order = rows["index"].argsort(stable=True)
+    return {name: value[order] for name, value in rows.items()}
+
+
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
     found: dict[str, Any] = {}
@@ -361,18 +354,13 @@ def _unversioned(value: object) -> object:
     return re.sub(r" \d+\.\d[\w.]*", "", value) if isinstance(value, str) else value
 
 
-def file_sha256(path: Path) -> str:
-    """Of a file's bytes, hexadecimal."""
+def _file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_output(path: Path) -> None:
-    """Refuse to write statistics there, before they are made. Nothing is left there.
-
-    Raises:
-        ConfigurationError: the file exists, is not named ``.npz``, or cannot be written.
-    """
+    """Refuse to write statistics there, before they are made. Nothing is left there."""
     if path.suffix != ".npz":
         raise ConfigurationError(f"--output {path}: statistics are written as .npz")
     if path.exists():

@@ -13,15 +13,12 @@ def bootstrap_sums(terms: Tensor, resamples: int = 200, seed: int = 0) -> Tensor
     The standard deviation over the resamples is the standard error.
 
     Args:
-        terms: ``(N, C)`` what each sample adds.
+        terms: ``(N, C)`` what each sample adds, N ≥ 1.
         resamples: how many.
         seed: of the draw.
 
     Returns:
         ``(resamples, C)`` float64.
-
-    Raises:
-        ValueError: no samples.
     """
     n = len(terms)
     if not n:

@@ -6,18 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from calib_guidance.metrics.density_coverage import count_in_balls
 from calib_guidance.metrics.frechet import covariance_root, frechet_distance, frechet_distance_std, mean_and_covariance
-from calib_guidance.metrics.precision_recall import inside_each_other
+from calib_guidance.metrics.neighbors import count_in_balls, inside_each_other
 
-_FEWEST = 10  # samples a neighbour, below which the radii of balls are mostly chance
-_NEIGHBOURS = 5  # of density and coverage
-
-
-def _mean(values: Tensor) -> tuple[float, float]:
-    """Mean of values of points ``(N,)``, and its standard deviation over draws of the points."""
-    values = values.double()
-    return float(values.mean()), float(values.std(correction=0) / len(values) ** 0.5)
+_FEWEST = 10  # samples a neighbor, below which the radii of balls are mostly chance
+_NEIGHBORS = 5  # of density and coverage
 
 
 def classwise_distances(
@@ -33,16 +26,13 @@ def classwise_distances(
         reference_labels: ``(M,)`` classes ≥ 0.
         generated: ``(N, D)`` features.
         labels: ``(N,)`` classes ≥ 0.
-        k: neighbours that set the radius of a ball of precision and recall.
+        k: neighbors that set the radius of a ball of precision and recall.
 
     Returns:
         For every class of the samples, by its number as text: ``num_samples``, ``num_reference``, the metrics
         (``frechet_distance``, ``precision``, ``recall``, ``density``, ``coverage``), ``std`` with the standard deviation of
         each over draws of the class's samples (recall and coverage: of its reference images), and ``skipped``, why a metric is
         missing.
-
-    Raises:
-        ValueError: not one label for each.
     """
     if len(reference) != len(reference_labels) or len(generated) != len(labels):
         raise ValueError(
@@ -63,17 +53,18 @@ def classwise_distances(
             std["frechet_distance"] = float(frechet_distance_std((mean, covariance), made, root))
         else:
             skipped["frechet_distance"] = f"{few} images in the smaller set; {2 * d + 1} are needed for {d} features"
-        for names, neighbours in ((("precision", "recall"), k), (("density", "coverage"), _NEIGHBOURS)):
-            if few < _FEWEST * neighbours:
-                reason = f"{few} images in the smaller set; {_FEWEST * neighbours} are needed for k = {neighbours}"
+        for names, neighbors in ((("precision", "recall"), k), (("density", "coverage"), _NEIGHBORS)):
+            if few < _FEWEST * neighbors:
+                reason = f"{few} images in the smaller set; {_FEWEST * neighbors} are needed for k = {neighbors}"
                 skipped |= dict.fromkeys(names, reason)
                 continue
             if names[0] == "precision":
-                of_points = inside_each_other(real, made, neighbours)
+                of_points = inside_each_other(real, made, neighbors)
             else:
-                of_made, of_real = count_in_balls(real, made, neighbours)
-                of_points = of_made / neighbours, of_real > 0
+                of_made, of_real = count_in_balls(real, made, neighbors)
+                of_points = of_made / neighbors, of_real > 0
             for name, each in zip(names, of_points, strict=True):
-                values[name], std[name] = _mean(each)
+                values[name] = float(each.double().mean())
+                std[name] = float(each.double().std(correction=0) / len(each) ** 0.5)
         found[str(label)] = values | {"std": std, "skipped": skipped}
     return found

@@ -46,10 +46,7 @@ def frechet_distance(
 
 
 def frechet_distance_std(
-    reference: tuple[Tensor, Tensor],
-    generated: Tensor,
-    root1: Tensor | None = None,
-    strata: Tensor | None = None,
+    reference: tuple[Tensor, Tensor], generated: Tensor, root1: Tensor | None = None, strata: Tensor | None = None
 ) -> Tensor:
     """Standard deviation of a Fréchet distance over draws of the generated samples, to first order (delta method).
 
@@ -83,11 +80,7 @@ def frechet_distance_std(
         delta = rows.double() - mean
         influence.append(2 * delta @ (mean - mean1) + ((delta @ gradient) * delta).sum(1))
     moves = torch.cat(influence)
-    groups = (
-        torch.zeros(n, dtype=torch.long, device=moves.device)
-        if strata is None
-        else strata.unique(return_inverse=True)[1]
-    )
+    groups = torch.zeros_like(moves).long() if strata is None else strata.unique(return_inverse=True)[1]
     count = groups.bincount().double()
     means = torch.zeros_like(count).index_add_(0, groups, moves) / count
     if n <= len(count):
@@ -96,14 +89,9 @@ def frechet_distance_std(
 
 
 def sample_count_note(num_samples: int, width: int) -> str | None:
-    """What the number of samples does to a Fréchet distance, in words for a report.
+    """What the number of samples (of the smaller set) does to a Fréchet distance of D = ``width`` features, in words.
 
-    Args:
-        num_samples: the smaller of the two sets.
-        width: D of the features.
-
-    Returns:
-        None from 10,000 samples, where the covariance has full rank too.
+    None from 10,000 samples, where the covariance has full rank too.
     """
     if num_samples <= width:
         return (
@@ -132,7 +120,7 @@ class Extrapolation(NamedTuple):
 
 
 def extrapolated_frechet_distance(
-    reference: tuple[Tensor, Tensor], generated: Tensor, smallest: int | None = None, points: int = 15, seed: int = 2020
+    reference: tuple[Tensor, Tensor], generated: Tensor, smallest: int, points: int = 15, seed: int = 2020
 ) -> Extrapolation:
     """Fréchet distance at infinitely many generated samples (Chong & Forsyth 2020, https://arxiv.org/abs/1911.07023).
 
@@ -142,15 +130,11 @@ def extrapolated_frechet_distance(
     Args:
         reference: mean ``(D,)`` and covariance ``(D, D)``.
         generated: ``(N, D)`` features.
-        smallest: samples of the smallest subset, more than D; a tenth of all where None (5,000 of 50,000 in the paper).
+        smallest: samples of the smallest subset, more than D and fewer than N; 5,000 of 50,000 in the paper.
         points: subsets, of sizes at equal distances up to N; at least 2.
         seed: of the subsets.
-
-    Raises:
-        ValueError: fewer than 2 points, or a smallest subset that is not between D and N.
     """
     n, d = generated.shape
-    smallest = n // 10 if smallest is None else smallest
     if points < 2 or not d < smallest < n:
         raise ValueError(
             f"extrapolation needs 2 points or more and a smallest subset of more than {d} (the width of the features) and "

@@ -14,12 +14,6 @@ def _kernel_sum(a: Tensor, b: Tensor) -> Tensor:
     return (a.double() @ b.double().T).div_(a.shape[1]).add_(1).pow_(3).sum()
 
 
-def _mean_between(a: Tensor, b: Tensor) -> Tensor:
-    """Mean of k over pairs of one row of each."""
-    total = sum(_kernel_sum(rows, columns) for rows in a.split(_BLOCK) for columns in b.split(_BLOCK))
-    return total / (len(a) * len(b))
-
-
 def _mean_within(features: Tensor) -> Tensor:
     """Mean of k over pairs of different rows."""
     n, blocks = len(features), features.split(_BLOCK)
@@ -44,14 +38,12 @@ def kernel_distance(reference: Tensor, generated: Tensor) -> Tensor:
 
     Returns:
         Scalar float64, below zero now and then where the sets follow one distribution.
-
-    Raises:
-        ValueError: fewer than 2 samples in a set.
     """
     m, n = len(reference), len(generated)
     if min(m, n) < 2:
         raise ValueError(f"the kernel distance needs two samples or more in each set, got {m} and {n}")
-    return _mean_within(reference) + _mean_within(generated) - 2 * _mean_between(reference, generated)
+    between = sum(_kernel_sum(a, b) for a in reference.split(_BLOCK) for b in generated.split(_BLOCK)) / (m * n)
+    return _mean_within(reference) + _mean_within(generated) - 2 * between
 
 
 def kernel_distance_subsets(
@@ -65,14 +57,11 @@ def kernel_distance_subsets(
         reference: ``(M, D)`` features.
         generated: ``(N, D)`` features.
         subsets: how many.
-        subset_size: samples of each set in each.
+        subset_size: samples of each set in each, from 2 to min(M, N).
         seed: of the draw.
 
     Returns:
         ``(subsets,)`` float64.
-
-    Raises:
-        ValueError: fewer samples than a subset has in one of the sets, or a subset of fewer than 2.
     """
     if min(len(reference), len(generated)) < subset_size:
         raise ValueError(

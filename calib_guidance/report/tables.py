@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from calib_guidance.evaluation.metrics import specs_of
 from calib_guidance.evaluation.output import uncertainty_sources
-from calib_guidance.evaluation.selection import specs_of
 from calib_guidance.evaluation.spec import MetricSpec
 from calib_guidance.report.runs import Run
 from calib_guidance.report.settings import as_text, flatten

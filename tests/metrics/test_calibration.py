@@ -7,7 +7,6 @@ from scipy.special import expit, logit
 from sklearn.metrics import brier_score_loss, log_loss, top_k_accuracy_score
 from torchmetrics.classification import MulticlassCalibrationError
 
-from calib_guidance import metrics
 from calib_guidance.metrics import (
     Accuracy,
     AdaptiveCalibrationError,
@@ -18,21 +17,23 @@ from calib_guidance.metrics import (
     NegativeLogLikelihood,
     ReliabilityBins,
     SmoothCalibrationError,
+    calibration_error_from_bins,
 )
 
 CLASSES = 8
-# Every metric and its functional twin.
-PAIRS = {
-    "accuracy": (Accuracy, metrics.accuracy),
-    "top 3": (lambda **kwargs: Accuracy(3, **kwargs), lambda f, y: metrics.accuracy(f, y, top_k=3)),
-    "nll": (NegativeLogLikelihood, metrics.negative_log_likelihood),
-    "brier": (BrierScore, metrics.brier_score),
-    "ece": (CalibrationError, metrics.calibration_error),
-    "maximum": (MaximumCalibrationError, metrics.maximum_calibration_error),
-    "adaptive": (AdaptiveCalibrationError, metrics.adaptive_calibration_error),
-    "classwise": (lambda **kwargs: ClasswiseCalibrationError(CLASSES, **kwargs), metrics.classwise_calibration_error),
-    "smooth": (SmoothCalibrationError, metrics.smooth_calibration_error),
+METRICS = {
+    "accuracy": Accuracy,
+    "top 3": lambda **kwargs: Accuracy(3, **kwargs),
+    "nll": NegativeLogLikelihood,
+    "brier": BrierScore,
+    "ece": CalibrationError,
+    "maximum": MaximumCalibrationError,
+    "adaptive": AdaptiveCalibrationError,
+    "classwise": lambda **kwargs: ClasswiseCalibrationError(CLASSES, **kwargs),
+    "smooth": SmoothCalibrationError,
 }
+# Every metric and its pure function.
+PAIRS = {name: (build, build().of) for name, build in METRICS.items()}
 
 
 def classified(n, temperature, classes=CLASSES, seed=0):
@@ -68,28 +69,28 @@ class TestAgainstIndependentImplementations:
         logits, y = data
         for k in (1, 3, 5):
             expected = top_k_accuracy_score(y, logits, k=k, labels=range(CLASSES))
-            assert float(metrics.accuracy(logits, y, k)) == pytest.approx(expected, abs=1e-12)
+            assert float(Accuracy(k).of(logits, y)) == pytest.approx(expected, abs=1e-12)
 
     def test_negative_log_likelihood(self, data):
         logits, y = data
         expected = log_loss(y, logits.double().softmax(1).numpy(), labels=range(CLASSES))
-        assert float(metrics.negative_log_likelihood(logits, y)) == pytest.approx(expected, abs=1e-9)
+        assert float(NegativeLogLikelihood().of(logits, y)) == pytest.approx(expected, abs=1e-9)
 
     def test_brier_score(self, data):
         logits, y = data
         p = logits.double().softmax(1).numpy()
         expected = brier_score_loss(y, p, labels=range(CLASSES), scale_by_half=False)
-        assert float(metrics.brier_score(logits, y)) == pytest.approx(expected, abs=1e-9)
+        assert float(BrierScore().of(logits, y)) == pytest.approx(expected, abs=1e-9)
 
     @pytest.mark.parametrize("bins", [15, 4])
     def test_calibration_error(self, data, bins):
         expected = MulticlassCalibrationError(CLASSES, n_bins=bins, norm="l1")(data[0].softmax(1), data[1])
-        assert float(metrics.calibration_error(*data, bins)) == pytest.approx(float(expected), abs=1e-6)
+        assert float(CalibrationError(bins).of(*data)) == pytest.approx(float(expected), abs=1e-6)
 
     @pytest.mark.parametrize("bins", [15, 4])
     def test_maximum_calibration_error(self, data, bins):
         expected = MulticlassCalibrationError(CLASSES, n_bins=bins, norm="max")(data[0].softmax(1), data[1])
-        assert float(metrics.maximum_calibration_error(*data, bins)) == pytest.approx(float(expected), abs=1e-6)
+        assert float(MaximumCalibrationError(bins).of(*data)) == pytest.approx(float(expected), abs=1e-6)
 
     def test_classwise_calibration_error(self, data):
         p, y = data[0].double().softmax(1).numpy(), data[1].numpy()
@@ -99,7 +100,7 @@ class TestAgainstIndependentImplementations:
                 inside = (p[:, k] > b / 15) & (p[:, k] <= (b + 1) / 15)
                 if inside.any():
                     expected += inside.mean() * abs((y[inside] == k).mean() - p[inside, k].mean()) / CLASSES
-        assert float(metrics.classwise_calibration_error(*data)) == pytest.approx(expected, abs=1e-9)
+        assert float(ClasswiseCalibrationError(CLASSES).of(*data)) == pytest.approx(expected, abs=1e-9)
 
 
 def adaptive_by_sorting(confidence, correct, num_bins=15):
@@ -117,19 +118,19 @@ class TestAdaptive:
         """To 0.16/√n: confidences within 0.2 % of each other may count as tied."""
         logits, y = classified(n, temperature, seed=n)
         expected = adaptive_by_sorting(*top(logits, y))
-        assert float(metrics.adaptive_calibration_error(logits, y)) == pytest.approx(expected, abs=0.16 / n**0.5)
+        assert float(AdaptiveCalibrationError().of(logits, y)) == pytest.approx(expected, abs=0.16 / n**0.5)
 
     def test_separates_what_one_bin_of_equal_width_mixes(self):
         """Half at confidence 0.61, all right, and half at 0.62, all wrong: both in (9/15, 10/15]."""
         logits, y = binary(np.repeat([0.62, 0.61], 50), np.repeat([0, 1], 50))
-        assert float(metrics.calibration_error(logits, y)) == pytest.approx(0.615 - 0.5, abs=1e-12)
+        assert float(CalibrationError().of(logits, y)) == pytest.approx(0.615 - 0.5, abs=1e-12)
         expected = (0.39 + 0.62) / 2
-        assert float(metrics.adaptive_calibration_error(logits, y, num_bins=2)) == pytest.approx(expected, abs=1e-12)
+        assert float(AdaptiveCalibrationError(2).of(logits, y)) == pytest.approx(expected, abs=1e-12)
 
     def test_ties_do_not_depend_on_their_order(self):
         logits, y = binary(np.full(1000, 0.8), 0.5)
-        first = metrics.adaptive_calibration_error(logits, y)
-        second = metrics.adaptive_calibration_error(logits, y.sort().values)
+        first = AdaptiveCalibrationError().of(logits, y)
+        second = AdaptiveCalibrationError().of(logits, y.sort().values)
         assert float(first) == pytest.approx(float(second), abs=1e-12)
         assert float(first) == pytest.approx(abs(0.8 - float((y == 0).double().mean())), abs=1e-12)
 
@@ -174,7 +175,7 @@ class TestSmooth:
         """To 2e-4, which is the step of the reference's bisection."""
         logits, y = binary(*confidences(name))
         expected = smooth_by_definition(*top(logits, y))
-        assert float(metrics.smooth_calibration_error(logits, y)) == pytest.approx(expected, abs=2e-4)
+        assert float(SmoothCalibrationError().of(logits, y)) == pytest.approx(expected, abs=2e-4)
 
     @pytest.mark.parametrize("name", ["calibrated", "over-confident", "wavy"])
     def test_is_that_of_relplot(self, name):
@@ -183,17 +184,17 @@ class TestSmooth:
 
         logits, y = binary(*confidences(name, n=5000))
         expected = smECE(*top(logits, y))
-        assert float(metrics.smooth_calibration_error(logits, y)) == pytest.approx(expected, abs=1e-3)
+        assert float(SmoothCalibrationError().of(logits, y)) == pytest.approx(expected, abs=1e-3)
 
     def test_many_classes_against_relplot(self, data):
         from relplot import smECE
 
-        assert float(metrics.smooth_calibration_error(*data)) == pytest.approx(smECE(*top(*data)), abs=1e-3)
+        assert float(SmoothCalibrationError().of(*data)) == pytest.approx(smECE(*top(*data)), abs=1e-3)
 
     def test_of_the_certain_and_right_is_zero(self):
         logits = torch.tensor([[80.0, -80.0]]).expand(50, 2)
-        assert float(metrics.smooth_calibration_error(logits, torch.zeros(50, dtype=torch.long))) == 0
-        assert float(metrics.smooth_calibration_error(logits, torch.ones(50, dtype=torch.long))) == pytest.approx(1)
+        assert float(SmoothCalibrationError().of(logits, torch.zeros(50, dtype=torch.long))) == 0
+        assert float(SmoothCalibrationError().of(logits, torch.ones(50, dtype=torch.long))) == pytest.approx(1)
 
 
 class TestLevels:
@@ -272,8 +273,8 @@ def test_values_of_saturated_logits():
     """Sure of class 0 in four rows, which is right in three."""
     logits = torch.tensor([[80.0, -80.0]]).expand(4, 2)
     y = torch.tensor([0, 0, 0, 1])
-    assert float(metrics.negative_log_likelihood(logits, y)) == pytest.approx(160 / 4)
-    assert float(metrics.brier_score(logits, y)) == pytest.approx(2 / 4)
+    assert float(NegativeLogLikelihood().of(logits, y)) == pytest.approx(160 / 4)
+    assert float(BrierScore().of(logits, y)) == pytest.approx(2 / 4)
     for name in ("ece", "maximum", "adaptive", "smooth"):
         assert float(PAIRS[name][1](logits, y)) == pytest.approx(0.25, abs=1e-9), name
 
@@ -294,8 +295,8 @@ def test_logits_that_are_not_numbers_show(name):
 
 def test_ties_go_to_the_class_that_calibration_counts_by():
     logits, y = torch.zeros(4, 4), torch.arange(4)
-    assert [float(metrics.accuracy(logits, y, k)) for k in (1, 2, 4)] == [0.25, 0.5, 1]
-    correct = metrics.calibration_bins(logits, y)[:, 2].sum()
+    assert [float(Accuracy(k).of(logits, y)) for k in (1, 2, 4)] == [0.25, 0.5, 1]
+    correct = ReliabilityBins().of(logits, y)[:, 2].sum()
     assert float(correct) == 1
 
 
@@ -308,9 +309,9 @@ def test_bins_are_those_of_the_error():
     sums = bins.compute()
     assert sums.overall.shape == (15, 3)
     assert sums.by_level.shape == (2, 15, 3)
-    torch.testing.assert_close(metrics.calibration_error_from_bins(sums.overall), error.compute().overall)
-    torch.testing.assert_close(metrics.calibration_error_from_bins(sums.by_level), error.compute().by_level)
-    torch.testing.assert_close(sums.overall, metrics.calibration_bins(logits, y))
+    torch.testing.assert_close(calibration_error_from_bins(sums.overall), error.compute().overall)
+    torch.testing.assert_close(calibration_error_from_bins(sums.by_level), error.compute().by_level)
+    torch.testing.assert_close(sums.overall, ReliabilityBins().of(logits, y))
 
 
 @pytest.mark.parametrize(

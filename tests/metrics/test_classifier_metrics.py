@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from calib_guidance.metrics import Accuracy, ClassifierMetrics, ReliabilityBins, calibration_bins
+from calib_guidance.metrics import Accuracy, ClassifierMetrics, ReliabilityBins
 
 NAMES = {
     "accuracy",
@@ -91,7 +91,7 @@ def test_goes_on_after_compute():
     measure(metrics, rows[:3])
     assert_same(measure(metrics, rows[3:]), expected)
     logits, y, _ = (torch.cat(parts) for parts in zip(*rows, strict=True))
-    torch.testing.assert_close(metrics.compute()["bins"].overall, calibration_bins(logits, y))
+    torch.testing.assert_close(metrics.compute()["bins"].overall, ReliabilityBins().of(logits, y))
 
 
 def test_leaves_inference_mode():

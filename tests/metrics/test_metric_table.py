@@ -14,7 +14,7 @@ from calib_guidance.callbacks import SampleQuality
 from calib_guidance.cli import main
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation import METRICS, MetricSpec
-from calib_guidance.evaluation.selection import OPTIONS, help_text, select
+from calib_guidance.evaluation.metrics import OPTIONS, select
 from calib_guidance.report.tables import table
 from tests.callbacks.test_quality import run_and_trainer
 from tests.image_files import Projection, pictures, write
@@ -108,7 +108,7 @@ def test_a_metric_of_your_own_from_yaml(own):
     parser.add_argument("--callback", type=L.Callback)
     quality = parser.instantiate_classes(parser.parse_object({"callback": content})).callback
     assert isinstance(quality, SampleQuality)
-    quality.setup(trainer, None, "predict")
+    quality.setup(trainer, trainer.lightning_module, "predict")
     found = quality.results(trainer)
     assert found["nearest_distance"] > 0
     assert found.keys() >= {"precision", "recall"}
@@ -136,8 +136,7 @@ def test_every_metric_is_described_once():
         assert spec.key == key
         assert spec.format.format(0.5)
         assert spec.title.endswith("↑" if spec.higher_is_better else "" if spec.higher_is_better is None else "↓")
-    assert len(help_text().splitlines()) == len(OPTIONS)
+    assert tuple(spec.option for spec in METRICS.values() if spec.help) == OPTIONS
     assert METRICS["kernel_distance"].text(-1e-9) == "0.0000"
-    together = select(["pr", "fid"])
-    assert list(together) == ["fid", "pr"]
-    assert [spec.key for spec in together["pr"]] == ["precision", "recall"]
+    keys = [spec.key for spec in select(["pr", "fid"])]
+    assert keys == ["frechet_distance", "frechet_distance_infinite", "precision", "recall"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.optimize import minimize_scalar
 
-from calib_guidance.metrics.calibration import calibration_bins, calibration_error_from_bins
+from calib_guidance.metrics import CalibrationError
 from calib_guidance.training import binned_smooth_ece, smooth_ece
 
 LOSSES = [smooth_ece, binned_smooth_ece]
@@ -47,7 +47,7 @@ def test_binned_is_its_formula():
 def test_binned_goes_to_the_ece_as_beta_goes_to_zero(bins):
     logits, y = batch(dtype=torch.float32)
     found = float(binned_smooth_ece(logits, y, 1e-16, bins))
-    assert found == pytest.approx(float(calibration_error_from_bins(calibration_bins(logits, y, bins))), rel=1e-6)
+    assert found == pytest.approx(float(CalibrationError(bins).of(logits, y)), rel=1e-6)
     assert found == pytest.approx(sum(share * abs(gap) for share, gap in numpy_bins(logits, y, bins)), rel=1e-5)
 
 
