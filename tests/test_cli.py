@@ -360,7 +360,7 @@ class TestOverview:
 
     @pytest.mark.parametrize(
         ("words", "message"),
-        [(["predcit", "--config", "x"], "unknown command 'predcit'; did you mean predict?"), ([], "which command?")],
+        [(["predcit", "--config", "x"], "unknown command 'predcit' (did you mean 'predict'?)"), ([], "which command?")],
     )
     def test_what_is_no_command_is_answered_with_them(self, capsys, words, message):
         with pytest.raises(SystemExit) as stopped:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 
-from calib_guidance.errors import CheckpointError, ConfigurationError, RunError, StoppedError
+from calib_guidance.errors import CheckpointError, ConfigurationError, RunError, StoppedError, closest
 
 _LIGHTNING = {
     "fit": "train a classifier or a diffusion model, calibrate it",
@@ -33,16 +32,9 @@ _COMMANDS = {
 
 def _overview() -> str:
     commands = _LIGHTNING | {name: text for name, (_, text) in _COMMANDS.items()}
-    lines = [f"  {name:10} {text}" for name, text in commands.items()]
-    return "\n".join(
-        (
-            "usage: calib-guidance COMMAND …",
-            "",
-            *lines,
-            "",
-            "calib-guidance COMMAND --help lists the options of a command.",
-        )
-    )
+    lines = "\n".join(f"  {name:10} {text}" for name, text in commands.items())
+    end = "calib-guidance COMMAND --help lists the options of a command."
+    return f"usage: calib-guidance COMMAND …\n\n{lines}\n\n{end}"
 
 
 def _run(argv: Sequence[str]) -> None:
@@ -59,8 +51,7 @@ def _run(argv: Sequence[str]) -> None:
 
         run_lightning(argv)
     else:
-        near = difflib.get_close_matches(command, [*_LIGHTNING, *_COMMANDS], 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = closest(command, [*_LIGHTNING, *_COMMANDS])
         raise ConfigurationError(f"unknown command {command!r}{hint}\n{_overview()}")
 
 
@@ -86,9 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
+        text = f"no space left on the device, or disk quota exceeded ({error.filename or error})"
         print(
-            f"calib-guidance: no space left on the device, or disk quota exceeded ({error.filename or error}): "
-            "complete shards are kept; free disk space and re-run to resume",
-            file=sys.stderr,
+            f"calib-guidance: {text}: complete shards are kept; free disk space and re-run to resume", file=sys.stderr
         )
         raise SystemExit(StoppedError.status) from error

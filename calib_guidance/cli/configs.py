@@ -14,11 +14,8 @@ from calib_guidance.errors import ConfigurationError
 
 _OPTIONS = ("--config", "-c")
 _ROOT = "lightning_configs"
-_FOLDER = {
-    "validate": "fit",
-    "test": "fit",
-    "experiment": "experiments",
-}  # of a command, where it is not the command's own name
+# Folder of a command's configurations, where it is not the command's own name.
+_FOLDER = {"validate": "fit", "test": "fit", "experiment": "experiments"}
 
 
 def configuration_names() -> list[str]:
@@ -40,9 +37,6 @@ def find_configuration(
         command: for which a name is looked up first.
         folder: that relative paths start from.
         said_by: option or file that names it, for the message.
-
-    Raises:
-        ConfigurationError: neither a file nor a name, or a name that several configurations share.
     """
     if (folder / value).is_file():
         return folder / value
@@ -60,9 +54,9 @@ def find_configuration(
     known = {each.rpartition("/")[2]: each for each in ours_last} | {each: each for each in names}
     near = dict.fromkeys(known[each] for each in difflib.get_close_matches(name, known, 3, 0.7))
     hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    no_file = f"{said_by}: {value!r} is neither a file{f' in {folder}' if folder != Path() else ''}"
     raise ConfigurationError(
-        f"{said_by}: {value!r} is neither a file{f' in {folder}' if folder != Path() else ''} nor the name of a configuration"
-        f"{hint}; `calib-guidance configs` lists the names"
+        f"{no_file} nor the name of a configuration{hint}; `calib-guidance configs` lists the names"
     )
 
 
@@ -80,13 +74,9 @@ def _read(path: Path, above: tuple[Path, ...], command: str | None) -> list[str]
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ConfigurationError(f"{path}: base must be a configuration file or name, or a list of them, got {bases!r}")
-    files = [
-        value
-        for base in bases
-        for value in _read(
-            find_configuration(base, command, path.parent, f"{path}, base"), (*above, path.resolve()), command
-        )
-    ]
+    files, above = [], (*above, path.resolve())
+    for base in bases:
+        files += _read(find_configuration(base, command, path.parent, f"{path}, base"), above, command)
     return [*files, yaml.safe_dump(content, allow_unicode=True, sort_keys=False)] if content else files
 
 
@@ -98,13 +88,8 @@ def expand_bases(argv: Sequence[str]) -> list[str]:
 
     Args:
         argv: command and options, such as ``["predict", "--config", "digits"]``.
-
-    Raises:
-        ConfigurationError: a configuration or base that does not exist, a base that is neither path nor name, or a cycle.
     """
-    expanded: list[str] = []
-    command = argv[0] if argv else None
-    rest = list(argv)
+    expanded, rest, command = [], list(argv), next(iter(argv), None)
     while rest:
         argument = rest.pop(0)
         option, equals, value = argument.partition("=")
@@ -116,12 +101,6 @@ def expand_bases(argv: Sequence[str]) -> list[str]:
         values = [value] if is_text else _read(find_configuration(value, command), (), command)
         expanded += [each for value in values for each in ("--config", value)]
     return expanded
-
-
-def _about(name: str) -> str:
-    """First line of the comment that a configuration starts with."""
-    first = shipped(f"{_ROOT}/{name}.yaml").read_text().partition("\n")[0]
-    return first.lstrip("# ") if first.startswith("#") else ""
 
 
 def configs(argv: Sequence[str]) -> None:
@@ -139,4 +118,5 @@ def configs(argv: Sequence[str]) -> None:
     width = max(map(len, found))
     print(f"in {shipped(_ROOT)}:\n")
     for name in found:
-        print(f"{name:{width}}  {_about(name)}")
+        about = shipped(f"{_ROOT}/{name}.yaml").read_text().partition("\n")[0]  # a comment
+        print(f"{name:{width}}  {about.removeprefix('# ')}")

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import importlib
 import logging
+import pkgutil
 import re
 import sys
+import unittest.mock
 import warnings
 from argparse import ArgumentError
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
 
 import jsonargparse
 import lightning as L
@@ -27,7 +27,7 @@ from calib_guidance.backend.threads import set_threads
 from calib_guidance.callbacks import RequeueBetweenSteps, StepSeeds
 from calib_guidance.callbacks.checkpoint_io import AtomicCheckpointIO
 from calib_guidance.cli.configs import expand_bases
-from calib_guidance.errors import ConfigurationError, FailedSamplesError
+from calib_guidance.errors import ConfigurationError, FailedSamplesError, closest
 from calib_guidance.tasks.retry import FaultTolerant
 from calib_guidance.weights.io import CheckpointError
 
@@ -59,17 +59,8 @@ class SaveResolvedConfig(SaveConfigCallback):
             self.parser.save(self.config, path, skip_none=False, overwrite=True, skip_validation=True)
 
 
-def import_class(class_path: str) -> type:
-    """The class that a ``class_path`` names."""
-    module, _, name = class_path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
 def innermost(error: BaseException) -> BaseException:
-    """What a constructor raised, which jsonargparse wraps in pages of unions and types.
-
-    This package's own errors say what their causes mean, so that the way down ends at them.
-    """
+    """What a constructor raised, which jsonargparse wraps in pages of unions and types; this package's own error if it is one."""
     while not isinstance(error, ConfigurationError | CheckpointError) and (
         deeper := error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     ):
@@ -80,56 +71,52 @@ def innermost(error: BaseException) -> BaseException:
 def _unknown_class(class_path: str) -> str:
     """What is wrong with a class path or class name that names nothing."""
     module, _, name = class_path.rpartition(".")
-    if not module:
-        known = {name: f"{part.__name__}.{name}" for part in _PARTS for name in part.__all__}
-        if name in known:
-            return f"{known[name]} cannot be used here"
-        near = difflib.get_close_matches(name, known, 1)
-    else:
-        try:
-            near = difflib.get_close_matches(name, vars(importlib.import_module(module)), 1)
-        except ImportError as error:
-            return f"there is no {class_path} ({error})"
-    return f"there is no {class_path}{f' (did you mean {near[0]!r}?)' if near else ''}"
+    known = {name: f"{part.__name__}.{name}" for part in _PARTS for name in part.__all__}
+    if not module and name in known:
+        return f"{known[name]} cannot be used here"
+    try:
+        return f"there is no {class_path}{closest(name, vars(importlib.import_module(module)) if module else known)}"
+    except ImportError as error:
+        return f"there is no {class_path} ({error})"
 
 
 def _unknown_option(class_path: str, option: str) -> str:
-    named = import_class(class_path)
+    named = pkgutil.resolve_name(class_path)
     accepted = jsonargparse.ArgumentParser().add_class_arguments(named, fail_untyped=False)
-    near = difflib.get_close_matches(option, accepted, 1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"{named.__name__} has no option {option!r}{hint}; it has: {', '.join(accepted)}"
+    return f"{named.__name__} has no option {option!r}{closest(option, accepted)}; it has: {', '.join(accepted)}"
 
 
 def shorten(message: str) -> str:
     """What a parse error is about, without the pages of union types around it."""
     where = ".".join(re.findall(r'Parser key "([^"]+)"', message))
     classes = re.findall(r"Problem with given class_path '([\w.]+)'", message)
-    if shared := re.search(r"Multiple subclasses with name (\w+)\..*avoid ambiguity: (.*)\.", message):
-        return f"{where}: several classes are named {shared[1]}: give one of {shared[2]}"
-    if names := re.findall(r"Expected a dot import path string: (\S+)", message):
-        return f"{where}: {_unknown_class(names[-1])}"
-    if classes and re.search(r"module '[\w.]+' has no attribute '\w+'|No module named '[\w.]+'", message):
-        return f"{where}: {_unknown_class(classes[-1])}"
-    if "Expected an instantiatable class, but" in message or "a dict without class_path but with" in message:
-        return (
-            f"{where}: options are given, but no class_path says of which class. An overlay that only sets options goes after "
-            "one that names the class, such as guidance/ after classifier/"
-        )
     values = re.findall(
         r"Expected an? <class '\w+'>\. Got value: .*|Import path \S+ does not correspond to .*", message
     )
-    if len(values) == 1:
-        return f"{where}: {values[0]}"
-    option = re.search(r"Option '([\w.]+)' is not accepted", message)
-    return f"{where}: {_unknown_option(classes[-1], option[1])}" if option and classes else message
+    if shared := re.search(r"Multiple subclasses with name (\w+)\..*avoid ambiguity: (.*)\.", message):
+        found = f"several classes are named {shared[1]}: give one of {shared[2]}"
+    elif names := re.findall(r"Expected a dot import path string: (\S+)", message):
+        found = _unknown_class(names[-1])
+    elif classes and re.search(r"module '[\w.]+' has no attribute '\w+'|No module named '[\w.]+'", message):
+        found = _unknown_class(classes[-1])
+    elif "Expected an instantiatable class, but" in message or "a dict without class_path but with" in message:
+        found = (
+            "options are given, but no class_path says of which class. An overlay that only sets options goes after one "
+            "that names the class, such as guidance/ after classifier/"
+        )
+    elif len(values) == 1:
+        found = values[0]
+    elif classes and (option := re.search(r"Option '([\w.]+)' is not accepted", message)):
+        found = _unknown_option(classes[-1], option[1])
+    else:
+        return message
+    return f"{where}: {found}"
 
 
 def _prefer_ours(paths: Sequence[str]) -> list[str]:
     """Class paths in which a name that this package and another library share is this package's."""
-    ours = [path.startswith("calib_guidance.") for path in paths]
-    names = {path.rpartition(".")[2] for path, own in zip(paths, ours, strict=True) if own}
-    return [path for path, own in zip(paths, ours, strict=True) if own or path.rpartition(".")[2] not in names]
+    ours = {path: path.rpartition(".")[2] for path in paths if path.startswith("calib_guidance.")}
+    return [path for path in paths if path in ours or path.rpartition(".")[2] not in ours.values()]
 
 
 @contextlib.contextmanager
@@ -140,26 +127,17 @@ def subclasses_listed_once() -> Iterator[None]:
     tries whether a name such as ``adm_classifier128`` is a class: 11 of the 13 seconds that reading took. The list is made
     again when modules were imported since.
     """
-    hints, name = jsonargparse._typehints, "get_all_subclass_paths"
-    original = getattr(hints, name)
+    original = jsonargparse._typehints.get_all_subclass_paths
 
     @functools.cache
     def listed(num_modules: int, *args: object, **kwargs: object) -> list[str]:
         return _prefer_ours(original(*args, **kwargs))
 
-    setattr(hints, name, lambda *args, **kwargs: listed(len(sys.modules), *args, **kwargs))
-    try:
+    def patched(*args: object, **kwargs: object) -> list[str]:
+        return listed(len(sys.modules), *args, **kwargs)
+
+    with unittest.mock.patch("jsonargparse._typehints.get_all_subclass_paths", patched):
         yield
-    finally:
-        setattr(hints, name, original)
-
-
-@runtime_checkable
-class StoresConfiguration(Protocol):
-    """A model or callback that stores the resolved configuration with its output."""
-
-    def configure_run(self, configuration: Mapping[str, Any]) -> None:
-        """Take the configuration, before the run."""
 
 
 class CalibGuidanceCLI(LightningCLI):
@@ -214,13 +192,12 @@ class CalibGuidanceCLI(LightningCLI):
         if not (isinstance(self.model, FaultTolerant) and self.trainer.is_global_zero):
             return
         if failed := [str(sample["index"]) for sample in self.model.context.failed()]:
-            raise FailedSamplesError(
-                f"{len(failed)} samples failed: {', '.join(failed[:10])}{' …' if len(failed) > 10 else ''} "
-                f"(calib-guidance status {self.model.context.store.path} lists the reasons)"
-            )
+            listed = ", ".join(failed[:10]) + (" …" if len(failed) > 10 else "")
+            where = f"calib-guidance status {self.model.context.store.path} lists the reasons"
+            raise FailedSamplesError(f"{len(failed)} samples failed: {listed} ({where})")
 
     def instantiate_classes(self) -> None:
-        """Build all parts, and give the resolved configuration to those that store it with their output."""
+        """Build all parts, and give the resolved configuration to those that store it, which have ``configure_run``."""
         try:
             with subclasses_listed_once():
                 super().instantiate_classes()
@@ -228,7 +205,7 @@ class CalibGuidanceCLI(LightningCLI):
             raise ConfigurationError(str(innermost(error))) from error
         configuration = self.config.get(str(self.subcommand), self.config).as_dict()
         for part in (self.model, *self.trainer.callbacks):
-            if isinstance(part, StoresConfiguration):
+            if hasattr(part, "configure_run"):
                 part.configure_run(configuration)
 
 
@@ -249,10 +226,7 @@ def run_lightning(argv: Sequence[str], cli: type[CalibGuidanceCLI] = CalibGuidan
     set_config_read_mode(fsspec_enabled=False)
     return cli(
         # Errors as exceptions, not as pages of usage.
-        parser_kwargs={
-            "exit_on_error": False,
-            **{name: {"exit_on_error": False} for name in LightningCLI.subcommands()},
-        },
+        parser_kwargs={"exit_on_error": False, **{key: {"exit_on_error": False} for key in LightningCLI.subcommands()}},
         save_config_callback=SaveResolvedConfig,
         save_config_kwargs={"overwrite": True},
         subclass_mode_model=True,

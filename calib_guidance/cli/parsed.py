@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pkgutil
 import socket
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import huggingface_hub
 import lightning as L
 from jsonargparse import Namespace
 
-from calib_guidance.cli.lightning import CalibGuidanceCLI, import_class, run_lightning
+from calib_guidance.cli.lightning import CalibGuidanceCLI, run_lightning
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.weights import registry
 
@@ -43,7 +44,7 @@ class ParsedCLI(CalibGuidanceCLI):
         """Whether the model is for ``fit``."""
         if self.options.get("model") is None:
             raise ConfigurationError("the configuration has no model: name a YAML file with --config")
-        return import_class(self.options.model.class_path).training_step is not L.LightningModule.training_step
+        return pkgutil.resolve_name(self.options.model.class_path).training_step is not L.LightningModule.training_step
 
     def before_instantiate_classes(self) -> None:
         if not self.trains:

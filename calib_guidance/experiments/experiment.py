@@ -66,35 +66,26 @@ class Experimenter:
         self.made = 0  # how many of them this object did
 
     def make(self, settings: Sequence[int], num_samples: int) -> None:
-        """Do what is left of the runs of some settings.
-
-        Raises:
-            SystemExit: with status 1 where runs failed, naming their logs.
-        """
+        """Do what is left of the runs of some settings; SystemExit where some failed."""
         runs = self.plan.runs(settings, num_samples, self.output)
         todo = list({run.folder: run for run in runs if not run.done()}.values())
         before = f"{len({run.folder for run in runs}) - len(todo)} runs done before"
         before = f"{num_samples} samples, {before}" if num_samples else before
         if failed := do_runs(todo, self.workers, self.devices, before):
             logs = ", ".join(str(run.folder / "log.txt") for run in failed[:3])
-            text = f"{len(failed)} of {len(runs)} runs failed. Logs: {logs}. Re-run the command to do what is left"
-            raise SystemExit(text)
+            failures = f"{len(failed)} of {len(runs)} runs failed. Logs: {logs}"
+            raise SystemExit(f"{failures}. Re-run the command to do what is left")
         self.made += len(todo)
         self.runs |= {(run.setting, run.seed, num_samples): run for run in runs if run.setting in settings}
 
     def rank(self, settings: Sequence[int], num_samples: int) -> list[float]:
-        """Mean over seeds of what settings are ranked by, negative where higher is better.
-
-        Raises:
-            ConfigurationError: a run has no such value.
-        """
+        """Mean over seeds of what settings are ranked by, negative where higher is better."""
         experiment = self.plan.experiment
         key = experiment.halving.rank_by(num_samples, experiment.num_samples)
         column = next(column for column in self.plan.columns if column.key == key)
         ranked = []
         for number in settings:
-            folders = [self.runs[number, seed, num_samples].folder for seed in experiment.seeds]
-            values = [read_value(column, folder) for folder in folders]
+            values = [read_value(column, self.runs[number, seed, num_samples].folder) for seed in experiment.seeds]
             if None in values:
                 name = self.plan.settings[number].name
                 raise ConfigurationError(f"{name}: settings cannot be ranked by {key}: a run has no such value")
@@ -176,17 +167,11 @@ def _write(results: Results, folder: Path, into: Path | None) -> None:
 
 
 def experiment(argv: Sequence[str]) -> None:
-    """Do the runs of an experiment, print its tables and draw its plots; completed runs are skipped.
+    """``calib-guidance experiment``: do the runs of an experiment, print its tables and draw its plots.
 
     Writes ``OUTPUT/NAME/`` with the tables, ``settings.csv``, ``runs.csv``, ``plots/`` and links by name to the runs, which
-    are in ``OUTPUT/runs/``. With ``--row`` the folder is ``OUTPUT/NAME/rows``.
-
-    Args:
-        argv: arguments after ``calib-guidance experiment``.
-
-    Raises:
-        ConfigurationError: an experiment file that cannot be run, see :func:`~calib_guidance.experiments.settings.make_plan`.
-        SystemExit: with status 1 where runs failed, naming their logs.
+    are in ``OUTPUT/runs/``; completed runs are skipped. With ``--row`` the folder is ``OUTPUT/NAME/rows``. Exit status 1
+    where runs failed.
     """
     options = _options(argv)
     started, plan = time.monotonic(), _read(find_configuration(options.config, "experiment"))

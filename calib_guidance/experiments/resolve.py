@@ -74,11 +74,7 @@ class Resolver:
         self._clis: dict[str, ParsedCLI] = {}
 
     def resolve(self, command: Command, where: str) -> Namespace:
-        """The configuration of a command, without values that name files of runs.
-
-        Raises:
-            ConfigurationError: unknown keys, or values that are refused.
-        """
+        """The configuration of a command, without values that name files of runs."""
         argv = tuple(command.argv(seed=0, num_samples=1))
         if argv not in self._known:
             try:

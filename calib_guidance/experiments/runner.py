@@ -76,10 +76,6 @@ def _output_in(path: Path) -> Iterator[None]:
 def work(run: Run, threads: int) -> list[str]:
     """Do one run, its output in a file beside what it writes. One that was interrupted resumes where it can.
 
-    Args:
-        run: what to do.
-        threads: of PyTorch.
-
     Returns:
         What to say of the run although it is done.
     """

@@ -76,11 +76,7 @@ class Plan:
             check_files(setting.options, self.experiment.evaluate or {}, f"{self.name}, {setting.name}")
 
     def select(self, names: Sequence[str]) -> list[int]:
-        """Settings by name, or by GROUP/NAME.
-
-        Raises:
-            ConfigurationError: no setting has such a name.
-        """
+        """Settings by name, or by GROUP/NAME."""
         found: list[int] = []
         for name in names:
             numbers = [
