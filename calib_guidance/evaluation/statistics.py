@@ -208,7 +208,7 @@ class ReferenceStatistics:
         statistics.provenance |= {
             "file": str(path),
             "format": "calib-guidance" if "provenance" in arrays else f"{', '.join(sorted(names))} in .npz",
-            "sha256": _file_sha256(path),
+            "sha256": file_sha256(path),
         }
         return statistics
 
@@ -281,7 +281,7 @@ class ReferenceStatistics:
                 check_output(path)  # made by another meanwhile
         except OSError as error:
             raise ConfigurationError(f"{path} cannot be written: {error.strerror or error}") from error
-        return _file_sha256(path)
+        return file_sha256(path)
 
     def check(self, extractor: FeatureExtractor) -> None:
         """Refuse to be compared with features of another kind.
@@ -354,7 +354,7 @@ def _unversioned(value: object) -> object:
     return re.sub(r" \d+\.\d[\w.]*", "", value) if isinstance(value, str) else value
 
 
-def _file_sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
