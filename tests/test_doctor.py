@@ -8,7 +8,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
 from calib_guidance.cli import main, parsed
-from calib_guidance.cli.doctor import dry_run, parts
+from calib_guidance.cli.doctor import dry_run
 from calib_guidance.cli.doctor.files import missing_files
 from calib_guidance.networks import SmallResNet
 from calib_guidance.runs import RunFolder
@@ -89,7 +89,7 @@ class TestGo:
 
 class TestNoGo:
     def test_everything_that_is_missing_is_named_with_its_source(self, examine, monkeypatch):
-        monkeypatch.setattr(parts, "free_memory", lambda device: 10**9)  # the weights need more than half of it
+        monkeypatch.setattr(dry_run, "free_memory", lambda device: 10**9)  # the weights need more than half of it
         status, report = examine(IMAGENET, "--data.init_args.labels=classes.txt")
         assert status == 1
         assert "NO-GO: 2 missing" in report
@@ -120,8 +120,7 @@ class TestNoGo:
         assert f"{tmp_path / 'reference.npz'}" in "".join(marked(report, "ok"))
 
     def test_too_little_memory_names_the_batch_size_that_fits(self, examine, monkeypatch):
-        for module in (parts, dry_run):
-            monkeypatch.setattr(module, "free_memory", lambda device: 9 * 10**6)
+        monkeypatch.setattr(dry_run, "free_memory", lambda device: 9 * 10**6)
         status, report = examine(DIGITS)
         assert status == 1
         (line,) = [line for line in report.splitlines() if "set data.batch_size to" in line]

@@ -8,6 +8,7 @@ import pkgutil
 import socket
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
+from unittest import mock
 
 import datasets
 import huggingface_hub
@@ -83,19 +84,12 @@ def without_network() -> Iterator[None]:
     def refuse(address: tuple[str, int], *args: object, **kwargs: object) -> socket.socket:
         raise NoDownloadError(f"it would be downloaded, from {address[0]}")
 
-    changes = [
-        (huggingface_hub.constants, "HF_HUB_OFFLINE", True),
-        (datasets.config, "HF_HUB_OFFLINE", True),
-        (socket, "create_connection", refuse),
-    ]
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
-    try:
-        for owner, name, value in changes:
-            setattr(owner, name, value)
+    with (
+        mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
+        mock.patch.object(datasets.config, "HF_HUB_OFFLINE", True),
+        mock.patch.object(socket, "create_connection", refuse),
+    ):
         yield
-    finally:
-        for owner, name, value in before:
-            setattr(owner, name, value)
 
 
 class Option(NamedTuple):

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Sequence
 
 from calib_guidance.cli.doctor.dry_run import DryRun
-from calib_guidance.cli.doctor.parts import Parts
 from calib_guidance.cli.doctor.report import Report
 from calib_guidance.cli.parsed import read_configuration, without_network
 
@@ -40,9 +39,8 @@ def doctor(argv: Sequence[str]) -> None:
             warnings.simplefilter("ignore")
             cli = read_configuration(argv)
             print(f"calib-guidance {cli.subcommand} with {cli.options.model.class_path.rpartition('.')[2]}")
-            parts = Parts(cli, report)
-            dry_run = DryRun(parts, report)
-            for title, stage in (("files", parts.check_files), ("parts", parts.build), ("run", dry_run.run)):
+            dry_run = DryRun(cli, report)
+            for title, stage in (("files", dry_run.check_files), ("parts", dry_run.build), ("run", dry_run.run)):
                 print(f"\n{title}")
                 stage()
     finally:

@@ -1,149 +1,362 @@
-"""The dry run: memory and FLOPs of a batch counted, and one batch run on the device."""
+"""A dry run: builds the parts of a run as the command does, checks that they fit together, and runs one batch."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
+import os
+import shutil
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, default_collate
 
-from calib_guidance.backend.counters import FlopCounter, PeakMemory
 from calib_guidance.backend.images import to_uint8
-from calib_guidance.callbacks import SampleQuality, SampleWriter
-from calib_guidance.cli.doctor.measure import PATIENCE, EnoughError, Meter
-from calib_guidance.cli.doctor.parts import Parts, free_memory
+from calib_guidance.callbacks import ExportClassifier, SampleQuality, SampleWriter
+from calib_guidance.cli.doctor.files import check_files
+from calib_guidance.cli.doctor.measure import PATIENCE, EnoughError, Meter, count_batch, device_clock, free_memory
 from calib_guidance.cli.doctor.report import Report, amount, duration
 from calib_guidance.cli.lightning import innermost
-from calib_guidance.tasks import GuidedSampling
+from calib_guidance.cli.parsed import NoDownloadError, Option, ParsedCLI, all_options, use_random_weights
+from calib_guidance.data.denoise_requests import DenoiseRequests
+from calib_guidance.data.loading import take_reports
+from calib_guidance.data.sample_requests import POLICIES
+from calib_guidance.tasks import DenoiseImages, GuidedSampling
 
 _LARGE = 5e8  # bytes of weights that make a CPU slow
+_CHECKPOINTS = 3  # on disk at a time: the last one, the one before, and one that is being written
+# Options of the trainer that memory and time depend on, beside devices and strategy.
+_KEPT = ("accelerator", "precision", "plugins", "benchmark", "deterministic", "sync_batchnorm")
+_KEPT += ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "inference_mode")
 
 
-def _device_clock(device: torch.device) -> float:
-    """Seconds, once the device has done its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def _networks(module: L.LightningModule) -> list[nn.Module]:
+    """The module, and the denoiser that an input transform keeps out of its sight."""
+    frozen = getattr(getattr(module, "input_transform", None), "frozen", None)
+    return [module] if frozen is None else [module, frozen.module]
 
 
-def _rows(batch: dict[str, Any], count: int) -> dict[str, Any]:
-    """A batch of ``count``, with rows repeated where there are fewer."""
-    return {k: v[torch.arange(count) % len(v)] for k, v in batch.items() if isinstance(v, Tensor)}
+def _random_image(shape: tuple[int, ...]) -> dict[str, Any]:
+    """In place of an image that is not here yet."""
+    return {"image": torch.randn(shape).clamp(-1, 1), "label": 0, "index": 0}
 
 
 class DryRun:
-    """One batch of a run.
+    """One batch of the run that a configuration describes.
 
     Args:
-        parts: of the run; their weights may be random.
+        cli: the parsed configuration. Weights that are missing, or do not fit, are replaced by random ones in it.
         report: takes the findings.
     """
 
-    def __init__(self, parts: Parts, report: Report):
-        self.parts, self.report = parts, report
+    def __init__(self, cli: ParsedCLI, report: Report):
+        self.cli, self.options, self.report, self.trains = cli, cli.options, report, cli.trains
+        self.random = self.undescribed = False  # whether weights are random; whether one architecture is unknown
+        self.has_images, self.workers, self.fits_together = True, 0, False
+        self.callbacks: list[L.Callback] = []
+        self.data: L.LightningDataModule | None = None
+        self.module: L.LightningModule | None = None
+        self.twin: L.LightningModule | None = None  # on the meta device: shapes without memory
+        self.weights_bytes = 0
+        self.batch: dict[str, Any] | None = None
+        self.epoch: int | None = None  # training batches per epoch and device
+
+    def check_files(self) -> None:
+        """Report every file, and replace those that are missing."""
+        found = check_files(self.options)
+        for mark, text, option in found:
+            self.report.add(mark, *text)
+            if mark == "ok":
+                continue
+            if option.is_weights:
+                self._randomize(option)
+            elif option.key == "source":
+                self.has_images = False
+            elif option.key == "labels":
+                option.owner[option.key] = POLICIES[0]
+        if not found:
+            self.report.add("ok", "the configuration reads no files")
+
+    def _randomize(self, option: Option) -> None:
+        self.undescribed |= not use_random_weights(option)
+        self.random = True
+
+    def build(self) -> None:
+        """Build every part that can be built; report what each holds and what is wrong."""
+        self._build_trainer()
+        self._build_model()
+        self._build_data()
+        if self.twin is None:
+            return
+        self._describe()
+        if self.data is not None:
+            self._check_together()
+        with self.report.attempt("output"):
+            self._check_output()
+
+    def _build(self, name: str, node: object, label: str | None = None) -> Any:
+        """A part, with random weights in place of files that do not fit; None if it cannot be built."""
+        while True:
+            try:
+                return self.cli.build(name, node)
+            except Exception as error:
+                cause = innermost(error)
+                mark = "note" if isinstance(cause, NoDownloadError) else "wrong"
+                self.report.add(mark, f"{label or name}: {cause}")
+                culprits = (o for o in all_options(node, name) if o.is_weights and o.value in str(cause))
+                if (culprit := next(culprits, None)) is None:
+                    return None
+                self._randomize(culprit)
+
+    def _build_trainer(self) -> None:
+        """The run's trainer; and ``trial``, which makes one that runs a batch on one device and writes nothing."""
+        options = copy.deepcopy(self.options.trainer)
+        for node in options.callbacks or []:
+            label = node.class_path.rpartition(".")[2]
+            self.callbacks += self._build("trainer.callbacks", [node], label) or []
+        options.callbacks, trainer, kept = None, None, {"accelerator": "cpu"}
+        with self.report.attempt("trainer"):
+            built = self.cli.build("trainer", options)
+            built.callbacks = self.callbacks
+            self.cli.config_init = Namespace({self.cli.subcommand: Namespace(trainer=built)})
+            trainer = self.cli.instantiate_trainer()
+            kept = {name: built[name] for name in _KEPT}
+        fixed = {"barebones": True, "devices": 1, "max_epochs": 1, "limit_predict_batches": 2, "inference_mode": False}
+        self.trial = functools.partial(L.Trainer, **fixed | kept)
+        self.device = self.trial().strategy.root_device
+        self.device_name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        if trainer is not None:
+            words = f"{trainer.world_size} × {self.device_name}, precision {trainer.precision}"
+            self.report.add("ok", f"trainer: {words}")
+        self.trainer = trainer or self.trial(default_root_dir=options.default_root_dir)
+        if self.device.type == "cpu" and options.accelerator == "auto":
+            self.report.add("note", "no GPU found: the run would use the CPU")
+
+    def _build_model(self) -> None:
+        if self.undescribed:
+            self.report.add(
+                "missing",
+                "the architecture of a network is stored in a missing file, so the model is not checked:",
+                "download the file first, or name the network beside its checkpoint",
+            )
+            return
+        options = self.options.model
+        for option in all_options(options, "model"):
+            if option.key == "compile" and option.value:
+                option.owner[option.key] = False
+                self.report.add("note", f"{option.name} is off in this check: compiling takes the run's first minutes")
+        bare = copy.deepcopy(options)
+        for option in list(all_options(bare, "model")):
+            if option.is_weights:
+                use_random_weights(option)
+        with contextlib.suppress(Exception), torch.device("meta"):  # errors are reported when it is built below
+            self.twin = self.cli.build("model", bare).to("meta")
+            parts = _networks(self.twin)
+            self.weights_bytes = sum(t.nbytes for part in parts for t in (*part.parameters(), *part.buffers()))
+        if self.weights_bytes > (free := free_memory(self.device)) / 2:
+            needed = f"{amount(self.weights_bytes)} of {amount(free)} free memory"
+            self.report.add("note", f"the weights need {needed}: no batch is run")
+            return
+        self.module = self._build("model", options)
+        if self.twin is None and self.module is not None:  # its constructor computes with values
+            self.twin = copy.deepcopy(self.module).to("meta")
+
+    def _build_data(self) -> None:
+        node = self.options.get("data")
+        if node is None:
+            self.report.add("wrong", "there is no data: name it under data")
+        elif self.has_images or "images" not in node.init_args:
+            if "num_workers" in node.init_args:
+                self.workers, node.init_args.num_workers = node.init_args.num_workers, 0
+            self.data = self._build("data", node)
+        elif isinstance(self.twin, DenoiseImages):
+            options = {key: value for key, value in vars(node.init_args).items() if key != "images"}
+            images = [_random_image(_networks(self.twin)[-1].image_shape)] * options.get("batch_size", 64)
+            with self.report.attempt("data"):
+                self.data = DenoiseRequests(images, **options)
+
+    def _describe(self) -> None:
+        children = dict(self.twin.named_children())
+        children |= dict(zip(("", "input_transform.denoiser"), _networks(self.twin), strict=False))
+        for name, child in children.items():
+            count = sum(p.numel() for p in child.parameters())
+            if name and count:
+                shape, classes = getattr(child, "image_shape", None), getattr(child, "num_classes", None)
+                words = [f"{count / 1e6:,.2f} M parameters", shape and f"samples {'×'.join(map(str, shape))}"]
+                words.append(classes and f"{classes} classes")
+                self.report.add("ok", f"{name}: {type(child).__name__}, {', '.join(filter(None, words))}")
+        if isinstance(self.twin, GuidedSampling):
+            with self.report.attempt("sampler"):
+                nfe = self.twin.sampler.nfe(self.twin.denoiser)
+                self.report.add("ok", f"sampler: {type(self.twin.sampler).__name__}, NFE {nfe}")
+
+    def _check_together(self) -> None:
+        """The modules' own checks before a run, and the first batch."""
+        module, data, before = self.module or self.twin, self.data, self.report.counts["wrong"]
+        stage = "fit" if self.trains else "predict"
+        data.trainer = module.trainer = self.trainer
+        self.trainer.datamodule = data
+        if self.module is not None:
+            module.to(self.device)
+        with self.report.attempt(f"{type(module).__name__} with {type(data).__name__}"):
+            if isinstance(module, GuidedSampling):
+                for problem in module.problems():
+                    self.report.add("wrong", problem)
+            else:
+                if self.trains and self.has_images:
+                    data.prepare_data()
+                    data.setup(stage)
+                module.setup(stage)
+            for callback in self.callbacks:
+                if isinstance(callback, ExportClassifier):
+                    callback.setup(self.trainer, module, stage)
+            self._read_batch()
+        self.fits_together = self.report.counts["wrong"] == before
+        if self.fits_together:
+            classes = getattr(data, "num_classes", None)
+            count = f"{len(data):,} requests, " if not self.trains and self.has_images else ""
+            fits = f"{count}{classes} classes, which fit the model" if classes else "image size fits the model"
+            self.report.add("ok", f"{type(data).__name__}: {fits}")
+
+    def _read_batch(self) -> None:
+        if not self.trains:
+            self.batch = next(iter(self.data.predict_dataloader()))
+            return
+        if not self.has_images:
+            if (shape := getattr(self.data, "image_shape", None)) is not None:
+                self.batch = default_collate([_random_image(shape)])
+            return
+        loader, started = self.data.train_dataloader(), time.perf_counter()
+        batch = next(iter(loader))
+        reading = time.perf_counter() - started
+        take_reports(batch)
+        self.batch, self.epoch = batch, len(loader)
+        image, label = batch["image"], batch["label"]
+        self.report.add(
+            "ok",
+            f"images: {self.epoch:,} batches of {len(image)} per epoch and device, {'×'.join(map(str, image.shape[1:]))} "
+            f"in [{image.min():.2f}, {image.max():.2f}], labels {label.min()} … {label.max()}",
+            f"one process read the first batch in {duration(reading, reading)}"
+            + (f"; the run has {self.workers}" if self.workers else ""),
+        )
+        if image.abs().max() > 1.01 or not image.isfinite().all():
+            self.report.add(
+                "wrong", "images must lie in [-1, 1]: data.train_transform must return 8-bit images"
+            )
+
+    def _check_output(self) -> None:
+        """Whether the folder of the run can be written and has space; nothing is written."""
+        folder = Path(self.trainer.default_root_dir)
+        for callback in self.callbacks:
+            if isinstance(callback, SampleWriter):
+                folder = callback.target(self.trainer)
+                with self.report.attempt("the run in the output folder"):
+                    if callback.earlier_run(self.trainer):
+                        fate = "will be removed" if callback.restart else "is resumed if both make the same samples"
+                        self.report.add("note", f"{folder} holds a run, which {fate}")
+        nearest = next(place for place in (folder.resolve(), *folder.resolve().parents) if place.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            self.report.add("wrong", f"{folder} is not writable: set trainer.default_root_dir to a folder that is")
+            return
+        size, free = self._output_bytes(), shutil.disk_usage(nearest).free
+        mark, *cure = ("ok",) if size <= free else ("wrong", "set trainer.default_root_dir to a disk with more space")
+        self.report.add(mark, f"output: up to {amount(size)} in {folder}, {amount(free)} of disk space are free", *cure)
+
+    def _output_bytes(self) -> float:
+        """Uncompressed samples; or checkpoints, with two numbers of the optimizer for each weight."""
+        if self.trains:
+            return _CHECKPOINTS * 3 * sum(tensor.nbytes for tensor in self.twin.state_dict().values())
+        if self.data is None or not self.has_images:
+            return 0
+        denoiser = self.twin.denoiser if isinstance(self.twin, GuidedSampling) else _networks(self.twin)[-1]
+        with torch.no_grad():
+            shape = denoiser.decode(torch.zeros(1, *denoiser.image_shape, device="meta")).shape[1:]
+        return len(self.data) * (math.prod(shape) + 100)
 
     def run(self) -> None:
         """Count memory and FLOPs of a batch, run one, and report memory, values and time."""
-        if self.parts.twin is None or self.parts.batch is None:
+        if self.twin is None or self.batch is None:
             self.report.add("note", "no batch is run: its parts could not be built")
             return
-        size = getattr(self.parts.data, "batch_size", 1)
-        count = min(size, 2) if self.parts.trains else getattr(self.parts.twin, "group_size", 1)  # BatchNorm needs two
+        size = getattr(self.data, "batch_size", 1)
+        count = min(size, 2) if self.trains else getattr(self.twin, "group_size", 1)  # BatchNorm needs two
         fits = self._count(count, size)
-        if self.parts.module is None:
+        if self.module is None:
             return
-        if not self.parts.fits_together:
+        if not self.fits_together:
             self.report.add("note", "no batch is run: first correct what does not fit together")
             return
-        if self.parts.device.type == "cpu" and self.parts.weights_bytes > _LARGE:
+        if self.device.type == "cpu" and self.weights_bytes > _LARGE:
             self.report.add("note", "one batch is run on the CPU now, which may take minutes")
         with self.report.attempt("one batch"):
             meter = self._run_batch(count)
             if fits and count < size and sum(meter.range(kind)[1] for kind in meter.laps) * size / count < PATIENCE:
                 count, meter = size, self._run_batch(size)
-            if self.parts.random:
+            if self.random:
                 self.report.add("note", "values are not checked: missing weights were replaced by random ones")
             else:
                 self._check_values(meter.values)
             self._report_time(meter, count, size)
 
+    def _rows(self, count: int) -> dict[str, Tensor]:
+        """A batch of ``count``, with rows repeated where there are fewer."""
+        return {k: v[torch.arange(count) % len(v)] for k, v in self.batch.items() if isinstance(v, Tensor)}
+
     def _count(self, least: int, size: int) -> bool:
         """Report memory and FLOPs on the meta device; False if a batch does not fit."""
+        # The module that was built is in memory already.
+        weights, free = self.weights_bytes, free_memory(self.device)
+        free += weights if self.module else 0
+        mark, cure = "ok", []
         try:
-            (_, small), (flops, full) = (self._count_batch(count) for count in (least, size))
+            flops, full = count_batch(self.twin, self._rows(size), self.trial())
+            if weights + full > free:
+                _, small = count_batch(self.twin, self._rows(least), self.trial())
+                slope = (full - small) / max(size - least, 1)
+                most = least + int((free - weights - small) / slope) // least * least if slope else 0
+                set_size = f"set data.batch_size to {most} or less"
+                mark, cure = "wrong", [set_size if most >= least else "use a device with more memory"]
         except Exception as error:  # a module that reads values, which the meta device does not have
             self.report.add("note", f"memory and FLOPs cannot be counted for these parts ({innermost(error)})")
             return True
-        # The module that was built is in memory already.
-        weights = self.parts.weights_bytes
-        free = free_memory(self.parts.device) + (weights if self.parts.module else 0)
-        mark, text = "ok", []
-        if weights + full > free:
-            slope = (full - small) / max(size - least, 1)
-            most = least + int((free - weights - small) / slope) // least * least if slope else 0
-            cure = f"set data.batch_size to {most} or less" if most >= least else "use a device with more memory"
-            mark, text = "wrong", [cure]
         self.report.add(
             mark,
             f"memory: {amount(weights)} of weights and {amount(full)} for a batch of {size}; {amount(free)} are free",
             "counted over tensors: kernels need more, mixed precision needs less",
-            *text,
+            *cure,
         )
-        each = "image and training step" if self.parts.trains else "image, all steps together"
+        each = "image and training step" if self.trains else "image, all steps together"
         self.report.add(
             "ok", f"operations: {amount(flops / size, ('FLOP', 'kFLOP', 'MFLOP', 'GFLOP', 'TFLOP'))} per {each}"
         )
         return mark == "ok"
 
-    def _count_batch(self, count: int) -> tuple[float, int]:
-        """FLOPs of a batch, all steps together, and the most bytes beside the weights; on the meta device."""
-        twin, trainer, on_meta = self.parts.twin, self.parts.trial(), ("image", "label", "t")
-        twin.trainer, plugin = trainer, trainer.precision_plugin
-        batch = {k: v.to("meta") if k in on_meta else v for k, v in _rows(self.parts.batch, count).items()}
-        context = plugin.train_step_context() if self.parts.trains else plugin.predict_step_context()
-        with FlopCounter() as flops, PeakMemory() as memory, context, contextlib.suppress(EnoughError):
-            meter = Meter(twin, flops.get_total_flops)
-            if not self.parts.trains:
-                twin.attempt(batch, float32=False)
-            else:
-                twin.train()
-                twin.on_fit_start()
-                found = twin.configure_optimizers()
-                twin.training_step(batch, 0).backward()
-                (found["optimizer"] if isinstance(found, dict) else found).step()
-            meter.lap("batch")
-        return meter.total()[1], memory.peak
-
     def _run_batch(self, count: int) -> Meter:
         """Let Lightning run one batch of a size, or its first steps."""
-        module, data = self.parts.module, self.parts.data
-        meter = Meter(module, functools.partial(_device_clock, self.parts.device))
-        averages = [callback for callback in self.parts.callbacks if isinstance(callback, WeightAveraging)]
-        if self.parts.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.parts.device)
+        meter = Meter(self.module, functools.partial(device_clock, self.device))
+        averages = [callback for callback in self.callbacks if isinstance(callback, WeightAveraging)]
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        loader = DataLoader([self._rows(count)] * 3, batch_size=None)
         with tempfile.TemporaryDirectory() as folder, contextlib.suppress(EnoughError):
-            trainer = self.parts.trial(callbacks=[*averages, meter], default_root_dir=folder)
-            if self.parts.trains:
-                batch = _rows(self.parts.batch, count)
-                trainer.fit(module, DataLoader([batch] * 3, batch_size=None), DataLoader([batch], batch_size=None))
-                return meter
-            size, data.batch_size = data.batch_size, count
-            try:
-                trainer.predict(module, datamodule=data, return_predictions=False)
-            finally:
-                data.batch_size = size
-        if meter.batch_size < min(count, len(data)) and isinstance(module, GuidedSampling):
+            trainer = self.trial(callbacks=[*averages, meter], default_root_dir=folder)
+            if self.trains:
+                trainer.fit(self.module, loader, loader)
+            else:
+                trainer.datamodule = self.data
+                trainer.predict(self.module, loader, return_predictions=False)
+        if isinstance(self.module, GuidedSampling) and meter.batch_size < count:
             cure = f"set data.batch_size to {meter.batch_size} or less"
-            self.report.add(
-                "wrong", f"a batch of {count} does not fit into the memory of {self.parts.device_name}", cure
-            )
+            self.report.add("wrong", f"a batch of {count} does not fit into the memory of {self.device_name}", cure)
         return meter
 
     def _check_values(self, values: dict[str, Tensor]) -> None:
@@ -153,44 +366,39 @@ class DryRun:
             if not value.isfinite().all():
                 cure = "set the network's dtype, or trainer.precision, to bfloat16 or 32 bits"
                 self.report.add("wrong", f"{name} is not finite: {cure}")
-        if any(name.startswith("gradient") and not value.any() for name, value in values.items()):
-            self.report.add("wrong", "the gradient is zero everywhere: it would guide or train nothing")
+            elif name.startswith("gradient") and not value.any():
+                self.report.add("wrong", "the gradient is zero everywhere: it would guide or train nothing")
         if (image := values.get("image")) is not None:
-            self._check_images(image)
+            if image.abs().max() > 1.5:
+                self.report.add("wrong", f"images are in [{image.min():.2f}, {image.max():.2f}], expected [-1, 1]")
+            elif (image.abs() > 0.995).float().mean() > 0.95:
+                self.report.add("wrong", "images are black and white dots: their scale is not [-1, 1]")
+            for callback in self.callbacks:
+                if isinstance(callback, SampleQuality):
+                    with self.report.attempt("the features of SampleQuality"), torch.no_grad():
+                        callback.features.eval().to(image.device)(to_uint8(image, callback.uint8_rule))
         if self.report.counts["wrong"] == before:
             ranges = [f"{name} in [{value.min():.3g}, {value.max():.3g}]" for name, value in values.items()]
             self.report.add("ok", f"values are finite: {', '.join(ranges)}")
 
-    def _check_images(self, image: Tensor) -> None:
-        if image.abs().max() > 1.5:
-            self.report.add("wrong", f"images are in [{image.min():.2f}, {image.max():.2f}], expected [-1, 1]")
-        for callback in self.parts.callbacks:
-            if isinstance(callback, SampleWriter):
-                written = to_uint8(image, callback.uint8_rule)
-                if ((written == 0) | (written == 255)).float().mean() > 0.95:
-                    self.report.add("wrong", "images are black and white dots: their scale is not [-1, 1]")
-            elif isinstance(callback, SampleQuality):
-                with self.report.attempt("the features of SampleQuality"), torch.no_grad():
-                    callback.features.eval().to(image.device)(to_uint8(image, callback.uint8_rule))
-
     def _report_time(self, meter: Meter, count: int, size: int) -> None:
         steps = [f"{kind} {duration(*meter.range(kind))}" for kind in meter.laps]
-        if self.parts.device.type == "cuda":
-            steps.append(f"at most {amount(torch.cuda.max_memory_allocated(self.parts.device))} of memory")
-        self.report.add("ok", f"measured on this {self.parts.device_name} with a batch of {count}: {', '.join(steps)}")
+        if self.device.type == "cuda":
+            steps.append(f"at most {amount(torch.cuda.max_memory_allocated(self.device))} of memory")
+        self.report.add("ok", f"measured on this {self.device_name} with a batch of {count}: {', '.join(steps)}")
         low, high = (seconds / count for seconds in meter.total())
-        each, options = f"{duration(low, high)} for each", self.parts.cli.options.trainer
-        world, images = self.parts.trainer.world_size if self.parts.trainer else 1, math.inf
-        if not self.parts.trains and self.parts.has_images:
-            images = len(self.parts.data) / world
-        elif self.parts.trains and self.parts.epoch is not None:
-            epoch = self.parts.epoch * size
+        options, world, images = self.options.trainer, self.trainer.world_size, math.inf
+        if not self.trains and self.has_images:
+            images = len(self.data) / world
+        elif self.epoch is not None:
+            epoch = self.epoch * size
             text = duration(epoch * low, epoch * high)
             self.report.add("ok", f"one epoch: {text}, without data loading and validation")
             if options.max_epochs not in (None, -1):
                 images = options.max_epochs * epoch
             if options.max_steps != -1:
                 images = min(images, options.max_steps * size * options.accumulate_grad_batches)
+        each = f"{duration(low, high)} for each"
         if math.isfinite(images):
             what = "images per device" if world > 1 else "images"
             text = duration(images * low, images * high)

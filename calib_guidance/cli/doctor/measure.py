@@ -1,20 +1,41 @@
-"""Time, or FLOPs, of each kind of work in a batch, measured while Lightning runs it."""
+"""Time, memory and FLOPs of a batch."""
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from torch import Tensor
 
+from calib_guidance.backend.counters import FlopCounter, PeakMemory
 from calib_guidance.samplers.base import StepRecord
 from calib_guidance.tasks import GuidedSampling
+from calib_guidance.tasks.retry import FaultTolerant
 
 PATIENCE = 20.0  # seconds after which nothing is measured twice
 _LAPS = 3  # steps of a kind that are measured; the first is a warm-up
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that can be allocated on a device now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), math.inf)
+
+
+def device_clock(device: torch.device) -> float:
+    """Seconds, once the device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 class EnoughError(Exception):
@@ -22,7 +43,7 @@ class EnoughError(Exception):
 
 
 class Meter(L.Callback):
-    """Increments of a clock by kind of work: a callback, and an observer of samplers.
+    """Increments of a clock by kind of work, while Lightning runs a batch: a callback, and an observer of samplers.
 
     Args:
         module: what Lightning runs.
@@ -30,22 +51,23 @@ class Meter(L.Callback):
 
     Attributes:
         laps: increments by kind of work.
-        times: how often a batch of the run does each kind.
+        times: how often a batch of the run does each kind, 1 where not named.
         values: tensors to check, by name.
         batch_size: of the samples, which the task halves until they fit into memory.
     """
 
     def __init__(self, module: L.LightningModule, clock: Callable[[], float]):
-        self.module, self.clock, self.values, self.batch_size = module, clock, {}, 0
+        self.module, self.clock, self.batch_size = module, clock, 0
+        self.values: dict[str, Tensor] = {}
         self.laps: dict[str, list[float]] = defaultdict(list)
-        self.times: dict[str, float] = {"validation batch": 0}
+        self.times: dict[str, int] = {"validation batch": 0}
         if isinstance(module, GuidedSampling):
             levels = module.sampler.levels(module.denoiser)
             guided = 0 if module.guidance is None else int(module.guidance.plan(levels).active.sum())
-            repeats = module.sampler.recurrence
-            self.times |= {"guided step": repeats * guided, "step": repeats * (len(levels.times) - guided)}
-            module.context.observe(self)
-        self._started = time.perf_counter()
+            steps = {"guided step": guided, "step": len(levels.times) - guided}
+            self.times |= {kind: count * module.sampler.recurrence for kind, count in steps.items()}
+            module.context.observers = [self]
+        self._deadline = time.perf_counter() + PATIENCE
         self.start()
 
     def start(self, *args: object) -> None:
@@ -58,29 +80,27 @@ class Meter(L.Callback):
 
     @property
     def late(self) -> bool:
-        return time.perf_counter() - self._started > PATIENCE
-
-    def total(self) -> tuple[float, float]:
-        """Least and most that a batch of the run takes."""
-        known = [(self.times.get(kind, 1), self.range(kind)) for kind in self.laps]
-        return sum(times * low for times, (low, _) in known), sum(times * high for times, (_, high) in known)
+        return time.perf_counter() > self._deadline
 
     def range(self, kind: str) -> tuple[float, float]:
         """Least and most of one kind of work, after the warm-up."""
         laps = self.laps[kind][1:] or self.laps[kind]
         return min(laps), max(laps)
 
+    def total(self) -> tuple[float, float]:
+        """Least and most that a batch of the run takes."""
+        low, high = zip(*((self.times.get(kind, 1) * x for x in self.range(kind)) for kind in self.laps), strict=True)
+        return sum(low), sum(high)
+
     def __call__(self, record: StepRecord) -> None:
         guided, self.batch_size = record.guided, len(record.y)
         self.lap("step" if guided.aux.logits is None else "guided step")
         named = {"x̂0": guided.prediction.x0} | guided.aux._asdict()
         self.values |= {name: value for name, value in named.items() if value is not None}
-        missing = [
-            kind for kind in ("guided step", "step") if len(self.laps.get(kind, ())) < min(_LAPS, self.times[kind])
-        ]
-        if not missing or self.late:
+        measured = (len(self.laps.get(kind, ())) >= min(_LAPS, self.times[kind]) for kind in ("guided step", "step"))
+        if all(measured) or self.late:
             self.start()
-            self.values["image"] = self.module.denoiser.decode(record.guided.prediction.x0)
+            self.values["image"] = self.module.denoiser.decode(guided.prediction.x0)
             self.lap("decoding")
             raise EnoughError
         self.start()
@@ -91,11 +111,11 @@ class Meter(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: object
     ) -> None:
         self.lap("decoding" if isinstance(self.module, GuidedSampling) else "denoised batch")
-        self.values["image"] = outputs["image"]
+        self.values["image"] = outputs.columns["image"]
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
-        gradients = [p.grad.detach() for p in pl_module.parameters() if p.grad is not None]
-        self.values["gradient norms"] = torch.stack([gradient.norm() for gradient in gradients])
+        norms = [p.grad.detach().norm() for p in pl_module.parameters() if p.grad is not None]
+        self.values["gradient norms"] = torch.stack(norms)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: object) -> None:
         self.lap("training step")
@@ -104,3 +124,28 @@ class Meter(L.Callback):
 
     def on_validation_batch_end(self, *args: object) -> None:
         self.lap("validation batch")
+
+
+def count_batch(module: L.LightningModule, batch: dict[str, Tensor], trainer: L.Trainer) -> tuple[float, int]:
+    """FLOPs of a batch, all steps together, and peak bytes beside the weights, without computing anything.
+
+    Args:
+        module: on the meta device.
+        batch: on the CPU.
+        trainer: has the precision of the run.
+    """
+    module.trainer, plugin, trains = trainer, trainer.precision_plugin, not isinstance(module, FaultTolerant)
+    batch = {k: v.to("meta") if k in ("image", "label", "t") else v for k, v in batch.items()}
+    context = plugin.train_step_context() if trains else plugin.predict_step_context()
+    with FlopCounter() as flops, PeakMemory() as memory, context, contextlib.suppress(EnoughError):
+        meter = Meter(module, flops.get_total_flops)
+        if trains:
+            module.train()
+            module.on_fit_start()
+            found = module.configure_optimizers()
+            module.training_step(batch, 0).backward()
+            (found["optimizer"] if isinstance(found, dict) else found).step()
+        else:
+            module.attempt(batch, float32=False)
+        meter.lap("batch")
+    return meter.total()[1], memory.peak
