@@ -1,6 +1,5 @@
 """One configuration per published row: each composes, has its full-size architecture, and runs shrunken through main()."""
 
-import copy
 import functools
 import json
 import re
@@ -12,7 +11,7 @@ import yaml
 
 from calib_guidance.callbacks import read_samples
 from calib_guidance.cli import main
-from calib_guidance.cli.parsed import all_options, read_configuration, use_random_weights
+from calib_guidance.cli.parsed import read_configuration
 from calib_guidance.experiments.settings import make_plan
 from calib_guidance.networks import DiT, EncoderUNet, UNet
 from tests.conftest import ROOT
@@ -138,13 +137,7 @@ def test_quality_is_one_overlay_more(row, size, in_root):
 
 def full_size(cli):
     """Weights of each published network that the row has, counted after building all of it without memory for them."""
-    model = copy.deepcopy(cli.options.model)
-    for option in list(all_options(model, "model")):
-        if option.is_weights:
-            use_random_weights(option)
-    with torch.device("meta"):
-        module = cli.build("model", model)
-    networks = [m for m in module.modules() if isinstance(m, UNet | EncoderUNet | DiT)]
+    networks = [m for m in cli.build_on_meta().modules() if isinstance(m, UNet | EncoderUNet | DiT)]
     return sorted(sum(value.numel() for value in network.state_dict().values()) for network in networks)
 
 

@@ -13,6 +13,7 @@ from unittest import mock
 import datasets
 import huggingface_hub
 import lightning as L
+import torch
 from jsonargparse import Namespace
 
 from calib_guidance.cli.lightning import CalibGuidanceCLI, run_lightning
@@ -65,6 +66,15 @@ class ParsedCLI(CalibGuidanceCLI):
         part = Namespace()
         part[name] = copy.deepcopy(node)
         return self._parser(self.subcommand).instantiate(part)[name]
+
+    def build_on_meta(self) -> L.LightningModule | None:
+        """The model on the meta device, without its weights; None if only their file says what the architecture is."""
+        model = copy.deepcopy(self.options.model)
+        for option in [o for o in all_options(model, "model") if o.is_weights]:
+            if not use_random_weights(option):
+                return None
+        with torch.device("meta"):
+            return self.build("model", model)
 
 
 def read_configuration(argv: Sequence[str]) -> ParsedCLI:

@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from jsonargparse import Namespace
 
 from calib_guidance.cli.configs import expand_bases
 from calib_guidance.cli.doctor.files import missing_files
 from calib_guidance.cli.lightning import innermost, run_lightning
-from calib_guidance.cli.parsed import ParsedCLI, all_options, use_random_weights
+from calib_guidance.cli.parsed import ParsedCLI, all_options
 from calib_guidance.errors import CheckpointError, ConfigurationError
 from calib_guidance.evaluation.evaluate import read_options
 from calib_guidance.evaluation.statistics import file_sha256
@@ -106,14 +105,9 @@ class Resolver:
 
 def _build(cli: ParsedCLI) -> None:
     """Build sampling without weights, for what the constructors refuse."""
-    model = copy.deepcopy(cli.options.model)
-    for option in [o for o in all_options(model, "model") if o.is_weights]:
-        if not use_random_weights(option):
-            return  # the file says what the architecture is
-    with torch.device("meta"):
-        module = cli.build("model", model)
-    module.sampler.check(module.denoiser, module.guidance)
-    cli.build("data", cli.options.data)
+    if (module := cli.build_on_meta()) is not None:
+        module.sampler.check(module.denoiser, module.guidance)
+        cli.build("data", cli.options.data)
 
 
 def digest_of(commands: Sequence[Command], options: Sequence[Namespace], needed: str | None) -> str:

@@ -17,12 +17,7 @@ __all__ = ["doctor"]
 def doctor(argv: Sequence[str]) -> None:
     """Check a configuration and print the findings. Nothing is downloaded, and nothing is written to the run's folders.
 
-    Args:
-        argv: of ``fit`` or ``predict``.
-
-    Raises:
-        ConfigurationError: a configuration that cannot be read.
-        SystemExit: with status 1 for no-go.
+    ``argv`` is that of ``fit`` or ``predict``. Exits with status 1 for no-go.
     """
     parser = argparse.ArgumentParser(
         prog="calib-guidance doctor",

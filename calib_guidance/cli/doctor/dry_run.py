@@ -39,10 +39,10 @@ _KEPT = ("accelerator", "precision", "plugins", "benchmark", "deterministic", "s
 _KEPT += ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "inference_mode")
 
 
-def _networks(module: L.LightningModule) -> list[nn.Module]:
-    """The module, and the denoiser that an input transform keeps out of its sight."""
+def _networks(module: L.LightningModule) -> dict[str, nn.Module]:
+    """Networks by name, with the denoiser that an input transform hides from its module."""
     frozen = getattr(getattr(module, "input_transform", None), "frozen", None)
-    return [module] if frozen is None else [module, frozen.module]
+    return dict(module.named_children()) | ({} if frozen is None else {"input_transform.denoiser": frozen.module})
 
 
 def _random_image(shape: tuple[int, ...]) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class DryRun:
     def __init__(self, cli: ParsedCLI, report: Report):
         self.cli, self.options, self.report, self.trains = cli, cli.options, report, cli.trains
         self.random = self.undescribed = False  # whether weights are random; whether one architecture is unknown
-        self.has_images, self.workers, self.fits_together = True, 0, False
+        self.has_images, self.fits_together, self.workers = True, False, 0
         self.callbacks: list[L.Callback] = []
         self.data: L.LightningDataModule | None = None
         self.module: L.LightningModule | None = None
@@ -135,8 +135,8 @@ class DryRun:
         self.device = self.trial().strategy.root_device
         self.device_name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         if trainer is not None:
-            words = f"{trainer.world_size} × {self.device_name}, precision {trainer.precision}"
-            self.report.add("ok", f"trainer: {words}")
+            devices = f"{trainer.world_size} × {self.device_name}"
+            self.report.add("ok", f"trainer: {devices}, precision {trainer.precision}")
         self.trainer = trainer or self.trial(default_root_dir=options.default_root_dir)
         if self.device.type == "cpu" and options.accelerator == "auto":
             self.report.add("note", "no GPU found: the run would use the CPU")
@@ -154,14 +154,11 @@ class DryRun:
             if option.key == "compile" and option.value:
                 option.owner[option.key] = False
                 self.report.add("note", f"{option.name} is off in this check: compiling takes the run's first minutes")
-        bare = copy.deepcopy(options)
-        for option in list(all_options(bare, "model")):
-            if option.is_weights:
-                use_random_weights(option)
-        with contextlib.suppress(Exception), torch.device("meta"):  # errors are reported when it is built below
-            self.twin = self.cli.build("model", bare).to("meta")
-            parts = _networks(self.twin)
-            self.weights_bytes = sum(t.nbytes for part in parts for t in (*part.parameters(), *part.buffers()))
+        with contextlib.suppress(Exception):  # errors are reported when it is built below
+            self.twin = self.cli.build_on_meta()
+        if self.twin is not None:
+            networks = _networks(self.twin.to("meta")).values()
+            self.weights_bytes = sum(t.nbytes for net in networks for t in (*net.parameters(), *net.buffers()))
         if self.weights_bytes > (free := free_memory(self.device)) / 2:
             needed = f"{amount(self.weights_bytes)} of {amount(free)} free memory"
             self.report.add("note", f"the weights need {needed}: no batch is run")
@@ -180,20 +177,21 @@ class DryRun:
             self.data = self._build("data", node)
         elif isinstance(self.twin, DenoiseImages):
             options = {key: value for key, value in vars(node.init_args).items() if key != "images"}
-            images = [_random_image(_networks(self.twin)[-1].image_shape)] * options.get("batch_size", 64)
+            shape = self.twin.networks()["denoiser"].image_shape
+            images = [_random_image(shape)] * options.get("batch_size", 64)
             with self.report.attempt("data"):
                 self.data = DenoiseRequests(images, **options)
 
     def _describe(self) -> None:
-        children = dict(self.twin.named_children())
-        children |= dict(zip(("", "input_transform.denoiser"), _networks(self.twin), strict=False))
-        for name, child in children.items():
-            count = sum(p.numel() for p in child.parameters())
-            if name and count:
-                shape, classes = getattr(child, "image_shape", None), getattr(child, "num_classes", None)
-                words = [f"{count / 1e6:,.2f} M parameters", shape and f"samples {'×'.join(map(str, shape))}"]
-                words.append(classes and f"{classes} classes")
-                self.report.add("ok", f"{name}: {type(child).__name__}, {', '.join(filter(None, words))}")
+        for name, network in _networks(self.twin).items():
+            if not (count := sum(p.numel() for p in network.parameters())):
+                continue
+            text = f"{name}: {type(network).__name__}, {count / 1e6:,.2f} M parameters"
+            if (shape := getattr(network, "image_shape", None)) is not None:
+                text += f", samples {'×'.join(map(str, shape))}"
+            if (classes := getattr(network, "num_classes", None)) is not None:
+                text += f", {classes} classes"
+            self.report.add("ok", text)
         if isinstance(self.twin, GuidedSampling):
             with self.report.attempt("sampler"):
                 nfe = self.twin.sampler.nfe(self.twin.denoiser)
@@ -230,11 +228,12 @@ class DryRun:
     def _read_batch(self) -> None:
         if not self.trains:
             self.batch = next(iter(self.data.predict_dataloader()))
-            return
-        if not self.has_images:
-            if (shape := getattr(self.data, "image_shape", None)) is not None:
-                self.batch = default_collate([_random_image(shape)])
-            return
+        elif self.has_images:
+            self._read_training_batch()
+        elif (shape := getattr(self.data, "image_shape", None)) is not None:
+            self.batch = default_collate([_random_image(shape)])
+
+    def _read_training_batch(self) -> None:
         loader, started = self.data.train_dataloader(), time.perf_counter()
         batch = next(iter(loader))
         reading = time.perf_counter() - started
@@ -249,9 +248,7 @@ class DryRun:
             + (f"; the run has {self.workers}" if self.workers else ""),
         )
         if image.abs().max() > 1.01 or not image.isfinite().all():
-            self.report.add(
-                "wrong", "images must lie in [-1, 1]: data.train_transform must return 8-bit images"
-            )
+            self.report.add("wrong", "images must lie in [-1, 1]: data.train_transform must return 8-bit images")
 
     def _check_output(self) -> None:
         """Whether the folder of the run can be written and has space; nothing is written."""
@@ -277,7 +274,7 @@ class DryRun:
             return _CHECKPOINTS * 3 * sum(tensor.nbytes for tensor in self.twin.state_dict().values())
         if self.data is None or not self.has_images:
             return 0
-        denoiser = self.twin.denoiser if isinstance(self.twin, GuidedSampling) else _networks(self.twin)[-1]
+        denoiser = self.twin.networks()["denoiser"]
         with torch.no_grad():
             shape = denoiser.decode(torch.zeros(1, *denoiser.image_shape, device="meta")).shape[1:]
         return len(self.data) * (math.prod(shape) + 100)
@@ -313,10 +310,10 @@ class DryRun:
 
     def _count(self, least: int, size: int) -> bool:
         """Report memory and FLOPs on the meta device; False if a batch does not fit."""
-        # The module that was built is in memory already.
-        weights, free = self.weights_bytes, free_memory(self.device)
-        free += weights if self.module else 0
-        mark, cure = "ok", []
+        weights, mark, cure = self.weights_bytes, "ok", []
+        free = free_memory(self.device) + (
+            weights if self.module else 0
+        )  # a module that was built is in memory already
         try:
             flops, full = count_batch(self.twin, self._rows(size), self.trial())
             if weights + full > free:
@@ -335,9 +332,8 @@ class DryRun:
             *cure,
         )
         each = "image and training step" if self.trains else "image, all steps together"
-        self.report.add(
-            "ok", f"operations: {amount(flops / size, ('FLOP', 'kFLOP', 'MFLOP', 'GFLOP', 'TFLOP'))} per {each}"
-        )
+        operations = amount(flops / size, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"))
+        self.report.add("ok", f"operations: {operations} per {each}")
         return mark == "ok"
 
     def _run_batch(self, count: int) -> Meter:
@@ -369,10 +365,10 @@ class DryRun:
             elif name.startswith("gradient") and not value.any():
                 self.report.add("wrong", "the gradient is zero everywhere: it would guide or train nothing")
         if (image := values.get("image")) is not None:
-            if image.abs().max() > 1.5:
-                self.report.add("wrong", f"images are in [{image.min():.2f}, {image.max():.2f}], expected [-1, 1]")
-            elif (image.abs() > 0.995).float().mean() > 0.95:
-                self.report.add("wrong", "images are black and white dots: their scale is not [-1, 1]")
+            outside = (image.abs() > 0.995).float().mean()  # most of it: images of black and white dots
+            if image.abs().max() > 1.5 or outside > 0.95:
+                scale = f"[{image.min():.2f}, {image.max():.2f}], with {outside:.0%} of the pixels at ±1 or outside"
+                self.report.add("wrong", f"images are in {scale}; expected the scale [-1, 1]")
             for callback in self.callbacks:
                 if isinstance(callback, SampleQuality):
                     with self.report.attempt("the features of SampleQuality"), torch.no_grad():
