@@ -58,7 +58,8 @@ def _find_weights(value: str, network: object) -> tuple[str, ...]:
         return ("ok", f"{value} ({amount(size)})") if size else ("wrong", f"{value} is empty: download it again")
     about, cached, name = (), None, value
     if (card := published(value)) is not None:
-        about = (f"public: {card.name}, {amount(card.bytes)}, license {card.license}", f"from {card.address}")
+        address = card.source.replace("hf://", "https://huggingface.co/")
+        about = (f"public: {card.name}, {amount(card.bytes)}, license {card.license}", f"from {address}")
     if value.startswith("hf://"):
         cached = _hub_cache("/".join(value.removeprefix("hf://").partition("@")[0].split("/")[:2]))
     elif isinstance(network, str) and (found := _library_weights(value, network)) is not None:
