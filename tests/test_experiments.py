@@ -159,7 +159,7 @@ def test_halving_spends_samples_on_the_best_and_reuses_them(write, quick, tmp_pa
     assert large.num_requests == 30
     first = small.shards()[0]
     assert small.record(first)["worker"] == large.record(first)["worker"]  # not sampled anew
-    assert small.table_path(first).read_bytes() == large.table_path(first).read_bytes()
+    assert small.file(first, "parquet").read_bytes() == large.file(first, "parquet").read_bytes()
     assert len(large.shards()) == 3
 
     # Fewer samples of what has more: nothing is sampled, and the metrics are those of fewer.

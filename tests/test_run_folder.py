@@ -18,7 +18,7 @@ from PIL import Image
 
 from calib_guidance.backend.atomic import temporary_path
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.runs import CorruptedShardError, RunFolder, claims
+from calib_guidance.runs import CorruptedShardError, RunFolder, claims, read_run
 
 IDENTITY = {"model.sampler.steps": "100", "data.seed": 0, "data.labels": "balanced"}
 FORK = get_context("fork")  # this module's imports are small, and a fork costs milliseconds
@@ -142,7 +142,7 @@ class TestIdentity:
             RunFolder(tmp_path, 4, 10).remove()
         folder.claims.release()
         RunFolder(tmp_path, 4, 10).remove()
-        assert RunFolder.read_run(tmp_path) is None
+        assert read_run(tmp_path) is None
 
     @pytest.mark.parametrize(
         "content", ["", "{}", '{"format": 2, "identity": {}, "fingerprint": "0"}', '{"format": 3}']

@@ -29,7 +29,7 @@ from calib_guidance.callbacks.clean_stop import CleanStop
 from calib_guidance.callbacks.measurement import Measurement, kept_measurements
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.plots import sample_grid
-from calib_guidance.runs import RunFolder, read_table
+from calib_guidance.runs import RunFolder, read_run, read_table
 from calib_guidance.runs.context import UNREADABLE, ShardPart
 from calib_guidance.runs.identity import run_identity
 from calib_guidance.samplers import StepRecord
@@ -171,7 +171,7 @@ class SampleWriter(Measurement):
         self.run = self._begin(trainer, pl_module)
         remaining = self.run.remaining(verify=True)
         self._log_state(remaining)
-        self.context.open(self.run, remaining)
+        self.context.store, self.context.shards = self.run, remaining
         self.context.observe(self._observe)
 
     def _observe(self, record: StepRecord) -> None:
@@ -204,7 +204,7 @@ class SampleWriter(Measurement):
             if trainer.is_global_zero:
                 RunFolder(path, 1, 1, self.lease).remove()
             trainer.strategy.barrier("the earlier run is removed")
-        earlier = RunFolder.read_run(path)
+        earlier = read_run(path)
         size = requests.shard_size or (earlier["shard_size"] if earlier else requests.batch_size)
         run = RunFolder(path, size, len(requests), self.lease)
         versions = {"calib_guidance": __version__, "torch": torch.__version__, "python": platform.python_version()}

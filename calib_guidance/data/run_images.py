@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from calib_guidance.data.base import ImageSource, Row
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.runs import CorruptedShardError, RunFolder
+from calib_guidance.runs import CorruptedShardError, RunFolder, read_run
 
 
 class RunImages(ImageSource):
@@ -61,5 +61,5 @@ class RunImages(ImageSource):
         return [Row(f"sample {row['index']}", row["image"]["bytes"], row["label"], row["index"]) for row in samples]
 
     def provenance(self) -> dict[str, Any]:
-        rule = RunFolder.read_run(self.run.path)["identity"].get("uint8_rule")
+        rule = read_run(self.run.path)["identity"].get("uint8_rule")
         return {"run": self.run.fingerprint, "uint8_rule": rule, "failed": self.failed}

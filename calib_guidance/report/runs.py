@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from calib_guidance.errors import ConfigurationError, first_line
-from calib_guidance.runs import CorruptedShardError, RunFolder
+from calib_guidance.runs import CorruptedShardError, RunFolder, read_run
 from calib_guidance.runs.status import survey
 
 _COLUMNS = ("index", "label", "seed")
@@ -74,7 +74,7 @@ class Run:
         self.path, self.name = path, name
         self.remarks: list[str] = []
         try:
-            self.about = RunFolder.read_run(path)
+            self.about = read_run(path)
             if self.about is None:
                 raise ConfigurationError(
                     f"{path} holds no run: there is no run.json in it; report takes folders of calib-guidance predict"
@@ -142,11 +142,12 @@ class Run:
         for shard in self.folder.shards():
             if shard.start in self._damaged or self.folder.state(shard).name != "done":
                 continue
+            path = self.folder.file(shard, "parquet")
             try:
-                table = pq.read_table(self.folder.table_path(shard), columns=list(_COLUMNS))
+                table = pq.read_table(path, columns=list(_COLUMNS))
                 found.append({name: table[name].to_numpy().astype(np.int64) for name in _COLUMNS})
             except (pa.ArrowException, KeyError, OSError) as error:
-                self._leave_out(shard, f"{self.folder.table_path(shard).name} is no table of samples: {error}")
+                self._leave_out(shard, f"{path.name} is no table of samples: {error}")
         empty = [np.zeros(0, np.int64)]
         return {name: np.concatenate([each[name] for each in found] or empty) for name in _COLUMNS}
 

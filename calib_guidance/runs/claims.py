@@ -18,23 +18,14 @@ from calib_guidance.backend.atomic import create, temporary_path
 
 
 class Claim(NamedTuple):
-    """A worker's claim of a shard.
-
-    Attributes:
-        worker: unique name of the worker.
-        host: its machine.
-        pid: its process there.
-        since: time of the claim, ISO 8601.
-        renewed: time of the last renewal, seconds since the epoch on the file system's clock.
-        alive: whether the worker is; None within the lease of a worker on another machine.
-    """
+    """A worker's claim of a shard."""
 
     worker: str
     host: str
     pid: int
-    since: str
-    renewed: float
-    alive: bool | None
+    since: str  # ISO 8601
+    renewed: float  # seconds since the epoch on the file system's clock
+    alive: bool | None  # None within the lease of a worker on another machine
 
 
 @functools.cache
@@ -72,11 +63,8 @@ def is_alive(worker: str) -> bool | None:
 class Claims:
     """Claims of shards in one folder. Of several workers that claim a shard, one gets it.
 
-    Args:
-        folder: of the claims.
-        worker: see :func:`new_worker`.
-        lease: seconds after which a claim that was not renewed belongs to a dead worker. A dead process of the same machine
-            is found at once.
+    A claim that was not renewed for ``lease`` seconds belongs to a dead worker. A dead process of the same machine is found at
+    once.
     """
 
     def __init__(self, folder: Path, worker: str, lease: float):

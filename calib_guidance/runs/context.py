@@ -14,13 +14,9 @@ UNREADABLE = "its image cannot be read"
 
 
 class ShardPart:
-    """Part of a shard that one batch holds, as ``batch["shard"]``.
+    """The indices of a shard, and those of the rows of it that a batch was requested with, as ``batch["shard"]``.
 
     Lightning takes tuples and dataclasses apart when it moves a batch to the device, and leaves this class as it is.
-
-    Attributes:
-        shard: indices of the shard.
-        rows: indices that the batch was requested with.
     """
 
     def __init__(self, shard: range, rows: range):
@@ -43,13 +39,10 @@ class SamplingContext:
     The task owns the context. The command line gives it the configuration, the writer its run folder in ``setup``; observers and
     measurements register in ``setup``; the loader takes shards from it.
 
-    Args:
-        shards: to be made, in order, where nothing is written.
-
     Attributes:
         configuration: resolved configuration of the run; None in a run that was not started from one.
         store: run folder; None in a run that writes nothing.
-        shards: those that were not done when the run started.
+        shards: those that were not done when the run started; all in order where nothing is written.
         observers: of the trajectory.
         measurements: of the run, in the order of their registration.
         indices: of the samples that the current attempt makes, row by row.
@@ -62,10 +55,6 @@ class SamplingContext:
         self.observers: list[Observer] = []
         self.measurements: list[Any] = []
         self.indices: list[int] = []
-
-    def open(self, store: RunFolder, shards: Sequence[range]) -> None:
-        """Write the samples of the given shards to a run folder."""
-        self.store, self.shards = store, list(shards)
 
     def observe(self, observer: Observer) -> None:
         """Register an observer of every step. An observer that is registered already stays registered once."""
@@ -96,4 +85,5 @@ class SamplingContext:
         run = None if self.store is None else self.store.extended()
         if run is None or run.remaining():
             return []
-        return [sample for sample in run.failed() if sample["reason"] != UNREADABLE]
+        failed = (sample for record in run.readable_records() for sample in record["failed"])
+        return [sample for sample in failed if sample["reason"] != UNREADABLE]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import itertools
 import os
 import shutil
@@ -15,12 +13,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from calib_guidance.backend.atomic import temporary_path
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.runs.folder import RunFolder
-from calib_guidance.runs.store import CorruptedShardError, sha256
+from calib_guidance.runs.store import CorruptedShardError, pixels, sha256
 
 _ROWS = 64  # images in memory at a time, beside the bytes of one shard
 
@@ -32,20 +29,6 @@ def _batches(run: RunFolder, rows: Mapping[range, int]) -> Iterator[pa.RecordBat
             if file.metadata.num_rows != expected:  # a run has extended it meanwhile
                 raise ConfigurationError(f"{run.path} changed during the export: export it again")
             yield from file.iter_batches(_ROWS)
-
-
-def _pixels(png: bytes) -> np.ndarray:
-    """Image ``(H, W, C)`` uint8 of a PNG."""
-    image = np.asarray(Image.open(io.BytesIO(png)))
-    return image[:, :, None] if image.ndim == 2 else image
-
-
-def _header(shape: tuple[int, ...], dtype: type) -> bytes:
-    """Header of the ``.npy`` file of an array."""
-    buffer = io.BytesIO()
-    description = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(buffer, description)
-    return buffer.getvalue()
 
 
 def _images(batch: pa.RecordBatch) -> list[bytes]:
@@ -62,13 +45,14 @@ def write_npz(path: Path, batches: Iterator[pa.RecordBatch], rows: int) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
             for batch in batches:
-                images = np.stack([_pixels(png) for png in _images(batch)])
+                images = np.stack([pixels(png) for png in _images(batch)])
                 if not labels:
-                    file.write(_header((rows, *images.shape[1:]), np.uint8))
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (rows, *images.shape[1:])}
+                    np.lib.format.write_array_header_1_0(file, header)
                 file.write(images.tobytes())
                 labels.append(batch.column("label").to_numpy())
         with archive.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as file:
-            file.write(_header((rows,), np.int64) + np.concatenate(labels).astype(np.int64).tobytes())
+            np.lib.format.write_array(file, np.concatenate(labels).astype(np.int64))
 
 
 def write_png(path: Path, batches: Iterator[pa.RecordBatch], names: Sequence[str] | None) -> None:
@@ -138,39 +122,31 @@ def _sound(run: RunFolder, partial: bool) -> list[range]:
     return done
 
 
-@contextlib.contextmanager
-def _temporary_output(output: Path) -> Iterator[Path]:
-    """Where the export is written, renamed to ``output`` at the end of the block and removed if the block raises."""
-    temporary = temporary_path(output)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.rename(temporary, output)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
-
-
 def _export(run: RunFolder, form: str, output: Path | None, partial: bool, names: Sequence[str] | None) -> str:
     """Export a run; what is to be said of it."""
     records = {shard: run.record(shard) for shard in _sound(run, partial)}
     rows = {shard: record["rows"] for shard, record in records.items()}
     if not (total := sum(rows.values())):
         raise ConfigurationError(f"{run.path} holds no samples: all failed")
-    size = "x".join(map(str, (total, *_pixels(_images(next(_batches(run, rows)))[0]).shape)))
+    size = "x".join(map(str, (total, *pixels(_images(next(_batches(run, rows)))[0]).shape)))
     usual = {"npz": f"samples_{size}.npz", "png": "samples_png", "hf": "samples_hf"}
     output = output or run.path / usual[form]
     if output.exists():
         raise ConfigurationError(f"{output} exists already: remove it, or choose another --output")
-    with _temporary_output(output) as temporary:
-        batches = _batches(run, rows)
+    batches, temporary = _batches(run, rows), temporary_path(output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
         if form == "npz":
             write_npz(temporary, batches, total)
         elif form == "png":
             write_png(temporary, batches, names)
         else:
             write_hf(temporary, batches, sha256("".join(record["sha256"] for record in records.values()).encode()))
+        os.rename(temporary, output)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)
     failed = sum(len(record["failed"]) for record in records.values())
     missing = run.num_requests - total - failed
     return (
@@ -181,15 +157,7 @@ def _export(run: RunFolder, form: str, output: Path | None, partial: bool, names
 
 
 def export(args: Sequence[str]) -> None:
-    """``calib-guidance export``: see its ``--help``.
-
-    Args:
-        args: arguments after ``export``.
-
-    Raises:
-        ConfigurationError: no run, an incomplete or corrupted one, an output that exists or cannot be written, or class names
-            that do not fit. Nothing is left behind then.
-    """
+    """``calib-guidance export``: see its ``--help``. Nothing is left behind by an export that fails."""
     parser = argparse.ArgumentParser(
         prog="calib-guidance export",
         description="Export the samples of a run, in order of index, checked against their checksums.",

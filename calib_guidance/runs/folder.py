@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import re
 import socket
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,10 +21,21 @@ from safetensors.numpy import save as save_arrays
 
 from calib_guidance.backend.atomic import create, link_or_copy, sync_folder
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.runs.claims import Claims, new_worker
+from calib_guidance.runs.claims import Claims, is_alive, new_worker
 from calib_guidance.runs.identity import differences, new_run, read_run
-from calib_guidance.runs.integrity import ShardState, clean_up, foreign_files, shard_state
-from calib_guidance.runs.store import ShardStore, canonical_json, readable_json, sha256
+from calib_guidance.runs.store import CorruptedShardError, ShardStore, canonical_json, readable_json, sha256
+
+
+class ShardState(NamedTuple):
+    """State of a shard.
+
+    Attributes:
+        name: ``done``, ``claimed`` (by a worker that may be alive), ``open`` or ``corrupted``.
+        reason: why it is not done; who has claimed it.
+    """
+
+    name: str
+    reason: str = ""
 
 
 class RunFolder(ShardStore):
@@ -43,22 +56,13 @@ class RunFolder(ShardStore):
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], lease: float = 600.0) -> RunFolder:
-        """The folder of an existing run, with all samples that were ever requested.
-
-        Raises:
-            ConfigurationError: no run, or a corrupted run.json.
-        """
-        run = cls.read_run(path)
+        """The folder of an existing run, with all samples that were ever requested."""
+        run = read_run(path)
         if run is None:
             raise ConfigurationError(f"{path} holds no run: there is no run.json in it")
         folder = cls(path, run["shard_size"], run["num_samples"], lease)
         folder.fingerprint = run["fingerprint"]
         return folder
-
-    @staticmethod
-    def read_run(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-        """Content of a folder's run.json, see :func:`calib_guidance.runs.identity.read_run`."""
-        return read_run(Path(path))
 
     def extended(self) -> RunFolder:
         """The folder with all samples that were ever requested of it."""
@@ -67,7 +71,7 @@ class RunFolder(ShardStore):
     def check_readable(self) -> None:
         """Raise ConfigurationError for samples without a run.json."""
         found = [*self.samples.glob("*.parquet"), *self.records.glob("*.json")]
-        if self.read_run(self.path) is None and found:
+        if read_run(self.path) is None and found:
             raise ConfigurationError(
                 f"{self.path} holds {len(found)} files of samples ({found[0].name} …) and no run.json that says what made "
                 "them: set trainer.default_root_dir to another folder, or the SampleWriter's restart to true to remove them"
@@ -76,12 +80,11 @@ class RunFolder(ShardStore):
     def begin(self, identity: Mapping[str, Any], versions: Mapping[str, str]) -> None:
         """Start the run, resume it, or extend it to more samples.
 
+        Nothing is written if the folder holds another run, or samples without a run.json.
+
         Args:
             identity: everything that pixels and labels are a function of, flat, in JSON's types.
             versions: of the software, for people.
-
-        Raises:
-            ConfigurationError: the folder holds another run, or samples without a run.json. Nothing has been written.
         """
         self.check_readable()
         file = self.path / "run.json"
@@ -91,7 +94,7 @@ class RunFolder(ShardStore):
             # Of workers that start at the same time one creates it, and the others compare.
             create(file, readable_json(content), self.worker)
             sync_folder(self.path)
-        run = self.read_run(self.path)
+        run = read_run(self.path)
         if different := differences(run, identity, self.shard_size):
             listed = "".join(f"\n  {line}" for line in different)
             raise ConfigurationError(
@@ -103,47 +106,48 @@ class RunFolder(ShardStore):
             self.put(file, readable_json(run | {"num_samples": self.num_requests}))
         for folder in (self.samples, self.records, self.claims.folder):
             folder.mkdir(exist_ok=True)
-        clean_up(self, self.claims)
+        self._clean_up()
+
+    def _clean_up(self) -> None:
+        """Remove what killed workers left: unfinished files, and claims of shards that are done."""
+        now = self.claims.now()
+        for folder in (self.path, self.samples, self.records, self.claims.folder):
+            for path in folder.glob(".*.tmp"):
+                with contextlib.suppress(FileNotFoundError):  # another worker removes it too
+                    alive = is_alive(path.name.rsplit(".", 2)[1])
+                    if alive is False or (alive is None and now - path.stat().st_mtime > self.claims.lease):
+                        path.unlink()
+        for shard in self.shards():
+            claim = self.claims.of(shard)
+            if claim is not None and claim.alive is False and self.state(shard).name == "done":
+                self.claims.path(shard).unlink(missing_ok=True)
 
     @classmethod
     def begin_with(cls, path: str | os.PathLike[str], other: str | os.PathLike[str], num_samples: int) -> None:
-        """Start a run with the shards that another folder has of the same samples; none is made twice.
+        """Start a run in ``path`` with the shards that another folder, if it holds a run, has of the same samples.
 
         Files are shared on file systems with hard links: shards are replaced and never written into. :meth:`begin` checks that
         both runs have the same identity.
-
-        Args:
-            path: folder of the new run, or of one that was started in this way.
-            other: folder of the other run; nothing is done if it holds none.
-            num_samples: samples of the new run.
         """
-        if (run := cls.read_run(other)) is None:
+        if (run := read_run(other)) is None:
             return
         there, here = cls.open(other), cls(path, run["shard_size"], num_samples)
         here.path.mkdir(parents=True, exist_ok=True)
         create(here.path / "run.json", readable_json(run | {"num_samples": num_samples}), here.worker)
-        if cls.read_run(path)["fingerprint"] != run["fingerprint"]:
+        if read_run(path)["fingerprint"] != run["fingerprint"]:
             return
         for folder in (here.samples, here.records):
             folder.mkdir(exist_ok=True)
         same = set(there.shards())
         for shard in here.shards():
-            if shard not in same or here.record_path(shard).exists() or there.state(shard, verify=True).name != "done":
+            if shard not in same or here.file(shard, "json").exists() or there.state(shard, verify=True).name != "done":
                 continue
-            for path_of in (
-                cls.table_path,
-                cls.sums_path,
-                cls.record_path,
-            ):  # the record last: a shard with one is done
-                if path_of(there, shard).exists():
-                    link_or_copy(path_of(there, shard), path_of(here, shard), here.worker)
+            for ending in ("parquet", "safetensors", "json"):  # the record last: a shard with one is done
+                if (source := there.file(shard, ending)).exists():
+                    link_or_copy(source, here.file(shard, ending), here.worker)
 
     def remove(self) -> None:
-        """Remove the run and its samples.
-
-        Raises:
-            ConfigurationError: a worker makes samples of it.
-        """
+        """Remove the run and its samples, unless a worker makes samples of it."""
         for path in sorted(path for path in self.claims.folder.glob("*") if path.name.isdecimal()):
             claim = self.claims.of(range(int(path.name), int(path.name) + 1))
             if claim is not None and claim.alive is not False:
@@ -158,17 +162,43 @@ class RunFolder(ShardStore):
         (self.path / "run.json").unlink(missing_ok=True)
 
     def state(self, shard: range, verify: bool = False) -> ShardState:
-        """State of a shard, see :func:`calib_guidance.runs.integrity.shard_state`."""
-        return shard_state(self, self.claims, shard, verify)
+        """State of a shard; ``verify`` also reads the table and compares its checksum."""
+        record, problem = None, None
+        try:
+            record = self.check(shard, verify)
+        except CorruptedShardError as error:
+            problem = ShardState("corrupted", str(error))
+        if record is not None and record["requested"] >= len(shard):
+            return ShardState("done")
+        claim = self.claims.of(shard)
+        if claim is not None and claim.alive is not False:
+            return ShardState("claimed", f"process {claim.pid} on {claim.host} since {claim.since}")
+        if problem is not None:
+            return problem
+        if record is not None:
+            made = f"made with {record['requested']} of the {len(shard)} samples that are requested now"
+            return ShardState("open", made)
+        return ShardState("open", "not made yet" if claim is None else f"process {claim.pid} on {claim.host} died")
 
     def remaining(self, verify: bool = False) -> list[range]:
         """Shards that are not done, whether claimed or not."""
         return [shard for shard in self.shards() if self.state(shard, verify).name != "done"]
 
     def foreign(self) -> list[Path]:
-        """Files that belong to no shard, see :func:`calib_guidance.runs.integrity.foreign_files`."""
-        run = self.read_run(self.path)
-        return foreign_files(self, self.claims, max(self.num_requests, run["num_samples"] if run else 0))
+        """Files in the folders of samples, records and claims that belong to no shard."""
+        run = read_run(self.path)
+        count = max(self.num_requests, run["num_samples"] if run else 0)
+        endings = {self.samples: {".parquet"}, self.records: {".json", ".safetensors"}, self.claims.folder: {None}}
+        found = []
+        for folder, known in endings.items():
+            for path in sorted(folder.glob("*")):
+                if path.name.startswith("."):
+                    continue  # being written, left by a kill and removed by the next run, or the file system's own (.nfs…)
+                match = re.fullmatch(r"(\d{8,})(\.\w+)?", path.name)
+                first = int(match[1]) if match and match[2] in known else count
+                if first % self.shard_size or first >= count:
+                    found.append(path)
+        return found
 
     def write(
         self,
@@ -182,7 +212,7 @@ class RunFolder(ShardStore):
         """Write a shard that this worker has claimed, and give up the claim.
 
         Args:
-            shard: one of :meth:`shards`.
+            shard: one of :meth:`shards`; on a full file system it is not done, and the claim is kept.
             table: its samples in order of ``index``.
             sums: arrays that measurements keep of it.
             failed: ``{index, step, reason}`` of samples that are not in the table.
@@ -191,10 +221,6 @@ class RunFolder(ShardStore):
 
         Returns:
             Whether it was written. False if another worker has reclaimed the shard: that worker writes it.
-
-        Raises:
-            StoppedError: the file system is full. The shard is not done then, and the claim is kept.
-            ValueError: the samples are not those of the shard, each once.
         """
         if not self.claims.holds(shard):
             return False
@@ -204,10 +230,10 @@ class RunFolder(ShardStore):
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink)
         data = sink.getvalue().to_pybytes()
-        self.put(self.table_path(shard), data)
+        self.put(self.file(shard, "parquet"), data)
         encoded = save_arrays({name: np.ascontiguousarray(array) for name, array in sums.items()}) if sums else None
         if encoded is not None:
-            self.put(self.sums_path(shard), encoded)
+            self.put(self.file(shard, "safetensors"), encoded)
         record = {
             "run": self.fingerprint,
             "first": shard.start,
@@ -224,17 +250,15 @@ class RunFolder(ShardStore):
             "written": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         record["checksum"] = sha256(canonical_json(record))
-        self.put(self.record_path(shard), readable_json(record))
+        self.put(self.file(shard, "json"), readable_json(record))
         self.claims.release(shard)
         return True
 
     def take(self, remaining: Sequence[range] | None = None) -> Iterator[range]:
         """Claimed shards for this worker, one after the other, until all are done or claimed by others.
 
-        A single worker takes them in order; after another worker's claim it continues at a random shard.
-
-        Args:
-            remaining: result of :meth:`remaining`, if it is known already.
+        A single worker takes them in order; after another worker's claim it continues at a random shard. ``remaining`` is the
+        result of :meth:`remaining`, if it is known already.
         """
         todo = deque(self.remaining(verify=True) if remaining is None else remaining)
         while todo:
@@ -257,10 +281,8 @@ class RunFolder(ShardStore):
     def reclaim(self, poll: float = 1.0) -> Iterator[range]:
         """Claimed shards that dead workers left, for the time after :meth:`take`.
 
-        Waits as long as a claim may belong to a dead worker, and not for workers that are seen to be alive.
-
-        Args:
-            poll: seconds between looks.
+        Waits, ``poll`` seconds between looks, as long as a claim may belong to a dead worker, and not for workers that are
+        seen to be alive.
         """
         waiting = {shard: self.claims.of(shard) for shard in self.remaining()}
         while waiting:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,13 +39,9 @@ def new_run(
     }
 
 
-def read_run(folder: Path) -> dict[str, Any] | None:
-    """Content of run.json, see :func:`new_run`; None if there is none.
-
-    Raises:
-        ConfigurationError: it is corrupted, or of another format.
-    """
-    file = folder / "run.json"
+def read_run(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Content of a folder's run.json, see :func:`new_run`; None if there is none."""
+    file = Path(folder) / "run.json"
     try:
         run = json.loads(file.read_bytes())
         if run["format"] != FORMAT:
@@ -87,11 +84,6 @@ def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-def _file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return f"sha256 of the file {hashlib.file_digest(file, 'sha256').hexdigest()}"
-
-
 def settings(config: Mapping[str, Any], key: str) -> dict[str, Any]:
     """Leaves of a part of the configuration; files by content, wherever they are, and those of weights not at all."""
     found: dict[str, Any] = {}
@@ -103,8 +95,10 @@ def settings(config: Mapping[str, Any], key: str) -> dict[str, Any]:
         path = find_file(value) if is_path else None
         if path is not None and (path.suffix in _WEIGHTS or path.is_dir()) and path.exists() and key == "model":
             continue  # the weights that were loaded are hashed
-        plain = value if isinstance(value, (str, int, float, bool, list, type(None))) else str(value)
-        found[name] = _file_hash(path) if path is not None and path.is_file() else plain
+        found[name] = value if isinstance(value, (str, int, float, bool, list, type(None))) else str(value)
+        if path is not None and path.is_file():
+            with open(path, "rb") as file:
+                found[name] = f"sha256 of the file {hashlib.file_digest(file, 'sha256').hexdigest()}"
     return found
 
 

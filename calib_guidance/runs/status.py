@@ -48,17 +48,13 @@ def _workers(records: Sequence[dict[str, Any]], active: set[str]) -> dict[str, d
 
 
 def survey(run: RunFolder, verify: bool = False) -> dict[str, Any]:
-    """State of a run folder.
+    """State of a run folder, as ``calib-guidance status --json`` prints it.
 
-    Args:
-        run: see :meth:`calib_guidance.runs.RunFolder.open`.
-        verify: read every file and compare its checksum; otherwise sizes, and the checksums of records and sums.
-
-    Returns:
-        What ``calib-guidance status --json`` prints: ``complete`` (every shard is done), ``sound`` (nothing is corrupted or
-        foreign), ``verified``; numbers of ``samples`` and ``shards``; lists of ``open``, ``claims``, ``corrupted``, ``foreign``,
-        ``failed`` and ``workers``; ``images_per_second`` of one worker and of the active ones together, and ``seconds_left`` at
-        the pace of the active workers, or of one worker if none is active. None as long as the pace is unknown.
+    ``complete`` (every shard is done), ``sound`` (nothing is corrupted or foreign), ``verified`` (every file was read and
+    compared with its checksum; otherwise sizes, and the checksums of records and sums); numbers of ``samples`` and
+    ``shards``; lists of ``open``, ``claims``, ``corrupted``, ``foreign``, ``failed`` and ``workers``; ``images_per_second`` of
+    one worker and of the active ones together, and ``seconds_left`` at the pace of the active workers, or of one worker if
+    none is active. None as long as the pace is unknown.
     """
     states = {shard: run.state(shard, verify) for shard in run.shards()}
     by_name = {name: [shard for shard, state in states.items() if state.name == name] for name in _NAMES}
@@ -73,10 +69,10 @@ def survey(run: RunFolder, verify: bool = False) -> dict[str, Any]:
     known = [workers[name]["images_per_second"] if name in workers else pace for name in active]
     together = sum(known) if known and None not in known else None
     failed = [sample for record in records for sample in record["failed"]]
-
-    def reasons(name: str) -> list[dict[str, Any]]:
-        return [{"first": s.start, "last": s[-1], "reason": states[s].reason} for s in by_name[name]]
-
+    reasons = {
+        name: [{"first": s.start, "last": s[-1], "reason": states[s].reason} for s in by_name[name]]
+        for name in ("open", "corrupted")
+    }
     return {
         "folder": str(run.path),
         "complete": not remaining,
@@ -84,9 +80,9 @@ def survey(run: RunFolder, verify: bool = False) -> dict[str, Any]:
         "verified": verify,
         "samples": {"requested": run.num_requests, "written": written, "failed": len(failed), "remaining": remaining},
         "shards": {"size": run.shard_size, "all": len(states)} | {name: len(each) for name, each in by_name.items()},
-        "open": reasons("open"),
+        "open": reasons["open"],
         "claims": [{"first": s.start, "last": s[-1]} | claim._asdict() for s, claim in claims.items()],
-        "corrupted": reasons("corrupted"),
+        "corrupted": reasons["corrupted"],
         "foreign": foreign,
         "failed": failed,
         "workers": sorted(workers.values(), key=lambda worker: -worker["samples"]),
@@ -146,15 +142,7 @@ def status_lines(found: dict[str, Any]) -> list[str]:
 
 
 def status(args: Sequence[str]) -> None:
-    """``calib-guidance status``: see its ``--help``.
-
-    Args:
-        args: arguments after ``status``.
-
-    Raises:
-        ConfigurationError: no run in the folder, or it cannot be read.
-        SystemExit: with status 1 for a run that is not complete, 3 for one with corrupted or foreign files.
-    """
+    """``calib-guidance status``: see its ``--help``, also for the exit status."""
     parser = argparse.ArgumentParser(
         prog="calib-guidance status",
         description="Show which samples of a run are done and left, who makes them, and which files are corrupted.",

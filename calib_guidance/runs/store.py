@@ -54,34 +54,27 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def pixels(png: bytes) -> np.ndarray:
+    """Image ``(H, W, C)`` uint8 of a PNG."""
+    return np.atleast_3d(np.asarray(Image.open(io.BytesIO(png))))
+
+
 def read_table(data: bytes | str | os.PathLike[str], indices: Collection[int] | None = None) -> dict[str, np.ndarray]:
-    """Samples of a parquet file.
+    """Samples of a parquet file (its path or bytes), all or those with the given indices.
 
-    Args:
-        data: path of the file, or its bytes.
-        indices: samples to decode; None for all.
-
-    Returns:
-        ``image`` uint8 ``(N, C, H, W)`` and every other column ``(N,)`` int64: ``index``, ``label``, ``seed`` …
+    ``image`` uint8 ``(N, C, H, W)`` and every other column ``(N,)`` int64: ``index``, ``label``, ``seed`` …
     """
     table = pq.read_table(io.BytesIO(data) if isinstance(data, bytes) else data)
     if indices is not None:
         table = table.filter(np.isin(table["index"], list(indices)))
     columns = table.to_pydict()
-    pixels = [np.asarray(Image.open(io.BytesIO(image["bytes"]))) for image in columns.pop("image")]
-    images = [image[None] if image.ndim == 2 else image.transpose(2, 0, 1) for image in pixels]
+    images = [pixels(image["bytes"]).transpose(2, 0, 1) for image in columns.pop("image")]
     numbers = {name: np.asarray(column, dtype=np.int64) for name, column in columns.items()}
     return {"image": np.stack(images) if images else np.zeros((0, 0, 0, 0), np.uint8), **numbers}
 
 
 class ShardStore:
-    """Tables, records and sums of the shards in a folder.
-
-    Args:
-        path: the folder.
-        shard_size: samples per shard.
-        num_requests: samples of the run.
-        worker: unique name of this worker.
+    """Tables, records and sums of the shards in a folder; see :class:`~calib_guidance.runs.folder.RunFolder`.
 
     Attributes:
         fingerprint: of the run; records of another run are corrupted shards. None accepts every record.
@@ -97,30 +90,18 @@ class ShardStore:
         starts = range(0, self.num_requests, self.shard_size)
         return [range(start, min(start + self.shard_size, self.num_requests)) for start in starts]
 
-    def table_path(self, shard: range) -> Path:
-        """File of a shard's samples."""
-        return self.samples / f"{shard.start:08d}.parquet"
-
-    def record_path(self, shard: range) -> Path:
-        """File of a shard's record."""
-        return self.records / f"{shard.start:08d}.json"
-
-    def sums_path(self, shard: range) -> Path:
-        """File of a shard's sums."""
-        return self.records / f"{shard.start:08d}.safetensors"
+    def file(self, shard: range, ending: str) -> Path:
+        """File of a shard: its samples (``parquet``), its record (``json``) or its sums (``safetensors``)."""
+        return (self.samples if ending == "parquet" else self.records) / f"{shard.start:08d}.{ending}"
 
     def record(self, shard: range) -> dict[str, Any] | None:
         """Record of a shard, None if there is none.
 
-        Returns:
-            ``run`` (its fingerprint), ``first`` index, samples ``requested``, ``rows`` written, ``failed`` (a list of
-            ``{index, step, reason}``), ``sha256`` and ``bytes`` of the table, ``sums_sha256`` (None without sums),
-            ``seconds``, ``device``, ``host``, ``worker`` and the time ``written``.
-
-        Raises:
-            CorruptedShardError: an unreadable record, or one of another shard or run.
+        ``run`` (its fingerprint), ``first`` index, samples ``requested``, ``rows`` written, ``failed`` (a list of
+        ``{index, step, reason}``), ``sha256`` and ``bytes`` of the table, ``sums_sha256`` (None without sums), ``seconds``,
+        ``device``, ``host``, ``worker`` and the time ``written``.
         """
-        path = self.record_path(shard)
+        path = self.file(shard, "json")
         try:
             record = json.loads(path.read_bytes())
             if record.pop("checksum") != sha256(canonical_json(record)):
@@ -143,31 +124,19 @@ class ShardStore:
                 if (record := self.record(shard)) is not None:
                     yield record
 
-    def failed(self) -> list[dict[str, Any]]:
-        """``{index, step, reason}`` of all failed samples."""
-        return [sample for record in self.readable_records() for sample in record["failed"]]
-
     def check(self, shard: range, verify: bool = False) -> dict[str, Any] | None:
-        """Record of a shard whose files agree with it, None if there is none.
-
-        Args:
-            shard: one of :meth:`shards`.
-            verify: also compare the checksum of the table, which reads it.
-
-        Raises:
-            CorruptedShardError: files that disagree with the record.
-        """
+        """Record of a shard whose files agree with it; ``verify`` also reads the table and compares its checksum."""
         record = self.record(shard)
         if record is None:
             return None
-        path = self.table_path(shard)
+        path = self.file(shard, "parquet")
         try:
             if (size := path.stat().st_size) != record["bytes"]:
                 raise CorruptedShardError(f"{path.name} has {size} bytes, its record says {record['bytes']}")
             if verify:
                 self._read_verified(path, record["sha256"])
             if record["sums_sha256"] is not None:
-                path = self.sums_path(shard)
+                path = self.file(shard, "safetensors")
                 self._read_verified(path, record["sums_sha256"])
         except FileNotFoundError as error:
             raise CorruptedShardError(f"{path.name} is missing") from error
@@ -183,40 +152,24 @@ class ShardStore:
     def _done(self, shard: range) -> dict[str, Any]:
         record = self.check(shard)
         if record is None:
-            raise CorruptedShardError(f"{self.table_path(shard).name} has no record")
+            raise CorruptedShardError(f"{shard.start:08d}.parquet has no record")
         return record
 
     def read(self, shard: range, indices: Collection[int] | None = None) -> dict[str, np.ndarray]:
-        """Samples of a shard, or those with the given indices, see :func:`read_table`.
-
-        Raises:
-            CorruptedShardError: they are not what was written.
-        """
+        """Samples of a shard, or those with the given indices, see :func:`read_table`."""
         return read_table(self.read_bytes(shard), indices)
 
     def read_bytes(self, shard: range) -> bytes:
-        """Parquet file of a shard.
-
-        Raises:
-            CorruptedShardError: it is not what was written.
-        """
-        return self._read_verified(self.table_path(shard), self._done(shard)["sha256"])
+        """Parquet file of a shard."""
+        return self._read_verified(self.file(shard, "parquet"), self._done(shard)["sha256"])
 
     def read_sums(self, shard: range) -> dict[str, np.ndarray]:
-        """Arrays that were given to :meth:`RunFolder.write` as sums.
-
-        Raises:
-            CorruptedShardError: they are not what was written.
-        """
+        """Arrays that were given to :meth:`RunFolder.write` as sums."""
         record = self._done(shard)
-        return {} if record["sums_sha256"] is None else load_arrays(self.sums_path(shard).read_bytes())
+        return {} if record["sums_sha256"] is None else load_arrays(self.file(shard, "safetensors").read_bytes())
 
     def put(self, path: Path, data: bytes) -> None:
-        """Write a file of the folder atomically.
-
-        Raises:
-            StoppedError: the file system is full.
-        """
+        """Write a file of the folder atomically."""
         with self.space_for(path, len(data)), atomic_write(path, self.worker) as file:
             file.write(data)
 

@@ -40,7 +40,7 @@ def run_and_trainer(folder, count=50):
         global_rank=0,
         world_size=1,
     )
-    trainer.lightning_module.context.open(run, [])
+    trainer.lightning_module.context.store = run
     return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(labels), trainer
 
 

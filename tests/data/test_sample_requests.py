@@ -29,7 +29,7 @@ def test_batches_are_cut_within_shards_and_carry_their_shard(tmp_path, num_worke
     run.begin({}, {})
     run.claims.acquire(range(0, 4))
     run.write(range(0, 4), table(range(0, 4)))
-    context.open(run, run.remaining())
+    context.store, context.shards = run, run.remaining()
     data = Numbers(11, 3, num_workers)
     data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(context=context))
     loader = data.predict_dataloader()

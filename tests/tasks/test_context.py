@@ -30,7 +30,7 @@ def test_without_a_run_folder_shards_are_taken_in_order():
 def test_failed_samples_are_those_of_a_complete_run(tmp_path):
     run, context = RunFolder(tmp_path, 3, 6), SamplingContext()
     run.begin({}, {})
-    context.open(run, run.remaining())
+    context.store, context.shards = run, run.remaining()
     wrong = {2: "not finite", 5: UNREADABLE}
     found = []
     for shard in context.take():
