@@ -310,11 +310,11 @@ def test_the_command_makes_a_reference_of_the_digits(in_root, tmp_path, eval_cla
     for words in (
         f"wrote {output}",
         f"sha256 {found.provenance['sha256']}",
-        f"500 of {folder} (image folder), 8×8 grey",
+        f"500 images of {folder} (image folder); 8×8 grey",
         f"sha256 {found.provenance['images']['sha256']}",
         "1 skipped: 3/broken.png (not an image)",
         "mu, sigma of 48 features; the features of 500 images (with labels)",
-        f"weights sha256 {found.provenance['features']['weights_sha256']}",
+        f"weights {found.provenance['features']['weights_sha256']}",
         "500 samples: biased upwards",
     ):
         assert words in printed, words

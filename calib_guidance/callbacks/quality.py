@@ -20,7 +20,6 @@ from calib_guidance.evaluation.metrics import select
 from calib_guidance.evaluation.output import write_predictions
 from calib_guidance.evaluation.quality import Quality
 from calib_guidance.evaluation.spec import Measures
-from calib_guidance.evaluation.statistics import ReferenceStatistics
 
 
 class _DatasetImages(ImageSource):
@@ -89,28 +88,18 @@ class SampleQuality(Measurement):
         processes = DistributedContext(trainer.global_rank, trainer.world_size, trainer.strategy.root_device)
         classifies = self.measures.extractor_classifies or self.measures.eval_classifier
         specs = select(name for name in self.metrics if classifies or name != "classifier")
-        needs = {need for spec in specs for need in spec.needs}
         source = self.reference
         if not isinstance(source, str):
             source = ImageSet(_DatasetImages(source, self.uint8_rule), None, "adm", None, 0.0)
-        reference = ReferenceStatistics.of(
-            source,
-            self.features,
-            self.batch_size,
-            keep_features="reference_features" in needs,
-            spatial="spatial" in needs,
-            processes=processes,
-        )
-        self.quality = Quality(specs, self.measures, reference, processes)
+        self.quality = Quality(specs, self.measures, source, self.batch_size, processes)
 
     def results(self, trainer: L.Trainer) -> dict[str, Any]:
         folder = self.context.store.extended()
         if not any(folder.record(shard)["rows"] for shard in folder.shards()):
             return {"notes": ["quality not measured: all samples failed"]}
-        results = self.quality.measure(open_images(folder.path), self.batch_size)
-        results["provenance"]["samples"]["source"] = (
-            "this run"  # folders are moved, and measure the same wherever they lie
-        )
+        results = self.quality.measure(open_images(folder.path))
+        # Folders are moved, and the same samples measure the same wherever they lie.
+        results["provenance"]["samples"]["source"] = "this run"
         if trainer.is_global_zero and (predictions := self.quality.predictions()) is not None:
             write_predictions(Path(trainer.default_root_dir, "predictions.npz"), predictions)
         return results

@@ -141,16 +141,7 @@ def _evaluate(options: argparse.Namespace, processes: DistributedContext) -> Non
     measures.to(processes.device)
     for shape in dict.fromkeys(samples.image_shape for samples in sets):
         measures.check(shape, processes.device)
-    needs = {need for spec in specs for need in spec.needs}
-    statistics = ReferenceStatistics.of(
-        reference,
-        extractor,
-        options.batch_size,
-        keep_features="reference_features" in needs,
-        spatial="spatial" in needs,
-        processes=processes,
-    )
-    quality = Quality(specs, measures, statistics, processes)
+    quality = Quality(specs, measures, reference, options.batch_size, processes)
     found = []
     for samples, folder in zip(sets, folders, strict=True):
         found.append(_measure(samples, quality, options))
@@ -195,7 +186,7 @@ def _metrics(
 
 def _measure(samples: ImageSet, quality: Quality, options: argparse.Namespace) -> dict[str, Any]:
     """The metrics of one set, on every process."""
-    results = quality.measure(samples, options.batch_size, progress=True)
+    results = quality.measure(samples, progress=True)
     if options.metrics is None and quality.reference.features is None:
         names = dict.fromkeys(spec.option for spec in METRICS.values() if "reference_features" in spec.needs)
         *most, last = names

@@ -163,12 +163,7 @@ class InceptionFeatures(FeatureExtractor):
 
 
 class _LastLinear:
-    """The last linear layer of a network, and its input in the last forward pass.
-
-    Args:
-        network: to be watched.
-        whose: names it in the error message.
-    """
+    """The last linear layer of a network, ``whose`` in messages, and its input in the last forward pass."""
 
     def __init__(self, network: nn.Module, whose: str):
         linear = [module for module in network.modules() if isinstance(module, nn.Linear)]

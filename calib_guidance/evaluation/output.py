@@ -41,12 +41,10 @@ def printed_table(results: Mapping[str, Any]) -> str:
 def described(results: Mapping[str, Any]) -> list[str]:
     """What was measured and with what, what each ± is over, and the notes: a line each."""
     provenance = results["provenance"]
-    features, resize = provenance["features"], provenance["features"]["resize"]
-    size = f"resized to {resize['size']} ({resize['how']}; {resize['library']})" if resize["size"] else "not resized"
     lines = [
-        f"features   {features['extractor']}; {features['library']}; weights {features['weights_sha256'][:12]}; {size}",
-        f"samples    {_images(provenance['samples'], results['num_measured'])}",
-        f"reference  {_images(provenance['reference'].get('images', {}), results['num_reference'])}",
+        f"features   {described_features(provenance['features'])}",
+        f"samples    {described_images(provenance['samples'], results['num_measured'])}",
+        f"reference  {described_images(provenance['reference'].get('images', {}), results['num_reference'])}",
     ]
     if "file" in provenance["reference"]:
         lines[-1] += f"; from {provenance['reference']['file']} ({provenance['reference']['sha256'][:12]})"
@@ -80,8 +78,15 @@ def uncertainty_sources(*measured: Mapping[str, Any]) -> dict[str, list[str]]:
     return {of: list(labels) for of, labels in sources.items()}
 
 
-def _images(images: Mapping[str, Any], count: int | None) -> str:
-    """A set of images in a line."""
+def described_features(features: Mapping[str, Any], digits: int = 12) -> str:
+    """The provenance of features in a line, with so many digits of hashes."""
+    resize, weights = features["resize"], features["weights_sha256"][:digits]
+    size = f"resized to {resize['size']} ({resize['how']}; {resize['library']})" if resize["size"] else "not resized"
+    return f"{features['extractor']}; {features['library']}; weights {weights}; {size}"
+
+
+def described_images(images: Mapping[str, Any], count: int | None, digits: int = 12) -> str:
+    """The provenance of ``count`` images in a line, with so many digits of hashes."""
     words = ["an unknown number of images" if count is None else f"{count:,} images"]
     if "source" in images:
         words[0] += f" of {images['source']} ({images['kind']})"
@@ -93,7 +98,7 @@ def _images(images: Mapping[str, Any], count: int | None) -> str:
         if images.get("uint8_rule"):
             words.append(f"uint8 rule {images['uint8_rule']}")
         if images.get("sha256"):
-            words.append(f"sha256 {images['sha256'][:12]}")
+            words.append(f"sha256 {images['sha256'][:digits]}")
         if images.get("num_skipped"):
             words.append(f"{images['num_skipped']} skipped: {', '.join(images['skipped'])}")
     return "; ".join(words)

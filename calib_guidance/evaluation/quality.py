@@ -27,20 +27,29 @@ class Quality:
     Args:
         specs: the metrics.
         measures: what they are computed with; moved to the device of the process.
-        reference: statistics of the reference's features, of the same extractor.
-        processes: that share the samples.
-        resamples: draws of the bootstrap.
+        reference: what :meth:`ReferenceStatistics.of` takes; what the metrics need of it is measured here.
+        batch_size: images at a time.
+        processes: that share the images.
     """
 
     def __init__(
         self,
         specs: Sequence[MetricSpec],
         measures: Measures,
-        reference: ReferenceStatistics,
+        reference: str | ImageSet | ReferenceStatistics,
+        batch_size: int,
         processes: DistributedContext,
-        resamples: int = 200,
     ):
-        self.specs, self.processes, self.resamples = specs, processes, resamples
+        self.specs, self.batch_size, self.processes = specs, batch_size, processes
+        needs = {need for spec in specs for need in spec.needs}
+        reference = ReferenceStatistics.of(
+            reference,
+            measures.extractor,
+            batch_size=batch_size,
+            keep_features="reference_features" in needs,
+            spatial="spatial" in needs,
+            processes=processes,
+        )
         self._provenance = {"features": measures.extractor.provenance(), "reference": reference.provenance}
         for name, classifier in (("eval_classifier", measures.eval_classifier), ("clip", measures.clip)):
             if classifier is not None:  # its hash before it is frozen, which may fold weights into others
@@ -49,13 +58,8 @@ class Quality:
         self.measures, self.reference = measures.to(processes.device), reference.to(processes.device)
 
     @torch.no_grad()
-    def measure(self, images: ImageSet, batch_size: int, progress: bool = False) -> dict[str, Any]:
-        """Every metric of a set; the same on all processes, all of which must call it.
-
-        Args:
-            images: the samples.
-            batch_size: images at a time.
-            progress: show a bar, on the first process.
+    def measure(self, images: ImageSet, progress: bool = False) -> dict[str, Any]:
+        """Every metric of the samples; the same on all processes, all of which must call it. The first shows ``progress``.
 
         Returns:
             Values by key of the metric, ``by_class``, and ``uncertainty`` by key: ``std``, ``low`` and ``high`` (95 %,
@@ -75,13 +79,13 @@ class Quality:
             leave=False,
             disable=not (progress and processes.is_first),
         ) as bar:
-            for batch in images.batches(batch_size, processes.rank, processes.world_size):
+            for batch in images.batches(self.batch_size, processes.rank, processes.world_size):
                 rows.append(self._rows(batch))
                 bar.update(len(batch.index) * processes.world_size)
         images.gather(processes)
         self._found = {name: value.to(processes.device) for name, value in gather_in_order(rows, processes).items()}
         notes = [f"{option} skipped: {reason}" for option, reason in reasons.items()]
-        samples = SampleSet(self.measures, self.reference, self._found, self.resamples, notes)
+        samples = SampleSet(self.measures, self.reference, self._found, notes=notes)
         own = {
             spec.key: {"label": spec.label, "format": spec.format, "higher_is_better": spec.higher_is_better}
             for spec in specs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from calib_guidance.backend.distributed import DistributedContext, distributed_c
 from calib_guidance.data.image_sets import open_images
 from calib_guidance.data.preprocess import MODES, RESIZES
 from calib_guidance.evaluation.features import FORMS, features_from_name
+from calib_guidance.evaluation.output import described_features, described_images
 from calib_guidance.evaluation.statistics import ReferenceStatistics, check_output
 from calib_guidance.metrics.frechet import sample_count_note
 
@@ -87,25 +88,13 @@ def reading_options(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in READING}
 
 
-def _lines(provenance: Mapping[str, Any], statistics: ReferenceStatistics) -> list[str]:
+def _lines(statistics: ReferenceStatistics) -> list[str]:
     """What was made of what, for people."""
-    images, features = provenance["images"], provenance["features"]
-    resize, shape = features["resize"], images["image_shape"]
-    done = images["preprocessing"]
-    size = f"{shape[1]}×{shape[2]} {'grey' if shape[0] == 1 else 'RGB'}"
+    images = statistics.provenance["images"]
     lines = [
-        f"images      {statistics.num_images:,} of {images['source']} ({images['kind']}), {size}",
-        f"            {'as they are' if done is None else done['how']}; {images['decoder']}",
-        f"            sha256 {images['sha256']}",
+        f"images      {described_images(images, statistics.num_images, 64)}; {images['decoder']}",
         *(f"            {count:,}: {name}" for name, count in images["conversions"].items()),
-    ]
-    if images["num_skipped"]:
-        lines.append(f"            {images['num_skipped']} skipped: {', '.join(images['skipped'])}")
-    lines += [
-        f"features    {features['extractor']}; {features['library']}",
-        f"            weights sha256 {features['weights_sha256']}",
-        "            "
-        + (f"resized to {resize['size']}, {resize['how']}; {resize['library']}" if resize["size"] else "not resized"),
+        f"features    {described_features(statistics.provenance['features'], 64)}",
     ]
     widths = [f"mu, sigma of {len(statistics.mean)} features"]
     if statistics.spatial_mean is not None:
@@ -164,4 +153,4 @@ def _make(options: argparse.Namespace, processes: DistributedContext) -> None:
         workers = "1 process" if processes.world_size == 1 else f"{processes.world_size} processes"
         print(f"wrote {options.output} in {seconds:.0f} s with {workers} on {processes.device.type}")
         print(f"            sha256 {sha256}")
-        print("\n".join(_lines(statistics.provenance, statistics)))
+        print("\n".join(_lines(statistics)))

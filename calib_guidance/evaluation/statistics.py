@@ -64,10 +64,7 @@ class ReferenceStatistics:
         cls,
         source: str | os.PathLike[str] | ImageSet | ReferenceStatistics,
         extractor: FeatureExtractor,
-        batch_size: int = 64,
-        keep_features: bool = False,
-        spatial: bool = True,
-        processes: DistributedContext | None = None,
+        **options: Any,
     ) -> ReferenceStatistics:
         """The statistics of a reference, which is a file of statistics or images.
 
@@ -76,15 +73,14 @@ class ReferenceStatistics:
 
         Args:
             source: a path, or what :func:`open_reference` made of it.
-            extractor, batch_size, keep_features, spatial, processes: see :meth:`from_images`.
+            extractor, options: see :meth:`from_images`.
         """
         opened = source if isinstance(source, ImageSet | ReferenceStatistics) else open_reference(source)
-        measure = {"batch_size": batch_size, "keep_features": keep_features, "processes": processes}
         if isinstance(opened, ImageSet):
-            return cls.from_images(opened, extractor, spatial=spatial, **measure)
+            return cls.from_images(opened, extractor, **options)
         opened.check(extractor)
-        if keep_features and opened.features is None and opened.images is not None:
-            batch = cls.from_images(open_images(opened.images), extractor, spatial=False, **measure)
+        if options.get("keep_features") and opened.features is None and opened.images is not None:
+            batch = cls.from_images(open_images(opened.images), extractor, **options | {"spatial": False})
             opened.features, opened.labels = batch.features, batch.labels
             opened.provenance["images"] = batch.provenance["images"]
         return opened

@@ -72,13 +72,7 @@ def inside_each_other(reference: Tensor, generated: Tensor, k: int = 3) -> tuple
 def precision_recall(reference: Tensor, generated: Tensor, k: int = 3) -> tuple[Tensor, Tensor]:
     """Precision: fraction of generated points in the reference's k-NN balls. Recall: the reverse.
 
-    Args:
-        reference: ``(M, D)`` features, M > k.
-        generated: ``(N, D)`` features, N > k.
-        k: neighbors that set the radius of a ball; 3 in the field.
-
-    Returns:
-        Precision and recall, scalars float64 in [0, 1].
+    Of features ``(M, D)`` and ``(N, D)``, M and N above k; scalars float64 in [0, 1]. k is 3 in the field.
     """
     of_generated, of_reference = inside_each_other(reference, generated, k)
     return of_generated.double().mean(), of_reference.double().mean()
@@ -87,13 +81,8 @@ def precision_recall(reference: Tensor, generated: Tensor, k: int = 3) -> tuple[
 def density_coverage(reference: Tensor, generated: Tensor, k: int = 5) -> tuple[Tensor, Tensor]:
     """Density: how many of the reference's k-NN balls hold a generated point, over k. Coverage: fraction of balls that hold any.
 
-    Args:
-        reference: ``(M, D)`` features, M > k.
-        generated: ``(N, D)`` features.
-        k: neighbors that set the radius of a ball; 5 in the paper.
-
-    Returns:
-        Density ≥ 0, about 1 where both sets follow one distribution, and coverage in [0, 1]; scalars float64.
+    Of features ``(M, D)``, M > k, and ``(N, D)``; scalars float64. Density is about 1 where both sets follow one distribution,
+    coverage lies in [0, 1]. k is 5 in the paper.
     """
     of_balls = count_in_balls(reference, generated, k)[1]
     return of_balls.double().sum() / (k * len(generated)), (of_balls > 0).double().mean()
