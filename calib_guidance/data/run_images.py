@@ -26,15 +26,10 @@ class RunImages(ImageSource):
 
     def __init__(self, name: str):
         self.run = RunFolder.open(name)
-        states = {shard: self.run.state(shard) for shard in self.run.shards()}
-        missing = [shard for shard, state in states.items() if state.name != "done"]
-        if missing:
-            why = states[missing[0]]
-            raise ConfigurationError(
-                f"{name} is not complete: {sum(map(len, missing))} of {self.run.num_requests} samples are missing or corrupted, "
-                f"the first in {missing[0].start}–{missing[0][-1]} ({why.reason or why.name}). Re-run predict to complete them"
-            )
-        records = [self.run.record(shard) for shard in self.run.shards()]
+        done, lack = self.run.done()
+        if lack:
+            raise ConfigurationError(f"{name} {lack}")
+        records = [self.run.record(shard) for shard in done]
         self.failed = sum(len(record["failed"]) for record in records)
         self.ends = np.cumsum([record["rows"] for record in records])
         super().__init__(name, int(self.ends[-1]))

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from calib_guidance.diffusion.rng import random_label
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.runs.context import SamplingContext, ShardPart
+from calib_guidance.runs.store import cut
 
 POLICIES = ("balanced", "uniform")
 
@@ -42,11 +43,6 @@ class _Batches(Dataset):
 
 def _unchanged(batch: dict[str, Any]) -> dict[str, Any]:
     return batch
-
-
-def cut(rows: range, size: int) -> list[range]:
-    """Consecutive pieces of ``size``; the last may be shorter."""
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 class ShardLoader:

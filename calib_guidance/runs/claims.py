@@ -28,6 +28,9 @@ class Claim(NamedTuple):
     alive: bool | None  # None within the lease of a worker on another machine
 
 
+_UNREADABLE = {"worker": "", "host": "an unknown machine", "pid": 0, "since": "an unknown time"}  # stands for a claim
+
+
 @functools.cache
 def _machine() -> str:
     """Eight hex digits, equal for processes that see each other's numbers: one machine, boot and process namespace."""
@@ -90,34 +93,32 @@ class Claims:
 
     @staticmethod
     def _read(path: Path) -> dict[str, Any] | None:
-        """Content of a claim, empty if unreadable; None if there is none."""
+        """Content of a claim; None if there is none."""
         try:
             content = json.loads(path.read_bytes())
-            return content if {"worker", "host", "pid", "since"} <= content.keys() else {}
+            return content if content.keys() == _UNREADABLE.keys() else _UNREADABLE
         except FileNotFoundError:
             return None
         except (AttributeError, ValueError):  # corrupted, or without hard links not yet written
-            return {}
+            return _UNREADABLE
 
     def of(self, shard: range) -> Claim | None:
         """The claim of a shard, None if nobody has claimed it."""
         path = self.path(shard)
-        content = self._read(path)
+        content = self._read(path) or _UNREADABLE
         try:
             renewed = path.stat().st_mtime
         except FileNotFoundError:
             return None
-        if not content:
-            content = {"worker": "", "host": "an unknown machine", "pid": 0, "since": "an unknown time"}
         alive = is_alive(content["worker"])
         if alive is not False and self.now() - renewed > self.lease:
             alive = False
-        return Claim(content["worker"], content["host"], content["pid"], content["since"], renewed, alive)
+        return Claim(**content, renewed=renewed, alive=alive)
 
     def holds(self, shard: range) -> bool:
         """Whether this worker has claimed the shard."""
         content = self._read(self.path(shard)) if shard.start in self._held else None
-        return bool(content) and content["worker"] == self.worker
+        return content is not None and content["worker"] == self.worker
 
     def acquire(self, shard: range) -> bool:
         """Claim a shard, or reclaim it from a dead worker; whether this worker has it now."""
@@ -143,7 +144,7 @@ class Claims:
             os.rename(path, tombstone)
         except FileNotFoundError:
             return False
-        if (self._read(tombstone) or {}).get("worker", "") == dead.worker:
+        if (self._read(tombstone) or _UNREADABLE)["worker"] == dead.worker:
             tombstone.unlink()
             return True
         # Another worker has reclaimed the shard since. Put its claim back; if that fails, the shard is made twice.

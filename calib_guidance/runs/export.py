@@ -104,27 +104,15 @@ def _class_names(file: Path | None) -> list[str] | None:
     return names
 
 
-def _sound(run: RunFolder, partial: bool) -> list[range]:
-    """Shards to export; ConfigurationError if all are missing, or some without ``partial``."""
-    # Without --partial a corrupted file ends the export when it is read; with it, it must be known before.
-    states = {shard: run.state(shard, verify=partial) for shard in run.shards()}
-    done = [shard for shard, state in states.items() if state.name == "done"]
-    missing = {shard: state for shard, state in states.items() if state.name != "done"}
-    if missing and not partial:
-        shard, state = next(iter(missing.items()))
-        raise ConfigurationError(
-            f"{run.path} is not complete: {sum(map(len, missing))} of {run.num_requests} samples are missing or corrupted, "
-            f"the first in {shard.start}–{shard[-1]} ({state.reason or state.name}). Re-run predict to complete them, or add "
-            "--partial to export the others"
-        )
-    if not done:
-        raise ConfigurationError(f"{run.path} holds no samples yet")
-    return done
-
-
 def _export(run: RunFolder, form: str, output: Path | None, partial: bool, names: Sequence[str] | None) -> str:
     """Export a run; what is to be said of it."""
-    records = {shard: run.record(shard) for shard in _sound(run, partial)}
+    # Without --partial a corrupted file ends the export when it is read; with it, it must be known before.
+    done, lack = run.done(verify=partial)
+    if lack and not partial:
+        raise ConfigurationError(f"{run.path} {lack}, or add --partial to export the others")
+    if not done:
+        raise ConfigurationError(f"{run.path} holds no samples yet")
+    records = {shard: run.record(shard) for shard in done}
     rows = {shard: record["rows"] for shard, record in records.items()}
     if not (total := sum(rows.values())):
         raise ConfigurationError(f"{run.path} holds no samples: all failed")

@@ -180,6 +180,18 @@ class RunFolder(ShardStore):
             return ShardState("open", made)
         return ShardState("open", "not made yet" if claim is None else f"process {claim.pid} on {claim.host} died")
 
+    def done(self, verify: bool = False) -> tuple[list[range], str]:
+        """Shards that are done, and what there is to say of the others; empty for a complete run."""
+        states = {shard: self.state(shard, verify) for shard in self.shards()}
+        missing = {shard: state for shard, state in states.items() if state.name != "done"}
+        if not missing:
+            return list(states), ""
+        first, why = next(iter(missing.items()))
+        return [shard for shard in states if shard not in missing], (
+            f"is not complete: {sum(map(len, missing))} of {self.num_requests} samples are missing or corrupted, "
+            f"the first in {first.start}–{first[-1]} ({why.reason or why.name}). Re-run predict to complete them"
+        )
+
     def remaining(self, verify: bool = False) -> list[range]:
         """Shards that are not done, whether claimed or not."""
         return [shard for shard in self.shards() if self.state(shard, verify).name != "done"]

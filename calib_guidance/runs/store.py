@@ -54,6 +54,11 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def cut(rows: range, size: int) -> list[range]:
+    """Consecutive pieces of ``size``; the last may be shorter."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
 def pixels(png: bytes) -> np.ndarray:
     """Image ``(H, W, C)`` uint8 of a PNG."""
     return np.atleast_3d(np.asarray(Image.open(io.BytesIO(png))))
@@ -87,8 +92,7 @@ class ShardStore:
 
     def shards(self) -> list[range]:
         """Indices of every shard, in order; the last shard may be short."""
-        starts = range(0, self.num_requests, self.shard_size)
-        return [range(start, min(start + self.shard_size, self.num_requests)) for start in starts]
+        return cut(range(self.num_requests), self.shard_size)
 
     def file(self, shard: range, ending: str) -> Path:
         """File of a shard: its samples (``parquet``), its record (``json``) or its sums (``safetensors``)."""

@@ -7,10 +7,11 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 
 from calib_guidance.data import SampleRequests
-from calib_guidance.data.sample_requests import RequestData, ShardLoader, cut
+from calib_guidance.data.sample_requests import RequestData, ShardLoader
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.runs import RunFolder
 from calib_guidance.runs.context import SamplingContext
+from calib_guidance.runs.store import cut
 from tests.test_run_folder import table
 
 
