@@ -10,6 +10,7 @@ from PIL import Image
 from calib_guidance.cli import main, parsed
 from calib_guidance.cli.doctor import dry_run
 from calib_guidance.cli.doctor.files import missing_files
+from calib_guidance.cli.doctor.measure import Meter
 from calib_guidance.networks import SmallResNet
 from calib_guidance.runs import RunFolder
 from calib_guidance.weights.io import save_weights
@@ -287,6 +288,15 @@ def test_missing_files_of_a_configuration(in_root):
     (found,) = missing_files(parsed.read_configuration([IMAGENET]).options)
     assert found.startswith("checkpoints/128x128_diffusion.pt; public: adm_imagenet128")
     assert found.endswith(f"required by {DENOISER}.checkpoint")
+
+
+def test_a_batch_is_every_step_of_its_kind():
+    meter = Meter(None, iter([0, 9, 9, 10, 10, 12, 12, 17, 17]).__next__)
+    for kind in ("guided step", "guided step", "guided step", "decoding"):
+        meter.lap(kind)
+    meter.times["guided step"] = 100
+    assert meter.range("guided step") == (1, 2)  # without the warm-up
+    assert meter.total() == (105, 205)
 
 
 def test_nothing_reaches_the_network():

@@ -89,8 +89,8 @@ class Meter(L.Callback):
 
     def total(self) -> tuple[float, float]:
         """Least and most that a batch of the run takes."""
-        low, high = zip(*((self.times.get(kind, 1) * x for x in self.range(kind)) for kind in self.laps), strict=True)
-        return sum(low), sum(high)
+        known = [(self.times.get(kind, 1), self.range(kind)) for kind in self.laps]
+        return sum(times * low for times, (low, _) in known), sum(times * high for times, (_, high) in known)
 
     def __call__(self, record: StepRecord) -> None:
         guided, self.batch_size = record.guided, len(record.y)
