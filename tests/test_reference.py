@@ -13,7 +13,7 @@ from PIL import Image
 from calib_guidance.backend.images import to_uint8
 from calib_guidance.cli import main
 from calib_guidance.data import digits
-from calib_guidance.data.image_sets import open_images
+from calib_guidance.data.image_sets import ImageSet
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation.statistics import ReferenceStatistics
 from tests.conftest import ROOT
@@ -63,7 +63,7 @@ def test_every_form_has_the_same_statistics(tmp_path):
     pool, spatial = activations(pixels)
     found = {}
     for kind in KINDS:
-        images = open_images(write(tmp_path / kind, kind, pixels, labels))
+        images = ImageSet(write(tmp_path / kind, kind, pixels, labels))
         found[kind] = ReferenceStatistics.from_images(images, Projection(), batch_size=7, keep_features=True)
         for one, other in zip((found[kind].mean, found[kind].covariance), moments(pool), strict=True):
             close(one, other, 1e-6)  # the networks' own float32, by the size of batches
@@ -90,7 +90,7 @@ def test_nothing_cancels(tmp_path):
             return found._replace(pool=(found.pool.double() - 100 + 1e6))
 
     pixels, labels = pictures(60)
-    images = open_images(write(tmp_path, "npz", pixels, labels))
+    images = ImageSet(write(tmp_path, "npz", pixels, labels))
     found = ReferenceStatistics.from_images(images, Far(), batch_size=7)
     near = ReferenceStatistics.from_images(images, Projection(), batch_size=7)
     torch.testing.assert_close(found.mean, near.mean - 100 + 1e6, rtol=1e-12, atol=0)
@@ -99,7 +99,7 @@ def test_nothing_cancels(tmp_path):
 
 def test_statistics_are_read_as_they_were_written(tmp_path):
     pixels, labels = pictures(40)
-    images = open_images(write(tmp_path, "npz", pixels, labels))
+    images = ImageSet(write(tmp_path, "npz", pixels, labels))
     made = ReferenceStatistics.from_images(images, Projection(), keep_features=True)
     sha256 = made.save(tmp_path / "statistics.npz")
     assert made.save(tmp_path / "again.npz") == sha256
@@ -216,7 +216,7 @@ class NewerLibrary(Projection):
 
 def test_statistics_that_do_not_fit_the_features(tmp_path):
     pixels, labels = pictures(40)
-    made = ReferenceStatistics.from_images(open_images(write(tmp_path, "npz", pixels, labels)), Projection())
+    made = ReferenceStatistics.from_images(ImageSet(write(tmp_path, "npz", pixels, labels)), Projection())
     made.save(tmp_path / "statistics.npz")
     found = ReferenceStatistics.read(tmp_path / "statistics.npz")
     found.check(NewerLibrary())
@@ -243,7 +243,7 @@ def test_a_reference_of_another_size(in_root, tmp_path, capsys, kind):
     samples = write(tmp_path / "samples", "npz", *pictures(40, size=16))
     reference = write(tmp_path, "npz", pixels, labels)
     if kind == "of ours":
-        made = ReferenceStatistics.from_images(open_images(reference), Projection())
+        made = ReferenceStatistics.from_images(ImageSet(reference), Projection())
         made.save(reference := tmp_path / "statistics.npz")
     elif kind == "of ADM":
         reference = adm_batch(tmp_path / "adm.npz", pixels, labels)
@@ -258,10 +258,10 @@ def test_a_reference_of_another_size(in_root, tmp_path, capsys, kind):
 
 def test_too_few_images_and_features_that_are_none(tmp_path):
     with pytest.raises(ConfigurationError, match="statistics need two images or more, there are 1"):
-        ReferenceStatistics.from_images(open_images(write(tmp_path / "one", "npz", *pictures(1))), Projection())
+        ReferenceStatistics.from_images(ImageSet(write(tmp_path / "one", "npz", *pictures(1))), Projection())
     broken = Projection()
     broken.weight.data[0, 0] = torch.nan
-    images = open_images(write(tmp_path / "two", "npz", *pictures(9)))
+    images = ImageSet(write(tmp_path / "two", "npz", *pictures(9)))
     with pytest.raises(
         ConfigurationError, match="features of some of images 4 … 7 are not finite|images 0 … 3 are not finite"
     ):

@@ -14,7 +14,7 @@ from calib_guidance.backend.images import to_uint8
 from calib_guidance.callbacks.measurement import Measurement
 from calib_guidance.classifiers import Classifier
 from calib_guidance.data.base import ImageSource, Row
-from calib_guidance.data.image_sets import ImageSet, open_images
+from calib_guidance.data.image_sets import ImageSet
 from calib_guidance.evaluation import FeatureExtractor
 from calib_guidance.evaluation.metrics import select
 from calib_guidance.evaluation.output import write_predictions
@@ -90,14 +90,14 @@ class SampleQuality(Measurement):
         specs = select(name for name in self.metrics if classifies or name != "classifier")
         source = self.reference
         if not isinstance(source, str):
-            source = ImageSet(_DatasetImages(source, self.uint8_rule), None, "adm", None, 0.0)
+            source = ImageSet(_DatasetImages(source, self.uint8_rule), max_corrupt=0.0)
         self.quality = Quality(specs, self.measures, source, self.batch_size, processes)
 
     def results(self, trainer: L.Trainer) -> dict[str, Any]:
         folder = self.context.store.extended()
         if not any(folder.record(shard)["rows"] for shard in folder.shards()):
             return {"notes": ["quality not measured: all samples failed"]}
-        results = self.quality.measure(open_images(folder.path))
+        results = self.quality.measure(ImageSet(folder.path))
         # Folders are moved, and the same samples measure the same wherever they lie.
         results["provenance"]["samples"]["source"] = "this run"
         if trainer.is_global_zero and (predictions := self.quality.predictions()) is not None:

@@ -1,12 +1,11 @@
 """Data for ``fit`` and requests for ``predict``."""
 
-from calib_guidance.data.denoise_requests import DenoiseRequests
 from calib_guidance.data.digits import DigitImages, Digits, digits
 from calib_guidance.data.image_data import ImageData, ImageSplit
-from calib_guidance.data.image_sets import ImageBatch, ImageSet, open_images
+from calib_guidance.data.image_sets import ImageBatch, ImageSet
 from calib_guidance.data.imagenet import imagenet_labels, imagenet_names
 from calib_guidance.data.loading import ResumableLoader, heldout_loader, train_loader
-from calib_guidance.data.sample_requests import SampleRequests
+from calib_guidance.data.requests import DenoiseRequests, SampleRequests
 
 __all__ = [
     "DenoiseRequests",
@@ -22,6 +21,5 @@ __all__ = [
     "heldout_loader",
     "imagenet_labels",
     "imagenet_names",
-    "open_images",
     "train_loader",
 ]

@@ -40,9 +40,7 @@ class SourceOptions:
             :class:`~calib_guidance.data.folders.FolderImages`; a folder or a pattern of parquet or arrow files; a folder that
             ``save_to_disk`` of datasets wrote; or a hub id.
         split: of folders and tables that have several, such as ``validation`` or ``train[:90%]``.
-        subset: of a hub data set that has several.
-        image_column, label_column: names in a table; None looks for the usual ones.
-        time_column, index_column: of the diffusion step and of the number of each image; None where there are none.
+        subset, image_column, label_column, time_column, index_column: see :class:`~calib_guidance.data.ImageData`.
         option: names options in messages.
     """
 
@@ -86,8 +84,8 @@ class Row(NamedTuple):
         name: file or row of a table, for messages.
         image: encoded bytes, a file, the URL of one, or pixels (H, W, C).
         label: class number, −1 where it is unknown.
-        index: number that the image keeps in every order; None where it has none.
-        time: diffusion step t of a denoised image; None where it has none.
+        index: number that the image keeps in every order, if any.
+        time: diffusion step t of a denoised image, if any.
     """
 
     name: str
@@ -108,12 +106,14 @@ class ImageSource(ABC):
     Attributes:
         kind: what it is, for messages and provenance.
         labelled: whether the images have class numbers.
+        why_unlabelled: why not, for messages; empty where they have.
         class_names: name of each class number; None where classes have no names.
         where: name and split, for messages.
     """
 
     kind: str
     labelled = False
+    why_unlabelled = ""
     class_names: list[str] | None = None
 
     def __init__(self, name: str, num_images: int | None, split: str | None = None):
@@ -121,10 +121,6 @@ class ImageSource(ABC):
         self.where = name if split is None else f"{name}, split {split!r}"
         if num_images == 0:
             raise ConfigurationError(f"no images found in {self.where}")
-
-    @property
-    def num_classes(self) -> int | None:
-        return None if self.class_names is None else len(self.class_names)
 
     @abstractmethod
     def read(self, blocks: Iterable[range]) -> Iterator[list[Row]]:
@@ -139,7 +135,7 @@ class ImageSource(ABC):
         count = "a stream of images" if self.num_images is None else f"{self.num_images:,} images"
         if self.class_names is None:
             return f"{self.where}: {count}, {'classes without names' if self.labelled else 'no classes'}"
-        return f"{self.where}: {count}, {self.num_classes:,} classes: {listed(self.class_names)}"
+        return f"{self.where}: {count}, {len(self.class_names):,} classes: {listed(self.class_names)}"
 
 
 class IndexedSource(ImageSource):
@@ -152,14 +148,12 @@ class IndexedSource(ImageSource):
 
     @abstractmethod
     def column(self, name: str) -> np.ndarray | None:
-        """``label``, ``index`` or ``time`` of every image, int64 ``(N,)``; None where there is none."""
+        """``label`` or ``index`` of every image, int64 ``(N,)``; None where there is none."""
 
     def stream(self, num_shards: int, shuffle: bool) -> datasets.IterableDataset:
-        """Positions ``{"position": i}`` in shards, for :meth:`row`.
+        """Items for :meth:`row`, in at most ``num_shards`` shards.
 
-        Args:
-            num_shards: at most as many as there are images.
-            shuffle: mix them once. A folder is ordered by class, and the shuffled blocks of a stream would not mix classes.
+        Shuffling mixes them once: a folder is ordered by class, and the shuffled blocks of a stream would not mix classes.
         """
         order = np.random.default_rng(0).permutation(self.num_images) if shuffle else np.arange(self.num_images)
         numbered = datasets.Dataset.from_dict({"position": order})

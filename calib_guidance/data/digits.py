@@ -4,37 +4,33 @@ from __future__ import annotations
 
 import functools
 
-import lightning as L
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from calib_guidance.data.loading import hashed, heldout_loader, run_seed, train_loader
-from calib_guidance.data.sample_requests import check_numbers
+from calib_guidance.data.loading import DataModule, check_at_least, hashed, heldout_loader, run_seed, train_loader
 
-NUM_CLASSES = 10
-HELDOUT_PER_CLASS = 50
-FITTING = (
-    1000  # of the training digits, where the others are needed for choosing something: a checkpoint, a temperature
-)
-SPLITS = ("train", "heldout", "fitting", "validation")
+_NUM_CLASSES = 10
+_HELDOUT_PER_CLASS = 50
+_FITTING = 1000  # of the training digits; the others choose something: a checkpoint, a temperature
 
 
 @functools.cache
 def _digits() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """All images and labels, and the rows of each split."""
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
     labels = torch.tensor(data.target, dtype=torch.long)
     # The split is part of the data: it depends on no seed of a run. Drawn per class, so that both parts hold every class.
     generator = torch.Generator().manual_seed(2310_11311)
     heldout = torch.zeros(len(labels), dtype=torch.bool)
-    for label in range(NUM_CLASSES):
+    for label in range(_NUM_CLASSES):
         members = (labels == label).nonzero().flatten()
-        heldout[members[torch.randperm(len(members), generator=generator)[:HELDOUT_PER_CLASS]]] = True
+        heldout[members[torch.randperm(len(members), generator=generator)[:_HELDOUT_PER_CLASS]]] = True
     train = (~heldout).nonzero().flatten()
     shuffled = train[torch.randperm(len(train), generator=generator)]
-    fitting, validation = (part.sort().values for part in (shuffled[:FITTING], shuffled[FITTING:]))
+    fitting, validation = (part.sort().values for part in (shuffled[:_FITTING], shuffled[_FITTING:]))
     rows = {"train": train, "heldout": heldout.nonzero().flatten(), "fitting": fitting, "validation": validation}
     return images, labels, rows
 
@@ -49,8 +45,8 @@ def digits(split: str) -> tuple[Tensor, Tensor]:
         Images ``(N, 1, 8, 8)`` float32 in [-1, 1] (17 grey levels) and labels ``(N,)``.
     """
     images, labels, rows = _digits()
-    if split not in SPLITS:
-        raise ValueError(f"digits: unknown split {split!r}; known: {', '.join(SPLITS)}")
+    if split not in rows:
+        raise ValueError(f"digits: unknown split {split!r}; known: {', '.join(rows)}")
     return images[rows[split]], labels[rows[split]]
 
 
@@ -92,7 +88,7 @@ def affine(images: Tensor, draws: Tensor, degrees: float, shift: float) -> Tenso
     return torch.nn.functional.grid_sample(images + 1, grid, align_corners=False) - 1
 
 
-class Digits(L.LightningDataModule):
+class Digits(DataModule):
     """Digits for ``fit``, ``validate`` and ``test``, as batches of ``{image, label, index}``.
 
     Args:
@@ -106,9 +102,6 @@ class Digits(L.LightningDataModule):
         seed: of order and augmentation; None takes that of ``seed_everything``.
     """
 
-    # With fewer batches than ranks some ranks have nothing to do, which is fine here.
-    allow_zero_length_dataloader_with_multiple_devices = True
-
     def __init__(
         self,
         batch_size: int = 128,
@@ -121,29 +114,19 @@ class Digits(L.LightningDataModule):
         seed: int | None = None,
     ):
         super().__init__()
-        check_numbers(batch_size=(batch_size, 1), heldout_draws=(heldout_draws, 1))
-        self.allow_zero_length_dataloader_with_multiple_devices = True
+        check_at_least(1, batch_size=batch_size, heldout_draws=heldout_draws)
         self.batch_size, self.rotate, self.shift, self.heldout_draws = batch_size, rotate, shift, heldout_draws
         self.train_split, self.val_split, self.test_split, self.seed = train_split, val_split, test_split, seed
-        self.num_classes, self.image_shape = NUM_CLASSES, (1, 8, 8)
+        self.num_classes, self.image_shape = _NUM_CLASSES, (1, 8, 8)
 
     def train_dataloader(self) -> DataLoader:
-        dataset = DigitImages(self.train_split)
-        return train_loader(dataset, self.batch_size, run_seed(self.seed), *self._place())
+        return train_loader(DigitImages(self.train_split), self.batch_size, run_seed(self.seed), *self.place)
 
     def val_dataloader(self) -> DataLoader:
-        return self._heldout(self.val_split)
+        return heldout_loader(DigitImages(self.val_split, self.heldout_draws), 250, *self.place)
 
     def test_dataloader(self) -> DataLoader:
-        return self._heldout(self.test_split)
-
-    def _heldout(self, split: str) -> DataLoader:
-        dataset = DigitImages(split, self.heldout_draws)
-        return heldout_loader(dataset, 250, *self._place())
-
-    def _place(self) -> tuple[int, int]:
-        """Rank and number of ranks; one alone where there is no trainer."""
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        return heldout_loader(DigitImages(self.test_split, self.heldout_draws), 250, *self.place)
 
     def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
         if self.trainer.training and (self.rotate or self.shift):

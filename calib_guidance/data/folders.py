@@ -32,9 +32,6 @@ class FolderImages(IndexedSource):
 
     Args:
         options: of the source. A split is a folder in it, or a part of one such as ``train[:90%]``.
-
-    Attributes:
-        why_unlabelled: why images have no labels; empty where they have.
     """
 
     kind = "image folder"
@@ -48,7 +45,6 @@ class FolderImages(IndexedSource):
             raise options.several_splits(first)
         if dangling:
             log.warning(f"{self.root}: dangling links: {len(dangling)} ({listed(dangling)})")
-        self.why_unlabelled = ""
         labels = self._classes(files, folders)
         rows = positions(bracket + part, len(files))
         # Both in one buffer each, which processes that load images share instead of copying.
@@ -65,28 +61,22 @@ class FolderImages(IndexedSource):
         raise options.no_split(split, sorted(path.name for path in options.path.iterdir() if path.is_dir()))
 
     def _classes(self, files: list[tuple[str, ...]], folders: list[str]) -> list[int] | None:
-        """Class number of each image; sets names and says what is wrong with folders."""
+        """Class number of each image; sets names, or why there are none."""
         strays = [parts[0] for parts in files if len(parts) == 1]
         used = {parts[0] for parts in files if len(parts) > 1}
         if not used:
-            self.why_unlabelled = "the images are not in folders, one for each class"
-            return None
+            return self._unlabelled("the images are not in folders, one for each class")
         if strays:
-            self.why_unlabelled = f"images beside the class folders: {len(strays)} ({listed(strays)})"
-            log.warning(
-                f"{self.root}: {self.why_unlabelled}. Images have no labels: move these into a class, or remove them"
-            )
-            return None
+            why = f"images beside the class folders: {len(strays)} ({listed(strays)})"
+            return self._unlabelled(why, "Images have no labels: move these into a class, or remove them")
         if _counts_files(files):
-            self.why_unlabelled = "its folders number files by the thousand, as EDM's generator writes them"
-            return None
+            return self._unlabelled("its folders number files by the thousand, as EDM's generator writes them")
         numbers = {folder: number for number, folder in enumerate(folders)}
         if all(folder.isdecimal() for folder in folders):
             numbers = {folder: int(folder) for folder in folders}
             if len({*numbers.values()}) < len(folders) or max(numbers.values()) >= _MOST_CLASSES:
-                self.why_unlabelled = f"its folders are not numbers of classes: {listed(folders)}"
-                log.warning(f"{self.root}: {self.why_unlabelled}. They have to differ and be below {_MOST_CLASSES:,}")
-                return None
+                why = f"its folders are not numbers of classes: {listed(folders)}"
+                return self._unlabelled(why, f"They have to differ and be below {_MOST_CLASSES:,}")
             folders = [str(number) for number in range(max(numbers.values()) + 1)]
         if empty := [folder for folder in numbers if folder not in used]:
             log.warning(
@@ -94,6 +84,11 @@ class FolderImages(IndexedSource):
             )
         self.class_names = folders
         return [numbers[parts[0]] for parts in files]
+
+    def _unlabelled(self, why: str, cure: str = "") -> None:
+        self.why_unlabelled = why
+        if cure:
+            log.warning(f"{self.root}: {why}. {cure}")
 
     def __getitem__(self, position: int) -> Row:
         name = os.fsdecode(self.files[position].as_py())

@@ -6,29 +6,26 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-import lightning as L
-import torch
 from datasets.distributed import split_dataset_by_node
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode, v2
 
-from calib_guidance.data.base import IndexedSource, SourceOptions, init_arg, listed
-from calib_guidance.data.folders import FolderImages
-from calib_guidance.data.image_datasets import ImageReader, ImageRows, ImageStream, TrainImageStream
+from calib_guidance.data.base import ImageSource, SourceOptions, init_arg, listed
+from calib_guidance.data.image_datasets import ImageReader, ImageRows, ImageStream
 from calib_guidance.data.imagenet import imagenet_labels, imagenet_names
 from calib_guidance.data.loading import (
+    DataModule,
     ResumableLoader,
     SkippedImages,
+    check_at_least,
     heldout_loader,
     run_seed,
     take_reports,
     train_loader,
 )
-from calib_guidance.data.sample_requests import check_numbers
 from calib_guidance.data.source import open_source
-from calib_guidance.data.tables import StreamedImages
 from calib_guidance.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
@@ -38,7 +35,7 @@ _STREAM_SHARDS = 8  # of local data, for each process that reads
 _ENOUGH_SEEN = 500  # images of a stream, before a fraction of them means anything
 
 
-class ImageData(L.LightningDataModule):
+class ImageData(DataModule):
     """Images in [-1, 1] with labels, as batches ``{"image", "label", "index"[, "t"]}``.
 
     Training images go through ``train_transform``. Held-out ones are resized so that the shorter side is ``image_size`` (bicubic,
@@ -102,54 +99,41 @@ class ImageData(L.LightningDataModule):
         heldout_draws: int = 1,
     ):
         super().__init__()
-        # With fewer held-out images than devices some devices have nothing to do, which is fine here.
-        self.allow_zero_length_dataloader_with_multiple_devices = True
-        check_numbers(
-            image_size=(image_size, 1),
-            batch_size=(batch_size, 1),
-            num_workers=(num_workers, 0),
-            shuffle_buffer=(shuffle_buffer, 1),
-            samples_per_epoch=(1 if samples_per_epoch is None else samples_per_epoch, 1),
-            num_classes=(1 if num_classes is None else num_classes, 1),
-            seed=(seed or 0, 0),
-            heldout_draws=(heldout_draws, 1),
-        )
+        check_at_least(1, image_size=image_size, batch_size=batch_size, shuffle_buffer=shuffle_buffer)
+        check_at_least(1, samples_per_epoch=samples_per_epoch, num_classes=num_classes, heldout_draws=heldout_draws)
+        check_at_least(0, num_workers=num_workers, seed=seed)
         if channels not in _MODES:
             raise ConfigurationError(f"data.channels must be 1 or 3, got {channels}")
         if classes not in (None, "imagenet"):
             raise ConfigurationError(f"data.classes must be imagenet or null, got {classes!r}")
-        if not 0 <= max_corrupt <= 1:
-            raise ConfigurationError(f"data.max_corrupt must be in [0, 1], got {max_corrupt}")
         if samples_per_epoch is not None and not streaming:
             raise ConfigurationError("data.samples_per_epoch is for streams: set data.streaming, or leave it out")
         self.source, self.streaming = source, streaming
         self.splits = {"train": train_split, "val": val_split, "test": test_split or val_split}
-        columns = {"image_column": image_column, "label_column": label_column}
-        columns |= {"time_column": time_column, "index_column": index_column}
-        self.options = SourceOptions(source, subset=subset, **columns, option=init_arg)
+        columns = (image_column, label_column, time_column, index_column)
+        self.options = SourceOptions(source, None, subset, *columns, option=init_arg)
         self.image_shape = (channels, image_size, image_size)
         self.batch_size, self.num_workers, self.heldout_draws = batch_size, num_workers, heldout_draws
         self.shuffle_buffer, self.samples_per_epoch = shuffle_buffer, samples_per_epoch
-        self.classes, self.max_corrupt = classes, max_corrupt
-        self.num_classes, self.class_names = num_classes, None
+        self.classes, self.num_classes, self.class_names = classes, num_classes, None
         self.seed = run_seed(seed)
         resize = {"interpolation": InterpolationMode.BICUBIC, "antialias": True}
         self.train_transform = train_transform or v2.Compose(
             [v2.RandomResizedCrop(image_size, scale=(0.25, 1.0), **resize), v2.RandomHorizontalFlip()]
         )
         self.heldout_transform = v2.Compose([v2.Resize(image_size, **resize), v2.CenterCrop(image_size)])
-        self._data: dict[str, Any] = {}
-        self._seen: dict[str, int] = {}
-        self._corrupt: dict[str, SkippedImages] = {}
+        self._data: dict[str, ImageRows | ImageStream] = {}
+        self._seen = dict.fromkeys(self.splits, 0)
+        self._corrupt = {use: SkippedImages(self._where(use), max_corrupt) for use in self.splits}
 
     def prepare_data(self) -> None:
-        """Fills the cache of datasets, once for all devices of a machine."""
+        """Fill the cache of datasets, once for all devices of a machine."""
         if not self.streaming:
             for split in dict.fromkeys(self.splits.values()):
                 self._open(split)
 
     def setup(self, stage: str) -> None:
-        """Opens the splits of a stage."""
+        """Open the splits of a stage."""
         used = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]
         reference = self._open(self.splits["train"])  # for the class names, whatever the stage
         self._number_classes(reference.class_names)
@@ -159,103 +143,75 @@ class ImageData(L.LightningDataModule):
                 rank_zero_info(source.summary())
                 self._data[use] = self._dataset(use, source, reference.class_names)
 
-    def _open(self, split: str) -> IndexedSource | StreamedImages:
+    def _where(self, use: str) -> str:
+        return f"{self.source}, split {self.splits[use]!r}"
+
+    def _open(self, split: str) -> ImageSource:
         source = open_source(replace(self.options, split=split), "stream" if self.streaming else "random")
         if not source.labelled:
-            if isinstance(source, FolderImages):
-                raise ConfigurationError(f"{source.where}: no classes, because {source.why_unlabelled}")
-            raise ConfigurationError(
-                f"{source.where}: no column of labels is found; name one of integers with data.label_column"
-            )
+            raise ConfigurationError(f"{source.where}: no classes, because {source.why_unlabelled}")
         return source
 
     def _number_classes(self, names: list[str] | None) -> None:
-        if self.classes == "imagenet":
-            self.class_names = imagenet_names()[0]
-        elif names is not None:
-            self.class_names = names
-        elif self.num_classes is None:
-            raise ConfigurationError(f"{self.source}: its labels are numbers without names; state data.num_classes")
-        if self.class_names is not None:
-            if self.num_classes not in (None, len(self.class_names)):
-                raise ConfigurationError(
-                    f"data.num_classes is {self.num_classes}, but there are {len(self.class_names)} named classes; "
-                    "leave it out, or set data.classes to imagenet where the classifier's classes are those"
-                )
+        self.class_names = imagenet_names()[0] if self.classes == "imagenet" else names
+        if self.class_names is None:
+            if self.num_classes is None:
+                raise ConfigurationError(f"{self.source}: its labels are numbers without names; state data.num_classes")
+        elif self.num_classes in (None, len(self.class_names)):
             self.num_classes = len(self.class_names)
+        else:
+            raise ConfigurationError(
+                f"data.num_classes is {self.num_classes}, but there are {len(self.class_names)} named classes; "
+                "leave it out, or set data.classes to imagenet where the classifier's classes are those"
+            )
 
-    def _labels(self, split: str, names: list[str] | None, reference: list[str] | None) -> list[int] | None:
-        """The number of each class of a split."""
-        where = f"{self.source}, split {split!r}"
+    def _labels(self, use: str, names: list[str] | None, reference: list[str] | None) -> list[int] | None:
+        """The number of each class of a split; None where labels are right already."""
         if self.classes == "imagenet":
             if names is None:
                 raise ConfigurationError(
-                    f"{where}: data.classes is imagenet, but the labels have no names to order them by. If they are in "
-                    "torchvision's order already, set classes to null and num_classes to 1000"
+                    f"{self._where(use)}: data.classes is imagenet, but the labels have no names to order them by. If they are "
+                    "in torchvision's order already, set classes to null and num_classes to 1000"
                 )
-            return imagenet_labels(names, where)
+            return imagenet_labels(names, self._where(use))
         if names is None or reference is None:
             return None
         if unknown := [name for name in names if name not in reference]:
             absent = [name for name in reference if name not in names]
             raise ConfigurationError(
-                f"{where}: its class names do not match those of split {self.splits['train']!r}. Only here: "
+                f"{self._where(use)}: its class names do not match those of split {self.splits['train']!r}. Only here: "
                 f"{listed(unknown)}. Only there: {listed(absent) or 'none'}"
             )
         return [reference.index(name) for name in names]
 
-    def _dataset(
-        self, use: str, source: IndexedSource | StreamedImages, reference: list[str] | None
-    ) -> ImageRows | ImageStream:
-        transform = self.train_transform if use == "train" else self.heldout_transform
-        self._check(transform)
+    def _dataset(self, use: str, source: ImageSource, reference: list[str] | None) -> ImageRows | ImageStream:
+        train, (rank, world) = use == "train", self.place
         reader = ImageReader(
             mode=_MODES[self.image_shape[0]],
-            transform=transform,
-            labels=self._labels(self.splits[use], source.class_names, reference),
+            transform=self.train_transform if train else self.heldout_transform,
+            labels=self._labels(use, source.class_names, reference),
             num_classes=self.num_classes,
             shape=self.image_shape,
-            seed=self.seed if use == "train" else None,
+            seed=self.seed if train else None,
         )
-        draws = 1 if use == "train" else self.heldout_draws
         if not self.streaming:
-            return ImageRows(source, reader, draws)
-        rank, world = self._device()
-        rows = (
-            source.rows
-            if isinstance(source, StreamedImages)
-            else source.stream(_STREAM_SHARDS * world * max(1, self.num_workers), shuffle=use == "train")
-        )
+            return ImageRows(source, reader, 1 if train else self.heldout_draws)
+        rows = source.stream(_STREAM_SHARDS * world * max(1, self.num_workers), shuffle=train)
         rows = split_dataset_by_node(rows, rank, world)
-        if use != "train":
-            return ImageStream(source, rows, reader, draws)
+        if not train:
+            return ImageStream(source, rows, reader, self.heldout_draws)
         samples = self.samples_per_epoch or source.num_images
         if samples is None:
             raise ConfigurationError(
                 f"{self.source} does not state how many images split {self.splits[use]!r} has: set "
                 "data.samples_per_epoch"
             )
-        return TrainImageStream(source, rows, reader, self.seed, self.shuffle_buffer, samples // world)
-
-    def _check(self, transform: nn.Module) -> None:
-        example = torch.zeros(self.image_shape, dtype=torch.uint8)
-        result = transform(example)
-        if (
-            not isinstance(result, torch.Tensor)
-            or result.dtype != torch.uint8
-            or tuple(result.shape) != self.image_shape
-        ):
-            raise ConfigurationError(
-                f"data.train_transform has to make 8-bit images of shape {self.image_shape}; it made "
-                f"{getattr(result, 'dtype', type(result).__name__)} of shape {tuple(getattr(result, 'shape', ()))}"
-            )
-
-    def _device(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        order = {"seed": self.seed, "block_size": self.shuffle_buffer, "samples": samples // world}
+        return ImageStream(source, rows, reader, **order)
 
     def _reading(self, use: str) -> dict[str, Any]:
-        rank, world = self._device()
-        data, workers = self._data[use], self.num_workers
+        """Options of the loader of a split."""
+        data, workers, (rank, world) = self._data[use], self.num_workers, self.place
         if isinstance(data, ImageStream) and data.rows.num_shards < workers:
             workers = data.rows.num_shards
             log.warning(
@@ -275,21 +231,18 @@ class ImageData(L.LightningDataModule):
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         use = "train" if self.trainer.training else "test" if self.trainer.testing else "val"
-        reports = take_reports(batch)
-        self._seen[use] = self._seen.get(use, 0) + len(batch["image"]) + len(reports)
-        data = self._data[use]
+        reports, data = take_reports(batch), self._data[use]
+        self._seen[use] += len(batch["image"]) + len(reports)
         if isinstance(data, ImageRows):
             total = data.source.num_images
         else:
             total = max(_ENOUGH_SEEN, min(self._seen[use], self.samples_per_epoch or self._seen[use]))
-        if use not in self._corrupt:
-            self._corrupt[use] = SkippedImages(f"{self.source}, split {self.splits[use]!r}", self.max_corrupt)
         self._corrupt[use].count(reports, total)
         return batch
 
     def teardown(self, stage: str) -> None:
         for corrupt in self._corrupt.values():
-            corrupt.summarise()
+            corrupt.summarize()
 
 
 class ImageSplit(ImageRows):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -24,7 +24,6 @@ from calib_guidance.data.tables import StreamedImages
 from calib_guidance.errors import ConfigurationError
 
 _INDEX_RANGE = 2**62
-StreamSource = IndexedSource | StreamedImages
 
 
 @dataclass
@@ -47,13 +46,26 @@ class ImageReader:
     shape: tuple[int, int, int]
     seed: int | None
 
+    def __post_init__(self) -> None:
+        self._transformed(torch.zeros(self.shape, dtype=torch.uint8), "")
+
+    def _transformed(self, pixels: Tensor, where: str) -> Tensor:
+        made = self.transform(pixels)
+        shape, dtype = getattr(made, "shape", ()), getattr(made, "dtype", type(made).__name__)
+        if tuple(shape) != self.shape or dtype != torch.uint8:
+            raise ConfigurationError(
+                f"{where}data.train_transform has to make 8-bit images of shape {self.shape}; it made {dtype} of shape "
+                f"{tuple(shape)}. Give it a resize or crop to data.image_size, and no conversion to floats"
+            )
+        return made
+
     def wrong_label(self, label: int, name: str) -> str | None:
         """What is wrong with a label of the source, or None."""
         known = self.num_classes if self.labels is None else len(self.labels)
         return None if 0 <= label < known else f"{name}: label {label} is outside 0 … {known - 1}"
 
     def __call__(self, row: Row, index: int | None, epoch: int, draw: int = 0) -> dict[str, Any]:
-        """The item; ``{"corrupt": name}`` where the image cannot be read, ``{"wrong": message}`` where its label is wrong.
+        """The item; ``{"corrupt": name}`` where the image cannot be read, ``{"wrong": message}`` for other errors.
 
         Args:
             row: of the source.
@@ -67,20 +79,15 @@ class ImageReader:
         try:
             data = contents(row)
             pixels = pil_to_tensor(decode(data, self.mode, name)[0])
+            if index is None:
+                digest = hashlib.blake2b(data, digest_size=8, salt=draw.to_bytes(8, "little")).digest()
+                index = int.from_bytes(digest, "little") % _INDEX_RANGE
+            with contextlib.nullcontext() if self.seed is None else seeded(self.seed, epoch, index):
+                pixels = self._transformed(pixels, f"{name}: ")
         except UnreadableImageError as error:
             return {"corrupt": f"{name} ({error})"}
         except ConfigurationError as error:  # a worker would make a traceback of it
             return {"wrong": str(error)}
-        if index is None:
-            digest = hashlib.blake2b(data, digest_size=8, salt=draw.to_bytes(8, "little")).digest()
-            index = int.from_bytes(digest, "little") % _INDEX_RANGE
-        with contextlib.nullcontext() if self.seed is None else seeded(self.seed, epoch, index):
-            pixels = self.transform(pixels)
-        if tuple(pixels.shape) != self.shape:
-            return {
-                "wrong": f"{name}: the transform makes it {tuple(pixels.shape)}, expected {self.shape}: give "
-                "data.train_transform a resize or crop to data.image_size"
-            }
         label = row.label if self.labels is None else self.labels[row.label]
         item = {"image": from_uint8(pixels), "label": label, "index": index}
         return item if row.time is None else {**item, "t": row.time}
@@ -117,24 +124,46 @@ class ImageRows(Dataset):
 
 
 class ImageStream(IterableDataset):
-    """One device's part of a streamed data set, once or several times, in order.
+    """One device's part of a streamed data set.
 
-    Its state is the position in the stream: the pass, the start of the current block of rows, and how many of them are taken. A
+    Held out, rows come in order, ``draws`` times. To train on, they come over and over, shuffled by (seed, epoch, pass): files
+    in random order, rows in random order within blocks.
+
+    The state is the position in the stream: the pass, the start of the current block of rows, and how many of them are taken. A
     resumed stream reads that block again.
 
     Args:
-        source: of the images; makes a :class:`Row` of a dict of columns.
-        rows: the part of this device.
+        source: of the images.
+        rows: the part of this device of ``source.stream``.
         reader: makes an item of a row.
-        draws: how many passes.
+        draws: how many passes over held-out images; each one is another draw of them.
+        seed: of the order to train in; None for held-out images.
+        block_size: how many rows are shuffled at a time; each worker holds so many encoded images.
+        samples: of an epoch of training on this device.
     """
 
-    block_size = 1
-
-    def __init__(self, source: StreamSource, rows: datasets.IterableDataset, reader: ImageReader, draws: int = 1):
+    def __init__(
+        self,
+        source: IndexedSource | StreamedImages,
+        rows: datasets.IterableDataset,
+        reader: ImageReader,
+        draws: int = 1,
+        seed: int | None = None,
+        block_size: int = 1,
+        samples: int | None = None,
+    ):
         self.source, self.rows, self.reader, self.draws, self.epoch = source, rows, reader, draws, 0
+        self.seed, self.block_size, self.samples = seed, block_size, samples
         self._place: dict[str, Any] = {}
         self._resume: dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        if self.samples is None:
+            raise TypeError("a stream of held-out images has no length")
+        return self.samples
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self._place)
@@ -142,80 +171,34 @@ class ImageStream(IterableDataset):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resume = dict(state_dict)
 
-    def passes(self, first: int) -> Iterable[int]:
-        return range(first, self.draws)
-
-    def shard_order(self, number: int) -> int:
-        """Of the files in one pass: a random order for each number > 0."""
-        return 0
-
-    def block_order(self, number: int, block: int, size: int) -> list[int]:
-        return list(range(size))
-
-    def _item(self, values: dict[str, Any], draw: int) -> dict[str, Any]:
-        row = self.source.row(values)
-        index = None if row.index is None else (row.index + draw * hashed(0)) % _INDEX_RANGE
-        return self.reader(row, index, self.epoch, draw)
+    def _order(self, size: int, *key: int) -> list[int]:
+        if self.seed is None:
+            return list(range(size))
+        generator = torch.Generator().manual_seed(hashed(self.seed, self.epoch, *key))
+        return torch.randperm(size, generator=generator).tolist()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         resume, self._resume = self._resume, {}
         # A new object in each worker: the epoch of an IterableDataset lies in memory that processes share.
         rows = self.rows.select_columns([*self.rows.features])
-        for number in self.passes(resume.get("pass", 0)):
+        first = resume.get("pass", 0)
+        for number in range(first, self.draws) if self.seed is None else itertools.count(first):
             start, block, skip = resume.get("start"), resume.get("block", 0), resume.get("taken", 0)
             resume = {}
-            rows.set_epoch(self.shard_order(number))
+            # Files come in random order for each number > 0.
+            rows.set_epoch(0 if self.seed is None else 1 + (hashed(self.seed, self.epoch, number) >> 32))
             rows.load_state_dict(start or {})
             source = iter(rows)
             empty = start is None
             while chunk := list(itertools.islice(source, self.block_size)):
                 empty = False
-                for taken, i in enumerate(self.block_order(number, block, len(chunk))[skip:], skip + 1):
+                for taken, i in enumerate(self._order(len(chunk), number, block)[skip:], skip + 1):
                     self._place = {"pass": number, "start": start, "block": block, "taken": taken}
+                    row = self.source.row(chunk[i])
                     # To train on, an image is the same one in every pass; held out, each pass is another draw of it.
                     draw = number % self.draws
-                    yield self._item(chunk[i], draw)
+                    index = None if row.index is None else (row.index + draw * hashed(0)) % _INDEX_RANGE
+                    yield self.reader(row, index, self.epoch, draw)
                 start, block, skip = rows.state_dict(), block + 1, 0
             if empty:
                 return
-
-
-class TrainImageStream(ImageStream):
-    """One device's part of a streamed data set, over and over, shuffled by (seed, epoch, pass).
-
-    The files come in random order, and rows in random order within blocks.
-
-    Args:
-        source, rows, reader: see :class:`ImageStream`.
-        seed: of the order.
-        block_size: how many rows are shuffled at a time; each worker holds so many encoded images.
-        samples: of an epoch on this device.
-    """
-
-    def __init__(
-        self,
-        source: StreamSource,
-        rows: datasets.IterableDataset,
-        reader: ImageReader,
-        seed: int,
-        block_size: int,
-        samples: int,
-    ):
-        super().__init__(source, rows, reader)
-        self.seed, self.block_size, self.samples = seed, block_size, samples
-
-    def __len__(self) -> int:
-        return self.samples
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def passes(self, first: int) -> Iterable[int]:
-        return itertools.count(first)
-
-    def shard_order(self, number: int) -> int:
-        return 1 + (hashed(self.seed, self.epoch, number) >> 32)
-
-    def block_order(self, number: int, block: int, size: int) -> list[int]:
-        generator = torch.Generator().manual_seed(hashed(self.seed, self.epoch, number, block))
-        return torch.randperm(size, generator=generator).tolist()

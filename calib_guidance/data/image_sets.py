@@ -55,39 +55,59 @@ class _Decoded(NamedTuple):
     pixels: np.ndarray | None  # (C, H, W)
     digest: bytes
     conversions: int
-    problem: str
+    problem: str  # with the name, where there are no pixels
 
 
 class ImageSet:
-    """The images of a source at one size and in one mode. Each is read when its batch is asked for.
+    """The images of a source in a fixed order, at one size and in one mode, to measure them.
 
-    Images that cannot be read are skipped, named and counted.
+    Each is read when its batch is asked for. Images that cannot be read are skipped, named and counted.
 
     Args:
-        source: of the images.
-        size: side to which images are resized and cropped; None leaves them as they are.
-        resize: how, one of :data:`~calib_guidance.data.preprocess.RESIZES`.
-        mode: ``RGB`` or ``L`` (grey) that images are converted to; None leaves them as they are.
+        source, options: see :class:`~calib_guidance.data.base.SourceOptions`: ``split``, ``subset``, ``image_column``,
+            ``label_column``. Or an :class:`~calib_guidance.data.base.ImageSource`, without options.
+        size: side to which all images are resized and cropped; None takes them as they are.
+        resize: how: ``adm`` (as its reference batches were made) or ``lanczos`` (EDM's), see
+            :data:`~calib_guidance.data.preprocess.RESIZES`.
+        mode: ``RGB`` or ``L`` (grey) that all images are converted to.
         max_corrupt: fraction of images that may be unreadable, in [0, 1].
 
     Attributes:
+        source: that is read.
         name, num_images, labelled: of the source.
         image_shape: ``(C, H, W)`` of every image, that of the first one that can be read.
     """
 
-    def __init__(self, source: ImageSource, size: int | None, resize: str, mode: str | None, max_corrupt: float):
-        self.source, self.name, self.num_images, self.labelled = source, source.name, source.num_images, source.labelled
+    def __init__(
+        self,
+        source: str | os.PathLike[str] | ImageSource,
+        size: int | None = None,
+        *,
+        resize: str = "adm",
+        mode: str | None = None,
+        max_corrupt: float = 0.01,
+        **options: str | None,
+    ):
+        if resize not in RESIZES:
+            raise ConfigurationError(f"--resize: unknown {resize!r}; known: {', '.join(RESIZES)}")
+        if mode is not None and mode not in MODES:
+            raise ConfigurationError(f"--mode: unknown {mode!r}; known: {', '.join(MODES)}")
+        if size is not None and size < 1:
+            raise ConfigurationError(f"--size must be 1 or more, got {size}")
+        opened = source if isinstance(source, ImageSource) else None
+        self._corrupt = SkippedImages(opened.name if opened else str(source), max_corrupt, "--max-corrupt")
+        self.source = opened or open_source(SourceOptions(str(source), **options))
+        self.name, self.num_images, self.labelled = self.source.name, self.source.num_images, self.source.labelled
         self.size, self.resize, self.mode = size, resize, mode
-        self._corrupt = SkippedImages(self.name, max_corrupt, "--max-corrupt")
-        self._problems: dict[int, tuple[str, str]] = {}
-        # Kept by position, so that an image that is read twice, or by any process, counts once.
+        self._problems: dict[int, str] = {}
+        # By position: an image that is read twice, or by any process, counts once.
         self._digests = np.zeros((self.num_images, 32), np.uint8)
         self._done = np.zeros(self.num_images, np.uint8)
         first = self._first_readable()
         self.image_shape: tuple[int, int, int] = first.pixels.shape
         self._first = first.row.name
-        if size is None and isinstance(source, FolderImages):
-            self._check_sizes(source)
+        if size is None and isinstance(self.source, FolderImages):
+            self._check_sizes()
 
     def _first_readable(self) -> _Decoded:
         reasons = []
@@ -95,7 +115,7 @@ class ImageSet:
             decoded = self._decode(position, row)
             if decoded.pixels is not None:
                 return decoded
-            reasons.append(f"{row.name} ({decoded.problem})")
+            reasons.append(decoded.problem)
             self._corrupt.count(reasons[-1:], self.num_images)
         raise ConfigurationError(f"{self.name}: no image can be read: {', '.join(reasons[:_NAMED])}")
 
@@ -103,7 +123,7 @@ class ImageSet:
         try:
             picture, done = decode(contents(row), self.mode, row.name)
         except UnreadableImageError as error:
-            return _Decoded(position, row, None, b"", 0, str(error))
+            return _Decoded(position, row, None, b"", 0, f"{row.name} ({error})")
         if self.size is not None:
             picture, enlarged = crop(picture, self.size, self.resize)
             done |= enlarged
@@ -112,10 +132,10 @@ class ImageSet:
         digest = hashlib.sha256(np.array(pixels.shape, "<i8").tobytes() + pixels.tobytes()).digest()
         return _Decoded(position, row, pixels, digest, done, "")
 
-    def _check_sizes(self, source: FolderImages) -> None:
-        """Reads the heads of all files, so that a different size is found before hours of work."""
+    def _check_sizes(self) -> None:
+        """Read the heads of all files, which finds a different size before hours of work."""
         for position in range(self.num_images):
-            row = source[position]
+            row = self.source[position]
             with contextlib.suppress(UnreadableImageError):  # counted when it is read
                 height, width = image_size(row)
                 self._check_shape((self.image_shape[0], height, width), row.name)
@@ -138,10 +158,9 @@ class ImageSet:
     def _take(self, decoded: Sequence[_Decoded]) -> ImageBatch | None:
         """A batch of what can be read, None where nothing can; records all of it."""
         good = [item for item in decoded if item.pixels is not None]
-        bad = [item for item in decoded if item.pixels is None]
-        for item in bad:
-            self._problems[item.position] = (item.row.name, item.problem)
-        self._corrupt.count([f"{item.row.name} ({item.problem})" for item in bad], self.num_images)
+        bad = {item.position: item.problem for item in decoded if item.pixels is None}
+        self._problems |= bad
+        self._corrupt.count([*bad.values()], self.num_images)
         for item in good:
             self._check_shape(item.pixels.shape, item.row.name)
             self._digests[item.position] = np.frombuffer(item.digest, np.uint8)
@@ -176,18 +195,17 @@ class ImageSet:
         """Exchange what the processes found in their batches. Each process calls it after its last batch."""
         positions = np.flatnonzero(self._digests.any(1))
         everyone = processes.gather_rows(torch.from_numpy(positions)).numpy()
-        self._digests[everyone] = processes.gather_rows(torch.from_numpy(self._digests[positions])).cpu().numpy()
-        self._done[everyone] = processes.gather_rows(torch.from_numpy(self._done[positions])).cpu().numpy()
+        self._digests[everyone] = processes.gather_rows(torch.from_numpy(self._digests[positions])).numpy()
+        self._done[everyone] = processes.gather_rows(torch.from_numpy(self._done[positions])).numpy()
         for problems in processes.gather(self._problems):
-            self._problems.update(problems)
-        reports = [f"{name} ({why})" for name, why in self.skipped]
+            self._problems |= problems
         if not processes.is_first:  # the first one warns of them
-            self._corrupt.names.update(reports)
-        self._corrupt.count(reports, self.num_images)
+            self._corrupt.names.update(self.skipped)
+        self._corrupt.count(self.skipped, self.num_images)
 
     @property
-    def skipped(self) -> list[tuple[str, str]]:
-        """``(file or row, reason)`` of the images that could not be read so far, in order."""
+    def skipped(self) -> list[str]:
+        """``file or row (reason)`` of the images that could not be read so far, in order."""
         return [self._problems[position] for position in sorted(self._problems)]
 
     @property
@@ -213,7 +231,7 @@ class ImageSet:
             "kind": self.source.kind,
             "num_images": self.num_images,
             "num_skipped": len(self._problems),
-            "skipped": [f"{name} ({why})" for name, why in self.skipped[:_NAMED]],
+            "skipped": self.skipped[:_NAMED],
             "image_shape": list(self.image_shape),
             "sha256": self.sha256,
             "preprocessing": None if self.size is None else {"size": self.size, "how": RESIZES[self.resize]},
@@ -227,39 +245,8 @@ class ImageSet:
     @property
     def notes(self) -> list[str]:
         """What the metrics depend on, a sentence each."""
-        found = self.provenance()
-        notes = [f"{count} of {self.num_images} images: {name}" for name, count in found["conversions"].items()]
+        conversions = self.provenance()["conversions"]
+        notes = [f"{count} of {self.num_images} images: {name}" for name, count in conversions.items()]
         if self._problems:
-            notes.append(f"{len(self._problems)} of {self.num_images} images were skipped: {found['skipped'][0]} …")
+            notes.append(f"{len(self._problems)} of {self.num_images} images were skipped: {self.skipped[0]} …")
         return notes
-
-
-def open_images(
-    source: str | os.PathLike[str],
-    size: int | None = None,
-    *,
-    resize: str = "adm",
-    mode: str | None = None,
-    max_corrupt: float = 0.01,
-    **options: str | None,
-) -> ImageSet:
-    """Images of any kind in a fixed order, to measure them.
-
-    Args:
-        source, options: see :class:`~calib_guidance.data.base.SourceOptions`: ``split``, ``subset``, ``image_column``,
-            ``label_column``.
-        size: side to which all images are resized and cropped; None takes them as they are.
-        resize: how: ``adm`` (as its reference batches were made) or ``lanczos`` (EDM's), see
-            :data:`~calib_guidance.data.preprocess.RESIZES`.
-        mode: ``RGB`` or ``L`` (grey) that all images are converted to.
-        max_corrupt: fraction of images that may be unreadable, in [0, 1].
-    """
-    if resize not in RESIZES:
-        raise ConfigurationError(f"--resize: unknown {resize!r}; known: {', '.join(RESIZES)}")
-    if mode is not None and mode not in MODES:
-        raise ConfigurationError(f"--mode: unknown {mode!r}; known: {', '.join(MODES)}")
-    if size is not None and size < 1:
-        raise ConfigurationError(f"--size must be 1 or more, got {size}")
-    if not 0 <= max_corrupt <= 1:
-        raise ConfigurationError(f"--max-corrupt is a fraction in [0, 1], got {max_corrupt}")
-    return ImageSet(open_source(SourceOptions(str(source), **options)), size, resize, mode, max_corrupt)

@@ -8,17 +8,39 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import lightning as L
 import numpy as np
 import torch
-from torch import Tensor, distributed
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+from torch import distributed
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset, default_collate
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
+from calib_guidance.backend.distributed import DistributedContext
 from calib_guidance.data.base import listed
 from calib_guidance.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
+
+
+class DataModule(L.LightningDataModule):
+    """A data module of which a device may get no samples, where there are fewer samples than devices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Rank of this device and number of devices."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+
+def check_at_least(least: int, **values: int | None) -> None:
+    """Raise ConfigurationError for the first option of the data module that is below ``least``; None is unset."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ConfigurationError(f"data.{name} must be at least {least}, got {value}")
 
 
 def hashed(*key: int) -> int:
@@ -33,55 +55,41 @@ def run_seed(seed: int | None) -> int:
 
 @contextlib.contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Inside, torch's global CPU generator starts at a function of ``key``; outside it is as if nothing had happened.
+    """Start torch's global CPU generator at a function of ``key``, and restore its state afterward.
 
     torchvision's v2 transforms draw from that generator. torch.manual_seed would reset the generators of the GPUs as well.
     """
-    generator = torch.default_generator
-    state = generator.get_state()
-    generator.manual_seed(hashed(*key))
-    try:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(hashed(*key))
         yield
-    finally:
-        generator.set_state(state)
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """One batch of items ``{"image": (C, H, W), "label": int, "index": int[, "t": int]}``.
+    """One batch of items; numbers become int64.
 
-    An item ``{"corrupt": path}`` stands for a skipped image, an item ``{"wrong": message}`` for an error.
-    :func:`take_reports` takes both out again.
-
-    Returns:
-        ``image (N, C, H, W)`` float32, ``label``, ``index`` and, where items have it, ``t`` ``(N,)`` int64; and, where there are
-        any, ``corrupt``, the paths, and ``wrong``, the messages.
+    An item ``{"corrupt": path}`` stands for a skipped image, an item ``{"wrong": message}`` for an error. Their values become
+    lists ``corrupt`` and ``wrong`` in the batch, until :func:`take_reports` takes them out.
     """
-    batch: dict[str, Any] = {}
-    for kind in ("corrupt", "wrong"):
-        if reports := [item[kind] for item in items if kind in item]:
-            batch[kind] = reports
-    good = [item for item in items if "image" in item]
-    for key in good[0] if good else ():
-        values = [item[key] for item in good]
-        batch[key] = torch.stack(values) if isinstance(values[0], Tensor) else torch.tensor(values, dtype=torch.int64)
-    return batch
+    reports = {key: [item[key] for item in items if key in item] for key in ("corrupt", "wrong")}
+    good = [item for item in items if not item.keys() & reports.keys()]
+    return (default_collate(good) if good else {}) | {key: values for key, values in reports.items() if values}
 
 
 def take_reports(batch: dict[str, Any]) -> list[str]:
-    """Takes out of a batch what :func:`collate` reports, and gives the paths of the corrupt images.
+    """Take what :func:`collate` reports out of a batch, and return the paths of the corrupt images.
 
-    Here rather than in a worker, where an error becomes the text of a traceback.
+    Errors are raised here rather than in a worker, which would replace them by the text of a traceback.
     """
     if wrong := batch.pop("wrong", []):
         raise ConfigurationError(wrong[0])
     corrupt = batch.pop("corrupt", [])
-    if "image" not in batch:
+    if corrupt and "image" not in batch:
         raise ConfigurationError(f"no image of a batch can be read: {', '.join(corrupt)}")
     return corrupt
 
 
 class SkippedImages:
-    """The distinct corrupt images found so far. Warns of each once, and raises ConfigurationError when there are too many.
+    """The distinct corrupt images found so far.
 
     Args:
         where: the images, for messages.
@@ -90,16 +98,13 @@ class SkippedImages:
     """
 
     def __init__(self, where: str, max_fraction: float, setting: str = "data.max_corrupt"):
+        if not 0 <= max_fraction <= 1:
+            raise ConfigurationError(f"{setting} must be in [0, 1], got {max_fraction}")
         self.where, self.max_fraction, self.setting = where, max_fraction, setting
         self.names: set[str] = set()
 
     def count(self, reports: list[str], total: int) -> None:
-        """Count what a batch reported.
-
-        Args:
-            reports: of :func:`take_reports`.
-            total: number of images that the fraction is of.
-        """
+        """Warn of each new name, and raise ConfigurationError if too many of ``total`` images are corrupt."""
         for name in sorted(set(reports) - self.names):
             log.warning(f"skipped a corrupt image: {name}")
         self.names.update(reports)
@@ -109,8 +114,7 @@ class SkippedImages:
                 f"({self.max_fraction:g}) allows: {listed(sorted(self.names))}"
             )
 
-    def summarise(self) -> None:
-        """Log how many there were, where there were any."""
+    def summarize(self) -> None:
         if self.names:
             log.warning(f"{self.where}: {len(self.names)} corrupt images were skipped: {listed(sorted(self.names))}")
 
@@ -124,32 +128,32 @@ def _world() -> tuple[int, int]:
 class ResumableLoader(StatefulDataLoader):
     """A loader whose place in the epoch is part of every checkpoint that Lightning writes.
 
-    Lightning saves and loads the state by itself. The state holds the place of every device, as each reads its own samples. It
-    is used only in the epoch that it comes from: Lightning tells the epoch to the sampler before it asks for a batch, and the
-    iterator is made at that moment, so that workers never read ahead in the order of another epoch.
+    The state holds the place of every device, as each reads its own samples. It is used only in the epoch that it comes from:
+    Lightning tells the epoch to the sampler before it asks for a batch, and the iterator is made at that moment, so workers never
+    read ahead in the order of another epoch.
     """
 
     _pending: dict[str, Any] | None = None  # where to resume, until iteration starts
-    _place: dict[str, Any] | None = None  # epoch and number of batches taken in it
+    _place: dict[str, Any] | None = (
+        None  # epoch, number of batches taken in it and, when iteration ends, torchdata's state
+    )
 
     @property
-    def epoch(self) -> int:
-        source = self.dataset if isinstance(self.dataset, IterableDataset) else self.sampler
-        return getattr(source, "epoch", 0)
+    def _order(self) -> Any:
+        return self.dataset if isinstance(self.dataset, IterableDataset) else self.sampler
 
     def _layout(self) -> dict[str, int | None]:
-        source = self.dataset if isinstance(self.dataset, IterableDataset) else self.sampler
         return {
             "devices": _world()[1],
             "batch_size": self.batch_size,
             "num_workers": self.num_workers,
             "batches per epoch": len(self),
-            "seed": getattr(source, "seed", None),
+            "seed": getattr(self._order, "seed", None),
         }
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         pending, self._pending = self._pending, None
-        done, epoch = 0, self.epoch
+        done, epoch = 0, getattr(self._order, "epoch", 0)
         if pending is not None and pending["epoch"] == epoch:
             super().load_state_dict(pending["loader"])
             done = pending["batches"]
@@ -171,14 +175,10 @@ class ResumableLoader(StatefulDataLoader):
         place = self._pending or self._place
         if place is not None and "loader" not in place:
             place = {**place, "loader": super().state_dict()}
-        places = [place]
-        if _world()[1] > 1:
-            places = [None] * _world()[1]
-            distributed.all_gather_object(places, place)
-        return {"layout": self._layout(), "places": places}
+        return {"layout": self._layout(), "places": DistributedContext(*_world()).gather(place)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resumes from there when iteration starts in the epoch that the state comes from."""
+        """Resume from there when iteration starts in the epoch that the state comes from."""
         then, now, places = state_dict["layout"], self._layout(), state_dict["places"]
         in_mid_epoch = any(place is not None and place["batches"] < then["batches per epoch"] for place in places)
         different = [f"{name} {then[name]}, now {now[name]}" for name in now if then[name] != now[name]]
@@ -199,20 +199,6 @@ class _Shuffled(StatefulDistributedSampler):
             self.dataset.set_epoch(epoch)
 
 
-class _Strided(DistributedSampler):
-    """Every num_replicas-th sample in order: each exactly once over all ranks, none repeated to make the shares equal."""
-
-    def __init__(self, dataset: Dataset, num_replicas: int, rank: int):
-        super().__init__(dataset, num_replicas, rank, shuffle=False)
-        self.rows = range(rank, len(dataset), num_replicas)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
 def train_loader(
     dataset: Dataset,
     batch_size: int,
@@ -227,12 +213,10 @@ def train_loader(
     Args:
         dataset: items as :func:`collate` takes them. Map-style; or an IterableDataset that is one device's share, shuffles
             itself, has ``__len__`` (samples of an epoch on one device), ``epoch``, ``seed``, ``set_epoch``, ``state_dict`` and
-            ``load_state_dict``, and yields at least that many samples. ``set_epoch``, where there is one, is called before an
-            epoch's workers start.
+            ``load_state_dict``, and yields at least that many samples.
         batch_size: samples per batch and device.
         seed: of the order of map-style data.
-        rank: of this device.
-        world_size: how many devices there are.
+        rank, world_size: of this device; number of devices.
         num_workers: processes that read. They restart in every epoch, so that they know it.
         pin_memory: see torch's DataLoader.
     """
@@ -270,20 +254,20 @@ def heldout_loader(
 ) -> DataLoader:
     """Batches of one device for evaluation, in order: over all devices every sample exactly once.
 
-    Devices may differ by a sample, and have none where there are fewer samples than devices.
+    Devices may differ by a sample, and have none where there are fewer samples than devices; the last batch may be smaller.
 
     Args:
         dataset: items as :func:`collate` takes them; an IterableDataset is one device's share already.
-        batch_size: samples per batch and device; the last may be smaller.
-        rank: of this device.
-        world_size: how many devices there are.
-        num_workers: processes that read.
-        pin_memory: see torch's DataLoader.
+        batch_size, rank, world_size, num_workers, pin_memory: see :func:`train_loader`.
     """
+    sampler = None
+    if not isinstance(dataset, IterableDataset):
+        dataset = Subset(dataset, range(rank, len(dataset), world_size))
+        sampler = DistributedSampler(dataset, 1, 0, shuffle=False)  # Lightning replaces samplers of other kinds
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        sampler=None if isinstance(dataset, IterableDataset) else _Strided(dataset, world_size, rank),
+        sampler=sampler,
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=pin_memory,

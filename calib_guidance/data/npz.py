@@ -66,10 +66,9 @@ class NpzImages(ImageSource):
             }.get(dtype.kind, "convert it")
             raise ConfigurationError(f"{where}, {needed}: {cure}")
         if len(shape) != 4 or shape[3] not in (1, 3, 4):
-            cure = (
-                "transpose it: images.transpose(0, 2, 3, 1)" if len(shape) == 4 and shape[1] in (1, 3) else "reshape it"
-            )
-            cure = "add the channel: images[..., None]" if len(shape) == 3 else cure
+            cure = "add the channel: images[..., None]" if len(shape) == 3 else "reshape it"
+            if len(shape) == 4 and shape[1] in (1, 3):
+                cure = "transpose it: images.transpose(0, 2, 3, 1)"
             raise ConfigurationError(f"{where}, {needed}: {cure}")
         if fortran:
             raise ConfigurationError(
@@ -78,15 +77,13 @@ class NpzImages(ImageSource):
 
     def _labels(self) -> np.ndarray | None:
         """Classes ``(N,)`` int64, where ``arr_1`` is one integer for each image."""
-        with zipfile.ZipFile(self.path) as archive:
-            if "arr_1.npy" not in archive.namelist():
-                return None
+        if "arr_1.npy" not in zipfile.ZipFile(self.path).namelist():
+            return None
         with self._member("arr_1.npy") as file:
             shape, dtype, _ = self._header(file)
             if shape != self.shape[:1] or dtype.kind not in "iu":
-                log.warning(
-                    f"{self.path}: arr_1 is {dtype} {shape}, no class for each of {self.shape[0]} images: not used"
-                )
+                message = f"arr_1 is {dtype} {shape}, no class for each of {self.shape[0]} images: not used"
+                log.warning(f"{self.path}: {message}")
                 return None
             return np.frombuffer(self._exactly(file, dtype.itemsize * shape[0]), dtype).astype(np.int64)
 

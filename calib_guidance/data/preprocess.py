@@ -43,11 +43,7 @@ class UnreadableImageError(Exception):
 
 
 def contents(row: Row) -> bytes:
-    """The encoded image.
-
-    Raises:
-        UnreadableImageError: its file cannot be read.
-    """
+    """The encoded image, or its pixels; UnreadableImageError where its file cannot be read."""
     try:
         if isinstance(row.image, Path):
             return row.image.read_bytes()
@@ -61,11 +57,7 @@ def contents(row: Row) -> bytes:
 
 
 def image_size(row: Row) -> tuple[int, int]:
-    """Height and width of an image, from the head of its file.
-
-    Raises:
-        UnreadableImageError: it cannot be read.
-    """
+    """Height and width of an image, from the head of its file; UnreadableImageError where it cannot be read."""
     try:
         with Image.open(row.image if isinstance(row.image, Path) else io.BytesIO(contents(row))) as picture:
             return picture.height, picture.width
@@ -83,7 +75,6 @@ def decode(image: bytes | np.ndarray, mode: str | None, name: str) -> tuple[Imag
 
     Raises:
         UnreadableImageError: it is damaged, or not an image.
-        ConfigurationError: more than 16 bits.
     """
     try:
         if isinstance(image, np.ndarray):
@@ -125,19 +116,15 @@ def _grey_or_rgb(picture: Image.Image, name: str) -> tuple[Image.Image, int]:
 def crop(picture: Image.Image, size: int, resize: str) -> tuple[Image.Image, int]:
     """The image at ``size`` × ``size`` by one of :data:`RESIZES`, and what was done to it (bits of :data:`CONVERSIONS`)."""
     done = _ENLARGED if min(picture.size) < size else 0
-    return (_adm_crop if resize == "adm" else _lanczos_crop)(picture, size), done
-
-
-def _adm_crop(picture: Image.Image, size: int) -> Image.Image:
+    if resize == "lanczos":
+        return _middle(picture, min(picture.size)).resize((size, size), Image.Resampling.LANCZOS), done
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = size / min(picture.size)
     picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    return picture.crop((left, top, left + size, top + size))
+    return _middle(picture, size), done
 
 
-def _lanczos_crop(picture: Image.Image, size: int) -> Image.Image:
-    side = min(picture.size)
+def _middle(picture: Image.Image, side: int) -> Image.Image:
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    return picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+    return picture.crop((left, top, left + side, top + side))

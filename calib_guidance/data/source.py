@@ -15,17 +15,7 @@ from calib_guidance.data.tables import open_table
 from calib_guidance.errors import ConfigurationError
 
 _TABLES = {".parquet": "parquet", ".arrow": "arrow"}
-_TABLE_OPTIONS = {"split", "image_column", "label_column", "time_column", "index_column"}
-# The options that mean something for each kind.
-_OPTIONS = {
-    "run folder": set(),
-    "npz": set(),
-    "image folder": {"split"},
-    "parquet": _TABLE_OPTIONS,
-    "arrow": _TABLE_OPTIONS,
-    "disk": _TABLE_OPTIONS,
-    "hub": _TABLE_OPTIONS | {"subset"},
-}
+_OPTIONS = ("split", "subset", "image_column", "label_column", "time_column", "index_column")
 
 
 def source_kind(options: SourceOptions) -> str:
@@ -77,8 +67,8 @@ def open_source(options: SourceOptions, access: str = "ordered") -> ImageSource:
 
     Args:
         options: of the source.
-        access: ``ordered`` (for :meth:`ImageSource.read`), ``random`` (an IndexedSource), or ``stream`` (StreamedImages, without
-            a copy in the cache where one would be needed).
+        access: ``ordered`` (for :meth:`ImageSource.read`), ``random`` (an IndexedSource), or ``stream`` (an IndexedSource or
+            StreamedImages, without a copy in the cache).
     """
     kind = source_kind(options)
     if kind == "run folder" and access != "ordered":
@@ -87,8 +77,9 @@ def open_source(options: SourceOptions, access: str = "ordered") -> ImageSource:
         raise ConfigurationError(
             f"{options.option('source')}: {options.source} is an .npz, which is only read in order: save it as a folder"
         )
-    for name in ("split", "subset", "image_column", "label_column", "time_column", "index_column"):
-        if getattr(options, name) is not None and name not in _OPTIONS[kind]:
+    allowed = {"run folder": (), "npz": (), "image folder": ("split",), "hub": _OPTIONS}
+    for name in _OPTIONS:
+        if getattr(options, name) is not None and name not in allowed.get(kind, {*_OPTIONS} - {"subset"}):
             raise ConfigurationError(
                 f"{options.option(name)} has no meaning for {options.source}, which is of the kind {kind}"
             )

@@ -19,8 +19,6 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from calib_guidance.data.base import ImageSource, IndexedSource, Row, SourceOptions, positions
 from calib_guidance.errors import ConfigurationError
 
-Rows = datasets.Dataset | datasets.IterableDataset
-
 # Usual names of columns, tried in order.
 _USUAL = {"image": ("image", "img", "png", "jpg"), "label": ("label", "labels", "fine_label", "class")}
 
@@ -45,7 +43,11 @@ def open_table(kind: str, options: SourceOptions, streaming: bool) -> DatasetIma
             raise _unreachable(options, error) from error
     else:
         split, files = _files(kind, options, split)
-        count = _num_rows(options.source, files) if kind == "parquet" else None
+        if kind == "parquet":
+            try:
+                count = sum(pq.read_metadata(file).num_rows for file in files)
+            except (OSError, pa.ArrowException) as error:
+                raise ConfigurationError(f"{options.source} cannot be read as parquet: {error}") from error
         splits = datasets.load_dataset(path=kind, data_files={split: files}, streaming=streaming)
     split = split or "train"
     rows = splits.get(split)
@@ -91,13 +93,6 @@ def _files(kind: str, options: SourceOptions, split: str) -> tuple[str, list[str
     return split, splits[split]
 
 
-def _num_rows(source: str, files: list[str]) -> int:
-    try:
-        return sum(pq.read_metadata(file).num_rows for file in files)
-    except (OSError, pa.ArrowException) as error:
-        raise ConfigurationError(f"{source} cannot be read as parquet: {error}") from error
-
-
 def _unreachable(options: SourceOptions, error: Exception) -> ConfigurationError:
     source, option = options.source, options.option
     page = f"https://huggingface.co/datasets/{source}"
@@ -118,7 +113,7 @@ def _unreachable(options: SourceOptions, error: Exception) -> ConfigurationError
 
 
 def _holds(feature: Any, use: str) -> bool:
-    """Whether a column can be one of images, or of integers."""
+    """Whether a column fits: encoded images for ``image``, integers for other uses."""
     kind = getattr(feature, "dtype", "")
     if use != "image":
         return "int" in kind
@@ -153,12 +148,16 @@ def _find_columns(features: Mapping[str, Any], where: str, options: SourceOption
 class _Table(ImageSource):
     """A split that datasets has opened."""
 
-    def __init__(self, kind: str, options: SourceOptions, split: str, rows: Rows, num_images: int | None):
+    def __init__(self, kind: str, options: SourceOptions, split: str, rows: Any, num_images: int | None):
         self.kind = {"hub": "datasets id", "disk": "datasets folder"}.get(kind, kind)
         super().__init__(options.source, num_images, split)
         features, self.subset = rows.features or {}, options.subset
         self.columns = _find_columns(features, self.where, options)
         self.labelled = "label" in self.columns
+        if not self.labelled:
+            self.why_unlabelled = (
+                f"no column of labels is found; name one of integers with {options.option('label_column')}"
+            )
         self.class_names = getattr(features[self.columns["label"]], "names", None) if self.labelled else None
         self.rows = rows.select_columns([*self.columns.values()]).cast_column(
             self.columns["image"], datasets.Image(decode=False)
@@ -196,11 +195,10 @@ class DatasetImages(_Table, IndexedSource):
 
 
 class StreamedImages(_Table):
-    """A split from beginning to end, without a copy in the cache of datasets.
+    """A split from beginning to end, without a copy in the cache of datasets; its shards are its files."""
 
-    Attributes:
-        rows: dicts of columns, for :meth:`row`.
-    """
+    def stream(self, num_shards: int, shuffle: bool) -> datasets.IterableDataset:
+        return self.rows
 
     def row(self, values: Mapping[str, Any]) -> Row:
         return self.to_row(values, f"split {self.split!r}")

@@ -15,7 +15,7 @@ import torch
 from calib_guidance import __version__
 from calib_guidance.backend.distributed import DistributedContext, distributed_context
 from calib_guidance.classifiers import CLIPClassifier
-from calib_guidance.data.image_sets import ImageSet, open_images
+from calib_guidance.data.image_sets import ImageSet
 from calib_guidance.data.run_images import RunImages
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation.features import features_from_name
@@ -111,7 +111,7 @@ def evaluate(args: Sequence[str]) -> None:
 def _evaluate(options: argparse.Namespace, processes: DistributedContext) -> None:
     shared = {name: value for name, value in reading_options(options).items() if name not in _OF_SAMPLES}
     own = {name: getattr(options, f"samples_{name}") for name in _OF_SAMPLES}
-    sets = [open_images(source, **shared, **own) for source in options.samples]
+    sets = [ImageSet(source, **shared, **own) for source in options.samples]
     names, folders = _names(sets), _folders(options, sets)
     for folder in folders if len(sets) == 1 else (*folders, _output(options)):
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from calib_guidance.backend.distributed import DistributedContext, distributed_context
-from calib_guidance.data.image_sets import open_images
+from calib_guidance.data.image_sets import ImageSet
 from calib_guidance.data.preprocess import MODES, RESIZES
 from calib_guidance.evaluation.features import FORMS, features_from_name
 from calib_guidance.evaluation.output import described_features, described_images
@@ -57,7 +57,7 @@ def add_measuring_options(parser: argparse.ArgumentParser, default: str | None =
 
 
 def add_reading_options(parser: argparse.ArgumentParser) -> None:
-    """What :func:`~calib_guidance.data.image_sets.open_images` has to be told, as options."""
+    """What :class:`~calib_guidance.data.image_sets.ImageSet` has to be told, as options."""
     reading = parser.add_argument_group("reading images")
     reading.add_argument(
         "--size",
@@ -84,7 +84,7 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
 
 
 def reading_options(options: argparse.Namespace) -> dict[str, Any]:
-    """Those options for ``open_images``."""
+    """Those options for ``ImageSet``."""
     return {name: getattr(options, name) for name in READING}
 
 
@@ -139,7 +139,7 @@ def reference(args: Sequence[str]) -> None:
 
 
 def _make(options: argparse.Namespace, processes: DistributedContext) -> None:
-    images = open_images(options.source, **reading_options(options))
+    images = ImageSet(options.source, **reading_options(options))
     if processes.is_first:
         print(images.source.summary())
     extractor = features_from_name(options.features)

@@ -13,7 +13,7 @@ from torch import Tensor
 from calib_guidance.backend.images import from_uint8
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.classifiers.clip import CLIPClassifier
-from calib_guidance.data.image_sets import ImageSet, open_images
+from calib_guidance.data.image_sets import ImageSet
 from calib_guidance.errors import ConfigurationError, first_line
 from calib_guidance.evaluation.features import ClassifierFeatures, FeatureExtractor
 from calib_guidance.evaluation.statistics import ReferenceStatistics
@@ -66,7 +66,7 @@ class ReferenceHolds(NamedTuple):
         kept = None if reference.features is None else len(reference.features)
         labels = reference.labels is not None
         if kept is None and reference.images is not None:
-            batch = open_images(reference.images)
+            batch = ImageSet(reference.images)
             kept, labels = batch.num_images, batch.labelled
         return cls(reference.num_images, kept, reference.spatial_mean is not None, labels)
 

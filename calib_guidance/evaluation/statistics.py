@@ -22,7 +22,7 @@ from torch import Tensor
 from calib_guidance import __version__
 from calib_guidance.backend.atomic import atomic_write
 from calib_guidance.backend.distributed import DistributedContext
-from calib_guidance.data.image_sets import ImageSet, open_images
+from calib_guidance.data.image_sets import ImageSet
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation.features import FeatureExtractor
 from calib_guidance.metrics.frechet import covariance_root
@@ -80,7 +80,7 @@ class ReferenceStatistics:
             return cls.from_images(opened, extractor, **options)
         opened.check(extractor)
         if options.get("keep_features") and opened.features is None and opened.images is not None:
-            batch = cls.from_images(open_images(opened.images), extractor, **options | {"spatial": False})
+            batch = cls.from_images(ImageSet(opened.images), extractor, **options | {"spatial": False})
             opened.features, opened.labels = batch.features, batch.labels
             opened.provenance["images"] = batch.provenance["images"]
         return opened
@@ -199,7 +199,7 @@ class ReferenceStatistics:
         spatial = cls._pair(path, arrays, "mu_s", "sigma_s") if {"mu_s", "sigma_s"} & names else (None, None)
         statistics = cls(mean, covariance, *spatial)
         if "arr_0" in names:
-            statistics.images, statistics.image_shape = str(path), open_images(path).image_shape
+            statistics.images, statistics.image_shape = str(path), ImageSet(path).image_shape
         statistics._take_own(path, arrays)
         statistics.provenance |= {
             "file": str(path),
@@ -323,8 +323,8 @@ class ReferenceStatistics:
 
 
 def open_reference(source: str | os.PathLike[str], **options: Any) -> ReferenceStatistics | ImageSet:
-    """A reference by its path: a file of statistics, or images with ``options`` of ``open_images``."""
-    return ReferenceStatistics.read(source) if ReferenceStatistics.holds(source) else open_images(source, **options)
+    """A reference by its path: a file of statistics, or images with ``options`` of ``ImageSet``."""
+    return ReferenceStatistics.read(source) if ReferenceStatistics.holds(source) else ImageSet(source, **options)
 
 
 def gather_in_order(batches: list[dict[str, Tensor]], processes: DistributedContext) -> dict[str, Tensor]:

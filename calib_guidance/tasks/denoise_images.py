@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from calib_guidance.data.denoise_requests import DenoiseRequests
+from calib_guidance.data.requests import DenoiseRequests
 from calib_guidance.denoisers.base import Denoiser
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.tasks.retry import Attempt, FaultTolerant, in_float32

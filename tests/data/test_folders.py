@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from calib_guidance.data import ImageData, open_images
+from calib_guidance.data import ImageData, ImageSet
 from calib_guidance.errors import ConfigurationError
 
 
@@ -27,12 +27,12 @@ def both(root, split="train", **options):
     for batch in data.val_dataloader():
         if "image" in batch:
             fitted[round((float(batch["image"][0, 0, 0, 0]) + 1) * 127.5)] = int(batch["label"])
-    images = open_images(root, split=split, max_corrupt=options.get("max_corrupt", 0.01))
+    images = ImageSet(root, split=split, max_corrupt=options.get("max_corrupt", 0.01))
     evaluated = {}
     for batch in images.batches(2):
         evaluated |= dict(zip(batch.image[:, 0, 0, 0].tolist(), batch.label.tolist(), strict=True))
     assert data.class_names == images.source.class_names
-    assert data.num_classes == images.source.num_classes
+    assert data.num_classes == len(images.source.class_names)
     return fitted, evaluated, data.class_names
 
 
@@ -79,7 +79,7 @@ def test_an_empty_class_keeps_its_number_and_is_named(tmp_path, caplog):
 def test_strays_are_named_and_leave_no_labels(tmp_path, caplog):
     save(tmp_path / "train", "a/0.png", "b/0.png", "stray.png")
     with caplog.at_level(logging.WARNING):
-        images = open_images(tmp_path, split="train")
+        images = ImageSet(tmp_path, split="train")
     assert not images.labelled
     assert images.num_images == 3
     message = "images beside the class folders: 1 (stray.png)"
@@ -91,14 +91,14 @@ def test_strays_are_named_and_leave_no_labels(tmp_path, caplog):
 @pytest.mark.parametrize("names", [["7/0.png", "07/0.png"], ["0/0.png", "20240131/0.png"]])
 def test_numbers_that_are_not_those_of_classes(tmp_path, names):
     save(tmp_path / "train", *names)
-    assert not open_images(tmp_path, split="train").labelled
+    assert not ImageSet(tmp_path, split="train").labelled
     with pytest.raises(ConfigurationError, match="folders are not numbers of classes: 0"):
         ImageData(str(tmp_path), 8).setup("fit")
 
 
 def test_without_class_folders(tmp_path):
     save(tmp_path / "train", "0.png", "1.png")
-    assert not open_images(tmp_path / "train").labelled
+    assert not ImageSet(tmp_path / "train").labelled
     with pytest.raises(ConfigurationError, match="no classes, because the images are not in folders"):
         ImageData(str(tmp_path), 8).setup("fit")
 
@@ -111,7 +111,7 @@ def test_dangling_links_are_skipped_images(tmp_path, caplog):
     assert fitted == evaluated == {0: 0, 1: 0, 2: 1}
     assert "a/2.png (dangling link)" in caplog.text
     with pytest.raises(ConfigurationError, match=r"1 of 4 images are corrupt.*a/2.png \(dangling link\)"):
-        list(open_images(tmp_path, split="train").batches(4))
+        list(ImageSet(tmp_path, split="train").batches(4))
 
 
 def test_links_to_folders_are_followed_and_loops_are_not(tmp_path):
@@ -119,7 +119,7 @@ def test_links_to_folders_are_followed_and_loops_are_not(tmp_path):
     save(tmp_path / "train", "a/0.png")
     (tmp_path / "train/b").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere/up").symlink_to(tmp_path / "train")
-    images = open_images(tmp_path, split="train")
+    images = ImageSet(tmp_path, split="train")
     assert [(row.name, row.label) for (row,) in images.source.read(range(i, i + 1) for i in range(3))] == [
         ("a/0.png", 0),
         ("b/0.png", 1),
@@ -147,12 +147,12 @@ def test_16_bits_are_the_same_in_both(tmp_path):
     data.setup("validate")
     batch = next(iter(data.val_dataloader()))
     assert torch.equal(batch["image"], torch.full((2, 3, 8, 8), 40 / 127.5 - 1))
-    (batch,) = open_images(tmp_path, split="train", mode="RGB").batches(2)
+    (batch,) = ImageSet(tmp_path, split="train", mode="RGB").batches(2)
     assert torch.equal(batch.image, torch.full((2, 3, 8, 8), 40, dtype=torch.uint8))
 
 
 def test_the_summary(tmp_path):
     save(tmp_path / "train", *(f"class{i:02d}/0.png" for i in range(12)))
     names = ", ".join(f"class{i:02d}" for i in range(10))
-    source = open_images(tmp_path, split="train").source
+    source = ImageSet(tmp_path, split="train").source
     assert source.summary() == f"{tmp_path}, split 'train': 12 images, 12 classes: {names}, …"

@@ -267,7 +267,7 @@ def test_devices_share_a_stream(parquet, monkeypatch):
     for world in (2, 3):
         shares = []
         for rank in range(world):
-            monkeypatch.setattr(ImageData, "_device", lambda self, place=(rank, world): place)
+            monkeypatch.setattr(ImageData, "place", (rank, world))
             data = opened(parquet, streaming=True, samples_per_epoch=24, index_column="number", batch_size=2)
             shares.append((joined(epoch(data, 1), "index").tolist(), list(data.val_dataloader())))
         assert sorted(number for train, _ in shares for number in train) == list(range(100, 124))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from calib_guidance.data.image_sets import open_images
+from calib_guidance.data.image_sets import ImageSet
 from calib_guidance.errors import ConfigurationError
 from tests.image_files import KINDS, picture, pictures, png, write
 
@@ -31,7 +31,7 @@ def test_every_form_gives_the_same_batches(tmp_path, channels):
     pixels, labels = pictures(25, channels)
     hashes = set()
     for kind in KINDS:
-        images = open_images(write(tmp_path / kind, kind, pixels, labels))
+        images = ImageSet(write(tmp_path / kind, kind, pixels, labels))
         assert (images.num_images, images.image_shape) == (25, (channels, 8, 8)), kind
         batches = list(images.batches(6))
         assert [len(batch.image) for batch in batches] == [6, 6, 6, 6, 1], kind
@@ -45,7 +45,7 @@ def test_every_form_gives_the_same_batches(tmp_path, channels):
         hashes.add(images.sha256)
     assert len(hashes) == 1
     pixels[24, 7, 7, 0] ^= 1
-    other = open_images(write(tmp_path / "other", "npz", pixels, labels))
+    other = ImageSet(write(tmp_path / "other", "npz", pixels, labels))
     read(other)
     assert other.sha256 not in hashes | {None}
 
@@ -54,9 +54,9 @@ def test_every_form_gives_the_same_batches(tmp_path, channels):
 def test_processes_share_them_without_overlap_or_loss(tmp_path, kind):
     pixels, labels = pictures(25)
     source = write(tmp_path, kind, pixels, labels)
-    whole = list(open_images(source).batches(4))
+    whole = list(ImageSet(source).batches(4))
     for world_size in (2, 3, 9):
-        shares = [list(open_images(source).batches(4, rank, world_size)) for rank in range(world_size)]
+        shares = [list(ImageSet(source).batches(4, rank, world_size)) for rank in range(world_size)]
         for number, batch in enumerate(whole):  # batches are made of the same images, whoever makes them
             mine = shares[number % world_size][number // world_size]
             assert all(torch.equal(one, other) for one, other in zip(batch, mine, strict=True))
@@ -68,22 +68,22 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
     rows = datasets.load_from_disk(str(write(tmp_path, "datasets folder", pixels, labels)))
     splits = datasets.DatasetDict(train=rows.select(range(4)), test=rows)
     monkeypatch.setattr(datasets, "load_dataset", lambda path, name, streaming: splits)
-    images = open_images("somebody/pictures", split="test")
+    images = ImageSet("somebody/pictures", split="test")
     assert torch.equal(read(images)[0], channels_first(pixels))
-    assert images.source.num_classes == 3
+    assert len(images.source.class_names) == 3
     assert images.provenance()["kind"] == "datasets id"
-    assert open_images("somebody/pictures").num_images == 4  # train, where none is named
+    assert ImageSet("somebody/pictures").num_images == 4  # train, where none is named
     with pytest.raises(ConfigurationError, match="has no split 'dev'; it has: train, test. Name a split with --split"):
-        open_images("somebody/pictures", split="dev")
+        ImageSet("somebody/pictures", split="dev")
 
 
 def test_a_run_says_its_rule_and_its_numbers(tmp_path):
     pixels, labels = pictures(25)
     run = write(tmp_path, "run folder", pixels, labels)
-    assert open_images(run).provenance()["uint8_rule"] == "truncate"
+    assert ImageSet(run).provenance()["uint8_rule"] == "truncate"
     (run / "samples/00000007.parquet").unlink()
     with pytest.raises(ConfigurationError, match=r"not complete: 7 of 25 .*7–13 \(00000007.parquet is missing\)"):
-        open_images(run)
+        ImageSet(run)
 
 
 def test_a_damaged_run(tmp_path):
@@ -93,10 +93,10 @@ def test_a_damaged_run(tmp_path):
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     with pytest.raises(ConfigurationError, match="00000014.parquet is not what was written.*Re-run predict"):
-        read(open_images(run))
+        read(ImageSet(run))
     (run / "run.json").unlink()
     with pytest.raises(ConfigurationError, match="run folder without its run.json"):
-        open_images(run)
+        ImageSet(run)
 
 
 # Image folders
@@ -108,14 +108,14 @@ def test_folders_as_classes(tmp_path):
         for number, name in enumerate(folder.split()):
             (tmp_path / folder / name).mkdir(parents=True, exist_ok=True)
             picture(pixels[number]).save(tmp_path / folder / name / f"{number}.png")
-        assert read(open_images(tmp_path / folder))[1].tolist() == labels
-        assert open_images(tmp_path / folder).source.num_classes == max(labels) + 1
+        assert read(ImageSet(tmp_path / folder))[1].tolist() == labels
+        assert len(ImageSet(tmp_path / folder).source.class_names) == max(labels) + 1
     picture(pixels[0]).save(tmp_path / folder / "stray.png")
-    assert not open_images(tmp_path / folder).labelled
+    assert not ImageSet(tmp_path / folder).labelled
     for number in (0, 999, 1000, 2500):  # EDM's generator
         (tmp_path / f"edm/{number // 1000 * 1000:06d}").mkdir(parents=True, exist_ok=True)
         picture(pixels[0]).save(tmp_path / f"edm/{number // 1000 * 1000:06d}/{number:06d}.png")
-    assert not open_images(tmp_path / "edm").labelled
+    assert not ImageSet(tmp_path / "edm").labelled
 
 
 def test_folders_as_splits(tmp_path):
@@ -126,10 +126,10 @@ def test_folders_as_splits(tmp_path):
         (tmp_path / "data").mkdir(exist_ok=True)
         (tmp_path / "all").rename(tmp_path / "data" / split)
     with pytest.raises(ConfigurationError, match="has several splits, train, val: name one with --split"):
-        open_images(tmp_path / "data")
-    assert open_images(tmp_path / "data", split="train").num_images == 4
+        ImageSet(tmp_path / "data")
+    assert ImageSet(tmp_path / "data", split="train").num_images == 4
     with pytest.raises(ConfigurationError, match="has no split .test.; it has: train, val. Name .* --split"):
-        open_images(tmp_path / "data", split="test")
+        ImageSet(tmp_path / "data", split="test")
 
 
 def test_forms_of_images(tmp_path):
@@ -140,7 +140,7 @@ def test_forms_of_images(tmp_path):
     picture(pixels).save(tmp_path / "jpeg.jpeg", quality=100, subsampling=0)
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "._image.png").write_text("no image")
-    found, _, _ = read(open_images(tmp_path))
+    found, _, _ = read(ImageSet(tmp_path))
     assert len(found) == 6
     exact = channels_first(pixels[None])[0]
     assert sum(torch.equal(image, exact) for image in found) == 5
@@ -149,18 +149,18 @@ def test_forms_of_images(tmp_path):
 
 def test_empty(tmp_path):
     with pytest.raises(ConfigurationError, match="no images found in"):
-        open_images(tmp_path)
+        ImageSet(tmp_path)
     np.savez(tmp_path / "empty.npz", np.zeros((0, 8, 8, 3), np.uint8))
     with pytest.raises(ConfigurationError, match="no images found in .*empty.npz"):
-        open_images(tmp_path / "empty.npz")
+        ImageSet(tmp_path / "empty.npz")
     pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "empty.parquet")
     with pytest.raises(ConfigurationError, match="no images found in .*empty.parquet"):
-        open_images(tmp_path / "empty.parquet")
+        ImageSet(tmp_path / "empty.parquet")
     with pytest.raises(ConfigurationError, match="neither a folder"):
-        open_images(tmp_path / "nothing there")
+        ImageSet(tmp_path / "nothing there")
     (tmp_path / "file.txt").touch()
     with pytest.raises(ConfigurationError, match="file.txt is neither a folder, nor"):
-        open_images(tmp_path / "file.txt")
+        ImageSet(tmp_path / "file.txt")
 
 
 # Sizes and colours
@@ -177,8 +177,8 @@ def test_mixed_sizes(tmp_path, kind):
     }
     first, other = names[kind]
     with pytest.raises(ConfigurationError, match=rf"8×8 \(first {first}\) and 16×16 \(first {other}\). --size N"):
-        read(open_images(source))
-    images = open_images(source, size=8)
+        read(ImageSet(source))
+    images = ImageSet(source, size=8)
     found = read(images)[0]
     assert torch.equal(found[:5], channels_first(small))  # of that size already
     halved = big.reshape(3, 8, 2, 8, 2, 3).astype(float).mean((2, 4))
@@ -191,7 +191,7 @@ def test_mixed_sizes(tmp_path, kind):
 def test_a_folder_of_mixed_sizes_is_found_before_it_is_read(tmp_path):
     source = write(tmp_path, "image folder", [*pictures(5)[0], *pictures(1, size=16)[0]], np.zeros(6, int))
     with pytest.raises(ConfigurationError, match="several sizes"):
-        open_images(source)
+        ImageSet(source)
 
 
 def test_crops_against_their_definitions(tmp_path):
@@ -201,12 +201,12 @@ def test_crops_against_their_definitions(tmp_path):
     box = Image.fromarray(wide).resize((45, 20), Image.Resampling.BOX)
     bicubic = box.resize((27, 12), Image.Resampling.BICUBIC)
     expected = np.asarray(bicubic)[:, 7:19]
-    assert np.array_equal(read(open_images(source, size=12))[0][0].permute(1, 2, 0).numpy(), expected)
+    assert np.array_equal(read(ImageSet(source, size=12))[0][0].permute(1, 2, 0).numpy(), expected)
     expected = np.asarray(Image.fromarray(wide[:, 25:65]).resize((12, 12), Image.Resampling.LANCZOS))
-    found = open_images(source, size=12, resize="lanczos")
+    found = ImageSet(source, size=12, resize="lanczos")
     assert np.array_equal(read(found)[0][0].permute(1, 2, 0).numpy(), expected)
     assert "conversions" in found.provenance()
-    larger = open_images(source, size=64)
+    larger = ImageSet(source, size=64)
     read(larger)
     assert larger.provenance()["conversions"] == {"enlarged to the size": 1}
 
@@ -217,14 +217,14 @@ def test_grey_and_colour(tmp_path):
     with pytest.raises(
         ConfigurationError, match=r"grey images \(first 000000.png\) and color images \(first 000003.png\)"
     ):
-        read(open_images(source))
-    images = open_images(source, mode="RGB")
+        read(ImageSet(source))
+    images = ImageSet(source, mode="RGB")
     found = read(images)[0]
     assert torch.equal(found[:3], channels_first(grey).expand(-1, 3, -1, -1))
     assert torch.equal(found[3:], channels_first(colour))
     assert images.provenance()["conversions"] == {"grey to RGB": 3}
     assert images.notes == ["3 of 5 images: grey to RGB"]
-    images = open_images(source, mode="L")
+    images = ImageSet(source, mode="L")
     assert read(images)[0].shape == (5, 1, 8, 8)
     assert images.provenance()["conversions"] == {"RGB to grey": 2}
 
@@ -237,7 +237,7 @@ def test_alpha(tmp_path):
     palette = Image.fromarray(pixels).quantize(16)
     palette.save(tmp_path / "c.png", transparency=3)
     palette.save(tmp_path / "d.png")
-    images = open_images(tmp_path)
+    images = ImageSet(tmp_path)
     found = read(images)[0]
     for place in (0, 1):
         assert torch.equal(found[place], channels_first(pixels[None])[0])
@@ -252,21 +252,21 @@ def test_alpha(tmp_path):
     assert images.provenance()["conversions"]["alpha channel dropped, all of it opaque"] == 1
     rgba = np.dstack([pixels, np.full((8, 8), 255, np.uint8)])[None]
     np.savez(tmp_path / "rgba.npz", rgba)
-    assert torch.equal(read(open_images(tmp_path / "rgba.npz"))[0], channels_first(pixels[None]))
+    assert torch.equal(read(ImageSet(tmp_path / "rgba.npz"))[0], channels_first(pixels[None]))
 
 
 def test_more_than_8_bits(tmp_path):
     """16 bits are divided by 257, so that 0 and 65535 become 0 and 255; what has no known range is refused."""
     deep = np.array([[0, 128, 129, 257 * 100, 65535 - 129, 65535 - 128, 65535, 300]], np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.png")
-    images = open_images(tmp_path)
+    images = ImageSet(tmp_path)
     assert read(images)[0].flatten().tolist() == [0, 0, 1, 100, 254, 255, 255, 1]
     assert images.provenance()["conversions"] == {"16 bits to 8, divided by 257": 1}
     Image.fromarray(np.zeros((1, 8), np.float32)).save(tmp_path / "float.tiff")
     with pytest.raises(
         ConfigurationError, match=r"float.tiff has 32 bits a channel \(mode F\): save it with 8 or 16 bits"
     ):
-        read(open_images(tmp_path))
+        read(ImageSet(tmp_path))
 
 
 # What cannot be read
@@ -283,13 +283,13 @@ def test_corrupt_images_are_named_and_counted(tmp_path, kind, caplog):
         "plain parquet": ("split 'train', row 3", "split 'train', row 11"),
         "datasets folder": ("split 'train', row 3", "split 'train', row 11"),
     }[kind]
-    images = open_images(source, max_corrupt=0.1)
+    images = ImageSet(source, max_corrupt=0.1)
     with caplog.at_level(logging.WARNING):
         _, label, index = read(images)
     assert index.tolist() == [i for i in range(20) if i not in (3, 11)]
     assert label.tolist() == ([-1] * 18 if kind == "image folder" else labels[index].tolist())
-    assert [name for name, _ in images.skipped] == list(names)
-    assert images.skipped[1][1] == "not an image"
+    assert [problem.partition(" (")[0] for problem in images.skipped] == list(names)
+    assert images.skipped[1] == f"{names[1]} (not an image)"
     assert all(f"skipped a corrupt image: {name} (" in caplog.text for name in names)
     found = images.provenance()
     assert (found["num_images"], found["num_skipped"]) == (20, 2)
@@ -298,18 +298,18 @@ def test_corrupt_images_are_named_and_counted(tmp_path, kind, caplog):
     with pytest.raises(
         ConfigurationError, match=rf"[12] of 20 images are corrupt, more than --max-corrupt \(0.01\).*{names[0]}"
     ):
-        read(open_images(source))
+        read(ImageSet(source))
 
 
 def test_the_first_images_may_be_corrupt(tmp_path):
     pixels, labels = pictures(6)
     source = write(tmp_path, "image folder", [b"", *pixels[1:]], labels)
-    assert read(open_images(source, max_corrupt=0.5))[2].tolist() == [1, 2, 3, 4, 5]
+    assert read(ImageSet(source, max_corrupt=0.5))[2].tolist() == [1, 2, 3, 4, 5]
     with pytest.raises(ConfigurationError, match="1 of 6 images are corrupt"):
-        open_images(source)
+        ImageSet(source)
     source = write(tmp_path / "all", "image folder", [b"1", b"2"], labels[:2])
     with pytest.raises(ConfigurationError, match="no image can be read: 000000.png .not an image., 000001.png"):
-        open_images(source, max_corrupt=1)
+        ImageSet(source, max_corrupt=1)
 
 
 # .npz
@@ -334,7 +334,7 @@ def test_npz_of_something_else(tmp_path, wrong):
     arrays, message = WRONG[wrong]
     np.savez(tmp_path / "images.npz", **arrays)
     with pytest.raises(ConfigurationError, match=message):
-        open_images(tmp_path / "images.npz")
+        ImageSet(tmp_path / "images.npz")
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -346,17 +346,17 @@ def test_damaged_npz(tmp_path, compressed):
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     with pytest.raises(ConfigurationError, match="images.npz is damaged"):
-        read(open_images(path))
+        read(ImageSet(path))
     with pytest.raises(ConfigurationError, match="images.npz is damaged"):  # by the one who reads the end
-        read(open_images(path), world_size=3)
+        read(ImageSet(path), world_size=3)
     path.write_bytes(whole[:-100])
     with pytest.raises(ConfigurationError, match="cannot be read as .npz"):
-        open_images(path)
+        ImageSet(path)
 
 
 def test_npz_whose_second_array_is_no_labels(tmp_path, caplog):
     np.savez(tmp_path / "images.npz", pictures(4)[0], np.zeros((4, 10)))
-    images = open_images(tmp_path / "images.npz")
+    images = ImageSet(tmp_path / "images.npz")
     assert not images.labelled
     assert "arr_1 is float64 (4, 10), no class for each of 4 images" in caplog.text
 
@@ -367,7 +367,7 @@ def test_memory_is_bounded(tmp_path):
     for count in (100, 1000):
         np.savez_compressed(tmp_path / f"{count}.npz", np.zeros((count, 64, 64, 3), np.uint8))
         tracemalloc.start()
-        for _ in open_images(tmp_path / f"{count}.npz").batches(10):
+        for _ in ImageSet(tmp_path / f"{count}.npz").batches(10):
             pass
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
@@ -387,8 +387,8 @@ def test_columns_are_found_or_named(tmp_path):
     with pytest.raises(
         ConfigurationError, match="not clear, the columns are: before, after, number, text. .*--image-column"
     ):
-        open_images(path)
-    images = open_images(path, image_column="after", label_column="number")
+        ImageSet(path)
+    images = ImageSet(path, image_column="after", label_column="number")
     image, label, _ = read(images)
     assert torch.equal(image, 255 - channels_first(pixels))
     assert label.tolist() == [4, 3, 2, 1]
@@ -404,10 +404,10 @@ def test_columns_are_found_or_named(tmp_path):
         ),
     ):
         with pytest.raises(ConfigurationError, match=message):
-            open_images(path, **options)
+            ImageSet(path, **options)
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(ConfigurationError, match="cannot be read as parquet"):
-        open_images(tmp_path / "broken.parquet")
+        ImageSet(tmp_path / "broken.parquet")
 
 
 def test_splits_of_parquet(tmp_path):
@@ -418,15 +418,15 @@ def test_splits_of_parquet(tmp_path):
             (tmp_path / "data").mkdir(exist_ok=True)
             path.rename(tmp_path / "data" / path.name.replace("train", split))
     with pytest.raises(ConfigurationError, match="has several splits, train, validation: name one with --split"):
-        open_images(tmp_path / "data")
+        ImageSet(tmp_path / "data")
     for source in (tmp_path / "data", tmp_path / "data" / "{split}-*.parquet"):
-        assert torch.equal(read(open_images(source, split="validation"))[0], channels_first(pixels[6:]))
+        assert torch.equal(read(ImageSet(source, split="validation"))[0], channels_first(pixels[6:]))
     with pytest.raises(
         ConfigurationError, match="has no split .test.; it has: train, validation. Name a split with --split"
     ):
-        open_images(tmp_path / "data", split="test")
+        ImageSet(tmp_path / "data", split="test")
     with pytest.raises(ConfigurationError, match="no files match"):
-        open_images(tmp_path / "data" / "test-*.parquet")
+        ImageSet(tmp_path / "data" / "test-*.parquet")
 
 
 @pytest.mark.parametrize(
@@ -435,10 +435,10 @@ def test_splits_of_parquet(tmp_path):
         ({"resize": "nearest"}, "--resize: unknown 'nearest'; known: adm, lanczos"),
         ({"mode": "CMYK"}, "--mode: unknown 'CMYK'; known: RGB, L"),
         ({"size": 0}, "--size must be 1 or more, got 0"),
-        ({"max_corrupt": 5}, "--max-corrupt is a fraction in .0, 1., got 5"),
+        ({"max_corrupt": 5}, "--max-corrupt must be in .0, 1., got 5"),
         ({"split": "train"}, "--split has no meaning for .*images.npz, which is of the kind npz"),
     ],
 )
 def test_options_without_meaning(tmp_path, options, message):
     with pytest.raises(ConfigurationError, match=message):
-        open_images(write(tmp_path, "npz", *pictures(3)), **options)
+        ImageSet(write(tmp_path, "npz", *pictures(3)), **options)

@@ -27,9 +27,8 @@ from calib_guidance.cli.doctor.measure import PATIENCE, EnoughError, Meter, coun
 from calib_guidance.cli.doctor.report import Report, amount, duration
 from calib_guidance.cli.lightning import innermost
 from calib_guidance.cli.parsed import NoDownloadError, Option, ParsedCLI, all_options, use_random_weights
-from calib_guidance.data.denoise_requests import DenoiseRequests
 from calib_guidance.data.loading import take_reports
-from calib_guidance.data.sample_requests import POLICIES
+from calib_guidance.data.requests import POLICIES, DenoiseRequests
 from calib_guidance.tasks import DenoiseImages, GuidedSampling
 
 _LARGE = 5e8  # bytes of weights that make a CPU slow
@@ -228,6 +227,7 @@ class DryRun:
     def _read_batch(self) -> None:
         if not self.trains:
             self.batch = next(iter(self.data.predict_dataloader()))
+            take_reports(self.batch)
         elif self.has_images:
             self._read_training_batch()
         elif (shape := getattr(self.data, "image_shape", None)) is not None:

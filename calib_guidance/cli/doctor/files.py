@@ -17,7 +17,7 @@ from calib_guidance.backend.shipped import find_file
 from calib_guidance.cli.doctor.report import amount
 from calib_guidance.cli.parsed import Option, all_options, published
 from calib_guidance.data.base import SourceOptions, init_arg
-from calib_guidance.data.sample_requests import POLICIES
+from calib_guidance.data.requests import POLICIES
 from calib_guidance.data.source import source_kind
 from calib_guidance.errors import ConfigurationError
 

@@ -7,7 +7,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 
 from calib_guidance.data import SampleRequests
-from calib_guidance.data.sample_requests import RequestData, ShardLoader
+from calib_guidance.data.requests import RequestData, ShardLoader
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.runs import RunFolder
 from calib_guidance.runs.context import SamplingContext

@@ -1,0 +1,245 @@
+"""What to sample or denoise: numbered requests, in batches of the shards that workers take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from calib_guidance.data.loading import DataModule, SkippedImages, check_at_least, collate, take_reports
+from calib_guidance.diffusion.rng import random_label
+from calib_guidance.errors import ConfigurationError
+from calib_guidance.runs.context import SamplingContext, ShardPart
+from calib_guidance.runs.store import cut
+
+POLICIES = ("balanced", "uniform")
+
+
+# A dict each, with its number as ``index``; or a report, see ``collate``.
+Requests = Sequence[dict[str, Any]]
+
+
+class _Batches(Dataset):
+    """One batch of requests for each part of a shard."""
+
+    def __init__(self, requests: Requests):
+        self.requests = requests
+
+    def __getitem__(self, part: ShardPart) -> dict[str, Any]:
+        return collate([self.requests[index] for index in part.rows]) | {"shard": part}
+
+
+class ShardLoader:
+    """Batches of the shards that this worker takes, each cut from the shard's start.
+
+    The composition of a batch depends on the sizes of batches and shards alone, not on the worker or the time.
+
+    Args:
+        requests: all of them.
+        batch_size: requests per batch; the last batch of a shard may be smaller.
+        context: gives the shards; the next one when the batches of the last have been used, or are read by processes.
+        num_workers: processes that read requests.
+    """
+
+    def __init__(self, requests: Requests, batch_size: int, context: SamplingContext, num_workers: int = 0):
+        self.requests, self.batch_size, self.context, self.num_workers = requests, batch_size, context, num_workers
+
+    def __len__(self) -> int:
+        """The most batches that there may be."""
+        return sum(len(cut(shard, self.batch_size)) for shard in self.context.shards)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        yield from self._batches(self.context.take(), self.num_workers)
+        # Not read ahead: reclaiming means waiting, and no shard of this worker may lie unfinished meanwhile.
+        yield from self._batches(self.context.reclaim(), 0)
+
+    def _batches(self, shards: Iterable[range], num_workers: int) -> Iterator[dict[str, Any]]:
+        parts = (ShardPart(shard, rows) for shard in shards for rows in cut(shard, self.batch_size))
+        # A batch is collated already: dict leaves it as it is.
+        options = {"num_workers": num_workers, "collate_fn": dict, "generator": torch.Generator()}
+        yield from DataLoader(_Batches(self.requests), sampler=parts, batch_size=None, **options)
+
+
+class RequestData(DataModule):
+    """Requests in shards, for a task that samples them.
+
+    Attributes:
+        requests: all of them.
+        batch_size: requests per batch and device.
+        shard_size: requests per shard; None takes the shard size of the run folder, for a new one the batch size.
+        num_workers: processes per device that read requests.
+    """
+
+    requests: Requests
+    batch_size: int
+    shard_size: int | None
+    num_workers: int = 0
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def predict_dataloader(self) -> ShardLoader:
+        """Batches of the shards that the context of the task gives; if nothing is written, ranks take batches in turn."""
+        task = self.trainer and self.trainer.lightning_module
+        context = task.context if task else SamplingContext()
+        if context.store is None:
+            rank, ranks = self.place
+            context = SamplingContext(cut(range(len(self)), self.batch_size)[rank::ranks])
+        return ShardLoader(self.requests, self.batch_size, context, self.num_workers)
+
+
+class SampleRequests(RequestData):
+    """Numbered requests ``{index, label, seed}``, in shards of consecutive indices that workers take.
+
+    Args:
+        num_samples: how many.
+        num_classes: how many classes there are.
+        labels: ``balanced`` (index modulo number of classes), ``uniform`` (random, from the sample's own stream), one class
+            number for all, or the path of a text file with one class number per line.
+        seed: of every sample, ≥ 0; a sample is a function of (configuration, seed, index) alone.
+        batch_size: samples per batch and device.
+        shard_size: samples that are written together; a run that stops loses the samples of unwritten shards. None takes that
+            of the folder, or the batch size.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        num_classes: int = 1000,
+        labels: int | str = "balanced",
+        seed: int = 0,
+        batch_size: int = 64,
+        shard_size: int | None = None,
+    ):
+        super().__init__()
+        check_at_least(
+            1, num_samples=num_samples, num_classes=num_classes, batch_size=batch_size, shard_size=shard_size
+        )
+        check_at_least(0, seed=seed)
+        self.num_samples, self.num_classes, self.batch_size, self.seed = num_samples, num_classes, batch_size, seed
+        self.labels, self.shard_size, self.requests = labels, shard_size, self
+        self._fixed = self._fixed_labels(labels)
+
+    def _fixed_labels(self, labels: int | str) -> list[int] | None:
+        if labels in POLICIES:
+            return None
+        path = Path(str(labels))
+        if str(labels).lstrip("-").isdecimal():
+            classes = [int(labels)] * self.num_samples
+        elif path.is_file():
+            lines = path.read_text().split()
+            if len(lines) < self.num_samples or not all(line.lstrip("-").isdigit() for line in lines):
+                raise ConfigurationError(
+                    f"{path}: expected at least {self.num_samples} class numbers, one per line; found {len(lines)} entries"
+                )
+            classes = [int(line) for line in lines[: self.num_samples]]
+        else:
+            raise ConfigurationError(
+                f"data.labels: {labels!r} is neither {' nor '.join(POLICIES)}, nor a class number, nor a file"
+            )
+        for row, label in enumerate(classes):
+            if not 0 <= label < self.num_classes:
+                raise ConfigurationError(
+                    f"data.labels: sample {row} asks for class {label}, outside 0 … {self.num_classes - 1}"
+                )
+        return classes
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> dict[str, int]:
+        if self._fixed is not None:
+            label = self._fixed[index]
+        elif self.labels == "uniform":
+            label = random_label(self.seed, index, self.num_classes)
+        else:
+            label = index % self.num_classes
+        return {"index": index, "label": label, "seed": self.seed}
+
+
+class _DenoiseRequests(Dataset):
+    """Requests without the data module, whose trainer the reading processes do not need."""
+
+    def __init__(self, images: Dataset, draws_per_image: int, num_classes: int, seed: int):
+        self.images, self.draws_per_image, self.num_classes, self.seed = images, draws_per_image, num_classes, seed
+
+    def __len__(self) -> int:
+        return self.draws_per_image * len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = index % len(self.images)
+        item = self.images[row]
+        if "image" not in item:
+            return item
+        label = int(item["label"])
+        if not 0 <= label < self.num_classes:
+            message = (
+                f"data.images: image {row} has the label {label}, outside 0 … {self.num_classes - 1} (data.num_classes)"
+            )
+            return {"wrong": message}
+        numbers = {"index": index, "source": int(item["index"]), "label": label, "seed": self.seed}
+        return numbers | {"image": item["image"]}
+
+
+class DenoiseRequests(RequestData):
+    """Numbered requests ``{index, source, label, seed, image}``, in shards of consecutive indices that workers take.
+
+    Request ``draw·len(images) + row`` is the image of that row, with step and noise of its own; ``source`` is the ``index``
+    that the data set gives it.
+
+    Args:
+        images: map-style data set of dicts: ``image`` ``(C, H, W)`` in [-1, 1], ``label``, ``index``. Random augmentations
+            would make the result depend on the order of work.
+        num_classes: how many classes there are.
+        draws_per_image: how often every image is denoised.
+        seed: of every request, ≥ 0; a denoised image is a function of (configuration, seed, index) alone.
+        batch_size: images per batch and device.
+        shard_size: images that are written together; a run that stops loses the images of unwritten shards. None takes that of
+            the folder, or the batch size.
+        num_workers: processes per device that read images; 0 reads in the main one.
+        max_corrupt: fraction of the images that may be unreadable, in [0, 1]. They are skipped and named.
+    """
+
+    def __init__(
+        self,
+        images: Dataset,
+        num_classes: int = 1000,
+        draws_per_image: int = 1,
+        seed: int = 0,
+        batch_size: int = 64,
+        shard_size: int | None = None,
+        num_workers: int = 0,
+        max_corrupt: float = 0.01,
+    ):
+        super().__init__()
+        numbers = {"num_classes": num_classes, "draws_per_image": draws_per_image}
+        check_at_least(1, **numbers, batch_size=batch_size, shard_size=shard_size)
+        check_at_least(0, seed=seed, num_workers=num_workers)
+        self.corrupt = SkippedImages("data.images", max_corrupt)
+        if not len(images):
+            raise ConfigurationError("data.images: the data set holds no images")
+        self.images, self.num_classes, self.draws_per_image, self.seed = images, num_classes, draws_per_image, seed
+        self.batch_size, self.shard_size, self.num_workers = batch_size, shard_size, num_workers
+        self.requests = _DenoiseRequests(images, draws_per_image, num_classes, seed)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)`` of the first image that can be read."""
+        items = (self.images[row] for row in range(len(self.images)))
+        item = next((item for item in items if "corrupt" not in item), None)
+        if not (isinstance(item, dict) and {"image", "label", "index"} <= item.keys()):
+            found = sorted(item) if isinstance(item, dict) else type(item).__name__
+            raise ConfigurationError(
+                f"data.images: expected a data set of dicts with image, label and index, got {found}"
+            )
+        return tuple(item["image"].shape)
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        self.corrupt.count(take_reports(batch), len(self.images))
+        return batch
+
+    def teardown(self, stage: str) -> None:
+        self.corrupt.summarize()
