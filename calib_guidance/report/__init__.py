@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,14 +27,7 @@ def _make_folder(path: Path, option: str) -> None:
 
 
 def report(args: Sequence[str]) -> None:
-    """``calib-guidance report``: see its ``--help``.
-
-    Args:
-        args: the words after ``report``.
-
-    Raises:
-        ConfigurationError: a folder that is no run or is given twice, or a page that cannot be written.
-    """
+    """``calib-guidance report``, of the arguments after ``report``: see its ``--help``."""
     parser = argparse.ArgumentParser(
         prog="calib-guidance report",
         description="One HTML page of one or several sampling runs: settings, metrics, samples. It needs no network; missing "
@@ -60,10 +55,9 @@ def report(args: Sequence[str]) -> None:
         _make_folder(options.plots, "--plots")
     # After what can be refused at once: importing torch and matplotlib takes seconds.
     from calib_guidance.report.page import render
-    from calib_guidance.report.pictures import kept_in
 
-    with kept_in(options.plots):
-        page = render(runs)
+    with contextlib.ExitStack() as stack:
+        page = render(runs, options.plots or Path(stack.enter_context(tempfile.TemporaryDirectory())))
     write_text(output, page)
     for run in runs:
         for remark in run.remarks:

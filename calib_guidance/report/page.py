@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jinja2
@@ -47,17 +48,16 @@ def _together(runs: Sequence[Run], what: str, draw: Callable[[Sequence[Run]], T]
         return draw(sound) if sound else None
 
 
-def _over_steps(runs: Sequence[Run]) -> list[Picture]:
+def _over_steps(runs: Sequence[Run], folder: Path) -> list[Picture]:
     """Curves of all runs in one plot each."""
-    plots = {"ECE_t": pictures.ece_over_t, "The gradient norm": pictures.gradient_norm_over_t}
-    drawn = [_together(runs, what, draw) for what, draw in plots.items()]
-    found = [picture for picture in drawn if picture is not None]
-    schedules = _together(runs, "The guidance schedule", pictures.guidance_schedules)
-    return found + (schedules or [])
+    ece = _together(runs, "ECE_t", lambda some: pictures.ece_over_t(some, folder))
+    norm = _together(runs, "The gradient norm", lambda some: pictures.gradient_norm_over_t(some, folder))
+    schedules = _together(runs, "The guidance schedule", lambda some: pictures.guidance_schedules(some, folder))
+    return [each for each in (ece, norm, *(schedules or [])) if each is not None]
 
 
-def _of_each(runs: Sequence[Run], what: str, make: Callable[[Run], T | None]) -> list[T]:
-    made = [_attempt(run, what, lambda run=run: make(run)) for run in runs]
+def _of_each(runs: Sequence[Run], what: str, make: Callable[..., T | None], *arguments: Any) -> list[T]:
+    made = [_attempt(run, what, lambda run=run: make(run, *arguments)) for run in runs]
     return [each for each in made if each is not None]
 
 
@@ -77,10 +77,10 @@ def _ways_of_measuring(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return found
 
 
-def render(runs: Sequence[Run]) -> str:
+def render(runs: Sequence[Run], folder: Path) -> str:
     """One HTML page of one or several runs, the first being what the others are compared with.
 
-    It carries its pictures and styles in itself, has no scripts, and asks for nothing from anywhere.
+    It carries its pictures, drawn in ``folder``, and styles in itself, has no scripts, and asks for nothing from anywhere.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("calib_guidance.report", "."),
@@ -90,24 +90,23 @@ def render(runs: Sequence[Run]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["breakable"] = _breakable
-    of_samples, others = differences(runs) if len(runs) > 1 else ([], [])
     several = len(runs) > 1
-    content = {
-        "version": __version__,
-        "title": f"Guided samples: {', '.join(run.name for run in runs)}",
-        "several": several,
-        "runs": runs,
-        "of_samples": of_samples,
-        "others": others,
-        "parts": [parts(run) for run in runs],
-        "ways": _ways_of_measuring(runs),
-        "grids": _of_each(runs, "The grid of samples", pictures.grid),
-        "side_by_side": samples.side_by_side(runs) if several else None,
-        "over_steps": _over_steps(runs),
-        "reliability": _of_each(runs, "The reliability diagrams", pictures.reliability_by_level),
-        "strips": _of_each(runs, "The strips over the trajectory", pictures.trajectory_strips),
-        "verdicts": _of_each(runs, "What the evaluation classifier says", samples.classified_samples),
-        "provenance": tables.provenance(runs),
-        "largest": pictures.LARGEST,
-    }
-    return environment.get_template("page.html").render(content)
+    of_samples, others = differences(runs)
+    return environment.get_template("page.html").render(
+        version=__version__,
+        title=f"Guided samples: {', '.join(run.name for run in runs)}",
+        several=several,
+        runs=runs,
+        of_samples=of_samples,
+        others=others,
+        parts=[parts(run) for run in runs],
+        ways=_ways_of_measuring(runs),
+        grids=_of_each(runs, "The grid of samples", pictures.grid, folder),
+        side_by_side=samples.side_by_side(runs, folder) if several else None,
+        over_steps=_over_steps(runs, folder),
+        reliability=_of_each(runs, "The reliability diagrams", pictures.reliability_by_level, folder),
+        strips=_of_each(runs, "The strips over the trajectory", pictures.trajectory_strips, folder),
+        verdicts=_of_each(runs, "What the evaluation classifier says", samples.classified_samples),
+        provenance=tables.provenance(runs),
+        largest=pictures.LARGEST,
+    )

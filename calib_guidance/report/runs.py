@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -18,17 +18,15 @@ from calib_guidance.errors import ConfigurationError, first_line
 from calib_guidance.runs import CorruptedShardError, RunFolder, read_run
 from calib_guidance.runs.status import survey
 
+T = TypeVar("T")
+
 _COLUMNS = ("index", "label", "seed")
+_PREDICTIONS = ("index", "label", "predicted", "confidence")
 _LISTED = 5  # shards or samples in a remark
 
 
 def read_arrays(path: Path, names: Collection[str]) -> dict[str, np.ndarray]:
-    """Arrays of an ``.npz`` file.
-
-    Raises:
-        ValueError: it is none, or lacks one of them.
-        FileNotFoundError: it is not there.
-    """
+    """Arrays of an ``.npz`` file; ValueError where it is none, or lacks one of them."""
     try:
         # Of a file that is no archive numpy says that it may be pickled, and how to load it all the same.
         with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
@@ -37,6 +35,13 @@ def read_arrays(path: Path, names: Collection[str]) -> dict[str, np.ndarray]:
         raise ValueError(str(error.args[0])) from error
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ValueError(f"not a valid npz file: {error}") from error
+
+
+def _metrics(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_bytes())
+    if not isinstance(content, dict):
+        raise ValueError("it holds no metrics by name")
+    return content
 
 
 def _listed(things: Sequence[str]) -> str:
@@ -54,6 +59,7 @@ class Run:
     Attributes:
         folder: its samples.
         about: run.json: identity, versions, when it was begun.
+        identity: all that its samples are a function of, by dotted key.
         status: see :func:`calib_guidance.runs.status.survey`.
         settings: config.yaml; empty where it cannot be read.
         config_text: config.yaml as it is written.
@@ -61,7 +67,9 @@ class Run:
         evaluation: evaluation/metrics.json, what evaluate measured; empty where there is none.
         predictions: ``index``, ``label``, ``predicted`` and ``confidence``, the evaluation classifier's probability of the
             sample's class, ``(N,)`` each; None where there are none.
+        verdicts: its predicted class and confidence, by index.
         columns: ``index``, ``label`` and ``seed`` ``(N,)`` int64 of the samples that can be read, by index.
+        requests: seed and label of those, by index.
         remarks: what is missing or damaged, and what to do about it.
 
     Raises:
@@ -79,15 +87,25 @@ class Run:
                 raise ConfigurationError(
                     f"{path} holds no run: there is no run.json in it; report takes folders of calib-guidance predict"
                 )
+            self.identity = self.about["identity"]
             self.folder = RunFolder.open(path)
             self.status = survey(self.folder)
             self._damaged: set[int] = set()
             self._remark_on_status()
             self.columns = self._read_columns()
+            index, label, seed = (column.tolist() for column in self.columns.values())
+            self.requests = dict(zip(index, zip(seed, label, strict=True), strict=True))
+            self.seeds: list[int] = sorted(set(seed))
             self.config_text, self.settings = self._read_config()
-            self.metrics = self._read_json("metrics.json")
-            self.evaluation = self._read_json("evaluation/metrics.json")
-            self.predictions = self._read_predictions()
+            self.metrics = self._read("metrics.json", _metrics) or {}
+            self.evaluation = self._read("evaluation/metrics.json", _metrics) or {}
+            # What evaluate wrote, else what predict did.
+            names = ("evaluation/predictions.npz", "predictions.npz")
+            found = (self._read(name, self._predictions) for name in names)
+            self.predictions = next((each for each in found if each is not None), None)
+            columns = (self.predictions or dict.fromkeys(_PREDICTIONS, np.zeros(0))).values()
+            index, _, predicted, confidence = (column.tolist() for column in columns)
+            self.verdicts = dict(zip(index, zip(predicted, confidence, strict=True), strict=True))
         except OSError as error:
             raise ConfigurationError(f"{error.filename or path} cannot be read: {error.strerror or error}") from error
         measured, written = self.evaluation.get("num_measured"), self.status["samples"]["written"]
@@ -101,15 +119,6 @@ class Run:
                 "Nothing was measured: there is no metrics.json. The same predict command with RunReport among its callbacks "
                 f"measures what is there, or calib-guidance evaluate {path}."
             )
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """All that its samples are a function of, by dotted key."""
-        return self.about["identity"]
-
-    @property
-    def seeds(self) -> list[int]:
-        return np.unique(self.columns["seed"]).tolist()
 
     def _remark_on_status(self) -> None:
         samples = self.status["samples"]
@@ -169,18 +178,14 @@ class Run:
             found |= dict(zip(rows["index"].tolist(), rows["image"], strict=True))
         return found
 
-    def _read_json(self, name: str) -> dict[str, Any]:
-        path = self.path / name
+    def _read(self, name: str, load: Callable[[Path], T]) -> T | None:
         try:
-            content = json.loads(path.read_bytes())
-            if not isinstance(content, dict):
-                raise ValueError("it holds no metrics by name")
+            return load(self.path / name)
         except FileNotFoundError:
-            return {}
+            return None
         except ValueError as error:
             self.remarks.append(f"{name} is damaged ({error}) and skipped: re-run what wrote it.")
-            return {}
-        return content
+            return None
 
     def _read_config(self) -> tuple[str, dict[str, Any]]:
         try:
@@ -197,29 +202,16 @@ class Run:
         self.remarks.append(f"{problem}: settings are those of run.json, which has all that samples are a function of.")
         return "", {}
 
-    def _read_predictions(self) -> dict[str, np.ndarray] | None:
-        """What evaluate wrote, else what predict did."""
-        for name in ("evaluation/predictions.npz", "predictions.npz"):
-            try:
-                predictions = read_arrays(self.path / name, ("index", "label", "predicted", "confidence"))
-                if len({column.shape for column in predictions.values()}) != 1 or predictions["index"].ndim != 1:
-                    raise ValueError("its columns differ in length")
-            except FileNotFoundError:
-                continue
-            except ValueError as error:
-                self.remarks.append(f"{name} is damaged ({error}) and skipped: re-run what wrote it.")
-                continue
-            there = np.isin(predictions["index"], self.columns["index"])
-            return {key: column[there] for key, column in predictions.items()}
-        return None
+    def _predictions(self, path: Path) -> dict[str, np.ndarray]:
+        predictions = read_arrays(path, _PREDICTIONS)
+        if len({column.shape for column in predictions.values()}) != 1 or predictions["index"].ndim != 1:
+            raise ValueError("its columns differ in length")
+        there = np.isin(predictions["index"], self.columns["index"])
+        return {key: column[there] for key, column in predictions.items()}
 
 
 def open_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs of a report, each named by as much of the end of its path as tells them apart.
-
-    Raises:
-        ConfigurationError: a folder that is no run, or is given twice.
-    """
+    """The runs of a report, each named by as much of the end of its path as tells them apart."""
     resolved = [path.resolve() for path in paths]
     for number, path in enumerate(resolved):
         if path in resolved[:number]:

@@ -2,41 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from calib_guidance.report.runs import Run
 
 _UNSET = "not set"
 _ELSEWHERE = {"trainer.default_root_dir"}  # the folder, by which the runs are listed
-
-
-class Part(NamedTuple):
-    """A class that a run is made of.
-
-    Attributes:
-        place: in the configuration, e.g. ``guidance.score``.
-        name: of the class.
-        settings: ``name = value`` of those that are set, in order.
-    """
-
-    place: str
-    name: str
-    settings: list[str]
-
-
-class Difference(NamedTuple):
-    """A setting that differs between runs.
-
-    Attributes:
-        key: with dots, as on the command line.
-        values: of each run, as text.
-        changed: of each run, whether it differs from the first.
-    """
-
-    key: str
-    values: list[str]
-    changed: list[bool]
 
 
 def flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -71,8 +43,12 @@ def as_text(value: Any) -> str:
     return str(value)
 
 
-def parts(run: Run) -> list[Part]:
-    """What a run is made of: every class under ``model`` and ``data`` of its configuration."""
+def parts(run: Run) -> list[dict[str, Any]]:
+    """What a run is made of: every class under ``model`` and ``data`` of its configuration, with the settings that are set.
+
+    Returns:
+        ``place`` in the configuration, such as ``guidance.score``, ``name`` of the class, ``settings`` as ``name = value``.
+    """
     flat = dict(flatten(run.settings)) or run.identity
     places = [key.removesuffix(".class_path") for key in flat if key.endswith(".class_path")]
     found = []
@@ -80,30 +56,27 @@ def parts(run: Run) -> list[Part]:
         if place.partition(".")[0] not in ("model", "data"):
             continue
         inside = f"{place}.init_args."
-        names = [
-            key
+        deeper = tuple(f"{other}." for other in places if other.startswith(inside))
+        settings = [
+            f"{key.removeprefix(inside)} = {as_text(value)}"
             for key, value in flat.items()
-            if key.startswith(inside)
-            and value is not None
-            and not any(key.startswith(f"{deeper}.") for deeper in places if deeper.startswith(inside))
+            if key.startswith(inside) and value is not None and not key.startswith(deeper)
         ]
-        settings = [f"{name.removeprefix(inside)} = {as_text(flat[name])}" for name in names]
         shown = place.replace(".init_args", "").removeprefix("model.")
-        found.append(Part(shown, flat[f"{place}.class_path"].rpartition(".")[2], settings))
+        name = flat[f"{place}.class_path"].rpartition(".")[2]
+        found.append({"place": shown, "name": name, "settings": settings})
     return found
 
 
-def _keys(settings: Iterable[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(key for each in settings for key in each))
-
-
-def _difference(key: str, values: Sequence[Any]) -> Difference | None:
+def _difference(key: str, settings: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The ``values`` of a setting, as text, and whether each is ``changed`` from the first; None where none is."""
+    values = [each.get(key, _UNSET) for each in settings]
     changed = [value != values[0] for value in values]
     texts = [_UNSET if value is _UNSET else as_text(value) for value in values]
-    return Difference(key, texts, changed) if any(changed) else None
+    return {"key": key, "values": texts, "changed": changed} if any(changed) else None
 
 
-def differences(runs: Sequence[Run]) -> tuple[list[Difference], list[Difference]]:
+def differences(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Where the settings of runs differ.
 
     Returns:
@@ -112,15 +85,13 @@ def differences(runs: Sequence[Run]) -> tuple[list[Difference], list[Difference]
     flats = [dict(flatten(run.settings)) for run in runs]
     identities = [run.identity for run in runs]
     of_samples, others = [], []
-    for key in _keys(identities):
-        if (by_content := _difference(key, [each.get(key, _UNSET) for each in identities])) is not None:
+    for key in dict.fromkeys(key for each in identities for key in each):
+        if by_content := _difference(key, identities):
             # A file counts by its content in run.json; its name says more, where the names differ.
-            by_name = _difference(key, [flat.get(key, _UNSET) for flat in flats])
-            of_samples.append(by_name or by_content)
-    known = {difference.key for difference in of_samples} | _ELSEWHERE
+            of_samples.append(_difference(key, flats) or by_content)
+    known = {difference["key"] for difference in of_samples} | _ELSEWHERE
     if all(flats):
-        for key in _keys(flats):
-            difference = _difference(key, [flat.get(key, _UNSET) for flat in flats])
-            if difference is not None and key not in known:
+        for key in dict.fromkeys(key for each in flats for key in each):
+            if key not in known and (difference := _difference(key, flats)):
                 others.append(difference)
     return of_samples, others

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from calib_guidance.evaluation.metrics import specs_of
 from calib_guidance.evaluation.output import uncertainty_sources
@@ -20,49 +20,6 @@ _COUNTS = {
 _DRAWN = {"ece_t", "gradient_norm_t", "guidance_schedule", "reliability"}
 
 
-class Cell(NamedTuple):
-    """A value of a run.
-
-    Attributes:
-        value: as it was stored; None where there is none.
-        text: the same for people.
-        std: standard deviation, as text; None where it is not known.
-        interval: of 95 %, as text; None where it is not known.
-        apart: whether that interval lies apart from the first run's.
-    """
-
-    value: float | None
-    text: str
-    std: str | None = None
-    interval: str | None = None
-    apart: bool = False
-
-
-class Row(NamedTuple):
-    """A metric, of each run. ``better`` is ``lower``, ``higher`` or empty."""
-
-    name: str
-    label: str
-    better: str
-    cells: list[Cell]
-
-
-class Table(NamedTuple):
-    """What was measured in one way.
-
-    Attributes:
-        rows: a metric each.
-        uncertainty: metrics, and what their standard deviation is over.
-        notes: of the runs, on what the values are worth.
-        by_class: of each run that has them, class by class: run, metrics, and class with values.
-    """
-
-    rows: list[Row]
-    uncertainty: list[str]
-    notes: list[str]
-    by_class: list[tuple[str, list[str], list[tuple[str, list[Cell]]]]]
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -76,34 +33,34 @@ def _specs(*measured: Mapping[str, Any]) -> dict[str, MetricSpec]:
     return specs | {name: MetricSpec(name, label, "{:.0f}") for name, label in _COUNTS.items()}
 
 
-def _cell(spec: MetricSpec, measured: Mapping[str, Any]) -> tuple[Cell, Mapping[str, Any]]:
-    """A value, and its uncertainty."""
+def _cell(spec: MetricSpec, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """A value as it was stored, None where there is none, and as text, with its standard deviation and 95 % interval."""
     value = measured.get(spec.key)
+    cell = {"value": None, "text": "–", "std": None, "interval": None, "ends": None, "apart": False}
     if not _is_number(value):
-        return Cell(None, "–"), {}
+        return cell
     form = spec.format
     if value and not float(form.format(value)):  # too small for the digits that the metric usually has
         form = "{:.3g}"
+    cell |= {"value": value, "text": form.format(value)}
     uncertainty = measured.get("uncertainty", {}).get(spec.key) or {}
-    std = form.format(uncertainty["std"]) if _is_number(uncertainty.get("std")) else None
+    if _is_number(uncertainty.get("std")):
+        cell["std"] = form.format(uncertainty["std"])
     ends = [uncertainty.get("low"), uncertainty.get("high")]
-    interval = " to ".join(map(form.format, ends)) if all(map(_is_number, ends)) else None
-    return Cell(value, form.format(value), std, interval), uncertainty
+    if all(map(_is_number, ends)):
+        cell |= {"ends": ends, "interval": " to ".join(map(form.format, ends))}
+    return cell
 
 
-def _apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    ends = [uncertainty.get(end) for uncertainty in (one, other) for end in ("low", "high")]
-    return all(map(_is_number, ends)) and (ends[1] < ends[2] or ends[3] < ends[0])
-
-
-def _row(spec: MetricSpec, measured: Sequence[Mapping[str, Any]]) -> Row:
-    cells, uncertainty = zip(*(_cell(spec, each) for each in measured), strict=True)
-    cells = [
-        cell._replace(apart=_apart(each, uncertainty[0])) if number else cell
-        for number, (cell, each) in enumerate(zip(cells, uncertainty, strict=True))
-    ]
+def _row(spec: MetricSpec, measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A metric of each run; ``apart`` are the cells with an interval that does not meet the first run's."""
+    cells = [_cell(spec, each) for each in measured]
+    if first := cells[0]["ends"]:
+        for cell in cells[1:]:
+            ends = cell["ends"]
+            cell["apart"] = ends is not None and (ends[1] < first[0] or first[1] < ends[0])
     better = {None: "", True: "higher", False: "lower"}[spec.higher_is_better]
-    return Row(spec.key, spec.label, better, cells)
+    return {"name": spec.key, "label": spec.label, "better": better, "cells": cells}
 
 
 def _notes(runs: Sequence[Run], measured: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -147,7 +104,7 @@ def _references(measured: Mapping[str, Any]) -> tuple[str | None, ...]:
     return images, _sha256(provenance), _sha256(provenance.get("images", {}))
 
 
-def table(runs: Sequence[Run], measured: Sequence[Mapping[str, Any]]) -> Table | None:
+def table(runs: Sequence[Run], measured: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The table of what was measured in one way.
 
     Args:
@@ -155,31 +112,34 @@ def table(runs: Sequence[Run], measured: Sequence[Mapping[str, Any]]) -> Table |
         measured: of each, the content of its metrics.json or evaluation/metrics.json; empty where there is none.
 
     Returns:
-        The table, None where no run has one.
+        None where no run has one; else ``rows``, a metric each, ``uncertainty``, what the standard deviation of which metrics is
+        over, ``notes`` on what the values are worth, and ``by_class``: run, labels of metrics, and each class with its cells.
     """
     if not any(measured):
         return None
     found = {name for each in measured for name, value in each.items() if _is_number(value)}
     if all(each.get("num_measured") in (None, each.get("num_samples")) for each in measured):
         found.discard("num_measured")  # all of them, as one expects
-    rows = [_row(spec, measured) for name, spec in _specs(*measured).items() if name in found]
-    by_class = []
-    for run, each in zip(runs, measured, strict=True):
-        if isinstance(each.get("by_class"), Mapping) and each["by_class"]:
-            by_class.append((run.name, *_by_class(each["by_class"])))
-    uncertainty = [f"{', '.join(labels)}: {of}" for of, labels in uncertainty_sources(*measured).items()]
-    return Table(rows, uncertainty, _incomparable(runs, measured) + _notes(runs, measured), by_class)
+    return {
+        "rows": [_row(spec, measured) for name, spec in _specs(*measured).items() if name in found],
+        "uncertainty": [f"{', '.join(labels)}: {of}" for of, labels in uncertainty_sources(*measured).items()],
+        "notes": _incomparable(runs, measured) + _notes(runs, measured),
+        "by_class": [
+            (run.name, *_by_class(each["by_class"]))
+            for run, each in zip(runs, measured, strict=True)
+            if isinstance(each.get("by_class"), Mapping) and each["by_class"]
+        ],
+    }
 
 
-def _by_class(content: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[tuple[str, list[Cell]]]]:
+def _by_class(content: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[tuple[str, list[dict[str, Any]]]]]:
     """Metrics, and the values of each class, from ``{class: {metric: value, "std": {metric: std}}}``."""
     found = {name for measured in content.values() for name, value in measured.items() if _is_number(value)}
     specs = [spec for name, spec in _specs().items() if name in found]
     rows = []
     for label in sorted(content, key=lambda label: (len(label), label)):
-        measured = content[label]
-        uncertainty = {name: {"std": std} for name, std in measured.get("std", {}).items()}
-        rows.append((label, [_cell(spec, measured | {"uncertainty": uncertainty})[0] for spec in specs]))
+        uncertainty = {name: {"std": std} for name, std in content[label].get("std", {}).items()}
+        rows.append((label, [_cell(spec, content[label] | {"uncertainty": uncertainty}) for spec in specs]))
     return [spec.label for spec in specs], rows
 
 

@@ -88,8 +88,12 @@ def test_a_metric_of_your_own_from_the_command_line(own, capsys):
     assert "note       nearest: of 40 samples" in printed
     # The report has its label, format and direction, and several sets their mean.
     run = type("Run", (), {"name": "a"})
-    row = {row.name: row for row in table([run], [found]).rows}["nearest_distance"]
-    assert (row.label, row.better, row.cells[0].text) == ("nearest distance", "higher", f"{expected.mean():.2f}")
+    row = {row["name"]: row for row in table([run], [found])["rows"]}["nearest_distance"]
+    assert (row["label"], row["better"], row["cells"][0]["text"]) == (
+        "nearest distance",
+        "higher",
+        f"{expected.mean():.2f}",
+    )
     main(["evaluate", *map(str, samples), *words, "--output", str(own / "both")])
     assert "| nearest distance |" in (own / "both/metrics.md").read_text()
 
