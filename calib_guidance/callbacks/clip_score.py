@@ -9,14 +9,12 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from calib_guidance.callbacks.measurement import compute
 from calib_guidance.callbacks.trajectory import TrajectoryMeasurement
 from calib_guidance.classifiers.clip import CLIPClassifier
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation.metrics import METRICS
-from calib_guidance.metrics.moments import StepMoments
 from calib_guidance.plots import Series, curves
 from calib_guidance.samplers import StepRecord
 
@@ -30,18 +28,12 @@ class TrajectoryCLIPScore(TrajectoryMeasurement):
     Args:
         clip: with one prompt for each class of the requests; frozen here.
         every: k ≥ 1, to measure at every k-th step, counted from the last one.
-
-    Raises:
-        ValueError: k < 1.
     """
 
     def __init__(self, clip: CLIPClassifier, every: int = 1):
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
         self.clip, self.every = clip.freeze(), every
-
-    def build(self, num_steps: int) -> Metric:
-        return StepMoments(num_steps, sync_on_compute=False)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -70,9 +62,6 @@ class TrajectoryCLIPScore(TrajectoryMeasurement):
         if record.i % self.every:
             return None
         return [self._similarity(self.decode(record.guided.prediction.x0).float(), record.y)]
-
-    def add(self, i: int, terms: list[Tensor]) -> None:
-        self.metric.update(i, *terms)
 
     def finished(self, images: Tensor, labels: Tensor) -> None:
         self.final.update(0, self._similarity(images.float(), labels))

@@ -26,21 +26,21 @@ _RANGES = 5  # of t, for reliability diagrams
 
 
 class TrajectoryMeasurement(Measurement, BufferedObserver):
-    """Watches every step of the sampler."""
+    """A metric of every step of the sampler; mean and standard deviation of a value unless a subclass says otherwise."""
 
     metric: Metric
     blocks: Tensor | None = None  # its sums, of blocks of samples
 
-    @abstractmethod
     def build(self, num_steps: int) -> Metric:
         """The metric for a trajectory of so many steps, of ``sums`` that are not to be synchronised: every rank has all."""
+        return StepMoments(num_steps, sync_on_compute=False)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "predict":
             pl_module.check()
-            levels = pl_module.sampler.levels(pl_module.denoiser)
-            self.t, self.num_train_steps = levels.times.tolist(), levels.num_train_steps
+            self.levels = pl_module.sampler.levels(pl_module.denoiser)
+            self.t = self.levels.times.tolist()
             self.metric = self.build(len(self.t)).to(trainer.strategy.root_device)
             self.noted: list[tuple[int, list[Tensor]]] = []
             self.context.observe(self)
@@ -58,9 +58,9 @@ class TrajectoryMeasurement(Measurement, BufferedObserver):
     def terms(self, record: StepRecord) -> list[Tensor] | None:
         """What is kept of a step until it is known whether the samples are: few numbers for each, ``(N, …)``."""
 
-    @abstractmethod
     def add(self, i: int, terms: list[Tensor]) -> None:
         """Add terms of step ``i`` to the sums."""
+        self.metric.update(i, *terms)
 
     def sums(self) -> dict[str, Tensor]:
         return {"steps": self.metric.sums}
@@ -103,24 +103,27 @@ class TrajectoryCalibration(TrajectoryMeasurement):
         self.metric.add(tuple(terms), i)
 
     def results(self, trainer: L.Trainer) -> dict[str, Any]:
-        ece = compute(self.metric, trainer).by_level.cpu()
+        ece, self.ece_t = compute(self.metric, trainer).by_level.cpu(), None
         if ece.isnan().all():  # no classifier ran
-            self.ece = None
             return {}
-        self.ece, self.reliability, self.deviation = ece, self._by_range(), None
-        integral, ece_t, uncertainty = float(ece.nanmean()), {"t": self.t, "ece": ece.tolist()}, {}
+        integral, uncertainty = float(ece.nanmean()), {}
+        self.ece_t, self.reliability = {"t": self.t, "ece": ece.tolist()}, self._by_range()
         if self.blocks is not None:
             without = calibration_error_from_bins(self.metric.sums - self.blocks).cpu()
             of = f"jackknife over {len(self.blocks)} blocks of samples"
-            self.deviation = jackknife_std(without)
             std = jackknife_std(without.nanmean(1))
             uncertainty["integral_ece"] = METRICS["integral_ece"].uncertainty(integral, std, of)
-            ece_t |= {"std": self.deviation.tolist(), "of": of}
-        return {"integral_ece": integral, "uncertainty": uncertainty, "ece_t": ece_t, "reliability": self.reliability}
+            self.ece_t |= {"std": jackknife_std(without).tolist(), "of": of}
+        return {
+            "integral_ece": integral,
+            "uncertainty": uncertainty,
+            "ece_t": self.ece_t,
+            "reliability": self.reliability,
+        }
 
     def _by_range(self) -> dict[str, list]:
         """Bins of each range of t: ``levels`` are their names, ``bins`` ``(ranges, num_bins, 3)`` count, confidence, correct."""
-        edges = [round(k * self.num_train_steps / _RANGES) for k in range(_RANGES + 1)]
+        edges = [round(k * self.levels.num_train_steps / _RANGES) for k in range(_RANGES + 1)]
         ranges = list(itertools.pairwise(edges))
         t = torch.tensor(self.t).round()
         sums = self.metric.sums.cpu()
@@ -128,10 +131,11 @@ class TrajectoryCalibration(TrajectoryMeasurement):
         return {"levels": [f"t = {low}–{high - 1}" for low, high in ranges], "bins": bins}
 
     def draw(self, folder: Path, trainer: L.Trainer) -> list[Path]:
-        if self.ece is None:
+        if self.ece_t is None:
             return []
-        series = [Series("", self.t, self.ece.tolist(), None if self.deviation is None else self.deviation.tolist())]
-        label = r"ECE$_t$ of the classifier" + ("" if self.deviation is None else "  (± std)")
+        std = self.ece_t.get("std")
+        series = [Series("", self.t, self.ece_t["ece"], std)]
+        label = r"ECE$_t$ of the classifier" + ("" if std is None else "  (± std)")
         return [
             *curves(series, folder / "ece_t", label, averages=True),
             *reliability(self.reliability["bins"], self.reliability["levels"], folder / "reliability"),
@@ -174,31 +178,24 @@ class GradientNorm(TrajectoryMeasurement):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "predict":
-            levels = pl_module.sampler.levels(pl_module.denoiser)
-            self.schedule = _strengths(pl_module.guidance, pl_module.sampler, levels)
-
-    def build(self, num_steps: int) -> Metric:
-        return StepMoments(num_steps, sync_on_compute=False)
+            self.schedule = _strengths(pl_module.guidance, pl_module.sampler, self.levels)
 
     def terms(self, record: StepRecord) -> list[Tensor] | None:
         gradient = record.guided.aux.gradient
         return None if gradient is None else [gradient.flatten(1).norm(dim=1).double()]
 
-    def add(self, i: int, terms: list[Tensor]) -> None:
-        self.metric.update(i, *terms)
-
     def results(self, trainer: L.Trainer) -> dict[str, Any]:
-        self.mean, self.deviation = (value.cpu() for value in compute(self.metric, trainer))
-        if self.mean.isnan().all():
+        mean, deviation = (value.cpu() for value in compute(self.metric, trainer))
+        self.norm = None if mean.isnan().all() else {"t": self.t, "mean": mean.tolist(), "std": deviation.tolist()}
+        if self.norm is None:
             return {}
-        norm = {"t": self.t, "mean": self.mean.tolist(), "std": self.deviation.tolist()}
-        return {"gradient_norm_t": norm, **({"guidance_schedule": self.schedule} if self.schedule else {})}
+        return {"gradient_norm_t": self.norm, **({"guidance_schedule": self.schedule} if self.schedule else {})}
 
     def draw(self, folder: Path, trainer: L.Trainer) -> list[Path]:
-        if self.mean.isnan().all():
+        if self.norm is None:
             return []
-        series = [Series("", self.t, self.mean.tolist(), self.deviation.tolist())]
-        paths = curves(series, folder / "gradient_norm", "$\\|\\nabla S\\|$\n(mean ± std over samples)")
+        label = "$\\|\\nabla S\\|$\n(mean ± std over samples)"
+        paths = curves([Series("", *self.norm.values())], folder / "gradient_norm", label)
         if self.schedule:
             t, unit, strengths = (self.schedule[key] for key in ("t", "unit", "strength"))
             paths += guidance_schedule(t, strengths, folder / "guidance_schedule", unit)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -18,14 +18,8 @@ from calib_guidance.errors import ConfigurationError
 from calib_guidance.plots import strips
 from calib_guidance.samplers import BufferedObserver, StepRecord
 
-
-class _Noted(NamedTuple):
-    """What one step showed of the chosen samples of the current batch: their rows, classes, x̂0 and gradients."""
-
-    rows: list[int]
-    label: Tensor
-    x0: Tensor
-    gradient: Tensor
+# Of each sample. Of no sample, a column of the type alone.
+_COLUMNS = {"index": torch.long, "label": torch.long, "x0": torch.uint8, "gradient": torch.float32}
 
 
 class TrajectoryStrips(Measurement, BufferedObserver):
@@ -41,9 +35,6 @@ class TrajectoryStrips(Measurement, BufferedObserver):
     Args:
         samples: indices of them; those beyond the samples of the run are not there.
         steps: how many steps are kept at most, evenly from the first to the last.
-
-    Raises:
-        ConfigurationError: no sample or one twice, a negative index, or no step.
     """
 
     def __init__(self, samples: Sequence[int] = (0, 1, 2, 3), steps: int = 8):
@@ -62,7 +53,8 @@ class TrajectoryStrips(Measurement, BufferedObserver):
         times = pl_module.sampler.levels(pl_module.denoiser).times
         kept = np.unique(np.linspace(len(times) - 1, 0, min(self.steps, len(times))).round().astype(int))[::-1]
         self.t, self.places = times[kept], {int(i): place for place, i in enumerate(kept)}
-        self.decode, self.noted = pl_module.denoiser.decode, {}
+        self.decode = pl_module.denoiser.decode
+        self.noted: dict[int, tuple[list[int], Tensor, Tensor, Tensor]] = {}  # by place: rows, labels, x̂0, gradients
         self.context.observe(self)
 
     def __call__(self, record: StepRecord) -> None:
@@ -80,33 +72,24 @@ class TrajectoryStrips(Measurement, BufferedObserver):
         gradient = record.guided.aux.gradient
         gradient = torch.full_like(chosen(record.x_t), torch.nan) if gradient is None else chosen(gradient)
         # Of a step that is repeated, the last time.
-        self.noted[self.places[record.i]] = _Noted(rows, chosen(record.y), x0, gradient.float())
+        self.noted[self.places[record.i]] = rows, chosen(record.y), x0, gradient.float()
 
     def count(self, rows: slice | Tensor) -> None:
         if len(self.noted) == len(self.places):  # else memory ran out on the way
             kept = set(range(len(self.context.indices))[rows] if isinstance(rows, slice) else rows.tolist())
-            steps = [self.noted[place] for place in range(len(self.places))]
-            x0, gradient = (
-                torch.stack([step.x0 for step in steps], 1),
-                torch.stack([step.gradient for step in steps], 1),
-            )
-            for k, row in enumerate(steps[0].rows):
+            chosen, labels, x0, gradient = zip(*(self.noted[place] for place in sorted(self.noted)), strict=True)
+            columns = {"label": labels[0], "x0": torch.stack(x0, 1), "gradient": torch.stack(gradient, 1)}
+            for k, row in enumerate(chosen[0]):
                 if row in kept:
-                    index = torch.tensor(self.context.indices[row])
-                    one = {"index": index, "label": steps[0].label[k], "x0": x0[k], "gradient": gradient[k]}
-                    self._kept.append({name: value.cpu() for name, value in one.items()})
+                    one = {"index": torch.tensor(self.context.indices[row])}
+                    one |= {name: column[k].cpu() for name, column in columns.items()}
+                    self._kept.append(one)
         self.noted.clear()
 
     def rows(self) -> dict[str, Tensor]:
-        names = ("index", "label", "x0", "gradient")
-        return (
-            {name: torch.stack([each[name] for each in self._kept]) for name in names} if self._kept else self._none()
-        )
-
-    @staticmethod
-    def _none() -> dict[str, Tensor]:
-        types = {"index": torch.long, "label": torch.long, "x0": torch.uint8, "gradient": torch.float32}
-        return {name: torch.zeros(0, dtype=dtype) for name, dtype in types.items()}
+        if not self._kept:
+            return {name: torch.zeros(0, dtype=dtype) for name, dtype in _COLUMNS.items()}
+        return {name: torch.stack([each[name] for each in self._kept]) for name in _COLUMNS}
 
     def reset(self) -> None:
         self._kept: list[dict[str, Tensor]] = []
@@ -120,10 +103,9 @@ class TrajectoryStrips(Measurement, BufferedObserver):
             path = Path(trainer.default_root_dir, "trajectory.npz")
             path.unlink(missing_ok=True)  # an earlier report's
             if self._kept:
+                columns = {name: column.numpy() for name, column in self.rows().items()}
                 with atomic_write(path) as file:
-                    np.savez_compressed(
-                        file, t=self.t, **{name: column.numpy() for name, column in self.rows().items()}
-                    )
+                    np.savez_compressed(file, t=self.t, **columns)
         return {}
 
     def draw(self, folder: Path, trainer: L.Trainer) -> list[Path]:
