@@ -1,12 +1,10 @@
 """Plots from saved data, as PNG and PDF, sized for one column of a paper."""
 
 from calib_guidance.plots.ablation import ablation, precision_recall
-from calib_guidance.plots.curves import Series, curves
+from calib_guidance.plots.curves import Series, curves, guidance_schedule, strength
 from calib_guidance.plots.direction_field import Contours, direction_field
-from calib_guidance.plots.grids import sample_grid, side_by_side
-from calib_guidance.plots.guidance_schedule import guidance_schedule, strength
+from calib_guidance.plots.grids import sample_grid, side_by_side, strips
 from calib_guidance.plots.reliability import reliability
-from calib_guidance.plots.strips import strips
 from calib_guidance.plots.style import COLOURS, COLUMN, paper, save
 
 __all__ = [

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.plots.style import COLOURS, COLUMN, paper, save
+from calib_guidance.plots.style import COLOURS, COLUMN, panel, paper, save
 
 Value = float | str
 Point = tuple[Value, Mapping[str, tuple[float | None, float | None]]]
@@ -37,11 +37,12 @@ def _text(value: Value) -> str:
     return value if isinstance(value, str) else f"{value:g}"
 
 
-def _sorted(points: Sequence[Point], name: str) -> list[Point]:
+def _sorted(points: Sequence[Point], name: str) -> tuple[list[Point], bool]:
+    """The points in order, and whether their values are numbers."""
     if not points:
         raise ConfigurationError(f"there is nothing to draw over {name}: no value of it has been measured")
     numeric = not any(isinstance(value, str) for value, _ in points)
-    return sorted(points, key=lambda point: point[0]) if numeric else list(points)
+    return (sorted(points, key=lambda point: point[0]) if numeric else list(points)), numeric
 
 
 @paper
@@ -65,16 +66,12 @@ def ablation(
         log: a logarithmic axis, of values above 0.
         held: what other settings are, said above the plot.
         labels: of the metrics, by key; a key without one is its own label.
-
-    Raises:
-        ConfigurationError: there is no point, or no metric with a number; a logarithmic axis of other values.
     """
-    points = _sorted(points, name)
+    points, numeric = _sorted(points, name)
     metrics = list(dict.fromkeys(m for _, measured in points for m in measured))
     metrics = [metric for metric in metrics if np.isfinite(_measured(points, metric)[0]).any()]
     if not metrics:
         raise ConfigurationError(f"there is nothing to draw over {name}: no metric has a number")
-    numeric = not any(isinstance(value, str) for value, _ in points)
     if log and not (numeric and all(value > 0 for value, _ in points)):
         raise ConfigurationError(f"{name} has values that a logarithmic axis cannot show: draw it without log")
     x = np.array([value for value, _ in points], float) if numeric else np.arange(len(points), dtype=float)
@@ -86,8 +83,8 @@ def ablation(
     for number, (axis, metric) in enumerate(zip(axes, metrics, strict=True)):
         mean, std = _measured(points, metric)
         if baseline and np.isfinite(level := _number(baseline.get(metric, (None, None))[0])):
-            std = np.nan_to_num(_number(baseline[metric][1]))
-            axis.axhspan(level - std, level + std, color="0.85", lw=0)
+            half = np.nan_to_num(_number(baseline[metric][1]))
+            axis.axhspan(level - half, level + half, color="0.85", lw=0)
             axis.axhline(level, color="0.4", lw=0.8, ls="--", label=f"without {name}")
             if unnamed:
                 axis.legend()
@@ -139,20 +136,15 @@ def precision_recall(points: Sequence[Point], name: str, path: str | os.PathLike
         name: of the setting: α, scale, τ2, γ …
         path: see :func:`~calib_guidance.plots.style.save`.
         held: what other settings are, said above the plot.
-
-    Raises:
-        ConfigurationError: no point has both.
     """
-    points = _sorted(points, name)
+    points, numeric = _sorted(points, name)
     (precision, p_std), (recall, r_std) = (_measured(points, metric) for metric in ("precision", "recall"))
     there = np.isfinite(precision) & np.isfinite(recall)
     if not there.any():
         raise ConfigurationError(f"there is nothing to draw over {name}: no value has both precision and recall")
-    figure = Figure(figsize=(COLUMN, 2.5))
-    axis = figure.add_subplot()
+    figure, axis = panel(2.5)
     x, y = recall[there], precision[there]
     bars = {"xerr": np.where(r_std > 0, r_std, np.nan)[there], "yerr": np.where(p_std > 0, p_std, np.nan)[there]}
-    numeric = not any(isinstance(value, str) for value, _ in points)
     style = {"marker": "o", "ms": 3.5, "lw": 0.8, "ls": "-" if numeric else "none"}
     axis.errorbar(x, y, **bars, color=COLOURS[0], ecolor="0.75", elinewidth=0.8, **style)
     axis.margins(0.1)

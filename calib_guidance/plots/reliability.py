@@ -28,9 +28,6 @@ def reliability(bins: Sequence, titles: Sequence[str], path: str | os.PathLike[s
         bins: ``(panels, num_bins, 3)`` count, summed confidence and number correct of equal-width bins.
         titles: of the panels; a panel without samples is skipped.
         path: see :func:`~calib_guidance.plots.style.save`.
-
-    Raises:
-        ConfigurationError: there are no samples in any panel.
     """
     bins = np.asarray(bins, np.float64)
     panels = [(title, sums) for title, sums in zip(titles, bins, strict=True) if sums[:, 0].sum()]

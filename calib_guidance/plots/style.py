@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import matplotlib
-import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 # Wong's palette, told apart with any colour vision (Nature Methods 8, 441, 2011). The last one is too light for lines.
@@ -46,15 +46,18 @@ def paper(draw: Callable[P, R]) -> Callable[P, R]:
     return matplotlib.rc_context(_RC)(draw)
 
 
+def panel(height: float) -> tuple[Figure, Axes]:
+    """A figure of the width of a column with one pair of axes; ``height`` in inch."""
+    figure = Figure(figsize=(COLUMN, height))
+    return figure, figure.add_subplot()
+
+
 def save(figure: Figure, path: str | os.PathLike[str]) -> list[Path]:
-    """Write a figure as PNG and PDF.
+    """Write a figure as PNG and PDF, whose bytes depend on nothing but what is drawn: there is no date in them.
 
     Args:
         figure: to be written.
         path: without ending, or with ``.png``; folders are made.
-
-    Returns:
-        The two paths. The bytes depend on nothing but what is drawn: there is no date in them.
     """
     stem = Path(path)
     stem = stem.with_suffix("") if stem.suffix == ".png" else stem
@@ -63,8 +66,3 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> list[Path]:
     for target, metadata in zip(paths, ({}, {"CreationDate": None}), strict=True):
         figure.savefig(target, metadata=metadata)
     return paths
-
-
-def pixels(image: np.ndarray) -> np.ndarray:
-    """A uint8 image ``(C, H, W)``, grey or RGB, as ``(H, W, 3)``."""
-    return np.broadcast_to(np.asarray(image).transpose(1, 2, 0), (*image.shape[1:], 3))

@@ -210,6 +210,8 @@ def test_ablation_has_a_panel_for_each_metric_with_error_bars(drawn, tmp_path):
     assert recall.get_xlabel() == r"$\tau_2$"
     assert [line.get_ydata()[0] for line in recall.get_lines() if line.get_linestyle() == "--"] == [0.59]
     assert not [line for line in distance.get_lines() if line.get_linestyle() == "--"]
+    bars = [segment[:, 1] for segment in recall.containers[0][2][0].get_segments()]
+    np.testing.assert_allclose(bars, [[0.53, 0.57], [0.59, 0.61], [0.61, 0.63]])  # of the points, not of the baseline
 
 
 def test_ablation_of_words_and_of_one_value(drawn, tmp_path):
