@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,17 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 
-from calib_guidance.evaluation.output import plain, write_json
+from calib_guidance.backend.atomic import write_text
+from calib_guidance.metrics import Levels
 from calib_guidance.plots import reliability
+
+
+def _plain(measured: Levels) -> dict[str, Any]:
+    """Overall and by level as JSON has it, null where nothing was seen."""
+    return {
+        "overall": None if measured.overall.isnan() else float(measured.overall),
+        "by_level": [None if value.isnan() else float(value) for value in measured.by_level],
+    }
 
 
 class CalibrationReport(L.Callback):
@@ -47,50 +57,67 @@ class CalibrationReport(L.Callback):
         bins = pl_module.reliability()
         if not trainer.is_global_zero:
             return
-        levels = [pl_module.level_range(k) for k in range(pl_module.num_levels)]
-        count = bins[..., 0].sum(-1).long().tolist()
-        several = sum(map(bool, count)) != 1
-        path = Path(trainer.default_root_dir, "calibration", f"{stage}-step{trainer.global_step:08d}.json")
-        content = plain(
-            {"step": trainer.global_step, "levels": levels, "count": count}
-            | {name: {"overall": float(m.overall), "by_level": m.by_level.tolist()} for name, m in measured.items()}
-        )
-        write_json(path, content)
+        names = [f"t = {pl_module.level_range(k).replace('-', '–')}" for k in range(pl_module.num_levels)]
+        levels = int((bins[..., 0].sum(-1) > 0).sum())
+        folder = Path(trainer.default_root_dir, "calibration")
+        path = folder / f"{stage}-step{trainer.global_step:08d}.json"
+        content = {
+            "step": trainer.global_step,
+            "levels": [pl_module.level_range(k) for k in range(pl_module.num_levels)],
+            "count": bins[..., 0].sum(-1).long().tolist(),
+            **{name: _plain(value) for name, value in measured.items()},
+        }
+        write_text(path, json.dumps(content, indent=1) + "\n")
         if self.plots:
-            panels, titles = bins.sum(0, keepdim=True), ["all"]
-            if several:
-                panels = torch.cat([panels, bins])
-                titles += [f"t = {level.replace('-', '–')}" for level in levels]
+            titles = ["all"] if levels == 1 else ["all", *names]
+            panels = bins.sum(0, keepdim=True) if levels == 1 else torch.cat([bins.sum(0, keepdim=True), bins])
             picture, _ = reliability(panels.cpu(), titles, path.with_suffix(""))
-        for logger in trainer.loggers:
-            if self.plots and isinstance(logger, TensorBoardLogger):
-                image = np.asarray(Image.open(picture).convert("RGB"))
-                logger.experiment.add_image(f"{stage}/reliability", image, trainer.global_step, dataformats="HWC")
-            elif isinstance(logger, CSVLogger):
-                self._write_bins(Path(logger.log_dir, "reliability.csv"), [stage, trainer.global_step], levels, bins)
+            self._log_figure(picture, stage, trainer)
+        self._log_bins(bins, pl_module, stage, trainer)
         if trainer.state.fn != TrainerFn.FITTING:
-            self._print(content, several)
+            self._print(content, levels)
             print(f"wrote {path}")
 
     @staticmethod
-    def _write_bins(path: Path, when: list[Any], levels: list[str], bins: torch.Tensor) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = not path.exists()
-        with open(path, "a", newline="") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(["stage", "step", "t", "bin", "count", "mean_confidence", "accuracy"])
-            for level, level_bins in zip(levels, bins.tolist(), strict=True):
-                for number, (count, confidence, correct) in enumerate(level_bins):
-                    if count:
-                        writer.writerow([*when, level, number, int(count), confidence / count, correct / count])
+    def _log_figure(path: Path, stage: str, trainer: L.Trainer) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                image = np.asarray(Image.open(path).convert("RGB"))
+                logger.experiment.add_image(f"{stage}/reliability", image, trainer.global_step, dataformats="HWC")
 
     @staticmethod
-    def _print(content: dict[str, Any], several: bool) -> None:
+    def _log_bins(bins: torch.Tensor, pl_module: L.LightningModule, stage: str, trainer: L.Trainer) -> None:
+        for logger in trainer.loggers:
+            if not isinstance(logger, CSVLogger):
+                continue
+            path = Path(logger.log_dir, "reliability.csv")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fresh = not path.exists()
+            with open(path, "a", newline="") as file:
+                writer = csv.writer(file)
+                if fresh:
+                    writer.writerow(["stage", "step", "t", "bin", "count", "mean_confidence", "accuracy"])
+                for level, level_bins in enumerate(bins.tolist()):
+                    for number, (count, confidence, correct) in enumerate(level_bins):
+                        if count:
+                            t = pl_module.level_range(level)
+                            row = [
+                                stage,
+                                trainer.global_step,
+                                t,
+                                number,
+                                int(count),
+                                confidence / count,
+                                correct / count,
+                            ]
+                            writer.writerow(row)
+
+    @staticmethod
+    def _print(content: dict[str, Any], levels: int) -> None:
         names = [name for name, value in content.items() if isinstance(value, dict)]
         wide = max(map(len, names))
         columns = {"overall": [content[name]["overall"] for name in names]}
-        if several:
+        if levels > 1:
             columns |= {
                 f"t={text}": [content[name]["by_level"][k] for name in names]
                 for k, text in enumerate(content["levels"])
