@@ -155,11 +155,11 @@ class TestRefusals:
         assert "the data has 11 classes, the denoiser 10" in message
 
     def test_a_label_outside(self, refuse):
-        assert "outside 0 … 0 (data.init_args.num_classes)" in refuse("--data.init_args.num_classes=1")
+        assert "outside 0 … 0 (data.num_classes)" in refuse("--data.init_args.num_classes=1")
 
     @pytest.mark.parametrize("name", ["draws_per_image", "batch_size", "num_classes"])
     def test_numbers_out_of_range(self, refuse, name):
-        assert f"data.init_args.{name} must be at least 1, got 0" in refuse(f"--data.init_args.{name}=0")
+        assert f"data.{name} must be at least 1, got 0" in refuse(f"--data.init_args.{name}=0")
 
     def test_requests_without_images(self, refuse, tmp_path):
         config = yaml.safe_load((ROOT / CONFIG).read_text())
