@@ -22,7 +22,7 @@ from safetensors.numpy import save as save_arrays
 from calib_guidance.backend.atomic import create, link_or_copy, sync_folder
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.runs.claims import Claims, is_alive, new_worker
-from calib_guidance.runs.identity import differences, new_run, read_run
+from calib_guidance.runs.identity import FORMAT, differences, read_run
 from calib_guidance.runs.store import CorruptedShardError, ShardStore, canonical_json, readable_json, sha256
 
 
@@ -89,7 +89,15 @@ class RunFolder(ShardStore):
         self.check_readable()
         file = self.path / "run.json"
         if not file.exists():
-            content = new_run(identity, self.shard_size, self.num_requests, versions)
+            content = {
+                "format": FORMAT,
+                "fingerprint": sha256(canonical_json(identity)),
+                "identity": identity,
+                "shard_size": self.shard_size,
+                "num_samples": self.num_requests,
+                "versions": versions,
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
             self.path.mkdir(parents=True, exist_ok=True)
             # Of workers that start at the same time one creates it, and the others compare.
             create(file, readable_json(content), self.worker)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,23 +23,8 @@ _NOT_PIXELS = {"compile", "decode_batch", "num_samples", "batch_size", "shard_si
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
 
-def new_run(
-    identity: Mapping[str, Any], shard_size: int, num_samples: int, versions: Mapping[str, str]
-) -> dict[str, Any]:
-    """Content of a new run.json."""
-    return {
-        "format": FORMAT,
-        "fingerprint": sha256(canonical_json(identity)),
-        "identity": identity,
-        "shard_size": shard_size,
-        "num_samples": num_samples,
-        "versions": versions,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
 def read_run(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Content of a folder's run.json, see :func:`new_run`; None if there is none."""
+    """Content of a folder's run.json, see :meth:`~calib_guidance.runs.folder.RunFolder.begin`; None if there is none."""
     file = Path(folder) / "run.json"
     try:
         run = json.loads(file.read_bytes())
