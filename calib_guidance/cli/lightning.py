@@ -99,6 +99,8 @@ def shorten(message: str) -> str:
         found = _unknown_class(names[-1])
     elif classes and re.search(r"module '[\w.]+' has no attribute '\w+'|No module named '[\w.]+'", message):
         found = _unknown_class(classes[-1])
+    elif classes and (option := re.search(r"Option '([\w.]+)' is not accepted", message)):
+        found = _unknown_option(classes[-1], option[1])
     elif "Expected an instantiatable class, but" in message or "a dict without class_path but with" in message:
         found = (
             "options are given, but no class_path says of which class. An overlay that only sets options goes after one "
@@ -106,8 +108,6 @@ def shorten(message: str) -> str:
         )
     elif len(values) == 1:
         found = values[0]
-    elif classes and (option := re.search(r"Option '([\w.]+)' is not accepted", message)):
-        found = _unknown_option(classes[-1], option[1])
     else:
         return message
     return f"{where}: {found}"
