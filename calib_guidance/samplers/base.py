@@ -62,7 +62,7 @@ class Sampler(ABC):
         """One step from level ``i`` to level ``i`` − 1, or at 0 to the image.
 
         Args:
-            x: ``(N, C, H, W)`` x_t = √ᾱ·x0 + √(1−ᾱ)·ε.
+            x: ``(N, C, H, W)``, x_t = √ᾱ·x0 + √(1−ᾱ)·ε where :meth:`to_vp` is not overridden.
             i: level.
             evaluate: ``evaluate(x, i)`` is the guided prediction; ``evaluate.unguided(x, i)`` that of the model alone.
             c: the coefficients on the device, with ``scale`` and ``sine`` of guidance, ``moves_sample``, ``noise()``, and
@@ -72,6 +72,10 @@ class Sampler(ABC):
     def start(self, noise: Noise, levels: NoiseLevels) -> Tensor:
         """x_T ``(N, C, H, W)``, in the type that the steps compute in."""
         return noise()
+
+    def to_vp(self, x: Tensor, i: int, c: SimpleNamespace) -> Tensor:
+        """x_t = √ᾱ·x0 + √(1−ᾱ)·ε of a sampler's ``x`` at level ``i``; -1 is the image."""
+        return x
 
     def evaluated(self, denoiser: Denoiser) -> NoiseLevels:
         """Every level at which a step evaluates, those of the steps first."""
@@ -136,8 +140,11 @@ class Sampler(ABC):
                 mean, std = self.step(x, i, evaluate, c)
                 mean, guided = evaluate.finish(mean, i)
                 x_next = mean if std is None or i == 0 else _add_noise(mean, std, noise())
-                for observe in observers:
-                    observe(StepRecord(i, n, times[i], y, x, guided, x_next))
+                if observers:
+                    x_t, x_after = self.to_vp(x, i, c), self.to_vp(x_next, i - 1, c)
+                    record = StepRecord(i, n, times[i], y, x_t, guided, x_after)
+                    for observe in observers:
+                        observe(record)
                 x = x_next
                 if repeat < self.recurrence - 1:
                     x = c.keep[i] * x + c.renoise[i] * noise()

@@ -66,20 +66,21 @@ class Heun(Sampler):
         return (2 * self.num_steps - 1) * denoiser.nfe
 
     def start(self, noise: Noise, levels: NoiseLevels) -> Tensor:
-        return noise().double() * math.sqrt(1 - levels.alphas_cumprod[-1])
+        return noise().double() * float(self.sigmas[-1])
+
+    def to_vp(self, x: Tensor, i: int, c: SimpleNamespace) -> Tensor:
+        return x if i < 0 else c.to_vp[i] * x
 
     def coefficients(self, levels: NoiseLevels) -> dict[str, np.ndarray]:
         sigma, following = np.concatenate(self.passes), np.append(0.0, self.sigmas[:-1])
-        to_vp = np.sqrt(1 / (1 + sigma**2))
-        tables = {"sigma": sigma, "to_vp": to_vp, "to_next": np.append(1.0, to_vp[: self.num_steps - 1])}
+        tables = {"sigma": sigma, "to_vp": np.sqrt(1 / (1 + sigma**2))}
         return tables | {"h": following - self.raised, "churn": np.sqrt(self.raised**2 - self.sigmas**2) * self.s_noise}
 
     def step(self, x: Tensor, i: int, evaluate: Evaluate, c: SimpleNamespace) -> Transition:
-        n, start = self.num_steps, x / c.to_vp[i]
-        x_hat, move = start, None
+        n, x_hat, move = self.num_steps, x, None
         if self.raised[i] > self.sigmas[i]:
-            x_hat = start + c.churn[i] * c.noise()
-        if c.moves_sample and (move := sample_move(start, i, i, n, evaluate, c)) is not None:
+            x_hat = x + c.churn[i] * c.noise()
+        if c.moves_sample and (move := sample_move(x, i, i, n, evaluate, c)) is not None:
             x_hat = x_hat + move
         first = self._slope(x_hat, n + i, evaluate, c, guided=not c.moves_sample)
         x_next = x_hat + c.h[i] * first
@@ -91,7 +92,7 @@ class Heun(Sampler):
                 second_move = sample_move(x_next, i, again, n, evaluate, c)
                 correction = correction if second_move is None else correction + second_move - move
             x_next = x_next + correction / 2
-        return Transition(c.to_next[i] * x_next)
+        return Transition(x_next)
 
     def _slope(self, x: Tensor, k: int, evaluate: Evaluate, c: SimpleNamespace, guided: bool) -> Tensor:
         """dX/dσ = ε at level ``k``."""
