@@ -86,5 +86,8 @@ def test_the_name_the_path_and_make_demo_are_the_same(in_root):
         expand_bases(["predict", "--config", value]) for value in ("digits", "lightning_configs/predict/digits.yaml")
     )
     assert Path(by_name[2]).samefile(by_path[2])
-    printed = subprocess.run(["make", "--dry-run", "demo"], capture_output=True, text=True, check=True).stdout
+    # As from a shell, also where the tests themselves run under make.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    command = ["make", "--dry-run", "demo"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     assert printed.splitlines()[-1].endswith("/calib-guidance predict --config digits")
