@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class DataModule(L.LightningDataModule):
-    """A data module of which a device may get no samples, where there are fewer samples than devices."""
+    """Data module that allows more devices than samples: some devices then get none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ def train_loader(
         batch_size: samples per batch and device.
         seed: of the order of map-style data.
         rank, world_size: of this device; number of devices.
-        num_workers: processes that read. They restart in every epoch, so that they know it.
+        num_workers: processes that read. They restart in every epoch, because each is told the epoch when it starts.
         pin_memory: see torch's DataLoader.
     """
     streamed = isinstance(dataset, IterableDataset)

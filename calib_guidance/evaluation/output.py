@@ -112,7 +112,7 @@ def write_evaluation(folder: Path, results: Mapping[str, Any], predictions: Mapp
         write_json(folder / "metrics.json", results)
         cells = [f"| {label} | {value} | {std.removeprefix('± ')} |" for label, value, std in table_rows(results)]
         table = ["| | | ± |", "|---|---:|---:|", *cells]
-        (folder / "metrics.md").write_text("\n".join([*table, "", *(f"- {line}" for line in lines), ""]))
+        write_text(folder / "metrics.md", "\n".join([*table, "", *(f"- {line}" for line in lines), ""]))
         if predictions is not None:
             write_predictions(folder / "predictions.npz", predictions)
         else:
@@ -154,7 +154,7 @@ def write_summary(folder: Path, names: Sequence[str], found: Sequence[Mapping[st
     notes += [line for line in shared if not line.startswith(own)]
     content = {**mean, "uncertainty": uncertainty, "notes": notes, "runs": dict(zip(names, found, strict=True))}
     write_json(folder / "metrics.json", content)
-    (folder / "metrics.md").write_text("\n".join([text, "", *(f"- {line}" for line in notes), ""]))
+    write_text(folder / "metrics.md", "\n".join([text, "", *(f"- {line}" for line in notes), ""]))
     print(f"\n{text}\n" + "\n".join(notes) + f"\nwrote {folder / 'metrics.json'}, metrics.md")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from calib_guidance.backend.atomic import write_text
 from calib_guidance.cli.configs import find_configuration
 from calib_guidance.cli.parsed import without_network
 from calib_guidance.errors import ConfigurationError
@@ -152,7 +153,7 @@ def _write(results: Results, folder: Path, into: Path | None) -> None:
     for mark in plan.experiment.tables:
         text = results.markdown(mark)
         paths.append(folder / f"{mark}.md")
-        paths[-1].write_text(text + "\n")
+        write_text(paths[-1], text + "\n")
         print(f"\n{text}")
         if into is not None:
             insert(text, mark, into)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from calib_guidance.backend.atomic import write_text
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.experiments.runner import Run
 from calib_guidance.experiments.schema import Column
@@ -52,7 +53,7 @@ def insert(text: str, mark: str, path: Path) -> None:
     _, end, after = rest.partition(closing)
     if not end:
         raise ConfigurationError(f"{path} has no place for the table: put {opening} and {closing} where it belongs")
-    path.write_text(f"{before}{opening}\n{text}\n{closing}{after}")
+    write_text(path, f"{before}{opening}\n{text}\n{closing}{after}")
 
 
 @dataclass

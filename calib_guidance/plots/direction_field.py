@@ -97,6 +97,12 @@ def direction_field(
         axis.set_title(title, pad=3)
         axis.spines[:].set_visible(True)
         axis.spines[:].set_color("0.7")
+    _add_legend(figure)
+    return save(figure, path)
+
+
+def _add_legend(figure: Figure) -> None:
+    """Both directions and the mode, below the panels."""
     arrow = {"marker": r"$\rightarrow$", "ms": 8, "ls": "", "mew": 0}
     entries = {
         "towards μ": Line2D([], [], color=_TOWARDS, **arrow),
@@ -105,4 +111,3 @@ def direction_field(
     }
     columns = {"ncols": 3, "columnspacing": 1.0, "handletextpad": 0.4}
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", **columns)
-    return save(figure, path)
