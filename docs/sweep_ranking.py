@@ -30,7 +30,7 @@ from calib_guidance.runs import RunFolder
 DOCS = Path(__file__).parent
 CONFIG = Path("lightning_configs/experiments/digits_grid.yaml")
 FEW, MORE = 60, 180  # digits, a shard and three
-FIGURES_OF_FEW = ("integral_ece", "frechet_distance")
+FIGURES_OF_FEW = ("integral_ece", "fd")
 Measured = dict[tuple[str, int, int, range], float]  # figure, setting, seed, shards
 
 
@@ -58,7 +58,7 @@ class Reader:
 
     def read(self, figure: str, shards: range) -> float:
         """A figure of some shards of the run."""
-        if figure == "frechet_distance":
+        if figure == "fd":
             features = torch.cat([self.features[shard] for shard in shards])
             return float(frechet_distance(*mean_and_covariance(self.reference), *mean_and_covariance(features)))
         (name,) = [name for name in self.sums[0] if name.startswith("TrajectoryCalibration")]
@@ -102,7 +102,7 @@ def make_table(found: Measured, blocks: Sequence[range], plan: Plan) -> str:
 
     def truth(without: int) -> list[float]:
         others = [seed for seed in seeds if seed != without]
-        return [statistics.mean(found["frechet_distance", n, s, whole] for s in others) for n in settings]
+        return [statistics.mean(found["fd", n, s, whole] for s in others) for n in settings]
 
     lines = [
         "| ranked by | draws | samples | finds the winner | winner in the best third | regret | rank correlation |",
@@ -127,8 +127,8 @@ def make_table(found: Measured, blocks: Sequence[range], plan: Plan) -> str:
     rungs = [FEW, MORE, num_samples]
     for title, by in {
         "halving by integral ECE": ("integral_ece",) * 3,
-        "halving by integral ECE, then Fréchet": ("integral_ece", *("frechet_distance",) * 2),
-        "halving by Fréchet": ("frechet_distance",) * 3,
+        "halving by integral ECE, then Fréchet": ("integral_ece", *("fd",) * 2),
+        "halving by Fréchet": ("fd",) * 3,
     }.items():
         picks, share = [], 0.0
         for seed in seeds:
@@ -157,7 +157,7 @@ def draw(found: Measured, blocks: Sequence[range], plan: Plan, path: Path) -> li
         return statistics.mean(values), statistics.stdev(values)
 
     for number, setting in enumerate(plan.settings):
-        (x, dx), (y, dy) = pair(number, "integral_ece", blocks[0]), pair(number, "frechet_distance", whole)
+        (x, dx), (y, dy) = pair(number, "integral_ece", blocks[0]), pair(number, "fd", whole)
         place = scales.index(setting.labels["scale"])
         filled = setting.labels["tau2"] == "1"
         style = {"color": COLOURS[place], "marker": "os^D"[place], "mfc": COLOURS[place] if filled else "white"}

@@ -68,7 +68,7 @@ def test_every_predict_configuration_samples(in_root, tmp_path, capsys, overlay)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     guided = overlay is None or "unguided" not in overlay
     assert metrics["nfe"] == (6 if overlay and "classifier_free" in overlay else 3)
-    assert {"frechet_distance", "precision", "recall", "classifier_accuracy", "seconds_per_image"} <= metrics.keys()
+    assert {"fd", "precision", "recall", "classifier_accuracy", "seconds_per_image"} <= metrics.keys()
     assert ("integral_ece" in metrics) == guided
     (diffusion,) = [weights for weights in metrics["weights"].values() if "prediction" in weights]
     assert (diffusion["prediction"], diffusion["file"]) == ("v", "checkpoints/digits/diffusion.safetensors")
@@ -189,7 +189,7 @@ def test_two_processes_write_the_samples_of_one(in_root, tmp_path, samples):
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / n / "samples").iterdir()} for n in ("one", "two"))
     assert one == two
     found, expected = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("two", "one"))
-    for key in ("frechet_distance", "precision", "recall", "classifier_accuracy", "integral_ece"):
+    for key in ("fd", "precision", "recall", "classifier_accuracy", "integral_ece"):
         assert found[key] == pytest.approx(expected[key], rel=1e-6), key
 
 

@@ -103,7 +103,7 @@ def test_three_pieces_are_one_run(in_root, tmp_path, whole):
     assert tables(tmp_path) == tables(whole)
     assert figures_of(tmp_path) == figures_of(whole)
     assert figures_of(whole)["num_samples"] == TAIL
-    assert {"frechet_distance", "classifier_accuracy", "integral_ece", "gradient_norm_t"} <= figures_of(whole).keys()
+    assert {"fd", "classifier_accuracy", "integral_ece", "gradient_norm_t"} <= figures_of(whole).keys()
 
 
 @pytest.mark.parametrize("batch", [1, 3, 16])

@@ -87,13 +87,11 @@ def test_figures_are_the_functions_of_the_features(sets, tmp_path, capsys):
     pixels, labels = (torch.from_numpy(value) for value in pictures(120))
     logits = network(pixels.permute(0, 3, 1, 2) / 127.5 - 1).detach()
     expected = {
-        "frechet_distance": frechet_distance(*statistics, *mean_and_covariance(generated.pool)),
-        "frechet_distance_infinite": extrapolated_frechet_distance(statistics, generated.pool, 80).value,
-        "spatial_frechet_distance": frechet_distance(
-            *mean_and_covariance(real.spatial), *mean_and_covariance(generated.spatial)
-        ),
+        "fd": frechet_distance(*statistics, *mean_and_covariance(generated.pool)),
+        "fd_infinite": extrapolated_frechet_distance(statistics, generated.pool, 80).value,
+        "sfd": frechet_distance(*mean_and_covariance(real.spatial), *mean_and_covariance(generated.spatial)),
         "inception_score": inception_score(generated.logits).mean(),
-        "kernel_distance": kernel_distance(real.pool, generated.pool),
+        "kd": kernel_distance(real.pool, generated.pool),
         **dict(zip(("precision", "recall"), precision_recall(real.pool, generated.pool), strict=True)),
         **dict(zip(("density", "coverage"), density_coverage(real.pool, generated.pool), strict=True)),
         "classifier_accuracy": (logits.argmax(1) == labels).double().mean(),
@@ -134,7 +132,7 @@ def test_several_sets_give_mean_and_deviation(sets, tmp_path, capsys):
     assert sorted(names) == sorted(whole["runs"])
     assert all(name.endswith("samples-images") for name in names)
     runs = [metrics(tmp_path / "out" / name) for name in names]
-    for key in ("frechet_distance", "precision", "recall"):
+    for key in ("fd", "precision", "recall"):
         values = [run[key] for run in runs]
         assert whole[key] == pytest.approx(np.mean(values))
         assert whole["uncertainty"][key]["std"] == pytest.approx(np.std(values, ddof=1))
@@ -150,8 +148,8 @@ def test_statistics_of_others_measure_what_they_can(sets, tmp_path):
     evaluate(samples, "--reference", tmp_path / "others.npz", *PROJECTION, "--output", tmp_path / "out")
     found = metrics(tmp_path / "out")
     expected = frechet_distance(*mean_and_covariance(real.pool), *mean_and_covariance(generated.pool))
-    assert found["frechet_distance"] == pytest.approx(float(expected), rel=1e-6)
-    assert found.keys().isdisjoint({"precision", "kernel_distance", "spatial_frechet_distance"})
+    assert found["fd"] == pytest.approx(float(expected), rel=1e-6)
+    assert found.keys().isdisjoint({"precision", "kd", "sfd"})
     assert any(
         note.startswith("kid, pr, dc and classwise skipped: the reference holds no features") for note in found["notes"]
     )
@@ -227,16 +225,14 @@ def test_inception_gives_torch_fidelitys_figures_from_files_on(tmp_path):
     assert expected["inception_score_mean"] > 1.001
     assert 0 < expected["precision"] < 1
     for ours, name in (
-        ("frechet_distance", "frechet_inception_distance"),
-        ("kernel_distance_mean", "kernel_inception_distance_mean"),
+        ("fid", "frechet_inception_distance"),
+        ("kid_mean", "kernel_inception_distance_mean"),
         ("inception_score", "inception_score_mean"),
         ("precision", "precision"),
         ("recall", "recall"),
     ):
         assert found[ours] == pytest.approx(expected[name], rel=1e-5), ours
-    assert found["uncertainty"]["kernel_distance"]["std"] == pytest.approx(
-        expected["kernel_inception_distance_std"], rel=1e-5
-    )
+    assert found["uncertainty"]["kid"]["std"] == pytest.approx(expected["kernel_inception_distance_std"], rel=1e-5)
     assert found["provenance"]["features"]["resize"]["size"] == 299
     assert "covariance without full rank" in found["notes"][0]
 
@@ -267,8 +263,8 @@ def test_a_run_sampled_in_pieces_measures_as_one_sampled_at_once(in_root, tmp_pa
     assert "weights" in (tmp_path / "both/metrics.md").read_text()
     during = metrics(tmp_path / "whole")
     for name in (
-        "frechet_distance",
-        "kernel_distance",
+        "fd",
+        "kd",
         "precision",
         "recall",
         "coverage",

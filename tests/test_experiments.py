@@ -40,7 +40,7 @@ FILE = {
         "score": {"configs": ["score/tempered", "score/js"]},
         "scale": {"key": SCALE, "values": [1, 4.0]},
     },
-    "columns": ["frechet_distance", "precision", "recall", "integral_ece"],
+    "columns": ["fd", "precision", "recall", "integral_ece"],
 }
 ONE = {"scale": {"key": SCALE, "values": [1, 4.0]}}
 SINGLE = {"scale": {"key": SCALE, "values": [1]}}
@@ -120,10 +120,10 @@ def test_a_grid_is_run_once_and_shared(write, quick, tmp_path, capsys):
         assert guidance["score"]["class_path"].endswith(
             "TemperedLogProb" if row["score"] == "tempered" else "Regularized"
         )
-    assert len({row["frechet_distance"] for row in found}) == 4
+    assert len({row["fd"] for row in found}) == 4
     lines = (tmp_path / "out/small/table.md").read_text().splitlines()
     assert lines[0] == "| score | scale | Fréchet distance ↓ | precision ↑ | recall ↑ | integral ECE ↓ |"
-    assert lines[2].startswith(f"| tempered | 1 | {float(found[0]['frechet_distance']):.3f} |")
+    assert lines[2].startswith(f"| tempered | 1 | {float(found[0]['fd']):.3f} |")
     for stem in ("score", "scale", "scale-precision-recall"):
         assert (tmp_path / f"out/small/plots/{stem}.png").stat().st_size > 1000
 
@@ -133,7 +133,7 @@ def test_a_grid_is_run_once_and_shared(write, quick, tmp_path, capsys):
     experiment(again, tmp_path / "out")
     assert "\n0 runs in" in capsys.readouterr().out
     assert records(tmp_path / "out") == before
-    assert rows(tmp_path / "out/again")[1]["frechet_distance"] == found[1]["frechet_distance"]
+    assert rows(tmp_path / "out/again")[1]["fd"] == found[1]["fd"]
 
 
 def test_halving_spends_samples_on_the_best_and_reuses_them(write, quick, tmp_path, capsys):
@@ -142,7 +142,7 @@ def test_halving_spends_samples_on_the_best_and_reuses_them(write, quick, tmp_pa
         configs=quick(measured=("SampleQuality", "TrajectoryCalibration")),
         axes=ONE,
         halving=shipped["halving"] | {"samples": 10},
-        columns=["frechet_distance", "integral_ece"],
+        columns=["fd", "integral_ece"],
     )
     experiment(path, tmp_path / "out")
     found, scales = {(r["scale"], r["num_samples"]): r for r in rows(tmp_path / "out/small")}, ("1", "4")
@@ -154,7 +154,7 @@ def test_halving_spends_samples_on_the_best_and_reuses_them(write, quick, tmp_pa
     ]
     lines = (tmp_path / "out/small/table.md").read_text().splitlines()
     assert lines[0] == "| scale | samples | Fréchet distance ↓ | integral ECE ↓ |"
-    assert lines[2].startswith(f"| {best} | 30 | {float(found[best, '30']['frechet_distance']):.3f} |")
+    assert lines[2].startswith(f"| {best} | 30 | {float(found[best, '30']['fd']):.3f} |")
     small, large = (RunFolder.open(found[best, count]["folder"]) for count in ("10", "30"))
     assert large.num_requests == 30
     first = small.shards()[0]
@@ -185,7 +185,7 @@ def test_a_killed_run_goes_on(write, quick, tmp_path, capsys):
     }
     marker = str(tmp_path / "killed")
     kill = {"class_path": "tests.interruptions.KillOnce", "init_args": {"batches": 2, "marker": marker}}
-    metrics = ["frechet_distance", "integral_ece"]
+    metrics = ["fd", "integral_ece"]
     path = write(configs=quick(kill), axes=SINGLE, columns=metrics, evaluate=evaluate | {"allow-few": True})
     process = get_context("spawn").Process(target=experiment, args=(path, tmp_path / "out"))
     process.start()
@@ -204,7 +204,7 @@ def test_a_killed_run_goes_on(write, quick, tmp_path, capsys):
     )
     assert measured["num_samples"] == evaluated["num_samples"] == 30
     assert float(row["integral_ece"]) == measured["integral_ece"]
-    assert float(row["frechet_distance"]) == evaluated["frechet_distance"]
+    assert float(row["fd"]) == evaluated["fd"]
 
 
 def test_halving_promotes_the_best_of_each_rung():
@@ -246,11 +246,9 @@ def test_ranking_follows_the_direction_of_the_metric(write, tmp_path):
 
 
 def test_the_table_has_mean_and_deviation_over_seeds(write, tmp_path):
-    plan = make_plan(write(axes=ONE, seeds=[0, 1], columns=["frechet_distance", "precision"]))
+    plan = make_plan(write(axes=ONE, seeds=[0, 1], columns=["fd", "precision"]))
     found = {(0, 0): (1.0, 0.5), (0, 1): (2.0, 0.5), (1, 0): (3.0, None), (1, 1): (3.0, None)}
-    metrics = {
-        (*key, 30): dict(zip(("frechet_distance", "precision"), pair, strict=True)) for key, pair in found.items()
-    }
+    metrics = {(*key, 30): dict(zip(("fd", "precision"), pair, strict=True)) for key, pair in found.items()}
     results = Results(plan, {0: 30, 1: 30}, measured(plan, tmp_path, metrics))
     lines = results.markdown("table").splitlines()
     assert lines[2:] == ["| 1 | 1.500 ± 0.707 | 0.500 ± 0.000 |", "| 4 | 3.000 ± 0.000 | – |"]
@@ -265,14 +263,14 @@ def test_evaluation_is_of_all_samples_and_of_what_the_ranking_needs(write, tmp_p
     assert [len(commands[count]) for count in (10, 20, 30)] == [1, 1, 2]
     folder = by_ece.runs([0], 30, tmp_path)[0].folder
     assert commands[30][1] == ("evaluate", str(folder), "--reference", str(reference), "--features", "inception")
-    by_distance = make_plan(write(**asked, halving=HALVING | {"by": ["integral_ece", "frechet_distance"]}))
+    by_distance = make_plan(write(**asked, halving=HALVING | {"by": ["integral_ece", "fd"]}))
     assert [len(by_distance.runs([0], count, tmp_path)[0].commands) for count in (10, 20, 30)] == [1, 2, 2]
     (folder / "evaluation").mkdir(parents=True)
-    (folder / "metrics.json").write_text('{"integral_ece": 0.1, "frechet_distance": 9}')
-    (folder / "evaluation/metrics.json").write_text('{"frechet_distance": 2, "precision": 0.5}')
+    (folder / "metrics.json").write_text('{"integral_ece": 0.1, "fd": 9}')
+    (folder / "evaluation/metrics.json").write_text('{"fd": 2, "precision": 0.5}')
     run = by_ece.runs([0], 30, tmp_path)[0]
     read = {column.key: read_value(column, run.folder) for column in by_ece.columns}
-    assert read == {"frechet_distance": 2, "precision": 0.5, "recall": None, "integral_ece": 0.1}
+    assert read == {"fd": 2, "precision": 0.5, "recall": None, "integral_ece": 0.1}
 
 
 @pytest.mark.parametrize(
@@ -281,7 +279,7 @@ def test_evaluation_is_of_all_samples_and_of_what_the_ranking_needs(write, tmp_p
         ({"valeus": {}}, "allowed: seeds, configs, set, stages, num_samples, rows, axes"),
         ({"columns": None}, "expected columns (of one table), or tables"),
         ({"seeds": 3}, "seeds: expected a list, got 3"),
-        ({"columns": ["frechet"]}, "there is no metric 'frechet' (did you mean 'frechet_distance'?)"),
+        ({"columns": ["fdd"]}, "there is no metric 'fdd' (did you mean 'fd'?)"),
         ({"columns": ["clip_score"]}, "clip_score would not be measured with"),
         (
             {"axes": {"s": {"key": f"{SCALE}s", "values": [1]}}},
@@ -298,7 +296,7 @@ def test_evaluation_is_of_all_samples_and_of_what_the_ranking_needs(write, tmp_p
         ({"halving": {"samples": 10}}, "halving: missing key 'by'"),
         (
             {"halving": HALVING | {"by": "recal"}},
-            "by must name columns (frechet_distance, precision, recall, integral_ece), got 'recal'",
+            "by must name columns (fd, precision, recall, integral_ece), got 'recal'",
         ),
         ({"halving": HALVING | {"samples": 30}}, "samples must be from 1 to 29, got 30"),
         (
@@ -397,7 +395,7 @@ ROWS = {
     "columns": None,
     "num_samples": 20,
     "seeds": [0, 1],
-    "tables": {"comparison": {"title": "guidance", "columns": ["frechet_distance", "recall", "integral_ece"]}},
+    "tables": {"comparison": {"title": "guidance", "columns": ["fd", "recall", "integral_ece"]}},
     "groups": {"unconditional": [], "conditional": ["digits/conditional"]},
     "rows": [
         {"name": "unguided", "configs": ["digits/unguided"], "groups": ["conditional"]},

@@ -253,7 +253,7 @@ def test_a_reference_of_another_size(in_root, tmp_path, capsys, kind):
     assert stop.value.code == 2
     assert f"16×16 RGB, the reference {reference} 8×8 RGB" in capsys.readouterr().err
     main(["evaluate", *words, "--output", str(tmp_path / "found"), "--size=8"])
-    assert json.loads((tmp_path / "found/metrics.json").read_text())["frechet_distance"] > 0
+    assert json.loads((tmp_path / "found/metrics.json").read_text())["fd"] > 0
 
 
 def test_too_few_images_and_features_that_are_none(tmp_path):

@@ -29,10 +29,10 @@ CONFIG = {
 }
 METRICS = {
     "num_samples": 12,
-    "frechet_distance": 0.44667752825020557,
+    "fd": 0.44667752825020557,
     "precision": 0.92,
     "clip_score": None,
-    "uncertainty": {"frechet_distance": {"std": 0.0125, "low": 0.4221, "high": 0.4712, "of": "bootstrap, 200 draws"}},
+    "uncertainty": {"fd": {"std": 0.0125, "low": 0.4221, "high": 0.4712, "of": "bootstrap, 200 draws"}},
     "notes": ["biased upwards <12 samples>"],
     "provenance": {"features": {"extractor": "pixels", "weights_sha256": "feed" * 16, "resize": {"size": None}}},
     "by_class": {
@@ -130,14 +130,14 @@ def two(tmp_path_factory):
     """The page of two runs that differ in one setting and one sample."""
     root = tmp_path_factory.mktemp("two")
     first = make(root / "first <b>$x$")
-    far = METRICS | {"frechet_distance": 0.6, "notes": []}
-    far["uncertainty"] = {"frechet_distance": {"std": 0.01, "low": 0.58, "high": 0.62, "of": "bootstrap, 200 draws"}}
+    far = METRICS | {"fd": 0.6, "notes": []}
+    far["uncertainty"] = {"fd": {"std": 0.01, "low": 0.58, "high": 0.62, "of": "bootstrap, 200 draws"}}
     second = make(root / "second", far, {"steps": "100"}, shift=40)
     rng = np.random.default_rng(0)
     kept = {"x0": rng.integers(0, 256, (2, 3, 3, 4, 4), dtype=np.uint8), "gradient": rng.normal(size=(2, 3, 3, 4, 4))}
     np.savez(second / "trajectory.npz", index=[0, 1], label=[0, 1], t=[999.0, 500.0, 0.0], **kept)
     (first / "evaluation").mkdir()
-    evaluated = {"inception_score": 3.25, "num_measured": 12, "kernel_distance": 1.25e-7}
+    evaluated = {"inception_score": 3.25, "num_measured": 12, "kd": 1.25e-7}
     (first / "evaluation/metrics.json").write_text(json.dumps(evaluated))
     page = report(first, second, "--plots", root / "plots", "--output", root / "page.html")
     page.path, page.runs = root / "page.html", (first, second)
@@ -182,12 +182,12 @@ def test_its_figures_are_kept_as_png_and_pdf(two):
 
 def test_numbers_are_those_that_were_measured(two):
     first, second = (json.loads((run / "metrics.json").read_text()) for run in two.runs)
-    for name in ("frechet_distance", "precision", "num_samples"):
+    for name in ("fd", "precision", "num_samples"):
         assert two.cells(name) == [first[name], second[name]]
     assert two.cells("inception_score") == [3.25]
     assert two.cells("clip_score") == []
-    assert two.all("td", **{"data-metric": "kernel_distance"})[0][2] == "1.25e-07"  # and not 0.0000
-    cells = [e[2] for e in two.all("td", **{"data-metric": "frechet_distance"})]
+    assert two.all("td", **{"data-metric": "kd"})[0][2] == "1.25e-07"  # and not 0.0000
+    cells = [e[2] for e in two.all("td", **{"data-metric": "fd"})]
     assert [" ".join(cell.split()) for cell in cells] == ["0.447 ± 0.0130.422 to 0.471", "0.600 ± 0.0100.580 to 0.620"]
     # Their intervals lie apart, those of precision are not known.
     marked = [e[2] for e in two.all("mark")]
@@ -230,11 +230,11 @@ def test_the_eval_classifier_shows_its_best_and_worst(two):
 
 
 def test_one_run_by_itself_and_names_of_runs(tmp_path, capsys):
-    metrics = {"frechet_distance": 0.5, "frechet_distance_note": "few", "seconds_per_image": 0.1}  # without any new key
+    metrics = {"fd": 0.5, "fd_note": "few", "seconds_per_image": 0.1}  # without any new key
     make(tmp_path / "x/run", metrics, predictions=False)
     main(["report", str(tmp_path / "x/run")])
     page = Page(tmp_path / "x/run/report.html")
-    assert page.cells("frechet_distance") == [0.5]
+    assert page.cells("fd") == [0.5]
     assert "few" in page.text
     assert "steps = 50" in page.text
     assert "No evaluation classifier has looked at the samples of this run" in page.text

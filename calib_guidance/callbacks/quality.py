@@ -87,7 +87,7 @@ class SampleQuality(Measurement):
             return
         processes = DistributedContext(trainer.global_rank, trainer.world_size, trainer.strategy.root_device)
         classifies = self.measures.extractor_classifies or self.measures.eval_classifier
-        specs = select(name for name in self.metrics if classifies or name != "classifier")
+        specs = select((name for name in self.metrics if classifies or name != "classifier"), self.features)
         source = self.reference
         if not isinstance(source, str):
             source = ImageSet(_DatasetImages(source, self.uint8_rule), max_corrupt=0.0)

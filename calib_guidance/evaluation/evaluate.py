@@ -35,7 +35,7 @@ from calib_guidance.evaluation.statistics import ReferenceStatistics, open_refer
 
 _OF_SAMPLES = ("split", "subset", "image_column", "label_column")  # which the two sets may have differently
 _COLOUR = {1: "grey", 3: "RGB"}
-_METRICS = "".join(f"  {spec.option:<11}{spec.help}\n" for spec in METRICS.values() if spec.help)
+_METRICS = "".join(f"  {option:<11}{words}\n" for option, words in OPTIONS.items())
 _EXAMPLES = f"""
 the reference may also be a file of statistics (.npz): of calib-guidance reference, of ADM's evaluator (mu, sigma, mu_s, sigma_s,
 arr_0), or mu and sigma alone (EDM, clean-fid, pytorch-fid).
@@ -172,7 +172,7 @@ def _metrics(
 ) -> tuple[MetricSpec, ...]:
     """The metrics that are asked for, or all that apply to the sets."""
     names = None if asked is None else [name.strip() for name in asked.split(",")]
-    specs = select_applicable(measures, holds) if names is None else select(names)
+    specs = select_applicable(measures, holds) if names is None else select(names, measures.extractor)
     reasons: dict[str, str] = {}
     for samples in sets:
         for name, reason in unmet(specs, measures, holds, samples.num_images, samples.labelled).items():

@@ -65,6 +65,7 @@ class FeatureExtractor(nn.Module, ABC):
 
     Attributes:
         name: says in reports what the numbers were measured with.
+        kind: ``inception`` or ``dinov2``, whose distances have names in the field (FID, FD-DINOv2); empty for others.
         width: D of the pooled features.
         spatial_width: D_s of the spatial ones, None without.
         num_logits: K of the logits, None without.
@@ -72,6 +73,7 @@ class FeatureExtractor(nn.Module, ABC):
     """
 
     name: str
+    kind: str = ""
     width: int
     spatial_width: int | None = None
     num_logits: int | None = None
@@ -117,7 +119,7 @@ class InceptionFeatures(FeatureExtractor):
     """
 
     name = "Inception-v3 (2015-12-05), torch-fidelity"
-    width, spatial_width, num_logits = 2048, 2023, 1008
+    kind, width, spatial_width, num_logits = "inception", 2048, 2023, 1008
 
     def __init__(self, weights: str | None = None):
         super().__init__()
@@ -219,6 +221,7 @@ class TimmFeatures(_ResizedFeatures):
         if size != own and hasattr(self.network, "set_input_size"):
             self.network.set_input_size(img_size=(size, size))
         self.name, self.weights, self.library = f"timm {model}", weights, f"timm {timm.__version__}"
+        self.kind = "dinov2" if model == _DINOV2 else ""
         self.width = self.network.head_hidden_size
         note = "" if size == own else f", where timm's settings say {own}"
         self._prepare(size, settings["interpolation"], settings["mean"], settings["std"], note)

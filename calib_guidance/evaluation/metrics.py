@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.evaluation.features import ClassifierFeatures
+from calib_guidance.evaluation.features import ClassifierFeatures, FeatureExtractor
 from calib_guidance.evaluation.loading import load_object
 from calib_guidance.evaluation.spec import Estimate, Measures, MetricSpec, ReferenceHolds, SampleSet
 from calib_guidance.metrics.bootstrap import bootstrap_sums
@@ -38,6 +38,11 @@ def _strata(labels: Tensor) -> tuple[Tensor | None, str]:
     return None, "samples, delta method, the reference fixed"
 
 
+def _name(samples: SampleSet, names: Mapping[str, tuple[str, str]]) -> str:
+    """Label of a distance with the features that the samples have."""
+    return names[samples.measures.extractor.kind][1]
+
+
 def _frechet(samples: SampleSet, column: str) -> Estimate:
     mean, covariance, root = samples.reference.moments(column)
     rows = samples.rows[column]
@@ -49,7 +54,7 @@ def _frechet(samples: SampleSet, column: str) -> Estimate:
 def _frechet_distance(samples: SampleSet) -> Estimate:
     counts = [c for c in (samples.num_samples, samples.reference.num_images) if c is not None]
     if note := sample_count_note(min(counts), samples.features.shape[1]):
-        samples.notes.append(f"Fréchet distance: {note}")
+        samples.notes.append(f"{_name(samples, _FID)}: {note}")
     return _frechet(samples, "features")
 
 
@@ -69,7 +74,7 @@ def _frechet_distance_infinite(samples: SampleSet) -> Estimate | None:
     variance = residual.square().sum() / (_POINTS - 2)
     std = (variance * (1 / _POINTS + x.mean().square() / (x - x.mean()).square().sum())).sqrt()
     if line.value < 0:
-        samples.notes.append("Fréchet distance at N → ∞: below 0, too few samples for a straight line")
+        samples.notes.append(f"{_name(samples, _FID)} at N → ∞: below 0, too few samples for a straight line")
     return Estimate(line.value, std, f"straight line in 1/N through {_POINTS} subsets of {smallest} to {n} samples")
 
 
@@ -134,6 +139,11 @@ def _by_class(samples: SampleSet) -> dict[str, Any]:
     found = classwise_distances(
         samples.reference_features, samples.reference.labels, generated, labels, samples.measures.k
     )
+    fd = _FID[samples.measures.extractor.kind][0]
+    for values in found.values():
+        for each in (values, values["std"], values["skipped"]):
+            if "fd" in each:
+                each[fd] = each.pop("fd")
     reasons: dict[tuple[str, str], list[str]] = {}
     for label, values in found.items():
         for name, reason in values["skipped"].items():
@@ -194,43 +204,43 @@ def _at_least(fewest: Callable[[Measures], tuple[int, int]]) -> Callable[[Measur
 _REFERENCE, _FRACTION, _ANY = "reference images, the samples fixed", (0.0, 1.0), (-math.inf, math.inf)
 _LOW, _HIGH = {"higher_is_better": False}, {"higher_is_better": True}
 _BOTH = {"needs": ("features", "reference_features")}
-_FID = {
-    "option": "fid",
-    "needs": ("features",),
-    "enough": _full_rank(lambda measures: measures.extractor.width),
-    **_LOW,
-}
-_SFID = {"option": "sfid", "needs": ("spatial",), **_LOW}
-_SFID |= {"enough": _full_rank(lambda measures: measures.extractor.spatial_width)}
-_KID = {"option": "kid", "format": "{:.4f}", "limits": _ANY, **_BOTH, **_LOW}
-_KID |= {"enough": _at_least(lambda measures: (4, 4))}
 _PR = {"option": "pr", "limits": _FRACTION, **_BOTH, **_HIGH}
 _PR |= {"enough": _at_least(lambda measures: (measures.k + 1, measures.k + 1))}
 _DC = {"option": "dc", "enough": _at_least(lambda measures: (1, _NEIGHBORS + 1)), **_BOTH, **_HIGH}
 _CLASSIFIER = {"option": "classifier", "needs": ("predictions", "labels"), "limits": _FRACTION}
 
+# Key and label of a distance by the kind of features: the field's names are those of Inception's (and DINOv2's) only.
+_FID = {"inception": ("fid", "FID"), "dinov2": ("fd_dinov2", "FD-DINOv2"), "": ("fd", "Fréchet distance")}
+_SFID = {"inception": ("sfid", "sFID"), "": ("sfd", "spatial Fréchet distance")}
+_KID = {"inception": ("kid", "KID"), "dinov2": ("kd_dinov2", "KD-DINOv2"), "": ("kd", "kernel distance")}
+
+
+def _distance(names: Mapping[str, tuple[str, str]], variants: Mapping[tuple[str, str], dict], **shared: Any):
+    """Specs of a distance with each kind of features; ``variants``, by end of the key and of the label."""
+    for kind, (key, label) in names.items():
+        for (end, more), variant in variants.items():
+            yield MetricSpec(key + end, label + more, higher_is_better=False, extractor=kind, **shared | variant)
+
+
 METRICS: Mapping[str, MetricSpec] = {
     spec.key: spec
     for spec in (
-        MetricSpec(
-            "frechet_distance",
-            "Fréchet distance",
-            compute=_frechet_distance,
-            help="Fréchet distance of pooled features",
-            **_FID,
+        *_distance(
+            _FID,
+            {
+                ("", ""): {"compute": _frechet_distance},
+                ("_infinite", " at N → ∞"): {"compute": _frechet_distance_infinite, "limits": _ANY},
+            },
+            option="fid",
+            needs=("features",),
+            enough=_full_rank(lambda measures: measures.extractor.width),
         ),
-        MetricSpec(
-            "frechet_distance_infinite",
-            "Fréchet distance at N → ∞",
-            compute=_frechet_distance_infinite,
-            **_FID | {"limits": _ANY},
-        ),
-        MetricSpec(
-            "spatial_frechet_distance",
-            "spatial Fréchet distance",
-            compute=lambda samples: _frechet(samples, "spatial"),
-            help="Fréchet distance of spatial features (ADM's sFID)",
-            **_SFID,
+        *_distance(
+            _SFID,
+            {("", ""): {"compute": lambda samples: _frechet(samples, "spatial")}},
+            option="sfid",
+            needs=("spatial",),
+            enough=_full_rank(lambda measures: measures.extractor.spatial_width),
         ),
         MetricSpec(
             "inception_score",
@@ -240,22 +250,25 @@ METRICS: Mapping[str, MetricSpec] = {
             compute=_inception_score,
             limits=(1.0, math.inf),
             option="is",
-            help=f"Inception score, {_SPLITS} splits",
             enough=lambda measures, reference, n: (
                 f"{n} samples cannot be parted into {_SPLITS} splits" if n < _SPLITS else None
             ),
         ),
-        MetricSpec(
-            "kernel_distance",
-            "kernel distance",
-            compute=_kernel_distance,
-            help=f"kernel distance (KID), {_SUBSETS} subsets",
-            **_KID,
+        *_distance(
+            _KID,
+            {
+                ("", ""): {"compute": _kernel_distance},
+                ("_mean", ", mean of subsets"): {"compute": _kernel_distance_mean},
+            },
+            option="kid",
+            format="{:.4f}",
+            limits=_ANY,
+            enough=_at_least(lambda measures: (4, 4)),
+            **_BOTH,
         ),
-        MetricSpec("kernel_distance_mean", "kernel distance, mean of subsets", compute=_kernel_distance_mean, **_KID),
-        MetricSpec("precision", "precision", compute=_precision, help="improved precision and recall", **_PR),
+        MetricSpec("precision", "precision", compute=_precision, **_PR),
         MetricSpec("recall", "recall", compute=_recall, **_PR),
-        MetricSpec("density", "density", compute=_density, help=f"density and coverage, k = {_NEIGHBORS}", **_DC),
+        MetricSpec("density", "density", compute=_density, **_DC),
         MetricSpec("coverage", "coverage", compute=_coverage, **_DC | {"limits": _FRACTION}),
         MetricSpec(
             "by_class",
@@ -263,13 +276,11 @@ METRICS: Mapping[str, MetricSpec] = {
             needs=("features", "reference_features", "reference_labels", "labels"),
             compute=_by_class,
             option="classwise",
-            help="fid, pr and dc of each class with enough images",
         ),
         MetricSpec(
             "classifier_accuracy",
             "accuracy",
             compute=lambda samples: samples.mean(samples.correct, "samples", fraction=True),
-            help="accuracy and ECE of the evaluation classifier on the samples",
             **_CLASSIFIER | _HIGH,
         ),
         MetricSpec("classifier_ece", "classifier ECE", compute=_classifier_ece, **_CLASSIFIER | _LOW),
@@ -282,7 +293,6 @@ METRICS: Mapping[str, MetricSpec] = {
             compute=lambda samples: samples.mean(samples.rows["similarity"], "samples"),
             limits=(-1.0, 1.0),
             option="clip",
-            help="mean cosine similarity between sample and prompt",
             measured_by="TrajectoryCLIPScore",
         ),
         MetricSpec("integral_ece", "integral ECE", limits=_FRACTION, measured_by="TrajectoryCalibration", **_LOW),
@@ -290,7 +300,17 @@ METRICS: Mapping[str, MetricSpec] = {
     )
 }
 
-OPTIONS: tuple[str, ...] = tuple(dict.fromkeys(spec.option for spec in METRICS.values() if spec.compute))
+OPTIONS: Mapping[str, str] = {
+    "fid": "Fréchet distance of pooled features: FID with Inception, FD-DINOv2 with DINOv2",
+    "sfid": "Fréchet distance of spatial features (ADM's sFID)",
+    "is": f"Inception score, {_SPLITS} splits",
+    "kid": f"kernel distance: KID with Inception; {_SUBSETS} subsets",
+    "pr": "improved precision and recall",
+    "dc": f"density and coverage, k = {_NEIGHBORS}",
+    "classwise": "fid, pr and dc of each class with enough images",
+    "classifier": "accuracy and ECE of the evaluation classifier on the samples",
+    "clip": "mean cosine similarity between sample and prompt",
+}
 
 
 def _load_metric(path: str) -> MetricSpec:
@@ -308,14 +328,15 @@ def _load_metric(path: str) -> MetricSpec:
     return dataclasses.replace(spec, option=path)
 
 
-def select(names: Iterable[str]) -> tuple[MetricSpec, ...]:
+def select(names: Iterable[str], extractor: FeatureExtractor) -> tuple[MetricSpec, ...]:
     """The metrics of names, in the order of the table: names of :data:`OPTIONS`, or dotted paths of your own specs."""
     names = list(dict.fromkeys(names))
     if unknown := sorted(name for name in names if name not in OPTIONS and "." not in name):
         raise ConfigurationError(
             f"metrics: unknown {', '.join(unknown)}; known: {', '.join(OPTIONS)}, and the dotted path of a MetricSpec"
         )
-    known = (spec for spec in METRICS.values() if spec.option in names and spec.compute)
+    kinds = (None, extractor.kind)
+    known = (spec for spec in METRICS.values() if spec.option in names and spec.compute and spec.extractor in kinds)
     return *known, *(_load_metric(name) for name in names if name not in OPTIONS)
 
 
@@ -326,7 +347,7 @@ def select_applicable(measures: Measures, reference: ReferenceHolds) -> tuple[Me
     """
     missing = measures.missing(reference)
     options = [option for option in OPTIONS if not (option == "is" and measures.extractor_classifies)]
-    return tuple(spec for spec in select(options) if missing.keys().isdisjoint(spec.needs))
+    return tuple(spec for spec in select(options, measures.extractor) if missing.keys().isdisjoint(spec.needs))
 
 
 def unmet(

@@ -236,7 +236,7 @@ class MetricSpec:
             report. A spec without it is measured by a callback.
         limits: smallest and largest possible value, which bound the confidence interval.
         option: name in ``--metrics``, shared by metrics that are computed together; the key by default.
-        help: what ``option`` computes, in a few words, said once for each option.
+        extractor: kind of the features that it is of (``FeatureExtractor.kind``), None for any.
         enough: why so many samples are too few, else None.
         measured_by: callback that writes it into ``metrics.json`` during ``predict``.
 
@@ -254,7 +254,7 @@ class MetricSpec:
     compute: Callable[[SampleSet], Estimate | Mapping[str, Any] | None] | None = None
     limits: tuple[float, float] = (0.0, math.inf)
     option: str = ""
-    help: str = ""
+    extractor: str | None = None
     enough: Callable[[Measures, ReferenceHolds, int], str | None] = lambda measures, reference, num_samples: None
     measured_by: str = "SampleQuality"
 

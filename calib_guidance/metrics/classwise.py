@@ -30,7 +30,7 @@ def classwise_distances(
 
     Returns:
         For every class of the samples, by its number as text: ``num_samples``, ``num_reference``, the metrics
-        (``frechet_distance``, ``precision``, ``recall``, ``density``, ``coverage``), ``std`` with the standard deviation of
+        (``fd``, ``precision``, ``recall``, ``density``, ``coverage``), ``std`` with the standard deviation of
         each over draws of the class's samples (recall and coverage: of its reference images), and ``skipped``, why a metric is
         missing.
     """
@@ -49,10 +49,10 @@ def classwise_distances(
             mean, covariance = mean_and_covariance(real)
             root = covariance_root(covariance)
             distance = frechet_distance(mean, covariance, *mean_and_covariance(made), root)
-            values["frechet_distance"] = float(distance)
-            std["frechet_distance"] = float(frechet_distance_std((mean, covariance), made, root))
+            values["fd"] = float(distance)
+            std["fd"] = float(frechet_distance_std((mean, covariance), made, root))
         else:
-            skipped["frechet_distance"] = f"{few} images in the smaller set; {2 * d + 1} are needed for {d} features"
+            skipped["fd"] = f"{few} images in the smaller set; {2 * d + 1} are needed for {d} features"
         for names, neighbors in ((("precision", "recall"), k), (("density", "coverage"), _NEIGHBORS)):
             if few < _FEWEST * neighbors:
                 reason = f"{few} images in the smaller set; {_FEWEST * neighbors} are needed for k = {neighbors}"

@@ -60,21 +60,21 @@ def test_is_the_functions_of_the_features(tmp_path, more):
     generated = images.flatten(1).float()
     precision, recall = precision_recall(real, generated)
     expected = {
-        "frechet_distance": frechet_distance(*mean_and_covariance(real), *mean_and_covariance(generated)),
+        "fd": frechet_distance(*mean_and_covariance(real), *mean_and_covariance(generated)),
         "precision": precision,
         "recall": recall,
     }
     if more:
         density, coverage = density_coverage(real, generated)
-        assert found.pop("kernel_distance_mean") != found["kernel_distance"]
-        assert found["uncertainty"].pop("kernel_distance_mean") != found["uncertainty"]["density"]
-        expected |= {"kernel_distance": kernel_distance(real, generated), "density": density, "coverage": coverage}
-        assert found["uncertainty"]["kernel_distance"]["of"] == "one of 100 subsets of 20"
+        assert found.pop("kd_mean") != found["kd"]
+        assert found["uncertainty"].pop("kd_mean") != found["uncertainty"]["density"]
+        expected |= {"kd": kernel_distance(real, generated), "density": density, "coverage": coverage}
+        assert found["uncertainty"]["kd"]["of"] == "one of 100 subsets of 20"
     for name, value in expected.items():
         assert found.pop(name) == pytest.approx(float(value), rel=1e-9), name
     (note,) = found["notes"]
     assert note.startswith("Fréchet distance: 40 samples of 64 features: covariance without full rank")
-    assert found["uncertainty"].keys() == expected.keys() - {"frechet_distance"}  # which has no derivative there
+    assert found["uncertainty"].keys() == expected.keys() - {"fd"}  # which has no derivative there
     assert (found["features"], found["num_reference"], found["num_measured"]) == ("pixels", 40, 50)
     samples = found["provenance"]["samples"]
     assert (samples["uint8_rule"], samples["num_images"]) == ("truncate", 50)
@@ -117,6 +117,6 @@ def test_a_reference_of_statistics_leaves_out_what_needs_images(tmp_path):
     quality.setup(trainer, trainer.lightning_module, "predict")
     found = quality.results(trainer)
     expected = frechet_distance(*mean_and_covariance(torch.from_numpy(real)), *mean_and_covariance(images.flatten(1)))
-    assert found["frechet_distance"] == pytest.approx(float(expected), rel=1e-6)
+    assert found["fd"] == pytest.approx(float(expected), rel=1e-6)
     assert "precision" not in found
     assert any(note.startswith("pr skipped: the reference holds no features") for note in found["notes"])

@@ -93,7 +93,7 @@ def test_quality_may_be_added_after_the_report(in_root, tmp_path, capsys):
     main(["predict", "--config", str(path), "--config", str(tmp_path / "quality.yaml"), *QUICK])
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["uncertainty"].keys() >= {"integral_ece", "precision", "classifier_accuracy"}
-    assert metrics["frechet_distance"] > 0
+    assert metrics["fd"] > 0
     printed = capsys.readouterr().out
     assert (
         f"wrote to {tmp_path / 'run'}: samples, metrics.json, predictions.npz, trajectory.npz, config.yaml" in printed

@@ -13,7 +13,7 @@ import yaml
 from calib_guidance.callbacks import SampleQuality
 from calib_guidance.cli import main
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.evaluation import METRICS, MetricSpec
+from calib_guidance.evaluation import METRICS, InceptionFeatures, MetricSpec, TimmFeatures
 from calib_guidance.evaluation.metrics import OPTIONS, select
 from calib_guidance.report.tables import table
 from tests.callbacks.test_quality import run_and_trainer
@@ -129,18 +129,31 @@ def test_bad_names_of_metrics_are_refused(own):
         ("own_metrics.nearest", "missing 1 required positional argument"),
     ):
         with pytest.raises(ConfigurationError, match=message):
-            select([name])
+            select([name], Projection())
     with pytest.raises(ValueError, match="unknown needs colors; known: features"):
         MetricSpec("colors", "colors", needs=("colors",))
 
 
 def test_every_metric_is_described_once():
-    assert OPTIONS == ("fid", "sfid", "is", "kid", "pr", "dc", "classwise", "classifier", "clip")
+    assert tuple(OPTIONS) == ("fid", "sfid", "is", "kid", "pr", "dc", "classwise", "classifier", "clip")
     for key, spec in METRICS.items():
         assert spec.key == key
         assert spec.format.format(0.5)
         assert spec.title.endswith("↑" if spec.higher_is_better else "" if spec.higher_is_better is None else "↓")
-    assert tuple(spec.option for spec in METRICS.values() if spec.help) == OPTIONS
-    assert METRICS["kernel_distance"].text(-1e-9) == "0.0000"
-    keys = [spec.key for spec in select(["pr", "fid"])]
-    assert keys == ["frechet_distance", "frechet_distance_infinite", "precision", "recall"]
+    assert {spec.option for spec in METRICS.values() if spec.compute} == OPTIONS.keys()
+    assert METRICS["kid"].text(-1e-9) == "0.0000"
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        ("inception", ["fid", "fid_infinite", "sfid", "kid", "kid_mean", "precision", "recall"]),
+        ("dinov2", ["fd_dinov2", "fd_dinov2_infinite", "kd_dinov2", "kd_dinov2_mean", "precision", "recall"]),
+        ("", ["fd", "fd_infinite", "sfd", "kd", "kd_mean", "precision", "recall"]),
+    ],
+)
+def test_distances_have_the_fields_names_with_its_features_only(kind, keys):
+    extractor = Projection()
+    extractor.kind = kind
+    assert [spec.key for spec in select(["pr", "kid", "fid", "sfid"], extractor)] == keys
+    assert (InceptionFeatures.kind, TimmFeatures.kind, Projection.kind) == ("inception", "", "")

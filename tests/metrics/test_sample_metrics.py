@@ -266,7 +266,7 @@ def test_classwise_distances_are_those_of_each_class():
         real, made = reference[real_labels == int(label)], generated[labels == int(label)]
         assert (figures["num_samples"], figures["num_reference"]) == (len(made), len(real))
         expected = frechet_distance(*mean_and_covariance(real), *mean_and_covariance(made))
-        assert figures["frechet_distance"] == pytest.approx(float(expected))
+        assert figures["fd"] == pytest.approx(float(expected))
         if label != "2":
             assert [figures["precision"], figures["recall"]] == pytest.approx(
                 [float(v) for v in precision_recall(real, made)]
@@ -284,7 +284,7 @@ def test_classwise_distances_are_those_of_each_class():
     assert (
         wide["1"]["skipped"]
         | {
-            "frechet_distance": "30 images in the smaller set; 41 are needed for 20 features",
+            "fd": "30 images in the smaller set; 41 are needed for 20 features",
             "density": "30 images in the smaller set; 50 are needed for k = 5",
         }
         == wide["1"]["skipped"]

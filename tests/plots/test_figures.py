@@ -190,9 +190,9 @@ def test_strips_show_one_scale_for_each_sample(drawn, tmp_path):
 
 LABELS = {key: spec.title for key, spec in METRICS.items()}
 POINTS = [
-    (0.5, {"frechet_distance": (5.27, 0.1), "precision": (0.80, None), "recall": (0.60, 0.01)}),
-    (0.0, {"frechet_distance": (6.0, 0.2), "precision": (0.83, 0.02), "recall": (0.55, 0.02)}),
-    (1.0, {"frechet_distance": (None, None), "precision": (0.78, 0.01), "recall": (0.62, 0.01)}),
+    (0.5, {"fd": (5.27, 0.1), "precision": (0.80, None), "recall": (0.60, 0.01)}),
+    (0.0, {"fd": (6.0, 0.2), "precision": (0.83, 0.02), "recall": (0.55, 0.02)}),
+    (1.0, {"fd": (None, None), "precision": (0.78, 0.01), "recall": (0.62, 0.01)}),
 ]
 
 
