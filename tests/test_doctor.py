@@ -106,6 +106,21 @@ class TestNoGo:
         assert "GFLOP" in report or "TFLOP" in report
         assert "total time" not in report
 
+    @pytest.mark.parametrize(
+        ("row", "networks"),
+        [
+            ("imagenet512/adm_noise_aware", ("559.00 M parameters, samples 3×512×512, 1000 classes", "54.45 M")),
+            ("imagenet256/adm_unconditional_noise_aware", ("552.81 M parameters, samples 3×256×256", "54.10 M")),
+        ],
+    )
+    def test_rows_without_their_weights_are_counted_without_memory(self, examine, monkeypatch, row, networks):
+        monkeypatch.setattr(dry_run, "free_memory", lambda device: 10**9)
+        status, report = examine(f"--config=lightning_configs/predict/{row}.yaml", "--data.batch_size=1")
+        assert status == 1
+        assert "NO-GO: 2 missing" in report
+        assert all(text in report for text in networks)
+        assert "TFLOP per image, all steps together" in report
+
     def test_a_reference_that_is_not_there(self, examine, tmp_path):
         callbacks = yaml.safe_load((ROOT / "lightning_configs/predict/digits.yaml").read_text())["trainer"]["callbacks"]
         (quality,) = [c for c in callbacks if c["class_path"].endswith("SampleQuality")]

@@ -9,6 +9,7 @@ import yaml
 from PIL import Image
 
 from calib_guidance.cli import main
+from calib_guidance.cli.parsed import read_configuration
 from tests.conftest import ROOT
 
 WNIDS = ("n01440764", "n02123045", "n07753592")  # tench, tabby, banana
@@ -16,6 +17,11 @@ FIT = ROOT / "lightning_configs/fit"
 NOISINGS, OBJECTIVES = ("clean", "noisy", "denoised_imagenet128"), ("cross_entropy", "smooth_ece")
 OFFLINE = {"input_transform": "denoised_offline", "objective": "smooth_ece_binned"}
 PLAIN = {"fit": "50"}
+NETWORKS = {
+    "imagenet128_adm_noise_aware": "calib_guidance.networks.EncoderUNet",
+    "imagenet224_convnext_tiny": "timm/convnext_tiny.fb_in1k",
+    "imagenet224_vit_small": "timm/vit_small_patch16_224.augreg_in21k_ft_in1k",
+}
 # In place of ADM-128, which is built in a test of its own: 421 million parameters.
 SMALL_ADM = {
     "class_path": "calib_guidance.networks.UNet",
@@ -64,7 +70,7 @@ def fit(folder, source, case, tmp_path, max_corrupt=0.2, **model):
         for part, folder in (("input_transform", "input"), ("objective", "objective"))
         if part in case
     ]
-    merged = yaml.safe_load(configs[0].read_text())
+    merged = read_configuration([f"--config={configs[0]}"]).options.as_dict()
     classifier = merged["model"]["init_args"]["classifier"]["init_args"]
     changes = {"classifier": {"init_args": {("weights" if "weights" in classifier else "checkpoint"): None}}} | model
     if case.get("input_transform") == "denoised_imagenet128":
@@ -97,18 +103,11 @@ def test_configuration(images, in_root, tmp_path, case):
     assert 0 <= measured["ece"]["overall"] <= 1
     levels = sum(count > 0 for count in measured["count"])
     assert levels == 1 if case.get("input_transform") == "clean" else levels >= 1
-    config = (
-        yaml.safe_load((ROOT / f"lightning_configs/fit/{case['fit']}.yaml").read_text()) if "_" in case["fit"] else None
-    )
     network = description["init_args"]["network"]
-    if config is None:
+    if "_" not in case["fit"]:
         assert network == f"torchvision/resnet{case['fit']}"
     else:
-        expected = config["model"]["init_args"]["classifier"]["init_args"]["network"]
-        if isinstance(expected, str):
-            assert network == expected
-        else:
-            assert network["class_path"] == f"calib_guidance.networks.{expected['class_path']}"
+        assert (network if isinstance(network, str) else network["class_path"]) == NETWORKS[case["fit"]]
 
 
 def test_the_denoiser_is_the_one_that_is_sampled():

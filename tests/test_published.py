@@ -97,7 +97,7 @@ def test_full_size_architectures(name):
     state = network.state_dict()
     for key, shape in shapes.items():
         assert (tuple(state[key].shape) if key in state else None) == shape, key
-    assert registry.identify(state) == [name]
+    assert registry.identify(state)[0] == name
     assert registry.identify({k: v for k, v in state.items() if k != "time_embed.0.bias"}) == []
 
 
@@ -129,6 +129,20 @@ def test_others_are_identified_by_a_few_shapes():
     assert registry.identify(resnets[50]) == ["resnet50_v1", "resnet50_v2"]
     assert registry.identify(resnets[101], "classifier") == ["resnet101_v1", "resnet101_v2"]
     assert registry.identify(resnets[101], "adm") == []
+
+
+def test_lsun_files_are_not_reported_under_an_imagenet_name():
+    """Five published files have the shapes of ADM-256 without labels; the file's name tells them apart."""
+    state = registry.reference("adm_imagenet256_uncond").state_dict()
+    lsun = [f"adm_lsun_{name}" for name in ("bedroom", "cat", "horse", "horse_nodropout")]
+    assert registry.identify(state) == ["adm_imagenet256_uncond", *lsun]
+    assert registry.identify(state, path="models/lsun_cat.pt") == ["adm_lsun_cat"]
+    assert registry.identify(state, path="256x256_diffusion_uncond.pt") == ["adm_imagenet256_uncond"]
+    assert registry.identify(state, path="64x64_diffusion.pt") == ["adm_imagenet256_uncond", *lsun]
+    with torch.device("meta"):
+        network, card = registry.build(None, "adm", state=state)
+    assert card.settings == {"noise_schedule": "linear", "prediction": "epsilon", "num_steps": 1000}
+    assert network.state_dict().keys() == state.keys()
 
 
 def test_where_public_files_are():
@@ -272,12 +286,16 @@ class TestDenoiser:
             ADMDenoiser(network, dtype="float32")
 
     def test_shapes_of_several_published_networks(self, tmp_path, small, monkeypatch):
-        twin = replace(registry.CARDS["adm_small"], name="adm_twin")
+        card = registry.CARDS["adm_small"]
+        settings = card.settings | {"noise_schedule": "linear"}
+        twin = replace(card, name="adm_twin", settings=settings)
         monkeypatch.setattr(registry, "CARDS", {**registry.CARDS, "adm_twin": twin})
         torch.save(small["adm_small"].weights(), tmp_path / "any.pt")
         with pytest.raises(CheckpointError, match="of adm_small and adm_twin of the published.*state network"):
             ADMDenoiser(None, str(tmp_path / "any.pt"))
         assert ADMDenoiser("adm_twin", str(tmp_path / "any.pt")).provenance["published"] == ["adm_small", "adm_twin"]
+        torch.save(small["adm_small"].weights(), tmp_path / "adm_small.pt")
+        assert ADMDenoiser("adm_small", str(tmp_path / "adm_small.pt")).provenance["published"] == ["adm_small"]
 
 
 class TestClassifier:

@@ -36,11 +36,13 @@ PARAMETERS = {
     "adm_imagenet128": 421_529_606,
     "adm_imagenet256": 553_838_086,
     "adm_imagenet256_uncond": 552_814_086,
+    "adm_imagenet512": 558_997_638,
     "edm_imagenet64": 295_899_267,
     "dit_xl_2_256": 675_129_632,
     "adm_classifier64": 65_438_568,
     "adm_classifier128": 42_568_040,
     "adm_classifier256": 54_096_360,
+    "adm_classifier512": 54_448_360,
 }
 
 
@@ -116,23 +118,73 @@ def test_the_table_names_every_row_once():
     text = (ROOT / "lightning_configs" / "README.md").read_text()
     named = re.findall(r"^\|.*\| `(imagenet[\w/.]+(?:\.yaml| --row \w+=[\d.]+))` \|$", text, re.MULTILINE)
     assert sorted(named) == ROWS
-    assert len(ROWS) == 50
+    assert len(ROWS) == 53
+
+
+ADM_METRICS = ["fid", "sfid", "is", "pr"]
 
 
 @pytest.mark.parametrize(
-    ("row", "size"), [("imagenet64/edm18", 64), ("imagenet128/resnet101_js", 128), ("imagenet256/dit", 256)]
+    ("row", "overlay", "reference", "metrics"),
+    [
+        ("imagenet64/unguided", "imagenet64", "VIRTUAL_imagenet64_labeled.npz", ADM_METRICS),
+        ("imagenet64/edm36_resnet101", "edm64", "imagenet-64x64.npz", ["fid", "is"]),  # only mu and sigma
+        ("imagenet128/resnet101_js", "imagenet128", "VIRTUAL_imagenet128_labeled.npz", ADM_METRICS),
+        ("imagenet256/dit", "imagenet256", "VIRTUAL_imagenet256_labeled.npz", ADM_METRICS),
+        ("imagenet512/adm_noise_aware", "imagenet512", "VIRTUAL_imagenet512.npz", ADM_METRICS),
+    ],
 )
-def test_quality_is_one_overlay_more(row, size, in_root):
-    overlay = f"--config=lightning_configs/quality/imagenet{size}.yaml"
-    plain, more = (
-        read_configuration([f"--config={PREDICT / row}.yaml", *words]).options.as_dict() for words in ([], [overlay])
-    )
+def test_quality_is_one_overlay_more(row, overlay, reference, metrics, in_root):
+    plain, more = (resolved(row, *overlays) for overlays in ((), (f"quality/{overlay}",)))
     *others, quality = more["trainer"].pop("callbacks")
     assert others == plain["trainer"].pop("callbacks")
     assert all(more[part] == plain[part] for part in ("model", "data", "trainer"))
     assert name_of(quality) == "SampleQuality"
     assert name_of(quality["init_args"]["features"]) == "InceptionFeatures"
-    assert quality["init_args"]["reference"] == f"checkpoints/VIRTUAL_imagenet{size}_labeled.npz"
+    assert quality["init_args"]["reference"] == f"checkpoints/{reference}"
+    assert quality["init_args"]["metrics"] == metrics
+    assert reference in (ROOT / "checkpoints/README.md").read_text()
+
+
+def resolved(row, *overlays):
+    files = [f"{PREDICT / row}.yaml", *(f"lightning_configs/{overlay}.yaml" for overlay in overlays)]
+    return read_configuration([f"--config={file}" for file in files]).options.as_dict()
+
+
+@pytest.mark.parametrize(
+    ("row", "scale"),  # --classifier_scale of guided-diffusion's README
+    [
+        ("imagenet64/adm_noise_aware", 1),
+        ("imagenet128/noise_aware", 0.5),
+        ("imagenet128/regularized/noise_aware", 0.5),
+        ("imagenet256/adm_noise_aware", 1),
+        ("imagenet256/adm_unconditional_noise_aware", 10),
+        ("imagenet512/adm_noise_aware", 4),
+    ],
+)
+def test_noise_aware_rows_have_the_scale_of_their_publishers(row, scale, in_root):
+    guidance = resolved(row)["model"]["init_args"]["guidance"]["init_args"]
+    assert (guidance["scale"], guidance["classifier_input"]) == (scale, "x_t")
+
+
+def test_published_values_of_one_run_name_one_run(in_root):
+    """5.34, 5.19 and 5.24 are one setting, which the first two rows also sample into one folder."""
+    baseline, calibrated = resolved("imagenet128/regularized/resnet50"), resolved("imagenet128/ablation/calibrated")
+    assert calibrated == baseline
+    gamma = read_configuration(arguments("imagenet128_gamma --row gamma=0.3")).options.as_dict()
+    assert gamma["model"] == baseline["model"]
+    assert gamma["data"] == baseline["data"]
+
+
+def test_smooth_ece_has_one_weight(in_root):
+    """The noise-aware fit has that of the objective, before and after the overlay."""
+    fits = [
+        read_configuration([f"--config={name}" for name in ("fit/imagenet128_adm_noise_aware", *overlay)])
+        for overlay in ((), ("objective/smooth_ece",))
+    ]
+    first, second = (cli.options.as_dict()["model"] for cli in fits)
+    assert first == second
+    assert first["init_args"]["smooth_ece_weight"] == 1
 
 
 def full_size(cli):
@@ -169,7 +221,8 @@ def test_row(row, vae, in_root, tmp_path):
         assert config["data"]["init_args"]["num_samples"] == 10_000
         assert config["trainer"]["default_root_dir"].startswith("outputs/runs/")
     else:
-        assert config["trainer"]["default_root_dir"] == "outputs/" + row.removesuffix(".yaml")
+        folder = row.removesuffix(".yaml").replace("ablation/calibrated", "regularized/resnet50")  # the same run
+        assert config["trainer"]["default_root_dir"] == f"outputs/{folder}"
     named = [(node.get("init_args") or {}).get("network") for node in objects(config["model"])]
     assert full_size(cli) == sorted(PARAMETERS[name] for name in named if name in PARAMETERS)
     assert any(name in PARAMETERS for name in named)
@@ -185,7 +238,7 @@ def test_row(row, vae, in_root, tmp_path):
     assert metrics["num_samples"] == 8
     (samples,) = read_samples(tmp_path / "samples")
     assert samples["index"].tolist() == list(range(8))
-    assert samples["image"].shape == (8, 3, *((32, 32) if "dit" in row else (16, 16)))
+    assert samples["image"].shape == (8, 3, *((32, 32) if "/dit" in row else (16, 16)))
     assert samples["image"].float().std() > 1
     guided = config["model"]["init_args"]["guidance"] is not None
     assert ("gradient_norm_t" in metrics) == guided

@@ -230,7 +230,8 @@ def load_weights(module: nn.Module, source: str | os.PathLike[str] | Weights, **
         settings: what the weights are used with, e.g. ``noise_schedule``, by name.
 
     Returns:
-        Provenance for the report of a run: ``file``, ``bytes``, ``published`` (names that have these shapes) and settings.
+        Provenance for the report of a run: ``file``, ``bytes``, ``published`` (names that have these shapes; of several, that of
+        the file's name) and settings.
     """
     weights = part_of(source if isinstance(source, Weights) else read_weights(source), module)
     settings = settings | registry.nonstate_hparams(module)
@@ -241,7 +242,8 @@ def load_weights(module: nn.Module, source: str | os.PathLike[str] | Weights, **
                 f"These weights would load, and with another {name} be something else than was trained: set {name} to "
                 f"{weights.metadata[name]}"
             )
-    names, state, expected = registry.identify(weights.state), dict(weights.state), module.state_dict()
+    names = registry.identify(weights.state, path=weights.path)
+    state, expected = dict(weights.state), module.state_dict()
     for name in expected.keys() - state.keys():
         # A count for training only, which older files do not have, and DiT's table of positions, which diffusers computes.
         if name.endswith((".num_batches_tracked", "pos_embed.pos_embed")):
@@ -262,8 +264,8 @@ def load_weights(module: nn.Module, source: str | os.PathLike[str] | Weights, **
             f"{weights.path} does not fit {type(module).__name__}; {wrong}{known}. Name the file that belongs to "
             "this architecture, or the architecture that belongs to this file"
         )
-    if len(names) == 1:  # what the file says of itself was compared above: it may be another one of the same shapes
-        registry.check(names[0], {k: v for k, v in settings.items() if k not in weights.metadata}, weights.path)
+    if card := registry.common_card(names):  # what the file says of itself was compared above: it may be another one
+        registry.check(card.name, {k: v for k, v in settings.items() if k not in weights.metadata}, weights.path)
     module.load_state_dict(state)
     size = sum(value.numel() * value.element_size() for value in state.values())
     return {"file": str(weights.path), "bytes": size, "published": names} | settings

@@ -94,8 +94,13 @@ def reference(name: str) -> nn.Module:
         return make_network(name, "float32")
 
 
-def identify(state: Mapping[str, Tensor], kind: str | None = None) -> list[str]:
-    """Names of the published files that have these weights' names and shapes: none, one, or several of the same shapes."""
+def identify(
+    state: Mapping[str, Tensor], kind: str | None = None, path: str | os.PathLike[str] | None = None
+) -> list[str]:
+    """Names of the published files that have these weights' names and shapes: none, one, or several of the same shapes.
+
+    Of several, ``path`` decides where it has the name of one of their files.
+    """
     count = sum(value.numel() for value in state.values())
     shapes = {name: value.shape for name, value in state.items()}
 
@@ -106,7 +111,16 @@ def identify(state: Mapping[str, Tensor], kind: str | None = None) -> list[str]:
             return False
         return shapes == {name: value.shape for name, value in reference(card.name).state_dict().items()}
 
-    return [name for name, card in CARDS.items() if kind in (None, card.kind) and fits(card)]
+    names = [name for name, card in CARDS.items() if kind in (None, card.kind) and fits(card)]
+    named = None if path is None else by_file(path)
+    return [named.name] if named is not None and named.name in names else names
+
+
+def common_card(names: Iterable[str]) -> Card | None:
+    """The first card, where all agree on architecture and settings; else None."""
+    cards = [CARDS[name] for name in names]
+    alike = all((card.arguments, card.settings) == (cards[0].arguments, cards[0].settings) for card in cards)
+    return cards[0] if cards and alike else None
 
 
 def build(
@@ -126,20 +140,20 @@ def build(
             raise ValueError(
                 "dtype is for published networks; a network of your own has its own (network.init_args.dtype)"
             )
-        return network, CARDS[names[0]] if len(names) == 1 else None
+        return network, common_card(names)
     if network is None:
         known = ", ".join(card.name for card in CARDS.values() if card.kind == kind)
         if state is None:
             raise ValueError(
                 f"network: give a published name ({known}), a class_path of your own, or the checkpoint of a published one"
             )
-        if len(names) != 1:
+        if (card := common_card(names)) is None:
             raise CheckpointError(
                 f"the checkpoint has the names and shapes of {' and '.join(names) or 'none'} of the published networks "
                 f"({known}), and shapes do not say how many heads the attention has: state network, with its num_heads or "
                 "num_head_channels and use_new_attention_order, and of a diffusion model noise_schedule and prediction"
             )
-        (network,) = names
+        network = card.name
     card = entry(network, kind)
     if state is not None:
         with torch.device("meta"):
