@@ -1,5 +1,6 @@
 """`calib-guidance evaluate`: anybody's samples against anybody's reference, and what is said of them."""
 
+import errno
 import json
 import re
 import shutil
@@ -328,8 +329,11 @@ def test_what_cannot_be_measured_is_refused_before_it_is(sets, tmp_path, capsys)
     unlabelled = write(tmp_path / "unlabelled", "image folder", *pictures(40))
     against = ["--reference", reference, *PROJECTION, "--output", tmp_path / "out"]
     cases = (
-        ([few, *against], "fid cannot be taken of .*few.*: 9 samples with 16 features each.*--allow-few"),
-        ([few, *against, "--metrics=is"], "9 samples cannot be parted into 10 splits"),
+        (
+            [few, *against],
+            "fid cannot be taken of .*few.*: needs 17 samples and 17 reference .* got 9 and 130; --allow-few",
+        ),
+        ([few, *against, "--metrics=is"], "is cannot be taken of .*: needs 10 samples and 0"),
         ([samples, *against, "--metrics=fid,fdd"], "metrics: unknown fdd; known: fid, sfid"),
         (
             [samples, *against, "--metrics=classifier"],
@@ -362,6 +366,27 @@ def test_what_cannot_be_measured_is_refused_before_it_is(sets, tmp_path, capsys)
         error = refused(capsys, *arguments)
         assert re.search(message, error.replace("\n", " ")), (message, error)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), OSError("40 requested and 0 written")]
+)
+def test_a_full_disk_loses_no_value(sets, tmp_path, capsys, monkeypatch, error):
+    (samples, reference), _ = sets
+
+    def full(descriptor):
+        raise error
+
+    monkeypatch.setattr("calib_guidance.backend.atomic.os.fsync", full)
+    with pytest.raises(SystemExit) as stop:
+        evaluate(samples, "--reference", reference, *PROJECTION, "--metrics=fid", "--output", tmp_path / "out")
+    printed = capsys.readouterr()
+    assert stop.value.code == 1
+    assert re.search(r"Fréchet distance +\d+\.\d{3} ", printed.out)
+    assert (
+        f"{tmp_path / 'out'} cannot be written: {error.strerror or error}. The values above are complete" in printed.err
+    )
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_damage_is_named_and_counted(tmp_path, capsys):

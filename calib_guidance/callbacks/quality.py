@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from torch.utils.data import Dataset
 
 from calib_guidance.backend.distributed import DistributedContext
@@ -91,7 +92,11 @@ class SampleQuality(Measurement):
         source = self.reference
         if not isinstance(source, str):
             source = ImageSet(_DatasetImages(source, self.uint8_rule), max_corrupt=0.0)
-        self.quality = Quality(specs, self.measures, source, self.batch_size, processes)
+        denoiser = pl_module.denoiser
+        with torch.no_grad():
+            image = denoiser.decode(torch.zeros(1, *denoiser.image_shape, device=pl_module.device))
+        shapes = {"the run": tuple(image.shape[1:])}
+        self.quality = Quality(specs, self.measures, source, self.batch_size, processes, shapes)
 
     def results(self, trainer: L.Trainer) -> dict[str, Any]:
         folder = self.context.store.extended()

@@ -20,9 +20,9 @@ from calib_guidance.data.run_images import RunImages
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation.features import features_from_name
 from calib_guidance.evaluation.loading import read_classifier
-from calib_guidance.evaluation.metrics import METRICS, OPTIONS, select, select_applicable, unmet
+from calib_guidance.evaluation.metrics import OPTIONS, select, select_applicable, unmet
 from calib_guidance.evaluation.output import write_evaluation, write_summary
-from calib_guidance.evaluation.quality import Quality
+from calib_guidance.evaluation.quality import Quality, check_shape
 from calib_guidance.evaluation.reference import (
     KINDS,
     add_measuring_options,
@@ -34,7 +34,6 @@ from calib_guidance.evaluation.spec import NO_FEATURES, Measures, MetricSpec, Re
 from calib_guidance.evaluation.statistics import ReferenceStatistics, open_reference
 
 _OF_SAMPLES = ("split", "subset", "image_column", "label_column")  # which the two sets may have differently
-_COLOUR = {1: "grey", 3: "RGB"}
 _METRICS = "".join(f"  {option:<11}{words}\n" for option, words in OPTIONS.items())
 _EXAMPLES = f"""
 the reference may also be a file of statistics (.npz): of calib-guidance reference, of ADM's evaluator (mu, sigma, mu_s, sigma_s,
@@ -42,7 +41,7 @@ arr_0), or mu and sigma alone (EDM, clean-fid, pytorch-fid).
 
 metrics:
 {_METRICS}  MODULE.NAME a MetricSpec of your own
-By default all that the features, the reference and the options allow.
+By default all that the features, the reference and the options allow, but is_adm and pr_adm.
 
 examples:
   calib-guidance evaluate outputs/imagenet128/resnet101_js --reference VIRTUAL_imagenet128.npz --features inception
@@ -65,7 +64,9 @@ def read_options(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--reference", required=True, metavar="REF", help="images, or statistics of them")
     add_measuring_options(parser, default="inception")
     parser.add_argument(
-        "--metrics", metavar="NAME,…", help=f"of {','.join(OPTIONS)} (default: all that can be computed, see below)"
+        "--metrics",
+        metavar="NAME,…",
+        help=f"of {','.join(OPTIONS)} (default: all that can be computed, see below)",
     )
     parser.add_argument(
         "--eval-classifier", metavar="CLASSIFIER.yaml", help="classifier that names the samples' classes"
@@ -80,7 +81,7 @@ def read_options(args: Sequence[str]) -> argparse.Namespace:
         help="Fréchet distances of no more samples than features, which compare only at the same number",
     )
     parser.add_argument(
-        "--neighbours", type=at_least_one, default=3, metavar="K", help="of precision and recall (default: 3)"
+        "--neighbors", type=at_least_one, default=3, metavar="K", help="of precision and recall (default: 3)"
     )
     parser.add_argument(
         "--output",
@@ -119,29 +120,24 @@ def _evaluate(options: argparse.Namespace, processes: DistributedContext) -> Non
             raise ConfigurationError(
                 f"{folder} cannot be written: {there} is not a folder that may be written to (--output, of a single set)"
             )
-    # Before the networks, whose weights may have to be downloaded.
     reference = open_reference(options.reference, **reading_options(options))
     if processes.is_first:
         images = [part for part in (*sets, reference) if isinstance(part, ImageSet)]
         print("\n".join(part.source.summary() for part in images))
+    # All that can be refused is, before weights are downloaded and before the first image goes through a network.
+    for samples in sets:
+        check_shape(samples.name, samples.image_shape, reference.name, reference.image_shape)
     extractor = features_from_name(options.features)
     eval_classifier = None if options.eval_classifier is None else read_classifier(options.eval_classifier)
     clip = None if options.clip is None else read_classifier(options.clip)
     if clip is not None and not isinstance(clip, CLIPClassifier):
         raise ConfigurationError(f"--clip: {options.clip} describes {type(clip).__name__}, not CLIPClassifier")
-    measures = Measures(
-        extractor, eval_classifier, clip, options.neighbours, not options.allow_few, options.extrapolate
-    )
-    # All that can be refused is, before the first image goes through a network.
+    measures = Measures(extractor, eval_classifier, clip, options.neighbors, not options.allow_few, options.extrapolate)
     if isinstance(reference, ReferenceStatistics):
         reference.check(extractor)
-    for samples in sets:
-        _check_shape(samples, reference.image_shape, options.reference)
     specs = _metrics(options.metrics, measures, ReferenceHolds.of(reference), sets)
-    measures.to(processes.device)
-    for shape in dict.fromkeys(samples.image_shape for samples in sets):
-        measures.check(shape, processes.device)
-    quality = Quality(specs, measures, reference, options.batch_size, processes)
+    shapes = {samples.name: samples.image_shape for samples in sets}
+    quality = Quality(specs, measures, reference, options.batch_size, processes, shapes)
     found = []
     for samples, folder in zip(sets, folders, strict=True):
         found.append(_measure(samples, quality, options))
@@ -149,22 +145,6 @@ def _evaluate(options: argparse.Namespace, processes: DistributedContext) -> Non
             write_evaluation(folder, found[-1], quality.predictions())
     if processes.is_first and len(sets) > 1:
         write_summary(_output(options), names, found)
-
-
-def _check_shape(samples: ImageSet, shape: Sequence[int] | None, reference: str) -> None:
-    if shape is None or tuple(shape) == samples.image_shape:
-        return
-    (channels, *size), (c, *s) = samples.image_shape, shape
-    both = (
-        f"{samples.name} has images {'×'.join(map(str, size))} {_COLOUR[channels]}, the reference {reference} "
-        f"{'×'.join(map(str, s))} {_COLOUR[c]}"
-    )
-    cure = (
-        "--size N resizes and crops both, where they are images"
-        if size != s
-        else "--mode RGB or --mode L makes both alike"
-    )
-    raise ConfigurationError(f"{both}: they cannot be compared. Take a reference like the samples; {cure}")
 
 
 def _metrics(
@@ -188,9 +168,7 @@ def _measure(samples: ImageSet, quality: Quality, options: argparse.Namespace) -
     """The metrics of one set, on every process."""
     results = quality.measure(samples, progress=True)
     if options.metrics is None and quality.reference.features is None:
-        names = dict.fromkeys(spec.option for spec in METRICS.values() if "reference_features" in spec.needs)
-        *most, last = names
-        results["notes"].append(f"{', '.join(most)} and {last} skipped: {NO_FEATURES}")
+        results["notes"].append(f"kid, pr, dc and classwise skipped: {NO_FEATURES}")
     results["notes"] += samples.notes
     results["num_samples"] = results["num_measured"]
     results["provenance"]["versions"] = {

@@ -85,7 +85,10 @@ class FeatureExtractor(nn.Module, ABC):
     def __call__(self, images: Tensor) -> Features:
         # TF32, the default for convolutions on GPUs, keeps 10 of the 23 bits that the definitions were computed with.
         with exact_float32(), torch.no_grad():
-            return super().__call__(images)
+            found = super().__call__(images)
+        if not all(value.isfinite().all() for value in found if value is not None):
+            raise ConfigurationError(f"{self.name}: features are not finite: its weights do not fit it, or are damaged")
+        return found
 
     @abstractmethod
     def forward(self, images: Tensor) -> Features:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation.features import ClassifierFeatures, FeatureExtractor
 from calib_guidance.evaluation.loading import load_object
 from calib_guidance.evaluation.spec import Estimate, Measures, MetricSpec, ReferenceHolds, SampleSet
+from calib_guidance.evaluation.statistics import ReferenceStatistics
 from calib_guidance.metrics.bootstrap import bootstrap_sums
 from calib_guidance.metrics.calibration import bin_cells, calibration_error_from_bins
-from calib_guidance.metrics.classwise import classwise_distances
 from calib_guidance.metrics.frechet import (
     extrapolated_frechet_distance,
     frechet_distance,
@@ -23,11 +24,12 @@ from calib_guidance.metrics.frechet import (
     mean_and_covariance,
     sample_count_note,
 )
-from calib_guidance.metrics.inception_score import inception_score
+from calib_guidance.metrics.inception_score import inception_score, inception_score_adm
 from calib_guidance.metrics.kernel_distance import kernel_distance, kernel_distance_subsets
-from calib_guidance.metrics.neighbors import count_in_balls, inside_each_other
+from calib_guidance.metrics.neighbors import count_in_balls
 
-_SPLITS, _SUBSETS, _SUBSET_SIZE, _NEIGHBORS, _BINS, _POINTS = 10, 100, 1000, 5, 15, 15
+_SPLITS, _BLOCK, _SUBSETS, _SUBSET_SIZE, _NEIGHBORS, _BINS, _POINTS, _DRAWS = 10, 5000, 100, 1000, 5, 15, 15, 200
+_REFERENCE = "reference images, the samples fixed"
 
 
 def _strata(labels: Tensor) -> tuple[Tensor | None, str]:
@@ -36,11 +38,6 @@ def _strata(labels: Tensor) -> tuple[Tensor | None, str]:
     if len(count) > 1 and int(count.max()) - int(count.min()) <= 1 and int(labels.min()) >= 0:
         return labels, "samples within their classes, which are balanced; delta method, the reference fixed"
     return None, "samples, delta method, the reference fixed"
-
-
-def _name(samples: SampleSet, names: Mapping[str, tuple[str, str]]) -> str:
-    """Label of a distance with the features that the samples have."""
-    return names[samples.measures.extractor.kind][1]
 
 
 def _frechet(samples: SampleSet, column: str) -> Estimate:
@@ -54,7 +51,7 @@ def _frechet(samples: SampleSet, column: str) -> Estimate:
 def _frechet_distance(samples: SampleSet) -> Estimate:
     counts = [c for c in (samples.num_samples, samples.reference.num_images) if c is not None]
     if note := sample_count_note(min(counts), samples.features.shape[1]):
-        samples.notes.append(f"{_name(samples, _FID)}: {note}")
+        samples.notes.append(f"{_FID[samples.measures.extractor.kind][1]}: {note}")
     return _frechet(samples, "features")
 
 
@@ -69,13 +66,12 @@ def _frechet_distance_infinite(samples: SampleSet) -> Estimate | None:
         return None
     mean, covariance, _ = samples.reference.moments("features")
     line = extrapolated_frechet_distance((mean, covariance), samples.features, smallest, _POINTS)
-    x = 1 / line.sizes
-    residual = line.distances - line.value - line.slope * x
-    variance = residual.square().sum() / (_POINTS - 2)
-    std = (variance * (1 / _POINTS + x.mean().square() / (x - x.mean()).square().sum())).sqrt()
     if line.value < 0:
-        samples.notes.append(f"{_name(samples, _FID)} at N → ∞: below 0, too few samples for a straight line")
-    return Estimate(line.value, std, f"straight line in 1/N through {_POINTS} subsets of {smallest} to {n} samples")
+        label = _FID[samples.measures.extractor.kind][1]
+        samples.notes.append(f"{label} at N → ∞: below 0, too few samples for a straight line")
+    return Estimate(
+        line.value, line.std, f"straight line in 1/N through {_POINTS} subsets of {smallest} to {n} samples"
+    )
 
 
 def _inception_score(samples: SampleSet) -> Estimate:
@@ -85,6 +81,12 @@ def _inception_score(samples: SampleSet) -> Estimate:
             "Inception score: with the evaluation classifier's classes in place of Inception's, like no published one"
         )
     return Estimate(splits.mean(), splits.std(correction=0), f"one of {_SPLITS} splits")
+
+
+def _inception_score_adm(samples: SampleSet) -> Estimate:
+    blocks = inception_score_adm(samples.rows["logits"], _BLOCK)
+    std = blocks.std(correction=0) if len(blocks) > 1 else math.nan
+    return Estimate(blocks.mean(), std, f"one of {len(blocks)} blocks of {_BLOCK:,}")
 
 
 def _kernel_subsets(samples: SampleSet) -> tuple[Tensor, str]:
@@ -107,21 +109,18 @@ def _kernel_distance_mean(samples: SampleSet) -> Estimate:
     return Estimate(subsets.mean(), subsets.std(correction=0), of)
 
 
-def _inside(samples: SampleSet) -> tuple[Tensor, Tensor]:
-    k = samples.measures.k
-    return samples.once("inside", lambda: inside_each_other(samples.reference_features, samples.features, k))
+def _precision(samples: SampleSet, half: bool = False) -> Estimate:
+    inside = count_in_balls(samples.reference_features, samples.features, samples.measures.k, half)[0] > 0
+    return samples.mean(inside, "samples", fraction=True)
+
+
+def _recall(samples: SampleSet, half: bool = False) -> Estimate:
+    inside = count_in_balls(samples.features, samples.reference_features, samples.measures.k, half)[0] > 0
+    return samples.mean(inside, _REFERENCE, fraction=True)
 
 
 def _balls(samples: SampleSet) -> tuple[Tensor, Tensor]:
     return samples.once("balls", lambda: count_in_balls(samples.reference_features, samples.features, _NEIGHBORS))
-
-
-def _precision(samples: SampleSet) -> Estimate:
-    return samples.mean(_inside(samples)[0], "samples", fraction=True)
-
-
-def _recall(samples: SampleSet) -> Estimate:
-    return samples.mean(_inside(samples)[1], _REFERENCE, fraction=True)
 
 
 def _density(samples: SampleSet) -> Estimate:
@@ -132,81 +131,70 @@ def _coverage(samples: SampleSet) -> Estimate:
     return samples.mean(_balls(samples)[1] > 0, _REFERENCE, fraction=True)
 
 
-def _by_class(samples: SampleSet) -> dict[str, Any]:
-    """Metrics of each class with enough images, and a note on those without."""
-    known = samples.labels >= 0
-    generated, labels = samples.features[known], samples.labels[known]
-    found = classwise_distances(
-        samples.reference_features, samples.reference.labels, generated, labels, samples.measures.k
-    )
-    fd = _FID[samples.measures.extractor.kind][0]
-    for values in found.values():
-        for each in (values, values["std"], values["skipped"]):
-            if "fd" in each:
-                each[fd] = each.pop("fd")
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for label, values in found.items():
-        for name, reason in values["skipped"].items():
-            reasons.setdefault((name, reason), []).append(label)
-    alike: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for (name, reason), classes in reasons.items():
-        alike.setdefault((reason, tuple(classes)), []).append(METRICS[name].label)
-    for (reason, classes), names in alike.items():
-        listed = f"classes {', '.join(classes[:10])}{' …' if len(classes) > 10 else ''} of {len(found)}"
-        which = f"all {len(found)} classes" if len(classes) == len(found) else listed
-        samples.notes.append(f"{' and '.join(names)} by class skipped for {which}: {reason}")
-    if "predicted" in samples.rows:
-        for label, values in found.items():
-            correct = samples.correct[samples.labels == int(label)]
-            values["classifier_accuracy"] = float(correct.mean())
-            values["std"]["classifier_accuracy"] = float(correct.std(correction=0) / len(correct) ** 0.5)
-    return found
+def _accuracy(samples: SampleSet) -> Estimate:
+    return samples.mean(samples.correct, "samples", fraction=True)
 
 
 def _classifier_ece(samples: SampleSet) -> Estimate:
     cells = bin_cells(samples.rows["confidence"], samples.correct, _BINS)
-    draws = calibration_error_from_bins(bootstrap_sums(cells.flatten(1), samples.resamples).view(-1, _BINS, 3))
-    of = f"bootstrap over samples, {samples.resamples} draws"
-    return Estimate(calibration_error_from_bins(cells.sum(0)), draws.std(), of)
+    draws = calibration_error_from_bins(bootstrap_sums(cells.flatten(1), _DRAWS).view(-1, _BINS, 3))
+    return Estimate(calibration_error_from_bins(cells.sum(0)), draws.std(), f"bootstrap over samples, {_DRAWS} draws")
 
 
-def _full_rank(width: Callable[[Measures], int]) -> Callable[[Measures, ReferenceHolds, int], str | None]:
-    """A Fréchet distance needs two samples, or more of them than features."""
-
-    def enough(measures: Measures, reference: ReferenceHolds, n: int) -> str | None:
-        m, d = reference.num_images, width(measures)
-        fewest = d + 1 if measures.full_rank else 2
-        if n >= fewest and (m is None or m >= fewest):
-            return None
-        whose = f"{n} samples" if n < fewest else f"{m} images in the reference"
-        if measures.full_rank:
-            return (
-                f"{whose} with {d} features each, whose covariance is singular: more than {d} are needed "
-                "(--allow-few for distances that compare only at the same number)"
-            )
-        return f"{whose}: 2 are needed"
-
-    return enough
+def _of_class(samples: SampleSet, label: int) -> SampleSet:
+    """The samples of a class against the reference images of it."""
+    rows = {name: values[samples.labels == label] for name, values in samples.rows.items()}
+    real = samples.reference_features[samples.reference.labels == label]
+    enough = min(len(real), len(rows["index"])) > 2 * real.shape[1]
+    moments = mean_and_covariance(real) if enough else (torch.empty(0), torch.empty(0, 0))
+    return SampleSet(samples.measures, ReferenceStatistics(*moments, features=real, num_images=len(real)), rows)
 
 
-def _at_least(fewest: Callable[[Measures], tuple[int, int]]) -> Callable[[Measures, ReferenceHolds, int], str | None]:
-    """So many samples, and reference images whose features are kept."""
+def _by_class(samples: SampleSet) -> dict[str, dict[str, Any]]:
+    """Metrics of each class with enough images, in the smaller set: a Fréchet distance is mostly bias below 2·D + 1, and the
+    radii of balls are mostly chance below 10 samples a neighbor.
 
-    def enough(measures: Measures, reference: ReferenceHolds, n: int) -> str | None:
-        m, (samples, images) = reference.num_features, fewest(measures)
-        if n >= samples and m >= images:
-            return None
-        return f"needs {samples} samples and {images} reference images or more, got {n} and {m}"
+    By class, its number as text: ``num_samples``, ``num_reference``, the metrics, ``std`` of each, and ``skipped``, why
+    one is missing.
+    """
+    measures, found = samples.measures, {}
+    least = {
+        _FID[measures.extractor.kind][0]: (2 * samples.features.shape[1] + 1, f"{samples.features.shape[1]} features"),
+        **dict.fromkeys(("precision", "recall"), (10 * measures.k, f"k = {measures.k}")),
+        **dict.fromkeys(("density", "coverage"), (10 * _NEIGHBORS, f"k = {_NEIGHBORS}")),
+    }
+    if "predicted" in samples.rows:
+        least["classifier_accuracy"] = (0, "")
+    missing: dict[tuple[int, str], dict[str, list[str]]] = {}
+    for label in samples.labels[samples.labels >= 0].unique().tolist():
+        part = _of_class(samples, label)
+        few = min(part.num_samples, part.reference.num_images)
+        values: dict[str, Any] = {"num_samples": part.num_samples, "num_reference": part.reference.num_images}
+        std, skipped = {}, {}
+        for key, (fewest, why) in least.items():
+            if few < fewest:
+                skipped[key] = f"{few} images in the smaller set; {fewest} are needed for {why}"
+                missing.setdefault((fewest, why), {}).setdefault(METRICS[key].label, []).append(str(label))
+                continue
+            estimate = METRICS[key].compute(part)
+            values[key], std[key] = float(estimate.value), float(estimate.std)
+        found[str(label)] = values | {"std": std, "skipped": skipped}
+    for (fewest, why), classes_of in missing.items():
+        classes = next(iter(classes_of.values()))
+        which = f"classes {', '.join(classes[:10])}{' …' if len(classes) > 10 else ''} of {len(found)}"
+        if len(classes) == len(found):
+            which = f"all {len(found)} classes"
+        need = f"{fewest} images in both sets are needed for {why}"
+        samples.notes.append(f"{' and '.join(classes_of)} by class skipped for {which}: {need}")
+    return found
 
-    return enough
 
-
-_REFERENCE, _FRACTION, _ANY = "reference images, the samples fixed", (0.0, 1.0), (-math.inf, math.inf)
+_FRACTION, _ANY = (0.0, 1.0), (-math.inf, math.inf)
 _LOW, _HIGH = {"higher_is_better": False}, {"higher_is_better": True}
 _BOTH = {"needs": ("features", "reference_features")}
-_PR = {"option": "pr", "limits": _FRACTION, **_BOTH, **_HIGH}
-_PR |= {"enough": _at_least(lambda measures: (measures.k + 1, measures.k + 1))}
-_DC = {"option": "dc", "enough": _at_least(lambda measures: (1, _NEIGHBORS + 1)), **_BOTH, **_HIGH}
+_PR = {"limits": _FRACTION, "fewest": lambda measures: (measures.k + 1, measures.k + 1), **_BOTH, **_HIGH}
+_DC = {"option": "dc", "fewest": lambda measures: (1, _NEIGHBORS + 1), **_BOTH, **_HIGH}
+_IS = {"needs": ("logits",), "limits": (1.0, math.inf), **_HIGH}
 _CLASSIFIER = {"option": "classifier", "needs": ("predictions", "labels"), "limits": _FRACTION}
 
 # Key and label of a distance by the kind of features: the field's names are those of Inception's (and DINOv2's) only.
@@ -215,59 +203,60 @@ _SFID = {"inception": ("sfid", "sFID"), "": ("sfd", "spatial Fréchet distance")
 _KID = {"inception": ("kid", "KID"), "dinov2": ("kd_dinov2", "KD-DINOv2"), "": ("kd", "kernel distance")}
 
 
-def _distance(names: Mapping[str, tuple[str, str]], variants: Mapping[tuple[str, str], dict], **shared: Any):
-    """Specs of a distance with each kind of features; ``variants``, by end of the key and of the label."""
+def _distance(names: Mapping[str, tuple[str, str]], end: str, label_end: str, **options: Any) -> Iterator[MetricSpec]:
+    """A distance under its name with each kind of features, with an end of key and label."""
     for kind, (key, label) in names.items():
-        for (end, more), variant in variants.items():
-            yield MetricSpec(key + end, label + more, higher_is_better=False, extractor=kind, **shared | variant)
+        yield MetricSpec(key + end, label + label_end, higher_is_better=False, extractor=kind, **options)
 
+
+def _full_rank(width: Callable[[FeatureExtractor], int]) -> Callable[[Measures], tuple[int, int]]:
+    """A Fréchet distance needs two samples, or more of them than features."""
+    return lambda measures: (width(measures.extractor) + 1 if measures.full_rank else 2,) * 2
+
+
+_FD = {"option": "fid", "needs": ("features",), "fewest": _full_rank(lambda extractor: extractor.width)}
+_SFD = {"option": "sfid", "needs": ("spatial",), "fewest": _full_rank(lambda extractor: extractor.spatial_width)}
+_KD = {"option": "kid", "format": "{:.4f}", "limits": _ANY, "fewest": lambda measures: (4, 4), **_BOTH}
 
 METRICS: Mapping[str, MetricSpec] = {
     spec.key: spec
     for spec in (
-        *_distance(
-            _FID,
-            {
-                ("", ""): {"compute": _frechet_distance},
-                ("_infinite", " at N → ∞"): {"compute": _frechet_distance_infinite, "limits": _ANY},
-            },
-            option="fid",
-            needs=("features",),
-            enough=_full_rank(lambda measures: measures.extractor.width),
-        ),
-        *_distance(
-            _SFID,
-            {("", ""): {"compute": lambda samples: _frechet(samples, "spatial")}},
-            option="sfid",
-            needs=("spatial",),
-            enough=_full_rank(lambda measures: measures.extractor.spatial_width),
-        ),
+        *_distance(_FID, "", "", compute=_frechet_distance, **_FD),
+        *_distance(_FID, "_infinite", " at N → ∞", compute=_frechet_distance_infinite, limits=_ANY, **_FD),
+        *_distance(_SFID, "", "", compute=lambda samples: _frechet(samples, "spatial"), **_SFD),
         MetricSpec(
             "inception_score",
-            "Inception score",
-            higher_is_better=True,
-            needs=("logits",),
+            f"Inception score, {_SPLITS} shuffled splits",
             compute=_inception_score,
-            limits=(1.0, math.inf),
             option="is",
-            enough=lambda measures, reference, n: (
-                f"{n} samples cannot be parted into {_SPLITS} splits" if n < _SPLITS else None
-            ),
+            fewest=lambda measures: (_SPLITS, 0),
+            **_IS,
         ),
-        *_distance(
-            _KID,
-            {
-                ("", ""): {"compute": _kernel_distance},
-                ("_mean", ", mean of subsets"): {"compute": _kernel_distance_mean},
-            },
-            option="kid",
-            format="{:.4f}",
-            limits=_ANY,
-            enough=_at_least(lambda measures: (4, 4)),
-            **_BOTH,
+        MetricSpec(
+            "inception_score_adm",
+            f"Inception score, ADM's blocks of {_BLOCK:,}",
+            compute=_inception_score_adm,
+            option="is_adm",
+            **_IS,
         ),
-        MetricSpec("precision", "precision", compute=_precision, **_PR),
-        MetricSpec("recall", "recall", compute=_recall, **_PR),
+        *_distance(_KID, "", "", compute=_kernel_distance, **_KD),
+        *_distance(_KID, "_mean", ", mean of subsets", compute=_kernel_distance_mean, **_KD),
+        MetricSpec("precision", "precision", compute=_precision, option="pr", **_PR),
+        MetricSpec("recall", "recall", compute=_recall, option="pr", **_PR),
+        MetricSpec(
+            "precision_adm",
+            "precision, ADM's float16",
+            compute=lambda samples: _precision(samples, half=True),
+            option="pr_adm",
+            **_PR,
+        ),
+        MetricSpec(
+            "recall_adm",
+            "recall, ADM's float16",
+            compute=lambda samples: _recall(samples, half=True),
+            option="pr_adm",
+            **_PR,
+        ),
         MetricSpec("density", "density", compute=_density, **_DC),
         MetricSpec("coverage", "coverage", compute=_coverage, **_DC | {"limits": _FRACTION}),
         MetricSpec(
@@ -277,12 +266,7 @@ METRICS: Mapping[str, MetricSpec] = {
             compute=_by_class,
             option="classwise",
         ),
-        MetricSpec(
-            "classifier_accuracy",
-            "accuracy",
-            compute=lambda samples: samples.mean(samples.correct, "samples", fraction=True),
-            **_CLASSIFIER | _HIGH,
-        ),
+        MetricSpec("classifier_accuracy", "accuracy", compute=_accuracy, **_CLASSIFIER | _HIGH),
         MetricSpec("classifier_ece", "classifier ECE", compute=_classifier_ece, **_CLASSIFIER | _LOW),
         MetricSpec(
             "clip_score",
@@ -303,9 +287,11 @@ METRICS: Mapping[str, MetricSpec] = {
 OPTIONS: Mapping[str, str] = {
     "fid": "Fréchet distance of pooled features: FID with Inception, FD-DINOv2 with DINOv2",
     "sfid": "Fréchet distance of spatial features (ADM's sFID)",
-    "is": f"Inception score, {_SPLITS} splits",
-    "kid": f"kernel distance: KID with Inception; {_SUBSETS} subsets",
-    "pr": "improved precision and recall",
+    "is": f"Inception score, mean of {_SPLITS} shuffled splits (as torch-fidelity)",
+    "is_adm": f"Inception score as ADM's evaluator: mean of blocks of {_BLOCK:,}, not shuffled",
+    "kid": f"kernel distance (KID with Inception), {_SUBSETS} subsets",
+    "pr": "improved precision and recall, distances in float64",
+    "pr_adm": "improved precision and recall as ADM's evaluator: distances in float16",
     "dc": f"density and coverage, k = {_NEIGHBORS}",
     "classwise": "fid, pr and dc of each class with enough images",
     "classifier": "accuracy and ECE of the evaluation classifier on the samples",
@@ -343,10 +329,12 @@ def select(names: Iterable[str], extractor: FeatureExtractor) -> tuple[MetricSpe
 def select_applicable(measures: Measures, reference: ReferenceHolds) -> tuple[MetricSpec, ...]:
     """All metrics of the table whose needs are met, whatever the number of samples.
 
-    But for the Inception score of an evaluation classifier's classes, like no published one.
+    But for ADM's conventions, and the Inception score of an evaluation classifier's classes, like no published one.
     """
     missing = measures.missing(reference)
-    options = [option for option in OPTIONS if not (option == "is" and measures.extractor_classifies)]
+    options = [name for name in OPTIONS if not name.endswith("_adm")]
+    if measures.extractor_classifies:
+        options.remove("is")
     return tuple(spec for spec in select(options, measures.extractor) if missing.keys().isdisjoint(spec.needs))
 
 
@@ -357,7 +345,15 @@ def unmet(
     missing, reasons = measures.missing(reference, labels_known), {}
     for spec in specs:
         reason = next((missing[need] for need in spec.needs if need in missing), None)
-        if reason := reason or spec.enough(measures, reference, num_samples):
+        if reason is None:
+            samples, images = spec.fewest(measures)
+            of_features = "reference_features" in spec.needs
+            held = reference.num_features if of_features else reference.num_images
+            if num_samples < samples or (held is not None and held < images):
+                reason = f"needs {samples} samples and {images} reference images or more, got {num_samples} and {held}"
+                if spec.option in ("fid", "sfid") and measures.full_rank:
+                    reason += "; --allow-few takes Fréchet distances of fewer, which compare only at the same number"
+        if reason:
             reasons[spec.option] = reason
     return reasons
 

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from calib_guidance.backend.atomic import atomic_write, write_text
-from calib_guidance.errors import ConfigurationError
+from calib_guidance.errors import RunError
 from calib_guidance.evaluation.metrics import METRICS, specs_of
 from calib_guidance.evaluation.spec import MetricSpec
-
-_FRACTION = (0.0, 1.0)
 
 
 def table_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Label, value and ± standard deviation of every metric of ``metrics.json``, as text; no deviation where it is not known."""
     rows = []
     for key, spec in specs_of(results).items():
-        value = results.get(key)
-        if isinstance(value, int | float):
+        if isinstance(value := results.get(key), int | float):
             found = results.get("uncertainty", {}).get(key)
-            std = "" if found is None else f"± {spec.format.format(found['std'])}"
-            rows.append((spec.label, spec.text(value), std))
+            rows.append((spec.label, spec.text(value), f"± {spec.format.format(found['std'])}" if found else ""))
     return rows
 
 
@@ -52,10 +49,8 @@ def described(results: Mapping[str, Any]) -> list[str]:
         if key in provenance:
             lines.append(f"{name:<10} {provenance[key]['class']}; weights {provenance[key]['weights_sha256'][:12]}")
     for key, spec in METRICS.items():
-        if spec.limits != _FRACTION:
-            continue
         values = [(of_class[key], label) for label, of_class in results.get("by_class", {}).items() if key in of_class]
-        if values:
+        if values and spec.limits == (0.0, 1.0):
             (least, worst), (most, best) = min(values), max(values)
             named = f"{least:.3f} (class {worst}) … {most:.3f} (class {best}), {len(values)} classes"
             lines.append(f"by class   {spec.label} {named}")
@@ -89,45 +84,49 @@ def described_images(images: Mapping[str, Any], count: int | None, digits: int =
     """The provenance of ``count`` images in a line, with so many digits of hashes."""
     words = ["an unknown number of images" if count is None else f"{count:,} images"]
     if "source" in images:
+        channels, *size = images["image_shape"]
         words[0] += f" of {images['source']} ({images['kind']})"
-        words.append(
-            "×".join(map(str, images["image_shape"][1:])) + (" grey" if images["image_shape"][0] == 1 else " RGB")
-        )
-        if images.get("preprocessing"):
-            words.append(images["preprocessing"]["how"])
-        if images.get("uint8_rule"):
-            words.append(f"uint8 rule {images['uint8_rule']}")
-        if images.get("sha256"):
-            words.append(f"sha256 {images['sha256'][:digits]}")
-        if images.get("num_skipped"):
-            words.append(f"{images['num_skipped']} skipped: {', '.join(images['skipped'])}")
+        words.append(f"{'×'.join(map(str, size))} {'grey' if channels == 1 else 'RGB'}")
+        words += [images["preprocessing"]["how"]] if images.get("preprocessing") else []
+        words += [f"uint8 rule {images['uint8_rule']}"] if images.get("uint8_rule") else []
+        words += [f"sha256 {images['sha256'][:digits]}"] if images.get("sha256") else []
+        words += [f"{images['num_skipped']} skipped: {', '.join(images['skipped'])}"] if images["num_skipped"] else []
     return "; ".join(words)
 
 
-def write_evaluation(folder: Path, results: Mapping[str, Any], predictions: Mapping[str, np.ndarray] | None) -> None:
-    """Write ``metrics.json``, ``metrics.md`` and ``predictions.npz`` of one set, and print its table."""
-    lines = described(results)
+def _write(folder: Path, results: Mapping[str, Any], table: Sequence[str], lines: Sequence[str]) -> None:
+    write_json(folder / "metrics.json", results)
+    write_text(folder / "metrics.md", "\n".join([*table, "", *(f"- {line}" for line in lines), ""]))
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "metrics.json", results)
-        cells = [f"| {label} | {value} | {std.removeprefix('± ')} |" for label, value, std in table_rows(results)]
-        table = ["| | | ± |", "|---|---:|---:|", *cells]
-        write_text(folder / "metrics.md", "\n".join([*table, "", *(f"- {line}" for line in lines), ""]))
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{error.filename or folder} cannot be written: {error.strerror or error}. The values above are complete; make room, "
+            "or name another --output, and re-run to have them in files"
+        ) from error
+
+
+def write_evaluation(folder: Path, results: Mapping[str, Any], predictions: Mapping[str, np.ndarray] | None) -> None:
+    """Print the table of one set, and write ``metrics.json``, ``metrics.md`` and ``predictions.npz``."""
+    lines = described(results)
+    print(f"\n{results['num_samples']:,} samples of {results['provenance']['samples']['source']}")
+    print(printed_table(results), *lines, sep="\n")
+    cells = [f"| {label} | {value} | {std.removeprefix('± ')} |" for label, value, std in table_rows(results)]
+    with _writing(folder):
+        _write(folder, results, ["| | | ± |", "|---|---:|---:|", *cells], lines)
         if predictions is not None:
             write_predictions(folder / "predictions.npz", predictions)
         else:
             (folder / "predictions.npz").unlink(missing_ok=True)  # of an earlier evaluation
-    except OSError as error:
-        raise ConfigurationError(f"{error.filename or folder} cannot be written: {error.strerror or error}") from error
-    print(f"\n{results['num_samples']:,} samples of {results['provenance']['samples']['source']}")
-    print(printed_table(results))
-    print("\n".join(lines))
     print(f"wrote {folder / 'metrics.json'}, metrics.md" + ("" if predictions is None else ", predictions.npz"))
 
 
 def write_summary(folder: Path, names: Sequence[str], found: Sequence[Mapping[str, Any]]) -> None:
-    """Write and print mean and standard deviation over sets, with a line for each set."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Print and write mean and standard deviation over sets, with a line for each set."""
     specs = {
         key: spec
         for key, spec in specs_of(*found).items()
@@ -136,26 +135,26 @@ def write_summary(folder: Path, names: Sequence[str], found: Sequence[Mapping[st
     mean = {key: statistics.mean(results[key] for results in found) for key in specs}
     std = {key: statistics.stdev(results[key] for results in found) for key in specs}
     of, unlimited = f"{len(found)} runs", MetricSpec("", "", limits=(-math.inf, math.inf))
-    uncertainty = {key: unlimited.uncertainty(mean[key], std[key], of) for key in specs}
-    lines = [["samples", *(spec.label for spec in specs.values())], ["---", *["---:"] * len(specs)]]
+    rows = [["samples", *(spec.label for spec in specs.values())], ["---", *["---:"] * len(specs)]]
     for name, results in zip(names, found, strict=True):
-        lines.append([name, *(spec.format.format(results[key]) for key, spec in specs.items())])
+        rows.append([name, *(spec.format.format(results[key]) for key, spec in specs.items())])
     both = (f"{spec.format.format(mean[key])} ± {spec.format.format(std[key])}" for key, spec in specs.items())
-    lines.append(["**mean ± std**", *both])
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    rows.append(["**mean ± std**", *both])
+    table = [f"| {' | '.join(row)} |" for row in rows]
     counts = sorted({results["num_measured"] for results in found})
     notes = [f"± is the standard deviation over {len(found)} runs"]
     if len(counts) > 1:
         listed = ", ".join(f"{count:,}" for count in counts)
         notes.append(f"{listed} samples: Fréchet distances of different numbers of samples do not compare")
     # What all have in common; their own uncertainties and what they say of their own samples stand with each.
-    own = ("samples ", "±", "by class")
     shared = [line for line in described(found[0]) if all(line in described(results) for results in found[1:])]
-    notes += [line for line in shared if not line.startswith(own)]
+    notes += [line for line in shared if not line.startswith(("samples ", "±", "by class"))]
+    print("", *table, *notes, sep="\n")
+    uncertainty = {key: unlimited.uncertainty(mean[key], std[key], of) for key in specs}
     content = {**mean, "uncertainty": uncertainty, "notes": notes, "runs": dict(zip(names, found, strict=True))}
-    write_json(folder / "metrics.json", content)
-    write_text(folder / "metrics.md", "\n".join([text, "", *(f"- {line}" for line in notes), ""]))
-    print(f"\n{text}\n" + "\n".join(notes) + f"\nwrote {folder / 'metrics.json'}, metrics.md")
+    with _writing(folder):
+        _write(folder, content, table, notes)
+    print(f"wrote {folder / 'metrics.json'}, metrics.md")
 
 
 def write_predictions(path: Path, predictions: Mapping[str, np.ndarray]) -> None:

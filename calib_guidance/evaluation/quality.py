@@ -18,7 +18,22 @@ from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation.features import state_sha256
 from calib_guidance.evaluation.metrics import METRICS, unmet
 from calib_guidance.evaluation.spec import Estimate, Measures, MetricSpec, ReferenceHolds, SampleSet
-from calib_guidance.evaluation.statistics import ReferenceStatistics, gather_in_order
+from calib_guidance.evaluation.statistics import ReferenceStatistics, gather_in_order, open_reference
+
+_COLOR = {1: "grey", 3: "RGB"}
+
+
+def check_shape(name: str, shape: Sequence[int], reference: str, reference_shape: Sequence[int] | None) -> None:
+    """Refuse samples ``(C, H, W)`` of another size or mode than the reference's images, None where those are not known."""
+    if reference_shape is None or tuple(reference_shape) == tuple(shape):
+        return
+    (channels, *size), (c, *s) = shape, reference_shape
+    words = [f"{'×'.join(map(str, pixels))} {_COLOR[count]}" for count, pixels in ((channels, size), (c, s))]
+    cure = "--size N resizes and crops both" if size != s else "--mode RGB or --mode L makes both alike"
+    raise ConfigurationError(
+        f"{name} has images {words[0]}, the reference {reference} {words[1]}: they cannot be compared. Take a reference like "
+        f"the samples; in evaluate {cure}, where they are images"
+    )
 
 
 class Quality:
@@ -30,6 +45,8 @@ class Quality:
         reference: what :meth:`ReferenceStatistics.of` takes; what the metrics need of it is measured here.
         batch_size: images at a time.
         processes: that share the images.
+        shapes: ``(C, H, W)`` of the samples by name, which are compared with the reference's, and which extractor, evaluation
+            classifier and CLIP model must be able to take.
     """
 
     def __init__(
@@ -39,23 +56,30 @@ class Quality:
         reference: str | ImageSet | ReferenceStatistics,
         batch_size: int,
         processes: DistributedContext,
+        shapes: Mapping[str, tuple[int, int, int]],
     ):
         self.specs, self.batch_size, self.processes = specs, batch_size, processes
+        reference = open_reference(reference) if isinstance(reference, str) else reference
+        for name, shape in shapes.items():
+            check_shape(name, shape, reference.name, reference.image_shape)
+        self._provenance: dict[str, Any] = {"features": measures.extractor.provenance()}
+        for name, classifier in (("eval_classifier", measures.eval_classifier), ("clip", measures.clip)):
+            if classifier is not None:  # its hash before it is frozen, which may fold weights into others
+                known = {"class": type(classifier).__name__, "weights_sha256": state_sha256(classifier)}
+                self._provenance[name] = getattr(classifier, "provenance", {}) | known
+        self.measures = measures.to(processes.device)
+        for shape in dict.fromkeys(shapes.values()):
+            measures.check(shape, processes.device)
         needs = {need for spec in specs for need in spec.needs}
-        reference = ReferenceStatistics.of(
+        self.reference = ReferenceStatistics.of(
             reference,
             measures.extractor,
             batch_size=batch_size,
             keep_features="reference_features" in needs,
             spatial="spatial" in needs,
             processes=processes,
-        )
-        self._provenance = {"features": measures.extractor.provenance(), "reference": reference.provenance}
-        for name, classifier in (("eval_classifier", measures.eval_classifier), ("clip", measures.clip)):
-            if classifier is not None:  # its hash before it is frozen, which may fold weights into others
-                known = {"class": type(classifier).__name__, "weights_sha256": state_sha256(classifier)}
-                self._provenance[name] = getattr(classifier, "provenance", {}) | known
-        self.measures, self.reference = measures.to(processes.device), reference.to(processes.device)
+        ).to(processes.device)
+        self._provenance["reference"] = self.reference.provenance
 
     @torch.no_grad()
     def measure(self, images: ImageSet, progress: bool = False) -> dict[str, Any]:

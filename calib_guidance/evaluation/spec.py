@@ -17,7 +17,6 @@ from calib_guidance.data.image_sets import ImageSet
 from calib_guidance.errors import ConfigurationError, first_line
 from calib_guidance.evaluation.features import ClassifierFeatures, FeatureExtractor
 from calib_guidance.evaluation.statistics import ReferenceStatistics
-from calib_guidance.metrics.bootstrap import bootstrap_sums
 
 T = TypeVar("T")
 
@@ -36,11 +35,11 @@ class Estimate(NamedTuple):
     Attributes:
         value: scalar.
         std: standard deviation of the value; NaN where it is not known.
-        of: what that is over, such as "bootstrap over samples, 200 draws".
+        of: what that is over, such as "one of 10 splits".
     """
 
     value: Tensor | float
-    std: Tensor | float = float("nan")
+    std: Tensor | float = math.nan
     of: str = ""
 
 
@@ -163,14 +162,12 @@ class SampleSet:
             (−1 where not known) always, and as needed ``features`` ``(N, D)``, ``spatial`` ``(N, D_s)``, ``logits``
             ``(N, K)`` of the extractor; ``predicted``, ``confidence`` and ``of_label`` (its probability of the label) of the
             evaluation classifier; ``similarity`` to the prompt of the label.
-        resamples: draws of the bootstrap.
         notes: for readers of the metrics; metrics append to it.
     """
 
     measures: Measures
     reference: ReferenceStatistics
     rows: dict[str, Tensor]
-    resamples: int = 200
     notes: list[str] = field(default_factory=list)
     _cache: dict[str, object] = field(default_factory=dict)
 
@@ -203,20 +200,18 @@ class SampleSet:
         return self._cache[name]
 
     def mean(self, values: Tensor, of: str, fraction: bool = False, scale: float = 1) -> Estimate:
-        """Mean of values ``(N,)``, and its standard deviation by bootstrap.
+        """Mean of values ``(N,)`` and its standard deviation, std/√N.
 
         Args:
             values: of samples, or of reference images.
             of: which of them.
-            fraction: values are 0 or 1. Where all are equal, a bootstrap would have no deviation; 1/N is reported.
+            fraction: values are 0 or 1. Where all are equal, there is no deviation; 1/N is reported.
             scale: multiplies the values.
         """
-        values = values.double()[:, None] * scale
-        n = len(values)
+        values, n = values.double() * scale, len(values)
         if n and fraction and float(values.mean()) in (0, 1):
             return Estimate(values.mean(), 1 / n, f"no difference among {n:,} {of}: 1/{n:,}")
-        std = (bootstrap_sums(values, self.resamples) / n).std()
-        return Estimate(values.mean(), std, f"bootstrap over {of}, {self.resamples} draws")
+        return Estimate(values.mean(), values.std(correction=0) / n**0.5, of)
 
 
 @dataclass(frozen=True)
@@ -237,7 +232,7 @@ class MetricSpec:
         limits: smallest and largest possible value, which bound the confidence interval.
         option: name in ``--metrics``, shared by metrics that are computed together; the key by default.
         extractor: kind of the features that it is of (``FeatureExtractor.kind``), None for any.
-        enough: why so many samples are too few, else None.
+        fewest: samples and reference images that it needs.
         measured_by: callback that writes it into ``metrics.json`` during ``predict``.
 
     Example:
@@ -255,7 +250,7 @@ class MetricSpec:
     limits: tuple[float, float] = (0.0, math.inf)
     option: str = ""
     extractor: str | None = None
-    enough: Callable[[Measures, ReferenceHolds, int], str | None] = lambda measures, reference, num_samples: None
+    fewest: Callable[[Measures], tuple[int, int]] = lambda measures: (1, 0)
     measured_by: str = "SampleQuality"
 
     def __post_init__(self):

@@ -29,6 +29,16 @@ from calib_guidance.metrics.frechet import covariance_root
 from calib_guidance.metrics.moments import Moments
 
 _SYMMETRY = 1e-4  # of the largest entry: float32 statistics are symmetric to 1e-6
+_NOISE = 1e-5  # of the largest eigenvalue, within which one is 0: rounding to float32 moves them by 1e-7
+_MOST_IMAGES = 10**12
+_TENSORS = {
+    "mu": "mean",
+    "sigma": "covariance",
+    "mu_s": "spatial_mean",
+    "sigma_s": "spatial_covariance",
+    "features": "features",
+    "labels": "labels",
+}
 
 
 @dataclass
@@ -115,11 +125,6 @@ class ReferenceStatistics:
         for batch in images.batches(batch_size, processes.rank, processes.world_size):
             with torch.no_grad():
                 found = extractor(batch.image.to(processes.device))
-            if not found.pool.isfinite().all():
-                raise ConfigurationError(
-                    f"{images.name}: features of some of images {int(batch.index[0])} … {int(batch.index[-1])} are not finite: "
-                    "the weights of the extractor do not fit it, or are damaged"
-                )
             for name, each in moments.items():
                 each.update(getattr(found, name))
             if keep_features:
@@ -186,21 +191,23 @@ class ReferenceStatistics:
                         f"{path} has no {' and no '.join(sorted(missing))}, it has: {', '.join(sorted(names)) or 'nothing'}. "
                         "Statistics are mu (D,) and sigma (D, D); calib-guidance reference makes them of images"
                     )
-                used = ("mu", "sigma", "mu_s", "sigma_s", "features", "labels", "num_images", "provenance")
-                arrays = {name: file[name] for name in used if name in names}
+                arrays = {name: file[name] for name in (*_TENSORS, "num_images", "provenance") if name in names}
         except FileNotFoundError as error:
             raise ConfigurationError(f"there is no file {path}") from error
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
             if isinstance(error, ConfigurationError):
                 raise
             why = "it holds pickled objects, which are not loaded" if "allow_pickle" in str(error) else error
             raise ConfigurationError(f"{path} cannot be read: {why}") from error
-        mean, covariance = cls._pair(path, arrays, "mu", "sigma")
-        spatial = cls._pair(path, arrays, "mu_s", "sigma_s") if {"mu_s", "sigma_s"} & names else (None, None)
-        statistics = cls(mean, covariance, *spatial)
+        try:
+            moments, rank = _read_moments(arrays, "mu", "sigma")
+            spatial = _read_moments(arrays, "mu_s", "sigma_s")[0] if {"mu_s", "sigma_s"} & names else ()
+            statistics = cls(*moments, *spatial)
+            statistics._take_own(arrays, rank)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ConfigurationError(f"{path}: {error}") from error
         if "arr_0" in names:
             statistics.images, statistics.image_shape = str(path), ImageSet(path).image_shape
-        statistics._take_own(path, arrays)
         statistics.provenance |= {
             "file": str(path),
             "format": "calib-guidance" if "provenance" in arrays else f"{', '.join(sorted(names))} in .npz",
@@ -208,45 +215,33 @@ class ReferenceStatistics:
         }
         return statistics
 
-    @staticmethod
-    def _pair(path: Path, arrays: Mapping[str, np.ndarray], mu: str, sigma: str) -> tuple[Tensor, Tensor]:
-        if missing := {mu, sigma} - arrays.keys():
-            raise ConfigurationError(f"{path} has one of {mu} and {sigma}, and no {missing.pop()}")
-        mean, covariance = arrays[mu], arrays[sigma]
-        shapes = f"{path}: {mu} is {mean.dtype} {mean.shape}, {sigma} {covariance.dtype} {covariance.shape}"
-        if (
-            mean.ndim != 1
-            or covariance.shape != (len(mean), len(mean))
-            or {mean.dtype.kind, covariance.dtype.kind} != {"f"}
-        ):
-            raise ConfigurationError(f"{shapes}: (D,) and (D, D) of floats belong together")
-        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-            raise ConfigurationError(f"{path}: {mu} or {sigma} is not finite everywhere")
-        covariance = covariance.astype(np.float64)
-        if abs(covariance - covariance.T).max() > _SYMMETRY * abs(covariance).max() or covariance.diagonal().min() < 0:
-            raise ConfigurationError(f"{path}: {sigma} is no covariance: not symmetric, or negative on its diagonal")
-        return torch.from_numpy(mean.astype(np.float64)), torch.from_numpy((covariance + covariance.T) / 2)
-
-    def _take_own(self, path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-        """What our own files have besides."""
-        try:
-            if "provenance" in arrays:
+    def _take_own(self, arrays: Mapping[str, np.ndarray], rank: int) -> None:
+        """What our own files have besides; ValueError where that cannot be."""
+        if "provenance" in arrays:
+            try:
                 self.provenance = json.loads(str(arrays["provenance"]))
                 self.image_shape = tuple(self.provenance["images"]["image_shape"])
-            if "num_images" in arrays:
-                self.num_images = int(arrays["num_images"])
-            if "features" in arrays:
-                self.features = torch.from_numpy(arrays["features"].astype(np.float32))
-            if "labels" in arrays and self.features is not None:
-                self.labels = torch.from_numpy(arrays["labels"].astype(np.int64))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigurationError(f"{path}: what lies beside mu and sigma cannot be read: {error}") from error
-        if self.features is not None:
-            rows, width = self.features.shape if self.features.ndim == 2 else (-1, -1)
-            if width != len(self.mean) or (self.labels is not None and self.labels.shape != (rows,)):
-                raise ConfigurationError(
-                    f"{path}: features {tuple(self.features.shape)} and their labels do not fit mu of width {len(self.mean)}"
-                )
+                dict(self.provenance["features"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"provenance cannot be read: {error}") from error
+        if "num_images" in arrays:
+            count = arrays["num_images"]
+            if count.shape or count.dtype.kind not in "iu" or not max(2, rank + 1) <= int(count) <= _MOST_IMAGES:
+                raise ValueError(f"num_images is {count}; a covariance of rank {rank} needs {rank + 1} images or more")
+            self.num_images = int(count)
+        if "features" in arrays:
+            features, labels = arrays["features"], arrays.get("labels")
+            rows, width = features.shape if features.ndim == 2 else (-1, -1)
+            if width != len(self.mean) or (labels is not None and labels.shape != (rows,)):
+                raise ValueError(f"features {features.shape} and their labels do not fit mu of width {len(self.mean)}")
+            if self.num_images not in (None, rows):
+                raise ValueError(f"num_images is {self.num_images}, and there are features of {rows} images")
+            if features.dtype.kind != "f" or not np.isfinite(features).all():
+                raise ValueError("features must be finite floats")
+            if labels is not None and (labels.dtype.kind not in "iu" or labels.min(initial=0) < -1):
+                raise ValueError("labels must be integers of at least 0, or -1 where one is not known")
+            self.features = torch.from_numpy(features.astype(np.float32))
+            self.labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
 
     def save(self, path: str | os.PathLike[str]) -> str:
         """Write an ``.npz`` atomically; an existing file is not overwritten.
@@ -259,14 +254,7 @@ class ReferenceStatistics:
         """
         path = Path(path).expanduser()
         check_output(path)
-        tensors = {
-            "mu": self.mean,
-            "sigma": self.covariance,
-            "mu_s": self.spatial_mean,
-            "sigma_s": self.spatial_covariance,
-            "features": self.features,
-            "labels": self.labels,
-        }
+        tensors = {name: getattr(self, attribute) for name, attribute in _TENSORS.items()}
         arrays = {name: tensor.numpy() for name, tensor in tensors.items() if tensor is not None}
         if self.num_images is not None:
             arrays["num_images"] = np.array(self.num_images)
@@ -285,14 +273,13 @@ class ReferenceStatistics:
         Widths are compared, and, where the file says what its features are of, all that the extractor says of itself (weights'
         hash, resize, normalization …) but versions of libraries and where the weights lie.
         """
-        where = self.provenance.get("file", "the reference")
         pairs = [("features", len(self.mean), extractor.width)]
         if self.spatial_mean is not None and extractor.spatial_width is not None:
             pairs.append(("spatial features", len(self.spatial_mean), extractor.spatial_width))
         for name, saved, now in pairs:
             if saved != now:
                 raise ConfigurationError(
-                    f"{where} has statistics of {saved} {name}, {extractor.name} gives {now}: take the extractor that the "
+                    f"{self.name} has statistics of {saved} {name}, {extractor.name} gives {now}: take the extractor that the "
                     "statistics were made with (--features), or make new ones with calib-guidance reference"
                 )
         if "features" in self.provenance:
@@ -305,9 +292,13 @@ class ReferenceStatistics:
             if different:
                 listed = "".join(f"\n  {line}" for line in different)
                 raise ConfigurationError(
-                    f"{where} has statistics of other features than {extractor.name}:{listed}\ntake the extractor that they were "
-                    "made with (--features), or make new ones with calib-guidance reference"
+                    f"{self.name} has statistics of other features than {extractor.name}:{listed}\ntake the extractor that "
+                    "they were made with (--features), or make new ones with calib-guidance reference"
                 )
+
+    @property
+    def name(self) -> str:
+        return self.provenance.get("file", "the reference")
 
     @property
     def notes(self) -> list[str]:
@@ -320,6 +311,33 @@ class ReferenceStatistics:
                 f"mean and covariance are those of the reference's file, features those of the {len(self.features)} images in it"
             )
         return notes
+
+
+def _read_moments(arrays: Mapping[str, np.ndarray], mu: str, sigma: str) -> tuple[tuple[Tensor, Tensor], int]:
+    """Mean and covariance of a file, in float64, and the rank of the covariance; ValueError where they are none."""
+    if missing := {mu, sigma} - arrays.keys():
+        raise ValueError(f"it has one of {mu} and {sigma}, and no {missing.pop()}")
+    mean, covariance = arrays[mu], arrays[sigma]
+    if (
+        mean.ndim != 1
+        or not len(mean)
+        or covariance.shape != (len(mean), len(mean))
+        or {mean.dtype.kind, covariance.dtype.kind} != {"f"}
+    ):
+        shapes = f"{mu} is {mean.dtype} {mean.shape}, {sigma} {covariance.dtype} {covariance.shape}"
+        raise ValueError(f"{shapes}: (D,) and (D, D) of floats belong together")
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise ValueError(f"{mu} or {sigma} is not finite everywhere")
+    mean, covariance = (torch.from_numpy(array.astype(np.float64)) for array in (mean, covariance))
+    if (covariance - covariance.T).abs().max() > _SYMMETRY * covariance.abs().max():
+        raise ValueError(f"{sigma} is no covariance: not symmetric")
+    covariance = (covariance + covariance.T) / 2
+    values = torch.linalg.eigvalsh(covariance)
+    if values[0] < -_NOISE * values.abs().max():
+        raise ValueError(
+            f"{sigma} is no covariance: eigenvalues from {values[0]:.3g} to {values[-1]:.3g}, none may be below 0"
+        )
+    return (mean, covariance), int((values > _NOISE * values[-1]).sum())
 
 
 def open_reference(source: str | os.PathLike[str], **options: Any) -> ReferenceStatistics | ImageSet:

@@ -12,7 +12,6 @@ from calib_guidance.metrics.calibration import (
     calibration_error_from_bins,
 )
 from calib_guidance.metrics.classification import Accuracy, BrierScore, Levels, NegativeLogLikelihood
-from calib_guidance.metrics.classwise import classwise_distances
 from calib_guidance.metrics.frechet import (
     covariance_root,
     extrapolated_frechet_distance,
@@ -21,7 +20,7 @@ from calib_guidance.metrics.frechet import (
     mean_and_covariance,
     sample_count_note,
 )
-from calib_guidance.metrics.inception_score import inception_score
+from calib_guidance.metrics.inception_score import inception_score, inception_score_adm
 from calib_guidance.metrics.kernel_distance import kernel_distance, kernel_distance_subsets
 from calib_guidance.metrics.neighbors import density_coverage, precision_recall
 
@@ -39,13 +38,13 @@ __all__ = [
     "SmoothCalibrationError",
     "bootstrap_sums",
     "calibration_error_from_bins",
-    "classwise_distances",
     "covariance_root",
     "density_coverage",
     "extrapolated_frechet_distance",
     "frechet_distance",
     "frechet_distance_std",
     "inception_score",
+    "inception_score_adm",
     "jackknife_std",
     "kernel_distance",
     "kernel_distance_subsets",

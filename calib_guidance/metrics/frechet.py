@@ -107,13 +107,14 @@ class Extrapolation(NamedTuple):
     """A Fréchet distance over the number of samples, and where it tends.
 
     Attributes:
-        value: scalar float64, the distance at infinitely many samples.
+        value, std: scalars float64, the distance at infinitely many samples and its standard error.
         slope: scalar float64, its fall with 1/N.
         sizes: ``(points,)`` float64, numbers of samples N.
         distances: ``(points,)`` float64, the distance of N samples.
     """
 
     value: Tensor
+    std: Tensor
     slope: Tensor
     sizes: Tensor
     distances: Tensor
@@ -147,6 +148,9 @@ def extrapolated_frechet_distance(
         distances.append(frechet_distance(*reference, *mean_and_covariance(generated[rows]), root))
     found = torch.stack(distances)
     n_of = torch.from_numpy(sizes).to(found)
-    x = 1 / n_of
-    slope = ((x - x.mean()) * found).sum() / (x - x.mean()).square().sum()
-    return Extrapolation(found.mean() - slope * x.mean(), slope, n_of, found)
+    x = 1 / n_of - (1 / n_of).mean()
+    slope = (x * found).sum() / x.square().sum()
+    value = found.mean() - slope * (1 / n_of).mean()
+    variance = (found - value - slope / n_of).square().sum() / (points - 2)
+    std = (variance * (1 / points + (1 / n_of).mean().square() / x.square().sum())).sqrt()
+    return Extrapolation(value, std, slope, n_of, found)

@@ -12,21 +12,30 @@ from torch import Tensor
 _ROWS, _COLUMNS = 2048, 8192  # a block of distances takes 128 MB
 
 
-def _radii(features: Tensor, k: int) -> Tensor:
-    """Distance of each of the features ``(N, D)``, N > k, to its k-th nearest other one, ``(N,)`` float64."""
+def _distances(a: Tensor, b: Tensor, half: bool) -> Tensor:
+    """Distances ``(N, M)`` in float64, or squared and with the rounding of float16."""
+    if not half:
+        return torch.cdist(a.double(), b.double())
+    a, b = a.half(), b.half()
+    norms = [x.square().float().sum(1).half() for x in (a, b)]
+    squared = (norms[0][:, None] - 2 * (a.float() @ b.float().T).half() + norms[1]).clamp(min=0)
+    return squared.float() if squared.isfinite().all() else torch.cdist(a.float(), b.float()).square()
+
+
+def _radii(features: Tensor, k: int, half: bool) -> Tensor:
+    """Distance of each of the features ``(N, D)``, N > k, to its k-th nearest other one, ``(N,)``."""
     radii = []
     for rows in features.split(_ROWS):
-        rows = rows.double()
-        nearest = rows.new_empty(len(rows), 0)
+        nearest = _distances(rows, features[:0], half)
         for columns in features.split(_COLUMNS):
-            nearest = torch.cat([nearest, torch.cdist(rows, columns.double())], dim=1)
+            nearest = torch.cat([nearest, _distances(rows, columns, half)], dim=1)
             # k + 1, because each is also its own nearest.
             nearest = nearest.topk(min(k + 1, nearest.shape[1]), dim=1, largest=False).values
         radii.append(nearest[:, -1])
     return torch.cat(radii)
 
 
-def count_in_balls(reference: Tensor, generated: Tensor, k: int = 5) -> tuple[Tensor, Tensor]:
+def count_in_balls(reference: Tensor, generated: Tensor, k: int = 5, half: bool = False) -> tuple[Tensor, Tensor]:
     """How many of the reference's k-NN balls hold each generated point, and how many of the points each ball holds.
 
     The surface of a ball belongs to it.
@@ -35,47 +44,36 @@ def count_in_balls(reference: Tensor, generated: Tensor, k: int = 5) -> tuple[Te
         reference: ``(M, D)`` features, M > k.
         generated: ``(N, D)`` features, N ≥ 1.
         k: neighbors that set the radius of a ball.
+        half: features and squared distances in float16, as in ADM's evaluator; float64 otherwise.
 
     Returns:
         ``(N,)`` and ``(M,)`` int64.
     """
-    if not len(generated):
-        raise ValueError("density and coverage need at least one generated point, got none")
-    if len(reference) <= k:
-        raise ValueError(f"density and coverage with k = {k} need a reference of more than {k}, got {len(reference)}")
-    radii = _radii(reference, k)
+    if not len(generated) or len(reference) <= k:
+        raise ValueError(
+            f"balls of {k} neighbors need more than {k} points and a point to look for, got {len(reference)} and {len(generated)}"
+        )
+    radii = _radii(reference, k, half)
     of_points = torch.zeros(len(generated), dtype=torch.long, device=generated.device)
     of_balls = torch.zeros(len(reference), dtype=torch.long, device=generated.device)
     for first in range(0, len(generated), _ROWS):
         rows = slice(first, first + _ROWS)
-        block = generated[rows].double()
         for second in range(0, len(reference), _COLUMNS):
             columns = slice(second, second + _COLUMNS)
-            inside = torch.cdist(block, reference[columns].double()) <= radii[columns]
+            inside = _distances(generated[rows], reference[columns], half) <= radii[columns]
             of_points[rows] += inside.sum(1)
             of_balls[columns] += inside.sum(0)
     return of_points, of_balls
 
 
-def inside_each_other(reference: Tensor, generated: Tensor, k: int = 3) -> tuple[Tensor, Tensor]:
-    """Which generated points ``(N,)`` lie in the reference's k-NN balls, and which reference points ``(M,)`` in the other balls.
-
-    Arguments as of :func:`precision_recall`, which is their means.
-    """
-    if min(len(reference), len(generated)) <= k:
-        raise ValueError(
-            f"precision and recall with k = {k} need more than {k} points, got {len(reference)} and {len(generated)}"
-        )
-    return count_in_balls(reference, generated, k)[0] > 0, count_in_balls(generated, reference, k)[0] > 0
-
-
-def precision_recall(reference: Tensor, generated: Tensor, k: int = 3) -> tuple[Tensor, Tensor]:
+def precision_recall(reference: Tensor, generated: Tensor, k: int = 3, half: bool = False) -> tuple[Tensor, Tensor]:
     """Precision: fraction of generated points in the reference's k-NN balls. Recall: the reverse.
 
-    Of features ``(M, D)`` and ``(N, D)``, M and N above k; scalars float64 in [0, 1]. k is 3 in the field.
+    Of features ``(M, D)`` and ``(N, D)``, M and N above k; scalars float64 in [0, 1]. k is 3 in the field. ``half``: see
+    :func:`count_in_balls`.
     """
-    of_generated, of_reference = inside_each_other(reference, generated, k)
-    return of_generated.double().mean(), of_reference.double().mean()
+    pairs = ((reference, generated), (generated, reference))
+    return tuple((count_in_balls(*pair, k, half)[0] > 0).double().mean() for pair in pairs)
 
 
 def density_coverage(reference: Tensor, generated: Tensor, k: int = 5) -> tuple[Tensor, Tensor]:

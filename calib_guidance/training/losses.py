@@ -35,7 +35,9 @@ def smooth_ece(logits: Tensor, y: Tensor, beta: float = 1e-2) -> Tensor:
 
 def equal_width_bin(probability: Tensor, num_bins: int) -> Tensor:
     """Index of the bin (b/B, (b+1)/B] of each probability, int64 of the same shape."""
-    return ((probability * num_bins).ceil().long() - 1).clamp(0, num_bins - 1)
+    # Compared with the edges: a product such as 0.28·25 can round up past an integer, which is one bin too high.
+    edges = torch.arange(1, num_bins, dtype=probability.dtype, device=probability.device) / num_bins
+    return torch.bucketize(probability, edges)
 
 
 def binned_smooth_ece(logits: Tensor, y: Tensor, beta: float = 1e-2, num_bins: int = 15) -> Tensor:

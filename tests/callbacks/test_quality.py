@@ -8,6 +8,7 @@ import torch
 
 from calib_guidance.callbacks import SampleQuality
 from calib_guidance.classifiers import OffTheShelfClassifier
+from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation import FeatureExtractor, Features
 from calib_guidance.metrics import (
     density_coverage,
@@ -34,7 +35,11 @@ def run_and_trainer(folder, count=50):
     run = RunFolder.open(write(folder, "run folder", pixels, labels))
     trainer = SimpleNamespace(
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
-        lightning_module=SimpleNamespace(context=SamplingContext()),
+        lightning_module=SimpleNamespace(
+            context=SamplingContext(),
+            denoiser=SimpleNamespace(image_shape=(1, 8, 8), decode=lambda x: x),
+            device=torch.device("cpu"),
+        ),
         default_root_dir=str(folder),
         is_global_zero=True,
         global_rank=0,
@@ -107,6 +112,20 @@ def test_an_eval_classifier_beside_the_features_says_what_it_saw(tmp_path):
         assert np.array_equal(file["label"], labels)
         assert np.array_equal(file["predicted"], p.argmax(1))
         np.testing.assert_allclose(file["confidence"], p.gather(1, labels[:, None])[:, 0].detach(), atol=1e-5)
+
+
+def test_what_cannot_be_measured_is_refused_before_sampling(tmp_path):
+    _, _, trainer = run_and_trainer(tmp_path)
+    color = OffTheShelfClassifier(SmallResNet(3, 3).eval(), 3)
+    with pytest.raises(ConfigurationError, match="the evaluation classifier cannot be taken of images 1×8×8"):
+        measured(trainer, eval_classifier=color)
+    for name, (pixels, labels), message in (
+        ("rgb", pictures(9), "the run has images 8×8 grey, the reference .*rgb.* 8×8 RGB: they cannot be compared"),
+        ("large", pictures(9, channels=1, size=16), "the run has images 8×8 grey, the reference .*large.* 16×16 grey"),
+    ):
+        quality = SampleQuality(Pixels(), str(write(tmp_path / name, "npz", pixels, labels)))
+        with pytest.raises(ConfigurationError, match=message):
+            quality.setup(trainer, trainer.lightning_module, "predict")
 
 
 def test_a_reference_of_statistics_leaves_out_what_needs_images(tmp_path):

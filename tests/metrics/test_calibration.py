@@ -1,5 +1,8 @@
 """Metrics of a classifier against scikit-learn, torchmetrics, relplot and plain loops over the definitions."""
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +22,7 @@ from calib_guidance.metrics import (
     SmoothCalibrationError,
     calibration_error_from_bins,
 )
+from calib_guidance.training.losses import equal_width_bin
 
 CLASSES = 8
 METRICS = {
@@ -101,6 +105,19 @@ class TestAgainstIndependentImplementations:
                 if inside.any():
                     expected += inside.mean() * abs((y[inside] == k).mean() - p[inside, k].mean()) / CLASSES
         assert float(ClasswiseCalibrationError(CLASSES).of(*data)) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_bins_end_exactly_at_their_edges(dtype):
+    """In integers and fractions: k/B is the upper edge of bin k − 1, and the next number above it belongs to bin k."""
+    for num_bins in range(1, 101):
+        edges = torch.tensor([k / num_bins for k in range(1, num_bins + 1)], dtype=dtype)
+        assert equal_width_bin(edges, num_bins).tolist() == list(range(num_bins))
+        above, below = (torch.nextafter(edges[:-1], torch.tensor(to, dtype=dtype)) for to in (1, 0))
+        for values in (above, below):
+            exact = [math.ceil(Fraction(value) * num_bins) - 1 for value in values.tolist()]
+            assert equal_width_bin(values, num_bins).tolist() == exact
+    assert equal_width_bin(torch.tensor([0.0, 1.0], dtype=dtype), 7).tolist() == [0, 6]
 
 
 def adaptive_by_sorting(confidence, correct, num_bins=15):

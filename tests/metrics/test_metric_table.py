@@ -15,6 +15,9 @@ from calib_guidance.cli import main
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation import METRICS, InceptionFeatures, MetricSpec, TimmFeatures
 from calib_guidance.evaluation.metrics import OPTIONS, select
+from calib_guidance.evaluation.spec import Measures, SampleSet
+from calib_guidance.evaluation.statistics import ReferenceStatistics
+from calib_guidance.metrics import density_coverage, frechet_distance, mean_and_covariance, precision_recall
 from calib_guidance.report.tables import table
 from tests.callbacks.test_quality import run_and_trainer
 from tests.image_files import Projection, pictures, write
@@ -120,7 +123,10 @@ def test_a_metric_of_your_own_from_yaml(own):
 
 def test_bad_names_of_metrics_are_refused(own):
     for name, message in (
-        ("fdd", "unknown fdd; known: fid, sfid, is, kid, pr, dc, classwise, classifier, clip, and the dotted path"),
+        (
+            "fdd",
+            "unknown fdd; known: fid, sfid, is, is_adm, kid, pr, pr_adm, dc, classwise, classifier, clip, and the dotted path",
+        ),
         ("own_metrics.MISSING", "has no attribute 'MISSING'; expected the dotted path of a MetricSpec"),
         ("no_such_module.SPEC", "No module named 'no_such_module'"),
         ("own_metrics.nearest.x", "own_metrics"),
@@ -135,7 +141,19 @@ def test_bad_names_of_metrics_are_refused(own):
 
 
 def test_every_metric_is_described_once():
-    assert tuple(OPTIONS) == ("fid", "sfid", "is", "kid", "pr", "dc", "classwise", "classifier", "clip")
+    assert tuple(OPTIONS) == (
+        "fid",
+        "sfid",
+        "is",
+        "is_adm",
+        "kid",
+        "pr",
+        "pr_adm",
+        "dc",
+        "classwise",
+        "classifier",
+        "clip",
+    )
     for key, spec in METRICS.items():
         assert spec.key == key
         assert spec.format.format(0.5)
@@ -157,3 +175,56 @@ def test_distances_have_the_fields_names_with_its_features_only(kind, keys):
     extractor.kind = kind
     assert [spec.key for spec in select(["pr", "kid", "fid", "sfid"], extractor)] == keys
     assert (InceptionFeatures.kind, TimmFeatures.kind, Projection.kind) == ("inception", "", "")
+
+
+def of_classes(reference, real_labels, generated, labels):
+    rows = {"index": torch.arange(len(labels)), "label": labels, "features": generated}
+    statistics = ReferenceStatistics(*mean_and_covariance(reference), features=reference, labels=real_labels)
+    samples = SampleSet(Measures(Projection()), statistics, rows)
+    return METRICS["by_class"].compute(samples), samples.notes
+
+
+def test_classwise_distances_are_those_of_each_class():
+    generator = torch.Generator().manual_seed(2)
+    labels, real_labels = torch.arange(130) % 3, torch.arange(140) % 3
+    labels[90:] = real_labels[120:] = 0
+    generated = torch.randn(130, 4, generator=generator) + labels[:, None]
+    reference = torch.randn(140, 4, generator=generator) + real_labels[:, None]
+    real_labels[:35][real_labels[:35] == 2] = 1
+    found, notes = of_classes(reference, real_labels, generated, labels)
+    assert list(found) == ["0", "1", "2"]
+    for label, values in found.items():
+        real, made = reference[real_labels == int(label)], generated[labels == int(label)]
+        assert (values["num_samples"], values["num_reference"]) == (len(made), len(real))
+        expected = frechet_distance(*mean_and_covariance(real), *mean_and_covariance(made))
+        assert values["fd"] == pytest.approx(float(expected))
+        if label != "2":
+            assert [values["precision"], values["recall"]] == pytest.approx(
+                [float(v) for v in precision_recall(real, made)]
+            )
+            assert values["skipped"].keys() == ({"density", "coverage"} if label == "1" else set())
+        if label == "0":
+            assert [values["density"], values["coverage"]] == pytest.approx(
+                [float(v) for v in density_coverage(real, made)]
+            )
+            recall = values["recall"]
+            assert values["std"]["recall"] == pytest.approx((recall * (1 - recall) / len(real)) ** 0.5)
+    assert "precision" not in found["2"]
+    assert found["2"]["skipped"]["recall"] == "29 images in the smaller set; 30 are needed for k = 3"
+    assert (
+        "precision and recall by class skipped for classes 2 of 3: 30 images in both sets are needed for k = 3" in notes
+    )
+    five = torch.cat([reference] * 5, 1), real_labels, torch.cat([generated] * 5, 1), labels
+    wide, notes = of_classes(*five)
+    assert (
+        "Fréchet distance by class skipped for classes 1, 2 of 3: 41 images in both sets are needed for 20 features"
+        in notes
+    )
+    assert (
+        wide["1"]["skipped"]
+        | {
+            "fd": "30 images in the smaller set; 41 are needed for 20 features",
+            "density": "30 images in the smaller set; 50 are needed for k = 5",
+        }
+        == wide["1"]["skipped"]
+    )

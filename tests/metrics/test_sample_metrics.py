@@ -13,13 +13,13 @@ from torchmetrics.image.kid import poly_mmd
 
 from calib_guidance.metrics import (
     bootstrap_sums,
-    classwise_distances,
     covariance_root,
     density_coverage,
     extrapolated_frechet_distance,
     frechet_distance,
     frechet_distance_std,
     inception_score,
+    inception_score_adm,
     kernel_distance,
     kernel_distance_subsets,
     mean_and_covariance,
@@ -157,6 +157,47 @@ def test_inception_score_of_uneven_splits(probabilities):
     np.testing.assert_allclose(inception_score(in_order(logits)), splits, rtol=1e-12)
 
 
+def test_inception_score_of_adms_evaluator(probabilities):
+    """Its loop over blocks of 5,000 in order, the last one shorter; shuffled splits are another convention."""
+    p = (probabilities[:1200] / probabilities[:1200].sum(1, keepdim=True)).numpy()
+    scores = []
+    for i in range(0, len(p), 500):
+        part = p[i : i + 500]
+        kl = part * (np.log(part) - np.log(np.expand_dims(np.mean(part, 0), 0)))
+        scores.append(np.exp(np.mean(np.sum(kl, 1))))
+    found = inception_score_adm(torch.from_numpy(p).log(), block=500)
+    np.testing.assert_allclose(found, scores, rtol=1e-12)
+    assert abs(float(inception_score(torch.from_numpy(p).log(), splits=3).mean() - found.mean())) > 1e-3
+    assert inception_score_adm(torch.from_numpy(p).log()).shape == (1,)
+
+
+def test_precision_and_recall_of_adms_evaluator():
+    """Its evaluator in NumPy: features, norms, products and distances in float16, radii included."""
+    generator = torch.Generator().manual_seed(3)
+    real = torch.randn(300, 256, generator=generator).abs()
+    made = 1.1 * torch.randn(280, 256, generator=generator).abs() + 0.05
+
+    def distances(u, v):
+        u, v = u.numpy().astype(np.float16), v.numpy().astype(np.float16)
+        norm_u, norm_v = (np.square(x).astype(np.float32).sum(1).astype(np.float16) for x in (u, v))
+        product = (u.astype(np.float64) @ v.astype(np.float64).T).astype(np.float16)
+        return np.maximum(norm_u[:, None] - 2 * product + norm_v, 0).astype(np.float32)
+
+    def radii(x):
+        return np.partition(distances(x, x), np.arange(4), axis=1)[:, 3]
+
+    expected = [
+        np.mean(np.any(distances(made, real) <= radii(real), axis=1)),
+        np.mean(np.any(distances(real, made) <= radii(made), axis=1)),
+    ]
+    found = list(map(float, precision_recall(real, made, half=True)))
+    assert found == pytest.approx(expected, abs=1e-9)
+    assert found != pytest.approx(list(map(float, precision_recall(real, made))), abs=1e-9)
+    # Distances that float16 cannot hold are those of float32.
+    far = [float(v) for v in precision_recall(100 * real, 100 * made, half=True)]
+    assert far == pytest.approx([float(v) for v in precision_recall(real, made)], abs=0.01)
+
+
 def test_inception_score_of_certain_predictions():
     certain = torch.full((6, 3), -torch.inf).scatter(1, (torch.arange(6) % 3)[:, None], 0.0)
     assert inception_score(in_order(certain), splits=2).tolist() == pytest.approx([3, 3])
@@ -215,17 +256,13 @@ def test_bootstrap_sums():
 
 
 REFERENCE, GENERATED = small_sets()
-CLASSES = torch.arange(len(GENERATED)) % 2
 
 
 def test_bad_arguments_are_refused():
     few = REFERENCE[:5]
     for match, call in {
-        "more than 5, got 5 ": lambda: density_coverage(few, GENERATED),
-        "at least one generated": lambda: density_coverage(REFERENCE, GENERATED[:0]),
-        "a class for each of 50 and 60 features, got 2 and 60": lambda: classwise_distances(
-            REFERENCE, CLASSES[:2], GENERATED, CLASSES
-        ),
+        "more than 5 points and a point to look for, got 5": lambda: density_coverage(few, GENERATED),
+        "a point to look for, got 50 and 0": lambda: density_coverage(REFERENCE, GENERATED[:0]),
         "two samples or more": lambda: kernel_distance(REFERENCE, GENERATED[:1]),
         "subsets of 1000 cannot be drawn from 50 reference and 60": lambda: kernel_distance_subsets(
             REFERENCE, GENERATED
@@ -251,44 +288,6 @@ def test_std_of_a_frechet_distance_is_the_jackknifes():
     # Directions that neither set has give no infinite deviation.
     wide = [torch.cat([f, 0 * f], dim=1) for f in (reference, generated)]
     assert float(frechet_distance_std(mean_and_covariance(wide[0]), wide[1])) == pytest.approx(float(found), rel=1e-6)
-
-
-def test_classwise_distances_are_those_of_each_class():
-    generator = torch.Generator().manual_seed(2)
-    labels, real_labels = torch.arange(130) % 3, torch.arange(140) % 3
-    labels[90:] = real_labels[120:] = 0
-    generated = torch.randn(130, 4, generator=generator) + labels[:, None]
-    reference = torch.randn(140, 4, generator=generator) + real_labels[:, None]
-    real_labels[:35][real_labels[:35] == 2] = 1
-    found = classwise_distances(reference, real_labels, generated, labels)
-    assert list(found) == ["0", "1", "2"]
-    for label, figures in found.items():
-        real, made = reference[real_labels == int(label)], generated[labels == int(label)]
-        assert (figures["num_samples"], figures["num_reference"]) == (len(made), len(real))
-        expected = frechet_distance(*mean_and_covariance(real), *mean_and_covariance(made))
-        assert figures["fd"] == pytest.approx(float(expected))
-        if label != "2":
-            assert [figures["precision"], figures["recall"]] == pytest.approx(
-                [float(v) for v in precision_recall(real, made)]
-            )
-            assert figures["skipped"].keys() == ({"density", "coverage"} if label == "1" else set())
-        if label == "0":
-            assert [figures["density"], figures["coverage"]] == pytest.approx(
-                [float(v) for v in density_coverage(real, made)]
-            )
-            recall = figures["recall"]
-            assert figures["std"]["recall"] == pytest.approx((recall * (1 - recall) / len(real)) ** 0.5)
-    assert "precision" not in found["2"]
-    assert found["2"]["skipped"]["recall"] == "29 images in the smaller set; 30 are needed for k = 3"
-    wide = classwise_distances(torch.cat([reference] * 5, 1), real_labels, torch.cat([generated] * 5, 1), labels)
-    assert (
-        wide["1"]["skipped"]
-        | {
-            "fd": "30 images in the smaller set; 41 are needed for 20 features",
-            "density": "30 images in the smaller set; 50 are needed for k = 5",
-        }
-        == wide["1"]["skipped"]
-    )
 
 
 def test_std_of_balanced_draws_is_what_varies_within_classes():
