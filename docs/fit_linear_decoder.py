@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 from calib_guidance.backend.images import from_uint8
 from calib_guidance.denoisers import VAEDecoder, fit_linear_decoder
 from calib_guidance.denoisers.decoders import Upsampling
-from calib_guidance.weights.diffusers_folder import load_autoencoder
+from calib_guidance.weights.diffusers_folder import load_model
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
@@ -50,7 +50,7 @@ def main(args: list[str] | None = None) -> None:
         parser.error(f"{options.images}: no images ({', '.join(sorted(SUFFIXES))}) in it")
     paths = paths[:: max(1, len(paths) // options.count)][: options.count]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    vae = load_autoencoder(options.vae, "AutoencoderKL").to(device)
+    vae = load_model(options.vae, "AutoencoderKL", "vae").to(device)
     decoder = VAEDecoder(vae, options.latent_scale)
     latents = (
         vae.encode(images.to(device)).latent_dist.mean * options.latent_scale

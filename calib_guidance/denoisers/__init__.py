@@ -6,7 +6,9 @@ from calib_guidance.denoisers.decoders import LinearDecoder, TinyDecoder, VAEDec
 from calib_guidance.denoisers.discrete import ADMDenoiser
 from calib_guidance.denoisers.dit import DiTDenoiser
 from calib_guidance.denoisers.edm import EDMDenoiser
+from calib_guidance.denoisers.from_diffusers import DiffusersDenoiser
 from calib_guidance.denoisers.gaussian_mixture import GaussianMixture
+from calib_guidance.denoisers.module import ModuleDenoiser
 from calib_guidance.denoisers.negatives import Autoguidance, Negative, Unconditional, UnconditionalModel
 from calib_guidance.denoisers.remap_classes import RemapClasses
 from calib_guidance.denoisers.rules import ClassifierFreeGuidance, Level, Rule
@@ -18,10 +20,12 @@ __all__ = [
     "Combination",
     "Denoiser",
     "DiTDenoiser",
+    "DiffusersDenoiser",
     "EDMDenoiser",
     "GaussianMixture",
     "Level",
     "LinearDecoder",
+    "ModuleDenoiser",
     "Negative",
     "Prediction",
     "RemapClasses",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from calib_guidance.backend.precision import dtype_of
 from calib_guidance.errors import check_choice
-from calib_guidance.weights.diffusers_folder import load_autoencoder
+from calib_guidance.weights.diffusers_folder import load_model
 from calib_guidance.weights.io import load_weights, save_weights
 
 Upsampling = Literal["nearest", "bilinear"]
@@ -38,7 +38,7 @@ class VAEDecoder(nn.Module):
         super().__init__()
         if not latent_scale > 0:
             raise ValueError(f"latent_scale must be above 0, got {latent_scale}")
-        vae = vae if isinstance(vae, nn.Module) else load_autoencoder(vae, "AutoencoderKL")
+        vae = vae if isinstance(vae, nn.Module) else load_model(vae, "AutoencoderKL", "vae")
         # The encoder stays behind, 34 of 84 million parameters.
         self.post_quant_conv, self.decoder = vae.post_quant_conv or nn.Identity(), vae.decoder
         self.latent_scale = latent_scale
@@ -61,7 +61,7 @@ class TinyDecoder(nn.Module):
 
     def __init__(self, source: str | nn.Module | dict[str, Any] = "hf://madebyollin/taesd"):
         super().__init__()
-        model = source if isinstance(source, nn.Module) else load_autoencoder(source, "AutoencoderTiny")
+        model = source if isinstance(source, nn.Module) else load_model(source, "AutoencoderTiny", "vae")
         self.decoder, self.latent_scale = model.decoder, model.config.scaling_factor
 
     def forward(self, latents: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from calib_guidance.errors import check_choice
 
-Parameterization = Literal["epsilon", "v"]
+Parameterization = Literal["epsilon", "v", "x0"]
 
 
 def diffuse(x0: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
@@ -17,9 +17,11 @@ def diffuse(x0: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
     return alphas_cumprod.sqrt() * x0 + (1 - alphas_cumprod).sqrt() * noise
 
 
-def v_target(x0: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """v = √ᾱ·ε − √(1−ᾱ)·x0 (Salimans & Ho 2022)."""
-    return alphas_cumprod.sqrt() * noise - (1 - alphas_cumprod).sqrt() * x0
+def network_target(prediction: Parameterization, x0: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """What a network is trained to predict: ε, x0, or v = √ᾱ·ε − √(1−ᾱ)·x0 (Salimans & Ho 2022)."""
+    if prediction == "v":
+        return alphas_cumprod.sqrt() * noise - (1 - alphas_cumprod).sqrt() * x0
+    return noise if prediction == "epsilon" else x0
 
 
 def check_prediction(prediction: str) -> None:
@@ -28,11 +30,13 @@ def check_prediction(prediction: str) -> None:
 
 
 def x0_coefficients(prediction: str, alphas_cumprod: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """a and b of x̂0 = a·x_t + b·output, for a network that predicts ε or v.
+    """a and b of x̂0 = a·x_t + b·output, for a network that predicts ε, v or x0.
 
     In float64, since 1/ᾱ − 1 loses most of its digits in float32 where there is little noise.
     """
     check_prediction(prediction)
     if prediction == "epsilon":
         return np.sqrt(1 / alphas_cumprod), -np.sqrt(1 / alphas_cumprod - 1)
+    if prediction == "x0":
+        return np.zeros_like(alphas_cumprod), np.ones_like(alphas_cumprod)
     return np.sqrt(alphas_cumprod), -np.sqrt(1 - alphas_cumprod)

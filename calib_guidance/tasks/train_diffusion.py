@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from calib_guidance.diffusion.parameterization import Parameterization, diffuse, v_target, x0_coefficients
+from calib_guidance.diffusion.parameterization import Parameterization, diffuse, network_target, x0_coefficients
 from calib_guidance.diffusion.schedules import NoiseSchedule, ScheduleName, named_betas
 from calib_guidance.tasks.common import Shared, log_loss
 from calib_guidance.training.losses import variational_bound_term
@@ -87,7 +87,7 @@ class TrainDiffusion(L.LightningModule):
         abar = at(self.alphas_cumprod)
         x_t = diffuse(x0, noise, abar)
         output = self.network(x_t, t, y if self.network.num_classes is not None else None)
-        target = noise if self.prediction == "epsilon" else v_target(x0, noise, abar)
+        target = network_target(self.prediction, x0, noise, abar)
         if self.variance == "fixed":
             return F.mse_loss(output, target, reduction="none").flatten(1).mean(1)
         output, interpolation = output.chunk(2, dim=1)

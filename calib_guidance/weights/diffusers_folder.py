@@ -81,19 +81,20 @@ def weights_file(source: str) -> Path:
     )
 
 
-def load_autoencoder(source: str | Mapping[str, Any], kind: str) -> nn.Module:
-    """An autoencoder with the weights of its folder, or by its arguments with random ones.
+def load_model(source: str | Mapping[str, Any], kind: str, part: str) -> nn.Module:
+    """A diffusers model with the weights of its folder, or by its arguments with random ones.
 
     Args:
-        source: folder, or ``hf://OWNER/NAME[/FOLDER][@REVISION]``; of a pipeline's folder, its ``vae`` is taken. Or arguments.
-        kind: ``AutoencoderKL`` or ``AutoencoderTiny``.
+        source: folder, or ``hf://OWNER/NAME[/FOLDER][@REVISION]``, of the model or its pipeline. Or arguments.
+        kind: its class, such as ``AutoencoderKL``, ``AutoencoderTiny``, ``UNet2DModel``.
+        part: its folder in that of a pipeline, ``vae`` or ``unet``.
     """
-    import diffusers  # seconds to import, and only latent models need it
+    import diffusers  # seconds to import, and only models of this library need it
 
     build = getattr(diffusers, kind)
     if isinstance(source, Mapping):
         return build(**source).eval()
-    source = subfolder(source, "vae")
+    source = subfolder(source, part)
     model = build.from_config(read_config(source, kind))
     state = {}
     for name, value in read_weights(weights_file(source)).state.items():
@@ -102,3 +103,13 @@ def load_autoencoder(source: str | Mapping[str, Any], kind: str) -> nn.Module:
         state[name] = value
     load_weights(model, Weights(source, state))
     return model.eval()
+
+
+def scheduler_config(source: str) -> dict[str, Any]:
+    """The configuration of the scheduler in a pipeline's folder or ``hf://OWNER/NAME``."""
+    for name in ("scheduler/scheduler_config.json", "scheduler_config.json"):
+        if (path := _file(source, name)) is not None:
+            return json.loads(path.read_text())
+    raise CheckpointError(
+        f"{source}: no scheduler/scheduler_config.json; name the pipeline's folder, or give the scheduler"
+    )

@@ -285,7 +285,7 @@ def test_recurrence_repeats_each_step(denoiser, sampler):
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 def test_predictions_are_consistent_with_the_forward_process(prediction):
     """A network that answers exactly gives the clean image back."""
-    from calib_guidance.diffusion.parameterization import diffuse, v_target, x0_coefficients
+    from calib_guidance.diffusion.parameterization import diffuse, network_target, x0_coefficients
 
     schedule = NoiseSchedule(named_betas("cosine"))
     generator = torch.Generator().manual_seed(0)
@@ -293,7 +293,7 @@ def test_predictions_are_consistent_with_the_forward_process(prediction):
     for t in (0, 500, 990):
         abar = torch.tensor(schedule.alphas_cumprod[t])
         x_t = diffuse(x0, noise, abar)
-        output = noise if prediction == "epsilon" else v_target(x0, noise, abar)
+        output = network_target(prediction, x0, noise, abar)
         a, b = x0_coefficients(prediction, schedule.alphas_cumprod)
         torch.testing.assert_close(a[t] * x_t + b[t] * output, x0, atol=1e-8, rtol=1e-8)
 

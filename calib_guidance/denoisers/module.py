@@ -1,0 +1,103 @@
+"""Any network that predicts ε, v or x0 from (x_t, t, y)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from calib_guidance.backend.compilation import Compiled
+from calib_guidance.backend.precision import Dtype, dtype_of
+from calib_guidance.denoisers.base import Denoiser, Predict, Prediction, at_step
+from calib_guidance.diffusion.parameterization import Parameterization, x0_coefficients
+from calib_guidance.diffusion.schedules import NoiseLevels, NoiseSchedule, ScheduleName, named_betas
+
+
+class ModuleDenoiser(Denoiser):
+    """A network of your own: ``network(x_t, t)``, or ``network(x_t, t, y)`` with classes.
+
+    The network gets x_t = √ᾱ·x0 + √(1−ᾱ)·ε ``(N, C, H, W)``, t ``(N,)`` in 0 … T − 1 (long, or float between steps), and labels
+    ``(N,)``. It returns ``(N, C, H, W)``, or with a learned variance ``(N, 2C, H, W)``: the second half, in [-1, 1], places the
+    log-variance between its bounds (Nichol & Dhariwal 2021).
+
+    Args:
+        network: the network; it is frozen and set to evaluation mode.
+        image_shape: ``(C, H, W)``.
+        noise_schedule: ``linear``, ``cosine``, or the βs of the process, ``(T,)``.
+        num_steps: T of a named schedule.
+        prediction: ``epsilon``, ``v`` or ``x0``.
+        num_classes: number of labels; None for an unconditional network.
+        null_label: label that the network was trained with for "no class", for classifier-free guidance.
+        learned_variance: whether the network returns ``2C`` channels.
+        clip: whether x̂0 may be clipped to [-1, 1]; false for latents.
+        compile: compile the network, see :class:`~calib_guidance.backend.compilation.Compiled`.
+        dtype: of the network; None leaves it as it is. x̂0 is float32.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        image_shape: tuple[int, int, int],
+        noise_schedule: ScheduleName | list[float] = "linear",
+        num_steps: int = 1000,
+        prediction: Parameterization = "epsilon",
+        num_classes: int | None = None,
+        null_label: int | None = None,
+        learned_variance: bool = False,
+        clip: bool = True,
+        compile: bool = False,
+        dtype: Dtype | None = None,
+    ):
+        super().__init__()
+        betas = (
+            named_betas(noise_schedule, num_steps) if isinstance(noise_schedule, str) else np.asarray(noise_schedule)
+        )
+        if prediction == "epsilon" and not (betas < 1).all():
+            raise ValueError(
+                "a schedule with β = 1 (zero terminal signal-to-noise ratio) needs a network that predicts v or x0, got epsilon"
+            )
+        x0_coefficients(prediction, np.ones(1))  # checks the name
+        self.schedule, self.prediction = NoiseSchedule(betas), prediction
+        self.image_shape, self.num_classes, self.null_label = tuple(image_shape), num_classes, null_label
+        self.has_learned_variance, self.clip, self.is_compiled = learned_variance, clip, compile
+        self.network = network.eval().requires_grad_(False)
+        if dtype is not None:
+            self.network.to(dtype_of(dtype))
+        self._call = Compiled(self._evaluate) if compile else self._evaluate
+
+    def _evaluate(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        dtype = next((p.dtype for p in self.network.parameters()), x_t.dtype)
+        return self.network(x_t.to(dtype), t, *(() if y is None else (y,))).float()
+
+    def _labels(self, y: Tensor | None) -> Tensor | None:
+        """Labels as the network knows them, -1 replaced by its null label."""
+        if self.num_classes is None:
+            return None
+        if y is None or bool((y < 0).any()):
+            if self.null_label is None:
+                raise ValueError(
+                    "the network predicts with labels only: give y, or, if it was trained with label dropout, null_label"
+                )
+            y = torch.full((1,), self.null_label) if y is None else torch.where(y < 0, self.null_label, y)
+        return y
+
+    def prepare(self, levels: NoiseLevels, y: Tensor | None) -> Predict:
+        device = next((p.device for p in self.network.parameters()), None)
+        times = torch.tensor(levels.times, device=device)
+        times = times.long() if bool((times == times.round()).all()) else times.float()
+        labels = self._labels(y)
+        from_x, from_output = (
+            torch.tensor(c, device=device).float() for c in x0_coefficients(self.prediction, levels.alphas_cumprod)
+        )
+
+        def predict(x_t: Tensor, i: int | Tensor) -> Prediction:
+            inputs = [times[i].expand(len(x_t))]
+            if labels is not None:
+                inputs.append(labels.to(x_t.device).expand(len(x_t)))
+            output, variance = self._call(x_t, *inputs), None
+            if self.has_learned_variance:
+                output, variance = output.chunk(2, dim=1)
+                variance = (variance + 1) / 2
+            return Prediction(at_step(from_x, i) * x_t + at_step(from_output, i) * output, variance)
+
+        return predict
