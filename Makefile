@@ -32,9 +32,9 @@ checkpoints: $(INSTALLED)
 	$(BIN)/calib-guidance fit --config digits_diffusion
 	$(BIN)/calib-guidance fit --config digits_noise_aware
 
-# The table of the README.
+# The table of docs/results.md.
 compare: $(INSTALLED)
-	$(BIN)/calib-guidance experiment --config digits --into README.md
+	$(BIN)/calib-guidance experiment --config digits --into docs/results.md
 
 # The tables and the plot of docs/calibration.md.
 calibrate-table: $(INSTALLED)
@@ -43,9 +43,9 @@ calibrate-sweep: $(INSTALLED)
 	$(BIN)/calib-guidance experiment --config calibration_sweep
 	$(BIN)/python docs/calibration_sweep.py outputs/experiments/calibration_sweep/runs.csv
 
-# Digits against the number of network evaluations: README and docs/few_steps.md. What docs/few_steps.json has is not measured again.
+# Digits against the number of network evaluations: docs/few_steps.md. What docs/few_steps.json has is not measured again.
 few-steps: $(INSTALLED)
-	$(BIN)/python docs/few_steps.py --pages docs/few_steps.md README.md
+	$(BIN)/python docs/few_steps.py --pages docs/few_steps.md
 
 # How often few samples find the best setting: docs/experiments.md.
 sweep-ranking: $(INSTALLED)
@@ -55,6 +55,7 @@ sweep-ranking: $(INSTALLED)
 figures: demo few-steps
 	cp outputs/digits/plots/*.png docs/images/
 	$(BIN)/calib-guidance report outputs/digits
+	$(BIN)/python docs/first_picture.py
 	$(BIN)/python docs/gaussian_mixture.py
 	$(BIN)/python docs/overconfidence.py
 

@@ -1,4 +1,4 @@
-"""Digits against the number of network evaluations: the table and figure of few_steps.md, and that of the README.
+"""Digits against the number of network evaluations: the tables and the plot of few_steps.md.
 
     python docs/few_steps.py
 
@@ -196,7 +196,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def tables(found: dict[str, list[float]], seeds: list[int], fresh: list[int], n: int) -> dict[str, str]:
-    """Markdown by mark: ``few-steps`` is the README's, Fréchet distance alone. Differences are of pairs of one seed ± s.e."""
+    """Markdown by mark: ``few-steps`` has the Fréchet distance alone. Differences are of pairs of one seed ± s.e."""
     small, full = [], []
     for guided in (True, False):
         word = "guided" if guided else "unguided"

@@ -1,4 +1,4 @@
-"""What the README and that of the configurations say can be done."""
+"""What README and documentation say can be done."""
 
 import re
 import shlex
@@ -10,56 +10,82 @@ from calib_guidance.cli.lightning import run_lightning
 from calib_guidance.cli.parsed import ParsedCLI, read_configuration
 from tests.conftest import ROOT
 
-PAGES = ("README.md", "lightning_configs/README.md")
+PAGES = ["README.md", "CONTRIBUTING.md", "lightning_configs/README.md", "checkpoints/README.md"]
+PAGES += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 COMMAND = re.compile(r"^calib-guidance +(predict|fit|validate|doctor) +((?:.*\\\n)*.*)$", re.MULTILINE)
 
 
-@pytest.fixture(scope="module")
-def readme():
-    return (ROOT / "README.md").read_text()
+def text(page):
+    return (ROOT / page).read_text()
 
 
-def test_the_python_example_runs(readme, in_root):
-    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+def python_blocks(page):
+    return re.findall(r"```python\n(.*?)```", text(page), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)])
+def test_the_python_blocks_of_a_page_run_one_after_the_other(page, in_root):
     names = {}
-    exec(code, names)
-    images = names["images"]
-    assert images.shape == (10, 1, 8, 8)
+    for code in python_blocks(page):
+        exec(compile(code, page, "exec"), names)
+    assert names["images"].abs().max() < 1.001
+    assert names["images"].shape == (4, *names["denoiser"].image_shape)
+
+
+def test_the_first_python_example_gives_the_digits_that_it_asks_for(in_root):
+    names = {}
+    exec(python_blocks("README.md")[0], names)
+    assert names["images"].shape == (10, 1, 8, 8)
     with torch.no_grad():
-        predicted = names["classifier"](images).argmax(1)
+        predicted = names["classifier"](names["images"]).argmax(1)
     assert (predicted == torch.arange(10)).sum() >= 8
 
 
-def test_every_file_that_it_names_is_there(readme, in_root):
-    named = set(re.findall(r"(?:lightning_configs|docs|checkpoints|tests)/[\w./-]*\w", readme))
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_to_a_file(page):
+    folder = (ROOT / page).parent
+    targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", text(page))
+    assert not [target for target in targets if not (folder / target).exists()]
+
+
+def test_every_file_that_the_readme_names_is_there(in_root):
+    named = set(re.findall(r"(?:lightning_configs|docs|checkpoints|tests)/[\w./-]*\w", text("README.md")))
     assert len(named) > 10
-    missing = [n for n in named if not (in_root / n).exists() and not n.endswith("_diffusion.pt")]
-    assert not missing
+    assert not [n for n in named if not (in_root / n).exists() and not n.endswith("_diffusion.pt")]
 
 
-def test_every_make_target_that_it_names_is_there(readme, in_root):
-    makefile = (in_root / "Makefile").read_text()
-    targets = set(re.findall(r"`?make ([\w-]+)`?", readme)) - {"and"}
-    assert {"demo", "test", "compare", "checkpoints"} <= targets
-    for target in targets:
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+@pytest.mark.parametrize("page", PAGES)
+def test_every_make_target_that_a_page_names_is_there(page):
+    for target in set(re.findall(r"`make ([\w-]+)`|^make ([\w-]+)", text(page), re.MULTILINE)):
+        name = target[0] or target[1]
+        assert re.search(rf"^{name}:", text("Makefile"), re.MULTILINE), name
+
+
+def test_the_readme_is_short_and_its_results_are_those_of_the_results_page():
+    lines = text("README.md").splitlines()
+    assert len(lines) <= 180
+    results = text("docs/results.md").splitlines()
+    rows = [line for line in lines if re.match(r"\| [^|]+ \| \d\.\d\d ± ", line)]
+    assert len(rows) > 5
+    assert not [row for row in rows if row not in results]
 
 
 def commands():
-    """The commands of both pages, each once, without options that name files which earlier commands make."""
+    """The commands of all pages, each once, without options whose values others make."""
     found = {}
     for page in PAGES:
-        for command, text in COMMAND.findall((ROOT / page).read_text()):
-            argv = shlex.split(text.replace("\\\n", " "), comments=True)
+        for command, options in COMMAND.findall(text(page)):
+            argv = shlex.split(options.replace("\\\n", " "), comments=True)
+            if "mine.yaml" in argv or "RUN.yaml" in argv or "…" in argv:
+                continue
             made = [i for i, word in enumerate(argv) if word.startswith("outputs/") and word.endswith(".yaml")]
             argv = [word for i, word in enumerate(argv) if i not in made and i + 1 not in made]
             found[" ".join([command, *argv])] = (command, argv)
     return found
 
 
-def test_every_command_has_a_configuration_that_can_be_read(in_root):
-    found = commands()
-    assert len(found) > 10
-    for text, (command, argv) in found.items():
-        cli = read_configuration(argv) if command == "doctor" else run_lightning([command, *argv], ParsedCLI)
-        assert cli.options.model is not None, text
+@pytest.mark.parametrize("call", commands())
+def test_every_command_has_a_configuration_that_can_be_read(call, in_root):
+    command, argv = commands()[call]
+    cli = read_configuration(argv) if command == "doctor" else run_lightning([command, *argv], ParsedCLI)
+    assert cli.options.model is not None
