@@ -67,6 +67,17 @@ def test_the_network_gets_long_steps_and_labels_and_its_null_label_for_minus_one
     assert not t[0].item().is_integer()
 
 
+def test_each_sample_at_a_step_of_its_own_equals_the_samples_at_that_step():
+    denoiser, x, y = (
+        DiffusersDenoiser(unet(num_classes=5), DDPMScheduler()),
+        torch.randn(3, 3, 8, 8),
+        torch.tensor([0, 4, 2]),
+    )
+    together = denoiser(x, torch.tensor([10, 400, 700]), y).x0
+    for n, t in enumerate([10, 400, 700]):
+        torch.testing.assert_close(together[n], denoiser(x, t, y).x0[n], atol=1e-5, rtol=1e-5)
+
+
 def test_without_null_label_a_missing_label_is_refused_before_sampling():
     denoiser = ModuleDenoiser(Given(None), (3, 8, 8), num_classes=10)
     with pytest.raises(ValueError, match="null_label"):

@@ -282,7 +282,7 @@ def test_recurrence_repeats_each_step(denoiser, sampler):
         sampler(recurrence=0)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
 def test_predictions_are_consistent_with_the_forward_process(prediction):
     """A network that answers exactly gives the clean image back."""
     from calib_guidance.diffusion.parameterization import diffuse, network_target, x0_coefficients

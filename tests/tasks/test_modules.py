@@ -27,7 +27,7 @@ class Oracle(nn.Module):
         return torch.cat([self.answer, -torch.ones_like(self.answer)], dim=1) if self.learned else self.answer
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
 @pytest.mark.parametrize("variance", ["fixed", "learned_range"])
 def test_the_loss_of_a_perfect_prediction_is_nought(prediction, variance):
     """The posterior's own mean and variance leave no divergence either."""
@@ -37,7 +37,7 @@ def test_the_loss_of_a_perfect_prediction_is_nought(prediction, variance):
     network = Oracle(variance == "learned_range")
     module = TrainDiffusion(network, "cosine", prediction=prediction, variance=variance)
     abar = torch.tensor(NoiseSchedule(named_betas("cosine")).alphas_cumprod)[t].float().view(-1, 1, 1, 1)
-    network.answer = noise if prediction == "epsilon" else abar.sqrt() * noise - (1 - abar).sqrt() * x0
+    network.answer = {"epsilon": noise, "v": abar.sqrt() * noise - (1 - abar).sqrt() * x0, "x0": x0}[prediction]
     assert module.loss(x0, y, t, noise).abs().max() < 1e-3
     wrong = network.answer + 0.5
     network.answer = wrong
@@ -85,8 +85,8 @@ def test_calibration_refuses(arguments, message):
 
 
 def test_diffusion_refuses():
-    with pytest.raises(ValueError, match="known: epsilon, v"):
-        TrainDiffusion(Oracle(False), prediction="x0")
+    with pytest.raises(ValueError, match="known: epsilon, v, x0"):
+        TrainDiffusion(Oracle(False), prediction="noise")
     with pytest.raises(ValueError, match="known: fixed, learned_range"):
         TrainDiffusion(Oracle(False), variance="learned")
     with pytest.raises(ValueError, match=r"label_dropout must lie in \[0, 1\]"):
