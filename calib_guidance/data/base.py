@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +14,19 @@ import numpy as np
 
 from calib_guidance.errors import ConfigurationError
 
+log = logging.getLogger(__name__)
+
 _LISTED = 10
+
+
+def printable(name: str) -> str:
+    """A name in which line breaks and bytes that are not UTF-8 are escaped."""
+    return name if name.isprintable() else repr(name)[1:-1]
 
 
 def listed(names: Sequence[str]) -> str:
     """The first names, for messages."""
-    return f"{', '.join(names[:_LISTED])}{', …' if len(names) > _LISTED else ''}"
+    return f"{', '.join(map(printable, names[:_LISTED]))}{', …' if len(names) > _LISTED else ''}"
 
 
 def flag(name: str) -> str:
@@ -39,7 +47,7 @@ class SourceOptions:
         source: a run folder (``run.json`` in it); an ``.npz`` with ``arr_0``; a folder of images, see
             :class:`~calib_guidance.data.folders.FolderImages`; a folder or a pattern of parquet or arrow files; a folder that
             ``save_to_disk`` of datasets wrote; or a hub id.
-        split: of folders and tables that have several, such as ``validation`` or ``train[:90%]``.
+        split: of folders and tables that have several, such as ``validation`` or ``train[:90%]``, see :func:`positions`.
         subset, image_column, label_column, time_column, index_column: see :class:`~calib_guidance.data.ImageData`.
         option: names options in messages.
     """
@@ -69,12 +77,36 @@ class SourceOptions:
         )
 
 
-def positions(part: str, count: int) -> range:
-    """Positions of a part such as ``[:90%]`` of ``count`` images; all of them for an empty one."""
+def mixed(count: int, labels: np.ndarray | None) -> np.ndarray:
+    """Positions ``(count,)`` in a fixed random order of which any stretch has its share of every class.
+
+    The i-th of the n images of a class, in random order, comes at (i + ½)/n of the way.
+    """
+    rng = np.random.default_rng(0)
+    order = rng.permutation(count)
+    if labels is None:
+        return order
+    order = order[np.argsort(labels[order], kind="stable")]
+    _, start, size = np.unique(labels[order], return_index=True, return_counts=True)
+    place = (np.arange(count) - np.repeat(start, size) + 0.5) / np.repeat(size, size)
+    return order[np.lexsort((rng.random(count), place))]
+
+
+def positions(part: str, count: int, labels: np.ndarray | None) -> np.ndarray:
+    """Positions of a part such as ``[:90%]`` of ``count`` images, ascending; all of them for an empty one.
+
+    Parts are cut from the images in the order of :func:`mixed`: data sets are ordered by class, and ``[90%:]`` of them
+    would hold the last classes alone. ``[:90%]`` and ``[90%:]`` share no image.
+    """
     if not part:
-        return range(count)
-    (found,) = datasets.ReadInstruction.from_spec(f"all{part}").to_absolute({"all": count})
-    return range(count)[found.from_ : found.to]
+        return np.arange(count)
+    try:
+        (found,) = datasets.ReadInstruction.from_spec(f"all{part}").to_absolute({"all": count})
+    except (ValueError, AssertionError) as error:
+        raise ConfigurationError(
+            f"{part!r} is not a part of a split of {count:,} images; expected one such as [:90%] or [1000:]"
+        ) from error
+    return np.sort(mixed(count, labels)[found.from_ : found.to])
 
 
 class Row(NamedTuple):
@@ -150,13 +182,23 @@ class IndexedSource(ImageSource):
     def column(self, name: str) -> np.ndarray | None:
         """``label`` or ``index`` of every image, int64 ``(N,)``; None where there is none."""
 
-    def stream(self, num_shards: int, shuffle: bool) -> datasets.IterableDataset:
-        """Items for :meth:`row`, in at most ``num_shards`` shards.
+    def mixed(self) -> np.ndarray:
+        """All positions in the order of :func:`mixed`."""
+        return mixed(self.num_images, self.column("label"))
 
-        Shuffling mixes them once: a folder is ordered by class, and the shuffled blocks of a stream would not mix classes.
+    def warn_of_empty_classes(self) -> None:
+        if self.class_names is not None:
+            empty = np.setdiff1d(np.arange(len(self.class_names)), self.column("label"))
+            if len(empty):
+                names = listed([self.class_names[number] for number in empty])
+                log.warning(f"{self.where}: {len(empty)} classes without images keep their numbers: {names}")
+
+    def stream(self, num_shards: int) -> datasets.IterableDataset:
+        """Items for :meth:`row` in the order of :meth:`mixed`, in at most ``num_shards`` shards.
+
+        A folder is ordered by class, and the shuffled blocks of a stream would not mix classes.
         """
-        order = np.random.default_rng(0).permutation(self.num_images) if shuffle else np.arange(self.num_images)
-        numbered = datasets.Dataset.from_dict({"position": order})
+        numbered = datasets.Dataset.from_dict({"position": self.mixed()})
         return numbered.to_iterable_dataset(num_shards=min(self.num_images, num_shards))
 
     def row(self, values: Mapping[str, Any]) -> Row:

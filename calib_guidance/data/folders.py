@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from calib_guidance.data.base import IndexedSource, Row, SourceOptions, listed, positions
+from calib_guidance.data.base import IndexedSource, Row, SourceOptions, listed, positions, printable
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ class FolderImages(IndexedSource):
     """The images below a folder, in order of their paths.
 
     The class of an image is the first folder below the split, however deep the image lies in it. Folders that are all named by
-    decimal numbers have these class numbers, others are numbered in order of their names. A class folder without images keeps its
+    decimal numbers have these class numbers, others are numbered in order of their names. A class without images keeps its
     number, and a warning names it. Images that lie beside class folders leave all images without labels, and are named. A
     dangling link to an image counts as a corrupt image. Hidden files and folders are ignored, links to folders are followed.
 
@@ -46,12 +46,14 @@ class FolderImages(IndexedSource):
         if dangling:
             log.warning(f"{self.root}: dangling links: {len(dangling)} ({listed(dangling)})")
         labels = self._classes(files, folders)
-        rows = positions(bracket + part, len(files))
+        labels = None if labels is None else np.array(labels, np.int64)
+        rows = positions(bracket + part, len(files), labels)
         # Both in one buffer each, which processes that load images share instead of copying.
         self.files = pa.array([os.fsencode("/".join(files[i])) for i in rows], pa.large_binary())
-        self.labels = None if labels is None else np.array([labels[i] for i in rows], np.int64)
+        self.labels = None if labels is None else labels[rows]
         self.labelled = labels is not None
         super().__init__(options.source, len(self.files), options.split)
+        self.warn_of_empty_classes()
 
     @staticmethod
     def _split_folder(options: SourceOptions, split: str) -> Path:
@@ -63,8 +65,7 @@ class FolderImages(IndexedSource):
     def _classes(self, files: list[tuple[str, ...]], folders: list[str]) -> list[int] | None:
         """Class number of each image; sets names, or why there are none."""
         strays = [parts[0] for parts in files if len(parts) == 1]
-        used = {parts[0] for parts in files if len(parts) > 1}
-        if not used:
+        if len(strays) == len(files):
             return self._unlabelled("the images are not in folders, one for each class")
         if strays:
             why = f"images beside the class folders: {len(strays)} ({listed(strays)})"
@@ -78,10 +79,6 @@ class FolderImages(IndexedSource):
                 why = f"its folders are not numbers of classes: {listed(folders)}"
                 return self._unlabelled(why, f"They have to differ and be below {_MOST_CLASSES:,}")
             folders = [str(number) for number in range(max(numbers.values()) + 1)]
-        if empty := [folder for folder in numbers if folder not in used]:
-            log.warning(
-                f"{self.root}: class folders without images: {len(empty)} ({listed(empty)}). They keep their class numbers"
-            )
         self.class_names = folders
         return [numbers[parts[0]] for parts in files]
 
@@ -93,7 +90,7 @@ class FolderImages(IndexedSource):
     def __getitem__(self, position: int) -> Row:
         name = os.fsdecode(self.files[position].as_py())
         label = -1 if self.labels is None else int(self.labels[position])
-        return Row(name, self.root / name, label)
+        return Row(printable(name), self.root / name, label)
 
     def column(self, name: str) -> np.ndarray | None:
         return self.labels if name == "label" else None

@@ -39,9 +39,9 @@ class ImageData(DataModule):
     """Images in [-1, 1] with labels, as batches ``{"image", "label", "index"[, "t"]}``.
 
     Training images go through ``train_transform``. Held-out ones are resized so that the shorter side is ``image_size`` (bicubic,
-    antialiased) and cropped in the middle, as the training images of ADM were. The orientation that EXIF states is ignored, as it
-    was for the published classifiers. What an image is cropped to depends on (seed, epoch, index) alone, and a run that is killed
-    and resumed sees the rest of its epoch.
+    antialiased) and cropped in the middle, as the training images of ADM were. :mod:`calib_guidance.data.preprocess` states how
+    files are decoded. What an image is cropped to depends on (seed, epoch, index) alone, and a run that is killed and resumed
+    sees the rest of its epoch.
 
     Args:
         source: a hub id (``ILSVRC/imagenet-1k``); a folder with a folder for each split (train, validation or val, test) with a
@@ -50,11 +50,12 @@ class ImageData(DataModule):
         image_size: side of the square images.
         batch_size: images per step and device.
         num_workers: processes that read, per device.
-        train_split: to train on, such as ``train`` or ``train[:90%]``.
-        val_split: to validate on.
+        train_split: to train on, such as ``train`` or ``train[:90%]``. Parts have the same share of every class.
+        val_split: to validate on, such as ``validation`` or ``train[90%:]``.
         test_split: to test on; None takes ``val_split``.
         subset: of a hub data set that has several.
-        streaming: read from beginning to end, instead of a copy in the cache that is read by row number.
+        streaming: read from beginning to end, instead of a copy in the cache that is read by row number. Tables are then
+            validated in their own order: of one that is sorted by class, ``limit_val_batches`` leaves the first classes.
         shuffle_buffer: images of a stream that are shuffled at a time, in each worker.
         samples_per_epoch: of a stream, over all devices; None takes the number that the data set states.
         train_transform: a module of ``torchvision.transforms.v2`` that makes 8-bit images ``(C, H, W)`` into 8-bit images of
@@ -68,7 +69,8 @@ class ImageData(DataModule):
         time_column: of the diffusion step t of denoised images; None where they have none.
         index_column: of the number that an image keeps in every order; None takes the row number, for streams a hash of the file.
         channels: 3 for RGB, 1 for grey.
-        max_corrupt: fraction of images that may be unreadable, in [0, 1]. They are skipped and named. Each device counts its own.
+        max_corrupt: fraction of images that may be unreadable, in [0, 1]. They are named and skipped; while training, others
+            stand in for them. Each device counts its own.
         seed: of order and crops, ≥ 0; None takes that of ``seed_everything``, or 0.
         heldout_draws: how often each held-out image comes, with a new index each time, so that it is seen with more noise.
     """
@@ -122,6 +124,7 @@ class ImageData(DataModule):
             [v2.RandomResizedCrop(image_size, scale=(0.25, 1.0), **resize), v2.RandomHorizontalFlip()]
         )
         self.heldout_transform = v2.Compose([v2.Resize(image_size, **resize), v2.CenterCrop(image_size)])
+        self._opened: dict[str, ImageSource] = {}
         self._data: dict[str, ImageRows | ImageStream] = {}
         self._seen = dict.fromkeys(self.splits, 0)
         self._corrupt = {use: SkippedImages(self._where(use), max_corrupt) for use in self.splits}
@@ -147,10 +150,12 @@ class ImageData(DataModule):
         return f"{self.source}, split {self.splits[use]!r}"
 
     def _open(self, split: str) -> ImageSource:
-        source = open_source(replace(self.options, split=split), "stream" if self.streaming else "random")
-        if not source.labelled:
-            raise ConfigurationError(f"{source.where}: no classes, because {source.why_unlabelled}")
-        return source
+        if split not in self._opened:
+            source = open_source(replace(self.options, split=split), "stream" if self.streaming else "random")
+            if not source.labelled:
+                raise ConfigurationError(f"{source.where}: no classes, because {source.why_unlabelled}")
+            self._opened[split] = source
+        return self._opened[split]
 
     def _number_classes(self, names: list[str] | None) -> None:
         self.class_names = imagenet_names()[0] if self.classes == "imagenet" else names
@@ -182,6 +187,10 @@ class ImageData(DataModule):
                 f"{self._where(use)}: its class names do not match those of split {self.splits['train']!r}. Only here: "
                 f"{listed(unknown)}. Only there: {listed(absent) or 'none'}"
             )
+        if absent := [name for name in reference if name not in names]:
+            log.warning(
+                f"{self._where(use)} lacks {len(absent)} of the {len(reference)} classes to train on: {listed(absent)}"
+            )
         return [reference.index(name) for name in names]
 
     def _dataset(self, use: str, source: ImageSource, reference: list[str] | None) -> ImageRows | ImageStream:
@@ -196,7 +205,7 @@ class ImageData(DataModule):
         )
         if not self.streaming:
             return ImageRows(source, reader, 1 if train else self.heldout_draws)
-        rows = source.stream(_STREAM_SHARDS * world * max(1, self.num_workers), shuffle=train)
+        rows = source.stream(_STREAM_SHARDS * world * max(1, self.num_workers))
         rows = split_dataset_by_node(rows, rank, world)
         if not train:
             return ImageStream(source, rows, reader, self.heldout_draws)
@@ -223,21 +232,30 @@ class ImageData(DataModule):
     def train_dataloader(self) -> ResumableLoader:
         return train_loader(self._data["train"], self.batch_size, self.seed, **self._reading("train"))
 
+    def _heldout(self, use: str) -> DataLoader:
+        """In mixed order where only some of the batches are used: the first images may all be of the first classes."""
+        data, limit = self._data[use], getattr(self.trainer, f"limit_{use}_batches", 1.0)
+        limited = isinstance(data, ImageRows) and (isinstance(limit, int) or limit < 1)
+        order = data.mixed() if limited else None
+        return heldout_loader(data, self.batch_size, **self._reading(use), order=order)
+
     def val_dataloader(self) -> DataLoader:
-        return heldout_loader(self._data["val"], self.batch_size, **self._reading("val"))
+        return self._heldout("val")
 
     def test_dataloader(self) -> DataLoader:
-        return heldout_loader(self._data["test"], self.batch_size, **self._reading("test"))
+        return self._heldout("test")
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         use = "train" if self.trainer.training else "test" if self.trainer.testing else "val"
-        reports, data = take_reports(batch), self._data[use]
-        self._seen[use] += len(batch["image"]) + len(reports)
+        (corrupt, notes), data, skipped = take_reports(batch), self._data[use], self._corrupt[use]
+        self._seen[use] += len(batch.get("image", ())) + len(corrupt)
+        skipped.note(notes)
         if isinstance(data, ImageRows):
-            total = data.source.num_images
+            skipped.count(corrupt, data.source.num_images, data.source)
         else:
-            total = max(_ENOUGH_SEEN, min(self._seen[use], self.samples_per_epoch or self._seen[use]))
-        self._corrupt[use].count(reports, total)
+            skipped.count(corrupt, max(_ENOUGH_SEEN, min(self._seen[use], self.samples_per_epoch or self._seen[use])))
+        if "image" not in batch:
+            raise ConfigurationError(f"{self._where(use)}: no image of a batch can be read: {listed(corrupt)}")
         return batch
 
     def teardown(self, stage: str) -> None:

@@ -7,7 +7,6 @@ import hashlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -19,11 +18,12 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from calib_guidance.backend.images import from_uint8
 from calib_guidance.data.base import IndexedSource, Row
 from calib_guidance.data.loading import hashed, seeded
-from calib_guidance.data.preprocess import UnreadableImageError, contents, decode
-from calib_guidance.data.tables import StreamedImages
-from calib_guidance.errors import ConfigurationError
+from calib_guidance.data.preprocess import FIRST_FRAME, UnreadableImageError, contents, decode
+from calib_guidance.data.tables import READING_ERRORS, StreamedImages
+from calib_guidance.errors import ConfigurationError, first_line
 
 _INDEX_RANGE = 2**62
+_ATTEMPTS = 1000  # to find a readable image in place of a corrupt one
 
 
 @dataclass
@@ -65,7 +65,7 @@ class ImageReader:
         return None if 0 <= label < known else f"{name}: label {label} is outside 0 … {known - 1}"
 
     def __call__(self, row: Row, index: int | None, epoch: int, draw: int = 0) -> dict[str, Any]:
-        """The item; ``{"corrupt": name}`` where the image cannot be read, ``{"wrong": message}`` for other errors.
+        """The item; of an image that cannot be read only reports, see :func:`~calib_guidance.data.loading.collate`.
 
         Args:
             row: of the source.
@@ -73,24 +73,27 @@ class ImageReader:
             epoch: for random numbers.
             draw: of several of the same image, which get different hashes.
         """
-        name = str(row.image) if isinstance(row.image, Path) else row.name
-        if wrong := self.wrong_label(row.label, name):
-            return {"wrong": wrong}
+        if wrong := self.wrong_label(row.label, row.name):
+            return {"wrong": [wrong]}
         try:
             data = contents(row)
-            pixels = pil_to_tensor(decode(data, self.mode, name)[0])
+            picture, done = decode(data, self.mode)
             if index is None:
                 digest = hashlib.blake2b(data, digest_size=8, salt=draw.to_bytes(8, "little")).digest()
                 index = int.from_bytes(digest, "little") % _INDEX_RANGE
             with contextlib.nullcontext() if self.seed is None else seeded(self.seed, epoch, index):
-                pixels = self._transformed(pixels, f"{name}: ")
+                pixels = self._transformed(pil_to_tensor(picture), f"{row.name}: ")
         except UnreadableImageError as error:
-            return {"corrupt": f"{name} ({error})"}
+            return {"corrupt": [f"{row.name} ({error})"]}
         except ConfigurationError as error:  # a worker would make a traceback of it
-            return {"wrong": str(error)}
+            return {"wrong": [str(error)]}
         label = row.label if self.labels is None else self.labels[row.label]
         item = {"image": from_uint8(pixels), "label": label, "index": index}
-        return item if row.time is None else {**item, "t": row.time}
+        if row.time is not None:
+            item["t"] = row.time
+        if done & FIRST_FRAME:
+            item["note"] = [f"{row.name}: of its several frames or pages, only the first is read"]
+        return item
 
 
 class ImageRows(Dataset):
@@ -116,11 +119,24 @@ class ImageRows(Dataset):
     def __len__(self) -> int:
         return self.source.num_images * self.draws
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def mixed(self) -> list[int]:
+        """All items in an order of which any beginning has its share of every class."""
+        order = self.source.mixed().tolist()
+        return [draw * len(order) + i for draw in range(self.draws) for i in order]
+
+    def _item(self, i: int) -> dict[str, Any]:
         draw, position = divmod(i, self.source.num_images)
         row = self.source[position]
         index = position if row.index is None else row.index
         return self.reader(row, draw * self.stride + index, self.epoch)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        item, corrupt = self._item(i), []
+        # Batches to train on are full: random readable images stand in for corrupt ones.
+        while "corrupt" in item and self.reader.seed is not None and len(corrupt) < _ATTEMPTS:
+            corrupt += item["corrupt"]
+            item = self._item(hashed(self.reader.seed, self.epoch, i, len(corrupt)) % len(self))
+        return {**item, "corrupt": corrupt + item.get("corrupt", [])} if corrupt else item
 
 
 class ImageStream(IterableDataset):
@@ -178,7 +194,7 @@ class ImageStream(IterableDataset):
         return torch.randperm(size, generator=generator).tolist()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        resume, self._resume = self._resume, {}
+        resume, self._resume, corrupt = self._resume, {}, []
         # A new object in each worker: the epoch of an IterableDataset lies in memory that processes share.
         rows = self.rows.select_columns([*self.rows.features])
         first = resume.get("pass", 0)
@@ -190,7 +206,14 @@ class ImageStream(IterableDataset):
             rows.load_state_dict(start or {})
             source = iter(rows)
             empty = start is None
-            while chunk := list(itertools.islice(source, self.block_size)):
+            while True:
+                try:
+                    chunk = list(itertools.islice(source, self.block_size))
+                except READING_ERRORS as error:
+                    yield {"wrong": [f"{self.source.where} is damaged: {first_line(error)}"]}
+                    return
+                if not chunk:
+                    break
                 empty = False
                 for taken, i in enumerate(self._order(len(chunk), number, block)[skip:], skip + 1):
                     self._place = {"pass": number, "start": start, "block": block, "taken": taken}
@@ -198,7 +221,12 @@ class ImageStream(IterableDataset):
                     # To train on, an image is the same one in every pass; held out, each pass is another draw of it.
                     draw = number % self.draws
                     index = None if row.index is None else (row.index + draw * hashed(0)) % _INDEX_RANGE
-                    yield self.reader(row, index, self.epoch, draw)
+                    item = self.reader(row, index, self.epoch, draw)
+                    if "corrupt" in item and self.seed is not None and len(corrupt) < _ATTEMPTS:
+                        corrupt += item["corrupt"]  # the next readable image reports them, so that batches are full
+                        continue
+                    yield {**item, "corrupt": corrupt + item.get("corrupt", [])} if corrupt else item
+                    corrupt = []
                 start, block, skip = rows.state_dict(), block + 1, 0
             if empty:
                 return

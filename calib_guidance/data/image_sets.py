@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from calib_guidance.backend.distributed import DistributedContext
+from calib_guidance.backend.threads import available_cores
 from calib_guidance.data.base import ImageSource, Row, SourceOptions
 from calib_guidance.data.folders import FolderImages
 from calib_guidance.data.loading import SkippedImages
@@ -102,7 +103,7 @@ class ImageSet:
         self._problems: dict[int, str] = {}
         # By position: an image that is read twice, or by any process, counts once.
         self._digests = np.zeros((self.num_images, 32), np.uint8)
-        self._done = np.zeros(self.num_images, np.uint8)
+        self._done = np.zeros(self.num_images, np.int32)
         first = self._first_readable()
         self.image_shape: tuple[int, int, int] = first.pixels.shape
         self._first = first.row.name
@@ -116,12 +117,12 @@ class ImageSet:
             if decoded.pixels is not None:
                 return decoded
             reasons.append(decoded.problem)
-            self._corrupt.count(reasons[-1:], self.num_images)
+            self._corrupt.count(reasons[-1:], self.num_images, self.source)
         raise ConfigurationError(f"{self.name}: no image can be read: {', '.join(reasons[:_NAMED])}")
 
     def _decode(self, position: int, row: Row) -> _Decoded:
         try:
-            picture, done = decode(contents(row), self.mode, row.name)
+            picture, done = decode(contents(row), self.mode)
         except UnreadableImageError as error:
             return _Decoded(position, row, None, b"", 0, f"{row.name} ({error})")
         if self.size is not None:
@@ -160,7 +161,7 @@ class ImageSet:
         good = [item for item in decoded if item.pixels is not None]
         bad = {item.position: item.problem for item in decoded if item.pixels is None}
         self._problems |= bad
-        self._corrupt.count([*bad.values()], self.num_images)
+        self._corrupt.count(bad.values(), self.num_images, self.source)
         for item in good:
             self._check_shape(item.pixels.shape, item.row.name)
             self._digests[item.position] = np.frombuffer(item.digest, np.uint8)
@@ -182,7 +183,7 @@ class ImageSet:
         starts = range(rank * batch_size, self.num_images, world_size * batch_size)
         blocks = [range(start, min(start + batch_size, self.num_images)) for start in starts]
         # Decoders release Python's lock. One batch is read ahead while the last one is used.
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(available_cores()) as pool:
             rows = zip(blocks, self.source.read(blocks), strict=True)
             work = ([pool.submit(self._decode, i, row) for i, row in zip(*pair, strict=True)] for pair in rows)
             current: list[Future[_Decoded]] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import lightning as L
@@ -17,7 +17,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from calib_guidance.backend.distributed import DistributedContext
-from calib_guidance.data.base import listed
+from calib_guidance.data.base import ImageSource, listed
+from calib_guidance.data.preprocess import corrupt_images
 from calib_guidance.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
@@ -64,28 +65,29 @@ def seeded(*key: int) -> Iterator[None]:
         yield
 
 
+_REPORTS = ("corrupt", "note", "wrong")
+
+
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """One batch of items; numbers become int64.
 
-    An item ``{"corrupt": path}`` stands for a skipped image, an item ``{"wrong": message}`` for an error. Their values become
-    lists ``corrupt`` and ``wrong`` in the batch, until :func:`take_reports` takes them out.
+    Items may report: ``corrupt`` images that were skipped, a ``note`` on an image, what is ``wrong``, lists of messages each. The
+    batch has the reports of all items, until :func:`take_reports` takes them out. An item without ``index`` only reports.
     """
-    reports = {key: [item[key] for item in items if key in item] for key in ("corrupt", "wrong")}
-    good = [item for item in items if not item.keys() & reports.keys()]
-    return (default_collate(good) if good else {}) | {key: values for key, values in reports.items() if values}
+    reports = {key: [text for item in items for text in item.get(key, ())] for key in _REPORTS}
+    good = [{key: value for key, value in item.items() if key not in _REPORTS} for item in items if "index" in item]
+    return (default_collate(good) if good else {}) | {key: texts for key, texts in reports.items() if texts}
 
 
-def take_reports(batch: dict[str, Any]) -> list[str]:
-    """Take what :func:`collate` reports out of a batch, and return the paths of the corrupt images.
+def take_reports(batch: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Take what :func:`collate` reports out of a batch, and return the names of corrupt images and the notes.
 
     Errors are raised here rather than in a worker, which would replace them by the text of a traceback.
     """
-    if wrong := batch.pop("wrong", []):
+    corrupt, notes, wrong = (batch.pop(key, []) for key in _REPORTS)
+    if wrong:
         raise ConfigurationError(wrong[0])
-    corrupt = batch.pop("corrupt", [])
-    if corrupt and "image" not in batch:
-        raise ConfigurationError(f"no image of a batch can be read: {', '.join(corrupt)}")
-    return corrupt
+    return corrupt, notes
 
 
 class SkippedImages:
@@ -102,17 +104,38 @@ class SkippedImages:
             raise ConfigurationError(f"{setting} must be in [0, 1], got {max_fraction}")
         self.where, self.max_fraction, self.setting = where, max_fraction, setting
         self.names: set[str] = set()
+        self.notes: set[str] = set()
 
-    def count(self, reports: list[str], total: int) -> None:
-        """Warn of each new name, and raise ConfigurationError if too many of ``total`` images are corrupt."""
-        for name in sorted(set(reports) - self.names):
-            log.warning(f"skipped a corrupt image: {name}")
-        self.names.update(reports)
-        if len(self.names) > self.max_fraction * total:
-            raise ConfigurationError(
-                f"{self.where}: {len(self.names)} of {total} images are corrupt, more than {self.setting} "
-                f"({self.max_fraction:g}) allows: {listed(sorted(self.names))}"
+    def count(self, names: Iterable[str], total: int, source: ImageSource | None = None) -> None:
+        """Warn of each new name, and raise ConfigurationError if too many of ``total`` images are corrupt.
+
+        All images of ``source`` are read before, so that one message counts every corrupt one.
+        """
+        self._warn(names)
+        if len(self.names) <= self.max_fraction * total:
+            return
+        if source is not None:
+            log.warning(
+                f"{self.where}: too many corrupt images; reading all {total:,} images to name every corrupt one"
             )
+            self._warn(corrupt_images(source))
+        raise ConfigurationError(
+            f"{self.where}: {len(self.names)} of {total} images are corrupt, more than {self.setting} "
+            f"({self.max_fraction:g}) allows: {listed(sorted(self.names))}. Repair or remove them, or raise {self.setting}"
+        )
+
+    def _warn(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self.names:
+                self.names.add(name)
+                log.warning(f"skipped a corrupt image: {name}")
+
+    def note(self, notes: Iterable[str]) -> None:
+        """Log each note once."""
+        for text in notes:
+            if text not in self.notes:
+                self.notes.add(text)
+                log.warning(text)
 
     def summarize(self) -> None:
         if self.names:
@@ -244,6 +267,24 @@ def train_loader(
     return loader
 
 
+class _HeldoutLoader(DataLoader):
+    """A loader that passes over batches of which nothing can be read; the batch before one has its reports."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        current: dict[str, Any] = {}
+        for batch in super().__iter__():
+            if "index" in batch and "index" in current:
+                yield current
+                current = {}
+            reports = {key: current.get(key, []) + batch.get(key, []) for key in _REPORTS}
+            current |= batch | {key: texts for key, texts in reports.items() if texts}
+        if "index" not in current and current:
+            corrupt, _ = take_reports(current)
+            raise ConfigurationError(f"no image can be read: {listed(corrupt)}")
+        if current:
+            yield current
+
+
 def heldout_loader(
     dataset: Dataset,
     batch_size: int,
@@ -251,20 +292,22 @@ def heldout_loader(
     world_size: int = 1,
     num_workers: int = 0,
     pin_memory: bool = False,
+    order: Sequence[int] | None = None,
 ) -> DataLoader:
-    """Batches of one device for evaluation, in order: over all devices every sample exactly once.
+    """Batches of one device for evaluation: over all devices every sample exactly once.
 
     Devices may differ by a sample, and have none where there are fewer samples than devices; the last batch may be smaller.
 
     Args:
         dataset: items as :func:`collate` takes them; an IterableDataset is one device's share already.
         batch_size, rank, world_size, num_workers, pin_memory: see :func:`train_loader`.
+        order: of the samples of map-style data; None keeps theirs.
     """
     sampler = None
     if not isinstance(dataset, IterableDataset):
-        dataset = Subset(dataset, range(rank, len(dataset), world_size))
+        dataset = Subset(dataset, (range(len(dataset)) if order is None else order)[rank::world_size])
         sampler = DistributedSampler(dataset, 1, 0, shuffle=False)  # Lightning replaces samplers of other kinds
-    return DataLoader(
+    return _HeldoutLoader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,

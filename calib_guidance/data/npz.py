@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import io
+import contextlib
 import logging
+import math
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -12,9 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from calib_guidance.data.base import ImageSource, Row
-from calib_guidance.errors import ConfigurationError
+from calib_guidance.errors import ConfigurationError, first_line
 
 log = logging.getLogger(__name__)
+
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 class NpzImages(ImageSource):
@@ -27,60 +30,80 @@ class NpzImages(ImageSource):
 
     def __init__(self, name: str):
         self.path = Path(name).expanduser()
-        with self._member("arr_0.npy") as file:
-            self.shape, dtype, fortran = self._header(file)
-        self._check(dtype, fortran)
+        with self._array("arr_0") as (file, self.shape, dtype, fortran):
+            self._check_images(dtype, fortran)
+            start = file.tell()
+        self._check_size(start)
         self.labels = self._labels()
         self.labelled = self.labels is not None
         super().__init__(name, self.shape[0])
 
-    def _member(self, member: str) -> zipfile.ZipExtFile:
+    @contextlib.contextmanager
+    def _array(self, name: str) -> Iterator[tuple[zipfile.ZipExtFile, tuple[int, ...], np.dtype, bool]]:
+        """An array's bytes, its shape and type, and whether it is in Fortran order."""
         try:
             archive = zipfile.ZipFile(self.path)
         except (OSError, zipfile.BadZipFile) as error:
             raise ConfigurationError(f"{self.path} cannot be read as .npz: {error}") from error
-        with archive:  # an open member keeps the file open
-            if member not in archive.namelist():
+        with archive:
+            if f"{name}.npy" not in archive.namelist():
                 there = ", ".join(name.removesuffix(".npy") for name in archive.namelist())
                 raise ConfigurationError(
-                    f"{self.path} has no {member.removesuffix('.npy')}, it has: {there}. Images are arr_0, uint8 (N, H, W, C), "
-                    "as numpy.savez(file, images, labels) names them"
+                    f"{self.path} has no {name}, it has: {there}. Images are arr_0, uint8 (N, H, W, C), as "
+                    "numpy.savez(file, images, labels) names them"
                 )
-            return archive.open(member)
+            try:
+                with archive.open(f"{name}.npy") as file:
+                    yield file, *self._header(file)
+            except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
+                raise ConfigurationError(f"{self.path} is damaged: {error}. Copy or download it again") from error
 
-    def _header(self, file: io.BufferedIOBase) -> tuple[tuple[int, ...], np.dtype, bool]:
-        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    def _header(self, file: zipfile.ZipExtFile) -> tuple[tuple[int, ...], np.dtype, bool]:
         try:
-            shape, fortran, dtype = readers[np.lib.format.read_magic(file)](file)
-        except (KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise ConfigurationError(f"{self.path}: {file.name} is not a numpy array: {error}") from error
+            shape, fortran, dtype = _HEADERS[np.lib.format.read_magic(file)](file)
+            if any(size < 0 for size in shape) or 0 in shape[1:]:
+                raise ValueError(f"its shape is {shape}")
+        except (zipfile.BadZipFile, zlib.error):
+            raise
+        except Exception as error:  # numpy has the header parsed as Python, which fails in many ways
+            raise ConfigurationError(
+                f"{self.path}: {file.name} is not a numpy array: {first_line(error)}. Write it with numpy.savez"
+            ) from error
         return shape, dtype, fortran
 
-    def _check(self, dtype: np.dtype, fortran: bool) -> None:
-        where, shape = f"{self.path}: arr_0 is {dtype} {self.shape}", self.shape
-        needed = "images are uint8 (N, H, W, C) with C = 1 or 3"
+    def _check_images(self, dtype: np.dtype, fortran: bool) -> None:
+        shape = self.shape
         if dtype != np.uint8:
             cure = {
                 "O": "pickled objects are not loaded",
                 "f": "convert it to 8 bits by the rule of its model, such as (x + 1)·127.5 clipped for [−1, 1] (ADM)",
             }.get(dtype.kind, "convert it")
-            raise ConfigurationError(f"{where}, {needed}: {cure}")
-        if len(shape) != 4 or shape[3] not in (1, 3, 4):
-            cure = "add the channel: images[..., None]" if len(shape) == 3 else "reshape it"
-            if len(shape) == 4 and shape[1] in (1, 3):
-                cure = "transpose it: images.transpose(0, 2, 3, 1)"
-            raise ConfigurationError(f"{where}, {needed}: {cure}")
-        if fortran:
+        elif len(shape) == 3:
+            cure = "add the channel: images[..., None]"
+        elif len(shape) != 4 or shape[3] not in (1, 3, 4):
+            cure = "transpose it: images.transpose(0, 2, 3, 1)" if shape[1:2] in ((1,), (3,)) else "reshape it"
+        elif fortran:
+            cure = "of Fortran order images cannot be read one by one: save numpy.ascontiguousarray(images)"
+        else:
+            return
+        raise ConfigurationError(
+            f"{self.path}: arr_0 is {dtype} {shape}, images are uint8 (N, H, W, C) with C = 1 or 3: {cure}"
+        )
+
+    def _check_size(self, start: int) -> None:
+        with zipfile.ZipFile(self.path) as archive:
+            said, there = math.prod(self.shape), archive.getinfo("arr_0.npy").file_size - start
+        if said != there:
             raise ConfigurationError(
-                f"{where} in Fortran order, where images cannot be read one by one: save numpy.ascontiguousarray(images)"
+                f"{self.path}: arr_0 says it holds {said} bytes, and holds {there}. Write it with numpy.savez"
             )
 
     def _labels(self) -> np.ndarray | None:
         """Classes ``(N,)`` int64, where ``arr_1`` is one integer for each image."""
-        if "arr_1.npy" not in zipfile.ZipFile(self.path).namelist():
-            return None
-        with self._member("arr_1.npy") as file:
-            shape, dtype, _ = self._header(file)
+        with zipfile.ZipFile(self.path) as archive:
+            if "arr_1.npy" not in archive.namelist():
+                return None
+        with self._array("arr_1") as (file, shape, dtype, _):
             if shape != self.shape[:1] or dtype.kind not in "iu":
                 message = f"arr_1 is {dtype} {shape}, no class for each of {self.shape[0]} images: not used"
                 log.warning(f"{self.path}: {message}")
@@ -88,19 +111,15 @@ class NpzImages(ImageSource):
             return np.frombuffer(self._exactly(file, dtype.itemsize * shape[0]), dtype).astype(np.int64)
 
     def _exactly(self, file: zipfile.ZipExtFile, count: int) -> bytes:
-        try:
-            data = file.read(count)
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-            raise ConfigurationError(f"{self.path} is damaged: {error}") from error
+        data = file.read(count)
         if len(data) < count:
-            raise ConfigurationError(f"{self.path} is damaged: {file.name} ends {count - len(data)} bytes too early")
+            raise EOFError(f"{file.name} ends {count - len(data)} bytes too early")
         return data
 
     def read(self, blocks: Iterable[range]) -> Iterator[list[Row]]:
         height, width, channels = self.shape[1:]
         length, place = height * width * channels, 0
-        with self._member("arr_0.npy") as file:
-            self._header(file)
+        with self._array("arr_0") as (file, *_):
             for block in blocks:
                 for _ in range(place, block.start):  # read too: the checksum covers it
                     self._exactly(file, length)

@@ -1,22 +1,27 @@
 """Decoding and cropping of images: one rule for training data, samples and references.
 
-Images become 8-bit grey or RGB. Alpha is dropped (the colors beneath count, as in torch-fidelity), 16 bits are divided by 257,
-and the orientation that EXIF states is ignored, as it was for the published classifiers and reference batches.
+Images become 8-bit grey or RGB. 16 bits v become round(v / 257); alpha is dropped (the colors beneath count, as in
+torch-fidelity); the orientation that EXIF states is ignored, as it was for the published classifiers and reference batches; of
+several frames or pages the first counts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+import torch
+from PIL import ExifTags, Image, UnidentifiedImageError
+from torchvision.io import decode_png
 
-from calib_guidance.data.base import Row
-from calib_guidance.errors import ConfigurationError
+from calib_guidance.backend.threads import available_cores
+from calib_guidance.data.base import ImageSource, Row
 
 RESIZES = {
     "adm": "halved (box) while both sides stay at least the size, shorter side to the size (bicubic), middle cropped: ADM",
@@ -32,9 +37,17 @@ CONVERSIONS = (
     "RGB to grey",
     "enlarged to the size",
     "16 bits to 8, divided by 257",
+    "16 bits to 8, the low byte dropped by Pillow",
+    "orientation of EXIF ignored",
+    "the first of several frames or pages",
 )
-_OPAQUE, _TRANSPARENT, _TO_RGB, _GREY_TO_RGB, _RGB_TO_GREY, _ENLARGED, _DEEP = (1 << b for b in range(len(CONVERSIONS)))
-# What PIL's decoders raise on damaged files.
+_OPAQUE, _TRANSPARENT, _TO_RGB, _GREY_TO_RGB, _RGB_TO_GREY, _ENLARGED, _DEEP, _HIGH_BYTE, _TURNED, FIRST_FRAME = (
+    1 << b for b in range(len(CONVERSIONS))
+)
+_LONGEST = 1000  # times the shorter side: resized by the shorter side, a longer image fills the memory
+# Pillow turns TIFF files as EXIF states; the way back.
+_BACK = dict(enumerate((0, 3, 1, 5, 2, 6, 4), 2))
+# What decoders raise on damaged files.
 _DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
@@ -42,10 +55,12 @@ class UnreadableImageError(Exception):
     """The reason why an image cannot be read. It is the same each time that the image is read."""
 
 
-def contents(row: Row) -> bytes:
+def contents(row: Row) -> bytes | np.ndarray:
     """The encoded image, or its pixels; UnreadableImageError where its file cannot be read."""
     try:
         if isinstance(row.image, Path):
+            if row.image.exists() and not row.image.is_file():  # a FIFO would never end
+                raise UnreadableImageError("not a file")
             return row.image.read_bytes()
         if isinstance(row.image, str):
             with fsspec.open(row.image, "rb") as file:
@@ -58,59 +73,111 @@ def contents(row: Row) -> bytes:
 
 def image_size(row: Row) -> tuple[int, int]:
     """Height and width of an image, from the head of its file; UnreadableImageError where it cannot be read."""
+    file = row.image if isinstance(row.image, Path) and row.image.is_file() else io.BytesIO(contents(row))
     try:
-        with Image.open(row.image if isinstance(row.image, Path) else io.BytesIO(contents(row))) as picture:
-            return picture.height, picture.width
+        with _opened(file) as picture:
+            turned = picture.format == "TIFF" and _orientation(picture) >= 5
+            return picture.size if turned else picture.size[::-1]
     except _DECODING_ERRORS as error:
         raise UnreadableImageError(repr(error)) from error
 
 
-def decode(image: bytes | np.ndarray, mode: str | None, name: str) -> tuple[Image.Image, int]:
+def decode(image: bytes | np.ndarray, mode: str | None = None) -> tuple[Image.Image, int]:
     """An image as grey or RGB, and what was done to it (bits of :data:`CONVERSIONS`).
 
     Args:
         image: encoded, or pixels (H, W, C).
         mode: ``RGB`` or ``L`` that it is converted to; None keeps grey images grey.
-        name: for messages.
 
     Raises:
-        UnreadableImageError: it is damaged, or not an image.
+        UnreadableImageError: it is damaged, not an image, or of a kind without a rule.
     """
     try:
-        if isinstance(image, np.ndarray):
-            picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
-        else:
-            picture = Image.open(io.BytesIO(image))
-            picture.load()
+        picture, done = _read(image)
     except _DECODING_ERRORS as error:
         # PIL's own message names an address in memory.
         why = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or repr(error)
         raise UnreadableImageError(why) from error
-    picture, done = _grey_or_rgb(picture, name)
+    picture, converted = _grey_or_rgb(picture)
     if mode is not None and picture.mode != mode:
-        done |= _GREY_TO_RGB if mode == "RGB" else _RGB_TO_GREY
+        converted |= _GREY_TO_RGB if mode == "RGB" else _RGB_TO_GREY
         picture = picture.convert(mode)
-    return picture, done
+    return picture, done | converted
 
 
-def _grey_or_rgb(picture: Image.Image, name: str) -> tuple[Image.Image, int]:
+def _opened(file: Path | io.BytesIO) -> Image.Image:
+    picture = Image.open(file)
+    if max(picture.size) > _LONGEST * min(picture.size):
+        width, height = picture.size
+        raise UnreadableImageError(f"{width:,}×{height:,} pixels, a side above {_LONGEST:,} times the other: crop it")
+    return picture
+
+
+def _read(image: bytes | np.ndarray) -> tuple[Image.Image, int]:
+    """All pixels of an image, 8 bits a channel or one channel of any."""
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image), 0
+    picture = _opened(io.BytesIO(image))
+    done = FIRST_FRAME if getattr(picture, "is_animated", False) else 0
+    layout, orientation = str(picture.tile[0][3]) if picture.tile else "", _orientation(picture)
+    if ";16" in layout and picture.mode != "I;16" and picture.format == "PNG":
+        picture, done = Image.fromarray(_deep_png(image)), done | _DEEP
+    else:
+        picture.load()
+        done |= _HIGH_BYTE if ";16" in layout and not picture.mode.startswith("I") else 0
+        if picture.format == "TIFF" and orientation in _BACK:
+            picture = picture.transpose(_BACK[orientation])
+    return picture, done | (_TURNED if orientation in _BACK else 0)
+
+
+def _orientation(picture: Image.Image) -> int:
+    """1 … 8 as EXIF numbers them; 1 where it is not stated, or damaged."""
+    with contextlib.suppress(*_DECODING_ERRORS):
+        return picture.getexif().get(ExifTags.Base.Orientation, 1)
+    return 1
+
+
+def _deep_png(image: bytes) -> np.ndarray:
+    """Pixels of a PNG with 16 bits a channel, of which Pillow reads the high byte, as 8 bits (H, W, C)."""
+    try:
+        deep = decode_png(torch.frombuffer(bytearray(image), dtype=torch.uint8))
+    except RuntimeError as error:
+        raise UnreadableImageError("a damaged PNG") from error
+    return _to_8_bits(deep.permute(1, 2, 0).int().numpy())
+
+
+def _to_8_bits(deep: np.ndarray) -> np.ndarray:
+    return ((deep.astype(np.int32) + 128) // 257).astype(np.uint8)
+
+
+def _grey_or_rgb(picture: Image.Image) -> tuple[Image.Image, int]:
     if picture.mode.startswith("I;16"):
-        deep = np.asarray(picture).astype(np.int32)
-        return Image.fromarray(((deep + 128) // 257).astype(np.uint8)), _DEEP
+        return Image.fromarray(_to_8_bits(np.asarray(picture))), _DEEP
     if picture.mode in ("I", "F"):
-        raise ConfigurationError(f"{name} has 32 bits a channel (mode {picture.mode}): save it with 8 or 16 bits")
-    if picture.mode in ("L", "RGB"):
-        done = 0
-        if "transparency" in picture.info:  # one color stands for transparent
-            done = _TRANSPARENT if picture.convert("RGBA").getextrema()[-1][0] < 255 else _OPAQUE
-        return picture, done
+        raise UnreadableImageError(f"32 bits a channel, mode {picture.mode}: save it with 8 or 16 bits")
     if picture.mode == "1":
         return picture.convert("L"), 0
+    done = 0
     if picture.mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in picture.info:
         straight = picture.convert("LA" if picture.mode in ("LA", "La") else "RGBA")
         done = _OPAQUE if straight.getextrema()[-1][0] == 255 else _TRANSPARENT
-        return straight.convert("L" if straight.mode == "LA" else "RGB"), done
-    return picture.convert("RGB"), _TO_RGB
+        if picture.mode not in ("L", "RGB"):  # of these one color stands for transparent
+            return straight.convert("L" if straight.mode == "LA" else "RGB"), done
+    return (picture, done) if picture.mode in ("L", "RGB") else (picture.convert("RGB"), _TO_RGB)
+
+
+def corrupt_images(source: ImageSource) -> list[str]:
+    """``name (reason)`` of every image of a source that cannot be read."""
+
+    def problem(row: Row) -> str | None:
+        try:
+            decode(contents(row))
+        except UnreadableImageError as error:
+            return f"{row.name} ({error})"
+
+    blocks = (range(i, min(i + 256, source.num_images)) for i in range(0, source.num_images, 256))
+    with ThreadPoolExecutor(available_cores()) as pool:  # decoders release Python's lock
+        return [found for rows in source.read(blocks) for found in pool.map(problem, rows) if found]
 
 
 def crop(picture: Image.Image, size: int, resize: str) -> tuple[Image.Image, int]:

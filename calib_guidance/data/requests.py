@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from calib_guidance.data.base import printable
 from calib_guidance.data.loading import DataModule, SkippedImages, check_at_least, collate, take_reports
 from calib_guidance.diffusion.rng import random_label
 from calib_guidance.errors import ConfigurationError
@@ -128,22 +130,29 @@ class SampleRequests(RequestData):
             return None
         path = Path(str(labels))
         if str(labels).lstrip("-").isdecimal():
-            classes = [int(labels)] * self.num_samples
+            words = [("data.labels:", str(labels))] * self.num_samples
         elif path.is_file():
-            lines = path.read_text().split()
-            if len(lines) < self.num_samples or not all(line.lstrip("-").isdigit() for line in lines):
+            try:
+                lines = path.read_text(encoding="utf-8").splitlines()
+            except UnicodeDecodeError as error:
                 raise ConfigurationError(
-                    f"{path}: expected at least {self.num_samples} class numbers, one per line; found {len(lines)} entries"
-                )
-            classes = [int(line) for line in lines[: self.num_samples]]
+                    f"data.labels: {path} is not UTF-8 text: write a class number per line"
+                ) from error
+            words = [(f"{path}, line {i}:", word) for i, line in enumerate(lines, 1) for word in line.split()]
         else:
             raise ConfigurationError(
                 f"data.labels: {labels!r} is neither {' nor '.join(POLICIES)}, nor a class number, nor a file"
             )
-        for row, label in enumerate(classes):
-            if not 0 <= label < self.num_classes:
+        if len(words) < self.num_samples:
+            raise ConfigurationError(
+                f"{path} has {len(words)} class numbers, data.num_samples is {self.num_samples}: write as many, one per line"
+            )
+        classes = []
+        for where, word in words[: self.num_samples]:
+            classes.append(int(word) if re.fullmatch("[0-9]{1,9}", word) else -1)
+            if not 0 <= classes[-1] < self.num_classes:
                 raise ConfigurationError(
-                    f"data.labels: sample {row} asks for class {label}, outside 0 … {self.num_classes - 1}"
+                    f"{where} {printable(word[:40])!r} is not a class number from 0 to {self.num_classes - 1}"
                 )
         return classes
 
@@ -179,9 +188,9 @@ class _DenoiseRequests(Dataset):
             message = (
                 f"data.images: image {row} has the label {label}, outside 0 … {self.num_classes - 1} (data.num_classes)"
             )
-            return {"wrong": message}
+            return {"wrong": [message]}
         numbers = {"index": index, "source": int(item["index"]), "label": label, "seed": self.seed}
-        return numbers | {"image": item["image"]}
+        return numbers | {key: item[key] for key in ("image", "note") if key in item}
 
 
 class DenoiseRequests(RequestData):
@@ -238,7 +247,12 @@ class DenoiseRequests(RequestData):
         return tuple(item["image"].shape)
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        self.corrupt.count(take_reports(batch), len(self.images))
+        corrupt, notes = take_reports(batch)
+        self.corrupt.note(notes)
+        self.corrupt.count(corrupt, len(self.images), getattr(self.images, "source", None))
+        if "image" not in batch:  # the shard is written all the same
+            batch |= dict.fromkeys(("index", "source", "label", "seed"), torch.zeros(0, dtype=torch.long))
+            batch["image"] = torch.zeros(0, *self.image_shape)
         return batch
 
     def teardown(self, stage: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.data_files import DataFilesDict, get_data_patterns
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+from huggingface_hub.errors import GatedRepoError
 
 from calib_guidance.data.base import ImageSource, IndexedSource, Row, SourceOptions, positions
-from calib_guidance.errors import ConfigurationError
+from calib_guidance.errors import ConfigurationError, first_line
 
+READING_ERRORS = (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError)
 # Usual names of columns, tried in order.
 _USUAL = {"image": ("image", "img", "png", "jpg"), "label": ("label", "labels", "fine_label", "class")}
 
@@ -32,33 +33,45 @@ def open_table(kind: str, options: SourceOptions, streaming: bool) -> DatasetIma
         streaming: without a copy in the cache; what ``save_to_disk`` wrote needs none.
     """
     split, bracket, part = (options.split or "").partition("[")
-    count = None
-    if kind == "disk":
-        loaded = datasets.load_from_disk(str(options.path))
-        splits = loaded if isinstance(loaded, dict) else {"train": loaded}
-    elif kind == "hub":
-        try:
-            splits = datasets.load_dataset(path=options.source, name=options.subset, streaming=streaming)
-        except (datasets.exceptions.DatasetNotFoundError, ConnectionError, HfHubHTTPError) as error:
-            raise _unreachable(options, error) from error
-    else:
+    count, files = None, []
+    if kind in ("parquet", "arrow"):
         split, files = _files(kind, options, split)
-        if kind == "parquet":
-            try:
-                count = sum(pq.read_metadata(file).num_rows for file in files)
-            except (OSError, pa.ArrowException) as error:
-                raise ConfigurationError(f"{options.source} cannot be read as parquet: {error}") from error
-        splits = datasets.load_dataset(path=kind, data_files={split: files}, streaming=streaming)
+    try:
+        if kind == "disk":
+            loaded = datasets.load_from_disk(str(options.path))
+            splits = loaded if isinstance(loaded, dict) else {"train": loaded}
+        elif kind == "hub":
+            splits = datasets.load_dataset(path=options.source, name=options.subset, streaming=streaming)
+        else:
+            if kind == "parquet":
+                count = _num_rows(files)
+            splits = datasets.load_dataset(path=kind, data_files={split: files}, streaming=streaming)
+    except ConfigurationError:
+        raise
+    except Exception as error:  # libraries fail in as many ways as there are formats and connections
+        raise _unreadable(kind, options, error) from error
     split = split or "train"
     rows = splits.get(split)
     if rows is None or (part and isinstance(rows, datasets.IterableDataset)):
         raise options.no_split(f"{split}{bracket}{part}", splits)
     if isinstance(rows, datasets.Dataset):
-        rows = rows.select(positions(bracket + part, len(rows))) if part else rows
-        return DatasetImages(kind, options, f"{split}{bracket}{part}", rows, len(rows))
+        return DatasetImages(kind, options, f"{split}{bracket}{part}", rows, bracket + part)
     if count is None:
         count = getattr((rows.info.splits or {}).get(split), "num_examples", None)
     return StreamedImages(kind, options, split, rows, count)
+
+
+def _num_rows(files: Sequence[str]) -> int:
+    """Rows of parquet files, which have to have the same columns."""
+    heads = [pq.read_metadata(file) for file in files]
+    first, *others = ([*head.schema.to_arrow_schema().names] for head in heads)
+    for file, columns in zip(files[1:], others, strict=True):
+        if sorted(columns) != sorted(first):
+            raise ConfigurationError(
+                f"{file} has other columns ({', '.join(columns)}) than {files[0]} ({', '.join(first)}): name files of one "
+                "data set"
+            )
+    return sum(head.num_rows for head in heads)
 
 
 def _files(kind: str, options: SourceOptions, split: str) -> tuple[str, list[str]]:
@@ -93,23 +106,30 @@ def _files(kind: str, options: SourceOptions, split: str) -> tuple[str, list[str
     return split, splits[split]
 
 
-def _unreachable(options: SourceOptions, error: Exception) -> ConfigurationError:
-    source, option = options.source, options.option
+def _unreadable(kind: str, options: SourceOptions, error: Exception) -> ConfigurationError:
+    source, option, why = options.source, options.option, first_line(error.__cause__ or error)
     page = f"https://huggingface.co/datasets/{source}"
-    if isinstance(error, GatedRepoError) or "gated" in str(error):
-        return ConfigurationError(
+    if kind != "hub":
+        form = "what save_to_disk of datasets writes" if kind == "disk" else kind
+        text = f"{source} cannot be read as {form}: {why}. Copy or write it again"
+    elif isinstance(error, GatedRepoError) or "gated" in str(error):
+        text = (
             f"the hub data set {source} needs a login: accept its terms at {page}, then run `hf auth login` or set HF_TOKEN to a "
             "token of that account"
         )
-    if isinstance(error, datasets.exceptions.DatasetNotFoundError):
-        return ConfigurationError(
+    elif isinstance(error, datasets.exceptions.DatasetNotFoundError):
+        text = (
             f"{option('source')}: {source} is neither a path here nor a data set on the hub that this account may read. If "
             f"{page} is private, run `hf auth login` or set HF_TOKEN"
         )
-    return ConfigurationError(
-        f"the hub data set {source} cannot be reached ({error}), and there is no path of that name here. Without a network, name "
-        f"a local copy with {option('source')}"
-    )
+    elif isinstance(error, ValueError):
+        text = f"{option('subset')}: {' '.join(str(error).split())}"
+    else:
+        text = (
+            f"the hub data set {source} cannot be reached ({why}), and there is no path of that name here. Without a network, "
+            f"name a local copy with {option('source')}"
+        )
+    return ConfigurationError(text)
 
 
 def _holds(feature: Any, use: str) -> bool:
@@ -182,7 +202,14 @@ class _Table(ImageSource):
 
 
 class DatasetImages(_Table, IndexedSource):
-    """A split by row number."""
+    """A split, or a part of one, by row number."""
+
+    def __init__(self, kind: str, options: SourceOptions, split: str, rows: datasets.Dataset, part: str):
+        super().__init__(kind, options, split, rows, len(rows))
+        if part:
+            self.rows = self.rows.select(positions(part, len(rows), self.column("label")))
+            self.num_images = len(self.rows)
+        self.warn_of_empty_classes()
 
     def __getitem__(self, position: int) -> Row:
         return self.to_row(self.rows[position], f"split {self.split!r}, row {position}")
@@ -197,7 +224,7 @@ class DatasetImages(_Table, IndexedSource):
 class StreamedImages(_Table):
     """A split from beginning to end, without a copy in the cache of datasets; its shards are its files."""
 
-    def stream(self, num_shards: int, shuffle: bool) -> datasets.IterableDataset:
+    def stream(self, num_shards: int) -> datasets.IterableDataset:
         return self.rows
 
     def row(self, values: Mapping[str, Any]) -> Row:
@@ -208,8 +235,8 @@ class StreamedImages(_Table):
         for block in blocks:
             try:
                 found = list(itertools.islice(rows, block.start - position, block.stop - position))
-            except (OSError, pa.ArrowException, datasets.exceptions.DatasetGenerationError) as error:
-                raise ConfigurationError(f"{self.where} is damaged: {error}") from error
+            except READING_ERRORS as error:
+                raise ConfigurationError(f"{self.where} is damaged: {first_line(error)}") from error
             position = block.stop
             names = (f"split {self.split!r}, row {i}" for i in block)
             yield [self.to_row(values, name) for values, name in zip(found, names, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from calib_guidance.data.requests import DenoiseRequests
 from calib_guidance.denoisers.base import Denoiser
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.tasks.retry import Attempt, FaultTolerant, in_float32
+from calib_guidance.tasks.retry import Attempt, FaultTolerant, Samples, in_float32
 from calib_guidance.training.inputs import DenoisedInput
 
 
@@ -54,6 +55,11 @@ class DenoiseImages(FaultTolerant):
     def setup(self, stage: str) -> None:
         if stage == "predict":
             self.check()
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Samples:
+        if not len(batch["index"]):  # no image of it can be read
+            return Samples({"image": batch["image"], "t": batch["index"]}, [])
+        return super().predict_step(batch, batch_idx)
 
     def attempt(self, batch: dict[str, Tensor], float32: bool) -> Attempt:
         """``image`` ``(N, C, H, W)`` in [-1, 1] and ``t`` ``(N,)`` for requests ``{index, source, label, seed, image}``."""

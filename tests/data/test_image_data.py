@@ -155,7 +155,7 @@ def test_what_save_to_disk_wrote(tmp_path, streaming):
     datasets.DatasetDict(train=table(12), validation=table(5, 50)).save_to_disk(tmp_path)
     data = opened(tmp_path, streaming=streaming, classes="imagenet")
     assert sorted(joined(epoch(data), "label").tolist()) == [0] * 4 + [2] * 4 + [281] * 4
-    assert joined(list(data.val_dataloader()), "label").tolist() == [0, 2, 281, 0, 2]
+    assert sorted(joined(list(data.val_dataloader()), "label").tolist()) == [0, 0, 2, 2, 281]
 
 
 def test_arrow_files_and_a_part_of_a_split(tmp_path):
@@ -171,7 +171,9 @@ def test_a_streamed_folder_is_that_folder(folder):
     assert len(set(joined(train, "index").tolist())) == 16
     assert len(set(train[0]["label"].tolist())) > 1
     whole, stream = list(data.val_dataloader()), list(streamed.val_dataloader())
-    assert torch.equal(joined(whole, "image"), joined(stream, "image"))
+    images = joined(stream, "image")[data._data["val"].source.mixed().argsort()]  # any beginning has every class
+    assert torch.equal(joined(whole, "image"), images)
+    assert set(stream[0]["label"].tolist()) == {0, 1, 2}
     assert joined(stream, "index").min() >= 0
     # A hash of the file: the same in the next epoch.
     assert len({*joined(train, "index").tolist(), *joined(epoch(streamed, 1), "index").tolist()}) <= 18
@@ -321,10 +323,30 @@ def test_corrupt_images_are_skipped_and_named(folder, tmp_path, caplog, num_work
     assert len(set(module.trained)) == 16
     assert set(module.validated) == set(range(6))
     for file in files[:2]:
-        assert sum(f"skipped a corrupt image: {file}" in record.message for record in caplog.records) == 1
+        name = file.relative_to(folder / "train")
+        assert sum(f"skipped a corrupt image: {name}" in record.message for record in caplog.records) == 1
     assert any("split 'train': 2 corrupt images were skipped" in record.message for record in caplog.records)
-    with pytest.raises(ConfigurationError, match=r"[12] of 18 images are corrupt, more than data.max_corrupt \(0.05\)"):
+    with pytest.raises(ConfigurationError, match=r"2 of 18 images are corrupt, more than data.max_corrupt \(0.05\)"):
         fit(ImageData(str(folder), **options, max_corrupt=0.05), tmp_path, max_epochs=3)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_of_which_nothing_can_be_read(folder, tmp_path, caplog, num_workers, streaming):
+    """Two of three classes are corrupt: whole batches of them, while training and at every place of the validation."""
+    for split in ("train", "val"):
+        for file in [*(folder / split / WNIDS[0]).iterdir(), *(folder / split / WNIDS[2]).iterdir()]:
+            file.write_bytes(b"no image")
+    data = ImageData(
+        str(folder), 8, batch_size=2, num_workers=num_workers, max_corrupt=0.7, streaming=streaming, shuffle_buffer=1
+    )
+    with caplog.at_level(logging.WARNING):
+        module = fit(data, tmp_path, max_epochs=2, num_sanity_val_steps=0)
+    assert len(module.trained) == 2 * 18
+    assert len(set(module.validated)) == 2
+    assert len(module.validated) == 4
+    assert "split 'train': 12 corrupt images were skipped" in caplog.text
+    assert "split 'validation': 4 corrupt images were skipped" in caplog.text
 
 
 def test_a_file_that_is_gone_is_corrupt_and_so_is_a_row_without_an_image(folder, tmp_path):
@@ -332,7 +354,9 @@ def test_a_file_that_is_gone_is_corrupt_and_so_is_a_row_without_an_image(folder,
     data.prepare_data()
     data.setup("fit")
     (gone := next((folder / "train" / WNIDS[0]).iterdir())).unlink()
-    assert next(iter(data.train_dataloader()))["corrupt"] == [f"{gone} (No such file or directory)"]
+    batch = next(iter(data.train_dataloader()))
+    assert batch["corrupt"] == [f"{gone.relative_to(folder / 'train')} (No such file or directory)"]
+    assert len(batch["index"]) == 18  # another image stands in for it
     rows = table(6).cast_column("image", datasets.Image(decode=False)).to_list()
     rows[2]["image"] = None
     rows = datasets.Dataset.from_list(rows, table(1).features)

@@ -20,7 +20,7 @@ class Numbers(RequestData):
 
     def __init__(self, count, batch_size, num_workers):
         super().__init__()
-        self.requests = [{"index": i, "seed": 7} if i != 3 else {"corrupt": "three.png"} for i in range(count)]
+        self.requests = [{"index": i, "seed": 7} if i != 3 else {"corrupt": ["three.png"]} for i in range(count)]
         self.batch_size, self.num_workers = batch_size, num_workers
 
 
