@@ -158,7 +158,7 @@ def _strengths(guidance: Guidance | None, sampler: Sampler, levels: NoiseLevels)
 
     def together(schedules: list[GuidanceSchedule]) -> list[float]:
         each = [strength(s, levels, unit, part.scale) for s, part in zip(schedules, parts, strict=True)]
-        return np.where(levels.times > guidance.switch_at, *each).tolist() if len(each) > 1 else each[0].tolist()
+        return np.where(guidance.is_early(levels), *each).tolist() if len(each) > 1 else each[0].tolist()
 
     schedules = [part.schedule for part in parts]
     plain = [GuidanceSchedule(0.0, s.interval, s.sigma_interval, s.every) for s in schedules]

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 from calib_guidance.diffusion.schedules import NoiseLevels
 
+# Relative: a level's σ and t are recomputed from ᾱ, and bounds are written with few digits.
+_TOLERANCE = 1e-6
+
 
 def _check_interval(name: str, interval: Sequence[float] | None) -> tuple[float, ...] | None:
     if interval is not None and (len(interval) != 2 or interval[0] > interval[1]):
@@ -15,6 +18,8 @@ def _check_interval(name: str, interval: Sequence[float] | None) -> tuple[float,
 
 class Interval:
     """Steps at which guidance is on (Kynkäänniemi et al. 2024, arXiv 2404.07724).
+
+    The level at which a step starts, before churn, decides for every evaluation of the step, as in the published code.
 
     Args:
         interval: ``[t_low, t_high]``, both included, on the scale of the full process (0 … 999); None is everywhere.
@@ -39,5 +44,6 @@ class Interval:
         on = levels.executed % self.every == 0
         for values, bounds in ((levels.times, self.interval), (levels.sigmas, self.sigma_interval)):
             if bounds is not None:
-                on = on & (bounds[0] <= values) & (values <= bounds[1])
+                low, high = bounds[0] - _TOLERANCE * abs(bounds[0]), bounds[1] + _TOLERANCE * abs(bounds[1])
+                on = on & ((low <= values) & (values <= high))[levels.start]
         return on.tolist()

@@ -79,6 +79,7 @@ class NoiseLevels(NamedTuple):
         alphas_cumprod: ``(N,)`` float64, ᾱ.
         progress: ``(N,)`` where the sine schedule is at each level, as a share of π: i/N for DDPM.
         executed: ``(N,)`` steps done before each level's.
+        start: ``(N,)`` index of the level at which each level's step starts: its own, unless a step evaluates at several levels.
         num_train_steps: T.
     """
 
@@ -86,6 +87,7 @@ class NoiseLevels(NamedTuple):
     alphas_cumprod: np.ndarray
     progress: np.ndarray
     executed: np.ndarray
+    start: np.ndarray
     num_train_steps: int
 
     @property
@@ -97,7 +99,7 @@ class NoiseLevels(NamedTuple):
 def _levels(times: np.ndarray, alphas_cumprod: np.ndarray, num_train_steps: int) -> NoiseLevels:
     """Levels that are passed one after the other, the last one first."""
     i = np.arange(len(times))
-    return NoiseLevels(np.asarray(times, np.float64), alphas_cumprod, i / len(i), i[::-1], num_train_steps)
+    return NoiseLevels(np.asarray(times, np.float64), alphas_cumprod, i / len(i), i[::-1], i, num_train_steps)
 
 
 class Posterior(NamedTuple):

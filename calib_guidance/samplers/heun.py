@@ -29,8 +29,9 @@ class Heun(Sampler):
         rho: ρ, curvature of the steps between them.
         s_churn, s_min, s_max, s_noise: noise that is added over all steps (0 is the ODE), the noise levels between which it is
             added, and its standard deviation.
-        guide_correction: guide the second half of the step too, where the gradient is taken again, at X'. (Where guidance moves
-            the sample, the two moves are averaged, the trapezoidal rule.) Published numbers are without.
+        guide_correction: guide the second evaluation of a step too, at X', where the classifier runs again. None does, unless
+            ``apply_to: sample``: the guided score is the score of both evaluations, and one of two halves its strength.
+            Algorithm 2 moves the sample once per step; true averages two moves (the trapezoidal rule).
         clip_denoised: clip x̂0 to [-1, 1]; EDM does not.
     """
 
@@ -46,7 +47,7 @@ class Heun(Sampler):
         s_min: float = 0.0,
         s_max: float = math.inf,
         s_noise: float = 1.0,
-        guide_correction: bool = False,
+        guide_correction: bool | None = None,
         clip_denoised: bool = False,
     ):
         self.sigmas = karras_sigmas(num_steps, sigma_min, sigma_max, rho)
@@ -78,6 +79,7 @@ class Heun(Sampler):
 
     def step(self, x: Tensor, i: int, evaluate: Evaluate, c: SimpleNamespace) -> Transition:
         n, x_hat, move = self.num_steps, x, None
+        guides_twice = not c.moves_sample if self.guide_correction is None else self.guide_correction
         if self.raised[i] > self.sigmas[i]:
             x_hat = x + c.churn[i] * c.noise()
         if c.moves_sample and (move := sample_move(x, i, i, n, evaluate, c)) is not None:
@@ -86,9 +88,9 @@ class Heun(Sampler):
         x_next = x_hat + c.h[i] * first
         if i:
             again = 2 * n + i
-            second = self._slope(x_next, again, evaluate, c, self.guide_correction and not c.moves_sample)
+            second = self._slope(x_next, again, evaluate, c, guided=guides_twice and not c.moves_sample)
             correction = c.h[i] * (second - first)
-            if move is not None and self.guide_correction:
+            if move is not None and guides_twice:
                 second_move = sample_move(x_next, i, again, n, evaluate, c)
                 correction = correction if second_move is None else correction + second_move - move
             x_next = x_next + correction / 2

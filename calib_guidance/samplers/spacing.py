@@ -59,10 +59,14 @@ def churned_sigmas(sigmas: np.ndarray, s_churn: float, s_min: float, s_max: floa
 
 
 def levels_of_passes(schedule: NoiseSchedule, *sigmas: np.ndarray) -> NoiseLevels:
-    """Levels of N steps that evaluate at several σ each, ``(N,)`` for each evaluation, one evaluation after the other."""
+    """Levels of N steps that evaluate at several σ each, ``(N,)`` for each evaluation, one evaluation after the other.
+
+    The first are the levels at which the steps start.
+    """
     n = len(sigmas[0])
-    executed = np.arange(len(sigmas) * n)[::-1] % n
-    return schedule.at_sigmas(np.concatenate(sigmas))._replace(executed=executed, progress=executed / n)
+    start = np.arange(len(sigmas) * n) % n
+    executed = n - 1 - start
+    return schedule.at_sigmas(np.concatenate(sigmas))._replace(executed=executed, progress=executed / n, start=start)
 
 
 class StepSizes(NamedTuple):
