@@ -276,7 +276,9 @@ def report(
     exact, aware, plain, through = (method.name for method in METHODS[:4])
     bound = float(floor.mean() + 5 * floor.std())
     joint = mixture.log_joint(grid())
-    own = math.exp(smoothed_one_hot_log(torch.tensor([Y]), len(MEANS), 0.1, torch.float64)[0, Y])
+    own = math.exp(
+        smoothed_one_hot_log(torch.tensor([Y]), len(MEANS), DivergenceRegularized().epsilon, torch.float64)[0, Y]
+    )
     share = float(joint[:, Y].softmax(0) @ (joint.argmax(1) == Y).double())
     p, others = ddpm[plain], {name: m for name, m in ddpm.items() if name not in (exact, aware)}
     ranked = sorted(others, key=lambda name: others[name].energy)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, get_args
 
@@ -14,7 +14,6 @@ from calib_guidance.errors import check_choice
 Dtype = Literal["float32", "float16", "bfloat16"]
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype)}
 HALVES = (torch.float16, torch.bfloat16)
-_ROOM = 256.0  # where gradients start: far from the least number of float16, 6e-8, and from its largest, 65504
 
 
 def dtype_of(name: str, known: Iterable[str] = DTYPES) -> torch.dtype:
@@ -44,31 +43,7 @@ def exact_float32() -> Iterator[None]:
             backend.allow_tf32 = allowed
 
 
-def wide_gradient(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Call a network in float16 whose gradients do not vanish: those of a sure classifier are below the least of float16.
-
-    The way back is linear and samples do not meet on it. Each sample's gradient starts at one size, and gets its own back in
-    float32.
-
-    Args:
-        network: maps float32 images ``(N, …)``, which it casts itself, to float32 logits ``(N, K)``.
-        x: the images.
-    """
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return network(x)
-    size: Tensor | None = None  # of each sample, from the start of the way back to its end
-
-    def start(gradient: Tensor) -> Tensor:
-        nonlocal size
-        largest = gradient.abs().amax(dim=1)
-        size = torch.where(largest > 0, largest, torch.ones_like(largest))
-        return gradient * (_ROOM / size)[:, None]
-
-    def end(gradient: Tensor) -> Tensor:
-        return gradient * (size / _ROOM).view(-1, *[1] * (gradient.ndim - 1))
-
-    images = x.view_as(x)
-    images.register_hook(end)
-    logits = network(images)
-    logits.register_hook(start)
-    return logits.view_as(logits)
+def power_of_two(x: Tensor) -> Tensor:
+    """The largest power of two that is at most ``x`` ≥ 0, float32 or float64, and a normal number: dividing by it is exact."""
+    bits, exponent = (torch.int64, 0x7FF << 52) if x.dtype == torch.float64 else (torch.int32, 0xFF << 23)
+    return (x.view(bits) & exponent).view(x.dtype).clamp(min=torch.finfo(x.dtype).tiny)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calib_guidance.backend.precision import Dtype, autocast, dtype_of, wide_gradient
+from calib_guidance.backend.precision import Dtype, autocast, dtype_of
 from calib_guidance.classifiers.base import Classifier, Standardize
 from calib_guidance.scores.base import as_float
 from calib_guidance.weights.io import load_weights
@@ -233,12 +233,7 @@ class CLIPClassifier(Classifier):
         with autocast(x.device, None):
             shown = self.standardize(torch.cat(self._views(as_float(x), t)))
         with autocast(x.device, None if self.dtype == torch.float32 else self.dtype):
-            visual = self._compiled or self.visual
-
-            def embed(images: Tensor) -> Tensor:
-                return visual(images).to(self.text.dtype)
-
-            embedding = wide_gradient(embed, shown) if self.dtype == torch.float16 else embed(shown)
+            embedding = (self._compiled or self.visual)(shown).to(self.text.dtype)
         with autocast(x.device, None):
             embedding = F.normalize(embedding, dim=-1).view(-1, len(x), self.text.shape[1]).mean(0)
             return embedding @ self.text.T

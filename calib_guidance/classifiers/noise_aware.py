@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from calib_guidance.backend.precision import Dtype, wide_gradient
+from calib_guidance.backend.precision import Dtype
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.weights import registry
 from calib_guidance.weights.io import load_weights, part_of, read_weights
@@ -65,6 +64,4 @@ class NoiseAwareClassifier(Classifier):
                 "a noise-aware classifier needs the step t: train it with NoisyInput and guide it with classifier_input: x_t"
             )
         network = self._compiled or self.network
-        if getattr(self.network, "dtype", None) == torch.float16:
-            return self.temper(wide_gradient(lambda images: network(images, t), x), t)
         return self.temper(network(x, t), t)

@@ -18,7 +18,7 @@ from torch.fx.experimental.optimization import fuse
 from torch.overrides import TorchFunctionMode
 
 from calib_guidance.backend.convolutions import pack_convolutions
-from calib_guidance.backend.precision import Dtype, dtype_of, wide_gradient
+from calib_guidance.backend.precision import Dtype, dtype_of
 from calib_guidance.classifiers.base import Classifier, Standardize
 from calib_guidance.errors import CheckpointError, check_choice
 from calib_guidance.weights.io import load_weights, tensors_only
@@ -210,6 +210,6 @@ class OffTheShelfClassifier(Classifier):
         if self.normalize == "imagenet":
             x = self.standardize(x)
         network = self._compiled or self.network
-        if not self._frozen or self.dtype == torch.float32:
-            return self.temper(network(x), t)
-        return self.temper(wide_gradient(lambda images: network(images.to(self.dtype)).to(x.dtype), x), t)
+        if self._frozen and self.dtype != torch.float32:
+            return self.temper(network(x.to(self.dtype)).to(x.dtype), t)
+        return self.temper(network(x), t)

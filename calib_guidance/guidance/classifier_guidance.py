@@ -3,38 +3,55 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from calib_guidance.backend.precision import power_of_two
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.denoisers.base import Predict, Prediction
+from calib_guidance.diffusion.interval import Interval
 from calib_guidance.diffusion.schedules import NoiseLevels
 from calib_guidance.guidance.base import Aux, Decode, Guidance, Guide, Guided, Plan, identity
 from calib_guidance.guidance.schedules import GuidanceSchedule
-from calib_guidance.scores.base import Score, TemperedLogProb
+from calib_guidance.scores.base import Score, TemperedLogProb, as_float
 
 CLASSIFIER_INPUTS = ("x0", "x_t", "x_t_normalized")
 APPLY_TO = ("score", "cfg_residual", "sample")
+_ROOM = 256.0  # where gradients start: far from the least number of float16 and from its largest, 65504
 
 
 def rms(x: Tensor) -> Tensor:
-    """Root mean square of each sample, ``(N, C, H, W)`` to ``(N, 1, 1, 1)``."""
-    return x.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+    """Root mean square of each sample, ``(N, C, H, W)`` to ``(N, 1, 1, 1)``; squares of tiny numbers do not underflow."""
+    unit = power_of_two(x.abs().amax(dim=(1, 2, 3), keepdim=True))
+    return unit * (x / unit).square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
 
 
 def match_norm(gradient: Tensor, reference: Tensor) -> Tensor:
-    """``gradient`` with the norm of ``reference``, sample by sample; zero where the gradient is zero.
+    """``gradient`` with the norm of ``reference``, ``(N, C, H, W)`` each, sample by sample; zero where the gradient is zero."""
+    size = rms(gradient)
+    return rms(reference) * (gradient / torch.where(size > 0, size, 1.0))
+
+
+def input_gradient(score: Callable[[Tensor], Tensor], logits: Tensor, source: Tensor) -> Tensor:
+    """∇S of ``score(logits)`` with respect to ``source``, which does not vanish in networks of half precision.
+
+    ∇S of a sure classifier is below the least number of float16 (6e-8). The way back from the logits is linear and samples do
+    not meet on it, so each starts at one size and gets its own back at the end.
 
     Args:
-        gradient, reference: ``(N, C, H, W)``.
+        score: ``(N, K)`` float32 logits to ``(N,)``.
+        logits: ``(N, K)``, computed from ``source``.
+        source: ``(N, …)`` in float32 or wider.
     """
-    norm = gradient.flatten(1).norm(dim=1)
-    ratio = reference.flatten(1).norm(dim=1) / norm
-    return gradient * torch.where(norm > 0, ratio, 0.0).view(-1, 1, 1, 1)
+    leaf = as_float(logits.detach()).requires_grad_()
+    (slope,) = torch.autograd.grad(score(leaf).sum(), leaf)
+    size = power_of_two(slope.abs().amax(dim=1)) / _ROOM
+    (gradient,) = torch.autograd.grad(logits, source, (slope / size[:, None]).to(logits.dtype))
+    return gradient * size.to(gradient.dtype).view(-1, *[1] * (gradient.ndim - 1))
 
 
 class ClassifierGuidance(Guidance):
@@ -123,7 +140,7 @@ class ClassifierGuidance(Guidance):
                 prediction, source, image = self._look(predict, x_t, i, to_ve[i], dtype)
                 image = decode(image) if self.classifier_input == "x0" else image
                 logits = self.classifier(image.to(dtype or image.dtype), t[i])
-                (gradient,) = torch.autograd.grad(self.score(logits, y, fractions[i]).sum(), source)
+                gradient = input_gradient(lambda f: self.score(f, y, fractions[i]), logits, source)
             aux = Aux(logits.detach(), gradient.to(x_t.dtype))
             prediction = prediction and prediction.detach()
             return self._guided(prediction, aux, float(plan.sine[i]))
@@ -172,7 +189,8 @@ class SwitchedGuidance(Guidance):
     Args:
         early: guides while t > ``switch_at``.
         late: guides from ``switch_at`` down.
-        switch_at: step of the full process (0 … 999); 200 is step 50 of 250, the paper's choice.
+        switch_at: step of the full process (0 … 999); 200 is step 50 of 250, the paper's choice. The level at which a step starts
+            decides for all of it.
     """
 
     def __init__(self, early: ClassifierGuidance, late: ClassifierGuidance, switch_at: int = 200):
@@ -188,13 +206,16 @@ class SwitchedGuidance(Guidance):
     def parts(self) -> Sequence[Guidance]:
         return [self.early, self.late]
 
+    def is_early(self, levels: NoiseLevels) -> np.ndarray:
+        """Whether ``early`` guides at each of the levels, ``(T,)`` bool."""
+        return ~np.array(Interval([-math.inf, self.switch_at]).active(levels))
+
     def plan(self, levels: NoiseLevels) -> Plan:
-        early, late = self.early.plan(levels), self.late.plan(levels)
-        first = levels.times > self.switch_at
-        by_level = (np.where(first, e, n) for e, n in zip(early[:4], late[:4], strict=True))
+        early, late, is_early = self.early.plan(levels), self.late.plan(levels), self.is_early(levels)
+        by_level = (np.where(is_early, e, n) for e, n in zip(early[:4], late[:4], strict=True))
         return Plan(*by_level, early.moves_sample or late.moves_sample)
 
     def prepare(self, levels: NoiseLevels, y: Tensor, decode: Decode = identity) -> Guide:
         early, late = (part.prepare(levels, y, decode) for part in (self.early, self.late))
-        chosen = [early if t > self.switch_at else late for t in levels.times]
+        chosen = [early if is_early else late for is_early in self.is_early(levels)]
         return lambda predict, x_t, i: chosen[i](predict, x_t, i)

@@ -20,7 +20,8 @@ class DDPM(Sampler):
     """Ancestral sampling (Ho et al. 2020), guided as in arXiv 2310.11311 Algorithm 1.
 
     x_{t−1} = μ + (Σ + γ·sin(π·i/N)·Σ_max)·s·∇S + √Σ·z, where Σ_max is the largest variance so far of the sample's first
-    element. (The reference implementation takes that of the first sample of the batch, for all.)
+    element, over every step of the trajectory, guided or not. (The reference implementation takes that of the first sample of the
+    batch, for all.)
 
     Args:
         steps: respacing, e.g. ``"250"``, ``"10,10,5"``, ``"ddim25"``.
@@ -73,9 +74,8 @@ class DDPM(Sampler):
         else:
             log_variance = c.fixed[i].expand(len(x), 1, 1, 1)
         variance = log_variance.exp()
+        first = variance[:, :1, :1, :1]
+        largest = c.state["largest_variance"] = torch.maximum(c.state.get("largest_variance", first), first)
         if score is not None:
-            first = variance[:, :1, :1, :1]
-            largest = torch.maximum(c.state.get("largest_variance", first), first)
-            c.state["largest_variance"] = largest
             mean = torch.addcmul(mean, variance + c.sine[i] * largest, score)
         return Transition(mean, variance.sqrt())

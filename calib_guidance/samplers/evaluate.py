@@ -11,7 +11,7 @@ from torch import Tensor
 from calib_guidance.denoisers.base import Denoiser, prepare_clipped
 from calib_guidance.diffusion.schedules import NoiseLevels
 from calib_guidance.guidance.base import Guidance, Guided, Plan
-from calib_guidance.guidance.classifier_guidance import rms
+from calib_guidance.guidance.classifier_guidance import match_norm
 from calib_guidance.samplers.guidance_scaling import GuidanceScaling
 
 
@@ -111,5 +111,4 @@ def sample_move(x: Tensor, i: int, k: int, num_steps: int, evaluate: Evaluate, c
     if score is None:
         return None
     strength = (c.scale[i] * ((i + 2) / (num_steps + 1))).clamp(min=1e-5) + c.scale[i] * c.sine[i]
-    size = rms(score)
-    return strength * rms(x) * score * torch.where(size > 0, 1 / size, 0.0)
+    return strength * match_norm(score, x)

@@ -6,12 +6,28 @@ import math
 from abc import ABC, abstractmethod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 def as_float(logits: Tensor) -> Tensor:
     """Half-precision logits as float32: scores and their gradients are never computed in half precision."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """log p of p = softmax(f), ``(N, K)`` in float32 or wider, whose gradients stay exact where the classifier is sure.
+
+    With m the most likely class and u = logsumexp_{j≠m} f_j − f_m: log p_m = −softplus(u), log p_j = f_j − logsumexp_{i≠m} f_i −
+    softplus(−u). PyTorch's own gradient holds 1 − p_m, which float32 rounds to 0 from log-odds of 16.6 on.
+    """
+    logits = as_float(logits)
+    most_likely = logits.argmax(dim=1, keepdim=True)
+    is_most_likely = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, most_likely, True)
+    others = logits.masked_fill(is_most_likely, -math.inf)
+    rest = others.logsumexp(dim=1, keepdim=True)
+    u = rest - logits.gather(1, most_likely)
+    return torch.where(is_most_likely, F.logsigmoid(-u), others - rest + F.logsigmoid(u))
 
 
 class Score(nn.Module, ABC):
@@ -32,7 +48,8 @@ class Score(nn.Module, ABC):
 def tempered_log_prob(logits: Tensor, y: Tensor, tau1: float = 1.0, tau2: float = 1.0) -> Tensor:
     """τ1·f_y − logsumexp(τ2·f), ``(N,)`` (arXiv 2310.11311 Eq. 4), from logits ``(N, K)`` and classes ``(N,)``."""
     logits = as_float(logits)
-    return tau1 * logits.gather(1, y[:, None]).squeeze(1) - torch.logsumexp(tau2 * logits, dim=1)
+    log_p, joint = log_softmax(tau2 * logits), (tau1 - tau2) * logits
+    return (log_p + joint).gather(1, y[:, None]).squeeze(1)
 
 
 class TemperedLogProb(Score):

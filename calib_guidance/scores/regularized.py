@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calib_guidance.scores.base import TemperedLogProb, as_float, tempered_log_prob
+from calib_guidance.scores.base import TemperedLogProb, as_float, log_softmax, tempered_log_prob
 
 WEIGHTINGS = ("constant", "linear", "cosine", "confidence")
 
 
 def entropy(logits: Tensor) -> Tensor:
     """H(p) = −Σ p log p of p = softmax(f), in nats: ``(N, K)`` to ``(N,)`` in [0, log K]."""
-    log_p = as_float(logits).log_softmax(dim=1)
+    log_p = log_softmax(logits)
     return -(log_p.exp() * log_p).sum(dim=1)
 
 
@@ -123,15 +123,14 @@ def divergence_regularized(
     y: Tensor,
     divergence: str = "js",
     alpha: float = 0.1,
-    epsilon: float = 0.1,
+    epsilon: float = 0.9,
     tau1: float = 1.0,
     tau2: float = 1.0,
 ) -> Tensor:
     """log p_{τ1,τ2}(y|x) − α·D(q_y, p), with p the softmax at temperature 1; ``(N,)``."""
     logits = as_float(logits)
-    log_p = logits.log_softmax(dim=1)
     log_q = smoothed_one_hot_log(y, logits.shape[1], epsilon, logits.dtype)
-    return tempered_log_prob(logits, y, tau1, tau2) - alpha * DIVERGENCES[divergence](log_q, log_p)
+    return tempered_log_prob(logits, y, tau1, tau2) - alpha * DIVERGENCES[divergence](log_q, log_softmax(logits))
 
 
 class DivergenceRegularized(TemperedLogProb):
@@ -140,10 +139,12 @@ class DivergenceRegularized(TemperedLogProb):
     Args:
         divergence: ``rkl``, ``fkl``, ``js`` or ``hellinger``.
         alpha: weight α ≥ 0; 0.05 … 0.15 in the paper.
-        epsilon: how peaked the target is, in (0, 1): near 0 uniform, near 1 one-hot.
+        epsilon: ε in (0, 1) of the target q_y = (1−ε)/K + ε·[i = y]: near 0 uniform, near 1 one-hot. The paper gives no value. It
+            calls q_y label-smoothed, and derives for reverse KL a target direction of τ1 + αε and a diversity term of α(1−ε)/K
+            per class, so ε is read as near 1. Near 0 the divergence pulls against the class as soon as p_y > q_y.
     """
 
-    def __init__(self, divergence: str = "js", alpha: float = 0.1, epsilon: float = 0.1, *args: Any, **kwargs: Any):
+    def __init__(self, divergence: str = "js", alpha: float = 0.1, epsilon: float = 0.9, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if divergence not in DIVERGENCES:
             raise ValueError(f"divergence: unknown {divergence!r}; known: {', '.join(DIVERGENCES)}")

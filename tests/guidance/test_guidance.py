@@ -1,5 +1,6 @@
 """Where guidance apply_to, where it is off, and that off means that no classifier runs."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from calib_guidance.denoisers.base import prepare_clipped
 from calib_guidance.diffusion import Interval
 from calib_guidance.diffusion.rng import SampleStreams
 from calib_guidance.diffusion.schedules import NoiseSchedule, named_betas
-from calib_guidance.guidance import ClassifierGuidance, GuidanceSchedule, SwitchedGuidance, match_norm
+from calib_guidance.guidance import ClassifierGuidance, GuidanceSchedule, SwitchedGuidance, match_norm, rms
 from calib_guidance.networks import UNet
 from calib_guidance.samplers import DDIM, DDPM
 from calib_guidance.scores import TemperedLogProb
@@ -222,6 +223,19 @@ class TestClassifierFree:
         matched = match_norm(gradient, torch.full((2, 1, 2, 2), 3.0))
         assert torch.equal(matched, torch.stack([torch.zeros(1, 2, 2), torch.full((1, 2, 2), 3.0)]))
 
+    @pytest.mark.parametrize("size", [1e-10, 1e-20, 1e-25, 1e-37, 1e30])
+    def test_the_direction_of_a_tiny_gradient_counts_in_full(self, size):
+        """Squares of float32 underflow below 1e-23: against float64."""
+        gradient, reference = torch.randn(2, 3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        gradient = gradient * size
+        wide = gradient.double()
+        expected = wide.square().mean((1, 2, 3), keepdim=True).sqrt()
+        torch.testing.assert_close(rms(gradient).double() / size, expected / size)
+        expected = wide / expected * reference.double().square().mean((1, 2, 3), keepdim=True).sqrt()
+        torch.testing.assert_close(match_norm(gradient, reference).double(), expected, atol=1e-6, rtol=1e-5)
+        move = match_norm(wide * 1e-200, reference.double())  # Heun's, in float64
+        torch.testing.assert_close(move, expected, atol=1e-12, rtol=1e-12)
+
     @pytest.mark.parametrize("labels", [True, False])
     def test_autoguidance_extrapolates_from_the_weaker_model(self, denoiser, labels):
         """With its own schedule and sizes, at one step and at one for each sample; outside the interval it is not run."""
@@ -309,6 +323,15 @@ class Constant(Denoiser):
         return lambda x_t, i: Prediction(torch.zeros_like(x_t))
 
 
+class FirstPixels(Classifier):
+    """Three classes by the first three pixels."""
+
+    num_classes = 3
+
+    def forward(self, x, t=None):
+        return x.flatten(1)[:, :3]
+
+
 def test_fixed_variances_are_those_of_the_schedule():
     for variance, last in (("fixed_small", "posterior"), ("fixed_large", "beta")):
         records = []
@@ -322,6 +345,23 @@ def test_fixed_variances_are_those_of_the_schedule():
             assert float(residual.var()) == pytest.approx(expected, rel=5 * (2 / 8000) ** 0.5)
     with pytest.raises(ValueError, match="no variance channels"):
         DDPM(variance="learned_range").check(Constant(), None)
+
+
+def test_the_sines_largest_variance_is_that_of_every_step_also_where_guidance_starts_late():
+    """Without noise and with x̂0 = 0 a step adds (Σ + γ·sin(π·i/N)·Σ_max)·s·∇S to a multiple of x_t."""
+    model, records, y = Constant(), [], torch.zeros(3, dtype=torch.long)
+    schedule = model.schedule.respace("8")
+    guidance = ClassifierGuidance(FirstPixels(), scale=2.0, schedule=GuidanceSchedule(0.3, interval=[0, 500]))
+    start = [torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0))]
+    noise = lambda: start.pop() if start else torch.zeros(3, 1, 2, 2)  # noqa: E731
+    DDPM("8", "fixed_small")(model, noise, y, guidance, [records.append])
+    guided = [record for record in records if record.guided.score is not None]
+    assert [record.i for record in guided] == [3, 2, 1, 0]
+    variance = np.exp(schedule.posterior_log_variance_clipped)
+    for record in guided:
+        strength = variance[record.i] + 0.3 * np.sin(np.pi * record.i / 8) * variance.max()
+        added = record.x_next - float(schedule.posterior_mean_coef2[record.i]) * record.x_t
+        torch.testing.assert_close(added, float(strength) * record.guided.score, atol=1e-6, rtol=1e-5)
 
 
 class TestWhereAndWhatGuides:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from calib_guidance.guidance.classifier_guidance import input_gradient
 from calib_guidance.scores import (
     DIVERGENCES,
     DivergenceRegularized,
@@ -102,6 +103,63 @@ def test_reverse_kl_gradient_is_q_minus_p():
     q = torch.full((3, 5), 0.7 / 5, dtype=torch.float64)
     q[range(3), y] += 0.3
     torch.testing.assert_close(gradient, q - logits.softmax(1))
+
+
+SATURATED = [
+    *(TemperedLogProb(1.0, tau2) for tau2 in (1.0, 0.5, 0.0)),
+    *(DivergenceRegularized(name, 0.3, epsilon) for name in DIVERGENCES for epsilon in (0.1, 0.9)),
+    *(EntropyRegularized(0.5, weighting) for weighting in ("constant", "confidence")),
+    Tilted(-0.2, 2),
+]
+
+
+@pytest.mark.parametrize("score", SATURATED, ids=describe)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_direction_of_a_sure_classifier_is_that_of_float64(score, dtype):
+    """Log-odds of 10 to 40, of the class and against it: PyTorch's own log_softmax loses 1 − p_y from 16.6 on."""
+    log_odds, y = torch.arange(10.0, 41.0), torch.tensor([3]).expand(62)
+    logits = torch.randn(31, 10, generator=torch.Generator().manual_seed(0))
+    logits[:, 3] = logits[:, [0, 1, 2, *range(4, 10)]].logsumexp(1) + log_odds
+    logits = torch.cat([logits, logits.roll(1, 1)]).to(dtype).float()  # what this type holds of them
+    # As guidance takes it: what a classifier in half precision carries back is scaled on the way.
+    source = logits.clone().requires_grad_()
+    found = input_gradient(lambda f: score(f, y), source.to(dtype), source).double()
+    exact = logits.double().requires_grad_()
+    (expected,) = torch.autograd.grad(score(exact, y).sum(), exact)
+    assert (expected.abs().amax(1) > 0).all()
+    size = expected.abs().amax(1, keepdim=True)
+    assert torch.cosine_similarity(found / size, expected / size).min() > 0.999
+    error = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]  # a few roundings of the type
+    torch.testing.assert_close(found / size, expected / size, atol=error, rtol=0)
+
+
+@pytest.mark.parametrize("score", [TemperedLogProb(1.0, 0.5), DivergenceRegularized("js"), EntropyRegularized()])
+def test_a_single_class_has_no_gradient_of_its_probability(score):
+    logits = torch.tensor([[3.0], [-7.0]], requires_grad=True)
+    value = score(logits, torch.zeros(2, dtype=torch.long))
+    (gradient,) = torch.autograd.grad(value.sum(), logits)
+    assert torch.equal(gradient, torch.full((2, 1), score.tau1 - score.tau2))
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_a_peaked_target_pushes_the_class_up_and_a_flat_one_down(name):
+    """Against the plain score, while p_y lies between the two targets' probabilities, 0.19 and 0.91 of ten classes."""
+    p = torch.tensor([0.25, 0.5, 0.85], dtype=torch.float64)
+    logits = torch.cat([p.log()[:, None], ((1 - p) / 9).log()[:, None].expand(3, 9)], 1).requires_grad_()
+    y = torch.zeros(3, dtype=torch.long)
+
+    def push(score):
+        return torch.autograd.grad(score(logits, y).sum(), logits)[0][:, 0]
+
+    plain = push(TemperedLogProb())
+    torch.testing.assert_close(plain, 1 - p)
+    assert (push(DivergenceRegularized(name, 0.5, 0.9)) > plain).all()
+    assert (push(DivergenceRegularized(name, 0.5, 0.1)) < plain).all()
+    assert torch.equal(push(DivergenceRegularized(name, 0.5)), push(DivergenceRegularized(name, 0.5, 0.9)))
+    if name == "rkl":  # ∇_f KL(q‖p) = p − q
+        for epsilon in (0.1, 0.9):
+            q = (1 - epsilon) / 10 + epsilon
+            torch.testing.assert_close(push(DivergenceRegularized(name, 0.5, epsilon)), 1 - p + 0.5 * (q - p))
 
 
 def test_marginal_temperature_zero_leaves_the_joint_energy():
