@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# PyTorch's build, as uv names it: `make install TORCH_BACKEND=cpu` installs no CUDA libraries. Empty: what PyPI has.
+TORCH_BACKEND ?=
 INSTALLED := $(VENV)/.installed
 
 .PHONY: install demo test lint checkpoints compare calibrate-table calibrate-sweep few-steps sweep-ranking benchmarks figures clean
@@ -9,9 +11,10 @@ INSTALLED := $(VENV)/.installed
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
+	@echo "Installing into $(VENV). PyTorch and, on Linux, its CUDA libraries are most of the download."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable ".[test]"
+	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND)) --editable ".[test]"
 	touch $@
 
 # 1,000 guided digits, measured and drawn.

@@ -209,10 +209,16 @@ class TestShortNames:
         [
             ("--model.sampler=DDIMM", "model.sampler: there is no DDIMM (did you mean 'DDIM'?)"),
             ("--model.sampler=Tilted", "model.sampler: calib_guidance.scores.Tilted cannot be used here"),
+            (
+                "--model.sampler.variance=big",
+                "sampler.variance: unknown 'big'; known: auto, learned_range, fixed_small",
+            ),
+            ("--model.guidance.apply_to=x", "guidance.apply_to: unknown 'x'; known: score, cfg_residual, sample"),
+            ("--model.denoiser.prediction=x0", "denoiser.prediction: unknown 'x0'; known: epsilon, v"),
             ("--trainer.callbacks+=SampleWritr", "there is no SampleWritr (did you mean 'SampleWriter'?)"),
         ],
     )
-    def test_a_misspelled_class(self, read, option, message):
+    def test_a_misspelled_class_or_choice(self, read, option, message):
         with pytest.raises(ConfigurationError) as refused:
             read(option)
         assert message in str(refused.value)

@@ -80,7 +80,9 @@ def _device(name: str | None, local_rank: int, together: int) -> torch.device:
     try:
         device = torch.device(name or default)
     except RuntimeError as error:
-        raise ConfigurationError(f"--device: {name!r} is no device: cpu, cuda or cuda:NUMBER") from error
+        raise ConfigurationError(f"--device: invalid device {name!r}; expected cpu, cuda or cuda:NUMBER") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigurationError(f"--device: expected cpu, cuda or cuda:NUMBER, got {name!r} (metrics need float64)")
     if device.type == "cuda":
         if device.index is None:
             device = torch.device("cuda", local_rank)

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
@@ -16,10 +16,11 @@ from torch import Tensor
 
 from calib_guidance.backend.atomic import write_text
 from calib_guidance.classifiers import fit_temperature
-from calib_guidance.errors import ConfigurationError
+from calib_guidance.errors import ConfigurationError, check_choice
 from calib_guidance.weights.io import save_weights
 
-TEMPERATURES = ("none", "scalar", "by_level")
+Mode = Literal["min", "max"]
+FittedTemperature = Literal["none", "scalar", "by_level"]
 _WEIGHTS_OPTION = {"OffTheShelfClassifier": "weights", "NoiseAwareClassifier": "checkpoint"}
 
 
@@ -45,12 +46,14 @@ class ExportClassifier(L.Callback):
     """
 
     def __init__(
-        self, path: str | None = None, monitor: str | None = "val/nll", mode: str = "min", temperature: str = "none"
+        self,
+        path: str | None = None,
+        monitor: str | None = "val/nll",
+        mode: Mode = "min",
+        temperature: FittedTemperature = "none",
     ):
-        if mode not in ("min", "max"):
-            raise ConfigurationError(f"mode: unknown {mode!r}; known: min, max")
-        if temperature not in TEMPERATURES:
-            raise ConfigurationError(f"temperature: unknown {temperature!r}; known: {', '.join(TEMPERATURES)}")
+        check_choice("mode", mode, get_args(Mode))
+        check_choice("temperature", temperature, get_args(FittedTemperature))
         if path is not None and not path.endswith(".safetensors"):
             raise ConfigurationError(f"path: expected a .safetensors file, got {path!r}")
         self.path, self.monitor, self.mode, self.temperature = path, monitor, mode, temperature

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from calib_guidance.backend.distributed import DistributedContext
-from calib_guidance.backend.images import to_uint8
+from calib_guidance.backend.images import Uint8Rule, to_uint8
 from calib_guidance.callbacks.measurement import Measurement
 from calib_guidance.classifiers import Classifier
 from calib_guidance.data.base import ImageSource, Row
@@ -28,7 +28,7 @@ class _DatasetImages(ImageSource):
 
     kind = "data set"
 
-    def __init__(self, images: Dataset, uint8_rule: str):
+    def __init__(self, images: Dataset, uint8_rule: Uint8Rule):
         super().__init__(getattr(images, "name", type(images).__name__), len(images))
         self.images, self.uint8_rule, self.labelled = images, uint8_rule, "label" in images[0]
 
@@ -75,7 +75,7 @@ class SampleQuality(Measurement):
         metrics: Sequence[str] = ("fid", "pr", "classifier"),
         eval_classifier: Classifier | None = None,
         k: int = 3,
-        uint8_rule: str = "truncate",
+        uint8_rule: Uint8Rule = "truncate",
         batch_size: int = 250,
     ):
         self.features, self.reference, self.metrics = features, reference, tuple(metrics)

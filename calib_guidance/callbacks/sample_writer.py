@@ -23,7 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from calib_guidance import __version__
-from calib_guidance.backend.images import UINT8_RULES, to_uint8
+from calib_guidance.backend.images import UINT8_RULES, Uint8Rule, to_uint8
+from calib_guidance.backend.threads import available_cores
 from calib_guidance.callbacks.background import Background, to_host
 from calib_guidance.callbacks.clean_stop import CleanStop
 from calib_guidance.callbacks.measurement import Measurement, kept_measurements
@@ -94,7 +95,7 @@ class _Shard:
         self.failed += [*batch.failed, *({"index": i, "step": None, "reason": UNREADABLE} for i in sorted(unread))]
         self.seconds += batch.seconds
         # Compressing releases Python's lock, and is most of what writing samples costs.
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(available_cores()) as pool:
             self.columns["image"] += pool.map(_png, images)
 
     def table(self) -> pa.Table:
@@ -131,7 +132,7 @@ class SampleWriter(Measurement):
     def __init__(
         self,
         folder: str | None = None,
-        uint8_rule: str = "truncate",
+        uint8_rule: Uint8Rule = "truncate",
         restart: bool = False,
         lease: float = 600.0,
         stop_within: float = 60.0,

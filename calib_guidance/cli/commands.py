@@ -5,9 +5,13 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import platform
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
+import calib_guidance
+from calib_guidance.cli.trust import list_foreign
 from calib_guidance.errors import CheckpointError, ConfigurationError, RunError, StoppedError, closest
 
 _LIGHTNING = {
@@ -33,17 +37,29 @@ _COMMANDS = {
 def _overview() -> str:
     commands = _LIGHTNING | {name: text for name, (_, text) in _COMMANDS.items()}
     lines = "\n".join(f"  {name:10} {text}" for name, text in commands.items())
-    end = "calib-guidance COMMAND --help lists the options of a command."
+    end = "calib-guidance COMMAND --help lists the options of a command, calib-guidance --version the versions."
     return f"usage: calib-guidance COMMAND …\n\n{lines}\n\n{end}"
 
 
+def _version() -> str:
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning"))
+    return f"calib-guidance {calib_guidance.__version__} ({libraries}, Python {platform.python_version()})"
+
+
 def _run(argv: Sequence[str]) -> None:
+    if sys.platform == "win32":
+        raise ConfigurationError(
+            "Windows is not supported: run folders need POSIX signals and atomic links between files. Use WSL 2, Linux or macOS"
+        )
     if not argv:
         raise ConfigurationError(f"which command?\n{_overview()}")
     command = argv[0]
     if command in ("-h", "--help"):
         print(_overview())
+    elif command == "--version":
+        print(_version())
     elif command in _COMMANDS:
+        list_foreign(argv[1:])
         module = importlib.import_module(f"calib_guidance.{_COMMANDS[command][0]}")
         getattr(module, command)(argv[1:])
     elif command in _LIGHTNING or command.startswith("-"):

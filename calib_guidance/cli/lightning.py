@@ -19,6 +19,7 @@ import jsonargparse
 import lightning as L
 from jsonargparse import set_config_read_mode
 from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero
@@ -27,6 +28,8 @@ from calib_guidance.backend.threads import set_threads
 from calib_guidance.callbacks import RequeueBetweenSteps, StepSeeds
 from calib_guidance.callbacks.checkpoint_io import AtomicCheckpointIO
 from calib_guidance.cli.configs import expand_bases
+from calib_guidance.cli.help import plain_docstrings
+from calib_guidance.cli.trust import list_foreign
 from calib_guidance.errors import ConfigurationError, FailedSamplesError, closest
 from calib_guidance.tasks.retry import FaultTolerant
 from calib_guidance.weights.io import CheckpointError
@@ -93,7 +96,10 @@ def shorten(message: str) -> str:
     values = re.findall(
         r"Expected an? <class '\w+'>\. Got value: .*|Import path \S+ does not correspond to .*", message
     )
-    if shared := re.search(r"Multiple subclasses with name (\w+)\..*avoid ambiguity: (.*)\.", message):
+    if choices := re.search(r"Expected a typing\.Literal\[(.*?)\]", message):
+        got = re.search(r"(?:Got|Given) value: (.*)", message[choices.start() :])
+        found = f"unknown {got[1]!r}; known: {choices[1].replace(chr(39), '')}"
+    elif shared := re.search(r"Multiple subclasses with name (\w+)\..*avoid ambiguity: (.*)\.", message):
         found = f"several classes are named {shared[1]}: give one of {shared[2]}"
     elif names := re.findall(r"Expected a dot import path string: (\S+)", message):
         found = _unknown_class(names[-1])
@@ -149,6 +155,18 @@ class CalibGuidanceCLI(LightningCLI):
                 super().parse_arguments(parser, args)
         except ArgumentError as error:
             raise ConfigurationError(shorten(str(error))) from error
+        if (command := self.config.get("subcommand")) and MPSAccelerator.is_available():
+            self._avoid_mps(self.config[command].trainer)
+
+    def _avoid_mps(self, trainer: jsonargparse.Namespace) -> None:
+        """Metrics, noise levels and temperatures need float64, which Apple's GPUs lack."""
+        if trainer.accelerator == "auto":
+            trainer.accelerator = "cpu"
+            rank_zero.rank_zero_info("the CPU is used: Apple's GPUs (MPS) have no float64, which is needed here")
+        elif trainer.accelerator in ("mps", "gpu"):
+            raise ConfigurationError(
+                f"trainer.accelerator: {trainer.accelerator} is MPS here, which has no float64: set it to cpu"
+            )
 
     def before_instantiate_classes(self) -> None:
         if self.subcommand == "predict":
@@ -224,15 +242,21 @@ def run_lightning(argv: Sequence[str], cli: type[CalibGuidanceCLI] = CalibGuidan
     logging.getLogger(rank_zero.__name__).addFilter(lambda record: "Tip: For seamless cloud" not in record.getMessage())
     # Lightning has options of classes read as configuration files where they are addresses: hf://… would ask the hub.
     set_config_read_mode(fsspec_enabled=False)
-    return cli(
-        # Errors as exceptions, not as pages of usage.
-        parser_kwargs={"exit_on_error": False, **{key: {"exit_on_error": False} for key in LightningCLI.subcommands()}},
-        save_config_callback=SaveResolvedConfig,
-        save_config_kwargs={"overwrite": True},
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        # Predict runs under inference mode unless told not to, and guidance takes gradients inside it.
-        trainer_defaults={"inference_mode": False, "callbacks": [StepSeeds(), RequeueBetweenSteps()]},
-        args=expand_bases(argv),
-    )
+    args = expand_bases(argv)
+    list_foreign(args)
+    with plain_docstrings():
+        return cli(
+            # Errors as exceptions, not as pages of usage.
+            parser_kwargs={
+                "exit_on_error": False,
+                **{key: {"exit_on_error": False} for key in LightningCLI.subcommands()},
+            },
+            save_config_callback=SaveResolvedConfig,
+            save_config_kwargs={"overwrite": True},
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            # Predict runs under inference mode unless told not to, and guidance takes gradients inside it.
+            trainer_defaults={"inference_mode": False, "callbacks": [StepSeeds(), RequeueBetweenSteps()]},
+            args=args,
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Literal
 
 import torch
 from sklearn.datasets import load_digits
@@ -10,7 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from calib_guidance.data.loading import DataModule, check_at_least, hashed, heldout_loader, run_seed, train_loader
+from calib_guidance.errors import check_choice
 
+DigitSplit = Literal["train", "heldout", "fitting", "validation"]
 _NUM_CLASSES = 10
 _HELDOUT_PER_CLASS = 50
 _FITTING = 1000  # of the training digits; the others choose something: a checkpoint, a temperature
@@ -35,7 +38,7 @@ def _digits() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     return images, labels, rows
 
 
-def digits(split: str) -> tuple[Tensor, Tensor]:
+def digits(split: DigitSplit) -> tuple[Tensor, Tensor]:
     """One part of the digits, the same on every machine.
 
     ``train`` (1,297 images) and ``heldout`` (500, 50 of each class): networks are trained on the first only and evaluations
@@ -45,8 +48,7 @@ def digits(split: str) -> tuple[Tensor, Tensor]:
         Images ``(N, 1, 8, 8)`` float32 in [-1, 1] (17 grey levels) and labels ``(N,)``.
     """
     images, labels, rows = _digits()
-    if split not in rows:
-        raise ValueError(f"digits: unknown split {split!r}; known: {', '.join(rows)}")
+    check_choice("split", split, rows)
     return images[rows[split]], labels[rows[split]]
 
 
@@ -58,7 +60,7 @@ class DigitImages(Dataset):
         draws: times that each image occurs; each with an ``index`` of its own, and so with noise of its own.
     """
 
-    def __init__(self, split: str = "heldout", draws: int = 1):
+    def __init__(self, split: DigitSplit = "heldout", draws: int = 1):
         self.images, self.labels = digits(split)
         self.draws = draws
 
@@ -107,9 +109,9 @@ class Digits(DataModule):
         batch_size: int = 128,
         rotate: float = 0.0,
         shift: float = 0.0,
-        train_split: str = "train",
-        val_split: str = "heldout",
-        test_split: str = "heldout",
+        train_split: DigitSplit = "train",
+        val_split: DigitSplit = "heldout",
+        test_split: DigitSplit = "heldout",
         heldout_draws: int = 1,
         seed: int | None = None,
     ):

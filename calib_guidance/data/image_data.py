@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from datasets.distributed import split_dataset_by_node
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -89,13 +89,13 @@ class ImageData(DataModule):
         shuffle_buffer: int = 1000,
         samples_per_epoch: int | None = None,
         train_transform: nn.Module | None = None,
-        classes: str | None = None,
+        classes: Literal["imagenet"] | None = None,
         num_classes: int | None = None,
         image_column: str | None = None,
         label_column: str | None = None,
         time_column: str | None = None,
         index_column: str | None = None,
-        channels: int = 3,
+        channels: Literal[1, 3] = 3,
         max_corrupt: float = 0.01,
         seed: int | None = None,
         heldout_draws: int = 1,
@@ -279,11 +279,11 @@ class ImageSplit(ImageRows):
         image_size: int,
         split: str = "train",
         subset: str | None = None,
-        classes: str | None = None,
+        classes: Literal["imagenet"] | None = None,
         num_classes: int | None = None,
         image_column: str | None = None,
         label_column: str | None = None,
-        channels: int = 3,
+        channels: Literal[1, 3] = 3,
     ):
         names = {"image_column": image_column, "label_column": label_column, "channels": channels}
         classes_of = {"classes": classes, "num_classes": num_classes}

@@ -12,7 +12,7 @@ from calib_guidance.data.folders import IMAGE_ENDINGS, FolderImages, is_loop
 from calib_guidance.data.npz import NpzImages
 from calib_guidance.data.run_images import RunImages
 from calib_guidance.data.tables import open_table
-from calib_guidance.errors import ConfigurationError
+from calib_guidance.errors import ConfigurationError, closest
 
 _TABLES = {".parquet": "parquet", ".arrow": "arrow"}
 _OPTIONS = ("split", "subset", "image_column", "label_column", "time_column", "index_column")
@@ -31,11 +31,23 @@ def source_kind(options: SourceOptions) -> str:
     if ending == ".npz":
         return "npz"
     if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", options.source) and not path.exists():
+        if path.parent != Path() and path.parent.is_dir():
+            _check_misspelt(options)
         return "hub"
     raise ConfigurationError(
         f"{options.option('source')}: {options.source} is neither a folder, nor a pattern of .parquet or .arrow files, nor an "
         ".npz file, nor a hub id such as ILSVRC/imagenet-1k"
     )
+
+
+def _check_misspelt(options: SourceOptions) -> None:
+    """Raise ConfigurationError for a folder that is not there beside runs or folders of like names: the hub is not asked for it."""
+    folders = [entry.name for entry in options.path.parent.iterdir() if entry.is_dir()]
+    near = closest(options.path.name, folders)
+    if near or any((options.path.parent / name / "run.json").exists() for name in folders):
+        raise ConfigurationError(
+            f"{options.option('source')}: there is no {options.path.name} in {options.path.parent}{near}"
+        )
 
 
 def _folder_kind(path: Path) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from calib_guidance.backend.atomic import write_text
+from calib_guidance.backend.threads import available_cores
 from calib_guidance.cli.configs import find_configuration
 from calib_guidance.cli.parsed import without_network
 from calib_guidance.errors import ConfigurationError
@@ -186,7 +187,7 @@ def experiment(argv: Sequence[str]) -> None:
     with without_network():
         plan.check_files()
     devices = _devices(options.devices)
-    workers = options.workers or len(devices) or min(os.cpu_count() or 1, 4)
+    workers = options.workers or len(devices) or min(available_cores(), 4)
     experimenter = Experimenter(plan, options.output, workers, devices)
     results = experimenter.run(rows)
     _write(results, options.output / plan.name / ("rows" if rows else ""), options.into)

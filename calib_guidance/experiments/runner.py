@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 import calib_guidance
+from calib_guidance.backend.threads import available_cores
 from calib_guidance.cli.lightning import run_lightning, subclasses_listed_once
 from calib_guidance.errors import FailedSamplesError, StoppedError
 from calib_guidance.evaluation.evaluate import evaluate
@@ -140,7 +141,7 @@ def do_runs(runs: Sequence[Run], workers: int, devices: Sequence[str] = (), befo
         Those that failed. Their logs say why; an error is printed as it comes.
     """
     workers = max(1, min(workers, len(runs)))
-    threads, usual = max(1, (os.cpu_count() or 1) // workers), torch.get_num_threads()
+    threads, usual = max(1, available_cores() // workers), torch.get_num_threads()
     failed: list[Run] = []
     waiting = {run.folder: run for run in runs}
     jobs: dict[Future, Run] = {}

@@ -48,7 +48,7 @@ class Multistep(Sampler):
         spacing: Literal["logsnr", "karras", "timesteps"] = "logsnr",
         sigma_min: float | None = None,
         sigma_max: float | None = None,
-        order: int = 2,
+        order: Literal[1, 2] = 2,
         clip_denoised: bool = True,
         guidance_scaling: Literal["score", "ddpm_equivalent"] | None = None,
         data_std: float | None = None,

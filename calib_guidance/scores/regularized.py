@@ -9,14 +9,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from calib_guidance.errors import check_choice
 from calib_guidance.scores.base import TemperedLogProb, as_float, log_softmax, tempered_log_prob
 
-WEIGHTINGS = ("constant", "linear", "cosine", "confidence")
+Weighting = Literal["constant", "linear", "cosine", "confidence"]
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -46,10 +47,9 @@ class EntropyRegularized(TemperedLogProb):
         weighting: one of the above.
     """
 
-    def __init__(self, entropy_weight: float = 0.1, weighting: str = "constant", *args: Any, **kwargs: Any):
+    def __init__(self, entropy_weight: float = 0.1, weighting: Weighting = "constant", *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if weighting not in WEIGHTINGS:
-            raise ValueError(f"weighting: unknown {weighting!r}; known: {', '.join(WEIGHTINGS)}")
+        check_choice("weighting", weighting, get_args(Weighting))
         if not math.isfinite(entropy_weight):
             raise ValueError(f"entropy_weight must be a finite number, got {entropy_weight}")
         self.entropy_weight, self.weighting = entropy_weight, weighting

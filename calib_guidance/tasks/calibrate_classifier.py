@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
@@ -13,13 +13,13 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from calib_guidance.classifiers.base import Classifier
-from calib_guidance.errors import ConfigurationError
+from calib_guidance.errors import ConfigurationError, check_choice
 from calib_guidance.metrics import ClassifierMetrics, Levels
 from calib_guidance.tasks.common import Shared, log_loss
 from calib_guidance.training import binned_smooth_ece, smooth_ece
 from calib_guidance.training.inputs import CleanInput, InputTransform
 
-SMOOTH_ECE_FORMS = ("per_sample", "binned")
+SmoothECEForm = Literal["per_sample", "binned"]
 HELDOUT_SEED = (
     0  # of the noise on held-out images: the same at every validation, in every run and on any number of ranks
 )
@@ -60,7 +60,7 @@ class CalibrateClassifier(L.LightningModule):
         input_transform: InputTransform | None = None,
         smooth_ece_weight: float = 0.0,
         smooth_ece_beta: float = 1e-2,
-        smooth_ece_form: str = "per_sample",
+        smooth_ece_form: SmoothECEForm = "per_sample",
         smooth_ece_warmup_steps: int = 0,
         label_smoothing: float = 0.0,
         freeze: Sequence[str] = (),
@@ -75,8 +75,7 @@ class CalibrateClassifier(L.LightningModule):
             raise ValueError(f"smooth_ece_weight (λ) must be at least 0, got {smooth_ece_weight}")
         if not smooth_ece_beta > 0:
             raise ValueError(f"smooth_ece_beta (β) must be above 0, got {smooth_ece_beta}")
-        if smooth_ece_form not in SMOOTH_ECE_FORMS:
-            raise ValueError(f"smooth_ece_form: unknown {smooth_ece_form!r}; known: {', '.join(SMOOTH_ECE_FORMS)}")
+        check_choice("smooth_ece_form", smooth_ece_form, get_args(SmoothECEForm))
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
         if smooth_ece_warmup_steps < 0 or num_levels < 1:

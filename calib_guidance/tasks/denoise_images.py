@@ -12,7 +12,7 @@ from calib_guidance.data.requests import DenoiseRequests
 from calib_guidance.denoisers.base import Denoiser
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.tasks.retry import Attempt, FaultTolerant, Samples, in_float32
-from calib_guidance.training.inputs import DenoisedInput
+from calib_guidance.training.inputs import DenoisedInput, Precision
 
 
 class DenoiseImages(FaultTolerant):
@@ -32,7 +32,7 @@ class DenoiseImages(FaultTolerant):
         denoiser: Denoiser,
         steps: str | int | None = None,
         weights: Sequence[float] | None = None,
-        precision: str = "bf16",
+        precision: Precision = "bf16",
     ):
         super().__init__()
         self.input_transform = DenoisedInput(denoiser, steps, weights, precision)

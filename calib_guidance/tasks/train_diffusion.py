@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from calib_guidance.diffusion.parameterization import Parameterization, diffuse, network_target, x0_coefficients
 from calib_guidance.diffusion.schedules import NoiseSchedule, ScheduleName, named_betas
+from calib_guidance.errors import check_choice
 from calib_guidance.tasks.common import Shared, log_loss
 from calib_guidance.training.losses import variational_bound_term
 from calib_guidance.weights import registry
 
-VARIANCES = ("fixed", "learned_range")
+Variance = Literal["fixed", "learned_range"]
 
 
 class TrainDiffusion(L.LightningModule):
@@ -47,15 +48,14 @@ class TrainDiffusion(L.LightningModule):
         noise_schedule: ScheduleName = "linear",
         num_steps: int = 1000,
         prediction: Parameterization = "epsilon",
-        variance: str = "learned_range",
+        variance: Variance = "learned_range",
         label_dropout: float = 0.1,
         compile: bool = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ):
         super().__init__()
-        if variance not in VARIANCES:
-            raise ValueError(f"variance: unknown {variance!r}; known: {', '.join(VARIANCES)}")
+        check_choice("variance", variance, get_args(Variance))
         if not 0 <= label_dropout <= 1:
             raise ValueError(f"label_dropout must lie in [0, 1], got {label_dropout}")
         self.network = network

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from calib_guidance.diffusion.rng import DIFFUSION, SampleStreams, random_steps
 from calib_guidance.diffusion.schedules import NoiseSchedule, ScheduleName, named_betas
 from calib_guidance.errors import ConfigurationError, check_choice
 
+Precision = Literal["bf16", "fp16", "fp32"]
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
 
@@ -167,7 +168,7 @@ class DenoisedInput(_DiffusedInput):
         denoiser: Denoiser,
         steps: str | int | None = None,
         weights: Sequence[float] | None = None,
-        precision: str = "bf16",
+        precision: Precision = "bf16",
     ):
         check_choice("precision", precision, PRECISIONS)
         super().__init__(denoiser.schedule, steps, weights)
@@ -192,7 +193,7 @@ class DenoisedInput(_DiffusedInput):
 
     @torch.no_grad()
     def forward(
-        self, batch: dict[str, Tensor], seed: int | None = None, precision: str | None = None
+        self, batch: dict[str, Tensor], seed: int | None = None, precision: Precision | None = None
     ) -> tuple[Tensor, Tensor]:
         """As of :class:`InputTransform`; ``precision`` stands in for the configured one."""
         x_t, i = self.diffuse(batch, seed)
