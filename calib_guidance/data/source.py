@@ -41,7 +41,7 @@ def source_kind(options: SourceOptions) -> str:
 
 
 def _check_misspelt(options: SourceOptions) -> None:
-    """Raise ConfigurationError for a folder that is not there beside runs or folders of like names: the hub is not asked for it."""
+    """Raise ConfigurationError for a missing folder beside runs or folders of like names, instead of asking the hub."""
     folders = [entry.name for entry in options.path.parent.iterdir() if entry.is_dir()]
     near = closest(options.path.name, folders)
     if near or any((options.path.parent / name / "run.json").exists() for name in folders):
