@@ -10,7 +10,7 @@ from PIL import Image
 from calib_guidance.cli import main, parsed
 from calib_guidance.cli.doctor import dry_run
 from calib_guidance.cli.doctor.files import missing_files
-from calib_guidance.cli.doctor.measure import Meter
+from calib_guidance.cli.doctor.measure import Meter, extrapolate
 from calib_guidance.networks import SmallResNet
 from calib_guidance.runs import RunFolder
 from calib_guidance.weights.io import save_weights
@@ -312,6 +312,29 @@ def test_a_batch_is_every_step_of_its_kind():
     meter.times["guided step"] = 100
     assert meter.range("guided step") == (1, 2)  # without the warm-up
     assert meter.total() == (105, 205)
+
+
+@pytest.mark.parametrize("fixed", [0.0, 0.3, 24.0])
+@pytest.mark.parametrize("counts", [(1,), (1, 7), (1, 64)])
+def test_the_range_of_a_batch_holds_what_it_takes(counts, fixed):
+    """A batch of n takes fixed + n·0.02 seconds, ± 10 % from one to the next."""
+
+    def takes(n):
+        return fixed + 0.02 * n
+
+    low, high = extrapolate({n: (0.9 * takes(n), 1.1 * takes(n)) for n in counts}, 64)
+    assert low <= takes(64) <= high
+    if 64 in counts:  # measured at the run's own size: the range is that of the measurement
+        assert (low, high) == pytest.approx((0.9 * takes(64), 1.1 * takes(64)))
+
+
+def test_a_batch_too_slow_for_the_run_s_size_is_measured_at_two_smaller_ones(examine, monkeypatch):
+    monkeypatch.setattr(Meter, "one_each", property(lambda meter: 2.0 * meter.batch_size))
+    monkeypatch.setattr(dry_run, "PATIENCE", 20.0)
+    status, report = examine(DIGITS)
+    assert status == 0
+    assert "with a batch of 10: guided step" in report
+    assert "the run's batches of 100 take too long here: their times are estimated" in report
 
 
 def test_nothing_reaches_the_network():

@@ -23,7 +23,15 @@ from torch.utils.data import DataLoader, default_collate
 from calib_guidance.backend.images import to_uint8
 from calib_guidance.callbacks import ExportClassifier, SampleQuality, SampleWriter
 from calib_guidance.cli.doctor.files import check_files
-from calib_guidance.cli.doctor.measure import PATIENCE, EnoughError, Meter, count_batch, device_clock, free_memory
+from calib_guidance.cli.doctor.measure import (
+    PATIENCE,
+    EnoughError,
+    Meter,
+    count_batch,
+    device_clock,
+    extrapolate,
+    free_memory,
+)
 from calib_guidance.cli.doctor.report import Report, amount, duration
 from calib_guidance.cli.lightning import innermost
 from calib_guidance.cli.parsed import NoDownloadError, Option, ParsedCLI, all_options, use_random_weights
@@ -285,7 +293,8 @@ class DryRun:
             self.report.add("note", "no batch is run: its parts could not be built")
             return
         size = getattr(self.data, "batch_size", 1)
-        count = min(size, 2) if self.trains else getattr(self.twin, "group_size", 1)  # BatchNorm needs two
+        group = getattr(self.twin, "group_size", 1)
+        count = min(size, 2) if self.trains else group  # BatchNorm needs two
         fits = self._count(count, size)
         if self.module is None:
             return
@@ -295,14 +304,18 @@ class DryRun:
         if self.device.type == "cpu" and self.weights_bytes > _LARGE:
             self.report.add("note", "one batch is run on the CPU now, which may take minutes")
         with self.report.attempt("one batch"):
-            meter = self._run_batch(count)
-            if fits and count < size and sum(meter.range(kind)[1] for kind in meter.laps) * size / count < PATIENCE:
-                count, meter = size, self._run_batch(size)
+            measured = {count: self._run_batch(count)}
+            affordable = size if fits else count
+            if measured[count].one_each > 0:
+                affordable = min(affordable, int(PATIENCE / measured[count].one_each) * count)
+            if affordable > count:
+                count = affordable // group * group
+                measured[count] = self._run_batch(count)
             if self.random:
                 self.report.add("note", "values are not checked: missing weights were replaced by random ones")
             else:
-                self._check_values(meter.values)
-            self._report_time(meter, count, size)
+                self._check_values(measured[count].values)
+            self._report_time(measured, size)
 
     def _rows(self, count: int) -> dict[str, Tensor]:
         """A batch of ``count``, with rows repeated where there are fewer."""
@@ -377,12 +390,17 @@ class DryRun:
             ranges = [f"{name} in [{value.min():.3g}, {value.max():.3g}]" for name, value in values.items()]
             self.report.add("ok", f"values are finite: {', '.join(ranges)}")
 
-    def _report_time(self, meter: Meter, count: int, size: int) -> None:
+    def _report_time(self, measured: dict[int, Meter], size: int) -> None:
+        count, meter = max(measured.items())
         steps = [f"{kind} {duration(*meter.range(kind))}" for kind in meter.laps]
         if self.device.type == "cuda":
             steps.append(f"at most {amount(torch.cuda.max_memory_allocated(self.device))} of memory")
-        self.report.add("ok", f"measured on this {self.device_name} with a batch of {count}: {', '.join(steps)}")
-        low, high = (seconds / count for seconds in meter.total())
+        cause = [] if count == size else [f"the run's batches of {size} take too long here: their times are estimated"]
+        self.report.add(
+            "ok", f"measured on this {self.device_name} with a batch of {count}: {', '.join(steps)}", *cause
+        )
+        times = extrapolate({number: meter.total() for number, meter in measured.items()}, size)
+        low, high = (seconds / size for seconds in times)
         options, world, images = self.options.trainer, self.trainer.world_size, math.inf
         if not self.trains and self.has_images:
             images = len(self.data) / world
@@ -398,6 +416,6 @@ class DryRun:
         if math.isfinite(images):
             what = "images per device" if world > 1 else "images"
             text = duration(images * low, images * high)
-            self.report.add("ok", f"total time: {text} for {images:,.0f} {what}, {each}")
+            self.report.add("ok", f"total time: {text} for {images:,.0f} {what}, {each}, without metrics and plots")
         else:
             self.report.add("note", f"total time: {each} image; the number of images is not known")

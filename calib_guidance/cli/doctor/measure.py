@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from calib_guidance.samplers.base import StepRecord
 from calib_guidance.tasks import GuidedSampling
 from calib_guidance.tasks.retry import FaultTolerant
 
-PATIENCE = 20.0  # seconds after which nothing is measured twice
+PATIENCE = 20.0  # seconds that one step of each kind may take, and after which nothing is measured twice
 _LAPS = 3  # steps of a kind that are measured; the first is a warm-up
 
 
@@ -87,6 +87,11 @@ class Meter(L.Callback):
         laps = self.laps[kind][1:] or self.laps[kind]
         return min(laps), max(laps)
 
+    @property
+    def one_each(self) -> float:
+        """The most that one lap of each kind takes."""
+        return sum(self.range(kind)[1] for kind in self.laps)
+
     def total(self) -> tuple[float, float]:
         """Least and most that a batch of the run takes."""
         known = [(self.times.get(kind, 1), self.range(kind)) for kind in self.laps]
@@ -124,6 +129,21 @@ class Meter(L.Callback):
 
     def on_validation_batch_end(self, *args: object) -> None:
         self.lap("validation batch")
+
+
+def extrapolate(measured: Mapping[int, tuple[float, float]], size: int) -> tuple[float, float]:
+    """Least and most that a batch of ``size`` takes, from what smaller ones took.
+
+    At most its images cost what each of the largest measured batch costs. At least they cost the slope between the two measured
+    batches; of one batch alone nothing is known but that a larger one takes no less.
+
+    Args:
+        measured: least and most by batch size, of one size or two.
+        size: at least the largest of these.
+    """
+    (least, (first, _)), (most, (low, high)) = min(measured.items()), max(measured.items())
+    slope = max(low - first, 0.0) / (most - least) if most > least else 0.0
+    return low + slope * (size - most), high * size / most
 
 
 def count_batch(module: L.LightningModule, batch: dict[str, Tensor], trainer: L.Trainer) -> tuple[float, int]:
