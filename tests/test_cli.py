@@ -169,6 +169,20 @@ class TestRequests:
         assert rows[3]["image"].size == (8, 8)
 
 
+def test_the_number_of_classes_need_not_be_repeated(in_root, tmp_path, capsys):
+    """The classifier's ten; the samples are those of the stated ten, so that such a run resumes one that states them."""
+    more = tmp_path / "derived.yaml"
+    more.write_text(yaml.safe_dump({"data": {"init_args": {"num_classes": None}}}))
+    predict(tmp_path / "run", f"--config={more}")
+    derived = samples_of(tmp_path / "run")
+    assert derived["label"].tolist() == [i % 10 for i in range(20)]
+    written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run/samples").iterdir()}
+    predict(tmp_path / "run")
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run/samples").iterdir()} == written
+    message = refuse(capsys, tmp_path / "other", f"--config={more}", "--config=lightning_configs/digits/unguided.yaml")
+    assert "data.num_classes: neither the denoiser nor a classifier has classes: state how many" in message
+
+
 def run_processes(folder, *arguments, devices):
     command = [sys.executable, "-m", "calib_guidance", *PREDICT, f"--trainer.default_root_dir={folder}", *QUICK]
     command += ["--trainer.strategy=ddp", f"--trainer.devices={devices}", "--model.init_args.sampler.init_args.steps=3"]

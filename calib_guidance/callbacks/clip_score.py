@@ -39,6 +39,7 @@ class TrajectoryCLIPScore(TrajectoryMeasurement):
         super().setup(trainer, pl_module, stage)
         if stage != "predict":
             return
+        pl_module.check()
         device, requests, prompts = trainer.strategy.root_device, trainer.datamodule, self.clip.num_classes
         if requests.num_classes != prompts:
             raise ConfigurationError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,21 +21,43 @@ from calib_guidance.backend.convolutions import pack_convolutions
 from calib_guidance.backend.precision import Dtype, dtype_of
 from calib_guidance.classifiers.base import Classifier, Standardize
 from calib_guidance.errors import CheckpointError, check_choice
-from calib_guidance.weights.io import load_weights, tensors_only
+from calib_guidance.weights.io import Weights, load_weights, read_weights, tensors_only
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Normalization = Literal["none", "imagenet"]
 _FUNCTIONAL_RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 
 
+def count_classes(network: nn.Module) -> int | None:
+    """K of a network that states its ``num_classes``, or the width of its last linear or convolution layer; None without one."""
+    if isinstance(stated := getattr(network, "num_classes", None), int):
+        return stated
+    layers = [module for module in network.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    return layers[-1].weight.shape[0] if layers else None
+
+
+def _classes_of_file(make: Callable[..., nn.Module], weights: Weights) -> int:
+    """Number of classes that a weights file states, else the width of its last layer."""
+    if "num_classes" in weights.metadata:
+        return int(weights.metadata["num_classes"])
+    with torch.device("meta"):
+        default = make()
+    if getattr(default, "num_classes", None) == 0:  # timm's name for a network without classes
+        return 0
+    last = list(default.state_dict())[-1]
+    if last not in weights.state:
+        raise ValueError(f"num_classes: {weights.path} does not show how many classes it has: state num_classes")
+    return weights.state[last].shape[0]
+
+
 def build_network(
-    name: str, num_classes: int, weights: str | None, metadata: Mapping[str, object] | None = None
+    name: str, num_classes: int | None, weights: str | None, metadata: Mapping[str, object] | None = None
 ) -> nn.Module:
     """A torchvision or timm classifier by name.
 
     Args:
         name: ``torchvision/resnet50``, ``timm/convnext_tiny`` …
-        num_classes: width of the last layer.
+        num_classes: width of the last layer; None for that of the weights, without weights for the library's.
         weights: None for random ones, a name that the library knows (``IMAGENET1K_V2``; ``pretrained`` for timm), or a
             local file.
         metadata: settings for :func:`~calib_guidance.weights.io.load_weights` of a local file.
@@ -48,27 +70,31 @@ def build_network(
             names = ", ".join(entry.name for entry in known)
             raise ValueError(f"weights: {name} has no {weights!r}; known: {names}, or a local file")
         file = None if local or weights is None else Path(known[weights].url).name
-        make = partial(torchvision.models.get_model, model, weights=None if local else weights, num_classes=num_classes)
+        make = partial(torchvision.models.get_model, model, weights=None if local else weights)
     elif library == "timm" and timm.is_model(model):
         if weights is not None and not local and weights != "pretrained":
             raise ValueError(
                 f"weights: timm knows 'pretrained' or a local file, got {weights!r}; a tag goes into the name"
             )
         file = "model.safetensors"
-        make = partial(timm.create_model, model, pretrained=weights == "pretrained", num_classes=num_classes)
+        make = partial(timm.create_model, model, pretrained=weights == "pretrained")
     else:
         raise ValueError(
             f"network: unknown {name!r}; expected torchvision/NAME or timm/NAME with a NAME of "
             "torchvision.models.list_models() or timm.list_models()"
         )
-    if weights is None or local:
-        network = make()
-        if local:
-            load_weights(network, weights, **(metadata or {}))
+    width = {} if num_classes is None else {"num_classes": num_classes}
+    if local:
+        read = read_weights(weights)
+        width = width or {"num_classes": _classes_of_file(make, read)}
+        network = make(**width)
+        load_weights(network, read, **(metadata or {}), **width)
         return network
+    if weights is None:
+        return make(**width)
     try:
         with tensors_only():
-            return make()
+            return make(**width)
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             f"{name}: its weights {weights} could not be fetched and loaded ({type(error).__name__}: {error}). Without "
@@ -145,7 +171,7 @@ class OffTheShelfClassifier(Classifier):
 
     Args:
         network: ``torchvision/NAME``, ``timm/NAME``, or a module (``class_path``) that maps images to logits.
-        num_classes: number of classes.
+        num_classes: number of classes; None reads it from the network or its weights.
         weights: for a named network, see :func:`build_network`; for a module, its weights file; None keeps it as it is.
         normalize: ``none`` feeds [-1, 1] as the published numbers do; ``imagenet`` maps to the mean and standard deviation
             that torchvision's and most timm weights were trained with.
@@ -159,7 +185,7 @@ class OffTheShelfClassifier(Classifier):
     def __init__(
         self,
         network: str | nn.Module,
-        num_classes: int = 1000,
+        num_classes: int | None = None,
         weights: str | None = None,
         normalize: Normalization = "none",
         resize: int | None = None,
@@ -172,17 +198,20 @@ class OffTheShelfClassifier(Classifier):
         check_choice("normalize", normalize, get_args(Normalization))
         if resize is not None and resize < 1:
             raise ValueError(f"resize must be a number of pixels or null, got {resize}")
-        self.weights_metadata = {
-            "architecture": network if isinstance(network, str) else type(network).__name__,
-            "num_classes": num_classes,
-            "normalize": normalize,
-            "resize": resize,
-            "temperature": self.temperature,
-        }
+        settings = {"normalize": normalize, "resize": resize, "temperature": self.temperature}
+        named = isinstance(network, str)
+        name = network if named else type(network).__name__
+        if named:
+            network = build_network(network, num_classes, weights, {"architecture": name} | settings)
+        if num_classes is None and (num_classes := count_classes(network)) is None:
+            raise ValueError(f"num_classes: {name} does not show how many classes it has: state num_classes")
+        if (own := getattr(network, "num_classes", num_classes)) != num_classes:
+            raise ValueError(
+                f"num_classes is {num_classes}, but {name} has {own}: omit num_classes, it is read from there"
+            )
+        self.weights_metadata = {"architecture": name, "num_classes": num_classes} | settings
         self.provenance = self.weights_metadata | {"file": weights}
-        if isinstance(network, str):
-            network = build_network(network, num_classes, weights, self.weights_metadata)
-        elif weights is not None:
+        if not named and weights is not None:
             load_weights(network, weights, **self.weights_metadata)
         self.network, self.num_classes, self.normalize, self.resize = network, num_classes, normalize, resize
         self.softplus_beta, self.activations = softplus_beta, tuple(activations)

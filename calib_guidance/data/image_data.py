@@ -63,7 +63,7 @@ class ImageData(DataModule):
             flip.
         classes: ``imagenet`` renumbers labels by name into torchvision's order of ImageNet's 1,000 classes, which any number of
             them is enough for; None keeps the numbers of the training split.
-        num_classes: for data sets whose labels have no names.
+        num_classes: for data sets whose labels have no names; None takes the model's.
         image_column: name of that column of a table; None looks for the usual names (image, img, …).
         label_column: name of that column of a table; None looks for the usual names (label, fine_label, …).
         time_column: of the diffusion step t of denoised images; None where they have none.
@@ -160,6 +160,9 @@ class ImageData(DataModule):
     def _number_classes(self, names: list[str] | None) -> None:
         self.class_names = imagenet_names()[0] if self.classes == "imagenet" else names
         if self.class_names is None:
+            if self.num_classes is None and (task := self.trainer and self.trainer.lightning_module):
+                taught = getattr(task, "classifier", None) or getattr(task, "network", None)
+                self.num_classes = getattr(taught, "num_classes", None)
             if self.num_classes is None:
                 raise ConfigurationError(f"{self.source}: its labels are numbers without names; state data.num_classes")
         elif self.num_classes in (None, len(self.class_names)):

@@ -72,13 +72,19 @@ class RequestData(DataModule):
         requests: all of them.
         batch_size: requests per batch and device.
         shard_size: requests per shard; None takes the shard size of the run folder, for a new one the batch size.
+        num_classes: how many classes there are; None until the task gives the model's.
         num_workers: processes per device that read requests.
     """
 
     requests: Requests
     batch_size: int
     shard_size: int | None
+    num_classes: int | None = None
     num_workers: int = 0
+
+    def take_num_classes(self, num_classes: int | None) -> None:
+        """Take the model's number of classes where none was stated. The task calls it before the first request."""
+        self.num_classes = num_classes if self.num_classes is None else self.num_classes
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -98,7 +104,7 @@ class SampleRequests(RequestData):
 
     Args:
         num_samples: how many.
-        num_classes: how many classes there are.
+        num_classes: how many classes there are; None takes the model's.
         labels: ``balanced`` (index modulo number of classes), ``uniform`` (random, from the sample's own stream), one class
             number for all, or the path of a text file with one class number per line.
         seed: of every sample, ≥ 0; a sample is a function of (configuration, seed, index) alone.
@@ -110,7 +116,7 @@ class SampleRequests(RequestData):
     def __init__(
         self,
         num_samples: int,
-        num_classes: int = 1000,
+        num_classes: int | None = None,
         labels: int | str = "balanced",
         seed: int = 0,
         batch_size: int = 64,
@@ -123,7 +129,17 @@ class SampleRequests(RequestData):
         check_at_least(0, seed=seed)
         self.num_samples, self.num_classes, self.batch_size, self.seed = num_samples, num_classes, batch_size, seed
         self.labels, self.shard_size, self.requests = labels, shard_size, self
-        self._fixed = self._fixed_labels(labels)
+        self._fixed = None if num_classes is None else self._fixed_labels(labels)
+
+    def take_num_classes(self, num_classes: int | None) -> None:
+        stated = self.num_classes
+        super().take_num_classes(num_classes)
+        if self.num_classes is None:
+            raise ConfigurationError(
+                "data.num_classes: neither the denoiser nor a classifier has classes: state how many the labels are drawn from"
+            )
+        if stated is None:
+            self._fixed = self._fixed_labels(self.labels)
 
     def _fixed_labels(self, labels: int | str) -> list[int] | None:
         if labels in POLICIES:
@@ -172,7 +188,7 @@ class SampleRequests(RequestData):
 class _DenoiseRequests(Dataset):
     """Requests without the data module, whose trainer the reading processes do not need."""
 
-    def __init__(self, images: Dataset, draws_per_image: int, num_classes: int, seed: int):
+    def __init__(self, images: Dataset, draws_per_image: int, num_classes: int | None, seed: int):
         self.images, self.draws_per_image, self.num_classes, self.seed = images, draws_per_image, num_classes, seed
 
     def __len__(self) -> int:
@@ -184,7 +200,7 @@ class _DenoiseRequests(Dataset):
         if "image" not in item:
             return item
         label = int(item["label"])
-        if not 0 <= label < self.num_classes:
+        if label < 0 or (self.num_classes is not None and label >= self.num_classes):
             message = (
                 f"data.images: image {row} has the label {label}, outside 0 … {self.num_classes - 1} (data.num_classes)"
             )
@@ -202,7 +218,7 @@ class DenoiseRequests(RequestData):
     Args:
         images: map-style data set of dicts: ``image`` ``(C, H, W)`` in [-1, 1], ``label``, ``index``. Random augmentations
             would make the result depend on the order of work.
-        num_classes: how many classes there are.
+        num_classes: how many classes there are; None takes the denoiser's.
         draws_per_image: how often every image is denoised.
         seed: of every request, ≥ 0; a denoised image is a function of (configuration, seed, index) alone.
         batch_size: images per batch and device.
@@ -215,7 +231,7 @@ class DenoiseRequests(RequestData):
     def __init__(
         self,
         images: Dataset,
-        num_classes: int = 1000,
+        num_classes: int | None = None,
         draws_per_image: int = 1,
         seed: int = 0,
         batch_size: int = 64,
@@ -233,6 +249,10 @@ class DenoiseRequests(RequestData):
         self.images, self.num_classes, self.draws_per_image, self.seed = images, num_classes, draws_per_image, seed
         self.batch_size, self.shard_size, self.num_workers = batch_size, shard_size, num_workers
         self.requests = _DenoiseRequests(images, draws_per_image, num_classes, seed)
+
+    def take_num_classes(self, num_classes: int | None) -> None:
+        super().take_num_classes(num_classes)
+        self.requests.num_classes = self.num_classes
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -216,8 +216,7 @@ class TimmFeatures(_ResizedFeatures):
 
     def __init__(self, model: str = _DINOV2, weights: str | None = "pretrained", size: int | None = None):
         super().__init__()
-        entry = timm.get_pretrained_cfg(model, allow_unregistered=False) if timm.is_model(model) else None
-        self.network = build_network(f"timm/{model}", 0 if entry is None else entry.num_classes, weights)
+        self.network = build_network(f"timm/{model}", None, weights)
         settings = timm.data.resolve_data_config(pretrained_cfg=self.network.pretrained_cfg)
         own = settings["input_size"][-1]
         size = size or (224 if "dinov2" in model else own)
@@ -246,7 +245,7 @@ class TorchvisionFeatures(_ResizedFeatures):
 
     def __init__(self, model: str, weights: str | None = "DEFAULT"):
         super().__init__()
-        self.network = build_network(f"torchvision/{model}", 1000, weights)
+        self.network = build_network(f"torchvision/{model}", None, weights)
         known = torchvision.models.get_model_weights(model)
         shown = (known[weights] if weights in known.__members__ else known.DEFAULT).transforms()
         self.name, self.library = f"torchvision {model}", f"torchvision {torchvision.__version__.partition('+')[0]}"

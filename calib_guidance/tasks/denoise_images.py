@@ -46,6 +46,7 @@ class DenoiseImages(FaultTolerant):
                 f"{type(requests).__name__}"
             )
         self.input_transform.check_image(requests.image_shape)
+        self.give_num_classes(requests, self.input_transform.frozen.module.num_classes)
         self.input_transform.check_classes(requests.num_classes)
 
     def networks(self) -> dict[str, nn.Module]:

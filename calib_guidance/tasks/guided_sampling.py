@@ -52,6 +52,16 @@ class GuidedSampling(FaultTolerant):
         self.group_size = guidance.group_size if guidance is not None else 1
         self._checked = False
 
+    @property
+    def num_classes(self) -> int | None:
+        """Classes of the denoiser, else of the first classifier; None where nothing has classes."""
+        parts = () if self.guidance is None else self.guidance.parts()
+        known = (
+            self.denoiser.num_classes,
+            *(part.classifier.num_classes for part in parts if hasattr(part, "classifier")),
+        )
+        return next((count for count in known if count is not None), None)
+
     def check(self) -> None:
         """Raise ConfigurationError where the parts of this run cannot go together. Nothing is sampled or written here."""
         if self._checked:
@@ -76,6 +86,11 @@ class GuidedSampling(FaultTolerant):
             with torch.no_grad():  # a corner is enough to see whether there is a decoder
                 self.denoiser.decode(torch.zeros(1, *self.denoiser.image_shape, device=self.device)[..., :4, :4])
         except ValueError as error:
+            yield str(error)
+            return
+        try:
+            self.give_num_classes(requests, self.num_classes)
+        except ConfigurationError as error:
             yield str(error)
             return
         yield from self._class_problems(requests.num_classes)

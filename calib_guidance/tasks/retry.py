@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from calib_guidance.backend.precision import HALVES
+from calib_guidance.data.requests import RequestData
 from calib_guidance.errors import OutOfMemoryError
 from calib_guidance.runs.context import SamplingContext
 from calib_guidance.samplers.records import StepRecord
@@ -151,6 +152,12 @@ class FaultTolerant(L.LightningModule, ABC):
     def configure_run(self, configuration: Mapping[str, Any]) -> None:
         """Take the resolved configuration, from the command line."""
         self.context.configuration = configuration
+
+    def give_num_classes(self, requests: RequestData, num_classes: int | None) -> None:
+        """Let the data module take the model's number of classes; the run is known by the number, whoever stated it."""
+        requests.take_num_classes(num_classes)
+        if self.context.configuration is not None:
+            self.context.configuration["data"].setdefault("init_args", {})["num_classes"] = requests.num_classes
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Samples:
         """Sample requests ``{index, label, seed}``; ``shard`` is the :class:`~calib_guidance.runs.context.ShardPart`.

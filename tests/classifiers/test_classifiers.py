@@ -195,3 +195,43 @@ def test_the_command_line_lists_the_values_of_an_option(kind, option, value, all
     parser.add_class_arguments(kind, "part")
     with pytest.raises(ArgumentError, match=rf"(?s)part\.{option}.*{allowed}.*{value}"):
         parser.parse_args([f"--part.{option}={value}"])
+
+
+class Headless(nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3))
+
+
+class TestNumberOfClasses:
+    """Read from the network or its weights; what is stated beside it must agree."""
+
+    @pytest.mark.parametrize("name", ["squeezenet1_0", "densenet121", "vit_b_16", "resnet18"])
+    def test_of_a_named_network(self, name):
+        with torch.device("meta"):
+            assert OffTheShelfClassifier(f"torchvision/{name}").num_classes == 1000
+
+    @pytest.mark.parametrize("library", ["torchvision", "timm"])
+    def test_of_a_weights_file(self, tmp_path, library):
+        """By its last layer, or as the file states; 7 of them."""
+        name = f"{library}/resnet18"
+        make = (
+            torchvision.models.resnet18 if library == "torchvision" else lambda **k: timm.create_model("resnet18", **k)
+        )
+        torch.save(make(num_classes=7).state_dict(), tmp_path / "theirs.pth")
+        classifier = OffTheShelfClassifier(name, weights=str(tmp_path / "theirs.pth"))
+        assert classifier.num_classes == 7
+        assert classifier(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
+        file = str(tmp_path / "ours.safetensors")
+        save_weights(classifier.network, file, **classifier.weights_metadata)
+        assert OffTheShelfClassifier(name, weights=file).num_classes == 7
+        with pytest.raises(CheckpointError, match="trained with num_classes: 7, the configuration says num_classes: 8"):
+            OffTheShelfClassifier(name, 8, file)
+
+    def test_of_a_module(self):
+        assert OffTheShelfClassifier(SmallResNet(4)).num_classes == 4
+        assert OffTheShelfClassifier(nn.Sequential(nn.Flatten(), nn.Linear(12, 5))).num_classes == 5
+        assert OffTheShelfClassifier(Headless(), 3).num_classes == 3
+        with pytest.raises(ValueError, match="num_classes is 11, but SmallResNet has 4: omit num_classes"):
+            OffTheShelfClassifier(SmallResNet(4), 11)
+        with pytest.raises(ValueError, match="Headless does not show how many classes it has: state num_classes"):
+            OffTheShelfClassifier(Headless())

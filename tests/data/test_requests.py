@@ -81,3 +81,27 @@ def test_without_a_folder_all_are_taken_in_order():
 def test_a_shard_of_nothing_is_refused():
     with pytest.raises(ConfigurationError, match=r"data.shard_size must be at least 1, got 0"):
         SampleRequests(5, shard_size=0)
+
+
+class TestNumberOfClasses:
+    def test_the_models_is_taken_where_none_is_stated(self):
+        data = SampleRequests(5)
+        data.take_num_classes(3)
+        assert [data[i]["label"] for i in range(5)] == [0, 1, 2, 0, 1]
+        data = SampleRequests(5, num_classes=2)
+        data.take_num_classes(3)  # the task refuses the contradiction
+        assert data.num_classes == 2
+
+    def test_labels_are_checked_when_it_is_known(self):
+        data = SampleRequests(2, labels=3)
+        with pytest.raises(ConfigurationError, match="class"):
+            data.take_num_classes(3)
+        data = SampleRequests(2, labels=3)
+        data.take_num_classes(4)
+        assert data[1]["label"] == 3
+
+    def test_without_any_it_must_be_stated(self):
+        with pytest.raises(
+            ConfigurationError, match="data.num_classes: neither the denoiser nor a classifier has classes"
+        ):
+            SampleRequests(2).take_num_classes(None)

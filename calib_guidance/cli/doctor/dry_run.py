@@ -6,11 +6,8 @@ import contextlib
 import copy
 import functools
 import math
-import os
-import shutil
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -21,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 from calib_guidance.backend.images import to_uint8
-from calib_guidance.callbacks import ExportClassifier, SampleQuality, SampleWriter
-from calib_guidance.cli.doctor.files import check_files
+from calib_guidance.callbacks import ExportClassifier, SampleQuality
+from calib_guidance.cli.doctor.files import check_files, check_output
 from calib_guidance.cli.doctor.measure import (
     PATIENCE,
     EnoughError,
@@ -108,7 +105,7 @@ class DryRun:
         if self.data is not None:
             self._check_together()
         with self.report.attempt("output"):
-            self._check_output()
+            check_output(self.report, self.trainer, self.callbacks, self._output_bytes())
 
     def _build(self, name: str, node: object, label: str | None = None) -> Any:
         """A part, with random weights in place of files that do not fit; None if it cannot be built."""
@@ -233,48 +230,27 @@ class DryRun:
             self.report.add("ok", f"{type(data).__name__}: {fits}")
 
     def _read_batch(self) -> None:
+        if not self.has_images and self.trains:
+            if (shape := getattr(self.data, "image_shape", None)) is not None:
+                self.batch = default_collate([_random_image(shape)])
+            return
+        loader = self.data.train_dataloader() if self.trains else self.data.predict_dataloader()
+        started = time.perf_counter()
+        self.batch = next(iter(loader))
+        reading = duration(*[time.perf_counter() - started] * 2)
+        take_reports(self.batch)
         if not self.trains:
-            self.batch = next(iter(self.data.predict_dataloader()))
-            take_reports(self.batch)
-        elif self.has_images:
-            self._read_training_batch()
-        elif (shape := getattr(self.data, "image_shape", None)) is not None:
-            self.batch = default_collate([_random_image(shape)])
-
-    def _read_training_batch(self) -> None:
-        loader, started = self.data.train_dataloader(), time.perf_counter()
-        batch = next(iter(loader))
-        reading = time.perf_counter() - started
-        take_reports(batch)
-        self.batch, self.epoch = batch, len(loader)
-        image, label = batch["image"], batch["label"]
+            return
+        self.epoch = len(loader)
+        image, label = self.batch["image"], self.batch["label"]
         self.report.add(
             "ok",
             f"images: {self.epoch:,} batches of {len(image)} per epoch and device, {'×'.join(map(str, image.shape[1:]))} "
             f"in [{image.min():.2f}, {image.max():.2f}], labels {label.min()} … {label.max()}",
-            f"one process read the first batch in {duration(reading, reading)}"
-            + (f"; the run has {self.workers}" if self.workers else ""),
+            f"one process read the first batch in {reading}; the run has {self.workers or 1}",
         )
         if image.abs().max() > 1.01 or not image.isfinite().all():
             self.report.add("wrong", "images must lie in [-1, 1]: data.train_transform must return 8-bit images")
-
-    def _check_output(self) -> None:
-        """Whether the folder of the run can be written and has space; nothing is written."""
-        folder = Path(self.trainer.default_root_dir)
-        for callback in self.callbacks:
-            if isinstance(callback, SampleWriter):
-                folder = callback.target(self.trainer)
-                with self.report.attempt("the run in the output folder"):
-                    if callback.earlier_run(self.trainer):
-                        fate = "will be removed" if callback.restart else "is resumed if both make the same samples"
-                        self.report.add("note", f"{folder} holds a run, which {fate}")
-        nearest = next(place for place in (folder.resolve(), *folder.resolve().parents) if place.exists())
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-            self.report.add("wrong", f"{folder} is not writable: set trainer.default_root_dir to a folder that is")
-            return
-        size, free = self._output_bytes(), shutil.disk_usage(nearest).free
-        mark, *cure = ("ok",) if size <= free else ("wrong", "set trainer.default_root_dir to a disk with more space")
-        self.report.add(mark, f"output: up to {amount(size)} in {folder}, {amount(free)} of disk space are free", *cure)
 
     def _output_bytes(self) -> float:
         """Uncompressed samples; or checkpoints, with two numbers of the optimizer for each weight."""
@@ -324,9 +300,7 @@ class DryRun:
     def _count(self, least: int, size: int) -> bool:
         """Report memory and FLOPs on the meta device; False if a batch does not fit."""
         weights, mark, cure = self.weights_bytes, "ok", []
-        free = free_memory(self.device) + (
-            weights if self.module else 0
-        )  # a module that was built is in memory already
+        free = free_memory(self.device) + (weights if self.module else 0)  # what was built is in memory already
         try:
             flops, full = count_batch(self.twin, self._rows(size), self.trial())
             if weights + full > free:

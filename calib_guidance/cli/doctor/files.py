@@ -1,20 +1,25 @@
-"""The files that a configuration reads: which are here, and where the others come from."""
+"""The files that a run reads, where those that are missing come from, and whether its own can be written."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
 import huggingface_hub
+import lightning as L
 import timm
 import torch
 import torchvision
 from jsonargparse import Namespace
 
 from calib_guidance.backend.shipped import find_file
-from calib_guidance.cli.doctor.report import amount
+from calib_guidance.callbacks import SampleWriter
+from calib_guidance.cli.doctor.report import Report, amount
 from calib_guidance.cli.parsed import Option, all_options, published
 from calib_guidance.data.base import SourceOptions, init_arg
 from calib_guidance.data.requests import POLICIES
@@ -125,3 +130,21 @@ def check_files(options: Namespace) -> list[Finding]:
 def missing_files(options: Namespace) -> list[str]:
     """What a run would fail on: every file that is missing or empty, with its source and the option that names it."""
     return ["; ".join(finding.text) for finding in check_files(options) if finding.mark in ("missing", "wrong")]
+
+
+def check_output(report: Report, trainer: L.Trainer, callbacks: Iterable[L.Callback], size: float) -> None:
+    """Report whether ``size`` bytes can be written into the folder of the run; nothing is written."""
+    folder = Path(trainer.default_root_dir)
+    for writer in (callback for callback in callbacks if isinstance(callback, SampleWriter)):
+        folder = writer.target(trainer)
+        with report.attempt("the run in the output folder"):
+            if writer.earlier_run(trainer):
+                fate = "will be removed" if writer.restart else "is resumed if both make the same samples"
+                report.add("note", f"{folder} holds a run, which {fate}")
+    nearest = next(place for place in (folder.resolve(), *folder.resolve().parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        report.add("wrong", f"{folder} is not writable: set trainer.default_root_dir to a folder that is")
+        return
+    free = shutil.disk_usage(nearest).free
+    mark, *cure = ("ok",) if size <= free else ("wrong", "set trainer.default_root_dir to a disk with more space")
+    report.add(mark, f"output: up to {amount(size)} in {folder}, {amount(free)} of disk space are free", *cure)
