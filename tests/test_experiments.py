@@ -19,7 +19,7 @@ from calib_guidance.experiments import experiment as module
 from calib_guidance.experiments import runner
 from calib_guidance.experiments.experiment import Experimenter, halve
 from calib_guidance.experiments.runner import Run
-from calib_guidance.experiments.schema import Column
+from calib_guidance.experiments.schema import Column, read_experiment
 from calib_guidance.experiments.settings import make_plan
 from calib_guidance.experiments.tables import Results, read_value
 from calib_guidance.runs import RunFolder
@@ -562,3 +562,25 @@ def test_a_file_of_another_kind_says_so(tmp_path, capsys, text, message):
     with pytest.raises(SystemExit):
         experiment(path, tmp_path / "out")
     assert message in capsys.readouterr().err
+
+
+def test_an_experiment_is_based_on_another(tmp_path):
+    """Keys of the file replace those of its base; everything else is taken over."""
+    (tmp_path / "own.yaml").write_text(
+        "base: digits_scale\nseeds: [5]\naxes: {b: {key: data.batch_size, values: [1]}}\n"
+    )
+    own, base = (
+        read_experiment(tmp_path / "own.yaml"),
+        read_experiment(ROOT / "lightning_configs/experiments/digits_scale.yaml"),
+    )
+    assert own.seeds == [5]
+    assert list(own.axes) == ["b"]
+    assert (own.configs, own.set, own.num_samples, own.tables) == (
+        base.configs,
+        base.set,
+        base.num_samples,
+        base.tables,
+    )
+    (tmp_path / "own.yaml").write_text("base: own.yaml\n")
+    with pytest.raises(ConfigurationError, match="based on itself"):
+        read_experiment(tmp_path / "own.yaml")

@@ -60,8 +60,8 @@ def find_configuration(
     )
 
 
-def _read(path: Path, above: tuple[Path, ...], command: str | None) -> list[str]:
-    """Values for ``--config``: the files that ``path`` is based on, and what it says itself."""
+def with_bases(path: Path, command: str | None, above: tuple[Path, ...] = ()) -> list[str]:
+    """The files that ``path`` is based on, and what it says itself, as a file or as YAML text."""
     if path.resolve() in above:
         raise ConfigurationError(f"{path} is based on itself, by way of {', '.join(map(str, above))}")
     try:
@@ -76,7 +76,7 @@ def _read(path: Path, above: tuple[Path, ...], command: str | None) -> list[str]
         raise ConfigurationError(f"{path}: base must be a configuration file or name, or a list of them, got {bases!r}")
     files, above = [], (*above, path.resolve())
     for base in bases:
-        files += _read(find_configuration(base, command, path.parent, f"{path}, base"), above, command)
+        files += with_bases(find_configuration(base, command, path.parent, f"{path}, base"), command, above)
     return [*files, yaml.safe_dump(content, allow_unicode=True, sort_keys=False)] if content else files
 
 
@@ -98,7 +98,7 @@ def expand_bases(argv: Sequence[str]) -> list[str]:
             continue
         value = value if equals else rest.pop(0)
         is_text = any(mark in value for mark in ("\n", "{", ": "))
-        values = [value] if is_text else _read(find_configuration(value, command), (), command)
+        values = [value] if is_text else with_bases(find_configuration(value, command), command)
         expanded += [each for value in values for each in ("--config", value)]
     return expanded
 
