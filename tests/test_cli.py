@@ -228,12 +228,14 @@ class TestRefusals:
 
     @pytest.mark.parametrize("label", [10, -1])
     def test_a_class_outside(self, out, capsys, label):
-        assert f"class {label}, outside 0 … 9" in refuse(capsys, out, f"--data.init_args.labels={label}")
+        assert f"'{label}' is not a class number from 0 to 9" in refuse(capsys, out, f"--data.init_args.labels={label}")
 
     def test_a_label_file_that_does_not_fit(self, out, capsys, tmp_path):
         assert "nor a file" in refuse(capsys, out, "--data.init_args.labels=nothing.txt")
         (tmp_path / "labels.txt").write_text("1\n2\n")
-        assert "at least 20 class numbers" in refuse(capsys, out, f"--data.init_args.labels={tmp_path / 'labels.txt'}")
+        assert "has 2 class numbers, data.num_samples is 20" in refuse(
+            capsys, out, f"--data.init_args.labels={tmp_path / 'labels.txt'}"
+        )
 
     def test_classes_of_requests_and_classifier_differ(self, out, capsys):
         message = refuse(capsys, out, "--data.init_args.num_classes=11")

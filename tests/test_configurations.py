@@ -214,7 +214,7 @@ class TestShortNames:
                 "sampler.variance: unknown 'big'; known: auto, learned_range, fixed_small",
             ),
             ("--model.guidance.apply_to=x", "guidance.apply_to: unknown 'x'; known: score, cfg_residual, sample"),
-            ("--model.denoiser.prediction=x0", "denoiser.prediction: unknown 'x0'; known: epsilon, v"),
+            ("--model.denoiser.prediction=score", "denoiser.prediction: unknown 'score'; known: epsilon, v, x0"),
             ("--trainer.callbacks+=SampleWritr", "there is no SampleWritr (did you mean 'SampleWriter'?)"),
         ],
     )

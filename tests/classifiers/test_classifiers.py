@@ -187,7 +187,7 @@ class TestWeights:
         (OffTheShelfClassifier, "normalize", "cifar", "'none', 'imagenet'"),
         (OffTheShelfClassifier, "dtype", "half", "'float32', 'float16', 'bfloat16'"),
         (ADMDenoiser, "noise_schedule", "sqrt", "'linear', 'cosine'"),
-        (ADMDenoiser, "prediction", "x0", "'epsilon', 'v'"),
+        (ADMDenoiser, "prediction", "score", "'epsilon', 'v', 'x0'"),
     ],
 )
 def test_the_command_line_lists_the_values_of_an_option(kind, option, value, allowed):
@@ -220,7 +220,7 @@ class TestNumberOfClasses:
         torch.save(make(num_classes=7).state_dict(), tmp_path / "theirs.pth")
         classifier = OffTheShelfClassifier(name, weights=str(tmp_path / "theirs.pth"))
         assert classifier.num_classes == 7
-        assert classifier(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
+        assert classifier.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
         file = str(tmp_path / "ours.safetensors")
         save_weights(classifier.network, file, **classifier.weights_metadata)
         assert OffTheShelfClassifier(name, weights=file).num_classes == 7

@@ -226,8 +226,8 @@ class DryRun:
         if self.fits_together:
             classes = getattr(data, "num_classes", None)
             count = f"{len(data):,} requests, " if not self.trains and self.has_images else ""
-            fits = f"{count}{classes} classes, which fit the model" if classes else "image size fits the model"
-            self.report.add("ok", f"{type(data).__name__}: {fits}")
+            fits = f"{classes} classes, which fit the model" if classes else "image size fits the model"
+            self.report.add("ok", f"{type(data).__name__}: {count}{fits}")
 
     def _read_batch(self) -> None:
         if not self.has_images and self.trains:
