@@ -14,7 +14,6 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from calib_guidance.errors import check_choice
 from calib_guidance.scores.base import TemperedLogProb, as_float, log_softmax, tempered_log_prob
 
 Weighting = Literal["constant", "linear", "cosine", "confidence"]
@@ -49,7 +48,8 @@ class EntropyRegularized(TemperedLogProb):
 
     def __init__(self, entropy_weight: float = 0.1, weighting: Weighting = "constant", *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        check_choice("weighting", weighting, get_args(Weighting))
+        if weighting not in get_args(Weighting):
+            raise ValueError(f"weighting: unknown {weighting!r}; known: {', '.join(get_args(Weighting))}")
         if not math.isfinite(entropy_weight):
             raise ValueError(f"entropy_weight must be a finite number, got {entropy_weight}")
         self.entropy_weight, self.weighting = entropy_weight, weighting
