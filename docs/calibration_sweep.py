@@ -13,7 +13,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from calib_guidance.plots import COLOURS
+from calib_guidance.plots import COLORS
 
 MEASURES = {
     "NLL": ("nll.overall",),
@@ -41,14 +41,14 @@ def draw(found: dict[tuple[str, float, float], dict[str, list[float]]], path: Pa
         baseline = found["none", 0.0, 0.0][measure]
         mean, spread = statistics.mean(baseline), statistics.stdev(baseline)
         for axis, (form, title) in zip(row, FORMS.items(), strict=True):
-            axis.axhspan(mean - spread, mean + spread, color=COLOURS[6], alpha=0.12, lw=0)
-            axis.axhline(mean, color=COLOURS[6], lw=1, ls="--", label="cross-entropy alone")
+            axis.axhspan(mean - spread, mean + spread, color=COLORS[6], alpha=0.12, lw=0)
+            axis.axhline(mean, color=COLORS[6], lw=1, ls="--", label="cross-entropy alone")
             for number, beta in enumerate(sorted({b for f, _, b in found if f == form})):
                 weights = sorted({w for f, w, b in found if f == form and b == beta})
                 values = [found[form, weight, beta][measure] for weight in weights]
                 shifted = [weight * 1.06 ** (number - 1) for weight in weights]  # so that the bars can be told apart
                 means, spreads = [statistics.mean(v) for v in values], [statistics.stdev(v) for v in values]
-                style = {"color": COLOURS[number], "marker": "os^"[number], "ms": 4, "lw": 1.2, "capsize": 2}
+                style = {"color": COLORS[number], "marker": "os^"[number], "ms": 4, "lw": 1.2, "capsize": 2}
                 axis.errorbar(shifted, means, spreads, label=f"β = {beta:g}", **style)
             axis.set_xscale("log")
             axis.set_xticks([0.1, 0.3, 1, 3, 10], ["0.1", "0.3", "1", "3", "10"])

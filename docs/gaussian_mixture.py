@@ -26,12 +26,12 @@ from torch import Tensor
 from calib_guidance.classifiers.gaussian_mixture import GaussianMixtureClassifier
 from calib_guidance.denoisers.gaussian_mixture import GaussianMixture
 from calib_guidance.guidance import ClassifierGuidance
-from calib_guidance.plots import COLOURS, Contours, direction_field
+from calib_guidance.plots import COLORS, Contours, direction_field
 from calib_guidance.samplers import DDIM, DDPM, Sampler
 from calib_guidance.scores import DivergenceRegularized, EntropyRegularized, Score, TemperedLogProb, Tilted
 from calib_guidance.scores.regularized import smoothed_one_hot_log
 
-BLUE, VERMILLION, BLACK = COLOURS[0], COLOURS[1], COLOURS[6]
+BLUE, VERMILLION, BLACK = COLORS[0], COLORS[1], COLORS[6]
 HALO = [withStroke(linewidth=2, foreground="white")]
 
 # Four classes that overlap, so that the classifier is often unsure; class 0 is guided to.

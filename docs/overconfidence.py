@@ -23,11 +23,11 @@ from calib_guidance.classifiers.gaussian_mixture import GaussianMixtureClassifie
 from calib_guidance.denoisers.gaussian_mixture import GaussianMixture
 from calib_guidance.guidance import ClassifierGuidance
 from calib_guidance.metrics import CalibrationError
-from calib_guidance.plots import COLOURS
+from calib_guidance.plots import COLORS
 from calib_guidance.samplers import DDPM, StepRecord
 from calib_guidance.training import binned_smooth_ece, smooth_ece
 
-BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK, _ = COLOURS
+BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK, _ = COLORS
 
 # Two classes two standard deviations apart, in so many dimensions that few points can be told apart by chance.
 DIMENSIONS, WEIGHTS = 16, (0.75, 0.25)

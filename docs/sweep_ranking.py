@@ -24,7 +24,7 @@ from calib_guidance.experiments.experiment import Experimenter, halve
 from calib_guidance.experiments.settings import Plan, make_plan
 from calib_guidance.experiments.tables import insert, read_value
 from calib_guidance.metrics import CalibrationError, frechet_distance, mean_and_covariance
-from calib_guidance.plots import COLOURS, COLUMN, paper, save
+from calib_guidance.plots import COLORS, COLUMN, paper, save
 from calib_guidance.runs import RunFolder
 
 DOCS = Path(__file__).parent
@@ -160,7 +160,7 @@ def draw(found: Measured, blocks: Sequence[range], plan: Plan, path: Path) -> li
         (x, dx), (y, dy) = pair(number, "integral_ece", blocks[0]), pair(number, "fd", whole)
         place = scales.index(setting.labels["scale"])
         filled = setting.labels["tau2"] == "1"
-        style = {"color": COLOURS[place], "marker": "os^D"[place], "mfc": COLOURS[place] if filled else "white"}
+        style = {"color": COLORS[place], "marker": "os^D"[place], "mfc": COLORS[place] if filled else "white"}
         label = f"scale {setting.labels['scale']}" if filled and setting.labels["score"] == "tempered" else "_"
         axis.errorbar(x, y, dy, dx, ms=4, lw=0, elinewidth=0.6, label=label, **style)
     axis.set_xlabel(f"integral ECE of {FEW} samples ↓")

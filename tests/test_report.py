@@ -180,6 +180,32 @@ def test_its_figures_are_kept_as_png_and_pdf(two):
         assert base64.b64encode(kept[f"{name}.png"]).decode() in on_page
 
 
+def test_samples_come_first_and_settings_are_folded(two):
+    assert [e[2].split("<")[0] for e in two.all("h2")] == [
+        "Samples",
+        "Measurements",
+        "Along the trajectory",
+        "The evaluation classifier's best and worst",
+        "Runs and settings",
+    ]
+    for element in two.elements:
+        if element[0] == "pre" or element[1].get("class") in ("key", "part"):
+            assert any(outer[0] == "details" for outer in element[3])
+    assert f"calib-guidance report {two.runs[0]} {two.runs[1]}" in two.all("footer")[0][2]
+
+
+def test_a_plot_is_enlarged_and_closed_by_links(two):
+    """Its own address is the target that the style enlarges; there is no script and no second copy of the picture."""
+    figures = [e for e in two.all("figure") if "id" in e[1]]
+    assert len(figures) == 9
+    for figure in figures:
+        inside = [e for e in two.elements if figure in e[3]]
+        enlarge, close = (e[1]["href"] for e in inside if e[0] == "a")
+        assert enlarge == f"#{figure[1]['id']}"
+        assert close in ("#samples", "#trajectory")
+    assert ".figures figure:target { position: fixed;" in two.source
+
+
 def test_numbers_are_those_that_were_measured(two):
     first, second = (json.loads((run / "metrics.json").read_text()) for run in two.runs)
     for name in ("fd", "precision", "num_samples"):
@@ -250,6 +276,50 @@ def test_one_run_by_itself_and_names_of_runs(tmp_path, capsys):
     assert page.cells("precision") == []
 
 
+def test_real_images_beside_samples_and_names_of_classes(tmp_path):
+    folder = make(tmp_path / "run")
+    label = np.array([0, 0, 1, 7])
+    image = np.stack([pixels(100 + k).transpose(2, 0, 1) for k in range(4)])
+    np.savez(folder / "reference_images.npz", label=label, name=np.array(["fox", "fox", "", "owl"]), image=image)
+    page = report(folder, "--output", tmp_path / "page.html")
+    first, second = page.all("img")[:2]
+    assert first[1]["alt"].endswith(
+        "the first samples by index of each class, not chosen, a row for each of the classes fox, 1, 2."
+    )
+    assert "real images of the same classes, from the reference" in second[1]["alt"]
+    assert "class fox" in page.text
+    (tmp_path / "names.txt").write_text("red fox\ncar\ntwo cats\n")
+    page = report(folder, "--names", tmp_path / "names.txt", "--output", tmp_path / "page.html")
+    assert "class red fox" in page.text
+    assert "seen as two cats" in page.text
+
+
+def test_an_evaluation_of_other_samples_is_not_shown(tmp_path):
+    """Measured; then a shard is written anew with other pixels, and then the run is extended."""
+    folder = make(tmp_path / "run", METRICS | {"provenance": {"samples": {"shards_sha256": "0" * 64}}})
+    (folder / "evaluation").mkdir()
+    said = {"shards_sha256": RunFolder.open(folder).samples_sha256()}
+    measured = {"inception_score": 3.25, "num_measured": 12, "provenance": {"samples": said}}
+    (folder / "evaluation/metrics.json").write_text(json.dumps(measured))
+    page = report(folder, "--output", tmp_path / "page.html")
+    assert page.cells("inception_score") == [3.25]
+    assert page.cells("fd") == []
+    assert (
+        "metrics.json is not shown: it is of other samples than those that are there now. Re-run predict." in page.text
+    )
+    assert "No evaluation classifier has looked" in page.text  # nor its predictions
+    make(tmp_path / "other", shift=40)
+    for name in ("samples/00000004.parquet", "shards/00000004.json"):
+        (folder / name).write_bytes((tmp_path / "other" / name).read_bytes())
+    page = report(folder, "--output", tmp_path / "page.html")
+    assert page.cells("inception_score") == []
+    assert "evaluation/metrics.json is not shown: it is of other samples than those that are there now." in page.text
+    assert f"calib-guidance evaluate {folder} measures them" in page.text
+    (folder / "evaluation/metrics.json").write_text('{"inception_score": 3.25, "num_measured": 11, "provenance": 3}')
+    page = report(folder, "--output", tmp_path / "page.html")
+    assert "evaluation/metrics.json is not shown: it is of 11 samples, and there are 12 now" in page.text
+
+
 def test_a_run_that_is_not_complete_and_damaged(tmp_path):
     folder = make(tmp_path / "run", None, num_samples=20, shards=(0, 1, 2, 3))
     data = bytearray((folder / "samples/00000004.parquet").read_bytes())
@@ -295,8 +365,8 @@ def test_a_run_that_has_only_begun(tmp_path):
         (["empty"], "empty holds no run: there is no run.json in it"),
         (["run", "empty/../run"], "empty/../run is given twice"),
         (["run", "--output", "empty"], "--output: empty is a folder"),
-        (["run", "--output", "run/run.json/page.html"], "--output: run/run.json cannot be made"),
-        (["run", "--plots", "run/run.json"], "--plots: run/run.json cannot be made"),
+        (["run", "--output", "run/run.json/page.html"], "--output: run/run.json cannot be written"),
+        (["run", "--plots", "run/run.json"], "--plots: run/run.json cannot be written"),
         (["broken"], "broken/run.json is corrupted"),
     ],
 )

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from calib_guidance.errors import ConfigurationError
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:
@@ -50,6 +53,16 @@ def atomic_write(path: str | os.PathLike[str], writer: str | None = None) -> Ite
         file.close()
         os.replace(temporary, path)
     sync_folder(path.parent)
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Raise ConfigurationError where a folder cannot be made or written to, before work for it is done. Nothing is left there."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ConfigurationError(f"{option}: {folder} cannot be written: {there}: {error.strerror}") from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

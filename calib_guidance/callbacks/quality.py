@@ -18,7 +18,7 @@ from calib_guidance.data.base import ImageSource, Row
 from calib_guidance.data.image_sets import ImageSet
 from calib_guidance.evaluation import FeatureExtractor
 from calib_guidance.evaluation.metrics import select
-from calib_guidance.evaluation.output import write_predictions
+from calib_guidance.evaluation.output import write_arrays
 from calib_guidance.evaluation.quality import Quality
 from calib_guidance.evaluation.spec import Measures
 
@@ -105,6 +105,6 @@ class SampleQuality(Measurement):
         results = self.quality.measure(ImageSet(folder.path))
         # Folders are moved, and the same samples measure the same wherever they lie.
         results["provenance"]["samples"]["source"] = "this run"
-        if trainer.is_global_zero and (predictions := self.quality.predictions()) is not None:
-            write_predictions(Path(trainer.default_root_dir, "predictions.npz"), predictions)
+        if trainer.is_global_zero:
+            write_arrays(Path(trainer.default_root_dir), self.quality)
         return results

@@ -95,3 +95,4 @@ class RunReport(L.Callback):
         if plots:
             endings = ", ".join(dict.fromkeys(path.suffix for path in plots))
             print(f"plots/ ({endings}): {', '.join(dict.fromkeys(path.stem for path in plots))}")
+        print(f"one page of it all: calib-guidance report {folder}")

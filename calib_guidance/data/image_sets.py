@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -191,6 +191,19 @@ class ImageSet:
                 if (batch := self._take([future.result() for future in current])) is not None:
                     yield batch
                 current = following
+
+    def examples(self, labels: Collection[int], count: int, among: int = 20_000) -> dict[int, list[np.ndarray]]:
+        """The first ``count`` images ``(C, H, W)`` of each class among the first images of the set, for people."""
+        found: dict[int, list[np.ndarray]] = {label: [] for label in labels}
+        few = min(self.num_images, among)
+        for position, (row,) in enumerate(self.source.read(range(i, i + 1) for i in range(few))):
+            images = found.get(row.label)
+            if images is not None and len(images) < count:
+                if (pixels := self._decode(position, row).pixels) is not None:
+                    images.append(pixels)
+                if all(len(each) == count for each in found.values()):
+                    break
+        return found
 
     def gather(self, processes: DistributedContext) -> None:
         """Exchange what the processes found in their batches. Each process calls it after its last batch."""

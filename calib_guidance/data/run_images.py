@@ -57,4 +57,5 @@ class RunImages(ImageSource):
 
     def provenance(self) -> dict[str, Any]:
         rule = read_run(self.run.path)["identity"].get("uint8_rule")
-        return {"run": self.run.fingerprint, "uint8_rule": rule, "failed": self.failed}
+        shards = self.run.samples_sha256()
+        return {"run": self.run.fingerprint, "shards_sha256": shards, "uint8_rule": rule, "failed": self.failed}

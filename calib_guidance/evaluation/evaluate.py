@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import PIL
 import torch
 
 from calib_guidance import __version__
+from calib_guidance.backend.atomic import check_writable
 from calib_guidance.backend.distributed import DistributedContext, distributed_context
 from calib_guidance.classifiers import CLIPClassifier
 from calib_guidance.data.image_sets import ImageSet
@@ -115,11 +115,7 @@ def _evaluate(options: argparse.Namespace, processes: DistributedContext) -> Non
     sets = [ImageSet(source, **shared, **own) for source in options.samples]
     names, folders = _names(sets), _folders(options, sets)
     for folder in folders if len(sets) == 1 else (*folders, _output(options)):
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not (there.is_dir() and os.access(there, os.W_OK)):
-            raise ConfigurationError(
-                f"{folder} cannot be written: {there} is not a folder that may be written to (--output, of a single set)"
-            )
+        check_writable(folder, "--output")
     reference = open_reference(options.reference, **reading_options(options))
     if processes.is_first:
         images = [part for part in (*sets, reference) if isinstance(part, ImageSet)]
@@ -142,7 +138,7 @@ def _evaluate(options: argparse.Namespace, processes: DistributedContext) -> Non
     for samples, folder in zip(sets, folders, strict=True):
         found.append(_measure(samples, quality, options))
         if processes.is_first:
-            write_evaluation(folder, found[-1], quality.predictions())
+            write_evaluation(folder, found[-1], quality)
     if processes.is_first and len(sets) > 1:
         write_summary(_output(options), names, found)
 

@@ -15,7 +15,9 @@ import numpy as np
 from calib_guidance.backend.atomic import atomic_write, write_text
 from calib_guidance.errors import RunError
 from calib_guidance.evaluation.metrics import METRICS, specs_of
+from calib_guidance.evaluation.quality import Quality
 from calib_guidance.evaluation.spec import MetricSpec
+from calib_guidance.runs.store import REAL_IMAGES
 
 
 def table_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -110,19 +112,16 @@ def _writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def write_evaluation(folder: Path, results: Mapping[str, Any], predictions: Mapping[str, np.ndarray] | None) -> None:
-    """Print the table of one set, and write ``metrics.json``, ``metrics.md`` and ``predictions.npz``."""
+def write_evaluation(folder: Path, results: Mapping[str, Any], quality: Quality) -> None:
+    """Print the table of one set, and write ``metrics.json``, ``metrics.md``, and what :func:`write_arrays` does."""
     lines = described(results)
     print(f"\n{results['num_samples']:,} samples of {results['provenance']['samples']['source']}")
     print(printed_table(results), *lines, sep="\n")
     cells = [f"| {label} | {value} | {std.removeprefix('± ')} |" for label, value, std in table_rows(results)]
     with _writing(folder):
         _write(folder, results, ["| | | ± |", "|---|---:|---:|", *cells], lines)
-        if predictions is not None:
-            write_predictions(folder / "predictions.npz", predictions)
-        else:
-            (folder / "predictions.npz").unlink(missing_ok=True)  # of an earlier evaluation
-    print(f"wrote {folder / 'metrics.json'}, metrics.md" + ("" if predictions is None else ", predictions.npz"))
+        arrays = write_arrays(folder, quality)
+    print(f"wrote {folder / 'metrics.json'}, {', '.join(['metrics.md', *arrays])}")
 
 
 def write_summary(folder: Path, names: Sequence[str], found: Sequence[Mapping[str, Any]]) -> None:
@@ -157,10 +156,20 @@ def write_summary(folder: Path, names: Sequence[str], found: Sequence[Mapping[st
     print(f"wrote {folder / 'metrics.json'}, metrics.md")
 
 
-def write_predictions(path: Path, predictions: Mapping[str, np.ndarray]) -> None:
-    """Write :meth:`Quality.predictions` atomically."""
-    with atomic_write(path) as file:
-        np.savez(file, **predictions)
+def write_arrays(folder: Path, quality: Quality) -> list[str]:
+    """Write :meth:`Quality.predictions` and :meth:`Quality.real_images`, and remove those of an earlier evaluation.
+
+    Returns:
+        Names of the files.
+    """
+    found = {"predictions.npz": quality.predictions(), REAL_IMAGES: quality.real_images()}
+    for name, arrays in found.items():
+        if arrays is None:
+            (folder / name).unlink(missing_ok=True)
+        else:
+            with atomic_write(folder / name) as file:
+                np.savez_compressed(file, **arrays)
+    return [name for name, arrays in found.items() if arrays is not None]
 
 
 def plain(value: Any) -> Any:

@@ -62,6 +62,8 @@ class Quality:
         reference = open_reference(reference) if isinstance(reference, str) else reference
         for name, shape in shapes.items():
             check_shape(name, shape, reference.name, reference.image_shape)
+        kept = ImageSet(reference.images) if getattr(reference, "images", None) else None
+        self._images = reference if isinstance(reference, ImageSet) else kept
         self._provenance: dict[str, Any] = {"features": measures.extractor.provenance()}
         for name, classifier in (("eval_classifier", measures.eval_classifier), ("clip", measures.clip)):
             if classifier is not None:  # its hash before it is frozen, which may fold weights into others
@@ -152,6 +154,27 @@ class Quality:
             return None
         found = {name: self._found[name].cpu().numpy() for name in ("index", "label", "predicted")}
         return found | {"confidence": self._found["of_label"].float().cpu().numpy()}
+
+    def real_images(self, classes: int = 10, count: int = 10) -> dict[str, np.ndarray] | None:
+        """Reference images of the first classes of the last set, for a report; None where the reference has none.
+
+        ``label`` int64, ``name`` of the class (empty where it has none) and ``image`` uint8 ``(N, C, H, W)``, about 8 MB at most.
+        """
+        if self._images is None or not self._images.labelled:
+            return None
+        labels = self._found["label"].tolist()
+        chosen = list(dict.fromkeys(label for label in labels if label >= 0))[:classes]
+        count = max(1, min(count, 2**23 // (len(chosen) * math.prod(self._images.image_shape)))) if chosen else 0
+        found = [(label, each) for label, some in self._images.examples(chosen, count).items() for each in some]
+        if not found:
+            return None
+        label, image = zip(*found, strict=True)
+        names = self._images.source.class_names
+        return {
+            "label": np.array(label),
+            "name": np.array(["" if names is None else names[each] for each in label]),
+            "image": np.stack(image),
+        }
 
 
 def _values(specs: Sequence[MetricSpec], samples: SampleSet) -> dict[str, Any]:

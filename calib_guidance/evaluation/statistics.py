@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -20,13 +19,14 @@ import torch
 from torch import Tensor
 
 from calib_guidance import __version__
-from calib_guidance.backend.atomic import atomic_write
+from calib_guidance.backend.atomic import atomic_write, check_writable
 from calib_guidance.backend.distributed import DistributedContext
 from calib_guidance.data.image_sets import ImageSet
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation.features import FeatureExtractor
 from calib_guidance.metrics.frechet import covariance_root
 from calib_guidance.metrics.moments import Moments
+from calib_guidance.runs.identity import leaves
 
 _SYMMETRY = 1e-4  # of the largest entry: float32 statistics are symmetric to 1e-6
 _NOISE = 1e-5  # of the largest eigenvalue, within which one is 0: rounding to float32 moves them by 1e-7
@@ -283,7 +283,8 @@ class ReferenceStatistics:
                     "statistics were made with (--features), or make new ones with calib-guidance reference"
                 )
         if "features" in self.provenance:
-            saved, now = _flat(self.provenance["features"]), _flat(json.loads(json.dumps(extractor.provenance())))
+            said = self.provenance["features"], json.loads(json.dumps(extractor.provenance()))
+            saved, now = (dict(leaves(each)) for each in said)
             different = [
                 f"{key}: {saved.get(key)} in the reference, {now.get(key)} now"
                 for key in sorted((saved.keys() | now.keys()) - {"weights"})  # their hash counts, not where they lie
@@ -355,14 +356,6 @@ def gather_in_order(batches: list[dict[str, Tensor]], processes: DistributedCont
     return {name: value[order] for name, value in rows.items()}
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
-
-
 def _unversioned(value: object) -> object:
     """``torch 2.11.0`` as ``torch``."""
     return re.sub(r" \d+\.\d[\w.]*", "", value) if isinstance(value, str) else value
@@ -379,9 +372,4 @@ def check_output(path: Path) -> None:
         raise ConfigurationError(f"--output {path}: statistics are written as .npz")
     if path.exists():
         raise ConfigurationError(f"{path} exists already: remove it, or name another --output")
-    folder = next(folder for folder in path.absolute().parents if folder.exists())
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigurationError(f"{path} cannot be written: {error.strerror}") from error
+    check_writable(path.parent, "--output")

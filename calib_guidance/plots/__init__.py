@@ -5,10 +5,10 @@ from calib_guidance.plots.curves import Series, curves, guidance_schedule, stren
 from calib_guidance.plots.direction_field import Contours, direction_field
 from calib_guidance.plots.grids import sample_grid, side_by_side, strips
 from calib_guidance.plots.reliability import reliability
-from calib_guidance.plots.style import COLOURS, COLUMN, paper, save
+from calib_guidance.plots.style import COLORS, COLUMN, paper, save
 
 __all__ = [
-    "COLOURS",
+    "COLORS",
     "COLUMN",
     "Contours",
     "Series",

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.plots.style import COLOURS, COLUMN, panel, paper, save
+from calib_guidance.plots.style import COLORS, COLUMN, panel, paper, save
 
 Value = float | str
 Point = tuple[Value, Mapping[str, tuple[float | None, float | None]]]
@@ -89,7 +89,7 @@ def ablation(
             if unnamed:
                 axis.legend()
             unnamed = False
-        style = {"color": COLOURS[number % 7], "marker": "os^Dv<>"[number % 7], "ms": 3.5, "lw": 1}
+        style = {"color": COLORS[number % 7], "marker": "os^Dv<>"[number % 7], "ms": 3.5, "lw": 1}
         style |= {} if numeric else {"ls": "none"}  # nothing lies between two words
         axis.errorbar(x, mean, np.where(std > 0, std, np.nan), capsize=2, elinewidth=0.8, **style)
         axis.set_ylabel(textwrap.fill(labels.get(metric, metric.replace("_", " ")), 20), fontsize=7)
@@ -146,7 +146,7 @@ def precision_recall(points: Sequence[Point], name: str, path: str | os.PathLike
     x, y = recall[there], precision[there]
     bars = {"xerr": np.where(r_std > 0, r_std, np.nan)[there], "yerr": np.where(p_std > 0, p_std, np.nan)[there]}
     style = {"marker": "o", "ms": 3.5, "lw": 0.8, "ls": "-" if numeric else "none"}
-    axis.errorbar(x, y, **bars, color=COLOURS[0], ecolor="0.75", elinewidth=0.8, **style)
+    axis.errorbar(x, y, **bars, color=COLORS[0], ecolor="0.75", elinewidth=0.8, **style)
     axis.margins(0.1)
     axis.set(xlabel="recall ↑", ylabel="precision ↑")
     named = f"numbers: {name}" if numeric else name

@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from calib_guidance.diffusion.schedules import NoiseLevels
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.guidance.schedules import GuidanceSchedule
-from calib_guidance.plots.style import COLOURS, LINE_STYLES, panel, paper, save
+from calib_guidance.plots.style import COLORS, LINE_STYLES, panel, paper, save
 
-_LINES = COLOURS[:7]
+_LINES = COLORS[:7]
 _UNITS = {
     "variance": r"weight of $\nabla S$ / $\max_t\,\Sigma_t$",
     "noise": r"weight of $\nabla S$ in $\epsilon$",

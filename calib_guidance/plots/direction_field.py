@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
-from calib_guidance.plots.style import COLOURS, COLUMN, paper, save
+from calib_guidance.plots.style import COLORS, COLUMN, paper, save
 
-_TOWARDS, _AWAY = COLOURS[0], COLOURS[1]
+_TOWARDS, _AWAY = COLORS[0], COLORS[1]
 
 
 class Contours(NamedTuple):

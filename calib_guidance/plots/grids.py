@@ -6,6 +6,7 @@ import os
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -42,27 +43,26 @@ def _centers(count: int) -> np.ndarray:
     return np.arange(count) + (1 - _GAP) / 2
 
 
-def _grid(axis: Axes, rows: Sequence[Sequence[np.ndarray]], columns: int) -> None:
-    """Images ``(C, H, W)`` of one size, in rows that begin on the left."""
-    _, height, width = rows[0][0].shape
-    for r, row in enumerate(rows):
+def _named_rows(
+    rows: Mapping[str, Sequence[np.ndarray]], path: str | os.PathLike[str], top: Sequence[str] = (), **labels: str
+) -> list[Path]:
+    """Images ``(C, H, W)`` of one size, in rows that begin on the left, with the names of rows and, at the top, of columns."""
+    names, columns = [textwrap.fill(name, 14) for name in rows], max(map(len, rows.values()))
+    longest = max(len(line) for name in names for line in name.splitlines())
+    _, h, w = next(iter(rows.values()))[0].shape
+    figure, axis = panel((COLUMN - 0.24 - longest * _LETTER) / columns * len(rows) * h / w + (0.36 if top else 0.08))
+    for r, row in enumerate(rows.values()):
         for c, image in enumerate(row):
             _sample(axis, image, c, r)
-    _finish(axis, columns, len(rows), height / width)
+    _finish(axis, columns, len(rows), h / w)
+    axis.set_xticks(_centers(len(top)), top)
+    axis.set_yticks(_centers(len(names)), names)
+    axis.set(**labels)
+    return save(figure, path)
 
 
-@paper
-def sample_grid(
-    batches: Iterable[Mapping[str, Any]], path: str | os.PathLike[str], rows: int = 10, columns: int = 10
-) -> list[Path]:
-    """Sample grid, one class per row, the first samples of each by index.
-
-    Args:
-        batches: ``label`` ``(N,)`` and uint8 ``image`` ``(N, C, H, W)``, read until the grid is full.
-        path: see :func:`~calib_guidance.plots.style.save`.
-        rows: classes, the first ones that occur in order of their number.
-        columns: samples per class.
-    """
+def first_by_class(batches: Iterable[Mapping[str, Any]], rows: int, columns: int) -> dict[int, list[np.ndarray]]:
+    """The first ``columns`` images of the first ``rows`` classes that occur, by class; see :func:`sample_grid`."""
     chosen: dict[int, list[np.ndarray]] = {}
     for batch in batches:
         for label, image in zip(batch["label"].tolist(), np.asarray(batch["image"]), strict=True):
@@ -72,72 +72,48 @@ def sample_grid(
                     images.append(image)
         if len(chosen) == rows and all(len(images) == columns for images in chosen.values()):
             break
+    return dict(sorted(chosen.items()))
+
+
+@paper
+def sample_grid(
+    batches: Iterable[Mapping[str, Any]],
+    path: str | os.PathLike[str],
+    rows: int = 10,
+    columns: int = 10,
+    names: Mapping[int, str] = MappingProxyType({}),
+) -> list[Path]:
+    """Sample grid, one class per row, the first samples of each by index.
+
+    Args:
+        batches: ``label`` ``(N,)`` and uint8 ``image`` ``(N, C, H, W)``, read until the grid is full.
+        path: see :func:`~calib_guidance.plots.style.save`.
+        rows: classes, the first ones that occur in order of their number.
+        columns: samples per class.
+        names: of classes, by number.
+    """
+    chosen = first_by_class(batches, rows, columns)
     if not chosen:
         raise ConfigurationError("there are no samples to draw: the run has none, or all failed")
-    labels = sorted(chosen)
-    width = max(map(len, chosen.values()))
-    _, h, w = chosen[labels[0]][0].shape
-    figure, axis = panel((COLUMN - 0.3) / width * len(labels) * h / w + 0.08)
-    _grid(axis, [chosen[label] for label in labels], width)
-    axis.set_xticks([])
-    axis.set_yticks(_centers(len(labels)), [str(label) for label in labels])
-    axis.set_ylabel("class")
-    return save(figure, path)
+    return _named_rows({names.get(c, str(c)): images for c, images in chosen.items()}, path, ylabel="class")
 
 
 @paper
 def side_by_side(
-    runs: Mapping[str, Mapping[str, Any]],
-    path: str | os.PathLike[str],
-    indices: Sequence[int] | None = None,
-    samples: int = 8,
+    runs: Mapping[str, Sequence[np.ndarray]], classes: Sequence[str], path: str | os.PathLike[str]
 ) -> list[Path]:
     """What several runs make of the same noise: a row for each run, a column for each sample, with its class above.
 
     Args:
-        runs: by name, ``index``, ``label``, where known ``seed``, ``(N,)`` each, and uint8 ``image`` ``(N, C, H, W)``.
+        runs: by name, uint8 ``(N, C, H, W)`` samples of the same indices, seeds and labels.
+        classes: ``(N,)`` of the samples.
         path: see :func:`~calib_guidance.plots.style.save`.
-        indices: of the samples to draw; by default the first that all runs have.
-        samples: how many those are.
     """
-    if not runs:
-        raise ConfigurationError("there are no runs to set side by side: name at least one")
-    rows = {name: {index: row for row, index in enumerate(run["index"].tolist())} for name, run in runs.items()}
-    common = set.intersection(*(set(found) for found in rows.values()))
-    if indices is None:
-        indices = sorted(common)[:samples]
-    if missing := [index for index in indices if index not in common]:
-        raise ConfigurationError(f"not all runs have the samples {missing}: choose indices among those that they share")
-    if not indices:
-        raise ConfigurationError(f"the runs {', '.join(runs)} have no sample in common: sample the same indices in all")
-    first, *others = runs
-    for name in others:
-        for column in ("label", "seed"):
-            if column not in runs[first] or column not in runs[name]:
-                continue
-            for index in indices:
-                a, b = (int(runs[run][column][rows[run][index]]) for run in (first, name))
-                if a != b:
-                    raise ConfigurationError(
-                        f"sample {index} has {column} {a} in {first} and {b} in {name}: side by side they would show other "
-                        "noise or another class. Compare runs of one seed and one label policy"
-                    )
-    images = {name: [np.asarray(run["image"][rows[name][index]]) for index in indices] for name, run in runs.items()}
-    shapes = {name: chosen[0].shape[1:] for name, chosen in images.items()}
-    if len(set(shapes.values())) > 1:
-        raise ConfigurationError(
-            f"the runs have images of other sizes: {', '.join(f'{n} {h}×{w}' for n, (h, w) in shapes.items())}"
-        )
-    names = [textwrap.fill(name, 14) for name in images]
-    letters = max(len(line) for name in names for line in name.splitlines())
-    (h, w), left = shapes[first], 0.12 + letters * _LETTER
-    figure, axis = panel((COLUMN - left) / len(indices) * len(names) * h / w + 0.36)
-    _grid(axis, list(images.values()), len(indices))
-    labels = [str(int(runs[first]["label"][rows[first][index]])) for index in indices]
-    axis.set_xticks(_centers(len(indices)), labels)
-    axis.set_xlabel("class, the same noise in a column")
-    axis.set_yticks(_centers(len(names)), names)
-    return save(figure, path)
+    shapes = {name: np.shape(images) for name, images in runs.items()}
+    if len(set(shapes.values())) != 1 or not len(classes):
+        raise ConfigurationError(f"side by side go samples of one size, as many of each run as classes, got {shapes}")
+    top = [textwrap.shorten(name, 12, placeholder="…") for name in classes]
+    return _named_rows(runs, path, top, xlabel="class, the same noise in a column")
 
 
 def _magnitude(value: float) -> str:

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from calib_guidance.backend.atomic import write_text
-from calib_guidance.errors import ConfigurationError
+from calib_guidance.backend.atomic import check_writable, write_text
+from calib_guidance.errors import ConfigurationError, RunError
 from calib_guidance.report.runs import open_runs
+from calib_guidance.runs.export import read_class_names
 
 __all__ = ["report"]
-
-
-def _make_folder(path: Path, option: str) -> None:
-    """Raise ConfigurationError where nothing can be written, before anything is made."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigurationError(f"{option}: {path} cannot be made: {error.strerror}") from error
-    if not os.access(path, os.W_OK):
-        raise ConfigurationError(f"{option}: {path} is not writable; name another place")
 
 
 def report(args: Sequence[str]) -> None:
@@ -43,22 +32,27 @@ def report(args: Sequence[str]) -> None:
     parser.add_argument(
         "--output", type=Path, help="file to write (report.html, in the run's folder where there is one run)"
     )
+    parser.add_argument("--names", type=Path, metavar="FILE", help="names of the classes, one per line, in order")
     parser.add_argument("--plots", type=Path, help="folder to keep the page's plots in, each as PNG and PDF")
     options = parser.parse_args(list(args))
     folder = options.runs[0] if len(options.runs) == 1 else Path()
     output: Path = options.output or folder / "report.html"
-    runs = open_runs(options.runs)
+    runs = open_runs(options.runs, dict(enumerate(read_class_names(options.names) or ())))
     if output.is_dir():
         raise ConfigurationError(f"--output: {output} is a folder; name the file, such as {output / 'report.html'}")
-    _make_folder(output.parent, "--output")
+    check_writable(output.parent, "--output")
     if options.plots:
-        _make_folder(options.plots, "--plots")
+        check_writable(options.plots, "--plots")
     # After what can be refused at once: importing torch and matplotlib takes seconds.
     from calib_guidance.report.page import render
 
-    with contextlib.ExitStack() as stack:
-        page = render(runs, options.plots or Path(stack.enter_context(tempfile.TemporaryDirectory())))
-    write_text(output, page)
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            page = render(runs, options.plots or Path(temporary))
+        write_text(output, page)
+    except OSError as error:
+        where = error.filename or output
+        raise RunError(f"{where} cannot be written: {error.strerror or error}. Free space and re-run") from error
     for run in runs:
         for remark in run.remarks:
             print(f"{run.name}: {remark}")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,12 +18,14 @@ import yaml
 from calib_guidance.errors import ConfigurationError, first_line
 from calib_guidance.runs import CorruptedShardError, RunFolder, read_run
 from calib_guidance.runs.status import survey
+from calib_guidance.runs.store import REAL_IMAGES
 
 T = TypeVar("T")
 
 _COLUMNS = ("index", "label", "seed")
 _PREDICTIONS = ("index", "label", "predicted", "confidence")
 _LISTED = 5  # shards or samples in a remark
+_STALE: Mapping[str, Any] = MappingProxyType({})
 
 
 def read_arrays(path: Path, names: Collection[str]) -> dict[str, np.ndarray]:
@@ -55,19 +58,20 @@ class Run:
     Args:
         path: its folder.
         name: for people, unique in the report.
+        class_names: by number; where they are missing, those of the reference.
 
     Attributes:
         folder: its samples.
         about: run.json: identity, versions, when it was begun.
         identity: all that its samples are a function of, by dotted key.
         status: see :func:`calib_guidance.runs.status.survey`.
-        settings: config.yaml; empty where it cannot be read.
-        config_text: config.yaml as it is written.
-        metrics: metrics.json, what predict measured; empty where there is none.
-        evaluation: evaluation/metrics.json, what evaluate measured; empty where there is none.
+        settings, config_text: config.yaml; empty where it cannot be read.
+        metrics, evaluation: metrics.json and evaluation/metrics.json, what predict and evaluate measured of the samples that
+            are there now; empty where there is none.
         predictions: ``index``, ``label``, ``predicted`` and ``confidence``, the evaluation classifier's probability of the
             sample's class, ``(N,)`` each; None where there are none.
         verdicts: its predicted class and confidence, by index.
+        real: ``label`` and ``image`` of some reference images; None where none were kept.
         columns: ``index``, ``label`` and ``seed`` ``(N,)`` int64 of the samples that can be read, by index.
         requests: seed and label of those, by index.
         remarks: what is missing or damaged, and what to do about it.
@@ -76,7 +80,7 @@ class Run:
         ConfigurationError: there is no run in the folder, or it cannot be read.
     """
 
-    def __init__(self, path: Path, name: str):
+    def __init__(self, path: Path, name: str, class_names: Mapping[int, str] = MappingProxyType({})):
         if not path.is_dir():
             raise ConfigurationError(f"{path}: no such folder; report takes those of calib-guidance predict")
         self.path, self.name = path, name
@@ -97,28 +101,51 @@ class Run:
             self.requests = dict(zip(index, zip(seed, label, strict=True), strict=True))
             self.seeds: list[int] = sorted(set(seed))
             self.config_text, self.settings = self._read_config()
-            self.metrics = self._read("metrics.json", _metrics) or {}
-            self.evaluation = self._read("evaluation/metrics.json", _metrics) or {}
-            # What evaluate wrote, else what predict did.
-            names = ("evaluation/predictions.npz", "predictions.npz")
-            found = (self._read(name, self._predictions) for name in names)
-            self.predictions = next((each for each in found if each is not None), None)
+            self.metrics = self._measured("metrics.json", "Re-run predict")
+            self.evaluation = self._measured("evaluation/metrics.json", f"calib-guidance evaluate {path} measures them")
+            # What evaluate wrote, else what predict did; of measurements that are not of these samples, nothing.
+            folders = [name for name, of in (("evaluation/", self.evaluation), ("", self.metrics)) if of is not _STALE]
+            self.predictions = self._first(folders, "predictions.npz", self._predictions)
             columns = (self.predictions or dict.fromkeys(_PREDICTIONS, np.zeros(0))).values()
             index, _, predicted, confidence = (column.tolist() for column in columns)
             self.verdicts = dict(zip(index, zip(predicted, confidence, strict=True), strict=True))
+            self.real = self._first(folders, REAL_IMAGES, lambda path: read_arrays(path, ("label", "image", "name")))
+            named = (
+                {} if self.real is None else dict(zip(*(self.real[k].tolist() for k in ("label", "name")), strict=True))
+            )
+            self._class_names = {label: name for label, name in named.items() if name} | dict(class_names)
         except OSError as error:
             raise ConfigurationError(f"{error.filename or path} cannot be read: {error.strerror or error}") from error
-        measured, written = self.evaluation.get("num_measured"), self.status["samples"]["written"]
-        if measured not in (None, written):
-            self.remarks.append(
-                f"evaluation/metrics.json is of {measured} samples, and {written} are written now: calib-guidance evaluate "
-                f"{path} measures them all."
-            )
         if self.status["complete"] and not self.metrics and not self.evaluation:
             self.remarks.append(
                 "Nothing was measured: there is no metrics.json. The same predict command with RunReport among its callbacks "
                 f"measures what is there, or calib-guidance evaluate {path}."
             )
+
+    def class_name(self, label: int) -> str:
+        """Name of a class, or its number."""
+        return self._class_names.get(label, str(label))
+
+    def _measured(self, name: str, cure: str) -> Mapping[str, Any]:
+        """A file of metrics; empty where there is none, or where it is not of the samples that are there now."""
+        found = self._read(name, _metrics) or {}
+        if why := self.folder.stale(found):
+            self.remarks.append(f"{name} is not shown: it is {why}. {cure}.")
+            return _STALE
+        return found
+
+    def _first(self, folders: Sequence[str], name: str, load: Callable[[Path], T]) -> T | None:
+        found = (self._read(folder + name, load) for folder in folders)
+        return next((each for each in found if each is not None), None)
+
+    def attempt(self, what: str, make: Callable[[], T]) -> T | None:
+        """A part of the page; None and a remark where what is kept of it is not what it should be."""
+        try:
+            return make()
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError, OSError) as error:
+            why = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+            self.remarks.append(f"{what} cannot be shown, what is kept of it is damaged: {why}.")
+            return None
 
     def _remark_on_status(self) -> None:
         samples = self.status["samples"]
@@ -210,7 +237,7 @@ class Run:
         return {key: column[there] for key, column in predictions.items()}
 
 
-def open_runs(paths: Sequence[Path]) -> list[Run]:
+def open_runs(paths: Sequence[Path], class_names: Mapping[int, str]) -> list[Run]:
     """The runs of a report, each named by as much of the end of its path as tells them apart."""
     resolved = [path.resolve() for path in paths]
     for number, path in enumerate(resolved):
@@ -219,4 +246,4 @@ def open_runs(paths: Sequence[Path]) -> list[Run]:
     length = 1
     while len({path.parts[-length:] for path in resolved}) < len(resolved):
         length += 1
-    return [Run(path, "/".join(end.parts[-length:])) for path, end in zip(paths, resolved, strict=True)]
+    return [Run(path, "/".join(end.parts[-length:]), class_names) for path, end in zip(paths, resolved, strict=True)]

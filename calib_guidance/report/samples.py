@@ -20,14 +20,15 @@ _MOST_DIFFERENT = 8
 def _classified(run: Run, images: dict[int, np.ndarray], index: int, label: int) -> dict[str, Any]:
     """A sample with what the evaluation classifier says of it: ``predicted`` and ``confidence``, None where it says nothing."""
     predicted, confidence = run.verdicts.get(index, (None, None))
-    alt = f"{run.name}: sample {index} of class {label}"
+    name = run.class_name(label)
+    alt = f"{run.name}: sample {index} of class {name}"
     if predicted is not None:
-        alt += f"; the evaluation classifier sees class {predicted}, confidence {confidence:.2f} in class {label}"
+        alt += f"; the evaluation classifier sees class {run.class_name(predicted)}, confidence {confidence:.2f} in class {name}"
     return {
         "picture": sample(images[index], alt),
         "index": index,
-        "label": label,
-        "predicted": predicted,
+        "label": name,
+        "predicted": None if predicted is None else run.class_name(predicted),
         "confidence": confidence,
         "wrong": predicted not in (None, label),
     }
@@ -116,11 +117,8 @@ def side_by_side(runs: Sequence[Run], folder: Path) -> dict[str, Any]:
         sizes = ", ".join(f"{name} {'×'.join(map(str, s))}" for name, s in zip(names, shapes, strict=True))
         remarks.append(f"The runs have images of other sizes ({sizes}): they are not set side by side.")
         return content
-    seeds, labels = np.array([requests[i] for i in chosen]).T
-    columns: dict[str, dict[str, Any]] = {
-        name: {"index": np.array(chosen), "label": labels, "seed": seeds, "image": np.stack([found[i] for i in chosen])}
-        for name, found in zip(names, images, strict=True)
-    }
+    columns = {name: np.stack([found[i] for i in chosen]) for name, found in zip(names, images, strict=True)}
+    classes = [runs[0].class_name(requests[i][1]) for i in chosen]
 
     def distances(index: int) -> list[float]:
         differences = (found[index].astype(np.float64) - images[0][index] for found in images)
@@ -132,6 +130,12 @@ def side_by_side(runs: Sequence[Run], folder: Path) -> dict[str, Any]:
             seed, label = requests[index]
             pairs = zip(compared, images, strict=True)
             shown = [_classified(run, found, index, label) for run, found in pairs]
-            different = {"index": index, "label": label, "seed": seed, "samples": shown, "distances": apart[index]}
+            different = {
+                "index": index,
+                "label": runs[0].class_name(label),
+                "seed": seed,
+                "samples": shown,
+                "distances": apart[index],
+            }
             content["different"].append(different)
-    return content | {"picture": same_noise(columns, folder), "num_looked_at": len(looked_at)}
+    return content | {"picture": same_noise(columns, classes, folder), "num_looked_at": len(looked_at)}

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from calib_guidance.report.runs import Run
+from calib_guidance.runs.identity import leaves
 
 _UNSET = "not set"
 _ELSEWHERE = {"trainer.default_root_dir"}  # the folder, by which the runs are listed
 
 
-def flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of everything that is neither mapping nor list of such.
-
-    The callbacks go by the name of their class, so that runs with other ones are compared one by one.
-    """
-    if isinstance(value, Mapping):
-        for name, each in value.items():
-            yield from flatten(each, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value):
-        seen: list[str] = []
-        for number, each in enumerate(value):
-            name = str(number)
-            if key == "trainer.callbacks":
-                name = str(each.get("class_path", number)).rpartition(".")[2]
-                seen.append(name)
-                name += f"#{seen.count(name)}" if seen.count(name) > 1 else ""
-            yield from flatten(each, f"{key}.{name}")
-    else:
-        yield key, value
+def flatten(settings: Mapping[str, Any], key: str = "") -> dict[str, Any]:
+    """Leaves by dotted key. Callbacks go by the name of their class, so that runs with other ones are compared one by one."""
+    trainer = settings.get("trainer")
+    callbacks = trainer.get("callbacks") if isinstance(trainer, Mapping) else None
+    if isinstance(callbacks, list) and all(isinstance(each, Mapping) for each in callbacks):
+        named: dict[str, Any] = {}
+        for number, each in enumerate(callbacks):
+            name = str(each.get("class_path", number)).rpartition(".")[2]
+            named[f"{name}#{number}" if name in named else name] = each
+        settings = {**settings, "trainer": {**trainer, "callbacks": named}}
+    return dict(leaves(settings, key))
 
 
 def as_text(value: Any) -> str:
@@ -49,7 +42,7 @@ def parts(run: Run) -> list[dict[str, Any]]:
     Returns:
         ``place`` in the configuration, such as ``guidance.score``, ``name`` of the class, ``settings`` as ``name = value``.
     """
-    flat = dict(flatten(run.settings)) or run.identity
+    flat = flatten(run.settings) or run.identity
     places = [key.removesuffix(".class_path") for key in flat if key.endswith(".class_path")]
     found = []
     for place in places:
@@ -82,7 +75,7 @@ def differences(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[dict[st
     Returns:
         Those that samples are a function of, with the hashes of weights among them, and all others.
     """
-    flats = [dict(flatten(run.settings)) for run in runs]
+    flats = [flatten(run.settings) for run in runs]
     identities = [run.identity for run in runs]
     of_samples, others = [], []
     for key in dict.fromkeys(key for each in identities for key in each):

@@ -9,7 +9,8 @@ from calib_guidance.evaluation.metrics import specs_of
 from calib_guidance.evaluation.output import uncertainty_sources
 from calib_guidance.evaluation.spec import MetricSpec
 from calib_guidance.report.runs import Run
-from calib_guidance.report.settings import as_text, flatten
+from calib_guidance.report.settings import as_text
+from calib_guidance.runs.identity import leaves
 
 _COUNTS = {
     "num_samples": "samples",
@@ -75,33 +76,26 @@ def _notes(runs: Sequence[Run], measured: Sequence[Mapping[str, Any]]) -> list[s
 
 def _incomparable(runs: Sequence[Run], measured: Sequence[Mapping[str, Any]]) -> list[str]:
     """Why values of the runs cannot be compared. What a run does not say counts as equal."""
+
+    def hashed(provenance: Mapping[str, Any], key: str = "sha256") -> str | None:
+        return f"{key} {provenance[key][:12]}" if provenance.get(key) else None
+
+    facts: dict[str, dict[str, list[Any]]] = {"features": {}, "numbers of samples": {}, "references": {}}
+    for run, each in zip(runs, measured, strict=True):
+        if not each:
+            continue
+        features, reference = (each.get("provenance", {}).get(name, {}) for name in ("features", "reference"))
+        count = each.get("num_reference")
+        images = None if count is None else f"{count} images"
+        facts["features"][run.name] = [each.get("features"), hashed(features, "weights_sha256")]
+        facts["numbers of samples"][run.name] = [each.get("num_measured", each.get("num_samples"))]
+        facts["references"][run.name] = [images, hashed(reference), hashed(reference.get("images", {}))]
     notes = []
-    for what, facts in (("features", _features), ("numbers of samples", _counts), ("references", _references)):
-        said = {run.name: facts(each) for run, each in zip(runs, measured, strict=True) if each}
+    for what, said in facts.items():
         if any(len(set(values) - {None}) > 1 for values in zip(*said.values(), strict=True)):
             listed = "; ".join(f"{name}: {', '.join(str(v) for v in values if v)}" for name, values in said.items())
             notes.append(f"The {what} differ, so the values do not compare: {listed}.")
     return notes
-
-
-def _sha256(provenance: Mapping[str, Any], key: str = "sha256") -> str | None:
-    return f"{key} {provenance[key][:12]}" if provenance.get(key) else None
-
-
-def _features(measured: Mapping[str, Any]) -> tuple[str | None, ...]:
-    provenance = measured.get("provenance", {}).get("features", {})
-    return measured.get("features"), _sha256(provenance, "weights_sha256")
-
-
-def _counts(measured: Mapping[str, Any]) -> tuple[int | None, ...]:
-    return (measured.get("num_measured", measured.get("num_samples")),)
-
-
-def _references(measured: Mapping[str, Any]) -> tuple[str | None, ...]:
-    provenance = measured.get("provenance", {}).get("reference", {})
-    count = measured.get("num_reference")
-    images = None if count is None else f"{count} images"
-    return images, _sha256(provenance), _sha256(provenance.get("images", {}))
 
 
 def table(runs: Sequence[Run], measured: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -157,11 +151,11 @@ def provenance(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
                 and value is not None
                 and not _is_number(value)
             }
-            told |= dict(flatten(rest, prefix))
+            told |= dict(leaves(rest, prefix))
         told |= {
             "run.fingerprint": run.about["fingerprint"],
             "run.created": run.about.get("created"),
-            **dict(flatten(run.about.get("versions", {}), "run.versions")),
+            **dict(leaves(run.about.get("versions", {}), "run.versions")),
             **{key: value for key, value in run.identity.items() if key.startswith("weights of")},
             "run.uint8_rule": run.identity.get("uint8_rule"),
             "run.made_by": ", ".join(sorted({f"{w['device']} on {w['host']}" for w in run.status["workers"]})) or None,

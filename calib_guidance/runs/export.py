@@ -88,7 +88,7 @@ def write_hf(path: Path, batches: Iterator[pa.RecordBatch], fingerprint: str) ->
             writer.write_batch(batch)
 
 
-def _class_names(file: Path | None) -> list[str] | None:
+def read_class_names(file: Path | None) -> list[str] | None:
     """Names of the classes, which become folders: one per line, in order."""
     if file is None:
         return None
@@ -165,7 +165,7 @@ def export(args: Sequence[str]) -> None:
     options = parser.parse_args(list(args))
     if options.names is not None and options.to != "png":
         raise ConfigurationError("--names is for --to png, whose folders are named by class")
-    names = _class_names(options.names)
+    names = read_class_names(options.names)
     try:
         print(_export(RunFolder.open(options.folder), options.to, options.output, options.partial, names))
     except CorruptedShardError as error:

@@ -56,22 +56,23 @@ def differences(run: Mapping[str, Any], identity: Mapping[str, Any], shard_size:
     ]
 
 
-def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted key and value of everything that is neither a mapping nor a list of mappings."""
     if isinstance(value, Mapping):
-        for name, each in value.items():
-            yield from _leaves(each, f"{key}.{name}")
+        items = value.items()
     elif isinstance(value, Sequence) and any(isinstance(each, Mapping) for each in value):
-        for number, each in enumerate(value):
-            yield from _leaves(each, f"{key}.{number}")
+        items = enumerate(value)
     else:
         yield key, value
+        return
+    for name, each in items:
+        yield from leaves(each, f"{key}.{name}" if key else str(name))
 
 
 def settings(config: Mapping[str, Any], key: str) -> dict[str, Any]:
     """Leaves of a part of the configuration; files by content, wherever they are, and those of weights not at all."""
     found: dict[str, Any] = {}
-    for name, value in _leaves(config, key):
+    for name, value in leaves(config, key):
         if name.rpartition(".")[2] in _NOT_PIXELS:
             continue
         # A file of the working directory that happens to be named like a setting does not count.

@@ -34,6 +34,8 @@ from safetensors.numpy import load as load_arrays
 from calib_guidance.backend.atomic import atomic_write
 from calib_guidance.errors import RunError, StoppedError
 
+REAL_IMAGES = "reference_images.npz"  # a few reference images beside the metrics, for people
+
 
 class CorruptedShardError(RunError):
     """A shard whose files disagree with its record."""
@@ -127,6 +129,22 @@ class ShardStore:
             with contextlib.suppress(CorruptedShardError):
                 if (record := self.record(shard)) is not None:
                     yield record
+
+    def samples_sha256(self) -> str:
+        """Hash over the checksums of the tables that are there: what was measured of other tables was of other samples."""
+        return sha256(canonical_json({str(record["first"]): record["sha256"] for record in self.readable_records()}))
+
+    def stale(self, measured: Mapping[str, Any]) -> str | None:
+        """Why the content of a metrics.json is not of the samples that are there now; None where it is, or does not say."""
+        try:
+            said = measured.get("provenance", {}).get("samples", {}).get("shards_sha256")
+        except AttributeError:
+            said = None
+        counted = measured.get("num_measured", measured.get("num_samples"))
+        rows = sum(record["rows"] for record in self.readable_records())
+        if counted not in (None, rows):
+            return f"of {counted} samples, and there are {rows} now"
+        return "of other samples than those that are there now" if said not in (None, self.samples_sha256()) else None
 
     def check(self, shard: range, verify: bool = False) -> dict[str, Any] | None:
         """Record of a shard whose files agree with it; ``verify`` also reads the table and compares its checksum."""

@@ -11,7 +11,7 @@ from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation import METRICS
 from calib_guidance.guidance import GuidanceSchedule
 from calib_guidance.plots import (
-    COLOURS,
+    COLORS,
     Contours,
     Series,
     ablation,
@@ -108,6 +108,11 @@ def test_reliability_bars_are_accuracy_and_gap(drawn, tmp_path):
     first, first_share, second, second_share = figure.axes
     assert [axis.get_title() for axis in (first, second)] == ["t = 0–9\nECE 0.100", "t = 20–29\nECE 0.125"]
     accuracy, gap = first.containers
+    styles = [bar.get_linestyle() for bar in second.containers[0]]
+    assert styles == [":", "-"]  # of four samples, and of twelve
+    assert second.containers[1][0].get_hatch() == ""
+    entries = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert entries == ["accuracy", "gap to confidence", "below 10 samples"]
     assert [(bar.get_x(), bar.get_height()) for bar in accuracy] == [(0.75, 0.8)]
     assert [(bar.get_y(), bar.get_height()) for bar in gap] == [(0.8, pytest.approx(0.1))]
     assert [bar.get_height() for bar in second_share.containers[0]] == [0, 0.25, 0.75, 0]
@@ -134,25 +139,21 @@ def test_grid_has_a_class_in_each_row(drawn, tmp_path, channels):
         sample_grid([], tmp_path / "none")
 
 
+def test_grid_names_its_classes(drawn, tmp_path):
+    names = {0: "red fox", 2: "a class of many words that is broken"}
+    figure = drawn(sample_grid, [images(9, classes=3)], tmp_path / "named", names=names)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()][:2] == ["red fox", "1"]
+
+
 def test_side_by_side_has_a_run_in_each_row_and_the_same_sample_in_each_column(drawn, tmp_path):
-    a, b = images(12), images(12, first=3)
-    b["image"] = b["image"] + 100
-    figure = drawn(side_by_side, {"plain": a, "tempered, Softplus, scale 2": b}, tmp_path / "side", samples=4)
-    assert shown(figure.axes[0]) == {(c, float(r)): c + 3 + 100 * r for c in range(4) for r in range(2)}
-    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["3", "4", "5", "6"]
-    figure = drawn(side_by_side, {"plain": a, "tempered": b}, tmp_path / "chosen", indices=[9, 4])
-    assert shown(figure.axes[0])[0, 0.0] == 9
-    other = b | {"seed": b["seed"] + 1}
-    for runs, indices, words in (
-        ({"a": a, "b": other}, None, "seed 0 in a and 1 in b"),
-        ({"a": a, "b": b | {"label": b["label"] + 1}}, None, "label 3 in a and 4 in b"),
-        ({"a": a, "b": b}, [1], r"samples \[1\]"),
-        ({"a": a, "b": images(3, first=50)}, None, "no sample in common"),
-        ({"a": a, "b": images(12, size=16)}, None, "other sizes: a 8×8, b 16×16"),
-        ({}, None, "no runs"),
-    ):
-        with pytest.raises(ConfigurationError, match=words):
-            side_by_side(runs, tmp_path / "none", indices=indices)
+    a = images(4)["image"]
+    runs = {"plain": a, "tempered, Softplus, scale 2": a + 100}
+    figure = drawn(side_by_side, runs, ["3", "4", "fox", "a class of many words"], tmp_path / "side")
+    assert shown(figure.axes[0]) == {(c, float(r)): c + 100 * r for c in range(4) for r in range(2)}
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["3", "4", "fox", "a class of…"]
+    for wrong, classes in (({"a": a, "b": images(4, size=16)["image"]}, ["0"] * 4), ({"a": a[:0]}, []), ({}, ["0"])):
+        with pytest.raises(ConfigurationError, match="samples of one size"):
+            side_by_side(wrong, classes, tmp_path / "none")
 
 
 # Strips
@@ -297,9 +298,9 @@ def test_arrows_that_lead_away_from_the_mode_have_another_colour(drawn, tmp_path
     arrows = [next(c for c in axis.collections if hasattr(c, "U")) for axis in figure.axes]
     assert len(arrows[0].U) == 24  # none at the mode itself
     assert len(arrows[1].U) == 24  # none where there is no number
-    assert (arrows[0].get_facecolor() == to_rgba(COLOURS[0])).all()
+    assert (arrows[0].get_facecolor() == to_rgba(COLORS[0])).all()
     right = arrows[1].get_offsets()[:, 0] > 0
-    away = (arrows[1].get_facecolor() == to_rgba(COLOURS[1])).all(1)
+    away = (arrows[1].get_facecolor() == to_rgba(COLORS[1])).all(1)
     assert (right == away).all()
     np.testing.assert_allclose(np.hypot(arrows[0].U, arrows[0].V) ** 2, np.linalg.norm(arrows[0].get_offsets(), axis=1))
     assert (conditional.get_xlabel(), joint.get_ylabel()) == ("$x_1$", "$x_2$")
