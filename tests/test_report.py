@@ -347,7 +347,7 @@ def test_a_run_that_is_not_complete_and_damaged(tmp_path):
         assert page.text.count(remark) == 1, remark
     assert page.cells("precision") == [0.5]
     (grid,) = page.all("img")
-    assert grid[1]["alt"].endswith("the first samples of the classes 0, 1, 2, a row each.")
+    assert grid[1]["alt"].endswith("not chosen, a row for each of the classes 0, 1, 2.")
 
 
 def test_a_run_that_has_only_begun(tmp_path):

@@ -50,8 +50,6 @@ def ablation(
     points: Sequence[Point],
     name: str,
     path: str | os.PathLike[str],
-    baseline: Mapping[str, tuple[float | None, float | None]] | None = None,
-    log: bool = False,
     held: str = "",
     labels: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Path]:
@@ -62,8 +60,6 @@ def ablation(
             order, at their distance and joined by a line, words one after the other.
         name: of the setting: α, scale, τ2, γ …
         path: see :func:`~calib_guidance.plots.style.save`.
-        baseline: the metrics without the setting, a horizontal line with a band of one standard deviation.
-        log: a logarithmic axis, of values above 0.
         held: what other settings are, said above the plot.
         labels: of the metrics, by key; a key without one is its own label.
     """
@@ -72,23 +68,13 @@ def ablation(
     metrics = [metric for metric in metrics if np.isfinite(_measured(points, metric)[0]).any()]
     if not metrics:
         raise ConfigurationError(f"there is nothing to draw over {name}: no metric has a number")
-    if log and not (numeric and all(value > 0 for value, _ in points)):
-        raise ConfigurationError(f"{name} has values that a logarithmic axis cannot show: draw it without log")
     x = np.array([value for value, _ in points], float) if numeric else np.arange(len(points), dtype=float)
     texts = [_text(value) for value, _ in points]
     slanted = (not numeric) and max(map(len, texts)) * len(texts) > 40
     figure = Figure(figsize=(COLUMN, 0.45 + 0.3 * slanted + 1.1 * len(metrics)))
     axes = figure.subplots(len(metrics), 1, sharex=True, squeeze=False)[:, 0]
-    unnamed = True  # the baseline, in a legend
     for number, (axis, metric) in enumerate(zip(axes, metrics, strict=True)):
         mean, std = _measured(points, metric)
-        if baseline and np.isfinite(level := _number(baseline.get(metric, (None, None))[0])):
-            half = np.nan_to_num(_number(baseline[metric][1]))
-            axis.axhspan(level - half, level + half, color="0.85", lw=0)
-            axis.axhline(level, color="0.4", lw=0.8, ls="--", label=f"without {name}")
-            if unnamed:
-                axis.legend()
-            unnamed = False
         style = {"color": COLORS[number % 7], "marker": "os^Dv<>"[number % 7], "ms": 3.5, "lw": 1}
         style |= {} if numeric else {"ls": "none"}  # nothing lies between two words
         axis.errorbar(x, mean, np.where(std > 0, std, np.nan), capsize=2, elinewidth=0.8, **style)
@@ -96,8 +82,6 @@ def ablation(
         axis.margins(y=0.12)
     axes[0].set_title(held, loc="left", fontsize=7)
     figure.align_ylabels()
-    if log:
-        axes[-1].set_xscale("log")
     if not numeric or len(points) <= 6:
         axes[-1].set_xticks(x, texts, **({"rotation": 30, "ha": "right"} if slanted else {}))
         axes[-1].minorticks_off()

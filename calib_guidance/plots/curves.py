@@ -76,7 +76,6 @@ def curves(
     label: str,
     averages: bool = False,
     least: float | None = 0.0,
-    log: bool = False,
 ) -> list[Path]:
     """Quantities over the trajectory, from noise on the left to the image on the right.
 
@@ -87,7 +86,6 @@ def curves(
         averages: also the mean over the points of each line, of ECE_t the integral ECE: in the legend, and of a line that is
             alone a horizontal one.
         least: that the quantity can be, where the axis begins; None begins it where the data do.
-        log: a logarithmic axis, which begins where the data do.
     """
     series = [Series(*each) for each in series]
     means = [numbers(each.mean) for each in series]
@@ -103,15 +101,11 @@ def curves(
         _line(axis, t, mean, **style, label=name if several else "_")
         if each.std is not None:
             order, std = np.argsort(t), numbers(each.std)
-            low, high = mean - std, mean + std
-            # On a logarithmic axis a band cannot go on to 0: it ends at a tenth.
-            low = np.maximum(low, mean / 10) if log else low if least is None else np.maximum(low, least)
+            low, high = np.maximum(mean - std, -np.inf if least is None else least), mean + std
             axis.fill_between(t[order], low[order], high[order], color=style["color"], alpha=0.18, lw=0)
         if average is not None and not several:
             axis.axhline(average, color=_LINES[1], lw=1, ls="--", label=name)
-    if log:
-        axis.set_yscale("log")
-    elif least is not None:
+    if least is not None:
         axis.set_ylim(bottom=least)
     _trajectory_axis(axis, np.concatenate([numbers(each.t) for each in series]))
     axis.set_ylabel(label)
@@ -169,13 +163,4 @@ def guidance_schedule(
         path: see :func:`~calib_guidance.plots.style.save`.
         unit: of the strengths, see :func:`strength`.
     """
-    figure, axis = panel(2.1)
-    t = numbers(t)
-    for number, (name, values) in enumerate(strengths.items()):
-        _line(axis, t, numbers(values), **_style(number), label=name)
-    axis.set_ylim(bottom=0)
-    _trajectory_axis(axis, t)
-    axis.set_ylabel(_UNITS[unit])
-    if len(strengths) > 1:
-        axis.legend(handlelength=2.6)
-    return save(figure, path)
+    return curves([Series(name, t, values) for name, values in strengths.items()], path, _UNITS[unit])

@@ -127,7 +127,6 @@ def strips(
     t: Sequence[float],
     names: Sequence[str],
     path: str | os.PathLike[str],
-    per_step: bool = False,
 ) -> list[Path]:
     """Two rows for each sample: x̂0 and, below it, the gradient that it is given, mean over channels, red up and blue down.
 
@@ -141,7 +140,6 @@ def strips(
         t: ``(steps,)`` of the full process.
         names: ``(samples,)``, e.g. of the classes.
         path: see :func:`~calib_guidance.plots.style.save`.
-        per_step: a scale for each step instead, under its gradient: where it points, however weak.
     """
     x0, means = np.asarray(x0), np.asarray(gradient, np.float64).mean(axis=2)
     if 0 in x0.shape[:2]:
@@ -149,8 +147,8 @@ def strips(
     samples, steps, _, h, w = x0.shape
     guided = bool(np.isfinite(means).any())
     rows = 1 + guided  # of a sample
-    block = rows + 0.15 + (0.35 if guided and per_step else 0)  # with the room below it
-    right = 0.36 if guided and not per_step else 0.04
+    block = rows + 0.15  # with the room below it
+    right = 0.36 if guided else 0.04
     cell = (COLUMN - 0.62 - right) / steps
     figure, axis = panel(cell * h / w * samples * block + 0.36)
     ticks, tick_names = [], []
@@ -164,18 +162,13 @@ def strips(
             continue
         ticks.append(top + 1 + (1 - _GAP) / 2)
         tick_names.append(r"$\nabla S$")
-        sizes = np.array([np.abs(m).max() if np.isfinite(m).all() else np.nan for m in maps])
-        largest = np.nanmax(sizes) if np.isfinite(sizes).any() else np.nan
-        for j, (one, size) in enumerate(zip(maps, sizes, strict=True)):
-            if np.isnan(size):
-                continue
-            bound = (size if per_step else largest) or 1.0
-            _tile(axis, one, j, top + 1, vmin=-bound, vmax=bound, cmap="RdBu_r")
+        there = np.isfinite(maps).all(axis=(1, 2))
+        bound = np.abs(maps[there]).max(initial=0)
+        for j in np.flatnonzero(there):
+            _tile(axis, maps[j], j, top + 1, vmin=-(bound or 1), vmax=bound or 1, cmap="RdBu_r")
             axis.add_patch(Rectangle((j, top + 1), 1 - _GAP, 1 - _GAP, fill=False, ec="0.8", lw=0.4))
-            if per_step:
-                axis.text(j + 0.47, top + 2, _magnitude(size), fontsize=5, ha="center", va="top")
-        if not per_step and np.isfinite(largest):
-            axis.text(steps, top + 1.47, _magnitude(largest), fontsize=6, ha="left", va="center")
+        if there.any():
+            axis.text(steps, top + 1.47, _magnitude(bound), fontsize=6, ha="left", va="center")
     _finish(axis, steps, samples * block - 0.15, h / w)
     axis.set_yticks(ticks, tick_names)
     axis.set_xticks(_centers(steps), [f"{value:.0f}" for value in t])
