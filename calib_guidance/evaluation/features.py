@@ -223,7 +223,7 @@ class TimmFeatures(_ResizedFeatures):
         if size != own and hasattr(self.network, "set_input_size"):
             self.network.set_input_size(img_size=(size, size))
         self.name, self.weights, self.library = f"timm {model}", weights, f"timm {timm.__version__}"
-        self.kind = "dinov2" if model == _DINOV2 else ""
+        self.kind = "dinov2" if (model, size) == (_DINOV2, 224) else ""
         self.width = self.network.head_hidden_size
         note = "" if size == own else f", where timm's settings say {own}"
         self._prepare(size, settings["interpolation"], settings["mean"], settings["std"], note)
