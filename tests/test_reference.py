@@ -351,7 +351,9 @@ def test_nothing_is_left_behind(in_root, tmp_path, capsys):
     output = tmp_path / "out" / "statistics.npz"
     assert "several sizes" in refused(capsys, source, "--output", output, "--features", PROJECTION)
     assert "written as .npz" in refused(capsys, source, "--output", tmp_path / "out/x.npy", "--features", PROJECTION)
-    assert "invalid device" in refused(capsys, source, "--output", output, "--features", PROJECTION, "--device", "abacus")
+    assert "invalid device" in refused(
+        capsys, source, "--output", output, "--features", PROJECTION, "--device", "abacus"
+    )
     assert "--features" in refused(capsys, source, "--output", output, "--features", "nothing", "--size=8")
     message = refused(capsys, source, "--output", output, "--features", PROJECTION, "--batch-size=0")
     assert "--batch-size: must be an integer of at least 1, got '0'" in message

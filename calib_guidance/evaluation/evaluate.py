@@ -7,11 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL
-import torch
-
-from calib_guidance import __version__
 from calib_guidance.backend.atomic import check_writable
 from calib_guidance.backend.distributed import DistributedContext, distributed_context
 from calib_guidance.classifiers import CLIPClassifier
@@ -31,7 +26,7 @@ from calib_guidance.evaluation.reference import (
     reading_options,
 )
 from calib_guidance.evaluation.spec import NO_FEATURES, Measures, MetricSpec, ReferenceHolds
-from calib_guidance.evaluation.statistics import ReferenceStatistics, open_reference
+from calib_guidance.evaluation.statistics import ReferenceStatistics, open_reference, versions
 
 _OF_SAMPLES = ("split", "subset", "image_column", "label_column")  # which the two sets may have differently
 _METRICS = "".join(f"  {option:<11}{words}\n" for option, words in OPTIONS.items())
@@ -99,11 +94,7 @@ def read_options(args: Sequence[str]) -> argparse.Namespace:
 
 
 def evaluate(args: Sequence[str]) -> None:
-    """``calib-guidance evaluate``: see its ``--help``.
-
-    Args:
-        args: the arguments after ``evaluate``.
-    """
+    """``calib-guidance evaluate``, of the arguments after ``evaluate``: see its ``--help``."""
     options = read_options(args)
     with distributed_context(options.device) as processes:
         _evaluate(options, processes)
@@ -167,12 +158,7 @@ def _measure(samples: ImageSet, quality: Quality, options: argparse.Namespace) -
         results["notes"].append(f"kid, pr, dc and classwise skipped: {NO_FEATURES}")
     results["notes"] += samples.notes
     results["num_samples"] = results["num_measured"]
-    results["provenance"]["versions"] = {
-        "calib_guidance": __version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "Pillow": PIL.__version__,
-    }
+    results["provenance"]["versions"] = versions()
     return results
 
 

@@ -95,11 +95,7 @@ class FeatureExtractor(nn.Module, ABC):
         """Features of uint8 images ``(N, C, H, W)``, C = 1 or 3."""
 
     def provenance(self) -> dict[str, Any]:
-        """What the features are a function of: two sets whose values differ here do not compare.
-
-        ``extractor``, ``library`` with its version, ``weights`` (as they were named), ``weights_sha256`` (see
-        :func:`state_sha256`), ``resize`` (``size``, ``how``, ``library``) and ``normalisation``.
-        """
+        """What the features are a function of: two sets whose values differ here do not compare."""
         return {
             "extractor": self.name,
             "library": self.library,
@@ -326,12 +322,10 @@ def _own(module: str, name: str) -> FeatureExtractor:
 
 
 def features_from_name(text: str) -> FeatureExtractor:
-    """The extractor that the command line names, in evaluation mode.
+    """The extractor that ``--features`` names (:data:`FORMS`), in evaluation mode.
 
-    ``inception[:WEIGHTS]``, ``dinov2[:WEIGHTS]``, ``timm:NAME[:WEIGHTS]``, ``torchvision:NAME[:WEIGHTS]``,
-    ``classifier:CLASSIFIER.yaml`` (see :func:`~calib_guidance.evaluation.loading.read_classifier`), or ``PYTHON.MODULE:NAME``: a
-    :class:`FeatureExtractor`, a torch module as :class:`ModuleFeatures` takes it, or a class or function without arguments that
-    makes one.
+    ``PYTHON.MODULE:NAME`` is a :class:`FeatureExtractor`, a torch module as :class:`ModuleFeatures` takes it, or a class or
+    function without arguments that makes one.
     """
     kind, _, rest = text.partition(":")
     try:

@@ -88,10 +88,8 @@ class Quality:
         """Every metric of the samples; the same on all processes, all of which must call it. The first shows ``progress``.
 
         Returns:
-            Values by key of the metric, ``by_class``, and ``uncertainty`` by key: ``std``, ``low`` and ``high`` (95 %,
-            normal) and ``of``, what it is over; ``notes``; ``provenance`` of samples, features, reference, evaluation classifier
-            and CLIP model; ``num_measured``, ``num_reference``, ``features``, and ``own_metrics``, which describes those that are
-            not in the metric table.
+            The content of ``metrics.json``: values by key, ``by_class``, ``uncertainty`` by key (see
+            :meth:`MetricSpec.uncertainty`), ``notes``, ``provenance``, counts, and ``own_metrics`` that are not in the table.
         """
         holds, processes = ReferenceHolds.of(self.reference), self.processes
         reasons = unmet(self.specs, self.measures, holds, images.num_images, images.labelled)

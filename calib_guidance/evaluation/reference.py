@@ -108,11 +108,7 @@ def _lines(statistics: ReferenceStatistics) -> list[str]:
 
 
 def reference(args: Sequence[str]) -> None:
-    """``calib-guidance reference``: see its ``--help``.
-
-    Args:
-        args: the arguments after ``reference``.
-    """
+    """``calib-guidance reference``, of the arguments after ``reference``: see its ``--help``."""
     parser = argparse.ArgumentParser(
         prog="calib-guidance reference",
         description="Statistics of a data set's features (mean and covariance), which calib-guidance evaluate measures samples "

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import torch
 from torch import Tensor
 
@@ -142,7 +143,7 @@ class ReferenceStatistics:
         statistics.provenance = {
             "features": extractor.provenance(),
             "images": images.provenance(),
-            "versions": {"calib_guidance": __version__, "torch": torch.__version__, "numpy": np.__version__},
+            "versions": versions(),
         }
         return statistics
 
@@ -354,6 +355,12 @@ def gather_in_order(batches: list[dict[str, Tensor]], processes: DistributedCont
         rows[name] = processes.gather_rows(rows.get(name, torch.zeros(0, *shape, dtype=dtype)))
     order = rows["index"].argsort(stable=True)
     return {name: value[order] for name, value in rows.items()}
+
+
+def versions() -> dict[str, str]:
+    """Of what values and statistics depend on."""
+    libraries = {"torch": torch, "numpy": np, "Pillow": PIL}
+    return {"calib_guidance": __version__} | {name: library.__version__ for name, library in libraries.items()}
 
 
 def _unversioned(value: object) -> object:
