@@ -40,7 +40,7 @@ class KillRank(L.Callback):
         self.rank, self.batch = rank, batch
 
     def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
-        first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
         if first and (trainer.global_rank, batch_idx) == (self.rank, self.batch):
             os.kill(os.getpid(), signal.SIGKILL)
 

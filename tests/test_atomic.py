@@ -1,10 +1,13 @@
 """Files that are written completely or not at all."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
-from calib_guidance.backend.atomic import atomic_write, write_text
+from calib_guidance.backend import workers
+from calib_guidance.backend.atomic import atomic_path, atomic_write, remove_abandoned, temporary_path, write_text
 from calib_guidance.errors import first_line
 
 
@@ -46,3 +49,50 @@ def test_what_fails_changes_nothing(tmp_path, monkeypatch, failing):
 def test_the_first_line_of_an_error():
     assert first_line(ValueError("one\ntwo")) == "one"
     assert first_line(ValueError()) == "ValueError"
+
+
+def test_a_folder_takes_its_place_at_the_end(tmp_path):
+    with atomic_path(tmp_path / "new") as folder:
+        folder.mkdir()
+        (folder / "a").touch()
+        assert not (tmp_path / "new").exists()
+    assert [path.name for path in tmp_path.rglob("*")] == ["new", "a"]
+
+    def fail():
+        with atomic_path(tmp_path / "other") as folder:
+            folder.mkdir()
+            (folder / "a").touch()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_temporary_names_are_unique_and_tell_who_writes(tmp_path, monkeypatch):
+    """Of two containers with equal process numbers, too. What others named is left alone."""
+    names = {temporary_path(tmp_path / "a").name for _ in range(100)}
+    assert len(names) == 100
+    mine, foreign = temporary_path(tmp_path / "a"), tmp_path / ".mine.tmp"
+    monkeypatch.setattr(workers, "_machine", lambda: "elsewhere")
+    there, silent = temporary_path(tmp_path / "a"), temporary_path(tmp_path / "b")
+    monkeypatch.undo()
+    for path in (mine, there, silent):
+        path.mkdir()
+        (path / "file").touch()
+    foreign.touch()
+    for path in (silent / "file", silent, there, foreign):
+        os.utime(path, (0, 0))
+    remove_abandoned(tmp_path, there.joinpath("file").stat().st_mtime, 60)
+    assert set(tmp_path.iterdir()) == {mine, there, foreign}
+
+
+def test_a_process_ends_with_its_parent(tmp_path):
+    """SIGKILL of the parent leaves no orphan."""
+    child = "import time; from calib_guidance.backend.workers import *; end_with_parent(60); print(1, flush=True); time.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"1\n"
+    process.kill()
+    assert process.stdout.read() == b""  # which ends when the child has
+    process.wait()

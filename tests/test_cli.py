@@ -12,11 +12,12 @@ import yaml
 from datasets import load_dataset
 from PIL import Image
 
-from calib_guidance.callbacks import read_samples
 from calib_guidance.cli import main
 from calib_guidance.networks import SmallResNet
+from calib_guidance.runs import RunFolder
 from calib_guidance.weights.io import read_weights, save_weights
 from tests.conftest import ROOT
+from tests.samples import read_samples
 
 PREDICT = ["predict", "--config", "lightning_configs/predict/digits.yaml"]
 QUICK = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
@@ -83,6 +84,8 @@ def test_every_predict_configuration_samples(in_root, tmp_path, capsys, overlay)
     printed = capsys.readouterr().out
     assert "Fréchet distance" in printed
     assert f"wrote to {tmp_path}: samples, metrics.json" in printed
+    RunFolder(tmp_path, 1, 1).remove()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]  # restart knows all that a run writes
 
 
 @pytest.mark.parametrize("name", FITS)

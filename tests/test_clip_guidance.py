@@ -9,9 +9,9 @@ import yaml
 from safetensors.torch import save_file
 
 from calib_guidance.backend.images import from_uint8
-from calib_guidance.callbacks import read_samples
 from calib_guidance.classifiers import CLIPClassifier
 from calib_guidance.cli import main
+from tests.samples import read_samples
 
 PROMPTS = ["a photo of a red fox", "a blue car"]
 ARCHITECTURE = {

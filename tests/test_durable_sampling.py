@@ -13,12 +13,12 @@ import pytest
 import torch
 import yaml
 
-from calib_guidance.callbacks import read_samples
 from calib_guidance.cli import main
 from calib_guidance.cli.lightning import CalibGuidanceCLI, run_lightning
 from calib_guidance.runs import RunFolder
 from calib_guidance.weights.io import read_weights, save_weights
 from tests.conftest import ROOT
+from tests.samples import read_samples
 from tests.test_run_folder import flip
 
 CONFIG = "lightning_configs/predict/digits.yaml"

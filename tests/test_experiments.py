@@ -1,6 +1,7 @@
 """The experiment command: settings, halving, sharing, resuming, its tables, and what it refuses before any run."""
 
 import csv
+import dataclasses
 import json
 import shutil
 from multiprocessing import get_context
@@ -329,6 +330,23 @@ def test_what_cannot_run_is_said_before_any_run(write, tmp_path, capsys, changes
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_is_named_by_what_its_results_depend_on(write, tmp_path):
+    """As a run folder is: files by content, wherever they are, and nothing of how samples are batched."""
+
+    def folder(**values):
+        return make_plan(write(axes=SINGLE, set=FILE["set"] | values)).runs([0], 30, tmp_path)[0].folder
+
+    first, copy = folder(), tmp_path / "elsewhere.safetensors"
+    shutil.copy(ROOT / "checkpoints/digits/diffusion.safetensors", copy)
+    assert folder(**{"data.batch_size": 5}) == first
+    assert folder(**{"model.denoiser.checkpoint": str(copy)}) == first
+    assert folder(**{"model.sampler.steps": "3"}) != first
+    with open(copy, "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"?")
+    assert folder(**{"model.denoiser.checkpoint": str(copy)}) != first
+
+
 def test_devices_are_what_is_asked_for_or_seen(monkeypatch):
     monkeypatch.setattr(module.torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -342,12 +360,10 @@ FILES = sorted((ROOT / "lightning_configs/experiments").glob("*.yaml"), key=lamb
 
 
 def test_halving_of_digits_is_of_their_grid():
-    content, grid = (
-        yaml.safe_load((FILES[0].parent / f"digits_{name}.yaml").read_text()) for name in ("halving", "grid")
-    )
-    assert {key: value for key, value in content.items() if key != "halving"} == grid
-    shard = content["set"]["data.batch_size"]
-    assert content["halving"]["samples"] % shard == content["num_samples"] % shard == 0
+    halving, grid = (read_experiment(FILES[0].parent / f"digits_{name}.yaml") for name in ("halving", "grid"))
+    assert dataclasses.replace(halving, halving=None) == grid
+    shard = grid.set["data.batch_size"]
+    assert halving.halving.samples % shard == grid.num_samples % shard == 0
 
 
 # digits_grid.yaml has the settings of digits_halving.yaml.

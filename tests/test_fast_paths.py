@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from calib_guidance.backend.threads import available_cores, sensible_threads
-from calib_guidance.callbacks import read_samples
 from calib_guidance.classifiers import NoiseAwareClassifier, OffTheShelfClassifier
 from calib_guidance.cli import main
 from calib_guidance.cli.lightning import subclasses_listed_once
@@ -24,6 +23,7 @@ from calib_guidance.networks.adm import GroupNorm
 from calib_guidance.samplers import DDPM
 from calib_guidance.weights.io import load_weights
 from tests.digits import digits_denoiser
+from tests.samples import read_samples
 
 
 def classifier(**options):

@@ -13,12 +13,13 @@ import torch
 import yaml
 from torch import nn
 
-from calib_guidance.callbacks import clean_stop, read_samples
+from calib_guidance.callbacks import clean_stop
 from calib_guidance.callbacks.clean_stop import SIGNALS, CleanStop
 from calib_guidance.cli import main
 from calib_guidance.errors import ConfigurationError, StoppedError
 from calib_guidance.tasks.retry import in_float32, is_out_of_memory
 from tests.conftest import ROOT
+from tests.samples import read_samples
 
 SAMPLES, BATCH, STEPS = 20, 10, 4
 FAILING = 13  # the one sample of class 7

@@ -5,8 +5,8 @@ import json
 import pytest
 import yaml
 
-from calib_guidance.callbacks import read_samples
 from calib_guidance.cli import main
+from tests.samples import read_samples
 
 
 @pytest.mark.slow

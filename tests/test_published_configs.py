@@ -9,12 +9,12 @@ import pytest
 import torch
 import yaml
 
-from calib_guidance.callbacks import read_samples
 from calib_guidance.cli import main
 from calib_guidance.cli.parsed import read_configuration
 from calib_guidance.experiments.settings import make_plan
 from calib_guidance.networks import DiT, EncoderUNet, UNet
 from tests.conftest import ROOT
+from tests.samples import read_samples
 
 PREDICT = ROOT / "lightning_configs" / "predict"
 EXPERIMENTS = ROOT / "lightning_configs" / "experiments"

@@ -1,6 +1,9 @@
 """Shards and claims, without a network: what a worker makes is a function of the index alone."""
 
+import errno
 import io
+import itertools
+import json
 import os
 import shutil
 import signal
@@ -16,9 +19,11 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from calib_guidance.backend import workers
 from calib_guidance.backend.atomic import temporary_path
-from calib_guidance.errors import ConfigurationError
-from calib_guidance.runs import CorruptedShardError, RunFolder, claims, read_run
+from calib_guidance.errors import ConfigurationError, StoppedError
+from calib_guidance.runs import CorruptedShardError, RunFolder, read_run
+from calib_guidance.runs.store import canonical_json, sha256, with_checksum
 
 IDENTITY = {"model.sampler.steps": "100", "data.seed": 0, "data.labels": "balanced"}
 FORK = get_context("fork")  # this module's imports are small, and a fork costs milliseconds
@@ -113,27 +118,84 @@ class TestIdentity:
 
     def test_more_samples_extend_and_regenerate_a_short_tail(self, tmp_path):
         work(tmp_path, 4, 10)
+        for name in ("metrics.json", "plots/samples.png", "mine.json"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text("of 10 samples")
         folder = begin(tmp_path, count=17)
+        assert {path.name for path in tmp_path.iterdir()} == {"run.json", "samples", "shards", "claims", "mine.json"}
         assert states(folder) == ["done", "done", "open", "open", "open"]
-        assert "made with 2 of the 4" in folder.state(range(8, 12)).reason
+        assert folder.state(range(8, 12)).reason == "made with 2 samples, and 4 are requested now"
         work(tmp_path, 4, 17)
         work(tmp_path / "once", 4, 17)
         assert tables(tmp_path) == tables(tmp_path / "once")
-        assert begin(tmp_path, count=10).remaining() == []
-        assert RunFolder.open(tmp_path).num_requests == 17
 
-    def test_samples_without_identity_are_refused_and_can_be_removed(self, tmp_path):
+    def test_fewer_samples_are_a_finished_run(self, tmp_path):
+        """All but a shard that is cut: it is made again, and those beyond are kept and not counted."""
+        work(tmp_path, 4, 20)
+        every = tables(tmp_path)
+        (tmp_path / "metrics.json").write_text("of 20 samples")
+        folder = begin(tmp_path, count=12)
+        assert states(folder, verify=True) == ["done"] * 3
+        assert folder.foreign() == []
+        assert folder.surplus() == [range(12, 16), range(16, 20)]
+        assert RunFolder.open(tmp_path).num_requests == 12
+        assert not (tmp_path / "metrics.json").exists()
+        assert states(begin(tmp_path, count=10)) == ["done", "done", "open"]
+        work(tmp_path, 4, 10)
+        work(tmp_path / "once", 4, 10)
+        assert tables(tmp_path) == every | tables(tmp_path / "once")
+        work(tmp_path, 4, 20)
+        assert tables(tmp_path) == every
+
+    def test_fewer_samples_wait_for_workers(self, tmp_path):
+        working = begin(tmp_path, count=20)
+        working.claims.acquire(range(4, 8))
+        assert begin(tmp_path, count=10).extended().num_requests == 20
+        working.claims.release()
+        assert begin(tmp_path, count=10).extended().num_requests == 10
+
+    def test_restart_removes_what_a_run_writes_and_says_so(self, tmp_path):
+        work(tmp_path, 4, 10)
+        ours = ("metrics.json", "config.yaml", "plots/samples.png", "evaluation/metrics.json")
+        theirs = (
+            "samples/mine.txt",
+            "samples/a.parquet",
+            "samples/0000.parquet",
+            "shards/mine/note",
+            "claims/00000000.old",
+        )
+        theirs += ("plots/mine.png", "mine.json", "samples_png/0000/00000000.png")
+        for name in (*ours, *theirs):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text("?")
+        said = RunFolder(tmp_path, 1, 1).remove()
+        assert said == "shards (6), samples (3), metrics.json, plots (1), config.yaml, evaluation (1), run.json"
+        assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()} == set(theirs)
+        assert RunFolder(tmp_path, 1, 1).remove() == ""
+
+    def test_samples_without_identity_are_refused_and_those_with_a_record_removed(self, tmp_path):
         work(tmp_path, 4, 10)
         (tmp_path / "run.json").unlink()
         with pytest.raises(ConfigurationError, match="no run.json"):
             begin(tmp_path)
-        (tmp_path / "samples/mine.txt").write_text("kept")
-        (tmp_path / "shards/mine").mkdir()
-        (tmp_path / "claims/00000000.old").write_text("?")
-        RunFolder(tmp_path, 4, 10).remove()
-        assert list(tables(tmp_path)) == ["mine.txt"]
-        assert (tmp_path / "shards/mine").is_dir()
-        assert states(begin(tmp_path)) == ["open"] * 3
+        (tmp_path / "samples/00000012.parquet").write_text("somebody's")
+        assert RunFolder(tmp_path, 4, 10).remove() == "shards (6), samples (3)"
+        assert list(tables(tmp_path)) == ["00000012.parquet"]
+        with pytest.raises(ConfigurationError, match="holds 1 files of samples"):
+            begin(tmp_path)
+
+    @pytest.mark.parametrize("name", ["samples", "shards", "claims", "plots", "evaluation"])
+    def test_restart_removes_nothing_through_links(self, tmp_path, name):
+        work(tmp_path / "run", 4, 10)
+        work(tmp_path / "other", 4, 10)
+        (tmp_path / "other" / name).mkdir(exist_ok=True)
+        (tmp_path / "other" / name / "metrics.json").write_text("?")
+        shutil.rmtree(tmp_path / "run" / name, ignore_errors=True)
+        (tmp_path / "run" / name).symlink_to(tmp_path / "other" / name)
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(ConfigurationError, match=f"run/{name} is a link"):
+            RunFolder(tmp_path / "run", 4, 10).remove()
+        assert sorted(tmp_path.rglob("*")) == before
 
     def test_a_run_that_somebody_works_on_is_not_removed(self, tmp_path):
         folder = begin(tmp_path)
@@ -145,15 +207,63 @@ class TestIdentity:
         assert read_run(tmp_path) is None
 
     @pytest.mark.parametrize(
-        "content", ["", "{}", '{"format": 2, "identity": {}, "fingerprint": "0"}', '{"format": 3}']
+        "content",
+        [
+            "",
+            "{}",
+            "[]",
+            '{"format": 3, "identity": {}, "fingerprint": "0"}',
+            '{"format": 2}',
+            "[" * 100_000,
+            '{"a":' * 100_000,
+        ],
     )
     def test_a_corrupted_run_json_is_said_to_be_one(self, tmp_path, content):
         begin(tmp_path)
         (tmp_path / "run.json").write_text(content)
-        with pytest.raises(ConfigurationError, match=r"corrupted|has format 3"):
+        with pytest.raises(ConfigurationError, match=r"corrupted|has format 2"):
             begin(tmp_path)
         with pytest.raises(ConfigurationError, match="holds no run"):
             RunFolder.open(tmp_path / "none")
+
+    @pytest.mark.parametrize("put", [os.mkfifo, os.mkdir, lambda path: os.symlink("nowhere", path)])
+    def test_what_is_no_file_is_no_run_json(self, tmp_path, put):
+        begin(tmp_path)
+        (tmp_path / "run.json").unlink()
+        put(tmp_path / "run.json")
+        for look in (RunFolder.open, begin):
+            with pytest.raises(ConfigurationError, match="not a regular file"):
+                look(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            *(({"shard_size": n}, "num_samples and shard_size must be at least 1") for n in (-4, 0)),
+            *(({"num_samples": n}, "num_samples and shard_size must be at least 1") for n in (-10, 0)),
+            ({"num_samples": 10**30}, "are more than 1,000,000 files"),
+            *(({"shard_size": n}, "shard_size is") for n in (4.0, "4", None, True)),
+            *(({name: ...}, f"{name} is 'missing'") for name in ("identity", "num_samples", "versions", "created")),
+            ({"identity": ["a"]}, "identity is"),
+        ],
+    )
+    def test_every_field_is_checked(self, tmp_path, changes, said):
+        """Of a run.json with right checksums."""
+        begin(tmp_path)
+        content = json.loads((tmp_path / "run.json").read_text()) | changes
+        content = {key: value for key, value in content.items() if value is not ...}
+        if "identity" in content:
+            content["fingerprint"] = sha256(canonical_json(content["identity"]))
+        (tmp_path / "run.json").write_text(json.dumps(with_checksum(content)))
+        for look in (RunFolder.open, begin, read_run):
+            with pytest.raises(ConfigurationError, match=said):
+                look(tmp_path)
+
+    def test_a_changed_number_is_found(self, tmp_path):
+        begin(tmp_path)
+        text = (tmp_path / "run.json").read_text()
+        (tmp_path / "run.json").write_text(text.replace('"num_samples": 10', '"num_samples": 8'))
+        with pytest.raises(ConfigurationError, match="its checksum is wrong"):
+            RunFolder.open(tmp_path)
 
 
 def flip(path, place=-3):
@@ -216,6 +326,45 @@ class TestDamage:
         assert states(folder, verify=True) == ["done"] * 3
         assert tables(tmp_path / "one") == before
 
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"rows": 3},
+            {"rows": 5, "failed": []},
+            {"rows": -1, "requested": -1},
+            {"requested": 0, "rows": 0},
+            {"requested": 40, "rows": 40},
+            {"rows": 3, "failed": [{"index": 99, "step": None, "reason": "?"}]},
+            {"rows": 3, "failed": ["?"]},
+            {"rows": 3, "failed": [{"index": 4, "step": "?", "reason": "?"}]},
+            {"bytes": -1},
+            {"seconds": float("nan")},
+            {"seconds": "1"},
+            {"sha256": None},
+            {"worker": ...},
+            {"run": 7},
+            {"rows": 2, "failed": [{"index": i, "step": None, "reason": "lost"} for i in (4, 5)]},  # not the table's
+        ],
+    )
+    def test_every_field_of_a_record_is_checked(self, tmp_path, changes):
+        """Of a record with the right checksum."""
+        work(tmp_path, 4, 10)
+        path = tmp_path / "shards/00000004.json"
+        record = {k: v for k, v in (json.loads(path.read_text()) | changes).items() if v is not ...}
+        path.write_text(json.dumps(with_checksum(record)))
+        folder = RunFolder.open(tmp_path)
+        assert states(folder, verify=True) == ["done", "corrupted", "done"]
+        assert folder.remaining(verify=True) == [range(4, 8)]
+        work(tmp_path, 4, 10)
+        assert states(folder, verify=True) == ["done"] * 3
+
+    @pytest.mark.parametrize("put", [os.mkfifo, os.mkdir, lambda path: os.symlink("nowhere", path)])
+    def test_what_is_no_file_is_no_record(self, tmp_path, put):
+        work(tmp_path, 4, 10)
+        (tmp_path / "shards/00000004.json").unlink()
+        put(tmp_path / "shards/00000004.json")
+        assert states(RunFolder.open(tmp_path)) == ["done", "corrupted", "done"]
+
     def test_a_table_without_a_record_does_not_count(self, tmp_path):
         work(tmp_path, 4, 10)
         (tmp_path / "shards/00000004.json").unlink()
@@ -273,6 +422,40 @@ class TestClaims:
         os.utime(tmp_path / "claims/00000004", (0, 0))
         assert second.claims.acquire(range(4, 8))
 
+    @pytest.mark.parametrize(
+        "put",
+        [
+            lambda path: path.write_text("?"),
+            lambda path: path.write_text("{}"),
+            lambda path: path.write_text("[" * 9_000),
+            lambda path: path.write_bytes(bytes(20_000)),
+            lambda path: path.write_text(json.dumps({"worker": "a-b-c-d", "host": "h", "pid": 1, "since": ""})),
+            lambda path: path.write_text(json.dumps({"worker": 1, "host": "h", "pid": "1", "since": ""})),
+            lambda path: path.symlink_to("nowhere"),
+            lambda path: path.symlink_to(path.parent),
+            lambda path: path.mkdir(),
+            os.mkfifo,
+        ],
+    )
+    def test_what_no_worker_wrote_is_replaced_with_a_message(self, tmp_path, caplog, put):
+        folder, path = begin(tmp_path), tmp_path / "claims/00000004"
+        put(path)
+        assert folder.state(range(4, 8)) == ("open", "its claim is damaged")
+        assert folder.claims.acquire(range(4, 8))
+        assert "claims/00000004 is not a claim that a worker wrote: replaced" in caplog.text
+        assert make(folder, range(4, 8))
+        work(tmp_path, 4, 10)
+        assert states(folder) == ["done"] * 3
+
+    def test_a_claim_of_the_future_is_no_sign_of_life(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(workers, "_machine", lambda: "elsewhere")
+        assert begin(tmp_path, lease=60).claims.acquire(range(0, 4))
+        monkeypatch.undo()
+        here = begin(tmp_path, lease=60)
+        assert not here.claims.acquire(range(0, 4))
+        os.utime(tmp_path / "claims/00000000", (time.time() + 3600, time.time() + 3600))
+        assert here.claims.acquire(range(0, 4))
+
     def test_a_dead_process_is_found_at_once(self, tmp_path):
         process = FORK.Process(target=lambda: begin(tmp_path).claims.acquire(range(0, 4)))
         process.start()
@@ -284,7 +467,7 @@ class TestClaims:
 
     def test_on_another_machine_the_lease_decides(self, tmp_path, monkeypatch):
         other = begin(tmp_path, lease=60)
-        monkeypatch.setattr(claims, "_machine", lambda: "elsewhere")
+        monkeypatch.setattr(workers, "_machine", lambda: "elsewhere")
         here = begin(tmp_path, lease=60)
         monkeypatch.undo()
         assert here.claims.acquire(range(0, 4))
@@ -310,7 +493,7 @@ class TestClaims:
         assert path.stat().st_mtime > time.time() - 10
 
     def test_a_live_worker_is_not_waited_for_and_a_dead_one_reclaimed(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(claims, "_machine", lambda: "elsewhere")
+        monkeypatch.setattr(workers, "_machine", lambda: "elsewhere")
         dead, alive = begin(tmp_path, lease=1.0), begin(tmp_path, lease=1.0)
         monkeypatch.undo()
         dead.claims.acquire(range(0, 4))
@@ -329,19 +512,61 @@ class TestClaims:
             folder.claims.acquire(range(4, 8))
             make(folder, range(0, 4))
             folder.claims.acquire(range(0, 4))
-            temporary_path(tmp_path / "samples/00000004.parquet", folder.worker).write_text("half")
+            temporary_path(tmp_path / "samples/00000004.parquet").write_text("half")
+            export = temporary_path(tmp_path / "samples_png")
+            export.mkdir()
+            (export / "0.png").write_text("half")
             os._exit(0)
 
         process = FORK.Process(target=die)
         process.start()
         process.join()
-        assert len(list(tmp_path.rglob(".*.tmp"))) == 1
-        working = RunFolder(tmp_path, 4, 10)
-        mine = temporary_path(tmp_path / "samples/00000008.parquet", working.worker)
+        assert len(list(tmp_path.rglob(".*.tmp"))) == 2
+        mine = temporary_path(tmp_path / "samples/00000008.parquet")
         mine.write_text("half")
+        exporting = temporary_path(tmp_path / "samples_png")
+        exporting.mkdir()
         begin(tmp_path)
-        assert list(tmp_path.rglob(".*.tmp")) == [mine]
+        assert set(tmp_path.rglob(".*.tmp")) == {mine, exporting}
         assert [p.name for p in (tmp_path / "claims").iterdir()] == ["00000004"]
+
+
+class TestErrorsWhileWorking:
+    """Each ends the run with what is complete kept, and with a cure."""
+
+    @pytest.mark.parametrize("number", [errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO, errno.ENOSPC, errno.EDQUOT])
+    def test_a_folder_that_cannot_be_written(self, tmp_path, monkeypatch, number):
+        folder = begin(tmp_path)
+        first, second = itertools.islice(folder.take(), 1), range(4, 8)
+        assert make(folder, next(first))
+        assert folder.claims.acquire(second)
+
+        def refuse(handle):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "fsync", refuse)
+        with pytest.raises(StoppedError, match=r"1 complete shards are kept.*re-run to resume"):
+            make(folder, second)
+        monkeypatch.undo()
+        folder.claims.release()
+        work(tmp_path, 4, 10)
+        assert states(folder, verify=True) == ["done"] * 3
+        assert not list(tmp_path.rglob("*.tmp"))
+
+    @pytest.mark.parametrize("how", [lambda path: path.rename(path.with_name("moved")), shutil.rmtree])
+    def test_a_folder_that_is_moved_or_deleted(self, tmp_path, how):
+        path = tmp_path / "run"
+        folder = begin(path)
+        assert make(folder, next(folder.take()))
+        assert folder.claims.acquire(range(4, 8))
+        how(path)
+        with pytest.raises(StoppedError, match="the run folder was moved or deleted"):
+            make(folder, range(4, 8))
+        with pytest.raises(StoppedError, match="the run folder was moved or deleted"):
+            next(folder.take([range(8, 10)]))
+        folder.claims.renew()
+        folder.claims.release()
+        assert not path.exists()  # nothing is begun in its place
 
 
 def test_four_workers_share_and_one_is_killed(tmp_path):

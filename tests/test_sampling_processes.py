@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import yaml
 
-from calib_guidance.callbacks import read_samples
 from calib_guidance.cli import main
 from tests.conftest import ROOT
+from tests.samples import read_samples
 
 QUICK = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
 
@@ -181,3 +181,20 @@ def test_damage_is_found_and_only_it_is_made_anew(in_root, tmp_path, capsys, cap
     now = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run/samples").iterdir()}
     anew = {name for name in now if now[name] != written[name]}
     assert anew == (set() if "00000002" in found else {"00000008.parquet"})
+
+
+@pytest.mark.slow
+def test_no_rank_outlives_rank_0_under_lightnings_launcher(in_root, tmp_path):
+    """SIGKILL to it: the other one finishes its shard and ends, long before all samples are made, and a re-run goes on."""
+    kill = {"class_path": "tests.interruptions.KillRank", "init_args": {"rank": 0, "batch": 2}}
+    config = configuration(tmp_path / "killed.yaml", [kill])
+    ddp = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    command = [sys.executable, "-m", "calib_guidance", *words(config, tmp_path / "two", 4000, 2, 4), *ddp]
+    # Ends when no process holds the pipes any more.
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280)
+    assert done.returncode == -9
+    assert "SIGTERM" in done.stderr
+    written = len(indices(tmp_path / "two"))
+    assert 0 < written < 4000
+    main(words(configuration(tmp_path / "again.yaml"), tmp_path / "two", 4, 2, 4))  # its own claims are not in the way
+    is_whole(tmp_path / "two")

@@ -183,7 +183,7 @@ def test_foreign_files_are_named_and_not_counted(tmp_path, capsys):
 def test_what_cannot_be_read(tmp_path, capsys):
     assert "holds no run" in refused(capsys, "status", tmp_path)
     (tmp_path / "file").touch()
-    assert "cannot be read" in refused(capsys, "status", tmp_path / "file")
+    assert "file/run.json: Not a directory" in refused(capsys, "status", tmp_path / "file")
     make(tmp_path / "run")
     (tmp_path / "run/run.json").write_text("{")
     assert "run.json is corrupted" in refused(capsys, "status", tmp_path / "run")
@@ -304,4 +304,5 @@ def test_nothing_is_overwritten(tmp_path, capsys):
         before = (tmp_path / name).stat().st_mtime_ns
         assert f"{name} exists already" in refused(capsys, "export", tmp_path, f"--to={form}")
         assert (tmp_path / name).stat().st_mtime_ns == before
-    assert "Not a directory" in refused(capsys, "export", tmp_path, "--to=npz", f"--output={tmp_path}/run.json/x.npz")
+    message = refused(capsys, "export", tmp_path, "--to=npz", f"--output={tmp_path}/run.json/x.npz")
+    assert "run.json: exists, and is not a folder" in message

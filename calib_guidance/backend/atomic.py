@@ -1,4 +1,4 @@
-"""Files written completely or not at all."""
+"""Files and folders that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from calib_guidance.backend.workers import is_alive, is_worker, new_worker
 from calib_guidance.errors import ConfigurationError
 
 
@@ -22,37 +23,61 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
         os.close(handle)
 
 
-def temporary_path(path: Path, writer: str | None = None) -> Path:
-    """Where a file is written before it takes its place: beside it, hidden, one for each writer (by default the process)."""
-    return path.with_name(f".{path.name}.{writer or os.getpid()}.tmp")
+def temporary_path(path: Path) -> Path:
+    """A new place for what is written before it is renamed to ``path``: beside it, hidden, unique on all machines."""
+    return path.with_name(f".{path.name}.{new_worker()}.tmp")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a complete folder, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_abandoned(folder: Path, now: float, lease: float) -> None:
+    """Remove what dead processes left under names of :func:`temporary_path`.
+
+    A process of another machine is dead if it has written nothing there for ``lease`` seconds before ``now``.
+    """
+    for path in folder.glob(".*.tmp"):
+        worker = path.name.rsplit(".", 2)[1]
+        if not is_worker(worker) or (alive := is_alive(worker)):
+            continue
+        with contextlib.suppress(FileNotFoundError):  # another process removes it too, or has completed it
+            if alive is False or now - max(each.lstat().st_mtime for each in (path, *path.rglob("*"))) > lease:
+                remove(path)
 
 
 @contextlib.contextmanager
-def _temporary_file(path: Path, writer: str | None) -> Iterator[tuple[BinaryIO, Path]]:
-    temporary = temporary_path(path, writer)
-    try:
-        with open(temporary, "wb") as file:
-            yield file, temporary
-    finally:
-        temporary.unlink(missing_ok=True)
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A place for a new file or folder that is renamed to ``path`` at the end of the block, and removed if it raises.
 
-
-@contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str], writer: str | None = None) -> Iterator[BinaryIO]:
-    """A binary file that takes the place of ``path`` at the end of the block; nothing changes where the block raises.
-
-    The content goes to a temporary file in the same folder, see :func:`temporary_path`, is forced to the disk and renamed: a
-    process or a machine that stops leaves either the old file or the new one. The folder is made where it is missing.
+    The folder is made where it is missing.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _temporary_file(path, writer) as (file, temporary):
+    temporary = temporary_path(path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        remove(temporary)
+    sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A binary file that takes the place of ``path`` at the end of the block; nothing changes where the block raises.
+
+    The content is forced to the disk before it is renamed: a process or a machine that stops leaves either the old file or
+    the new one.
+    """
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
-        file.close()
-        os.replace(temporary, path)
-    sync_folder(path.parent)
 
 
 def check_writable(folder: Path, option: str) -> None:
@@ -71,12 +96,14 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         file.write(text.encode())
 
 
-def create(path: Path, data: bytes, writer: str | None = None) -> bool:
+def create(path: Path, data: bytes) -> bool:
     """Create a file that is never seen empty; False if it exists. Of several processes that try, one succeeds."""
-    with _temporary_file(path, writer) as (file, temporary):
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    temporary = temporary_path(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         try:
             os.link(temporary, path)
         except FileExistsError:
@@ -92,15 +119,15 @@ def create(path: Path, data: bytes, writer: str | None = None) -> bool:
                         raise
             except FileExistsError:
                 return False
+    finally:
+        temporary.unlink(missing_ok=True)
     return True
 
 
-def link_or_copy(source: Path, target: Path, writer: str | None = None) -> None:
+def link_or_copy(source: Path, target: Path) -> None:
     """Put a file in another place, atomically: as a hard link where the file system has them, else as a copy."""
-    temporary = temporary_path(target, writer)
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
+    with atomic_path(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:  # another file system, or one without hard links
+            shutil.copyfile(source, temporary)

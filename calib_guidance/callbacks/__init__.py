@@ -8,7 +8,7 @@ from calib_guidance.callbacks.measurement import Measurement
 from calib_guidance.callbacks.quality import SampleQuality
 from calib_guidance.callbacks.requeue import RequeueBetweenSteps
 from calib_guidance.callbacks.run_report import RunReport
-from calib_guidance.callbacks.sample_writer import SampleWriter, read_samples
+from calib_guidance.callbacks.sample_writer import SampleWriter
 from calib_guidance.callbacks.step_seeds import StepSeeds
 from calib_guidance.callbacks.trajectory import GradientNorm, TrajectoryCalibration
 from calib_guidance.callbacks.trajectory_strips import TrajectoryStrips
@@ -27,5 +27,4 @@ __all__ = [
     "TrajectoryCLIPScore",
     "TrajectoryCalibration",
     "TrajectoryStrips",
-    "read_samples",
 ]

@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 from torch import Tensor
+
+from calib_guidance.backend.threads import available_cores
+from calib_guidance.errors import RunError
+
+
+def _started(threads: int) -> ThreadPoolExecutor:
+    """A pool whose threads run already. One that starts them on demand may find no memory for them in the middle of a run."""
+    pool, all_run = ThreadPoolExecutor(threads, thread_name_prefix="background"), threading.Barrier(threads)
+    try:
+        wait([pool.submit(all_run.wait) for _ in range(threads)])
+    except RuntimeError as error:
+        all_run.abort()
+        pool.shutdown()
+        raise RunError(
+            f"no thread could be started ({error}): raise the limit of processes (ulimit -u) or of memory, or end other "
+            "processes. Re-run to resume"
+        ) from error
+    return pool
 
 
 class Background:
@@ -21,12 +40,13 @@ class Background:
 
     Attributes:
         error: of the first job that failed, None while none did.
+        pool: threads that jobs may use, one for each core.
     """
 
     def __init__(self, waiting: int):
         self.waiting = waiting
         self.error: BaseException | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="background")
+        self._thread, self.pool = _started(1), _started(available_cores())
         self._jobs: deque[Future[None]] = deque()
 
     def give(self, job: Callable[[], object]) -> None:
@@ -58,6 +78,7 @@ class Background:
     def close(self) -> None:
         """Wait until all jobs are done, and take no more."""
         self._thread.shutdown()
+        self.pool.shutdown()
 
 
 @functools.cache

@@ -47,7 +47,7 @@ class CleanStop:
         self._noted = 0.0
         self._told = False
         self._trainer: L.Trainer | None = None
-        self._process = 0
+        self._process = self._parent = 0
         self._requeue = False
         self._pace: float | None = None  # seconds per sample of the last batch
         self._started = 0.0  # the current batch
@@ -57,7 +57,7 @@ class CleanStop:
         """Handle the signals. Lightning restores its handlers at the end of the run."""
         if threading.current_thread() is not threading.main_thread():
             return
-        self._trainer, self._process = trainer, os.getpid()
+        self._trainer, self._process, self._parent = trainer, os.getpid(), os.getppid()
         answer = signal.getsignal(signal.SIGUSR1)
         if answer != self._note:
             # Lightning handles it only if automatic requeueing is on.
@@ -102,7 +102,8 @@ class CleanStop:
             return  # a process that reads data for this one, and ends with it
         now = time.monotonic()
         if self._signal is not None:
-            if now - self._noted > _SAME:
+            # Not the signal that a process gets whose parent has answered the first one, and ended.
+            if now - self._noted > _SAME and os.getppid() == self._parent:
                 raise self._stop("at once")
             return
         self._signal, self._noted = signal.Signals(signum), now

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -106,5 +105,5 @@ class SampleQuality(Measurement):
         # Folders are moved, and the same samples measure the same wherever they lie.
         results["provenance"]["samples"]["source"] = "this run"
         if trainer.is_global_zero:
-            write_arrays(Path(trainer.default_root_dir), self.quality)
+            write_arrays(folder.path, self.quality)
         return results

@@ -37,9 +37,8 @@ class RunReport(L.Callback):
             raise ConfigurationError(
                 "RunReport reports what SampleWriter has written: add calib_guidance.callbacks.SampleWriter to trainer.callbacks"
             )
-        # Samples are missing, so an earlier report does not cover the complete folder.
-        if trainer.is_global_zero:
-            Path(trainer.default_root_dir, "metrics.json").unlink(missing_ok=True)
+        if trainer.is_global_zero:  # samples are missing, so an earlier report does not cover the complete folder
+            pl_module.context.store.remove_report()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         # Not an epoch-end hook: a rank without batches gets none, and the results are collective.
@@ -74,7 +73,7 @@ class RunReport(L.Callback):
             name: module.provenance for name, module in pl_module.named_modules() if getattr(module, "provenance", None)
         }
         results["versions"] = {"calib_guidance": __version__, "torch": torch.__version__}
-        folder = Path(trainer.default_root_dir)
+        folder = run.path
         path = folder / "metrics.json"
         write_json(path, results)
         plots = [p for m in context.measurements for p in m.draw(folder / "plots", trainer)] if self.plots else []

@@ -8,7 +8,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,13 +24,12 @@ from torch import Tensor
 
 from calib_guidance import __version__
 from calib_guidance.backend.images import UINT8_RULES, Uint8Rule, to_uint8
-from calib_guidance.backend.threads import available_cores
 from calib_guidance.callbacks.background import Background, to_host
 from calib_guidance.callbacks.clean_stop import CleanStop
 from calib_guidance.callbacks.measurement import Measurement, kept_measurements
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.plots import sample_grid
-from calib_guidance.runs import RunFolder, read_run, read_table
+from calib_guidance.runs import RunFolder, read_run
 from calib_guidance.runs.context import UNREADABLE, ShardPart
 from calib_guidance.runs.identity import run_identity
 from calib_guidance.samplers import StepRecord
@@ -45,16 +44,6 @@ def _png(image: np.ndarray) -> dict[str, Any]:
     buffer = io.BytesIO()
     Image.fromarray(image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)).save(buffer, format="PNG")
     return {"bytes": buffer.getvalue(), "path": None}
-
-
-def read_samples(folder: str | os.PathLike[str]) -> Iterator[dict[str, Tensor]]:
-    """Written samples, file by file in order of index.
-
-    Yields:
-        ``image`` uint8 ``(N, C, H, W)`` and every other column ``(N,)``: ``index``, ``label``, ``seed`` …
-    """
-    for path in sorted(Path(folder).glob("*.parquet")):
-        yield {name: torch.from_numpy(column) for name, column in read_table(path).items()}
 
 
 class _Batch(NamedTuple):
@@ -85,8 +74,8 @@ class _Shard:
         self.failed: list[dict[str, Any]] = []
         self.seconds = 0.0
 
-    def add(self, batch: _Batch) -> None:
-        """Add a batch, its images as PNG."""
+    def add(self, batch: _Batch, pool: ThreadPoolExecutor) -> None:
+        """Add a batch, its images as PNG, which the pool compresses."""
         columns = batch.columns()
         images = columns.pop("image").numpy()
         for key, column in columns.items():
@@ -95,8 +84,7 @@ class _Shard:
         self.failed += [*batch.failed, *({"index": i, "step": None, "reason": UNREADABLE} for i in sorted(unread))]
         self.seconds += batch.seconds
         # Compressing releases Python's lock, and is most of what writing samples costs.
-        with ThreadPoolExecutor(available_cores()) as pool:
-            self.columns["image"] += pool.map(_png, images)
+        self.columns["image"] += pool.map(_png, images)
 
     def table(self) -> pa.Table:
         """The samples, as ``datasets`` reads them."""
@@ -114,10 +102,10 @@ class SampleWriter(Measurement):
 
     Copies to the host, encoding and writing run beside the next batch, two batches behind at most. Re-running the command
     resumes the run, with any number of devices and any batch size; independent jobs may work at the same time. A configuration
-    that would change pixels is rejected; more samples extend the run.
+    that would change pixels is rejected; more samples extend the run. With fewer, complete shards beyond them are kept, and
+    not counted.
 
     Args:
-        folder: of the run; the trainer's default_root_dir by default.
         uint8_rule: see :func:`calib_guidance.backend.images.to_uint8`.
         restart: remove an earlier run from the folder first, with its samples.
         lease: seconds after which a worker without a sign of life is dead, and its shard is reclaimed.
@@ -131,7 +119,6 @@ class SampleWriter(Measurement):
 
     def __init__(
         self,
-        folder: str | None = None,
         uint8_rule: Uint8Rule = "truncate",
         restart: bool = False,
         lease: float = 600.0,
@@ -141,16 +128,12 @@ class SampleWriter(Measurement):
             raise ConfigurationError(f"uint8_rule: unknown {uint8_rule!r}; known: {', '.join(UINT8_RULES)}")
         if not lease > 0:
             raise ConfigurationError(f"lease must be a number of seconds above 0, got {lease}")
-        self.folder, self.uint8_rule, self.restart, self.lease = folder, uint8_rule, restart, lease
+        self.uint8_rule, self.restart, self.lease = uint8_rule, restart, lease
         self.stop = CleanStop(stop_within)
         self.run: RunFolder | None = None
         self._background: Background | None = None
         self._unfinished: range | None = None  # a shard of which batches are made, and not yet the last
         self._abandoned: range | None = None
-
-    def target(self, trainer: L.Trainer) -> Path:
-        """The folder of the run."""
-        return Path(self.folder or trainer.default_root_dir)
 
     def earlier_run(self, trainer: L.Trainer) -> bool:
         """Whether the folder holds a run, of whatever configuration.
@@ -158,7 +141,7 @@ class SampleWriter(Measurement):
         Raises:
             ConfigurationError: a run that cannot be resumed: its run.json is missing or corrupted.
         """
-        run = RunFolder(self.target(trainer), 1, 1, self.lease)
+        run = RunFolder(trainer.default_root_dir, 1, 1, self.lease)
         if not self.restart:
             run.check_readable()
         return (run.path / "run.json").exists()
@@ -168,11 +151,12 @@ class SampleWriter(Measurement):
         if stage != "predict":
             return
         pl_module.check()  # nothing of an earlier run is touched for a configuration that cannot run
-        self._check_writable(self.target(trainer))
+        self._check_writable(Path(trainer.default_root_dir))
         self.run = self._begin(trainer, pl_module)
         remaining = self.run.remaining(verify=True)
         self._log_state(remaining)
         self.context.store, self.context.shards = self.run, remaining
+        self._background = Background(_WAITING)  # before the first claim, as there may be no threads
         self.context.observe(self._observe)
 
     def _observe(self, record: StepRecord) -> None:
@@ -192,7 +176,7 @@ class SampleWriter(Measurement):
             ) from error
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> RunFolder:
-        path, requests, configuration = self.target(trainer), trainer.datamodule, self.context.configuration
+        path, requests, configuration = Path(trainer.default_root_dir), trainer.datamodule, self.context.configuration
         if configuration is None or trainer.fast_dev_run:
             raise ConfigurationError(
                 "SampleWriter stores the configuration with the samples, and has none: sample with `calib-guidance predict`, "
@@ -202,8 +186,8 @@ class SampleWriter(Measurement):
         # Not where a launcher restarts a worker in the middle of the run.
         if self.restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             trainer.strategy.barrier("the earlier run is still there")
-            if trainer.is_global_zero:
-                RunFolder(path, 1, 1, self.lease).remove()
+            if trainer.is_global_zero and (removed := RunFolder(path, 1, 1, self.lease).remove()):
+                rank_zero_info(f"{path}: removed the earlier run: {removed}")
             trainer.strategy.barrier("the earlier run is removed")
         earlier = read_run(path)
         size = requests.shard_size or (earlier["shard_size"] if earlier else requests.batch_size)
@@ -218,7 +202,11 @@ class SampleWriter(Measurement):
         if done := len(shards) - len(remaining):
             rank_zero_info(f"{path}: {done} of {len(shards)} shards are done")
         if (count := self.run.extended().num_requests) > self.run.num_requests:
-            rank_zero_info(f"{path} is a run of {count} samples: all of them are kept and reported on")
+            rank_zero_info(f"{path} is a run of {count} samples, on which others work: all are kept and reported on")
+        if surplus := sum(map(len, self.run.extended().surplus())):
+            rank_zero_info(
+                f"{path}/samples holds {surplus} samples more than are requested: they are kept, and not counted"
+            )
         for shard in remaining:
             if (state := self.run.state(shard, verify=True)).name == "corrupted":
                 log.warning(f"{path}: samples {shard.start} … {shard[-1]} are regenerated: {state.reason}")
@@ -233,7 +221,7 @@ class SampleWriter(Measurement):
             measurement.reset()
         device = trainer.strategy.root_device
         self._device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        self._background, self._shard = Background(_WAITING), _Shard()
+        self._shard = _Shard()
         self._unfinished = self._abandoned = None
 
     def on_predict_batch_start(
@@ -286,7 +274,7 @@ class SampleWriter(Measurement):
         """Add a batch to its shard, in the background, and write the shard with its last batch."""
         if batch.part.shard == self._abandoned:
             return
-        self._shard.add(batch)
+        self._shard.add(batch, self._background.pool)
         self.run.claims.renew()  # the main thread may be waiting for this one
         if batch.sums is not None:
             self._write(batch.part.shard, batch.sums())
@@ -333,4 +321,6 @@ class SampleWriter(Measurement):
 
     def draw(self, folder: Path, trainer: L.Trainer) -> list[Path]:
         run = self.run.extended()
+        if not any(record["rows"] for record in run.readable_records()):  # all failed
+            return []
         return sample_grid((run.read(shard) for shard in run.shards()), folder / "samples")

@@ -100,7 +100,7 @@ class TrajectoryStrips(Measurement, BufferedObserver):
 
     def results(self, trainer: L.Trainer) -> dict[str, Any]:
         if trainer.is_global_zero:
-            path = Path(trainer.default_root_dir, "trajectory.npz")
+            path = self.context.store.path / "trajectory.npz"
             path.unlink(missing_ok=True)  # an earlier report's
             if self._kept:
                 columns = {name: column.numpy() for name, column in self.rows().items()}

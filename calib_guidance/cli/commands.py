@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import os
 import platform
+import select
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -83,18 +86,35 @@ def main(argv: Sequence[str] | None = None) -> None:
             ``status`` has its own. If CALIB_GUIDANCE_TRACEBACK is set in the environment, the error itself is raised instead.
     """
     try:
-        _run(list(sys.argv[1:] if argv is None else argv))
-    except (ConfigurationError, CheckpointError, RunError) as error:
+        try:
+            _run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()
+    except (ConfigurationError, CheckpointError, RunError, OSError) as error:
         if os.environ.get("CALIB_GUIDANCE_TRACEBACK"):
             raise
-        status = error.status if isinstance(error, RunError) else 2
-        print(f"calib-guidance: {'error: ' if status in (1, 2) else ''}{error}", file=sys.stderr)
+        if isinstance(error, BrokenPipeError) and _stdout_is_closed():
+            raise SystemExit(128 + signal.SIGPIPE) from error
+        status, text = _status_and_text(error)
+        with contextlib.suppress(BrokenPipeError):
+            print(f"calib-guidance: {'error: ' if status in (1, 2) else ''}{text}", file=sys.stderr)
         raise SystemExit(status) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        text = f"no space left on the device, or disk quota exceeded ({error.filename or error})"
-        print(
-            f"calib-guidance: {text}: complete shards are kept; free disk space and re-run to resume", file=sys.stderr
-        )
-        raise SystemExit(StoppedError.status) from error
+
+
+def _status_and_text(error: Exception) -> tuple[int, str]:
+    if not isinstance(error, OSError) or isinstance(error, RunError):
+        return error.status if isinstance(error, RunError) else 2, str(error)
+    reason = "exists, and is not a folder" if error.errno == errno.EEXIST else error.strerror
+    named = f"{error.filename}: {reason}" if error.filename and reason else str(error)
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return 2, named
+    return StoppedError.status, f"{named}. What is complete is kept; free disk space and re-run to resume"
+
+
+def _stdout_is_closed() -> bool:
+    """Whether the reader of the output has gone, such as ``head``; nothing more is written then."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if closed := bool(poll.poll(0)):  # an error, as nothing else is asked for
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return closed

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 import yaml
 
 from calib_guidance.backend.shipped import shipped
+from calib_guidance.backend.text import read_yaml
 from calib_guidance.errors import ConfigurationError
 
 _OPTIONS = ("--config", "-c")
@@ -60,14 +61,20 @@ def find_configuration(
     )
 
 
+def _check_files(value: object) -> None:
+    """Raise ConfigurationError for files that a configuration names, such as a classifier's, and that are not valid YAML."""
+    if isinstance(value, str) and value.endswith((".yaml", ".yml")) and Path(value).is_file():
+        read_yaml(value)
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_files(each)
+
+
 def with_bases(path: Path, command: str | None, above: tuple[Path, ...] = ()) -> list[str]:
     """The files that ``path`` is based on, and what it says itself, as a file or as YAML text."""
     if path.resolve() in above:
         raise ConfigurationError(f"{path} is based on itself, by way of {', '.join(map(str, above))}")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError:
-        return [str(path)]  # the parser's own message names file, line and column
+    content = read_yaml(path)  # its errors name the file that a base leads to
+    _check_files(content)
     if not isinstance(content, dict) or "base" not in content:
         return [str(path)]
     bases = content.pop("base")
@@ -94,6 +101,7 @@ def expand_bases(argv: Sequence[str]) -> list[str]:
         argument = rest.pop(0)
         option, equals, value = argument.partition("=")
         if option not in _OPTIONS or not (equals or rest):
+            _check_files(value if equals else argument)
             expanded.append(argument)
             continue
         value = value if equals else rest.pop(0)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import logging
+import os
 import pkgutil
 import re
 import sys
@@ -23,9 +24,12 @@ from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from calib_guidance.backend.text import read_yaml
 from calib_guidance.backend.threads import set_threads
-from calib_guidance.callbacks import RequeueBetweenSteps, StepSeeds
+from calib_guidance.backend.workers import end_with_parent
+from calib_guidance.callbacks import RequeueBetweenSteps, RunReport, SampleWriter, StepSeeds
 from calib_guidance.callbacks.checkpoint_io import AtomicCheckpointIO
 from calib_guidance.cli.configs import expand_bases
 from calib_guidance.cli.help import plain_docstrings
@@ -42,6 +46,8 @@ _PARTS = [
         *("guidance", "networks", "samplers", "scores", "tasks", "training"),
     )
 ]
+_PRECISIONS = (None, "32-true", "32", 32, "bf16-mixed", "bf16", "16-mixed", "16", 16)
+_END_WITHIN = 600.0  # seconds from the death of rank 0 to that of the others
 _PREDICT_CKPT = (
     "predict takes no --ckpt_path: Lightning would put the training module of that checkpoint in place of the sampling "
     "one. Name the weights in the YAML instead: the `checkpoint` of the denoiser or the `weights` of the classifier"
@@ -74,6 +80,8 @@ def innermost(error: BaseException) -> BaseException:
 def _unknown_class(class_path: str) -> str:
     """What is wrong with a class path or class name that names nothing."""
     module, _, name = class_path.rpartition(".")
+    if name in ("yaml", "yml") or "/" in class_path:
+        return f"there is no file {class_path}"
     known = {name: f"{part.__name__}.{name}" for part in _PARTS for name in part.__all__}
     if not module and name in known:
         return f"{known[name]} cannot be used here"
@@ -83,10 +91,31 @@ def _unknown_class(class_path: str) -> str:
         return f"there is no {class_path} ({error})"
 
 
-def _unknown_option(class_path: str, option: str) -> str:
-    named = pkgutil.resolve_name(class_path)
-    accepted = jsonargparse.ArgumentParser().add_class_arguments(named, fail_untyped=False)
-    return f"{named.__name__} has no option {option!r}{closest(option, accepted)}; it has: {', '.join(accepted)}"
+def _wrong_file(path: str) -> str:
+    """What is wrong with a file that describes a part by class_path and init_args."""
+    content = read_yaml(path)
+    class_path = content.get("class_path") if isinstance(content, dict) else None
+    if not isinstance(class_path, str):
+        return f"{path} has no class_path"
+    module = next((part.__name__ for part in _PARTS if class_path in part.__all__), None)
+    try:
+        kind = pkgutil.resolve_name(f"{module}.{class_path}" if module else class_path)
+    except (ImportError, AttributeError, ValueError):
+        return f"{path}: {_unknown_class(class_path)}"
+    accepted = _options(kind)
+    unknown = next((option for option in content.get("init_args") or {} if option not in accepted), None)
+    if unknown is None:
+        return f"{path} describes {kind.__name__}, which cannot be used here, or a value of its init_args is wrong"
+    return f"{path}: {_unknown_option(kind, unknown)}"
+
+
+def _options(kind: type) -> list[str]:
+    return jsonargparse.ArgumentParser().add_class_arguments(kind, fail_untyped=False)
+
+
+def _unknown_option(kind: type, option: str) -> str:
+    accepted = _options(kind)
+    return f"{kind.__name__} has no option {option!r}{closest(option, accepted)}; it has: {', '.join(accepted)}"
 
 
 def shorten(message: str) -> str:
@@ -101,12 +130,14 @@ def shorten(message: str) -> str:
         found = f"unknown {got[1]!r}; known: {choices[1].replace(chr(39), '')}"
     elif shared := re.search(r"Multiple subclasses with name (\w+)\..*avoid ambiguity: (.*)\.", message):
         found = f"several classes are named {shared[1]}: give one of {shared[2]}"
-    elif names := re.findall(r"Expected a dot import path string: (\S+)", message):
-        found = _unknown_class(names[-1])
+    elif names := re.findall(r"Expected a dot import path string: (\S+)|Unexpected import path format: (\S+)", message):
+        found = _unknown_class("".join(names[-1]))
+    elif files := re.findall(r"Config file loop detected: (\S+) ->", message):
+        found = _wrong_file(files[-1])
     elif classes and re.search(r"module '[\w.]+' has no attribute '\w+'|No module named '[\w.]+'", message):
         found = _unknown_class(classes[-1])
     elif classes and (option := re.search(r"Option '([\w.]+)' is not accepted", message)):
-        found = _unknown_option(classes[-1], option[1])
+        found = _unknown_option(pkgutil.resolve_name(classes[-1]), option[1])
     elif "Expected an instantiatable class, but" in message or "a dict without class_path but with" in message:
         found = (
             "options are given, but no class_path says of which class. An overlay that only sets options goes after one "
@@ -169,11 +200,40 @@ class CalibGuidanceCLI(LightningCLI):
             )
 
     def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        root = config.trainer.default_root_dir
+        if isinstance(root, str) and (not root.strip() or "://" in root):
+            raise ConfigurationError(f"trainer.default_root_dir must be a folder of this machine, got {root!r}")
         if self.subcommand == "predict":
-            config = self.config.predict
             if config.ckpt_path is not None:
                 raise ConfigurationError(_PREDICT_CKPT)
+            if config.get("model") and issubclass(pkgutil.resolve_name(config.model.class_path), FaultTolerant):
+                self._check_writes(config.trainer)
             config.return_predictions = False  # the writer has them; in memory they would grow with the run
+
+    @staticmethod
+    def _check_writes(trainer: jsonargparse.Namespace) -> None:
+        """Raise ConfigurationError for a run whose samples would not be written, or written twice."""
+        if trainer.fast_dev_run:
+            return
+        classes = [pkgutil.resolve_name(callback.class_path) for callback in trainer.callbacks or []]
+        writers = [kind for kind in classes if issubclass(kind, SampleWriter)]
+        if len(writers) > 1:
+            raise ConfigurationError(
+                "trainer.callbacks has several SampleWriters, and a run has one: remove the others"
+            )
+        if not writers:
+            raise ConfigurationError(
+                "trainer.callbacks has no SampleWriter, and samples that nothing writes are lost: add SampleWriter. An overlay "
+                "with `callbacks:` replaces the callbacks of the files before it; with `callbacks+:` it adds to them"
+            )
+        if trainer.precision not in _PRECISIONS:
+            raise ConfigurationError(
+                f"trainer.precision of predict is 32-true, bf16-mixed or 16-mixed, got {trainer.precision}: for a network in "
+                "half precision set its dtype"
+            )
+        if trainer.default_root_dir is None:
+            raise ConfigurationError("trainer.default_root_dir is not set: set it to the folder for the samples")
 
     def _parse_ckpt_path(self) -> None:
         """Keeps Lightning from merging a checkpoint's hyper-parameters over the configuration: the YAML says what is run."""
@@ -185,6 +245,8 @@ class CalibGuidanceCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         trainer = super().instantiate_trainer(**kwargs)
+        if trainer.fast_dev_run:  # writes nothing
+            trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, SampleWriter | RunReport)]
         threads = set_threads(trainer.num_devices)
         rank_zero.rank_zero_info(f"{threads.count} CPU threads for each process ({threads.reason})")
         for callback in trainer.checkpoint_callbacks:
@@ -203,7 +265,20 @@ class CalibGuidanceCLI(LightningCLI):
             newest = max([*last, *preempted], key=lambda path: path.stat().st_mtime, default=None)
             if newest in preempted:
                 kwargs["ckpt_path"] = str(newest)
+        path = kwargs.get("ckpt_path")
+        if path == "best":
+            raise ConfigurationError(
+                "--ckpt_path: only the process that trains knows which is best: name a file, or last"
+            )
+        if path not in (None, "last", "hpc") and ":" not in str(path) and not Path(path).exists():
+            raise ConfigurationError(f"--ckpt_path: there is no file {path}; expected a checkpoint, or last")
         return kwargs
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise ConfigurationError(f"seed_everything: {error}") from error
 
     def after_predict(self) -> None:
         """Raise for failed samples, so that the exit status tells of them. ``max_corrupt`` bounds unreadable images."""
@@ -227,8 +302,21 @@ class CalibGuidanceCLI(LightningCLI):
                 part.configure_run(configuration)
 
 
+@contextlib.contextmanager
+def _options_of_the_trainer() -> Iterator[None]:
+    """Errors of Lightning about options of its trainer as ConfigurationError."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise ConfigurationError(
+            f"trainer: {error} Expected accelerator: auto, cpu or gpu; devices: auto, a number from 1, or a list of devices"
+        ) from error
+
+
 def run_lightning(argv: Sequence[str], cli: type[CalibGuidanceCLI] = CalibGuidanceCLI) -> CalibGuidanceCLI:
     """Run one Lightning subcommand with its options."""
+    if os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ:
+        end_with_parent(_END_WITHIN)  # started by the process of rank 0, which may be killed
     for message in (
         ".*LightningCLI's args parameter is intended.*",  # main(args) is for that
         ".*does not have many workers.*",  # requests and in-memory digits need none
@@ -244,7 +332,7 @@ def run_lightning(argv: Sequence[str], cli: type[CalibGuidanceCLI] = CalibGuidan
     set_config_read_mode(fsspec_enabled=False)
     args = expand_bases(argv)
     list_foreign(args)
-    with plain_docstrings():
+    with plain_docstrings(), _options_of_the_trainer():
         return cli(
             # Errors as exceptions, not as pages of usage.
             parser_kwargs={

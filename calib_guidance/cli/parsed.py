@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import pkgutil
 import socket
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
@@ -100,6 +102,18 @@ def without_network() -> Iterator[None]:
         mock.patch.object(socket, "create_connection", refuse),
     ):
         yield
+
+
+@contextlib.contextmanager
+def quietly(level: int = logging.INFO) -> Iterator[None]:
+    """Without warnings and without messages up to a level: Lightning's about devices, seeds and loops."""
+    disabled = logging.root.manager.disable
+    logging.disable(level)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 class Option(NamedTuple):

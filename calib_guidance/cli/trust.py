@@ -25,7 +25,7 @@ def _is_module(name: str) -> bool:
 def _parse(text: str) -> object:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:  # the parser of the command says what is wrong
+    except (yaml.YAMLError, RecursionError):  # the parser of the command says what is wrong
         return None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from calib_guidance.backend.text import read_text
 from calib_guidance.data.base import printable
 from calib_guidance.data.loading import DataModule, SkippedImages, check_at_least, collate, take_reports
 from calib_guidance.diffusion.rng import random_label
@@ -18,6 +19,12 @@ from calib_guidance.runs.context import SamplingContext, ShardPart
 from calib_guidance.runs.store import cut
 
 POLICIES = ("balanced", "uniform")
+
+
+def check_seed(seed: int) -> None:
+    """Raise ConfigurationError for a seed that the column of seeds cannot hold."""
+    if not 0 <= seed < 2**63:
+        raise ConfigurationError(f"data.seed must be at least 0 and below 2**63, got {seed}")
 
 
 # A dict each, with its number as ``index``; or a report, see ``collate``.
@@ -126,7 +133,7 @@ class SampleRequests(RequestData):
         check_at_least(
             1, num_samples=num_samples, num_classes=num_classes, batch_size=batch_size, shard_size=shard_size
         )
-        check_at_least(0, seed=seed)
+        check_seed(seed)
         self.num_samples, self.num_classes, self.batch_size, self.seed = num_samples, num_classes, batch_size, seed
         self.labels, self.shard_size, self.requests = labels, shard_size, self
         self._fixed = None if num_classes is None else self._fixed_labels(labels)
@@ -148,12 +155,7 @@ class SampleRequests(RequestData):
         if str(labels).lstrip("-").isdecimal():
             words = [("data.labels:", str(labels))] * self.num_samples
         elif path.is_file():
-            try:
-                lines = path.read_text(encoding="utf-8").splitlines()
-            except UnicodeDecodeError as error:
-                raise ConfigurationError(
-                    f"data.labels: {path} is not UTF-8 text: write a class number per line"
-                ) from error
+            lines = read_text(path).splitlines()
             words = [(f"{path}, line {i}:", word) for i, line in enumerate(lines, 1) for word in line.split()]
         else:
             raise ConfigurationError(
@@ -242,7 +244,8 @@ class DenoiseRequests(RequestData):
         super().__init__()
         numbers = {"num_classes": num_classes, "draws_per_image": draws_per_image}
         check_at_least(1, **numbers, batch_size=batch_size, shard_size=shard_size)
-        check_at_least(0, seed=seed, num_workers=num_workers)
+        check_at_least(0, num_workers=num_workers)
+        check_seed(seed)
         self.corrupt = SkippedImages("data.images", max_corrupt)
         if not len(images):
             raise ConfigurationError("data.images: the data set holds no images")

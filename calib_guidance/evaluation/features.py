@@ -24,6 +24,7 @@ from calib_guidance.classifiers.base import Classifier
 from calib_guidance.classifiers.off_the_shelf import build_network
 from calib_guidance.errors import ConfigurationError, first_line
 from calib_guidance.evaluation.loading import load_object, read_classifier
+from calib_guidance.runs.identity import hash_state
 from calib_guidance.weights.io import CheckpointError, read_weights, tensors_only
 
 FORMS = (
@@ -46,18 +47,6 @@ class Features(NamedTuple):
     pool: Tensor
     spatial: Tensor | None = None
     logits: Tensor | None = None
-
-
-def state_sha256(module: nn.Module) -> str:
-    """Hash over names, types, shapes and bytes of a module's weights and buffers, in hexadecimal.
-
-    The same whatever file or device they are in.
-    """
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 class FeatureExtractor(nn.Module, ABC):
@@ -100,7 +89,7 @@ class FeatureExtractor(nn.Module, ABC):
             "extractor": self.name,
             "library": self.library,
             "weights": self.weights,
-            "weights_sha256": state_sha256(self),
+            "weights_sha256": hash_state(self),
             "resize": dict(self.resize),
             "normalisation": self.normalisation,
         }
@@ -264,7 +253,7 @@ class ClassifierFeatures(FeatureExtractor):
 
     def __init__(self, classifier: Classifier):
         super().__init__()
-        self._sha256 = state_sha256(classifier)  # freezing folds weights into others
+        self._sha256 = hash_state(classifier)  # freezing folds weights into others
         self.classifier = classifier.freeze()
         self._last = _LastLinear(classifier, "the evaluation classifier")
         self.width, self.num_logits = self._last.width, classifier.num_classes

@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from calib_guidance import classifiers, networks
+from calib_guidance.backend.text import read_yaml
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.errors import ConfigurationError
 
@@ -48,10 +47,10 @@ def _build(description: object) -> object:
 def read_classifier(path: str | Path) -> Classifier:
     """The classifier of a YAML file with ``class_path`` and ``init_args``, as ``calib-guidance fit`` exports it."""
     try:
-        classifier = _build(yaml.safe_load(Path(path).read_text()))
-    except OSError as error:
-        raise ConfigurationError(f"classifier: {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ImportError, AttributeError, TypeError, ValueError) as error:
+        classifier = _build(read_yaml(path))
+    except ConfigurationError:
+        raise
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigurationError(f"classifier: {path} does not describe a classifier: {error}") from error
     if not isinstance(classifier, Classifier):
         raise ConfigurationError(

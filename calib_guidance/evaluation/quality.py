@@ -15,10 +15,10 @@ from calib_guidance.backend.distributed import DistributedContext
 from calib_guidance.backend.images import from_uint8
 from calib_guidance.data.image_sets import ImageBatch, ImageSet
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.evaluation.features import state_sha256
 from calib_guidance.evaluation.metrics import METRICS, unmet
 from calib_guidance.evaluation.spec import Estimate, Measures, MetricSpec, ReferenceHolds, SampleSet
 from calib_guidance.evaluation.statistics import ReferenceStatistics, gather_in_order, open_reference
+from calib_guidance.runs.identity import hash_state
 
 _COLOR = {1: "grey", 3: "RGB"}
 
@@ -67,7 +67,7 @@ class Quality:
         self._provenance: dict[str, Any] = {"features": measures.extractor.provenance()}
         for name, classifier in (("eval_classifier", measures.eval_classifier), ("clip", measures.clip)):
             if classifier is not None:  # its hash before it is frozen, which may fold weights into others
-                known = {"class": type(classifier).__name__, "weights_sha256": state_sha256(classifier)}
+                known = {"class": type(classifier).__name__, "weights_sha256": hash_state(classifier)}
                 self._provenance[name] = getattr(classifier, "provenance", {}) | known
         self.measures = measures.to(processes.device)
         for shape in dict.fromkeys(shapes.values()):

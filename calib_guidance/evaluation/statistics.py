@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -28,6 +27,7 @@ from calib_guidance.evaluation.features import FeatureExtractor
 from calib_guidance.metrics.frechet import covariance_root
 from calib_guidance.metrics.moments import Moments
 from calib_guidance.runs.identity import leaves
+from calib_guidance.runs.store import file_sha256
 
 _SYMMETRY = 1e-4  # of the largest entry: float32 statistics are symmetric to 1e-6
 _NOISE = 1e-5  # of the largest eigenvalue, within which one is 0: rounding to float32 moves them by 1e-7
@@ -366,11 +366,6 @@ def versions() -> dict[str, str]:
 def _unversioned(value: object) -> object:
     """``torch 2.11.0`` as ``torch``."""
     return re.sub(r" \d+\.\d[\w.]*", "", value) if isinstance(value, str) else value
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_output(path: Path) -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import logging
 import os
 import shlex
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,11 +15,11 @@ import torch
 from calib_guidance.backend.atomic import write_text
 from calib_guidance.backend.threads import available_cores
 from calib_guidance.cli.configs import find_configuration
-from calib_guidance.cli.parsed import without_network
+from calib_guidance.cli.parsed import quietly, without_network
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.experiments.runner import Run, do_runs
 from calib_guidance.experiments.settings import Plan, make_plan
-from calib_guidance.experiments.tables import Results, insert, mean_and_std, read_value
+from calib_guidance.experiments.tables import Results, mean_and_std, place_of, read_value
 
 
 def halve(
@@ -118,17 +116,6 @@ def _devices(text: str | None) -> list[str]:
     return list(itertools.islice(names, torch.cuda.device_count()))
 
 
-def _read(path: Path) -> Plan:
-    """The experiment, without Lightning's messages about seeds and devices."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.INFO)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            return make_plan(path)
-    finally:
-        logging.disable(disabled)
-
-
 def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="calib-guidance experiment", description="Many runs as tables and plots. Re-running skips completed runs."
@@ -157,7 +144,8 @@ def _write(results: Results, folder: Path, into: Path | None) -> None:
         write_text(paths[-1], text + "\n")
         print(f"\n{text}")
         if into is not None:
-            insert(text, mark, into)
+            before, after = place_of(mark, into)
+            write_text(into, f"{before}\n{text}\n{after}")
     for column in plan.columns:
         if all(value is None for number in results.samples for value in results.values(number, column)):
             print(f"note: no run has {column.key} in {column.file or 'metrics.json'}, for column {column.title!r}")
@@ -176,7 +164,9 @@ def experiment(argv: Sequence[str]) -> None:
     where runs failed.
     """
     options = _options(argv)
-    started, plan = time.monotonic(), _read(find_configuration(options.config, "experiment"))
+    started = time.monotonic()
+    with quietly():
+        plan = make_plan(find_configuration(options.config, "experiment"))
     rows = plan.select(options.row)
     if options.dry_run:
         for run in plan.runs(rows or range(len(plan.settings)), plan.experiment.num_samples, options.output):
@@ -184,6 +174,8 @@ def experiment(argv: Sequence[str]) -> None:
             print(f"# {' / '.join(filter(None, (setting.group, setting.name)))}, seed {run.seed}")
             print("\n".join(shlex.join(["calib-guidance", *command]) for command in run.commands))
         return
+    for mark in plan.experiment.tables if options.into else ():
+        place_of(mark, options.into)  # before the runs
     with without_network():
         plan.check_files()
     devices = _devices(options.devices)

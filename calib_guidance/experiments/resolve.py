@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-import hashlib
 import io
 import itertools
 import json
@@ -24,13 +22,11 @@ from calib_guidance.cli.lightning import innermost, run_lightning
 from calib_guidance.cli.parsed import ParsedCLI, all_options
 from calib_guidance.errors import CheckpointError, ConfigurationError
 from calib_guidance.evaluation.evaluate import read_options
-from calib_guidance.evaluation.statistics import file_sha256
-from calib_guidance.experiments.runner import sources
+from calib_guidance.runs.identity import file_hash, settings
+from calib_guidance.runs.store import sha256
 
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
 PLACES = re.compile(r"\{\w+\}")  # in values, filled in for each run
-
-file_hash = functools.cache(file_sha256)
 
 
 @dataclass(frozen=True)
@@ -111,21 +107,21 @@ def _build(cli: ParsedCLI) -> None:
 
 
 def digest_of(commands: Sequence[Command], options: Sequence[Namespace], needed: str | None) -> str:
-    """Hash of resolved configurations, of the content of the files that they name, and of the code that runs depend on.
+    """Hash of all that the results of a setting depend on: the :func:`~calib_guidance.runs.identity.settings` of each command.
 
     A value that names a file of a run counts as its text: what is in the file is a function of the commands before it, or of
     the needed setting, whose digest is part of this one.
     """
     content = []
     for command, resolved in zip(commands, options, strict=True):
-        # Of files that callbacks name, which may be what they write, only weights count.
-        used = [o for part in ("model", "data") for o in all_options(resolved.get(part), part)]
-        used += [o for o in all_options(resolved.trainer, "trainer") if o.is_weights]
-        files = sorted({o.value for o in used if isinstance(o.value, str) and Path(o.value).is_file()})
         values = {key: value for key, value in resolved.as_dict().items() if key != "config"}
-        content.append([command.name, values, command.of_files, [file_hash(path) for path in files]])
-    text = json.dumps([content, needed], sort_keys=True, default=str, ensure_ascii=False)
-    return hashlib.sha256(text.encode() + sources()).hexdigest()
+        parts = {key: values.pop(key) for key in ("model", "data") if values.get(key)}
+        identity = [settings(part, key, trains=command.name == "fit") for key, part in parts.items()]
+        # Of files that callbacks name, which may be what they write, only weights count.
+        weights = [option.value for option in all_options(resolved.trainer, "trainer") if option.is_weights]
+        hashes = [file_hash(path) for path in sorted(weights) if Path(path).is_file()]
+        content.append([command.name, identity, values, command.of_files, hashes])
+    return sha256(json.dumps([content, needed], sort_keys=True, default=str, ensure_ascii=False).encode())
 
 
 def evaluate_argv(options: Mapping[str, Any]) -> list[str]:

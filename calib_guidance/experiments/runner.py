@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import multiprocessing
 import os
@@ -19,15 +18,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import calib_guidance
 from calib_guidance.backend.threads import available_cores
+from calib_guidance.backend.workers import end_with_parent
 from calib_guidance.cli.lightning import run_lightning, subclasses_listed_once
 from calib_guidance.errors import FailedSamplesError, StoppedError
 from calib_guidance.evaluation.evaluate import evaluate
 from calib_guidance.runs import RunFolder
 
-# Folders and modules that look at runs or start them: what they do changes no run.
-_NOT_PART_OF_A_RUN = {"cli", "experiments", "report", "runs/export.py", "runs/status.py"}
+_END_WITHIN = 600.0  # seconds from the end of the command to that of its workers
 _DONE = "done"  # marker file in the folder of a run
 
 
@@ -46,15 +44,6 @@ class Run:
     def done(self) -> bool:
         """Whether an earlier run in this folder finished."""
         return (self.folder / _DONE).is_file()
-
-
-@functools.cache
-def sources() -> bytes:
-    """The package's code as far as runs depend on it: a change of it may change results, so it makes new runs."""
-    root = Path(calib_guidance.__file__).parent
-    paths = {path.relative_to(root): path for path in sorted(root.rglob("*.py"))}
-    kept = [path for name, path in paths.items() if not {name.parts[0], name.as_posix()} & _NOT_PART_OF_A_RUN]
-    return b"".join(path.read_bytes() for path in kept)
 
 
 @contextlib.contextmanager
@@ -95,10 +84,12 @@ def work(run: Run, threads: int) -> list[str]:
     return remarks
 
 
-def _see_one_device(devices: multiprocessing.Queue) -> None:
-    """Let this worker process see one device, before it has looked for any."""
-    with contextlib.suppress(queue.Empty):
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices.get(timeout=10)
+def _start_worker(devices: multiprocessing.Queue | None) -> None:
+    """Let this worker process see one device, before it has looked for any, and end with the process that gives it runs."""
+    end_with_parent(_END_WITHIN)
+    if devices is not None:
+        with contextlib.suppress(queue.Empty):
+            os.environ["CUDA_VISIBLE_DEVICES"] = devices.get(timeout=10)
 
 
 class _Here(Executor):
@@ -120,12 +111,10 @@ def _workers(number: int, threads: int, devices: Sequence[str]) -> Executor:
     # Without spinning threads, since the workers share the cores.
     os.environ["OMP_NUM_THREADS"] = str(threads)
     context = multiprocessing.get_context("spawn")
-    if not devices:
-        return ProcessPoolExecutor(number, context)
-    seen = context.Queue()
+    seen = context.Queue() if devices else None
     for device in itertools.islice(itertools.cycle(devices), number):
         seen.put(device)
-    return ProcessPoolExecutor(number, context, _see_one_device, (seen,))
+    return ProcessPoolExecutor(number, context, _start_worker, (seen,))
 
 
 def do_runs(runs: Sequence[Run], workers: int, devices: Sequence[str] = (), before: str = "") -> list[Run]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import re
@@ -26,10 +25,11 @@ from calib_guidance.experiments.resolve import (
     check_files,
     digest_of,
     evaluate_argv,
-    file_hash,
 )
 from calib_guidance.experiments.runner import Run
 from calib_guidance.experiments.schema import Axis, Column, Experiment, Row, Stage, read_experiment
+from calib_guidance.runs.identity import file_hash
+from calib_guidance.runs.store import sha256
 
 
 def slug(text: str) -> str:
@@ -103,13 +103,13 @@ class Plan:
     def _run(self, number: int, seed: int, num_samples: int, output: Path) -> Run:
         setting = self.settings[number]
         needed = None if setting.needs is None else self._run(setting.needs, seed, num_samples, output).folder
-        stem = hashlib.sha256(f"{setting.digest} {seed}".encode()).hexdigest()[:16]
+        stem = sha256(f"{setting.digest} {seed}".encode())[:16]
         folder = output / "runs" / (f"{stem}-{num_samples}" if num_samples else stem)
         evaluate = self._evaluation(num_samples)
         if evaluate:
             files = [word.removeprefix("classifier:") for word in evaluate]
             hashes = [file_hash(path) for path in files if Path(path).is_file()]
-            folder = Path(f"{folder}-{hashlib.sha256(json.dumps([evaluate, hashes]).encode()).hexdigest()[:8]}")
+            folder = Path(f"{folder}-{sha256(json.dumps([evaluate, hashes]).encode())[:8]}")
         argvs = [tuple(command.argv(seed, num_samples, folder, needed)) for command in setting.commands]
         argvs += [("evaluate", str(folder), *evaluate)] if evaluate else []
         alone = num_samples and not self.experiment.stages

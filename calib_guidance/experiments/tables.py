@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 import statistics
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from calib_guidance.backend.atomic import write_text
+from calib_guidance.backend.text import read_text
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.experiments.runner import Run
 from calib_guidance.experiments.schema import Column
@@ -46,14 +48,20 @@ def cell(values: Sequence[float | None], column: Column) -> str:
     return " ± ".join(known) or "–"
 
 
-def insert(text: str, mark: str, path: Path) -> None:
-    """Put a table between its marks in a Markdown file."""
+def place_of(mark: str, path: Path) -> tuple[str, str]:
+    """What stands before and after the table with that mark in a Markdown file, marks included."""
     opening, closing = f"<!-- {mark} -->", f"<!-- /{mark} -->"
-    before, _, rest = path.read_text().partition(opening)
+    before, _, rest = read_text(path).partition(opening)
     _, end, after = rest.partition(closing)
     if not end:
         raise ConfigurationError(f"{path} has no place for the table: put {opening} and {closing} where it belongs")
-    write_text(path, f"{before}{opening}\n{text}\n{closing}{after}")
+    return before + opening, closing + after
+
+
+def _write_csv(path: Path, lines: Sequence[Sequence[Any]]) -> None:
+    text = io.StringIO()
+    csv.writer(text).writerows(lines)
+    write_text(path, text.getvalue())
 
 
 @dataclass
@@ -112,18 +120,16 @@ class Results:
         def start(number: int) -> list[str]:
             return [*(self.plan.settings[number].group for _ in group), *self._labels(number)]
 
-        with open(folder / "settings.csv", "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow([*labels, "num_samples", *(f"{name}{end}" for name in names for end in ("", "_sd"))])
-            for number, count in self.samples.items():
-                pairs = [mean_and_std(self.values(number, column)) for column in columns]
-                writer.writerow([*start(number), count, *itertools.chain(*pairs)])
-        with open(folder / "runs.csv", "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow([*labels, "seed", "num_samples", *names, "folder"])
-            for (number, seed, count), run in sorted(self.runs.items()):
-                values = [read_value(column, run.folder) for column in columns]
-                writer.writerow([*start(number), seed, count, *values, run.folder])
+        lines = [[*labels, "num_samples", *(f"{name}{end}" for name in names for end in ("", "_sd"))]]
+        for number, count in self.samples.items():
+            pairs = [mean_and_std(self.values(number, column)) for column in columns]
+            lines.append([*start(number), count, *itertools.chain(*pairs)])
+        _write_csv(folder / "settings.csv", lines)
+        lines = [[*labels, "seed", "num_samples", *names, "folder"]]
+        for (number, seed, count), run in sorted(self.runs.items()):
+            values = [read_value(column, run.folder) for column in columns]
+            lines.append([*start(number), seed, count, *values, run.folder])
+        _write_csv(folder / "runs.csv", lines)
 
     def draw(self, folder: Path) -> list[Path]:
         """Metrics over each axis, the others at the best setting's values; with the most samples that all points have."""

@@ -11,6 +11,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from calib_guidance.backend.atomic import atomic_path
+
 # Wong's palette, told apart with any colour vision (Nature Methods 8, 441, 2011). The last one is too light for lines.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 LINE_STYLES = ("-", "--", "-.", ":")  # and without colour
@@ -61,8 +63,8 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> list[Path]:
     """
     stem = Path(path)
     stem = stem.with_suffix("") if stem.suffix == ".png" else stem
-    stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(stem.name + ending) for ending in (".png", ".pdf")]
     for target, metadata in zip(paths, ({}, {"CreationDate": None}), strict=True):
-        figure.savefig(target, metadata=metadata)
+        with atomic_path(target) as temporary:
+            figure.savefig(temporary, metadata=metadata, format=target.suffix[1:])
     return paths

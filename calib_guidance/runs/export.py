@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
-import shutil
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from calib_guidance.backend.atomic import temporary_path
+from calib_guidance.backend.atomic import atomic_path
+from calib_guidance.backend.text import read_text
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.runs.folder import RunFolder
 from calib_guidance.runs.store import CorruptedShardError, pixels, sha256
@@ -92,10 +91,7 @@ def read_class_names(file: Path | None) -> list[str] | None:
     """Names of the classes, which become folders: one per line, in order."""
     if file is None:
         return None
-    try:
-        names = [line.strip() for line in file.read_text().splitlines()]
-    except OSError as error:
-        raise ConfigurationError(f"--names: {file} cannot be read: {error.strerror}") from error
+    names = [line.strip() for line in read_text(file).splitlines()]
     for number, name in enumerate(names):
         if name in ("", ".", "..") or "/" in name or "\0" in name:
             raise ConfigurationError(f"--names: class {number} of {file} is named {name!r}, which is not a folder name")
@@ -121,20 +117,14 @@ def _export(run: RunFolder, form: str, output: Path | None, partial: bool, names
     output = output or run.path / usual[form]
     if output.exists():
         raise ConfigurationError(f"{output} exists already: remove it, or choose another --output")
-    batches, temporary = _batches(run, rows), temporary_path(output)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+    batches = _batches(run, rows)
+    with atomic_path(output) as temporary:
         if form == "npz":
             write_npz(temporary, batches, total)
         elif form == "png":
             write_png(temporary, batches, names)
         else:
             write_hf(temporary, batches, sha256("".join(record["sha256"] for record in records.values()).encode()))
-        os.rename(temporary, output)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
     failed = sum(len(record["failed"]) for record in records.values())
     missing = run.num_requests - total - failed
     return (
@@ -172,5 +162,3 @@ def export(args: Sequence[str]) -> None:
         raise ConfigurationError(
             f"{options.folder}: {error}. Re-run predict to regenerate the shard, or add --partial to export the others"
         ) from error
-    except OSError as error:
-        raise ConfigurationError(f"{error.filename or options.output}: {error.strerror or error}") from error

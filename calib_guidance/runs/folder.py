@@ -8,8 +8,8 @@ import random
 import re
 import socket
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,11 +19,31 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import save as save_arrays
 
-from calib_guidance.backend.atomic import create, link_or_copy, sync_folder
+from calib_guidance.backend.atomic import create, link_or_copy, remove_abandoned, sync_folder
+from calib_guidance.backend.workers import new_worker
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.runs.claims import Claims, is_alive, new_worker
-from calib_guidance.runs.identity import FORMAT, differences, read_run
-from calib_guidance.runs.store import CorruptedShardError, ShardStore, canonical_json, readable_json, sha256
+from calib_guidance.runs.claims import Claim, Claims
+from calib_guidance.runs.identity import FORMAT, check_size, differences, read_run
+from calib_guidance.runs.store import (
+    REAL_IMAGES,
+    CorruptedShardError,
+    ShardStore,
+    canonical_json,
+    readable_json,
+    sha256,
+    with_checksum,
+)
+
+# What a run writes beside its shards, by folder; evaluation/ is that of `evaluate`.
+_PLOTS = ("samples", "trajectory", "ece_t", "reliability", "gradient_norm", "guidance_schedule", "clip_score")
+_REPORT = ("metrics.json", "predictions.npz", "trajectory.npz", REAL_IMAGES)
+_REPORT += tuple(f"plots/{stem}{ending}" for stem in _PLOTS for ending in (".png", ".pdf"))
+_NAME = re.compile(r"(\d{8,})((?:\.\w+)?)")
+_BESIDE = (
+    *_REPORT,
+    "config.yaml",
+    *(f"evaluation/{name}" for name in ("metrics.json", "metrics.md", "predictions.npz", REAL_IMAGES)),
+)
 
 
 class ShardState(NamedTuple):
@@ -68,17 +88,27 @@ class RunFolder(ShardStore):
         """The folder with all samples that were ever requested of it."""
         return RunFolder.open(self.path, self.claims.lease)
 
+    def _entries(self) -> Iterator[tuple[Path, int | None]]:
+        """What is in the folders of shards, records first, with the index that its shard starts at; None for others' names."""
+        endings = {self.records: (".json", ".safetensors"), self.claims.folder: ("",), self.samples: (".parquet",)}
+        for folder, known in endings.items():
+            for path in sorted(folder.glob("[!.]*")):  # hidden ones are being written, or the file system's own (.nfs…)
+                match = _NAME.fullmatch(path.name)
+                yield path, int(match[1]) if match and match[2] in known else None
+
     def check_readable(self) -> None:
         """Raise ConfigurationError for samples without a run.json."""
-        found = [*self.samples.glob("*.parquet"), *self.records.glob("*.json")]
-        if read_run(self.path) is None and found:
+        if read_run(self.path) is not None:
+            return
+        if found := [path for path, _ in self._entries() if path.suffix in (".json", ".parquet")]:
             raise ConfigurationError(
                 f"{self.path} holds {len(found)} files of samples ({found[0].name} …) and no run.json that says what made "
-                "them: set trainer.default_root_dir to another folder, or the SampleWriter's restart to true to remove them"
+                "them: set trainer.default_root_dir to another folder, or the SampleWriter's restart to true to remove those "
+                "that have a record"
             )
 
     def begin(self, identity: Mapping[str, Any], versions: Mapping[str, str]) -> None:
-        """Start the run, resume it, or extend it to more samples.
+        """Start the run, resume it, or change its number of samples: to fewer only while no worker is alive.
 
         Nothing is written if the folder holds another run, or samples without a run.json.
 
@@ -87,6 +117,10 @@ class RunFolder(ShardStore):
             versions: of the software, for people.
         """
         self.check_readable()
+        try:
+            check_size(self.num_requests, self.shard_size)
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from error
         file = self.path / "run.json"
         if not file.exists():
             content = {
@@ -100,7 +134,7 @@ class RunFolder(ShardStore):
             }
             self.path.mkdir(parents=True, exist_ok=True)
             # Of workers that start at the same time one creates it, and the others compare.
-            create(file, readable_json(content), self.worker)
+            create(file, readable_json(with_checksum(content)))
             sync_folder(self.path)
         run = read_run(self.path)
         if different := differences(run, identity, self.shard_size):
@@ -110,21 +144,19 @@ class RunFolder(ShardStore):
                 "folder, or the SampleWriter's restart to true to remove that run"
             )
         self.fingerprint = run["fingerprint"]
-        if run["num_samples"] < self.num_requests:
-            self.put(file, readable_json(run | {"num_samples": self.num_requests}))
+        more = self.num_requests - run["num_samples"]
+        if more > 0 or (more < 0 and self._live_claim() is None):
+            self.remove_report()  # it is of other samples
+            self.put(file, readable_json(with_checksum(run | {"num_samples": self.num_requests})))
         for folder in (self.samples, self.records, self.claims.folder):
             folder.mkdir(exist_ok=True)
         self._clean_up()
 
     def _clean_up(self) -> None:
-        """Remove what killed workers left: unfinished files, and claims of shards that are done."""
+        """Remove what killed workers left: unfinished files and folders, and claims of shards that are done."""
         now = self.claims.now()
-        for folder in (self.path, self.samples, self.records, self.claims.folder):
-            for path in folder.glob(".*.tmp"):
-                with contextlib.suppress(FileNotFoundError):  # another worker removes it too
-                    alive = is_alive(path.name.rsplit(".", 2)[1])
-                    if alive is False or (alive is None and now - path.stat().st_mtime > self.claims.lease):
-                        path.unlink()
+        for folder in (self.path, self.samples, self.records, self.claims.folder, self.path / "plots"):
+            remove_abandoned(folder, now, self.claims.lease)
         for shard in self.shards():
             claim = self.claims.of(shard)
             if claim is not None and claim.alive is False and self.state(shard).name == "done":
@@ -141,7 +173,7 @@ class RunFolder(ShardStore):
             return
         there, here = cls.open(other), cls(path, run["shard_size"], num_samples)
         here.path.mkdir(parents=True, exist_ok=True)
-        create(here.path / "run.json", readable_json(run | {"num_samples": num_samples}), here.worker)
+        create(here.path / "run.json", readable_json(with_checksum(run | {"num_samples": num_samples})))
         if read_run(path)["fingerprint"] != run["fingerprint"]:
             return
         for folder in (here.samples, here.records):
@@ -152,22 +184,58 @@ class RunFolder(ShardStore):
                 continue
             for ending in ("parquet", "safetensors", "json"):  # the record last: a shard with one is done
                 if (source := there.file(shard, ending)).exists():
-                    link_or_copy(source, here.file(shard, ending), here.worker)
+                    link_or_copy(source, here.file(shard, ending))
 
-    def remove(self) -> None:
-        """Remove the run and its samples, unless a worker makes samples of it."""
-        for path in sorted(path for path in self.claims.folder.glob("*") if path.name.isdecimal()):
-            claim = self.claims.of(range(int(path.name), int(path.name) + 1))
-            if claim is not None and claim.alive is not False:
-                raise ConfigurationError(
-                    f"{self.path} cannot be restarted: process {claim.pid} on {claim.host} works on it since {claim.since}"
-                )
+    def _live_claim(self) -> Claim | None:
+        """The claim of a worker that may be alive, of whatever shard."""
+        firsts = (first for path, first in self._entries() if path.parent == self.claims.folder and first is not None)
+        claims = (self.claims.of(range(first, first + 1)) for first in firsts)
+        return next((claim for claim in claims if claim is not None and claim.alive is not False), None)
+
+    def remove(self) -> str:
+        """Remove the run, its samples, and what was measured of them, unless a worker makes samples of it.
+
+        Only files with names that a run writes, and nothing through a link. Without a run.json, only shards with a record.
+
+        Returns:
+            What was removed, for people; empty if there was nothing.
+        """
+        if claim := self._live_claim():
+            raise ConfigurationError(f"{self.path} cannot be restarted: {claim} works on it since {claim.since}")
+        folders = (self.records, self.claims.folder, self.samples, self.path / "plots", self.path / "evaluation")
+        if linked := [str(folder) for folder in folders if folder.is_symlink()]:
+            raise ConfigurationError(
+                f"{linked[0]} is a link, and restart removes nothing through links: remove it, or set "
+                "trainer.default_root_dir to another folder"
+            )
+        known = os.path.lexists(self.path / "run.json")
+        entries = [(path, first) for path, first in self._entries() if first is not None]
+        records = {first for _, first in entries if known or self._has_record(first)}
         # Records first: at no time does a record name samples that are gone.
-        for folder, kinds in {self.records: "*", self.claims.folder: "*", self.samples: "*.parquet"}.items():
-            for path in folder.glob(kinds):
-                if not path.is_dir():
-                    path.unlink(missing_ok=True)
-        (self.path / "run.json").unlink(missing_ok=True)
+        removed = self._unlink(path for path, first in entries if first in records)
+        if removed or known:
+            removed += self._unlink(self.path / name for name in (*_BESIDE, "run.json"))
+        counts = Counter(path.relative_to(self.path).parts[0] for path in removed)
+        return ", ".join(name if "." in name else f"{name} ({n})" for name, n in counts.items())
+
+    def _has_record(self, first: int) -> bool:
+        with contextlib.suppress(CorruptedShardError):
+            return self.record(range(first, first + 1)) is not None
+        return False
+
+    def remove_report(self) -> None:
+        """Remove the metrics and plots of an earlier report, which is of other samples."""
+        self._unlink(self.path / name for name in _REPORT)
+
+    def _unlink(self, paths: Iterable[Path]) -> list[Path]:
+        """Those of the files that were there and are removed; folders that are empty then go too."""
+        found = [path for path in paths if path.is_file() or path.is_symlink()]
+        for path in found:
+            path.unlink(missing_ok=True)
+        for folder in {path.parent for path in found} - {self.path, self.samples, self.records, self.claims.folder}:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        return found
 
     def state(self, shard: range, verify: bool = False) -> ShardState:
         """State of a shard; ``verify`` also reads the table and compares its checksum."""
@@ -176,17 +244,18 @@ class RunFolder(ShardStore):
             record = self.check(shard, verify)
         except CorruptedShardError as error:
             problem = ShardState("corrupted", str(error))
-        if record is not None and record["requested"] >= len(shard):
+        if record is not None and record["requested"] == len(shard):
             return ShardState("done")
         claim = self.claims.of(shard)
         if claim is not None and claim.alive is not False:
-            return ShardState("claimed", f"process {claim.pid} on {claim.host} since {claim.since}")
+            return ShardState("claimed", f"{claim} since {claim.since}")
         if problem is not None:
             return problem
         if record is not None:
-            made = f"made with {record['requested']} of the {len(shard)} samples that are requested now"
-            return ShardState("open", made)
-        return ShardState("open", "not made yet" if claim is None else f"process {claim.pid} on {claim.host} died")
+            return ShardState("open", f"made with {record['requested']} samples, and {len(shard)} are requested now")
+        if claim is None:
+            return ShardState("open", "not made yet")
+        return ShardState("open", f"{claim} died" if claim.worker else "its claim is damaged")
 
     def done(self, verify: bool = False) -> tuple[list[range], str]:
         """Shards that are done, and what there is to say of the others; empty for a complete run."""
@@ -204,21 +273,24 @@ class RunFolder(ShardStore):
         """Shards that are not done, whether claimed or not."""
         return [shard for shard in self.shards() if self.state(shard, verify).name != "done"]
 
+    def surplus(self) -> list[range]:
+        """Shards beyond the samples that are requested now, of a run that was larger: they are kept, and not counted."""
+        firsts = [
+            first for path, first in self._entries() if path.suffix == ".json" and (first or 0) >= self.num_requests
+        ]
+        found: list[range] = []
+        for shard in (range(first, first + self.shard_size) for first in firsts):
+            with contextlib.suppress(CorruptedShardError):
+                record = self.record(shard)
+                found += [shard[: record["requested"]]] if record is not None else []
+        return found
+
     def foreign(self) -> list[Path]:
         """Files in the folders of samples, records and claims that belong to no shard."""
         run = read_run(self.path)
         count = max(self.num_requests, run["num_samples"] if run else 0)
-        endings = {self.samples: {".parquet"}, self.records: {".json", ".safetensors"}, self.claims.folder: {None}}
-        found = []
-        for folder, known in endings.items():
-            for path in sorted(folder.glob("*")):
-                if path.name.startswith("."):
-                    continue  # being written, left by a kill and removed by the next run, or the file system's own (.nfs…)
-                match = re.fullmatch(r"(\d{8,})(\.\w+)?", path.name)
-                first = int(match[1]) if match and match[2] in known else count
-                if first % self.shard_size or first >= count:
-                    found.append(path)
-        return found
+        known = {shard.start for shard in self.surplus()} | set(range(0, count, self.shard_size))
+        return [path for path, first in self._entries() if first not in known]
 
     def write(
         self,
@@ -242,8 +314,9 @@ class RunFolder(ShardStore):
         Returns:
             Whether it was written. False if another worker has reclaimed the shard: that worker writes it.
         """
-        if not self.claims.holds(shard):
-            return False
+        with self.stopping(self.claims.path(shard), 1):
+            if not self.claims.holds(shard):
+                return False
         indices = sorted([*table["index"].to_pylist(), *(sample["index"] for sample in failed)])
         if indices != list(shard):
             raise ValueError(f"expected the samples of {shard}, got {indices}")
@@ -269,8 +342,7 @@ class RunFolder(ShardStore):
             "worker": self.worker,
             "written": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        record["checksum"] = sha256(canonical_json(record))
-        self.put(self.file(shard, "json"), readable_json(record))
+        self.put(self.file(shard, "json"), readable_json(with_checksum(record)))
         self.claims.release(shard)
         return True
 
@@ -290,7 +362,7 @@ class RunFolder(ShardStore):
 
     def _claim(self, shard: range) -> bool:
         """Claim a shard that is not done."""
-        with self.space_for(self.claims.path(shard), 1):
+        with self.stopping(self.claims.path(shard), 1):
             if not self.claims.acquire(shard):
                 return False
         if self.state(shard, verify=True).name == "done":  # made by another worker meanwhile

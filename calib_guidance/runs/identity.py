@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -11,12 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from calib_guidance.backend.shipped import find_file
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.runs.store import canonical_json, sha256
+from calib_guidance.runs.store import canonical_json, check_content, file_sha256, read_json, sha256
 
 if TYPE_CHECKING:
     from torch import nn
 
-FORMAT = 2
+FORMAT = 3
+_RUN = {
+    **{"fingerprint": str, "identity": dict, "versions": dict, "created": str},
+    **dict.fromkeys(("format", "shard_size", "num_samples"), int),
+}
+_MOST_SHARDS = 1_000_000
 _UNSET = "(not set)"
 # How much is done at a time, and by how many; up to rounding it changes nothing.
 _NOT_PIXELS = {"compile", "decode_batch", "num_samples", "batch_size", "shard_size", "num_workers", "max_corrupt"}
@@ -27,22 +33,32 @@ def read_run(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     """Content of a folder's run.json, see :meth:`~calib_guidance.runs.folder.RunFolder.begin`; None if there is none."""
     file = Path(folder) / "run.json"
     try:
-        run = json.loads(file.read_bytes())
-        if run["format"] != FORMAT:
-            raise ConfigurationError(
-                f"{file} has format {run['format']}, this version of calib_guidance reads {FORMAT}"
-            )
+        run = read_json(file)
+        if (found := run.get("format", FORMAT)) != FORMAT:
+            raise ConfigurationError(f"{file} has format {found!r:.80}, this version of calib_guidance reads {FORMAT}")
+        check_content(run, _RUN)
+        check_size(run["num_samples"], run["shard_size"])
         if run["fingerprint"] != sha256(canonical_json(run["identity"])):
             raise ValueError("its fingerprint is not that of its identity")
     except FileNotFoundError:
         return None
     except ConfigurationError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise ConfigurationError(
             f"{file} is corrupted ({error}): restore it, or choose another folder (trainer.default_root_dir)"
         ) from error
     return run
+
+
+def check_size(num_samples: int, shard_size: int) -> None:
+    """Raise ValueError for a number of samples that cannot be cut into shards."""
+    if num_samples < 1 or shard_size < 1:
+        raise ValueError(f"num_samples and shard_size must be at least 1, got {num_samples} and {shard_size}")
+    if num_samples > _MOST_SHARDS * shard_size:
+        raise ValueError(
+            f"{num_samples:,} samples in shards of {shard_size:,} are more than {_MOST_SHARDS:,} files: raise data.shard_size"
+        )
 
 
 def differences(run: Mapping[str, Any], identity: Mapping[str, Any], shard_size: int) -> list[str]:
@@ -69,21 +85,38 @@ def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield from leaves(each, f"{key}.{name}" if key else str(name))
 
 
-def settings(config: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """Leaves of a part of the configuration; files by content, wherever they are, and those of weights not at all."""
+@functools.cache
+def _hash_of_version(path: Path, modified: int, size: int) -> str:
+    return file_sha256(path)
+
+
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, taken once as long as it is not changed."""
+    status = os.stat(path)
+    return _hash_of_version(Path(path), status.st_mtime_ns, status.st_size)
+
+
+def settings(config: Mapping[str, Any], key: str, loaded: bool = False, trains: bool = False) -> dict[str, Any]:
+    """Leaves of a part of the configuration; files by content, wherever they are.
+
+    Args:
+        config: the part.
+        key: its name, which dotted keys start with.
+        loaded: leave out files of weights: what was loaded from them is hashed.
+        trains: keep how much is done at a time: training depends on it.
+    """
     found: dict[str, Any] = {}
     for name, value in leaves(config, key):
-        if name.rpartition(".")[2] in _NOT_PIXELS:
+        if name.rpartition(".")[2] in _NOT_PIXELS and not trains:
             continue
         # A file of the working directory that happens to be named like a setting does not count.
         is_path = isinstance(value, str) and ("/" in value or Path(value).suffix or name.endswith(".labels"))
         path = find_file(value) if is_path else None
-        if path is not None and (path.suffix in _WEIGHTS or path.is_dir()) and path.exists() and key == "model":
-            continue  # the weights that were loaded are hashed
+        if loaded and path is not None and (path.suffix in _WEIGHTS or path.is_dir()) and path.exists():
+            continue
         found[name] = value if isinstance(value, (str, int, float, bool, list, type(None))) else str(value)
         if path is not None and path.is_file():
-            with open(path, "rb") as file:
-                found[name] = f"sha256 of the file {hashlib.file_digest(file, 'sha256').hexdigest()}"
+            found[name] = f"sha256 of the file {file_hash(path)}"
     return found
 
 
@@ -112,6 +145,6 @@ def run_identity(
     In it: everything of ``model`` and ``data`` except how many samples there are and how many are made at a time, precision, and
     the rule of rounding to 8 bits. Not in it: devices, nodes, callbacks that only measure, and where files are.
     """
-    identity = settings(config["model"], "model") | settings(config["data"], "data")
+    identity = settings(config["model"], "model", loaded=True) | settings(config["data"], "data")
     identity |= {f"weights of {name}": hash_state(module) for name, module in networks.items()}
     return identity | {"trainer.precision": precision, "uint8_rule": uint8_rule}

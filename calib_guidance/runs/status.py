@@ -8,22 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from calib_guidance.errors import ConfigurationError
 from calib_guidance.runs.folder import RunFolder
 
 _LISTED = 10  # lines of one kind that are printed; --json has all
 _NAMES = ("done", "claimed", "open", "corrupted")
 
 
-def _spans(shards: Sequence[range]) -> list[str]:
+def _spans(shards: Sequence[dict[str, Any]]) -> list[str]:
     """Indices of shards, ``first–last``, neighbors joined."""
-    spans: list[range] = []
+    spans: list[tuple[int, int]] = []
     for shard in shards:
-        if spans and spans[-1].stop == shard.start:
-            spans[-1] = range(spans[-1].start, shard.stop)
-        else:
-            spans.append(shard)
-    return [f"{span.start}–{span[-1]}" for span in spans]
+        start = spans.pop()[0] if spans and spans[-1][1] == shard["first"] - 1 else shard["first"]
+        spans.append((start, shard["last"]))
+    return [f"{first}–{last}" for first, last in spans]
 
 
 def _duration(seconds: float) -> str:
@@ -52,9 +49,9 @@ def survey(run: RunFolder, verify: bool = False) -> dict[str, Any]:
 
     ``complete`` (every shard is done), ``sound`` (nothing is corrupted or foreign), ``verified`` (every file was read and
     compared with its checksum; otherwise sizes, and the checksums of records and sums); numbers of ``samples`` and
-    ``shards``; lists of ``open``, ``claims``, ``corrupted``, ``foreign``, ``failed`` and ``workers``; ``images_per_second`` of
-    one worker and of the active ones together, and ``seconds_left`` at the pace of the active workers, or of one worker if
-    none is active. None as long as the pace is unknown.
+    ``shards``; lists of ``open``, ``claims``, ``corrupted``, ``foreign``, ``surplus``, ``failed`` and ``workers``;
+    ``images_per_second`` of one worker and of the active ones together, and ``seconds_left`` at the pace of the active workers,
+    or of one worker if none is active. None as long as the pace is unknown.
     """
     states = {shard: run.state(shard, verify) for shard in run.shards()}
     by_name = {name: [shard for shard, state in states.items() if state.name == name] for name in _NAMES}
@@ -84,6 +81,7 @@ def survey(run: RunFolder, verify: bool = False) -> dict[str, Any]:
         "claims": [{"first": s.start, "last": s[-1]} | claim._asdict() for s, claim in claims.items()],
         "corrupted": reasons["corrupted"],
         "foreign": foreign,
+        "surplus": [{"first": s.start, "last": s[-1]} for s in run.surplus()],
         "failed": failed,
         "workers": sorted(workers.values(), key=lambda worker: -worker["samples"]),
         "images_per_second": {"one_worker": pace, "active_workers": together},
@@ -128,13 +126,14 @@ def status_lines(found: dict[str, Any]) -> list[str]:
         f"{found['folder']}: {samples['written']} of {samples['requested']} samples",
         f"shards of {shards['size']}: {', '.join(f'{shards[name]} {name}' for name in _NAMES)}"
         + ("" if found["verified"] else " (by size; --verify reads every byte)"),
-        *_listed("open:", _spans([range(entry["first"], entry["last"] + 1) for entry in found["open"]])),
+        *_listed("open:", _spans(found["open"])),
         *_listed("claimed:", claims),
         *_listed(
             "corrupted (the next run regenerates them):",
             [f"{d['first']}–{d['last']}: {d['reason']}" for d in found["corrupted"]],
         ),
         *_listed("foreign files, which belong to no shard and are not counted (remove them):", found["foreign"]),
+        *_listed("kept from when more samples were requested, and not counted:", _spans(found["surplus"])),
         *_listed("failed samples:", failed),
         *_listed("made by:", workers),
         ("complete" + ("" if found["sound"] else ", but not sound")) if found["complete"] else _remaining(found),
@@ -152,10 +151,7 @@ def status(args: Sequence[str]) -> None:
     parser.add_argument("--verify", action="store_true", help="read every file and compare its checksum")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     options = parser.parse_args(list(args))
-    try:
-        found = survey(RunFolder.open(options.folder), options.verify)
-    except OSError as error:
-        raise ConfigurationError(f"{options.folder} cannot be read: {error.strerror}: {error.filename}") from error
+    found = survey(RunFolder.open(options.folder), options.verify)
     print(json.dumps(found, indent=1) if options.json else "\n".join(status_lines(found)))
     if not found["sound"]:
         raise SystemExit(3)

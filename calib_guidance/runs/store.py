@@ -21,12 +21,15 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 from safetensors.numpy import load as load_arrays
@@ -35,6 +38,14 @@ from calib_guidance.backend.atomic import atomic_write
 from calib_guidance.errors import RunError, StoppedError
 
 REAL_IMAGES = "reference_images.npz"  # a few reference images beside the metrics, for people
+
+# Types of the fields of a record, see ShardStore.record.
+_RECORD = {
+    **dict.fromkeys(("run", "sha256", "device", "host", "worker", "written"), str),
+    **dict.fromkeys(("first", "requested", "rows", "bytes"), int),
+    **{"failed": list, "sums_sha256": (str, NoneType), "seconds": (int, float)},
+}
+_FAILED = {"index": int, "step": (int, float, NoneType), "reason": str}
 
 
 class CorruptedShardError(RunError):
@@ -54,6 +65,44 @@ def readable_json(content: Mapping[str, Any]) -> bytes:
 def sha256(data: bytes) -> str:
     """Hexadecimal SHA-256."""
     return hashlib.sha256(data).hexdigest()
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON mapping with its checksum, see :func:`check_content`."""
+    content = {key: value for key, value in content.items() if key != "checksum"}
+    return content | {"checksum": sha256(canonical_json(content))}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON mapping; ValueError for what is none, FileNotFoundError where there is nothing."""
+    if not path.is_file() and os.path.lexists(path):
+        raise ValueError("it is not a regular file")
+    try:
+        content = json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON mapping")
+    return content
+
+
+def check_content(content: Mapping[str, Any], types: Mapping[str, Any]) -> None:
+    """Raise ValueError for a mapping whose checksum is wrong, or with a field that is missing or of another type."""
+    if content.get("checksum") != with_checksum(content)["checksum"]:
+        raise ValueError("its checksum is wrong")
+    _check_types(content, types)
+
+
+def _check_types(content: Mapping[str, Any], types: Mapping[str, Any]) -> None:
+    for name, kind in types.items():
+        if not isinstance(content.get(name, ...), kind) or isinstance(content[name], bool):
+            raise ValueError(f"{name} is {content.get(name, 'missing')!r:.80}")
 
 
 def cut(rows: range, size: int) -> list[range]:
@@ -109,12 +158,12 @@ class ShardStore:
         """
         path = self.file(shard, "json")
         try:
-            record = json.loads(path.read_bytes())
-            if record.pop("checksum") != sha256(canonical_json(record)):
-                raise ValueError("its checksum is wrong")
+            record = read_json(path)
+            check_content(record, _RECORD)
+            self._check_numbers(record)
         except FileNotFoundError:
             return None
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except ValueError as error:
             raise CorruptedShardError(f"{path.name} cannot be read: {error}") from error
         # A record that was copied here with its files agrees with them.
         if record["first"] != shard.start:
@@ -122,6 +171,18 @@ class ShardStore:
         if self.fingerprint not in (None, record["run"]):
             raise CorruptedShardError(f"{path.name} is the record of another run")
         return record
+
+    @staticmethod
+    def _check_numbers(record: Mapping[str, Any]) -> None:
+        """Raise ValueError for a record whose fields contradict each other."""
+        first, requested, rows, failed = (record[key] for key in ("first", "requested", "rows", "failed"))
+        for sample in failed:
+            _check_types(sample if isinstance(sample, dict) else {}, _FAILED)
+        indices = {sample["index"] for sample in failed}
+        if not (rows + len(indices) == requested > 0 <= rows and indices <= set(range(first, first + requested))):
+            raise ValueError(f"{rows} samples and the failed ones are not the {requested} requested ones")
+        if record["bytes"] < 0 or not 0 <= record["seconds"] < math.inf:
+            raise ValueError(f"bytes is {record['bytes']}, seconds {record['seconds']}")
 
     def readable_records(self) -> Iterator[dict[str, Any]]:
         """Records of the shards that have one, without the corrupted ones."""
@@ -156,7 +217,7 @@ class ShardStore:
             if (size := path.stat().st_size) != record["bytes"]:
                 raise CorruptedShardError(f"{path.name} has {size} bytes, its record says {record['bytes']}")
             if verify:
-                self._read_verified(path, record["sha256"])
+                self._check_rows(path, self._read_verified(path, record["sha256"]), record["rows"])
             if record["sums_sha256"] is not None:
                 path = self.file(shard, "safetensors")
                 self._read_verified(path, record["sums_sha256"])
@@ -170,6 +231,15 @@ class ShardStore:
         if sha256(data) != checksum:
             raise CorruptedShardError(f"{path.name} is not what was written: its checksum is wrong")
         return data
+
+    @staticmethod
+    def _check_rows(path: Path, data: bytes, rows: int) -> None:
+        try:
+            found = pq.read_metadata(io.BytesIO(data)).num_rows
+        except pa.ArrowException as error:
+            raise CorruptedShardError(f"{path.name} is not a table: {error}") from error
+        if found != rows:
+            raise CorruptedShardError(f"{path.name} has {found} samples, its record says {rows}")
 
     def _done(self, shard: range) -> dict[str, Any]:
         record = self.check(shard)
@@ -192,24 +262,35 @@ class ShardStore:
 
     def put(self, path: Path, data: bytes) -> None:
         """Write a file of the folder atomically."""
-        with self.space_for(path, len(data)), atomic_write(path, self.worker) as file:
+        with self.stopping(path, len(data)), atomic_write(path) as file:
             file.write(data)
 
     @contextlib.contextmanager
-    def space_for(self, path: Path, size: int) -> Iterator[None]:
-        """Turn the error of a full file system into a StoppedError that says how many bytes are missing."""
+    def stopping(self, path: Path, size: int) -> Iterator[None]:
+        """Turn errors of writing ``path`` into a StoppedError that says what to do, such as how many bytes to free."""
         try:
+            if not self.path.is_dir() or not (path.name == "run.json" or (self.path / "run.json").exists()):
+                raise FileNotFoundError(errno.ENOENT, "the run folder was moved or deleted", str(self.path))
             yield
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            disk, done = os.statvfs(self.path), sum(1 for _ in self.readable_records())
-            left = len(self.shards()) - done
-            files = (file for folder in (self.samples, self.records) for file in folder.glob("*"))
-            used = sum(file.stat().st_blocks * 512 for file in files)
-            more = max(size, used // done if done else 0) * left
-            raise StoppedError(
-                f"{self.path} is full, or its quota is used up: {path.name} needs {size:,} bytes, "
-                f"{disk.f_bavail * disk.f_frsize:,} are free. {done} complete shards are kept. Free disk space (about "
-                f"{more:,} bytes for the remaining {left}) and re-run to resume"
-            ) from error
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise StoppedError(self._why_full(path, size) if full else self._why_not(path, error)) from error
+
+    def _why_not(self, path: Path, error: OSError) -> str:
+        why = f"{path} cannot be written: {error.strerror or error}"
+        if not (self.path / "run.json").exists():
+            return f"{why}. Re-run with its place as trainer.default_root_dir to resume, or to start again"
+        done = sum(1 for _ in self.readable_records())
+        return f"{why}. {done} complete shards are kept. Remove the cause and re-run to resume"
+
+    def _why_full(self, path: Path, size: int) -> str:
+        disk, done = os.statvfs(self.path), sum(1 for _ in self.readable_records())
+        left = len(self.shards()) - done
+        files = (file for folder in (self.samples, self.records) for file in folder.glob("*"))
+        used = sum(file.stat().st_blocks * 512 for file in files)
+        more = max(size, used // done if done else 0) * left
+        return (
+            f"{self.path} is full, or its quota is used up: {path.name} needs {size:,} bytes, "
+            f"{disk.f_bavail * disk.f_frsize:,} are free. {done} complete shards are kept. Free disk space (about "
+            f"{more:,} bytes for the remaining {left}) and re-run to resume"
+        )

@@ -10,9 +10,10 @@ import pytest
 import torch
 import yaml
 
+from calib_guidance.callbacks import background as background_module
 from calib_guidance.callbacks.background import Background, to_host
 from calib_guidance.cli.lightning import CalibGuidanceCLI, run_lightning
-from calib_guidance.errors import StoppedError
+from calib_guidance.errors import RunError, StoppedError
 from calib_guidance.runs import RunFolder
 
 
@@ -54,6 +55,21 @@ class TestBackground:
         background.give(lambda: (time.sleep(0.01), done.append(1)))
         background.close()
         assert done == [1]
+
+    @pytest.mark.parametrize("started", [0, 1, 2])
+    def test_a_thread_that_cannot_start_is_said_before_any_work(self, monkeypatch, started):
+        """Nobody waits for a pool of which some threads run and others could not be started."""
+        start, starts = threading.Thread.start, iter(range(99))
+
+        def refuse(thread):
+            if next(starts) >= started:
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        monkeypatch.setattr(background_module, "available_cores", lambda: 4)
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RunError, match="no thread could be started .*ulimit -u"):
+            Background(2)
 
     def test_tensors_on_the_host_stay_where_they_are(self):
         tensors = {"a": torch.arange(3), "b": torch.ones(2, 2)}
@@ -158,7 +174,7 @@ def test_a_write_that_fails_as_the_last_is_not_passed_over(sample, tmp_path):
         if "00000020.parquet" in name:
             raise PermissionError("not any more")
 
-    with pytest.raises(PermissionError, match="not any more"):
+    with pytest.raises(StoppedError, match=r"not any more. 2 complete shards are kept"):
         sample(before_sync=before_sync)
     assert records(tmp_path) == ["00000000", "00000010"]
     assert not list((tmp_path / "run/claims").iterdir())

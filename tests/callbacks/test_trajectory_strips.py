@@ -9,11 +9,12 @@ import torch
 import yaml
 
 from calib_guidance.backend.images import to_uint8
-from calib_guidance.callbacks import TrajectoryStrips, read_samples
+from calib_guidance.callbacks import TrajectoryStrips
 from calib_guidance.cli import main
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.tasks import GuidedSampling
 from tests.conftest import ROOT
+from tests.samples import read_samples
 from tests.test_faults import FAILING, QUICK, configuration
 
 CHOSEN = [15, 2, FAILING, 99]  # of 20 samples in shards of 10

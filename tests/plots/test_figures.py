@@ -25,6 +25,7 @@ from calib_guidance.plots import (
     strength,
     strips,
 )
+from calib_guidance.plots.style import panel, save
 
 LEVELS = NoiseSchedule(named_betas("linear")).respace("100").levels
 T = [0, 250, 500, 999]
@@ -294,3 +295,19 @@ def test_files_depend_on_nothing_but_what_is_drawn(tmp_path):
     one, two = (curves(series, tmp_path / name / "x.y", "norm") for name in ("a", "b"))
     assert [path.name for path in one] == ["x.y.png", "x.y.pdf"]
     assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
+
+
+def test_a_plot_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
+    figure, _ = panel(1.0)
+    paths = save(figure, tmp_path / "plots/a")
+    before = [path.read_bytes() for path in paths]
+
+    def half(figure, path, **kwargs):
+        path.write_bytes(b"half")
+        raise OSError("no space")
+
+    monkeypatch.setattr(type(figure), "savefig", half)
+    with pytest.raises(OSError, match="no space"):
+        save(figure, tmp_path / "plots/a")
+    assert [path.read_bytes() for path in paths] == before
+    assert sorted((tmp_path / "plots").iterdir()) == sorted(paths)

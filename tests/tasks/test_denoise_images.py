@@ -11,7 +11,6 @@ from datasets import load_dataset
 from torch.utils.data import TensorDataset
 
 from calib_guidance.backend.images import from_uint8
-from calib_guidance.callbacks import read_samples
 from calib_guidance.cli import main
 from calib_guidance.data import DenoiseRequests, digits
 from calib_guidance.denoisers import ADMDenoiser
@@ -20,6 +19,7 @@ from calib_guidance.errors import ConfigurationError
 from calib_guidance.networks import UNet
 from calib_guidance.training import DenoisedInput
 from tests.conftest import ROOT
+from tests.samples import read_samples
 
 CONFIG = "lightning_configs/predict/digits_denoised.yaml"
 QUICK = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]

@@ -136,7 +136,6 @@ def check_output(report: Report, trainer: L.Trainer, callbacks: Iterable[L.Callb
     """Report whether ``size`` bytes can be written into the folder of the run; nothing is written."""
     folder = Path(trainer.default_root_dir)
     for writer in (callback for callback in callbacks if isinstance(callback, SampleWriter)):
-        folder = writer.target(trainer)
         with report.attempt("the run in the output folder"):
             if writer.earlier_run(trainer):
                 fate = "will be removed" if writer.restart else "is resumed if both make the same samples"
