@@ -65,15 +65,16 @@ def _is_slow(norm: nn.GroupNorm, x: Tensor) -> bool:
 
 
 def _by_channel(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    """From the sums of each channel: up to six times as fast there, and one pass less where there is a ``scale``."""
+    """From the sums of each channel, in two passes: several times as fast there."""
     n, groups, each = len(x), norm.num_groups, norm.num_channels // norm.num_groups
-    pixels = x.permute(0, 2, 3, 1).reshape(n, -1, norm.num_channels)
-    sums = torch.stack([pixels.sum(1), (pixels * pixels).sum(1)])
-    mean, square = sums.view(2, n, groups, each).sum(-1).div(each * pixels.shape[1]).unbind()
-    # As the kernels for channels-last memory have it, too.
-    inverse = ((square - mean * mean).clamp(min=0) + norm.eps).rsqrt()
-    times = (inverse[:, :, None] * norm.weight.view(groups, each)).view(n, -1, 1, 1)
-    plus = torch.addcmul(norm.bias, -mean.repeat_interleave(each, 1), times[:, :, 0, 0])[:, :, None, None]
+
+    def group_means(pixels: Tensor) -> Tensor:
+        sums = pixels.permute(0, 2, 3, 1).reshape(n, -1, norm.num_channels).sum(1)
+        return sums.view(n, groups, each).sum(-1) / (each * x.shape[2] * x.shape[3])
+
+    centered = x - group_means(x).repeat_interleave(each, 1)[:, :, None, None]
+    inverse = (group_means(centered * centered) + norm.eps).rsqrt()
+    times, plus = (inverse[:, :, None] * norm.weight.view(groups, each)).view(n, -1, 1, 1), norm.bias[:, None, None]
     if scale is not None:
         times, plus = times * (1 + scale), torch.addcmul(shift, plus, 1 + scale)
-    return torch.addcmul(plus, x, times)
+    return torch.addcmul(plus, centered, times)

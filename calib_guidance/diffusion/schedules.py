@@ -145,11 +145,17 @@ class NoiseSchedule:
     """
 
     def __init__(self, betas: np.ndarray, timesteps: np.ndarray | None = None):
-        full = np.cumprod(1.0 - np.asarray(betas, dtype=np.float64))
+        betas = np.asarray(betas, dtype=np.float64)
+        if not ((betas > 0) & (betas < 1)).all():
+            raise ValueError(
+                f"β must lie between 0 and 1 at every step of a noise schedule, got {betas.min():g} … {betas.max():g}: a linear "
+                f"schedule needs at least 21 steps, this one has {len(betas)}; set num_steps, or noise_schedule to cosine"
+            )
+        full = np.cumprod(1.0 - betas)
         self.num_train_steps = len(full)
         self.timesteps = np.arange(len(full)) if timesteps is None else np.asarray(timesteps)
         kept = full[self.timesteps]
-        self.betas = np.asarray(betas) if timesteps is None else 1.0 - kept / np.append(1.0, kept[:-1])
+        self.betas = betas if timesteps is None else 1.0 - kept / np.append(1.0, kept[:-1])
         self.alphas_cumprod = np.cumprod(1.0 - self.betas)
         self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
         q = posterior(self.alphas_cumprod, self.betas)

@@ -87,7 +87,7 @@ class Sampler(ABC):
 
     def check(self, denoiser: Denoiser, guidance: Guidance | None) -> None:
         """Raise ValueError where sampler, denoiser and guidance do not fit together."""
-        self.levels(denoiser)
+        _check_start(self.levels(denoiser))
         name = type(self).__name__
         for part in guidance.parts() if guidance else ():
             if part.apply_to == "sample" and not self.moves_sample:
@@ -125,6 +125,7 @@ class Sampler(ABC):
             ``(N, C, H, W)`` float32 images.
         """
         levels = self.levels(denoiser)
+        _check_start(levels)
         n, times = len(levels.times), [int(t) if t.is_integer() else t for t in levels.times.tolist()]
         x = self.start(noise, levels)
         evaluate = Evaluate(
@@ -151,6 +152,15 @@ class Sampler(ABC):
             if progress is not None:
                 progress(n - i, n)
         return x.float()
+
+
+def _check_start(levels: NoiseLevels) -> None:
+    if levels.alphas_cumprod[-1] > 0.5:
+        raise ValueError(
+            f"sampling starts from pure noise, and the first step is at t = {levels.times[-1]:g} of {levels.num_train_steps} "
+            f"(σ = {levels.sigmas[-1]:.3g}), where images have more signal than noise: set the sampler's steps to at least 2, "
+            "without sections of 0 or 1 at the end, or its sigma_max to at least 1"
+        )
 
 
 def _add_noise(mean: Tensor, std: Tensor, z: Tensor) -> Tensor:

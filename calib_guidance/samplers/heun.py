@@ -78,21 +78,19 @@ class Heun(Sampler):
         return tables | {"h": following - self.raised, "churn": np.sqrt(self.raised**2 - self.sigmas**2) * self.s_noise}
 
     def step(self, x: Tensor, i: int, evaluate: Evaluate, c: SimpleNamespace) -> Transition:
-        n, x_hat, move = self.num_steps, x, None
-        guides_twice = not c.moves_sample if self.guide_correction is None else self.guide_correction
+        n, x_hat, move, guided = self.num_steps, x, None, not c.moves_sample
         if self.raised[i] > self.sigmas[i]:
             x_hat = x + c.churn[i] * c.noise()
         if c.moves_sample and (move := sample_move(x, i, i, n, evaluate, c)) is not None:
             x_hat = x_hat + move
-        first = self._slope(x_hat, n + i, evaluate, c, guided=not c.moves_sample)
+        first = self._slope(x_hat, n + i, evaluate, c, guided)
         x_next = x_hat + c.h[i] * first
         if i:
             again = 2 * n + i
-            second = self._slope(x_next, again, evaluate, c, guided=guides_twice and not c.moves_sample)
+            second = self._slope(x_next, again, evaluate, c, guided and self.guide_correction is not False)
             correction = c.h[i] * (second - first)
-            if move is not None and guides_twice:
-                second_move = sample_move(x_next, i, again, n, evaluate, c)
-                correction = correction if second_move is None else correction + second_move - move
+            if move is not None and self.guide_correction:
+                correction = correction + sample_move(x_next, i, again, n, evaluate, c) - move
             x_next = x_next + correction / 2
         return Transition(x_next)
 
