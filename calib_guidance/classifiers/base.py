@@ -21,7 +21,7 @@ class Classifier(nn.Module, ABC):
     Args:
         temperature: T > 0 by which :meth:`temper` divides logits; one for all steps, or one for each of equal ranges of t,
             the cleanest first (Guo et al. 2017; see :func:`~calib_guidance.classifiers.fit_temperature`).
-        num_steps: length of the diffusion process that t refers to.
+        num_steps: length of the diffusion process that the ranges divide.
         compile: compile the network once it is frozen, forward and backward, see
             :class:`~calib_guidance.backend.compilation.Compiled`.
 
@@ -44,6 +44,12 @@ class Classifier(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor: ...
+
+    @property
+    def temperature_metadata(self) -> dict[str, object]:
+        """What a weights file says of :meth:`temper`: the temperature and, where it depends on t, the steps of the process."""
+        steps = {"num_steps": self.num_steps} if isinstance(self.temperature, list) else {}
+        return {"temperature": self.temperature} | steps
 
     def check_image(self, shape: Sequence[int]) -> None:
         """Raise ValueError if images of ``(C, H, W)`` do not fit, where the classifier can tell."""

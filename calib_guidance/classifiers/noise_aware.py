@@ -49,11 +49,8 @@ class NoiseAwareClassifier(Classifier):
     @property
     def weights_metadata(self) -> dict[str, object]:
         """What a weights file says of itself beside its tensors, and must agree with when it is loaded."""
-        return {
-            "architecture": type(self.network).__name__,
-            "num_classes": self.num_classes,
-            "temperature": self.temperature,
-        } | registry.nonstate_hparams(self.network)
+        own = {"architecture": type(self.network).__name__, "num_classes": self.num_classes}
+        return own | self.temperature_metadata | registry.nonstate_hparams(self.network)
 
     def check_image(self, shape: Sequence[int]) -> None:
         self.network.check_image(shape)

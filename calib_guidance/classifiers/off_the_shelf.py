@@ -15,17 +15,16 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
-from torch.overrides import TorchFunctionMode
 
 from calib_guidance.backend.convolutions import pack_convolutions
 from calib_guidance.backend.precision import Dtype, dtype_of
 from calib_guidance.classifiers.base import Classifier, Standardize
+from calib_guidance.classifiers.smoothing import Unsmoothed, smooth_activations
 from calib_guidance.errors import CheckpointError, check_choice
 from calib_guidance.weights.io import Weights, load_weights, read_weights, tensors_only
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Normalization = Literal["none", "imagenet"]
-_FUNCTIONAL_RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 
 
 def count_classes(network: nn.Module) -> int | None:
@@ -102,60 +101,6 @@ def build_network(
         ) from error
 
 
-class _SoftplusForReLU(TorchFunctionMode):
-    """Computes Softplus wherever a ReLU is called as a function."""
-
-    def __init__(self, beta: float):
-        super().__init__()
-        self.beta = beta
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func in _FUNCTIONAL_RELUS:
-            return F.softplus((args or tuple(kwargs.values()))[0], self.beta)
-        return func(*args, **(kwargs or {}))
-
-
-def _calls_functional_relu(module: nn.Module) -> bool:
-    """Whether the module's own code names a ReLU that is not one of its submodules."""
-    codes = [f.__code__ for f in vars(type(module)).values() if hasattr(f, "__code__")]
-    names = {name for code in codes for name in code.co_names}
-    return any(name in names and not hasattr(module, name) for name in ("relu", "relu_"))
-
-
-def smooth_activations(model: nn.Module, beta: float, activations: Sequence[str] = ("ReLU",)) -> nn.Module:
-    """Replace activations by Softplus(β)(x) = log(1 + exp(βx))/β, in place; returns the model.
-
-    ReLU modules are replaced, and ReLUs that a model calls as functions (torchvision's DenseNet, GoogLeNet, Inception)
-    are intercepted. β → ∞ is ReLU again; the paper uses 3 (DDPM) and 5 (EDM). ``activations`` are class names of ``torch.nn``.
-    """
-    if not beta > 0:
-        raise ValueError(f"softplus_beta must be above 0 (null keeps the activations), got {beta}")
-    kinds = tuple(getattr(nn, name, None) for name in activations)
-    if not all(isinstance(kind, type) and issubclass(kind, nn.Module) for kind in kinds):
-        raise ValueError(f"activations: expected class names of torch.nn such as ReLU or GELU, got {list(activations)}")
-    replaced = 0
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child) in kinds:
-                setattr(module, name, nn.Softplus(beta))
-                replaced += 1
-    if nn.ReLU in kinds and any(_calls_functional_relu(module) for module in model.modules()):
-        plain_forward = model.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            with _SoftplusForReLU(beta):
-                return plain_forward(*args, **kwargs)
-
-        model.forward = forward
-        replaced += 1
-    if not replaced:
-        raise ValueError(
-            f"softplus_beta is set, but {type(model).__name__} has none of the activations {list(activations)}; name "
-            "those that it has, or set softplus_beta to null"
-        )
-    return model
-
-
 def fold_batch_norm(network: nn.Module) -> nn.Module:
     """Fold each BatchNorm into the convolution before it, for inference; a network that torch.fx cannot trace is unchanged."""
     if "forward" in vars(network):  # smoothed around its forward, which a trace would leave out
@@ -177,7 +122,7 @@ class OffTheShelfClassifier(Classifier):
             that torchvision's and most timm weights were trained with.
         resize: side in pixels to which images are resized (bilinear, antialiased), or None.
         softplus_beta: β of the Softplus that replaces every ReLU (3 for DDPM, 5 for EDM in the paper); None keeps ReLU.
-        activations: what Softplus replaces, class names of torch.nn.
+        activations: what is smoothed, see :func:`~calib_guidance.classifiers.smoothing.smooth_activations`.
         dtype: ``float32``, ``bfloat16`` or ``float16`` of the network once it is frozen, which is when it guides. Images, logits
             and gradients are float32 whatever it is.
     """
@@ -198,7 +143,7 @@ class OffTheShelfClassifier(Classifier):
         check_choice("normalize", normalize, get_args(Normalization))
         if resize is not None and resize < 1:
             raise ValueError(f"resize must be a number of pixels or null, got {resize}")
-        settings = {"normalize": normalize, "resize": resize, "temperature": self.temperature}
+        settings = {"normalize": normalize, "resize": resize} | self.temperature_metadata
         named = isinstance(network, str)
         name = network if named else type(network).__name__
         if named:
@@ -234,11 +179,24 @@ class OffTheShelfClassifier(Classifier):
         return super().freeze()
 
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
+        return self.temper(self._logits(x, self._compiled or self.network), t)
+
+    def smoothing_change(self, images: Tensor) -> tuple[float, float]:
+        """What ``softplus_beta`` does to ``(N, C, H, W)`` images: the fraction whose predicted class changes, and the mean total
+        variation distance of the probabilities.
+        """
+        with torch.no_grad():
+            smoothed = self._logits(images, self.network).softmax(1)
+            with Unsmoothed(self.softplus_beta):
+                plain = self._logits(images, self.network).softmax(1)
+        changed = smoothed.argmax(1) != plain.argmax(1)
+        return float(changed.float().mean()), float((smoothed - plain).abs().sum(1).mean() / 2)
+
+    def _logits(self, x: Tensor, network: Callable[[Tensor], Tensor]) -> Tensor:
         if self.resize is not None and x.shape[-2:] != (self.resize, self.resize):
             x = F.interpolate(x, (self.resize, self.resize), mode="bilinear", antialias=True, align_corners=False)
         if self.normalize == "imagenet":
             x = self.standardize(x)
-        network = self._compiled or self.network
         if self._frozen and self.dtype != torch.float32:
-            return self.temper(network(x.to(self.dtype)).to(x.dtype), t)
-        return self.temper(network(x), t)
+            return network(x.to(self.dtype)).to(x.dtype)
+        return network(x)

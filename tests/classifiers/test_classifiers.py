@@ -1,5 +1,7 @@
 """Off-the-shelf classifiers: names, weights, preprocessing, smoothing and folding."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -11,9 +13,10 @@ from torch.overrides import TorchFunctionMode
 from torchvision.transforms import v2
 
 from calib_guidance.classifiers import NoiseAwareClassifier, OffTheShelfClassifier
-from calib_guidance.classifiers.off_the_shelf import smooth_activations
+from calib_guidance.classifiers.smoothing import SmoothActivation, smooth_activations
 from calib_guidance.denoisers import ADMDenoiser
 from calib_guidance.networks import EncoderUNet, SmallResNet
+from calib_guidance.tasks.common import tell_smoothing
 from calib_guidance.weights.io import CheckpointError, load_weights, read_weights, save_weights
 
 
@@ -61,7 +64,7 @@ def test_softplus_replaces_every_relu_that_runs(library, name, size):
     torch.testing.assert_close(sharp, before, atol=1e-3, rtol=1e-2)  # β → ∞ is ReLU
     if library == "torchvision" and name == "resnet18":
         soft = smooth_activations(torchvision.models.resnet18(num_classes=7), 3.0)
-        assert {type(m) for m in soft.modules() if isinstance(m, (nn.ReLU, nn.Softplus))} == {nn.Softplus}
+        assert {type(m) for m in soft.modules() if isinstance(m, (nn.ReLU, SmoothActivation))} == {SmoothActivation}
 
 
 @pytest.mark.parametrize("name", ["torchvision/densenet121", "torchvision/resnet18"])
@@ -71,16 +74,114 @@ def test_freezing_keeps_the_smoothing(name):
 
 
 def test_other_activations_are_left_alone_unless_named():
-    model = nn.Sequential(nn.Linear(3, 3), nn.GELU(), nn.ReLU())
+    model = nn.Sequential(nn.Linear(3, 3), nn.GELU(), nn.ReLU(), nn.ReLU6())
     smooth_activations(model, 3.0)
-    assert [type(m) for m in model] == [nn.Linear, nn.GELU, nn.Softplus]
-    assert isinstance(smooth_activations(model, 3.0, ["GELU"])[1], nn.Softplus)
-    with pytest.raises(ValueError, match="has none of the activations"):
-        smooth_activations(nn.Sequential(nn.Linear(3, 3)), 3.0)
-    with pytest.raises(ValueError, match="above 0"):
-        smooth_activations(model, 0.0)
-    with pytest.raises(ValueError, match="class names of torch.nn"):
-        smooth_activations(model, 1.0, ["relu6x"])
+    assert [type(m) for m in model] == [nn.Linear, nn.GELU, SmoothActivation, nn.ReLU6]
+    assert isinstance(smooth_activations(model, 3.0, ["ReLU", "ReLU6"])[3], SmoothActivation)
+
+
+@pytest.mark.parametrize(
+    ("beta", "activations", "message"),
+    [
+        (3.0, ["ReLU"], r"Sequential has Hardswish, SiLU, and activations: \['ReLU'\] names none of them"),
+        (3.0, ["SiLU"], "'SiLU' cannot be smoothed.*known: ReLU, ReLU6.*smooth already.*has Hardswish, SiLU"),
+        (3.0, ["relu6"], r"'relu6' cannot be smoothed.*known: ReLU, ReLU6"),
+        (0.0, ["Hardswish"], "above 0"),
+    ],
+)
+def test_what_cannot_be_smoothed_says_what_the_network_has(beta, activations, message):
+    with pytest.raises(ValueError, match=message):
+        smooth_activations(nn.Sequential(nn.Linear(3, 3), nn.SiLU(), nn.Hardswish()), beta, activations)
+
+
+ACTIVATIONS = {
+    "ReLU": (nn.ReLU(), lambda self, x: F.relu(x)),
+    "ReLU6": (nn.ReLU6(), lambda self, x: F.relu6(input=x)),
+    "LeakyReLU": (nn.LeakyReLU(0.2), lambda self, x: F.leaky_relu(x, 0.2)),
+    "Hardtanh": (nn.Hardtanh(-2.0, 1.5), lambda self, x: F.hardtanh(x, -2.0, max_val=1.5)),
+    "Hardsigmoid": (nn.Hardsigmoid(), lambda self, x: F.hardsigmoid(x)),
+    "Hardswish": (nn.Hardswish(inplace=True), lambda self, x: F.hardswish(x)),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("functional", [False, True])
+def test_smoothed_activations_keep_bounds_and_become_the_original(name, functional):
+    """Against the convolution of the original with the logistic density, of which Softplus(β) is that of ReLU."""
+    module, function = ACTIVATIONS[name]
+    calls = type("Calls", (nn.Module,), {"forward": function})
+    x = torch.linspace(-12, 12, 97, dtype=torch.float64)
+    sharp, soft = (
+        smooth_activations(calls() if functional else nn.Sequential(copy.deepcopy(module)), beta, [name])(x.clone())
+        for beta in (1e4, 3.0)
+    )
+    plain = function(None, x)
+    torch.testing.assert_close(sharp, plain, atol=1e-3, rtol=0)
+    if name != "Hardswish":  # x·(a smoothed one) instead of the smoothed product
+        z = torch.linspace(-15, 15, 60_001, dtype=torch.float64)
+        density = 3 / (2 * torch.cosh(1.5 * z)).square()
+        expected = (function(None, x[:, None] + z) * density).sum(1) * (z[1] - z[0])
+        torch.testing.assert_close(soft, expected, atol=1e-4, rtol=1e-4)
+    assert (soft - plain).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "activations"), [("mobilenet_v2", ["ReLU6"]), ("mobilenet_v3_small", ["ReLU", "Hardswish", "Hardsigmoid"])]
+)
+def test_mobile_networks_at_large_beta_are_the_original(name, activations):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 64, 64)
+    plain = OffTheShelfClassifier(f"torchvision/{name}", 5).eval()
+    sharp, soft = (copy.deepcopy(plain), copy.deepcopy(plain))
+    for classifier, beta in ((sharp, 1e4), (soft, 1.0)):
+        smooth_activations(classifier.network, beta, activations)
+        classifier.softplus_beta, classifier.activations = beta, tuple(activations)
+        classifier.freeze()
+    torch.testing.assert_close(sharp(x), plain(x), atol=1e-3, rtol=1e-2)
+    found = soft.smoothing_change(x)
+    before, after = plain(x).softmax(1), soft(x).softmax(1)
+    distance = float((before - after).abs().sum(1).mean() / 2)
+    assert found == pytest.approx((float((before.argmax(1) != after.argmax(1)).float().mean()), distance), abs=1e-4)
+    assert sharp.smoothing_change(x) == pytest.approx((0, 0), abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["torchvision/densenet121", "torchvision/resnet18"])
+def test_smoothing_change_compares_with_the_network_as_it_came(name):
+    """Functions and modules, folded for inference or not."""
+    torch.manual_seed(0)
+    x, plain = torch.randn(2, 3, 64, 64), OffTheShelfClassifier(name, 5).eval()
+    expected = plain(x).softmax(1)
+    smooth = copy.deepcopy(plain)
+    smooth_activations(smooth.network, 1.0)
+    smooth.softplus_beta = 1.0
+    for classifier in (smooth, copy.deepcopy(smooth).freeze()):
+        distance = (classifier(x).softmax(1) - expected).abs().sum(1).mean() / 2
+        assert classifier.smoothing_change(x)[1] == pytest.approx(float(distance), abs=1e-4)
+        assert distance > 1e-3
+
+
+def test_gross_smoothing_is_warned_of_and_slight_told(monkeypatch):
+    class Threshold(nn.Module):
+        """Class 1 where x > 0; Softplus(0.01) puts every image there."""
+
+        def __init__(self):
+            super().__init__()
+            self.act = nn.ReLU()
+
+        def forward(self, x):
+            return torch.stack([torch.full((len(x),), 1.0), self.act(x.flatten(1).mean(1))], 1)
+
+    images = torch.linspace(-1, -0.1, 8)[:, None, None, None].expand(8, 3, 4, 4)
+    gross = OffTheShelfClassifier(Threshold(), 2, softplus_beta=0.01).freeze()
+    with pytest.warns(
+        UserWarning, match=r"softplus_beta 0.01 in place of ReLU changes .* Threshold .* 100% of the first 8 .*raise"
+    ):
+        tell_smoothing(gross, images)
+    slight = OffTheShelfClassifier(Threshold(), 2, softplus_beta=50.0).freeze()
+    told = []
+    monkeypatch.setattr("calib_guidance.tasks.common.rank_zero_info", told.append)
+    tell_smoothing(nn.Sequential(slight), images)
+    assert "0% of the first 8 images, and its probabilities by 0.00" in told[0]
 
 
 @pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/resnet18", "timm/vit_tiny_patch16_224"])
