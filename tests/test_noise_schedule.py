@@ -52,6 +52,17 @@ def test_unknown_schedule_lists_the_known():
         named_betas("sigmoid")
 
 
+def test_a_linear_schedule_has_at_least_21_steps():
+    """β ends at 0.02·1000/T: 1 or more for T ≤ 20, where 1 − β has no root."""
+    for steps in (2, 10, 20):
+        with pytest.raises(ValueError, match=f"β must lie between 0 and 1.*at least 21 steps, this one has {steps}"):
+            NoiseSchedule(named_betas("linear", steps))
+    schedule = NoiseSchedule(named_betas("linear", 21))
+    assert schedule.betas[-1] == pytest.approx(20 / 21)
+    assert np.isfinite(schedule.posterior_log_variance_clipped).all()
+    assert len(NoiseSchedule(named_betas("cosine", 5))) == 5
+
+
 class TestLevels:
     schedule = NoiseSchedule(named_betas("linear"))
 

@@ -143,11 +143,14 @@ class ExportClassifier(L.Callback):
 
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, temperature: float | list[float]) -> None:
         classifier = pl_module.classifier
-        notes = classifier.weights_metadata | {"temperature": temperature}
+        tempered: dict[str, object] = {"temperature": temperature}
+        if isinstance(temperature, list):
+            tempered["num_steps"] = pl_module.input_transform.num_steps
+        notes = classifier.weights_metadata | tempered
         save_weights(self._weights, self.target, **notes)
         if self._configured is None:
             return
-        replaced = {_WEIGHTS_OPTION[type(classifier).__name__]: str(self.target), "temperature": temperature}
+        replaced = {_WEIGHTS_OPTION[type(classifier).__name__]: str(self.target)} | tempered
         description = self._configured | {"init_args": self._configured.get("init_args", {}) | replaced}
         text = f"# `classifier:` of a predict configuration, written by calib-guidance {trainer.state.fn.value}.\n"
         write_text(self.target.with_suffix(".yaml"), text + yaml.safe_dump(description, sort_keys=False))

@@ -15,7 +15,7 @@ from torch import Tensor
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.errors import ConfigurationError, check_choice
 from calib_guidance.metrics import ClassifierMetrics, Levels
-from calib_guidance.tasks.common import Shared, log_loss
+from calib_guidance.tasks.common import Shared, log_loss, tell_smoothing
 from calib_guidance.training import binned_smooth_ece, smooth_ece
 from calib_guidance.training.inputs import CleanInput, InputTransform
 
@@ -88,7 +88,7 @@ class CalibrateClassifier(L.LightningModule):
         self.smooth_ece_form, self.smooth_ece_warmup_steps = smooth_ece_form, smooth_ece_warmup_steps
         self.label_smoothing, self.optimizer = label_smoothing, Shared(optimizer)
         self.lr_scheduler = None if lr_scheduler is None else Shared(lr_scheduler)
-        self.num_levels, self.channels_last = num_levels, channels_last
+        self.num_levels, self.channels_last, self._told_smoothing = num_levels, channels_last, False
         self.metrics = ClassifierMetrics(classifier.num_classes, num_levels)
         self._freeze(freeze)
         if compile:
@@ -167,6 +167,9 @@ class CalibrateClassifier(L.LightningModule):
         x, t = self.input_transform(batch, seed)
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
+        if not (self.training or self._told_smoothing):  # statistics of a training batch would be counted twice
+            self._told_smoothing = True
+            tell_smoothing(self.classifier, x)
         return self.classifier(x, t), t
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

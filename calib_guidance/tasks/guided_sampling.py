@@ -19,6 +19,7 @@ from calib_guidance.errors import ConfigurationError
 from calib_guidance.guidance import Guidance
 from calib_guidance.samplers.base import Sampler
 from calib_guidance.scores.base import Score
+from calib_guidance.tasks.common import tell_smoothing
 from calib_guidance.tasks.retry import Attempt, FaultTolerant, FirstNonFinite, in_float32
 
 
@@ -50,7 +51,7 @@ class GuidedSampling(FaultTolerant):
         super().__init__()
         self.denoiser, self.sampler, self.guidance = denoiser, sampler, guidance
         self.group_size = guidance.group_size if guidance is not None else 1
-        self._checked = False
+        self._checked = self._told_smoothing = False
 
     @property
     def num_classes(self) -> int | None:
@@ -146,6 +147,15 @@ class GuidedSampling(FaultTolerant):
 
     def _noise_problems(self, classifier: Classifier) -> Iterator[str]:
         """The t that a classifier is told must be of the noise that it was trained on."""
+        steps = {
+            m.num_steps for m in classifier.modules() if isinstance(m, Classifier) and isinstance(m.temperature, list)
+        }
+        for num_steps in sorted(steps - {len(self.denoiser.schedule)}):
+            yield (
+                f"the classifier has a temperature for each range of t in a process of {num_steps} steps, and the denoiser's has "
+                f"{len(self.denoiser.schedule)}: fit the temperatures for this process, or set the classifier's temperature to "
+                "one number"
+            )
         known = {module.noise_schedule for module in classifier.modules() if isinstance(module, NoiseAwareClassifier)}
         for name in sorted(known - {None}):
             expected, found = named_betas(name), self.denoiser.schedule
@@ -170,7 +180,12 @@ class GuidedSampling(FaultTolerant):
         with in_float32(self.denoiser, *filter(None, [self.guidance])) if float32 else contextlib.nullcontext():
             observers = [watch, *self.context.observers]
             x0 = self.sampler(self.denoiser, noise, batch["label"], self.guidance, observers, self._show_progress)
-            return Attempt({"image": self.denoiser.decode(x0)}, watch.t)
+            image = self.denoiser.decode(x0)
+            if not self._told_smoothing:
+                self._told_smoothing = True
+                for part in self.guidance.parts() if self.guidance is not None else ():
+                    tell_smoothing(part, image if part.decoder is None else part.decoder(x0))
+            return Attempt({"image": image}, watch.t)
 
     def _show_progress(self, step: int, num_steps: int) -> None:
         """Name the step in the progress bar, which itself counts batches."""

@@ -6,6 +6,7 @@ Smooth ECE pulls confidence towards accuracy (arXiv 2511.05844 Eq. 1); the bound
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -36,8 +37,14 @@ def smooth_ece(logits: Tensor, y: Tensor, beta: float = 1e-2) -> Tensor:
 def equal_width_bin(probability: Tensor, num_bins: int) -> Tensor:
     """Index of the bin (b/B, (b+1)/B] of each probability, int64 of the same shape."""
     # Compared with the edges: a product such as 0.28·25 can round up past an integer, which is one bin too high.
-    edges = torch.arange(1, num_bins, dtype=probability.dtype, device=probability.device) / num_bins
-    return torch.bucketize(probability, edges)
+    return torch.bucketize(probability, _edges(num_bins, probability.dtype, probability.device))
+
+
+@functools.lru_cache(maxsize=8)
+def _edges(num_bins: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Inner edges of the bins: made once, not at every step."""
+    with torch.inference_mode(False):  # tensors of inference mode could not be part of a gradient later
+        return torch.arange(1, num_bins, dtype=dtype, device=device) / num_bins
 
 
 def binned_smooth_ece(logits: Tensor, y: Tensor, beta: float = 1e-2, num_bins: int = 15) -> Tensor:

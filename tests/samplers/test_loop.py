@@ -53,3 +53,28 @@ def test_progress_counts_the_steps(name):
     sampler(MIXTURE, noise, torch.arange(3), None, [records.append], progress=lambda *step: seen.append(step))
     assert seen == [(i, 5) for i in range(1, 6)]
     assert [r.i for r in records] == [i for i in range(4, -1, -1) for _ in range(sampler.recurrence)]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "start"),
+    [
+        (DDPM("1"), "t = 0 of 1000"),
+        (DDIM(1), "t = 0 of 1000"),
+        (DDPM("5,0,0,0"), "t = 249 of 1000"),
+        (UniPC(1, spacing="timesteps"), "t = 0 of 1000"),
+        (Heun(3, sigma_max=0.5), "σ = 0.5"),
+    ],
+)
+def test_pure_noise_is_no_image_of_a_clean_level(sampler, start):
+    noise = SampleStreams([0] * 3, range(3), MIXTURE.image_shape)
+    for run in (lambda: sampler.check(MIXTURE, None), lambda: sampler(MIXTURE, noise, torch.arange(3))):
+        with pytest.raises(ValueError, match=f"starts from pure noise.*{start}.*steps to at least 2.*sigma_max"):
+            run()
+
+
+@pytest.mark.parametrize("sampler", [DPMSolver(1), DPMSolver(1, sde=True), UniPC(1), Heun(1), DDIM("2")])
+def test_a_single_step_from_pure_noise_ends_at_the_mean_of_the_class(sampler):
+    noise, y = SampleStreams([0] * 3, range(3), MIXTURE.image_shape), torch.arange(3)
+    images = sampler(MIXTURE, noise, y).flatten(1)
+    assert (images - MIXTURE.means[y]).abs().max() < 1
+    assert torch.cdist(images.double(), MIXTURE.means).argmin(1).tolist() == [0, 1, 2]

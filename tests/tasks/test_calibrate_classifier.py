@@ -265,6 +265,7 @@ class TestMeasuring:
         assert sum(measures(tmp_path)["count"]) == 297
         description = yaml.safe_load((tmp_path / "classifier.yaml").read_text())
         assert len(description["init_args"]["temperature"]) == 5
+        assert description["init_args"]["num_steps"] == 1000
 
 
 class TestExport:
@@ -353,6 +354,7 @@ class TestExport:
         for changed, found in (
             ({"temperature": 1.0}, r"\[1.5, 2.0\]"),
             ({"resize": None}, "8"),
+            ({"num_steps": 500}, "1000"),
             ({"normalize": "imagenet"}, "none"),
         ):
             with pytest.raises(CheckpointError, match=f"was trained with {next(iter(changed))}: {found}"):

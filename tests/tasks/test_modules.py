@@ -1,15 +1,21 @@
 """Training modules: losses, label dropout and refusals."""
 
+import re
+
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from calib_guidance.classifiers import NoiseAwareClassifier, OffTheShelfClassifier
-from calib_guidance.data import DigitImages, Digits, digits
+from calib_guidance.classifiers import Ensemble, NoiseAwareClassifier, OffTheShelfClassifier
+from calib_guidance.data import DigitImages, Digits, SampleRequests, digits
+from calib_guidance.denoisers import ADMDenoiser
 from calib_guidance.diffusion.schedules import NoiseSchedule, named_betas
-from calib_guidance.networks import EncoderUNet, SmallResNet
-from calib_guidance.tasks import CalibrateClassifier, TrainDiffusion
+from calib_guidance.guidance import ClassifierGuidance
+from calib_guidance.networks import EncoderUNet, SmallResNet, UNet
+from calib_guidance.samplers import DDPM
+from calib_guidance.tasks import CalibrateClassifier, GuidedSampling, TrainDiffusion
 from calib_guidance.training import smooth_ece
 
 
@@ -142,3 +148,26 @@ def test_shipped_classifiers_do_what_they_are_for(in_root):
     abar = NoiseSchedule(named_betas("cosine")).alphas_cumprod[400]
     noisy = abar**0.5 * images + (1 - abar) ** 0.5 * torch.randn(images.shape, generator=generator)
     assert accuracy(aware, noisy, t) > accuracy(guide, noisy) + 0.05
+
+
+@pytest.mark.parametrize("steps", [100, 4000])
+def test_temperatures_by_level_belong_to_the_denoisers_process(steps):
+    """Ranges of t in 1,000 steps would give every t of 100 one temperature, and of 4,000 none."""
+    network = UNet(8, 1, 32, 1, num_res_blocks=1, channel_mult=(1,), num_classes=3)
+    denoiser = ADMDenoiser(network, num_steps=steps)
+    options = {"temperature": [1.0, 2.0, 4.0], "num_classes": 3}
+    problems, tempered = {}, {}
+    for num_steps in (1000, steps):
+        classifier = OffTheShelfClassifier(
+            nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), num_steps=num_steps, **options
+        )
+        module = GuidedSampling(denoiser, DDPM("4"), ClassifierGuidance(Ensemble([classifier, classifier])))
+        module.trainer = L.Trainer(accelerator="cpu", logger=False, inference_mode=False)
+        module.trainer.datamodule = SampleRequests(1, 3)
+        problems[num_steps], tempered[num_steps] = list(module.problems()), classifier
+    assert problems[steps] == []
+    (message,) = problems[1000]
+    assert re.search(f"of 1000 steps, and the denoiser's has {steps}: fit the temperatures for this process", message)
+    t = torch.tensor([0, steps // 2, steps - 1])
+    torch.testing.assert_close(tempered[steps].temper(torch.ones(3, 1), t), torch.tensor([[1.0], [0.5], [0.25]]))
+    assert tempered[steps].weights_metadata["num_steps"] == steps
