@@ -16,16 +16,24 @@ from calib_guidance import samplers
 from calib_guidance.callbacks import GradientNorm, SampleWriter, TrajectoryCalibration, TrajectoryStrips
 from calib_guidance.classifiers import CLIPClassifier, Ensemble, NoiseAwareClassifier, OffTheShelfClassifier
 from calib_guidance.denoisers import (
+    APG,
     ADMDenoiser,
     ClassifierFreeGuidance,
     Combination,
     DiTDenoiser,
     EDMDenoiser,
+    IndependentCondition,
+    PerturbedAttention,
+    PerturbedTime,
     RemapClasses,
+    Rule,
+    SlidingWindows,
+    SmoothedAttention,
     UnconditionalModel,
+    rules,
 )
 from calib_guidance.diffusion import Interval
-from calib_guidance.guidance import ClassifierGuidance, GuidanceSchedule, SwitchedGuidance
+from calib_guidance.guidance import ClassifierGuidance, GradientStabilizer, GuidanceSchedule, SwitchedGuidance
 from calib_guidance.networks import DiT, EncoderUNet, SmallResNet, UNet
 from calib_guidance.runs.context import SamplingContext
 from calib_guidance.samplers import DDIM, DDPM, DPMSolver, Heun, UniPC
@@ -182,6 +190,39 @@ def test_no_denoiser_waits(meta, name):
         loop(sampler, denoiser, guidances[kind])
     if name == "classifier_free":
         loop(DDPM(STEPS), denoiser, ClassifierGuidance(off_the_shelf().to("meta"), apply_to="cfg_residual"))
+
+
+@pytest.mark.parametrize(
+    "rule", [kind for kind in vars(rules).values() if inspect.isclass(kind) and issubclass(kind, Rule)]
+)
+def test_no_rule_waits(meta, rule):
+    if inspect.isabstract(rule):
+        return
+    for sampler in (DDIM(STEPS), Heun(STEPS)):
+        if not rule.renoises_with_negative or sampler.renoises:
+            loop(sampler, Combination(meta[0]["edm"], rule().to("meta")), meta[1]["js"])
+
+
+NEGATIVES = [
+    IndependentCondition(),
+    PerturbedTime(),
+    PerturbedAttention(["middle_block.1"]),
+    SmoothedAttention(["middle_block.1"]),
+    SmoothedAttention(["middle_block.1"], 0.5),
+    SlidingWindows(4, 3),
+]
+
+
+@pytest.mark.parametrize("negative", NEGATIVES, ids=lambda negative: type(negative).__name__)
+def test_no_negative_waits(meta, negative):
+    # Sums of crops begin with zeros, and a doubled batch is made of two.
+    for sampler in (DDPM(STEPS), Heun(STEPS)):
+        loop(sampler, Combination(meta[0]["adm"], APG(), negative.to("meta")), meta[1]["js"])
+
+
+def test_no_stabilizer_waits(meta):
+    steady = GradientStabilizer(ema=0.9, max_norm=1.0, parallel=0.5)
+    loop(DDIM(STEPS), meta[0]["adm"], ClassifierGuidance(off_the_shelf().to("meta"), stabilizer=steady))
 
 
 def test_neither_does_guidance_that_moves_the_sample(meta):

@@ -150,6 +150,8 @@ def _strengths(guidance: Guidance | None, sampler: Sampler, levels: NoiseLevels)
     if guidance is None or not any(guidance.plan(levels).active):
         return None
     parts = guidance.parts()
+    if any(part.apply_to == "step" for part in parts):
+        return None
     in_score = "variance" if isinstance(sampler, DDPM) else "noise"
     units = {{"score": in_score, "sample": "shift", "cfg_residual": "difference"}[part.apply_to] for part in parts}
     if len(units) > 1:
@@ -161,7 +163,7 @@ def _strengths(guidance: Guidance | None, sampler: Sampler, levels: NoiseLevels)
         return np.where(guidance.is_early(levels), *each).tolist() if len(each) > 1 else each[0].tolist()
 
     schedules = [part.schedule for part in parts]
-    plain = [GuidanceSchedule(0.0, s.interval, s.sigma_interval, s.every) for s in schedules]
+    plain = [GuidanceSchedule(0.0, s.interval, s.sigma_interval, s.every, s.step_interval) for s in schedules]
     factors = ", ".join(f"{gamma:g}" for gamma in sorted({s.gamma for s in schedules}))
     curves = {"without sine factor": together(plain)}
     if any(s.gamma for s in schedules):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +21,25 @@ class Prediction(NamedTuple):
             not clamped; None where the variance is not learned.
         residual: ``(N, C, H, W)`` x̂0 minus that of the negative, only of a
             :class:`~calib_guidance.denoisers.combination.Combination`.
+        x0_renoise: ``(N, C, H, W)`` x̂0 whose ε is the noise of the step; None where it is that of ``x0``.
+        x0_cond, x0_uncond: ``(N, C, H, W)`` what a combination combined; None where ``x0`` is no combination.
     """
 
     x0: Tensor
     variance: Tensor | None = None
     residual: Tensor | None = None
+    x0_renoise: Tensor | None = None
+    x0_cond: Tensor | None = None
+    x0_uncond: Tensor | None = None
 
     def detach(self) -> Prediction:
         """The same values without a graph."""
         return Prediction(*(None if value is None else value.detach() for value in self))
+
+    def shifted(self, shift: Tensor) -> Prediction:
+        """With ``shift`` added to x̂0, and to that of the noise, so that guidance is as strong under either."""
+        renoise = None if self.x0_renoise is None else self.x0_renoise + shift
+        return self._replace(x0=self.x0 + shift, x0_renoise=renoise)
 
 
 Predict = Callable[[Tensor, int | Tensor], Prediction]
@@ -52,6 +62,8 @@ class Denoiser(nn.Module, ABC):
         clip: whether x̂0 is an image, which samplers may clip to [-1, 1].
         has_learned_variance: whether predictions have a ``variance``.
         nfe: number of network evaluations per prediction.
+        renoises: whether predictions have an ``x0_renoise``.
+        looks_at_steps: whether what :meth:`prepare` returns has to be told of every step.
     """
 
     schedule: NoiseSchedule
@@ -60,6 +72,8 @@ class Denoiser(nn.Module, ABC):
     clip: bool = True
     has_learned_variance: bool = False
     nfe: int = 1
+    renoises: bool = False
+    looks_at_steps: bool = False
 
     @abstractmethod
     def prepare(self, levels: NoiseLevels, y: Tensor | None) -> Predict:
@@ -72,7 +86,9 @@ class Denoiser(nn.Module, ABC):
         Returns:
             ``predict(x_t, i)``, the prediction for ``x_t`` ``(N, C, H, W)`` at level ``i``. Samplers take all samples
             through the same step and give ``i`` as a number; a long tensor ``(N,)``, on the device of ``x_t``, gives every
-            sample a step of its own (``residual`` is then 0, not None, for samples where it is off).
+            sample a step of its own (``residual`` is then 0, not None, for samples where it is off). It may offer
+            ``start(x)``, called with x_T before the first step, and ``after_step(x_next, i)``, called after every step but the
+            last with the sample at level ``i`` where it ended.
         """
 
     def forward(self, x_t: Tensor, t: int | Tensor, y: Tensor | None = None) -> Prediction:
@@ -94,20 +110,33 @@ class DenoiserWrapper(Denoiser):
         self.denoiser, self.num_classes, self.nfe = denoiser, denoiser.num_classes, denoiser.nfe
         self.schedule, self.image_shape, self.clip = denoiser.schedule, denoiser.image_shape, denoiser.clip
         self.has_learned_variance = denoiser.has_learned_variance
+        self.renoises, self.looks_at_steps = denoiser.renoises, denoiser.looks_at_steps
 
     def decode(self, x0: Tensor) -> Tensor:
         return self.denoiser.decode(x0)
 
 
+class _Clipped:
+    """A bound denoiser with x̂0 clipped to [-1, 1]. What else it offers is unchanged."""
+
+    def __init__(self, predict: Predict):
+        self._predict = predict
+
+    def __call__(self, x_t: Tensor, i: int | Tensor) -> Prediction:
+        prediction = self._predict(x_t, i)
+        images = {name: value for name, value in prediction._asdict().items() if name.startswith("x0")}
+        return prediction._replace(**{name: value if value is None else _clip(value) for name, value in images.items()})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._predict, name)
+
+
+def _clip(x0: Tensor) -> Tensor:
+    # Adding 0·x̂0 keeps NaN and ∞ non-finite: an overflowing network must not pass for one that predicts ±1.
+    return x0.clamp(-1, 1).add(x0, alpha=0)
+
+
 def prepare_clipped(denoiser: Denoiser, levels: NoiseLevels, y: Tensor | None, clip: bool = True) -> Predict:
     """:meth:`Denoiser.prepare` with x̂0 clipped to [-1, 1] where asked and where it is an image."""
     predict = denoiser.prepare(levels, y)
-    if not (clip and denoiser.clip):
-        return predict
-
-    def clipped(x_t: Tensor, i: int | Tensor) -> Prediction:
-        prediction = predict(x_t, i)
-        # Adding 0·x̂0 keeps NaN and ∞ non-finite: an overflowing network must not pass for one that predicts ±1.
-        return prediction._replace(x0=prediction.x0.clamp(-1, 1).add(prediction.x0, alpha=0))
-
-    return clipped
+    return _Clipped(predict) if clip and denoiser.clip else predict

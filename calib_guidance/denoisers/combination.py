@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -44,26 +46,61 @@ class Combination(DenoiserWrapper):
         self.negative.check(denoiser)
         self.interval, self.channels = interval or Interval(), channels
         self.nfe = self.negative.nfe(denoiser)
+        inner = [part for part in self.modules() if part is not self and isinstance(part, Combination)]
+        if any(part.renoises or part.looks_at_steps for part in inner):
+            raise ValueError("CFG++ and feedback guidance steer the step itself: make theirs the outermost combination")
+        self.renoises, self.looks_at_steps = self.rule.renoises_with_negative, self.rule.looks_at_steps
 
     def prepare(self, levels: NoiseLevels, y: Tensor | None) -> Predict:
         if y is None:
             raise ValueError("a combination of predictions needs labels: give y, -1 for none")
-        conditional = self.denoiser.prepare(levels, y)
-        predict_pair = self.negative.prepare(self.denoiser, levels, y)
-        active = self.interval.active(levels)
-        tables = (active, levels.times, levels.alphas_cumprod, levels.sigmas)
-        actives, *tables = (torch.as_tensor(table, device=y.device) for table in tables)
-        tables = [table.float() for table in tables]
-        combined_channels = torch.arange(self.image_shape[0], device=y.device) < (self.channels or self.image_shape[0])
-        combined_channels = combined_channels.view(-1, 1, 1)
-        state: dict[str, Tensor] = {}
+        return _Trajectory(self, levels, y)
 
-        def predict(x_t: Tensor, i: int | Tensor) -> Prediction:
-            if not isinstance(i, Tensor) and not active[i]:
-                return conditional(x_t, i)
-            cond, uncond = predict_pair(x_t, i)
-            x0 = self.rule(cond.x0, uncond.x0, Level(x_t, *(at_step(table, i) for table in tables)), state)
-            on = at_step(actives, i) & combined_channels
-            return Prediction(torch.where(on, x0, cond.x0), cond.variance, (x0 - uncond.x0) * on)
 
-        return predict
+class _Trajectory:
+    """A combination bound to levels and labels, with the state of its samples."""
+
+    def __init__(self, combination: Combination, levels: NoiseLevels, y: Tensor):
+        self.rule, shape = combination.rule, combination.image_shape
+        self.conditional = combination.denoiser.prepare(levels, y)
+        self.pair = combination.negative.prepare(combination.denoiser, levels, y)
+        self.active = combination.interval.active(levels)
+        self.actives = torch.as_tensor(self.active, device=y.device)
+        progress = (levels.executed + 0.5) / (levels.executed.max() + 1)
+        tables = (levels.times, levels.alphas_cumprod, levels.sigmas, progress)
+        self.tables = [torch.as_tensor(table, device=y.device).float() for table in tables]
+        self.channels = combination.channels or shape[0]
+        self.combined = (torch.arange(shape[0], device=y.device) < self.channels).view(-1, 1, 1)
+        self.state = self.rule.start(levels, y)
+        self._start: Callable[[Tensor], None] | None = getattr(self.pair, "start", None)
+
+    def start(self, x: Tensor) -> None:
+        """Tell the negative x_T, which its random numbers follow from."""
+        if self._start is not None:
+            self._start(x)
+            self._start = None
+
+    def __call__(self, x_t: Tensor, i: int | Tensor) -> Prediction:
+        self.start(x_t)  # where no sampler has
+        if not isinstance(i, Tensor) and not self.active[i]:
+            return self.conditional(x_t, i)
+        cond, uncond = self.pair(x_t, i)
+        level, k = self._level(x_t, i), self.channels
+        x0 = self.rule(cond.x0[:, :k], uncond.x0[:, :k], level, self.state)
+        x0 = x0 if k == x_t.shape[1] else torch.cat([x0, cond.x0[:, k:]], dim=1)
+        if isinstance(i, Tensor) and self.state:
+            raise ValueError(
+                f"{type(self.rule).__name__} carries a state from step to step, and here every sample has a step of its own: "
+                "take a rule without state, such as ClassifierFreeGuidance"
+            )
+        on = at_step(self.actives, i) & self.combined
+        x0, residual = torch.where(on, x0, cond.x0), (x0 - uncond.x0) * on
+        renoise = torch.where(on, uncond.x0, x0) if self.rule.renoises_with_negative else None
+        return Prediction(x0, cond.variance, residual, renoise, cond.x0, uncond.x0)
+
+    def after_step(self, x_next: Tensor, i: int) -> None:
+        """Tell the rule where a step ended: at ``x_next``, level ``i``."""
+        self.rule.after_step(self._level(x_next, i), self.state)
+
+    def _level(self, x_t: Tensor, i: int | Tensor) -> Level:
+        return Level(x_t[:, : self.channels], *(at_step(table, i) for table in self.tables))

@@ -25,6 +25,7 @@ class Interval:
         interval: ``[t_low, t_high]``, both included, on the scale of the full process (0 … 999); None is everywhere.
         sigma_interval: the same on the scale of σ = √(1/ᾱ − 1); where both are given both must hold.
         every: on at the first step and every so many-th after it.
+        step_interval: ``[first, last]``, both included, of the steps done before, 0 the first; None is everywhere.
     """
 
     def __init__(
@@ -32,17 +33,24 @@ class Interval:
         interval: Sequence[float] | None = None,
         sigma_interval: Sequence[float] | None = None,
         every: int = 1,
+        step_interval: Sequence[int] | None = None,
     ):
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
         self.every = every
         self.interval = _check_interval("interval", interval)
         self.sigma_interval = _check_interval("sigma_interval", sigma_interval)
+        self.step_interval = _check_interval("step_interval", step_interval)
 
     def active(self, levels: NoiseLevels) -> list[bool]:
         """Whether guidance is on at each of the levels."""
         on = levels.executed % self.every == 0
-        for values, bounds in ((levels.times, self.interval), (levels.sigmas, self.sigma_interval)):
+        scales = (
+            (levels.times, self.interval),
+            (levels.sigmas, self.sigma_interval),
+            (levels.executed, self.step_interval),
+        )
+        for values, bounds in scales:
             if bounds is not None:
                 low, high = bounds[0] - _TOLERANCE * abs(bounds[0]), bounds[1] + _TOLERANCE * abs(bounds[1])
                 on = on & ((low <= values) & (values <= high))[levels.start]

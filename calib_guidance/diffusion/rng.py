@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -83,3 +84,39 @@ def random_label(seed: int, index: int, num_classes: int) -> int:
 def random_steps(seed: int, indices: Sequence[int]) -> np.ndarray:
     """One uniform number in [0, 1) per sample, ``(N,)`` float64, from which its diffusion step is drawn."""
     return np.array([np.random.Generator(_bit_generator(seed, int(i), _STEP)).random() for i in indices])
+
+
+def _mix(z: Tensor) -> Tensor:
+    """A bijection of 64-bit numbers that scatters them (splitmix64, Steele et al. 2014); ``z`` int64, which wraps."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        z = (z ^ ((z >> shift) & (1 << (64 - shift)) - 1)) * factor  # a logical shift
+    return z
+
+
+class KeyedNumbers:
+    """Random numbers of each sample that follow from its x_T alone, which itself follows from (seed, index).
+
+    For parts that are not told seeds. Integer arithmetic on the device: nothing waits, and batches do not matter.
+
+    Args:
+        x_T: ``(N, C, H, W)``.
+    """
+
+    def __init__(self, x_T: Tensor):
+        bits = x_T.detach().double().contiguous().view(torch.int64).flatten(1)
+        places = _mix(torch.arange(1, bits.shape[1] + 1, device=x_T.device)) | 1
+        self._keys = _mix((bits * places).sum(1))
+        self._counters: dict[int, Tensor] = {}
+
+    def uniform(self, *shape: int, stream: int = 0) -> Tensor:
+        """``(N, *shape)`` float64 in [0, 1): the same at every call with this stream, and others with another."""
+        count = math.prod(shape)
+        if count not in self._counters:
+            self._counters[count] = _mix(torch.arange(1, count + 1, device=self._keys.device))
+        z = _mix(_mix(self._keys + stream)[:, None] + self._counters[count])
+        return (((z >> 11) & (1 << 53) - 1).double() / (1 << 53)).view(-1, *shape)
+
+    def normal(self, *shape: int, stream: int = 0) -> Tensor:
+        """``(N, *shape)`` float64 standard normal (Box and Muller 1958), as :meth:`uniform`."""
+        radius, angle = self.uniform(2, *shape, stream=stream).unbind(1)
+        return (-2 * torch.log1p(-radius)).sqrt() * torch.cos(2 * math.pi * angle)

@@ -95,6 +95,11 @@ class NoiseLevels(NamedTuple):
         """σ = √(1/ᾱ − 1), the noise of x_t/√ᾱ = x0 + σ·ε (Karras et al. 2022)."""
         return np.sqrt(1 / self.alphas_cumprod - 1)
 
+    def select(self, rows: Sequence[int]) -> NoiseLevels:
+        """Some of these levels, in the order given."""
+        tables = (np.asarray(table)[rows] for table in self[:4])
+        return NoiseLevels(*tables, np.arange(len(rows)), self.num_train_steps)
+
 
 def _levels(times: np.ndarray, alphas_cumprod: np.ndarray, num_train_steps: int) -> NoiseLevels:
     """Levels that are passed one after the other, the last one first."""

@@ -33,11 +33,13 @@ class Guided(NamedTuple):
             sample (arXiv 2310.11311, Algorithm 2), whose sampler predicts after it has moved the sample.
         score: ``(N, C, H, W)`` s·∇S in units of ∇log p; None where there is none.
         aux: for observers.
+        move: ``(N, C, H, W)`` what the loop adds to x' = √ᾱ'·x0 + √(1−ᾱ')·ε of the step; None where there is nothing.
     """
 
     prediction: Prediction | None
     score: Tensor | None = None
     aux: Aux = Aux()
+    move: Tensor | None = None
 
 
 class Plan(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,13 +15,16 @@ from calib_guidance.classifiers.base import Classifier
 from calib_guidance.denoisers.base import Predict, Prediction
 from calib_guidance.diffusion.interval import Interval
 from calib_guidance.diffusion.schedules import NoiseLevels
+from calib_guidance.errors import check_choice
 from calib_guidance.guidance.base import Aux, Decode, Guidance, Guide, Guided, Plan, identity
 from calib_guidance.guidance.schedules import GuidanceSchedule
+from calib_guidance.guidance.stabilizer import GradientStabilizer
 from calib_guidance.scores.base import Score, TemperedLogProb, as_float
 
 CLASSIFIER_INPUTS = ("x0", "x_t", "x_t_normalized")
 APPLY_TO = ("score", "cfg_residual", "sample")
 _ROOM = 256.0  # where gradients start: far from the least number of float16 and from its largest, 65504
+_SEEN = {"combined": "x0", "conditional": "x0_cond", "unconditional": "x0_uncond"}
 
 
 def rms(x: Tensor) -> Tensor:
@@ -74,6 +77,9 @@ class ClassifierGuidance(Guidance):
             whose size is left out (Algorithm 2), which the Heun sampler does.
         decoder: what makes images of x̂0 for the classifier, in place of the denoiser's own decoder: a cheaper one for latent
             models. Frozen here.
+        stabilizer: moving average, clipping and projection of the gradient; none by default.
+        classifier_prediction: which x̂0 the classifier sees where the denoiser combines two: ``combined``, the rule's result, the
+            default, ``conditional`` or ``unconditional`` (the negative). The gradient is added to the combined one.
 
     Raises:
         ValueError: unknown names or a scale that is not a finite number.
@@ -89,6 +95,8 @@ class ClassifierGuidance(Guidance):
         schedule: GuidanceSchedule | None = None,
         apply_to: Literal["score", "cfg_residual", "sample"] = "score",
         decoder: nn.Module | None = None,
+        stabilizer: GradientStabilizer | None = None,
+        classifier_prediction: Literal["combined", "conditional", "unconditional"] = "combined",
     ):
         super().__init__()
         if classifier_input not in CLASSIFIER_INPUTS:
@@ -111,7 +119,9 @@ class ClassifierGuidance(Guidance):
         self.backprop_through_denoiser = backprop_through_denoiser
         self.schedule = schedule or GuidanceSchedule()
         self.decoder = decoder and decoder.eval().requires_grad_(False)
-        self.group_size = self.score.group_size
+        check_choice("classifier_prediction", classifier_prediction, tuple(_SEEN))
+        self.classifier_prediction = classifier_prediction
+        self.group_size, self.stabilizer = self.score.group_size, stabilizer or GradientStabilizer()
 
     def parts(self) -> Sequence[Guidance]:
         return [self]
@@ -132,6 +142,7 @@ class ClassifierGuidance(Guidance):
         # A classifier in half precision takes float32 all the same, in which its gradient then is.
         dtype = next((p.dtype for p in self.classifier.parameters() if p.is_floating_point()), None)
         dtype = dtype and torch.promote_types(dtype, torch.float32)
+        state: dict[str, Any] = {}
 
         def guide(predict: Predict, x_t: Tensor, i: int) -> Guided:
             if not plan.active[i]:
@@ -141,6 +152,7 @@ class ClassifierGuidance(Guidance):
                 image = decode(image) if self.classifier_input == "x0" else image
                 logits = self.classifier(image.to(dtype or image.dtype), t[i])
                 gradient = input_gradient(lambda f: self.score(f, y, fractions[i]), logits, source)
+            gradient = self.stabilizer(gradient, source.detach(), state)
             aux = Aux(logits.detach(), gradient.to(x_t.dtype))
             prediction = prediction and prediction.detach()
             return self._guided(prediction, aux, float(plan.sine[i]))
@@ -154,13 +166,13 @@ class ClassifierGuidance(Guidance):
         if self.backprop_through_denoiser:
             source = x_t.detach().requires_grad_()
             prediction = predict(source, i)
-            return prediction, source, prediction.x0
+            return prediction, source, self._seen(prediction)
         prediction = None
         if self.classifier_input == "x0" or self.apply_to != "sample":
             with torch.no_grad():
                 prediction = predict(x_t, i)
         if self.classifier_input == "x0":
-            seen = prediction.x0
+            seen = self._seen(prediction)
         elif self.classifier_input == "x_t":
             seen = x_t
         else:
@@ -168,6 +180,11 @@ class ClassifierGuidance(Guidance):
             seen = seen / rms(seen).clamp(min=1)
         source = seen.detach().to(dtype or seen.dtype).requires_grad_()
         return prediction, source, source
+
+    def _seen(self, prediction: Prediction) -> Tensor:
+        """The x̂0 that the classifier sees."""
+        x0 = getattr(prediction, _SEEN[self.classifier_prediction])
+        return prediction.x0 if x0 is None else x0
 
     def _guided(self, prediction: Prediction | None, aux: Aux, sine: float) -> Guided:
         if self.apply_to == "sample":
@@ -177,7 +194,7 @@ class ClassifierGuidance(Guidance):
         if prediction.residual is None:  # classifier-free guidance is off here
             return Guided(prediction, aux=aux)
         shift = self.scale * (1 + sine) * match_norm(aux.gradient, prediction.residual)
-        return Guided(prediction._replace(x0=prediction.x0 + shift), aux=aux)
+        return Guided(prediction.shifted(shift), aux=aux)
 
 
 class SwitchedGuidance(Guidance):

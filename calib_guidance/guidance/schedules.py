@@ -16,7 +16,7 @@ class GuidanceSchedule(Interval):
     Args:
         gamma: γ ≥ 0, the sine factor (0.3 in arXiv 2310.11311, Table 6): adds γ·sin(π·progress) to the strength, in the units
             of the sampler (DDPM: times the largest variance so far). Progress is i/N at spaced step i of N of DDPM.
-        interval, sigma_interval: see :class:`~calib_guidance.diffusion.interval.Interval`.
+        interval, sigma_interval, step_interval: see :class:`~calib_guidance.diffusion.interval.Interval`.
         every: guide the first step and every so many-th after it. Between them nothing stands in for the gradient, so that
             the total strength falls with it.
 
@@ -30,10 +30,11 @@ class GuidanceSchedule(Interval):
         interval: Sequence[float] | None = None,
         sigma_interval: Sequence[float] | None = None,
         every: int = 1,
+        step_interval: Sequence[int] | None = None,
     ):
         if not (math.isfinite(gamma) and gamma >= 0):
             raise ValueError(f"gamma must be a number of at least 0, got {gamma}")
-        super().__init__(interval, sigma_interval, every)
+        super().__init__(interval, sigma_interval, every, step_interval)
         self.gamma = gamma
 
     def sine(self, progress: float) -> float:

@@ -40,6 +40,7 @@ class Sampler(ABC):
         recurrence: number of times that each step is done, with renoising in between.
         scaling: strength of guidance by step size; None leaves it as it is.
         takes_score: whether :meth:`step` reads the score. Elsewhere the loop folds it into x̂0.
+        renoises: whether :meth:`step` takes the noise from ``x0_renoise`` where a prediction has it.
         moves_sample: whether :meth:`step` can move the sample along the score (arXiv 2310.11311, Algorithm 2).
     """
 
@@ -47,6 +48,7 @@ class Sampler(ABC):
     recurrence: int = 1
     scaling: GuidanceScaling | None = None
     takes_score: bool = False
+    renoises: bool = False
     moves_sample: bool = False
 
     @abstractmethod
@@ -89,17 +91,30 @@ class Sampler(ABC):
         """Raise ValueError where sampler, denoiser and guidance do not fit together."""
         _check_start(self.levels(denoiser))
         name = type(self).__name__
+        self._check_noise(denoiser)
         for part in guidance.parts() if guidance else ():
             if part.apply_to == "sample" and not self.moves_sample:
                 raise ValueError(
                     f"apply_to: sample is Algorithm 2 of arXiv 2310.11311, a step of the Heun sampler, and {name} has none: set "
                     "the guidance's apply_to to score, or the sampler to Heun"
                 )
+            if part.apply_to == "step" and self.moves_sample:
+                raise ValueError(
+                    f"training-free guidance moves the result of a step that evaluates once, and {name} evaluates twice: sample "
+                    "with DDIM (eta: 1 in the source), DDPM, DPMSolver or UniPC"
+                )
             if part.apply_to == "score" and part.schedule.gamma and not self.takes_score:
                 raise ValueError(
                     f"the sine factor of apply_to: score is defined through the variance of a DDPM step, and {name} has none: "
                     "set the guidance schedule's gamma to 0 (--model.guidance.schedule.gamma 0), or sample with DDPM"
                 )
+
+    def _check_noise(self, denoiser: Denoiser) -> None:
+        if denoiser.renoises and not self.renoises:
+            raise ValueError(
+                f"CFG++ takes the noise of a step from the negative prediction, and {type(self).__name__} has no place for it: "
+                "set the sampler to DDIM or DPMSolver, or the rule to ClassifierFreeGuidance"
+            )
 
     @torch.no_grad()
     def __call__(
@@ -124,6 +139,7 @@ class Sampler(ABC):
         Returns:
             ``(N, C, H, W)`` float32 images.
         """
+        self._check_noise(denoiser)
         levels = self.levels(denoiser)
         _check_start(levels)
         n, times = len(levels.times), [int(t) if t.is_integer() else t for t in levels.times.tolist()]
@@ -141,6 +157,8 @@ class Sampler(ABC):
                 mean, std = self.step(x, i, evaluate, c)
                 mean, guided = evaluate.finish(mean, i)
                 x_next = mean if std is None or i == 0 else _add_noise(mean, std, noise())
+                if i and denoiser.looks_at_steps:
+                    evaluate.predict.after_step(self.to_vp(x_next, i - 1, c), i - 1)
                 if observers:
                     x_t, x_after = self.to_vp(x, i, c), self.to_vp(x_next, i - 1, c)
                     record = StepRecord(i, n, times[i], y, x_t, guided, x_after)

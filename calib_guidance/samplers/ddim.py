@@ -34,6 +34,8 @@ class DDIM(Sampler):
         ValueError: numbers out of range, or no ``data_std`` where it matters.
     """
 
+    renoises = True
+
     def __init__(
         self,
         steps: str | int = "ddim25",
@@ -65,6 +67,6 @@ class DDIM(Sampler):
         }
 
     def step(self, x: Tensor, i: int, evaluate: Evaluate, c: SimpleNamespace) -> Transition:
-        x0 = evaluate(x, i).prediction.x0
-        epsilon = (c.from_x[i] * x - x0) / c.from_noise[i]
+        x0, renoise = evaluate.both(x, i)
+        epsilon = (c.from_x[i] * x - renoise) / c.from_noise[i]
         return Transition(c.to_x0[i] * x0 + c.to_epsilon[i] * epsilon, c.sigma[i] if self.eta else None)

@@ -67,7 +67,8 @@ class DDPM(Sampler):
         return {"from_x0": q.mean_coef1, "from_x": q.mean_coef2, "small": small, "span": large - small, "fixed": fixed}
 
     def step(self, x: Tensor, i: int, evaluate: Evaluate, c: SimpleNamespace) -> Transition:
-        prediction, score, _ = evaluate(x, i)
+        guided = evaluate(x, i)
+        prediction, score = guided.prediction, guided.score
         mean = torch.addcmul(c.from_x[i] * x, c.from_x0[i], prediction.x0)
         if prediction.variance is not None and self.variance in ("auto", "learned_range"):
             log_variance = torch.addcmul(c.small[i], prediction.variance, c.span[i])

@@ -24,13 +24,15 @@ class DPMSolver(Multistep):
     - SDE: x' = √(1−ᾱ')/√(1−ᾱ)·e^(−h)·x + √ᾱ'·(1 − e^(−2h))·D + √(1−ᾱ')·√(1 − e^(−2h))·z.
 
     The first step and the last, which ends in x̂0, have D = x̂0. Order 1 has it everywhere, and is DDIM, with η = 1 for the
-    SDE.
+    SDE. Under CFG++ x̂0_before is that of the noise, x̂0_u, and √ᾱ'·(1 − factor of D)·(x̂0 − x̂0_u) is added.
 
     Args:
         sde: solve the reverse SDE instead of the ODE: more steps without guidance, fewer with it.
         steps, spacing, sigma_min, sigma_max, order, clip_denoised, guidance_scaling, data_std: see
             :class:`~calib_guidance.samplers.multistep.Multistep`.
     """
+
+    renoises = True
 
     def __init__(self, steps: str | int = 25, sde: bool = False, **options: Any):
         self.sde, self.exponent = sde, 2.0 if sde else 1.0
@@ -44,11 +46,15 @@ class DPMSolver(Multistep):
             to_x, remaining = to_x * remaining, remaining**2
         std = sizes.alpha_next * sizes.sigma_next * np.sqrt(1 - remaining)
         tables = {"to_x": to_x, "to_d": sizes.alpha_next * (1 - remaining), "std": std}
+        tables |= {"to_renoise": sizes.alpha_next * remaining}
         return tables | {"slope": sizes.before / 2, "response": self.response(levels)}
 
     def step(self, x: Tensor, i: int, evaluate: Evaluate, c: SimpleNamespace) -> Transition:
-        x0, before = evaluate(x, i).prediction.x0, c.state.get("x0")
+        (x0, renoise), before = evaluate.both(x, i), c.state.get("x0")
         # The slope of x̂0 along the solver's own path.
         d = x0 if before is None else x0 + c.slope[i] * (on_own_path(x0, i, evaluate, c) - before)
-        c.state["x0"] = x0
-        return Transition(c.to_x[i] * x + c.to_d[i] * d, c.std[i] if self.sde else None)
+        c.state["x0"] = renoise
+        mean = c.to_x[i] * x + c.to_d[i] * d
+        if renoise is not x0:
+            mean = mean + c.to_renoise[i] * (x0 - renoise)
+        return Transition(mean, c.std[i] if self.sde else None)

@@ -61,6 +61,7 @@ class Evaluate:
         scaling: GuidanceScaling | None,
     ):
         self.predict = prepare_clipped(denoiser, levels, y, clip)
+        getattr(self.predict, "start", lambda x: None)(x)
         self._guide = guidance and guidance.prepare(levels, y, denoiser.decode)
         plan = plan_of(guidance, levels)
         self._fold = fold and not plan.moves_sample
@@ -70,19 +71,23 @@ class Evaluate:
         self._added = None if scaling is None else on_device(scaling.added(levels), x)
         self.moved: Tensor | None = None
         self.seen: Guided | None = None
-        self._score: Tensor | None = None
+        self._move: Tensor | None = None
 
     def __call__(self, x: Tensor, i: int) -> Guided:
         guided = self.unguided(x, i) if self._guide is None else self._guide(self.predict, x, i)
         self._see(guided)
+        self._move = guided.move
         if guided.score is None or not self._fold:
             return guided
         if self._scaled[i]:
-            self._score = guided.score
+            self._move = self._added[i] * guided.score
             return guided._replace(score=None)
-        prediction = guided.prediction
-        shifted = prediction._replace(x0=prediction.x0 + self._to_x0[i] * guided.score)
-        return guided._replace(prediction=shifted, score=None)
+        return guided._replace(prediction=guided.prediction.shifted(self._to_x0[i] * guided.score), score=None)
+
+    def both(self, x: Tensor, i: int) -> tuple[Tensor, Tensor]:
+        """The guided x̂0, and that whose ε is the noise of the step: the same unless CFG++ says otherwise."""
+        prediction = self(x, i).prediction
+        return prediction.x0, prediction.x0 if prediction.x0_renoise is None else prediction.x0_renoise
 
     def unguided(self, x: Tensor, i: int) -> Guided:
         """The prediction alone."""
@@ -98,8 +103,8 @@ class Evaluate:
 
     def finish(self, mean: Tensor, i: int) -> tuple[Tensor, Guided]:
         """``mean`` of step ``i`` with what guidance adds to it, and what observers are told."""
-        self.moved = None if self._score is None else self._added[i] * self._score
-        seen, self.seen, self._score = self.seen, None, None
+        self.moved = self._move
+        seen, self.seen, self._move = self.seen, None, None
         return (mean if self.moved is None else mean + self.moved), seen
 
 

@@ -22,7 +22,7 @@ def test_each_sample_at_a_step_of_its_own(prediction, class_conditional):
     y, timesteps, i = torch.tensor([2, -1, 0, 1]), [10, 400, 700], torch.tensor([1, 2, 0, 1])
     with torch.no_grad():
         predict = denoiser.prepare(denoiser.schedule.at(timesteps), y)
-        x0, fraction, _ = predict(x, i)
+        x0, fraction, *_ = predict(x, i)
         for n in range(len(x)):
             expected = predict(x, int(i[n]))
             torch.testing.assert_close(x0[n], expected.x0[n], atol=1e-5, rtol=1e-5)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
-from calib_guidance.denoisers.base import Denoiser, Prediction
+from calib_guidance.denoisers.base import Denoiser, Predict, Prediction
 from calib_guidance.diffusion.schedules import NoiseLevels
 
-PredictPair = Callable[[Tensor, int | Tensor], tuple[Prediction, Prediction]]
+Pair = tuple[Prediction, Prediction]
+PredictPair = Callable[[Tensor, int | Tensor], Pair]
 
 
 class Negative(nn.Module, ABC):
@@ -19,10 +21,53 @@ class Negative(nn.Module, ABC):
     def check(self, denoiser: Denoiser) -> None:
         """Raise ValueError where it cannot be the negative of this denoiser."""
 
-    @abstractmethod
     def nfe(self, denoiser: Denoiser) -> int:
-        """Number of network evaluations of a conditional prediction and its negative."""
+        """Number of network evaluations of a conditional prediction and its negative; two by default."""
+        return 2 * denoiser.nfe
 
     @abstractmethod
     def prepare(self, denoiser: Denoiser, levels: NoiseLevels, y: Tensor) -> PredictPair:
-        """``predict_pair(x_t, i)``: the conditional prediction and the negative one, see :meth:`Denoiser.prepare`."""
+        """``predict_pair(x_t, i)``: the conditional prediction and the negative one, see :meth:`Denoiser.prepare`.
+
+        It may offer ``start(x)``, which is called once with x_T, for random numbers of each sample
+        (:class:`~calib_guidance.diffusion.rng.KeyedNumbers`).
+        """
+
+
+def halves(prediction: Prediction) -> Pair:
+    """The two predictions of a doubled batch."""
+    values = ((None, None) if value is None else value.chunk(2) for value in prediction)
+    return tuple(Prediction(*half) for half in zip(*values, strict=True))
+
+
+def doubled(predict: Predict) -> PredictPair:
+    """The pair of a prediction for twice as many samples, the conditional ones first."""
+
+    def predict_pair(x_t: Tensor, i: int | Tensor) -> Pair:
+        return halves(predict(torch.cat([x_t, x_t]), torch.cat([i, i]) if isinstance(i, Tensor) else i))
+
+    return predict_pair
+
+
+class ByLevel(ABC):
+    """Pairs whose negative is random anew at every level: each level is prepared by itself, once x_T is known.
+
+    Args:
+        denoiser, levels, y: as for :meth:`Negative.prepare`.
+    """
+
+    def __init__(self, denoiser: Denoiser, levels: NoiseLevels, y: Tensor):
+        self.denoiser, self.levels, self.y = denoiser, levels, y
+        self._pairs: list[PredictPair] = []
+
+    @abstractmethod
+    def start(self, x: Tensor) -> None:
+        """Prepare ``self._pairs``, one for each level, with random numbers that follow from x_T."""
+
+    def __call__(self, x_t: Tensor, i: int | Tensor) -> Pair:
+        if isinstance(i, Tensor):
+            raise ValueError(
+                "a negative that is random at every step needs all samples at the same step: take another negative, such as "
+                "Unconditional, where each has a step of its own"
+            )
+        return self._pairs[i](x_t, i)

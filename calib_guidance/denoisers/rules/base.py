@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor, nn
+
+from calib_guidance.diffusion.schedules import NoiseLevels
+from calib_guidance.errors import check_choice
+
+Representation = Literal["x0", "eps", "v"]
 
 
 class Level(NamedTuple):
@@ -16,18 +23,28 @@ class Level(NamedTuple):
         t: step of the full process.
         alphas_cumprod: ᾱ.
         sigma: √(1/ᾱ − 1).
+        progress: share of the steps done at the middle of this one, above 0 (noise) and below 1 (image).
 
-    The last three are float32 scalars, or ``(N, 1, 1, 1)`` where samples have steps of their own.
+    The last four are float32 scalars, or ``(N, 1, 1, 1)`` where samples have steps of their own.
     """
 
     x_t: Tensor
     t: Tensor
     alphas_cumprod: Tensor
     sigma: Tensor
+    progress: Tensor
 
 
 class Rule(nn.Module, ABC):
-    """How a conditional prediction and a negative one become one: ``rule(x0_cond, x0_uncond, level, state) -> x0``."""
+    """How a conditional prediction and a negative one become one: ``rule(x0_cond, x0_uncond, level, state) -> x0``.
+
+    Attributes:
+        renoises_with_negative: whether the noise of a step is that of the negative prediction (CFG++).
+        looks_at_steps: whether :meth:`after_step` does anything.
+    """
+
+    renoises_with_negative: bool = False
+    looks_at_steps: bool = False
 
     @abstractmethod
     def forward(self, x0_cond: Tensor, x0_uncond: Tensor, level: Level, state: dict[str, Tensor]) -> Tensor:
@@ -36,5 +53,76 @@ class Rule(nn.Module, ABC):
         Args:
             x0_cond, x0_uncond: ``(N, C, H, W)``, not clipped.
             level: noise level and x_t.
-            state: tensors ``(N, …)`` that the rule keeps from step to step of one trajectory; empty at its start.
+            state: tensors ``(N, …)``, detached, that the rule keeps from evaluation to evaluation of one trajectory.
         """
+
+    def start(self, levels: NoiseLevels, y: Tensor) -> dict[str, Tensor]:
+        """State of ``(N,)`` samples ``y`` at the start of a trajectory through these levels; none by default."""
+        return {}
+
+    def after_step(self, level: Level, state: dict[str, Tensor]) -> None:
+        """Update the state by where a step ended: at ``level.x_t``."""
+
+
+class ConvertedRule(Rule):
+    """A rule whose result depends on what it combines: ``x0`` x̂0, ``eps`` ε, or ``v`` the velocity ε − x0 of flow models.
+
+    Both predictions are converted to it, combined there, and the result is converted back, whatever the network predicts.
+    """
+
+    def __init__(self, on: Representation):
+        super().__init__()
+        check_choice("on", on, get_args(Representation))
+        self.on = on
+
+    @abstractmethod
+    def combine(self, cond: Tensor, uncond: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """The combined prediction ``(N, C, H, W)`` of two in the representation ``on``."""
+
+    def forward(self, x0_cond: Tensor, x0_uncond: Tensor, level: Level, state: dict[str, Tensor]) -> Tensor:
+        cond, uncond = (from_x0(x0, level, self.on) for x0 in (x0_cond, x0_uncond))
+        return to_x0(self.combine(cond, uncond, state), level, self.on)
+
+
+def from_x0(x0: Tensor, level: Level, on: Representation) -> Tensor:
+    """x̂0 as x̂0, ε = (x_t − √ᾱ·x̂0)/√(1−ᾱ) or v = ε − x̂0."""
+    if on == "x0":
+        return x0
+    signal, noise = _amplitudes(level)
+    epsilon = (level.x_t - signal * x0) / noise
+    return epsilon if on == "eps" else epsilon - x0
+
+
+def to_x0(value: Tensor, level: Level, on: Representation) -> Tensor:
+    """The inverse of :func:`from_x0`."""
+    if on == "x0":
+        return value
+    signal, noise = _amplitudes(level)
+    return (level.x_t - noise * value) / (signal if on == "eps" else signal + noise)
+
+
+def _amplitudes(level: Level) -> tuple[Tensor, Tensor]:
+    """√ᾱ, and √(1−ᾱ) from σ, without the rounding of 1 − ᾱ."""
+    return level.alphas_cumprod.sqrt(), (1 + level.sigma**-2) ** -0.5
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a, b⟩ of each sample, ``(N, 1, 1, 1)``, summed in float64."""
+    return (a * b).sum(dim=(1, 2, 3), keepdim=True, dtype=torch.float64)
+
+
+def norm(a: Tensor) -> Tensor:
+    """‖a‖ of each sample, ``(N, 1, 1, 1)``, summed in float64; never 0, where it has no gradient."""
+    return inner(a, a).clamp(min=1e-300).sqrt()
+
+
+def ratio(a: Tensor, b: Tensor) -> Tensor:
+    """a/b, and 0 where b is 0."""
+    return torch.where(b != 0, a / torch.where(b != 0, b, 1), 0)
+
+
+def check_finite(**options: float) -> None:
+    """Raise ValueError for an option that is not a finite number."""
+    for name, value in options.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value}")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
-from calib_guidance.denoisers.rules.base import Level, Rule
+from calib_guidance.denoisers.rules.base import Level, Rule, check_finite
 
 
 class ClassifierFreeGuidance(Rule):
-    """x̂0 = x̂0_u + w·(x̂0_c − x̂0_u), which is ε_u + w·(ε_c − ε_u) in ε.
+    """x̂0 = x̂0_u + w·(x̂0_c − x̂0_u), which is ε_u + w·(ε_c − ε_u) in ε and likewise in v.
 
     Args:
         weight: w; 1 is the conditional prediction, 0 the negative one.
@@ -18,8 +16,7 @@ class ClassifierFreeGuidance(Rule):
 
     def __init__(self, weight: float = 1.5):
         super().__init__()
-        if not math.isfinite(weight):
-            raise ValueError(f"weight must be a finite number, got {weight}")
+        check_finite(weight=weight)
         self.weight = weight
 
     def forward(self, x0_cond: Tensor, x0_uncond: Tensor, level: Level, state: dict[str, Tensor]) -> Tensor:

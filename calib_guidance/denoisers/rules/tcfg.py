@@ -1,0 +1,32 @@
+"""Tangential damping classifier-free guidance, TCFG (Kwon et al. 2025, arXiv 2503.18137)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from calib_guidance.denoisers.rules.base import ConvertedRule, Representation, check_finite, inner, ratio
+
+
+class TCFG(ConvertedRule):
+    """ũ + w·(c − ũ), ũ the projection of u on r, the leading right singular vector of the 2×D matrix with the rows c and u.
+
+    Drops what u has across the direction that both predictions share. Where u = ±c this is classifier-free guidance.
+
+    Args:
+        weight: w; 1 is the conditional prediction.
+        on: ``eps`` as in the source, ``v`` or ``x0``.
+    """
+
+    def __init__(self, weight: float = 7.5, on: Representation = "eps"):
+        super().__init__(on)
+        check_finite(weight=weight)
+        self.weight = weight
+
+    def combine(self, cond: Tensor, uncond: Tensor, state: dict[str, Tensor]) -> Tensor:
+        # r = cos(θ)·c + sin(θ)·u, the leading eigenvector of their 2×2 Gram matrix.
+        mixed = inner(cond, uncond)
+        theta = torch.atan2(2 * mixed, inner(cond, cond) - inner(uncond, uncond)) / 2
+        r = theta.cos().to(cond.dtype) * cond + theta.sin().to(cond.dtype) * uncond
+        damped = ratio(inner(uncond, r), inner(r, r)).to(r.dtype) * r
+        return damped + self.weight * (cond - damped)

@@ -1,0 +1,50 @@
+"""Steadier classifier gradients: averaged over steps, clipped, and projected."""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+from torch import Tensor
+
+from calib_guidance.denoisers.rules.apg import clip_norm, project
+
+
+@final
+class GradientStabilizer:
+    """What is done with ∇S of each sample before it is scaled, in this order.
+
+    - An exponential moving average over the guided evaluations of a trajectory, m ← β·m + (1 − β)·∇S, used as m/(1 − β^k) after k
+      of them (arXiv 2507.00687; the correction for the start at 0 is ours).
+    - Clipping: g·min(1, r/‖g‖).
+    - The part along what the classifier sees is multiplied by η (adaptive projected guidance, arXiv 2410.02416).
+
+    Args:
+        ema: β, 0 ≤ β < 1; 0 takes each gradient alone.
+        max_norm: r > 0, in units of ∇S over all pixels; None clips nothing.
+        parallel: η; 1 projects nothing.
+    """
+
+    def __init__(self, ema: float = 0.0, max_norm: float | None = None, parallel: float = 1.0):
+        if not 0 <= ema < 1:
+            raise ValueError(f"ema must be at least 0 and below 1, got {ema}")
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(f"max_norm must be above 0, or null for no clipping, got {max_norm}")
+        self.ema, self.max_norm, self.parallel = ema, max_norm, parallel
+
+    def __call__(self, gradient: Tensor, seen: Tensor, state: dict[str, Any]) -> Tensor:
+        """The steadier gradient ``(N, C, H, W)``.
+
+        Args:
+            gradient: ∇S at this evaluation.
+            seen: where it was taken.
+            state: kept from evaluation to evaluation of one trajectory; empty at its start.
+        """
+        if self.ema:
+            mean, weight = (1 - self.ema) * gradient, 1 - self.ema
+            if state:
+                mean, weight = mean + self.ema * state["mean"], weight + self.ema * state["weight"]
+            state |= {"mean": mean, "weight": weight}
+            gradient = mean / weight  # the weights so far add up to 1 − β^k
+        if self.max_norm is not None:
+            gradient = clip_norm(gradient, self.max_norm)
+        return gradient if self.parallel == 1 else project(gradient, seen.to(gradient.dtype), self.parallel)
