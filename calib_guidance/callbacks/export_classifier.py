@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,10 +15,13 @@ import yaml
 from torch import Tensor
 
 from calib_guidance.backend.atomic import write_text
-from calib_guidance.classifiers import fit_temperature
+from calib_guidance.callbacks.export_weights import below_root
+from calib_guidance.classifiers.temperature import BOUNDS, fit_temperature
 from calib_guidance.errors import ConfigurationError, check_choice
+from calib_guidance.metrics import CalibrationError, NegativeLogLikelihood
 from calib_guidance.weights.io import save_weights
 
+log = logging.getLogger(__name__)
 Mode = Literal["min", "max"]
 FittedTemperature = Literal["none", "scalar", "by_level"]
 _WEIGHTS_OPTION = {"OffTheShelfClassifier": "weights", "NoiseAwareClassifier": "checkpoint"}
@@ -33,8 +36,8 @@ class ExportClassifier(L.Callback):
     of a classifier as it is.
 
     Args:
-        path: safetensors file to write, ``classifier.safetensors`` in the trainer's default_root_dir by default; an existing
-            one is replaced, and only by a complete one.
+        path: safetensors file to write, relative to the trainer's default_root_dir, ``classifier.safetensors`` by default; an
+            existing one is replaced atomically.
         monitor: name of a logged score, e.g. ``val/nll``, ``val/ece``, ``val/ece/t=0-99``; None exports after every
             validation, so that the last one stays.
         mode: ``min`` or ``max``: what is best.
@@ -54,9 +57,7 @@ class ExportClassifier(L.Callback):
     ):
         check_choice("mode", mode, get_args(Mode))
         check_choice("temperature", temperature, get_args(FittedTemperature))
-        if path is not None and not path.endswith(".safetensors"):
-            raise ConfigurationError(f"path: expected a .safetensors file, got {path!r}")
-        self.path, self.monitor, self.mode, self.temperature = path, monitor, mode, temperature
+        self.path, self.monitor, self.mode, self.temperature = below_root(path), monitor, mode, temperature
         self.best = math.inf
         self._seen: list[dict[str, Tensor]] = []
         self._weights: dict[str, Tensor] = {}
@@ -70,7 +71,7 @@ class ExportClassifier(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage not in ("fit", "validate"):
             return
-        self.target = Path(self.path or os.path.join(trainer.default_root_dir, "classifier.safetensors"))
+        self.target = Path(trainer.default_root_dir, self.path or "classifier.safetensors")
         classifier = pl_module.classifier
         if type(classifier).__name__ not in _WEIGHTS_OPTION:
             raise ConfigurationError(
@@ -113,33 +114,73 @@ class ExportClassifier(L.Callback):
         if not self._improved(trainer):
             return
         temperature = self._fit_temperature(trainer, pl_module)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not trainer.fast_dev_run:
             self._write(trainer, pl_module, temperature)
+            score = (
+                "" if self.monitor is None else f", {self.monitor} {float(trainer.callback_metrics[self.monitor]):.4g}"
+            )
+            print(f"wrote {self.target} and .yaml (step {trainer.global_step}{score})")
 
     def _improved(self, trainer: L.Trainer) -> bool:
+        if wrong := [
+            name for name, value in self._weights.items() if value.is_floating_point() and not value.isfinite().all()
+        ]:
+            log.warning(f"{wrong[0]} is not finite after step {trainer.global_step}: this classifier is not exported")
+            return False
         if self.monitor is None:
             return True
         if self.monitor not in trainer.callback_metrics:
             raise ConfigurationError(f"ExportClassifier's monitor {self.monitor!r}: no validation image has such a t")
         score = float(trainer.callback_metrics[self.monitor]) * (1 if self.mode == "min" else -1)
+        if math.isnan(score):
+            log.warning(f"{self.monitor} is NaN after step {trainer.global_step}: this classifier is not exported")
+            return False
         improved, self.best = score < self.best, min(score, self.best)
         return improved
 
     def _fit_temperature(self, trainer: L.Trainer, pl_module: L.LightningModule) -> float | list[float]:
         if self.temperature == "none":
             return pl_module.classifier.temperature
-        classes, device = pl_module.classifier.num_classes, trainer.strategy.root_device
-        none = torch.zeros(0, dtype=torch.long)  # of a rank without validation data
-        level = torch.cat([none, *(seen["level"] for seen in self._seen)])
+        device = trainer.strategy.root_device
+        none = {"level": torch.zeros(0, dtype=torch.long), "label": torch.zeros(0, dtype=torch.long)}
+        none["logits"] = torch.zeros(0, pl_module.classifier.num_classes)  # of a rank without validation data
+        level, y, logits = (torch.cat([none[key], *(seen[key] for seen in self._seen)]) for key in none)
+        num_levels = pl_module.num_levels if self.temperature == "by_level" else 1
+        level = level if num_levels > 1 else torch.zeros_like(level)
         fitted = fit_temperature(
-            torch.cat([torch.zeros(0, classes), *(seen["logits"] for seen in self._seen)]),
-            torch.cat([none, *(seen["label"] for seen in self._seen)]),
-            level if self.temperature == "by_level" else torch.zeros_like(level),
-            pl_module.num_levels if self.temperature == "by_level" else 1,
-            lambda sums: trainer.strategy.reduce(sums.to(device), reduce_op="sum"),
+            logits, y, level, num_levels, lambda sums: trainer.strategy.reduce(sums.to(device), reduce_op="sum")
         )
+        names = [f"t = {pl_module.level_range(k)}" for k in range(num_levels)] if num_levels > 1 else ["all t"]
+        finite = logits.isfinite().all(1)
+        if not finite.all():
+            log.warning(
+                f"{int((~finite).sum())} held-out samples without finite logits are left out of the temperature"
+            )
+        measured = []
+        for each in (logits[finite], logits[finite] / fitted[level[finite]].unsqueeze(1)):
+            for metric in (
+                NegativeLogLikelihood(num_levels).to(device),
+                CalibrationError(num_levels=num_levels).to(device),
+            ):
+                metric.update(each.to(device), y[finite].to(device), level[finite].to(device))
+                measured.append(metric.compute().by_level.tolist())
+        if trainer.is_global_zero:
+            self._report_temperature(names, fitted.tolist(), *measured)
         values = [round(value, 6) for value in fitted.tolist()]
         return values[0] if len(values) == 1 else values
+
+    @staticmethod
+    def _report_temperature(names: list[str], fitted: list[float], *measured: list[float]) -> None:
+        """Print T, NLL and ECE before and after; name the levels at a bound."""
+        nll, ece, nll_after, ece_after = measured
+        print(f"\n{'temperature':<16}{'T':>8}{'NLL':>10}{'→':>5}{'ECE':>10}{'→':>5}")
+        for row in zip(names, fitted, nll, nll_after, ece, ece_after, strict=True):
+            print("{:<16}{:>8.3f}{:>8.4f}{:>9.4f}{:>8.4f}{:>9.4f}".format(*row))
+        if at_bound := [name for name, value in zip(names, fitted, strict=True) if value in BOUNDS]:
+            log.warning(
+                f"the temperature of {', '.join(at_bound)} is at a bound ({BOUNDS[0]:g} or {BOUNDS[1]:g}): the held-out data do "
+                "not determine it. Use more of them, or fewer noise levels (num_levels)"
+            )
 
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, temperature: float | list[float]) -> None:
         classifier = pl_module.classifier
@@ -159,4 +200,6 @@ class ExportClassifier(L.Callback):
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
+        self.best = (
+            math.inf if math.isnan(state_dict["best"]) else state_dict["best"]
+        )  # older versions took NaN for the best

@@ -10,6 +10,7 @@ import lightning as L
 import torch
 
 from calib_guidance import __version__
+from calib_guidance.callbacks.loggers import log_plots
 from calib_guidance.callbacks.measurement import kept_measurements, load_kept
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation.output import described, described_uncertainty, printed_table, write_json
@@ -77,6 +78,11 @@ class RunReport(L.Callback):
         path = folder / "metrics.json"
         write_json(path, results)
         plots = [p for m in context.measurements for p in m.draw(folder / "plots", trainer)] if self.plots else []
+        numbers = {key: float(value) for key, value in results.items() if isinstance(value, int | float)}
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, results["num_samples"])
+        pictures = {f"plots/{path.stem}": path for path in plots if path.suffix == ".png"}
+        log_plots(trainer, pictures, results["num_samples"])
         predictions = ["predictions.npz"] if "classifier_accuracy" in results else []
         written = [run.samples, path, *(folder / name for name in (*predictions, "trajectory.npz", "config.yaml"))]
         self._print(results, folder, [path for path in written if path.exists()], plots)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_SMALLEST, _LARGEST = 0.05, 20.0
+BOUNDS = (0.05, 20.0)
 
 
 def fit_temperature(
@@ -21,18 +21,19 @@ def fit_temperature(
     """The temperatures that minimize the negative log-likelihood of held-out data, by L-BFGS on log T.
 
     Args:
-        logits: ``(N, K)`` at temperature 1.
+        logits: ``(N, K)`` at temperature 1; rows that are not finite are left out.
         y: ``(N,)`` true classes.
         level: ``(N,)`` noise level of each, in 0 … num_levels − 1; None puts all in level 0.
         num_levels: temperatures to fit.
         reduce: sums a ``(num_levels + 1,)`` tensor over ranks, where each holds a part of the data.
 
     Returns:
-        ``(num_levels,)`` float64 in [0.05, 20]; 1 for a level without data. Where every held-out sample of a level is right
+        ``(num_levels,)`` float64 in BOUNDS; 1 for a level without data. Where every held-out sample of a level is right
         the best temperature is 0, which the bound keeps away from.
     """
-    logits, y = logits.double(), y.to(logits.device)
-    level = torch.zeros_like(y) if level is None else level.to(logits.device)
+    finite = logits.isfinite().all(1)
+    logits, y = logits[finite].double(), y.to(logits.device)[finite]
+    level = torch.zeros_like(y) if level is None else level.to(logits.device)[finite]
     counts = torch.zeros(num_levels + 1, dtype=torch.float64)
     counts[:num_levels] = torch.bincount(level, minlength=num_levels).double().cpu()
     counts = reduce(counts)[:num_levels].cpu()
@@ -54,4 +55,4 @@ def fit_temperature(
 
     with torch.enable_grad():
         optimizer.step(closure)
-    return log_temperature.detach().exp().clamp(_SMALLEST, _LARGEST)
+    return log_temperature.detach().exp().clamp(*BOUNDS)

@@ -99,6 +99,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         with contextlib.suppress(BrokenPipeError):
             print(f"calib-guidance: {'error: ' if status in (1, 2) else ''}{text}", file=sys.stderr)
         raise SystemExit(status) from error
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning exits where it is interrupted.
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        print("calib-guidance: stopped by SIGINT", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 def _status_and_text(error: Exception) -> tuple[int, str]:

@@ -29,8 +29,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from calib_guidance.backend.text import read_yaml
 from calib_guidance.backend.threads import set_threads
 from calib_guidance.backend.workers import end_with_parent
-from calib_guidance.callbacks import RequeueBetweenSteps, RunReport, SampleWriter, StepSeeds
+from calib_guidance.callbacks import ExactResume, RunReport, SampleWriter, StepSeeds, StopBetweenSteps
 from calib_guidance.callbacks.checkpoint_io import AtomicCheckpointIO
+from calib_guidance.callbacks.clean_stop import restored_signals
+from calib_guidance.callbacks.loggers import continue_logs, log_configuration
 from calib_guidance.cli.configs import expand_bases
 from calib_guidance.cli.help import plain_docstrings
 from calib_guidance.cli.trust import list_foreign
@@ -60,12 +62,14 @@ class SaveResolvedConfig(SaveConfigCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "predict":
             super().setup(trainer, pl_module, stage)
+            log_configuration(trainer, self.config.as_dict())
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir, self.config_filename)
             path.parent.mkdir(parents=True, exist_ok=True)
             self.parser.save(self.config, path, skip_none=False, overwrite=True, skip_validation=True)
+        log_configuration(trainer, self.config.as_dict())
 
 
 def innermost(error: BaseException) -> BaseException:
@@ -246,13 +250,16 @@ class CalibGuidanceCLI(LightningCLI):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         trainer = super().instantiate_trainer(**kwargs)
         if trainer.fast_dev_run:  # writes nothing
-            trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, SampleWriter | RunReport)]
+            writing = (ModelCheckpoint, SampleWriter, RunReport)
+            trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, writing)]
         threads = set_threads(trainer.num_devices)
         rank_zero.rank_zero_info(f"{threads.count} CPU threads for each process ({threads.reason})")
         for callback in trainer.checkpoint_callbacks:
             # Lightning's default is in the logger's folder, a new one for every run, where `--ckpt_path last` finds nothing.
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(Path(trainer.default_root_dir, "checkpoints"))
+        if self.subcommand == "fit":
+            trainer.callbacks += [StopBetweenSteps(), ExactResume()]  # after ModelCheckpoint, which Lightning puts last
         return trainer
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, object]:
@@ -263,8 +270,7 @@ class CalibGuidanceCLI(LightningCLI):
             last = [path for folder in folders for path in folder.glob("last*.ckpt")]
             preempted = list(Path(self.trainer.default_root_dir).glob("hpc_ckpt_*.ckpt"))
             newest = max([*last, *preempted], key=lambda path: path.stat().st_mtime, default=None)
-            if newest in preempted:
-                kwargs["ckpt_path"] = str(newest)
+            kwargs["ckpt_path"] = "last" if newest is None else str(newest)
         path = kwargs.get("ckpt_path")
         if path == "best":
             raise ConfigurationError(
@@ -272,6 +278,8 @@ class CalibGuidanceCLI(LightningCLI):
             )
         if path not in (None, "last", "hpc") and ":" not in str(path) and not Path(path).exists():
             raise ConfigurationError(f"--ckpt_path: there is no file {path}; expected a checkpoint, or last")
+        if subcommand == "fit" and path not in (None, "last", "hpc"):
+            continue_logs(self.trainer.loggers, Path(path))
         return kwargs
 
     def _set_seed(self) -> None:
@@ -313,6 +321,7 @@ def _options_of_the_trainer() -> Iterator[None]:
         ) from error
 
 
+@restored_signals()
 def run_lightning(argv: Sequence[str], cli: type[CalibGuidanceCLI] = CalibGuidanceCLI) -> CalibGuidanceCLI:
     """Run one Lightning subcommand with its options."""
     if os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -345,6 +354,6 @@ def run_lightning(argv: Sequence[str], cli: type[CalibGuidanceCLI] = CalibGuidan
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             # Predict runs under inference mode unless told not to, and guidance takes gradients inside it.
-            trainer_defaults={"inference_mode": False, "callbacks": [StepSeeds(), RequeueBetweenSteps()]},
+            trainer_defaults={"inference_mode": False, "callbacks": [StepSeeds()]},
             args=args,
         )

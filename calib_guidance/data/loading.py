@@ -208,7 +208,8 @@ class ResumableLoader(StatefulDataLoader):
         if in_mid_epoch and different:
             raise ConfigurationError(
                 "the checkpoint was written in the middle of an epoch, which resumes only with the same layout: "
-                f"{'; '.join(different)}. Resume with these, or from a checkpoint written at the end of an epoch"
+                f"{'; '.join(different)}. Resume with the former, or with --ckpt_path from a checkpoint that was written at the "
+                f"end of an epoch: {' or '.join(state_dict.get('at_epoch_end', list)()) or 'there is none in its folder'}"
             )
         self._pending = places[_world()[0]] if in_mid_epoch else None
 

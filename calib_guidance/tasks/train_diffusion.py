@@ -120,10 +120,17 @@ class TrainDiffusion(L.LightningModule):
         noise = torch.randn(x0.shape, generator=generator).to(x0)
         t = torch.linspace(0, len(self.betas) - 1, len(x0), device=x0.device).long()
         t = t[torch.randperm(len(x0), generator=generator).to(t.device)]
-        self.log("val/loss", self.loss(x0, y, t, noise).mean(), prog_bar=True, sync_dist=True, batch_size=len(x0))
-        none = torch.full_like(y, -1)
-        unconditional = self.loss(x0, none, t, noise).mean()
-        self.log("val/loss_unconditional", unconditional, sync_dist=True, batch_size=len(x0))
+        losses = self.loss(x0, y, t, noise), self.loss(x0, torch.full_like(y, -1), t, noise)
+        self._heldout += torch.stack([torch.ones_like(losses[0]), *losses], 1).double().sum(0).cpu()
+
+    def on_validation_epoch_start(self) -> None:
+        self._heldout = torch.zeros(3, dtype=torch.float64)  # number of images, and the sums of their losses
+
+    def on_validation_epoch_end(self) -> None:
+        # Lightning's own means over devices are wrong where these have different numbers of images.
+        sums = self.trainer.strategy.reduce(self._heldout.to(self.device), reduce_op="sum")
+        self.log("val/loss", sums[1] / sums[0], prog_bar=True, sync_dist=True)
+        self.log("val/loss_unconditional", sums[2] / sums[0], sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["weights_metadata"] = {
