@@ -35,11 +35,8 @@ class TrajectoryCLIPScore(TrajectoryMeasurement):
             raise ValueError(f"every must be at least 1, got {every}")
         self.clip, self.every = clip.freeze(), every
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if stage != "predict":
-            return
-        pl_module.check()
+    def begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().begin(trainer, pl_module)
         device, requests, prompts = trainer.strategy.root_device, trainer.datamodule, self.clip.num_classes
         if requests.num_classes != prompts:
             raise ConfigurationError(

@@ -24,7 +24,7 @@ class Measurement(L.Callback):
 
     Results cover the complete folder, however many runs and workers made it. What cannot be measured from the written samples is
     kept as sums, or as rows of single samples: :class:`~calib_guidance.callbacks.SampleWriter` stores those of a shard with it,
-    and at the end each measurement is given those of all shards. A subclass with a ``setup`` calls that of this class.
+    and at the end each measurement is given those of all shards.
 
     Attributes:
         context: of the run.
@@ -34,8 +34,13 @@ class Measurement(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "predict":
+            pl_module.check()  # nothing of an earlier run is touched for a configuration that cannot run
             self.context = pl_module.context
             self.context.measure(self)
+            self.begin(trainer, pl_module)
+
+    def begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Set up for a run whose parts fit together."""
 
     def finished(self, images: Tensor, labels: Tensor) -> None:
         """Samples that are about to be written: ``(N, C, H, W)`` in [-1, 1] and ``(N,)`` classes, on the device."""

@@ -81,10 +81,7 @@ class SampleQuality(Measurement):
         self.uint8_rule, self.batch_size = uint8_rule, batch_size
         self.measures = Measures(features, eval_classifier, k=k)
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if stage != "predict":
-            return
+    def begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         processes = DistributedContext(trainer.global_rank, trainer.world_size, trainer.strategy.root_device)
         classifies = self.measures.extractor_classifies or self.measures.eval_classifier
         specs = select((name for name in self.metrics if classifies or name != "classifier"), self.features)

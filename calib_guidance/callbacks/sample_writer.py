@@ -146,11 +146,7 @@ class SampleWriter(Measurement):
             run.check_readable()
         return (run.path / "run.json").exists()
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if stage != "predict":
-            return
-        pl_module.check()  # nothing of an earlier run is touched for a configuration that cannot run
+    def begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._check_writable(Path(trainer.default_root_dir))
         self.run = self._begin(trainer, pl_module)
         remaining = self.run.remaining(verify=True)

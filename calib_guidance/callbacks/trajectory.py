@@ -35,15 +35,12 @@ class TrajectoryMeasurement(Measurement, BufferedObserver):
         """The metric for a trajectory of so many steps, of ``sums`` that are not to be synchronised: every rank has all."""
         return StepMoments(num_steps, sync_on_compute=False)
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if stage == "predict":
-            pl_module.check()
-            self.levels = pl_module.sampler.levels(pl_module.denoiser)
-            self.t = self.levels.times.tolist()
-            self.metric = self.build(len(self.t)).to(trainer.strategy.root_device)
-            self.noted: list[tuple[int, list[Tensor]]] = []
-            self.context.observe(self)
+    def begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.levels = pl_module.sampler.levels(pl_module.denoiser)
+        self.t = self.levels.times.tolist()
+        self.metric = self.build(len(self.t)).to(trainer.strategy.root_device)
+        self.noted: list[tuple[int, list[Tensor]]] = []
+        self.context.observe(self)
 
     def __call__(self, record: StepRecord) -> None:
         if (terms := self.terms(record)) is not None:
@@ -177,10 +174,9 @@ class GradientNorm(TrajectoryMeasurement):
     Also what it is multiplied by, the guidance schedule (arXiv 2310.11311, Figure 5), which follows from the configuration.
     """
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if stage == "predict":
-            self.schedule = _strengths(pl_module.guidance, pl_module.sampler, self.levels)
+    def begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().begin(trainer, pl_module)
+        self.schedule = _strengths(pl_module.guidance, pl_module.sampler, self.levels)
 
     def terms(self, record: StepRecord) -> list[Tensor] | None:
         gradient = record.guided.aux.gradient

@@ -45,11 +45,7 @@ class TrajectoryStrips(Measurement, BufferedObserver):
         self.samples, self.steps = frozenset(samples), steps
         self.reset()
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if stage != "predict":
-            return
-        pl_module.check()
+    def begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         times = pl_module.sampler.levels(pl_module.denoiser).times
         kept = np.unique(np.linspace(len(times) - 1, 0, min(self.steps, len(times))).round().astype(int))[::-1]
         self.t, self.places = times[kept], {int(i): place for place, i in enumerate(kept)}

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -15,17 +14,16 @@ from torch import Tensor
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.errors import ConfigurationError, check_choice
 from calib_guidance.metrics import ClassifierMetrics, Levels
-from calib_guidance.tasks.common import Shared, log_loss, tell_smoothing
+from calib_guidance.tasks.base import TrainingTask
+from calib_guidance.tasks.common import tell_smoothing
 from calib_guidance.training import binned_smooth_ece, smooth_ece
 from calib_guidance.training.inputs import CleanInput, InputTransform
 
 SmoothECEForm = Literal["per_sample", "binned"]
-HELDOUT_SEED = (
-    0  # of the noise on held-out images: the same at every validation, in every run and on any number of ranks
-)
+HELDOUT_SEED = 0  # of the noise on held-out images: the same at every validation and on any number of ranks
 
 
-class CalibrateClassifier(L.LightningModule):
+class CalibrateClassifier(TrainingTask):
     """Cross-entropy + λ·Smooth ECE on clean, noisy or denoised images (arXiv 2511.05844 Eq. 1).
 
     Held-out data are measured overall and by noise level: ``val/nll``, ``val/ece`` … and ``val/ece/t=0-99`` …, with the
@@ -49,9 +47,6 @@ class CalibrateClassifier(L.LightningModule):
         compile: compile the classifier with torch.compile; its parameters keep their names.
         optimizer: builds the optimizer.
         lr_scheduler: builds the rate schedule, stepped at every optimizer step; none by default.
-
-    Raises:
-        ValueError: λ, β or the smoothing out of range, an unknown form, or a pattern that fits no parameter.
     """
 
     def __init__(
@@ -70,7 +65,7 @@ class CalibrateClassifier(L.LightningModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ):
-        super().__init__()
+        super().__init__(optimizer, lr_scheduler)
         if not smooth_ece_weight >= 0:
             raise ValueError(f"smooth_ece_weight (λ) must be at least 0, got {smooth_ece_weight}")
         if not smooth_ece_beta > 0:
@@ -86,9 +81,8 @@ class CalibrateClassifier(L.LightningModule):
         self.classifier, self.input_transform = classifier, input_transform or CleanInput()
         self.smooth_ece_weight, self.smooth_ece_beta = smooth_ece_weight, smooth_ece_beta
         self.smooth_ece_form, self.smooth_ece_warmup_steps = smooth_ece_form, smooth_ece_warmup_steps
-        self.label_smoothing, self.optimizer = label_smoothing, Shared(optimizer)
-        self.lr_scheduler = None if lr_scheduler is None else Shared(lr_scheduler)
-        self.num_levels, self.channels_last, self._told_smoothing = num_levels, channels_last, False
+        self.label_smoothing, self.num_levels = label_smoothing, num_levels
+        self.channels_last, self._told_smoothing = channels_last, False
         self.metrics = ClassifierMetrics(classifier.num_classes, num_levels)
         self._freeze(freeze)
         if compile:
@@ -131,13 +125,6 @@ class CalibrateClassifier(L.LightningModule):
             if own and not any(parameter.requires_grad for parameter in own):
                 module.eval()
 
-    def on_train_start(self) -> None:
-        # Not where the scheduler is made: the number of steps asks for the loader, and one that is made before the checkpoint
-        # has been read never learns where in the epoch to go on.
-        for scheduler in filter(None, [self.lr_schedulers()]):
-            if getattr(scheduler, "total_steps", 0) is None:
-                scheduler.total_steps = int(self.trainer.estimated_stepping_batches)
-
     def level_range(self, level: int) -> str:
         """The steps of a noise level as text, e.g. ``0-99``."""
         steps = self.input_transform.num_steps
@@ -174,11 +161,9 @@ class CalibrateClassifier(L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         logits, _ = self._logits(batch)
-        loss = self.loss(logits, batch["label"])
-        log_loss(self, loss)
-        return loss
+        return self.log_loss(self.loss(logits, batch["label"]))
 
-    def _heldout_step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Measures one batch; callbacks get its logits ``(N, K)``, labels and noise levels ``(N,)``."""
         logits, t = self._logits(batch, HELDOUT_SEED)
         y = batch["label"]
@@ -186,16 +171,7 @@ class CalibrateClassifier(L.LightningModule):
         self.metrics.update(logits.float(), y, level)
         return {"logits": logits.float(), "label": y, "level": level}
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        return self._heldout_step(batch)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        return self._heldout_step(batch)
-
     def on_validation_epoch_start(self) -> None:
-        self.metrics.reset()
-
-    def on_test_epoch_start(self) -> None:
         self.metrics.reset()
 
     def on_validation_epoch_end(self) -> None:
@@ -203,6 +179,8 @@ class CalibrateClassifier(L.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self._log_measured("test")
+
+    test_step, on_test_epoch_start = validation_step, on_validation_epoch_start
 
     def measured(self) -> dict[str, Levels]:
         """Every measure of the held-out data seen since the last validation or test began, over all ranks."""
@@ -219,16 +197,9 @@ class CalibrateClassifier(L.LightningModule):
             known = (~by_level.isnan()).nonzero().flatten().tolist()
             if len(known) > 1:
                 values |= {f"{stage}/{name}/t={self.level_range(k)}": by_level[k] for k in known}
-        shown = {f"{stage}/{name}" for name in ("nll", "accuracy", "ece")}
-        self.log_dict({k: v for k, v in values.items() if k in shown}, prog_bar=True, sync_dist=True)
-        self.log_dict({k: v for k, v in values.items() if k not in shown}, sync_dist=True)
+        for name, value in values.items():
+            self.log(name, value, prog_bar=name.rpartition("/")[2] in ("nll", "accuracy", "ece"), sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         notes = getattr(self.classifier, "weights_metadata", {})
         checkpoint["weights_metadata"] = {"classifier.network": {name: str(value) for name, value in notes.items()}}
-
-    def configure_optimizers(self) -> object:
-        optimizer = self.optimizer(parameter for parameter in self.classifier.parameters() if parameter.requires_grad)
-        if self.lr_scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}

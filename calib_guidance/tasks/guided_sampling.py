@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.classifiers.noise_aware import NoiseAwareClassifier
@@ -188,9 +190,14 @@ class GuidedSampling(FaultTolerant):
             return Attempt({"image": image}, watch.t)
 
     def _show_progress(self, step: int, num_steps: int) -> None:
-        """Name the step in the progress bar, which itself counts batches."""
+        """Show step, images per second and time left in the progress bar, which itself counts batches."""
         trainer = self._trainer  # None where a batch is tried outside of a loop
         bar = trainer and getattr(trainer.progress_bar_callback, "predict_progress_bar", None)
-        if bar is not None:
-            bar.set_postfix_str(f"step {step}/{num_steps}", refresh=False)
-            bar.update(0)
+        if bar is None:
+            return
+        done = self.num_done + len(self.context.indices) * step / num_steps
+        total = sum(map(len, self.context.shards)) or len(trainer.datamodule)
+        rate = done / max(time.monotonic() - self.started, 1e-9)  # of this device, which takes its share of the shards
+        left = tqdm.format_interval(max(total / trainer.world_size - done, 0) / rate)
+        bar.set_postfix_str(f"step {step}/{num_steps}, {rate:.3g} images/s, {left} left", refresh=False)
+        bar.update(0)

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import logging
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -131,6 +132,7 @@ class FaultTolerant(L.LightningModule, ABC):
     Attributes:
         context: what this module shares with the loader, the writer and the measurements.
         group_size: samples that depend on each other, neighbors by index; batches hold complete groups.
+        num_done: samples of the batches before, since ``started`` on the clock of time.monotonic.
     """
 
     group_size: int = 1
@@ -140,6 +142,7 @@ class FaultTolerant(L.LightningModule, ABC):
         self.context = SamplingContext()
         self._fits: dict[bool, int] = {}  # samples at a time, by whether in float32; absent while any number does
         self._largest = 0  # batch so far
+        self.num_done, self.started = 0, 0.0
 
     @abstractmethod
     def networks(self) -> dict[str, nn.Module]:
@@ -167,7 +170,10 @@ class FaultTolerant(L.LightningModule, ABC):
         """
         requests = {name: column for name, column in batch.items() if name != "shard"}
         self._largest = max(self._largest, len(requests["index"]))
+        if not self.num_done:
+            self.started = time.monotonic()
         columns, nonfinite = self._in_parts(requests, float32=False)
+        self.num_done += len(requests["index"])
         return self._retry(requests, columns, nonfinite) if nonfinite else Samples(columns, [])
 
     def _retry(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -13,14 +12,14 @@ from torch import Tensor, nn
 from calib_guidance.diffusion.parameterization import Parameterization, diffuse, network_target, x0_coefficients
 from calib_guidance.diffusion.schedules import NoiseSchedule, ScheduleName, named_betas
 from calib_guidance.errors import check_choice
-from calib_guidance.tasks.common import Shared, log_loss
+from calib_guidance.tasks.base import TrainingTask
 from calib_guidance.training.losses import variational_bound_term
 from calib_guidance.weights import registry
 
 Variance = Literal["fixed", "learned_range"]
 
 
-class TrainDiffusion(L.LightningModule):
+class TrainDiffusion(TrainingTask):
     """Fits an ADM network: mean squared error on ε or v, plus the variational bound where the variance is learned.
 
     The hybrid loss is that of Improved DDPM (Nichol & Dhariwal 2021, Eq. 16), with the bound's gradient kept from the mean. An
@@ -32,14 +31,11 @@ class TrainDiffusion(L.LightningModule):
         num_steps: length of the diffusion process.
         prediction: ``epsilon`` or ``v``.
         variance: ``fixed`` or ``learned_range``.
-        label_dropout: share of samples trained without their label, so that one network serves as conditional and
+        label_dropout: fraction of samples trained without their label, so that one network serves as conditional and
             unconditional model (Ho & Salimans 2022).
         compile: compile the network with torch.compile; its parameters keep their names.
         optimizer: builds the optimizer.
         lr_scheduler: builds the rate schedule, stepped at every optimizer step; none by default.
-
-    Raises:
-        ValueError: unknown names, or a share outside [0, 1].
     """
 
     def __init__(
@@ -54,13 +50,12 @@ class TrainDiffusion(L.LightningModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ):
-        super().__init__()
+        super().__init__(optimizer, lr_scheduler)
         check_choice("variance", variance, get_args(Variance))
         if not 0 <= label_dropout <= 1:
             raise ValueError(f"label_dropout must lie in [0, 1], got {label_dropout}")
         self.network = network
         self.prediction, self.variance, self.label_dropout = prediction, variance, label_dropout
-        self.optimizer, self.lr_scheduler = Shared(optimizer), None if lr_scheduler is None else Shared(lr_scheduler)
         self.weights_metadata = {"prediction": prediction, "noise_schedule": noise_schedule, "num_steps": num_steps}
         self.weights_metadata |= registry.nonstate_hparams(network)
         tables = NoiseSchedule(named_betas(noise_schedule, num_steps))
@@ -109,9 +104,7 @@ class TrainDiffusion(L.LightningModule):
         x0, y = batch["image"], batch["label"]
         dropped = torch.rand(len(y), device=y.device) < self.label_dropout
         t = torch.randint(len(self.betas), (len(y),), device=y.device)
-        loss = self.loss(x0, y.masked_fill(dropped, -1), t, torch.randn_like(x0)).mean()
-        log_loss(self, loss)
-        return loss
+        return self.log_loss(self.loss(x0, y.masked_fill(dropped, -1), t, torch.randn_like(x0)).mean())
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         x0, y = batch["image"], batch["label"]
@@ -136,9 +129,3 @@ class TrainDiffusion(L.LightningModule):
         checkpoint["weights_metadata"] = {
             "network": {name: str(value) for name, value in self.weights_metadata.items()}
         }
-
-    def configure_optimizers(self) -> object:
-        optimizer = self.optimizer(self.network.parameters())
-        if self.lr_scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}

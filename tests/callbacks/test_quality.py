@@ -37,6 +37,7 @@ def run_and_trainer(folder, count=50):
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
         lightning_module=SimpleNamespace(
             context=SamplingContext(),
+            check=lambda: None,
             denoiser=SimpleNamespace(image_shape=(1, 8, 8), decode=lambda x: x),
             device=torch.device("cpu"),
         ),

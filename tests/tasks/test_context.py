@@ -1,13 +1,16 @@
 """What the parts of a sampling run share."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
 from calib_guidance.callbacks import SampleWriter
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.runs import RunFolder
 from calib_guidance.runs.context import UNREADABLE, SamplingContext
+from calib_guidance.tasks import GuidedSampling
 from tests.test_run_folder import table
 
 
@@ -49,3 +52,16 @@ def test_nothing_is_written_without_a_configuration_or_in_a_fast_dev_run(tmp_pat
     with pytest.raises(ConfigurationError, match="calib-guidance predict"):
         SampleWriter().setup(trainer, module, "predict")
     assert not list(tmp_path.iterdir())
+
+
+def test_progress_within_a_batch(monkeypatch):
+    """Half of the third batch of 10 after 50 s: 0.5 images/s, and 25 of this device's 50 images are left."""
+    shown = []
+    bar = SimpleNamespace(set_postfix_str=lambda text, refresh: shown.append(text), update=lambda n: None)
+    module = GuidedSampling(nn.Identity(), None)
+    module.context.shards, module.context.indices = [range(60), range(60, 100)], list(range(10))
+    module._trainer = SimpleNamespace(progress_bar_callback=SimpleNamespace(predict_progress_bar=bar), world_size=2)
+    module.num_done, module.started = 20, 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: 150.0)
+    module._show_progress(5, 10)
+    assert shown == ["step 5/10, 0.5 images/s, 00:50 left"]
