@@ -161,6 +161,11 @@ class ExactResume(Checkpoint):
             callback.last_model_path = callback.last_model_path or str(Path(callback.dirpath, "last.ckpt"))
         if self._validation_due:
             self._validate(trainer)
+        for each in trainer.checkpoint_callbacks:
+            if isinstance(
+                each, ModelCheckpoint
+            ):  # else it would save again after the next batch, amid its accumulation
+                each._last_global_step_saved = trainer.global_step
         if self._between_epochs:
             # A new epoch follows, so nothing restarts: Lightning would continue the counters of the epoch that has ended.
             loop.epoch_loop._batches_that_stepped = trainer.global_step

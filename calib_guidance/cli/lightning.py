@@ -62,14 +62,13 @@ class SaveResolvedConfig(SaveConfigCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "predict":
             super().setup(trainer, pl_module, stage)
-            log_configuration(trainer, self.config.as_dict())
+        log_configuration(trainer, self.config.as_dict())
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir, self.config_filename)
             path.parent.mkdir(parents=True, exist_ok=True)
             self.parser.save(self.config, path, skip_none=False, overwrite=True, skip_validation=True)
-        log_configuration(trainer, self.config.as_dict())
 
 
 def innermost(error: BaseException) -> BaseException:

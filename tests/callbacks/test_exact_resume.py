@@ -123,7 +123,9 @@ def fit(folder, pages, kill=None, *, every=STEPS, batch_size=BATCH, ckpt_path="l
         plugins=[AtomicCheckpointIO()],
         **options,
     )
-    trainer.callbacks += [StopBetweenSteps(), ExactResume(), Diary(pages, kill)]
+    trainer.callbacks += [StopBetweenSteps(), ExactResume()]
+    # A kill comes after what is written in its hook, a signal before it is answered.
+    trainer.callbacks.insert(-2 if kill and len(kill) == 3 else len(trainer.callbacks), Diary(pages, kill))
     try:
         trainer.fit(Module(), datamodule=Data(batch_size), ckpt_path=ckpt_path)
     except Killed:

@@ -106,7 +106,7 @@ def test_a_resumed_run_continues_its_logs(in_root, tmp_path, resumed):
     """Stopped in and after an epoch; what was logged after the checkpoint is there once."""
 
     def run(folder, epochs, *arguments):
-        checkpoint = {"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": resumed, "save_last": True}}
+        checkpoint = {"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": resumed, "save_top_k": -1}}
         trainer = {"logger": loggers(folder)[:2], "log_every_n_steps": 1, "max_epochs": epochs}
         fit(folder, *arguments, trainer=trainer, callbacks=[checkpoint])
 
