@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 from pathlib import Path
 
 # Threads that fight over cores are many times slower than one, and two processes run in some tests.
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for jobs in the background
 PARITY = Path(__file__).parent / "parity"
 ROOT = Path(__file__).parent.parent
 

@@ -14,9 +14,11 @@ import yaml
 from torch import nn
 
 from calib_guidance.callbacks import clean_stop
-from calib_guidance.callbacks.clean_stop import SIGNALS, CleanStop
+from calib_guidance.callbacks.clean_stop import SIGNALS, CleanStop, restored_signals
+from calib_guidance.cli import lightning as cli
 from calib_guidance.cli import main
 from calib_guidance.errors import ConfigurationError, StoppedError
+from calib_guidance.tasks import GuidedSampling
 from calib_guidance.tasks.retry import in_float32, is_out_of_memory
 from tests.conftest import ROOT
 from tests.samples import read_samples
@@ -209,7 +211,7 @@ def interrupted(batches, **settings):
 
 
 class TestSignals:
-    @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+    @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
     def test_the_current_shard_is_finished(self, sound, tmp_path, capsys, name):
         folder = tmp_path / "run"
         handlers = [signal.getsignal(number) for number in SIGNALS]
@@ -221,7 +223,27 @@ class TestSignals:
         assert claims(folder) == []
         assert [signal.getsignal(number) for number in SIGNALS] == handlers
         assert predict(folder, **interrupted({})) == 0
+        assert [signal.getsignal(number) for number in SIGNALS] == handlers
         assert_same(folder, sound)
+
+    def test_what_is_ignored_stays_ignored(self):
+        """SIGHUP under nohup."""
+        with restored_signals():
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            CleanStop(60).install(trainer_of_nothing())
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+    @pytest.mark.parametrize("where", ["before the run", "in Lightning's set-up"])
+    def test_control_c_at_the_start_is_one_line(self, tmp_path, capsys, monkeypatch, where):
+        def interrupt(*args, **kwargs):
+            os.kill(os.getpid(), signal.SIGINT)
+
+        owner, name = (cli, "expand_bases") if where == "before the run" else (GuidedSampling, "check")
+        monkeypatch.setattr(owner, name, interrupt)
+        handlers = [signal.getsignal(number) for number in SIGNALS]
+        assert predict(tmp_path / "run") == 130
+        assert capsys.readouterr().err.splitlines()[-1] == "calib-guidance: stopped by SIGINT"
+        assert [signal.getsignal(number) for number in SIGNALS] == handlers
 
     def test_or_abandoned(self, tmp_path, capsys):
         folder = tmp_path / "run"
@@ -267,26 +289,27 @@ def unasked():
     raise AssertionError("nothing is to be waited for")
 
 
-@pytest.fixture
-def stop(clock):
-    """Of a run with 60 s to stop in, in a batch of 10 samples that took 20 s the last time, 30 of its shard being left."""
-    trainer = SimpleNamespace(
+def trainer_of_nothing():
+    return SimpleNamespace(
         strategy=SimpleNamespace(launcher=None),
         default_root_dir="out",
         received_sigterm=False,
         local_rank=0,
         is_global_zero=True,
     )
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+
+
+@pytest.fixture
+def stop(clock):
+    """Of a run with 60 s to stop in, in a batch of 10 samples that took 20 s the last time, 30 of its shard being left."""
     stop = CleanStop(60)
-    stop.install(trainer)
-    stop.begin(40)
-    clock.now += 20
-    stop.end(10, unasked)
-    stop.begin(30)
-    yield stop
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with restored_signals():
+        stop.install(trainer_of_nothing())
+        stop.begin(40)
+        clock.now += 20
+        stop.end(10, unasked)
+        stop.begin(30)
+        yield stop
 
 
 class TestPace:
