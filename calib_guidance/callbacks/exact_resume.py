@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from calib_guidance.callbacks.loggers import STATE
+from calib_guidance.errors import ConfigurationError
 
 _STEPS = "epoch_loop.automatic_optimization.optim_progress"
 
@@ -95,6 +96,11 @@ class ExactResume(Checkpoint):
         checkpoint[STATE] = {"validation_due": due, "logger_versions": versions}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if "loops" not in checkpoint:
+            raise ConfigurationError(
+                f"--ckpt_path: {trainer.ckpt_path} holds weights without the state of a run: name it as the classifier's or the "
+                "network's weights in the YAML instead"
+            )
         loops = checkpoint["loops"]["fit_loop"]
         self._between_epochs = _at_epoch_end(loops)
         self._validation_due = checkpoint.get(STATE, {}).get("validation_due", False)

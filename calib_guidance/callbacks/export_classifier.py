@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -109,23 +110,19 @@ class ExportClassifier(L.Callback):
             self._seen.append({name: value.detach().cpu() for name, value in outputs.items()})
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
-        if not self._improved(trainer):
+        # As rank 0 sees it: the statistics of BatchNorm may differ.
+        if trainer.sanity_checking or not trainer.strategy.broadcast(self._improved(trainer)):
             return
         temperature = self._fit_temperature(trainer, pl_module)
         if trainer.is_global_zero and not trainer.fast_dev_run:
             self._write(trainer, pl_module, temperature)
-            score = (
-                "" if self.monitor is None else f", {self.monitor} {float(trainer.callback_metrics[self.monitor]):.4g}"
-            )
-            print(f"wrote {self.target} and .yaml (step {trainer.global_step}{score})")
+            score = self.monitor and f", {self.monitor} {float(trainer.callback_metrics[self.monitor]):.4g}"
+            print(f"wrote {self.target} and .yaml (step {trainer.global_step}{score or ''})")
 
     def _improved(self, trainer: L.Trainer) -> bool:
-        if wrong := [
-            name for name, value in self._weights.items() if value.is_floating_point() and not value.isfinite().all()
-        ]:
-            log.warning(f"{wrong[0]} is not finite after step {trainer.global_step}: this classifier is not exported")
+        wrong = (name for name, value in self._weights.items() if not value.isfinite().all())
+        if (name := next(wrong, None)) is not None:
+            log.warning(f"{name} is not finite after step {trainer.global_step}: this classifier is not exported")
             return False
         if self.monitor is None:
             return True
@@ -150,21 +147,19 @@ class ExportClassifier(L.Callback):
         fitted = fit_temperature(
             logits, y, level, num_levels, lambda sums: trainer.strategy.reduce(sums.to(device), reduce_op="sum")
         )
-        names = [f"t = {pl_module.level_range(k)}" for k in range(num_levels)] if num_levels > 1 else ["all t"]
-        finite = logits.isfinite().all(1)
-        if not finite.all():
+        if not (finite := logits.isfinite().all(1)).all():
             log.warning(
-                f"{int((~finite).sum())} held-out samples without finite logits are left out of the temperature"
+                f"{int((~finite).sum())} held-out samples of logits that are not finite do not count for the temperature"
             )
+        logits, y, level = (each[finite].to(device) for each in (logits, y, level))
+        metrics = NegativeLogLikelihood(num_levels), CalibrationError(num_levels=num_levels)
         measured = []
-        for each in (logits[finite], logits[finite] / fitted[level[finite]].unsqueeze(1)):
-            for metric in (
-                NegativeLogLikelihood(num_levels).to(device),
-                CalibrationError(num_levels=num_levels).to(device),
-            ):
-                metric.update(each.to(device), y[finite].to(device), level[finite].to(device))
-                measured.append(metric.compute().by_level.tolist())
+        for metric, each in itertools.product(metrics, (logits, logits / fitted.to(device)[level].unsqueeze(1))):
+            metric.to(device).reset()
+            metric.update(each, y, level)
+            measured.append(metric.compute().by_level.tolist())
         if trainer.is_global_zero:
+            names = [f"t = {pl_module.level_range(k)}" for k in range(num_levels)] if num_levels > 1 else ["all t"]
             self._report_temperature(names, fitted.tolist(), *measured)
         values = [round(value, 6) for value in fitted.tolist()]
         return values[0] if len(values) == 1 else values
@@ -172,9 +167,8 @@ class ExportClassifier(L.Callback):
     @staticmethod
     def _report_temperature(names: list[str], fitted: list[float], *measured: list[float]) -> None:
         """Print T, NLL and ECE before and after; name the levels at a bound."""
-        nll, ece, nll_after, ece_after = measured
-        print(f"\n{'temperature':<16}{'T':>8}{'NLL':>10}{'→':>5}{'ECE':>10}{'→':>5}")
-        for row in zip(names, fitted, nll, nll_after, ece, ece_after, strict=True):
+        print(f"\n{'temperature':<16}{'T':>8}{'NLL':>8}{'→':>9}{'ECE':>8}{'→':>9}")
+        for row in zip(names, fitted, *measured, strict=True):
             print("{:<16}{:>8.3f}{:>8.4f}{:>9.4f}{:>8.4f}{:>9.4f}".format(*row))
         if at_bound := [name for name, value in zip(names, fitted, strict=True) if value in BOUNDS]:
             log.warning(

@@ -63,7 +63,8 @@ def continue_logs(loggers: Sequence[Logger], checkpoint: Path) -> None:
     """
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        versions, step = content[STATE]["logger_versions"], content["global_step"]
+        versions, due = content[STATE]["logger_versions"], content[STATE]["validation_due"]
+        step = content["global_step"]
     except (OSError, RuntimeError, KeyError, pickle.UnpicklingError):
         return  # corrupted, which loading it reports, or another program's
     for logger in loggers:
@@ -76,14 +77,19 @@ def continue_logs(loggers: Sequence[Logger], checkpoint: Path) -> None:
         elif isinstance(logger, TensorBoardLogger):
             logger._kwargs["purge_step"] = step
         else:
-            _continue_csv(logger, step)
+            _continue_csv(logger, step, due)
 
 
-def _continue_csv(logger: CSVLogger, step: int) -> None:
+def _continue_csv(logger: CSVLogger, step: int, due: bool) -> None:
+    """Keep the rows before a step, without those of its validation where that is due again."""
     path = Path(logger.log_dir, "metrics.csv")
     rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
     with warnings.catch_warnings(action="ignore"):  # that earlier files will be deleted
         experiment = logger.experiment
     if experiment is not None:  # on rank 0
-        experiment.metrics = [{k: v for k, v in row.items() if v} for row in rows if int(row["step"]) < step]
+        kept = ({k: v for k, v in row.items() if v} for row in rows if int(row["step"]) < step)
+        again = (
+            row for row in kept if not due or int(row["step"]) < step - 1 or not any(k.startswith("val/") for k in row)
+        )
+        experiment.metrics = list(again)
         experiment.save()

@@ -265,7 +265,11 @@ class CalibGuidanceCLI(LightningCLI):
         """Lets ``--ckpt_path last`` also find what was written when SLURM took the nodes away, where that is newer."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if kwargs.get("ckpt_path") == "last":
-            folders = [Path(callback.dirpath) for callback in self.trainer.checkpoint_callbacks if callback.dirpath]
+            folders = [
+                Path(callback.dirpath)
+                for callback in self.trainer.checkpoint_callbacks
+                if getattr(callback, "dirpath", None)
+            ]
             last = [path for folder in folders for path in folder.glob("last*.ckpt")]
             preempted = list(Path(self.trainer.default_root_dir).glob("hpc_ckpt_*.ckpt"))
             newest = max([*last, *preempted], key=lambda path: path.stat().st_mtime, default=None)

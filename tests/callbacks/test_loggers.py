@@ -117,7 +117,7 @@ def test_a_resumed_run_continues_its_logs(in_root, tmp_path, resumed):
         ]
         (events,) = {path.parent for path in folder.rglob("events.out*")}
         board = EventAccumulator(str(events)).Reload()
-        scalars = {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in ("train/loss", "val/nll")}
+        scalars = {tag: {e.step: e.value for e in board.Scalars(tag)} for tag in ("train/loss", "val/nll")}
         (bins,) = folder.rglob("reliability.csv")
         return rows, scalars, bins.read_text()
 
