@@ -265,12 +265,8 @@ class CalibGuidanceCLI(LightningCLI):
         """Lets ``--ckpt_path last`` also find what was written when SLURM took the nodes away, where that is newer."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if kwargs.get("ckpt_path") == "last":
-            folders = [
-                Path(callback.dirpath)
-                for callback in self.trainer.checkpoint_callbacks
-                if getattr(callback, "dirpath", None)
-            ]
-            last = [path for folder in folders for path in folder.glob("last*.ckpt")]
+            folders = {getattr(callback, "dirpath", None) for callback in self.trainer.checkpoint_callbacks} - {None}
+            last = [path for folder in folders for path in Path(folder).glob("last*.ckpt")]
             preempted = list(Path(self.trainer.default_root_dir).glob("hpc_ckpt_*.ckpt"))
             newest = max([*last, *preempted], key=lambda path: path.stat().st_mtime, default=None)
             kwargs["ckpt_path"] = "last" if newest is None else str(newest)
