@@ -1,6 +1,7 @@
 """Training modules: losses, label dropout and refusals."""
 
 import re
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -16,7 +17,7 @@ from calib_guidance.guidance import ClassifierGuidance
 from calib_guidance.networks import EncoderUNet, SmallResNet, UNet
 from calib_guidance.samplers import DDPM
 from calib_guidance.tasks import CalibrateClassifier, GuidedSampling, TrainDiffusion
-from calib_guidance.training import smooth_ece
+from calib_guidance.training import WarmupCosine, smooth_ece
 
 
 class Oracle(nn.Module):
@@ -88,6 +89,23 @@ def test_the_objective_is_cross_entropy_and_smooth_ece():
 def test_calibration_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         CalibrateClassifier(OffTheShelfClassifier(SmallResNet(), 10), **arguments)
+
+
+@pytest.mark.parametrize("task", ["classifier", "diffusion"])
+def test_a_schedule_without_a_length_takes_that_of_the_run(task):
+    def schedule(optimizer):
+        return WarmupCosine(optimizer, warmup_steps=1)
+
+    classifier = OffTheShelfClassifier(SmallResNet(), 10)
+    if task == "classifier":
+        module = CalibrateClassifier(classifier, lr_scheduler=schedule)
+    else:
+        module = TrainDiffusion(classifier.network, lr_scheduler=schedule)
+    module._trainer = SimpleNamespace(estimated_stepping_batches=7)
+    scheduler = module.configure_optimizers()["lr_scheduler"]["scheduler"]
+    module.lr_schedulers = lambda: scheduler
+    module.on_train_start()
+    assert scheduler.total_steps == 7
 
 
 def test_diffusion_refuses():
