@@ -14,7 +14,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV). PyTorch and, on Linux, its CUDA libraries are most of the download."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND)) --editable ".[test]"
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --constraint constraints.txt $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND)) --editable ".[test]"
 	touch $@
 
 # 1,000 guided digits, measured and drawn.
@@ -66,7 +66,7 @@ figures: demo few-steps
 benchmarks: $(INSTALLED)
 	mkdir -p outputs
 	rm -f outputs/benchmarks.json
-	for part in sampling_step guidance_share against_diffusers systems scaling fit_step metrics "run_folder --only-table"; do \
+	for part in start_up sampling_step guidance_share against_diffusers systems scaling fit_step metrics "run_folder --only-table"; do \
 	  set -- $$part; $(BIN)/python benchmarks/$$1.py $$2 --json outputs/benchmarks.json || exit 1; done
 	$(BIN)/python benchmarks/compare.py outputs/benchmarks.json
 

@@ -6,17 +6,22 @@ diffusion model guidance through calibration and regularization* (arXiv 2511.058
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
 
-try:
-    __version__ = version("calib_guidance")
-except PackageNotFoundError:  # run from a source tree that is not installed
-    __version__ = "0+unknown"
+
+def __getattr__(name: str) -> str:
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("calib_guidance")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "0+unknown"
 
 
 def load_pretrained(name: str, checkpoint: str | PathLike[str] | None = None, **options: Any) -> nn.Module:

@@ -10,8 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from calib_guidance.backend.light_imports import defer_imports
+
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for jobs in the background
+defer_imports()  # before Lightning is imported
 PARITY = Path(__file__).parent / "parity"
 ROOT = Path(__file__).parent.parent
 

@@ -16,6 +16,7 @@ from calib_guidance.cli import main
 from calib_guidance.networks import SmallResNet
 from calib_guidance.runs import RunFolder
 from calib_guidance.weights.io import read_weights, save_weights
+from tests import processes
 from tests.conftest import ROOT
 from tests.samples import read_samples
 
@@ -186,22 +187,23 @@ def test_the_number_of_classes_need_not_be_repeated(in_root, tmp_path, capsys):
     assert "data.num_classes: neither the denoiser nor a classifier has classes: state how many" in message
 
 
-def run_processes(folder, *arguments, devices):
-    command = [sys.executable, "-m", "calib_guidance", *PREDICT, f"--trainer.default_root_dir={folder}", *QUICK]
+def run_processes(folder, *arguments, devices, launched):
+    command = [*PREDICT, f"--trainer.default_root_dir={folder}", *QUICK, *arguments]
     command += ["--trainer.strategy=ddp", f"--trainer.devices={devices}", "--model.init_args.sampler.init_args.steps=3"]
+    if not launched:
+        return processes.succeed(*command, ranks=devices)
+    command = [sys.executable, "-m", "calib_guidance", *command]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
-    )
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("samples", [25, 8])
-def test_two_processes_write_the_samples_of_one(in_root, tmp_path, samples):
-    """25 does not divide, and of 8 in batches of 10 the second process has none."""
+@pytest.mark.parametrize(("samples", "launched"), [(25, True), (8, False)])
+def test_two_processes_write_the_samples_of_one(in_root, tmp_path, samples, launched):
+    """25 does not divide, and of 8 in batches of 10 the second process has none. Lightning launches the second, or torchrun."""
     arguments = [f"--data.init_args.num_samples={samples}", "--data.init_args.batch_size=10"]
-    run_processes(tmp_path / "two", *arguments, devices=2)
+    run_processes(tmp_path / "two", *arguments, devices=2, launched=launched)
     predict(tmp_path / "one", samples=samples, batch=10)
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / n / "samples").iterdir()} for n in ("one", "two"))
     assert one == two

@@ -4,8 +4,6 @@ import errno
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -32,10 +30,9 @@ from calib_guidance.metrics import (
 )
 from calib_guidance.networks import SmallResNet
 from calib_guidance.weights.io import save_weights
-from tests.conftest import ROOT
+from tests import processes
 from tests.image_files import Projection, pictures, write
 from tests.test_durable_sampling import predict
-from tests.test_sampling_processes import environment
 
 PROJECTION = ("--features", "tests.image_files:Projection")
 
@@ -289,16 +286,8 @@ def test_two_processes_give_the_figures_of_one(sets, tmp_path):
         [ranks, [*words, f"--batch-size={batch}", "--output", str(tmp_path / name)]]
         for name, ranks, batch in (("one", 1, 50), ("shared", 2, 50), ("idle", 2, 200))
     ]
-    (tmp_path / "commands.json").write_text(json.dumps(commands))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.ranks", str(tmp_path / "commands.json")],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert json.loads(done.stdout) == [[0], [0, 0], [0, 0]], done.stderr
+    for ranks, command in commands:
+        processes.succeed(*command, ranks=ranks)
     one = metrics(tmp_path / "one")
     for name_of_several in ("shared", "idle"):  # in the second there is no batch for the second process
         several = metrics(tmp_path / name_of_several)

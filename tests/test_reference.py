@@ -1,8 +1,6 @@
 """`calib-guidance reference`, the statistics it makes, and those of other programs."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,9 +14,9 @@ from calib_guidance.data import digits
 from calib_guidance.data.image_sets import ImageSet
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation.statistics import ReferenceStatistics
+from tests import processes
 from tests.conftest import ROOT
 from tests.image_files import KINDS, Projection, pictures, png, write
-from tests.test_sampling_processes import environment
 
 PROJECTION = "tests.image_files:Projection"
 
@@ -381,17 +379,9 @@ def test_one_and_two_processes_make_the_same(tmp_path):
         [ranks, ["reference", str(sources[name]), "--output", str(tmp_path / f"{name}{ranks}.npz"), *options]]
         for name, ranks in (("many", 1), ("many", 2), ("few", 1), ("few", 3), ("mixed", 2))
     ]
-    (tmp_path / "commands.json").write_text(json.dumps(commands))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.ranks", str(tmp_path / "commands.json")],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert json.loads(done.stdout) == [[0], [0, 0], [0], [0, 0, 0], [1, 2]], done.stderr
-    assert "process 0 cannot reach the others: one of them has ended" in done.stderr
+    done = [processes.run(*command, ranks=ranks) for ranks, command in commands]
+    assert [each.statuses for each in done] == [[0], [0, 0], [0], [0, 0, 0], [1, 2]], done
+    assert "process 0 cannot reach the others: one of them has ended" in done[-1].output
     assert not (tmp_path / "mixed2.npz").exists()
     for one, several, count in (("many1", "many2", 49), ("few1", "few3", 5)):
         one, several = (ReferenceStatistics.read(tmp_path / f"{name}.npz") for name in (one, several))

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,6 +9,7 @@ import yaml
 
 from calib_guidance.cli import main
 from calib_guidance.weights.io import read_weights
+from tests import processes
 from tests.conftest import ROOT
 
 EPOCHS, STEPS, EVERY = 3, 4, 3  # steps an epoch, and steps between checkpoints
@@ -41,12 +40,12 @@ def configuration(folder, *, killed=None, signal="SIGKILL", workers=0):
     return path
 
 
-def fit(folder, *arguments, command=("-m", "calib_guidance"), environment=(), **settings):
-    """One process that fits, and its exit status and output."""
-    words = [sys.executable, *command, "fit", "--config", str(configuration(folder, **settings)), *arguments]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)} | dict(environment)
-    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
-    return done.returncode, done.stdout + done.stderr
+def fit(folder, *arguments, environment=(), ranks=None, **settings):
+    """One process that fits, or several; the exit status of the first and the output of all."""
+    words = ["fit", "--config", configuration(folder, **settings), *arguments]
+    done = processes.run(*words, ranks=ranks, environment=environment)
+    assert len({*done.statuses}) == 1, done.output[-3000:]
+    return done.statuses[0], done.output
 
 
 def seen(folder, rank=0):
@@ -114,15 +113,14 @@ def test_nothing_to_fall_back_to_is_an_error(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_go_on_too(tmp_path):
-    """torchrun, both processes killed; each goes on with its own samples."""
-    command = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "calib_guidance")
+    """Both processes killed; each goes on with its own samples."""
     ddp = ("--trainer.devices=2", "--trainer.strategy=ddp", "--data.init_args.batch_size=125")
-    status, output = fit(tmp_path / "whole", *ddp, command=command)
+    status, output = fit(tmp_path / "whole", *ddp, ranks=2)
     assert status == 0, output[-3000:]
-    status, _ = fit(tmp_path / "killed", *ddp, command=command, killed=KILLED)
-    assert status != 0
+    status, _ = fit(tmp_path / "killed", *ddp, ranks=2, killed=KILLED)
+    assert status == -9
     assert [len(seen(tmp_path / "killed", rank)) for rank in (0, 1)] == [KILLED, KILLED]
-    status, output = fit(tmp_path / "killed", *ddp, "--ckpt_path=last", command=command)
+    status, output = fit(tmp_path / "killed", *ddp, "--ckpt_path=last", ranks=2)
     assert status == 0, output[-3000:]
     for rank in (0, 1):
         assert_continued(tmp_path / "killed", tmp_path / "whole", KILLED, rank)

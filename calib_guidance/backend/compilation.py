@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+
+from calib_guidance.backend.light_imports import is_imported
+
+
+def eager() -> AbstractContextManager:
+    """Runs compiled functions as they were written. Where torch's compiler is not imported, there are none."""
+    return torch.compiler.set_stance("force_eager") if is_imported("torch._dynamo") else nullcontext()
 
 
 class _OwnGradient(torch.autograd.Function):

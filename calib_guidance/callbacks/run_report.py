@@ -85,19 +85,21 @@ class RunReport(L.Callback):
         log_plots(trainer, pictures, results["num_samples"])
         predictions = ["predictions.npz"] if "classifier_accuracy" in results else []
         written = [run.samples, path, *(folder / name for name in (*predictions, "trajectory.npz", "config.yaml"))]
-        self._print(results, folder, [path for path in written if path.exists()], plots)
+        context.report = self._text(results, folder, [path for path in written if path.exists()], plots)
+        print(context.report)
 
     @staticmethod
-    def _print(results: dict[str, Any], folder: Path, written: list[Path], plots: list[Path]) -> None:
-        print(f"\n{results['num_samples']} samples, {results['nfe']} NFE each")
-        print(printed_table(results))
-        for line in described(results) if "features" in results else described_uncertainty(results):
-            print(line)
+    def _text(results: dict[str, Any], folder: Path, written: list[Path], plots: list[Path]) -> str:
+        lines = [f"\n{results['num_samples']} samples, {results['nfe']} NFE each", printed_table(results)]
+        lines += described(results) if "features" in results else described_uncertainty(results)
         if failed := results.get("failed"):
-            print(f"{len(failed)} failed samples: {', '.join(str(sample['index']) for sample in failed[:_LISTED])}")
+            lines.append(
+                f"{len(failed)} failed samples: {', '.join(str(sample['index']) for sample in failed[:_LISTED])}"
+            )
         names = [str(path.relative_to(folder) if path.is_relative_to(folder) else path) for path in written]
-        print(f"wrote to {folder}: {', '.join(names)}")
+        lines.append(f"wrote to {folder}: {', '.join(names)}")
         if plots:
             endings = ", ".join(dict.fromkeys(path.suffix for path in plots))
-            print(f"plots/ ({endings}): {', '.join(dict.fromkeys(path.stem for path in plots))}")
-        print(f"one page of it all: calib-guidance report {folder}")
+            lines.append(f"plots/ ({endings}): {', '.join(dict.fromkeys(path.stem for path in plots))}")
+        lines.append(f"one page of it all: calib-guidance report {folder}")
+        return "\n".join(lines)

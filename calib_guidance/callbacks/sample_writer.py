@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import lightning as L
 import numpy as np
 import pyarrow as pa
@@ -88,6 +87,8 @@ class _Shard:
 
     def table(self) -> pa.Table:
         """The samples, as ``datasets`` reads them."""
+        import datasets
+
         features = {key: datasets.Value("int64") for key in self.columns if key != "image"}
         schema = datasets.Features(features | {"image": datasets.Image()}).arrow_schema
         return pa.Table.from_pydict(self.columns, schema=schema)

@@ -9,12 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import timm
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
 
 from calib_guidance.backend.convolutions import pack_convolutions
 from calib_guidance.backend.precision import Dtype, dtype_of
@@ -61,6 +58,9 @@ def build_network(
             local file.
         metadata: settings for :func:`~calib_guidance.weights.io.load_weights` of a local file.
     """
+    import timm  # seconds to import, as torchvision
+    import torchvision
+
     local = weights is not None and ("/" in weights or "." in weights)
     library, _, model = name.partition("/")
     if library == "torchvision" and model in torchvision.models.list_models(torchvision.models):
@@ -103,6 +103,8 @@ def build_network(
 
 def fold_batch_norm(network: nn.Module) -> nn.Module:
     """Fold each BatchNorm into the convolution before it, for inference; a network that torch.fx cannot trace is unchanged."""
+    from torch.fx.experimental.optimization import fuse  # imports sympy
+
     if "forward" in vars(network):  # smoothed around its forward, which a trace would leave out
         return network
     try:

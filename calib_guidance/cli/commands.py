@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import io
 import os
 import platform
 import select
@@ -14,6 +15,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 import calib_guidance
+from calib_guidance.backend.light_imports import defer_imports
+from calib_guidance.cli.configs import check_names, check_weights, expand_bases
 from calib_guidance.cli.trust import list_foreign
 from calib_guidance.errors import CheckpointError, ConfigurationError, RunError, StoppedError, closest
 
@@ -23,8 +26,8 @@ _LIGHTNING = {
     "test": "the same on test data",
     "predict": "make guided samples, or denoised images to train on",
 }
-# For each command the module with a function of its name, and what it does. Imported on demand: configs, status and export need
-# neither torch nor Lightning, whose import takes longer than they do.
+# For each command the module with a function of its name, and what it does. Imported on demand: only those in _HEAVY need torch,
+# whose import takes longer than the others do.
 _COMMANDS = {
     "configs": ("cli.configs", "list the named configurations"),
     "doctor": ("cli.doctor", "check files, shapes, memory and time of a run before it"),
@@ -35,6 +38,7 @@ _COMMANDS = {
     "report": ("report", "one HTML page of a run, or of several"),
     "status": ("runs.status", "what of a run is done, and how long the rest takes"),
 }
+_HEAVY = {"doctor", "evaluate", "experiment", "reference"}
 
 
 def _overview() -> str:
@@ -49,7 +53,56 @@ def _version() -> str:
     return f"calib-guidance {calib_guidance.__version__} ({libraries}, Python {platform.python_version()})"
 
 
-def _run(argv: Sequence[str]) -> None:
+def _start(argv: Sequence[str]) -> None:
+    """Run a command."""
+    if argv[0] in _HEAVY:
+        defer_imports()
+    if argv[0] in _COMMANDS:
+        list_foreign(argv[1:])
+        module = importlib.import_module(f"calib_guidance.{_COMMANDS[argv[0]][0]}")
+        getattr(module, argv[0])(argv[1:])
+        return
+    from calib_guidance.cli.lightning import run_lightning
+
+    run_lightning(argv)
+
+
+def _show_help(argv: Sequence[str]) -> None:
+    """The help page of a command, remembered from the last time."""
+    from calib_guidance.cli.remembered import Answer
+
+    answer = Answer(argv, "help")
+    if (page := answer.read()) is None:
+        printed = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(printed):
+                _start(argv)
+        except SystemExit as stop:
+            if stop.code:
+                raise
+        page = printed.getvalue()
+        answer.write(page)
+    print(page, end="")
+
+
+def _predict(argv: Sequence[str]) -> None:
+    """Sample; or print the report where this command has finished and no file of it has changed since."""
+    from calib_guidance.cli.remembered import RunAnswer
+
+    answer = RunAnswer(argv)
+    if (report := answer.read()) is not None:
+        print("complete, and no file of the run has changed since: nothing to do", file=sys.stderr)
+        print(report)
+        return
+    from calib_guidance.cli.lightning import run_lightning
+
+    cli = run_lightning(argv)
+    report = cli.model.context.report if hasattr(cli.model, "context") else ""
+    if report and not any(getattr(callback, "restart", False) for callback in cli.trainer.callbacks):
+        answer.write(report, cli.model.context.store.path)
+
+
+def _run(argv: Sequence[str], from_shell: bool) -> None:
     if sys.platform == "win32":
         raise ConfigurationError(
             "Windows is not supported: run folders need POSIX signals and atomic links between files. Use WSL 2, Linux or macOS"
@@ -61,17 +114,21 @@ def _run(argv: Sequence[str]) -> None:
         print(_overview())
     elif command == "--version":
         print(_version())
-    elif command in _COMMANDS:
-        list_foreign(argv[1:])
-        module = importlib.import_module(f"calib_guidance.{_COMMANDS[command][0]}")
-        getattr(module, command)(argv[1:])
-    elif command in _LIGHTNING or command.startswith("-"):
-        from calib_guidance.cli.lightning import run_lightning
-
-        run_lightning(argv)
-    else:
+    elif command not in (*_COMMANDS, *_LIGHTNING) and not command.startswith("-"):
         hint = closest(command, [*_LIGHTNING, *_COMMANDS])
         raise ConfigurationError(f"unknown command {command!r}{hint}\n{_overview()}")
+    elif command in _COMMANDS and command not in _HEAVY:
+        _start(argv)
+    elif from_shell and argv[1:] in (["-h"], ["--help"]):
+        _show_help(argv)
+    elif command in _COMMANDS:
+        check_names(argv)
+        _start(argv)
+    else:
+        argv = expand_bases(argv)  # before torch is imported: a name may be misspelled, a file missing
+        check_weights(argv)
+        alone = not {"RANK", "SLURM_PROCID"} & os.environ.keys()  # else all processes would have to agree
+        (_predict if command == "predict" and from_shell and alone else _start)(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -87,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     try:
         try:
-            _run(list(sys.argv[1:] if argv is None else argv))
+            _run(list(sys.argv[1:] if argv is None else argv), from_shell=argv is None)
         finally:
             sys.stdout.flush()
     except (ConfigurationError, CheckpointError, RunError, OSError) as error:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 import yaml
 
-from calib_guidance.backend.shipped import shipped
+from calib_guidance.backend.shipped import find_file, shipped
 from calib_guidance.backend.text import read_yaml
 from calib_guidance.errors import ConfigurationError
+from calib_guidance.weights.cards import no_such_file
 
 _OPTIONS = ("--config", "-c")
 _ROOT = "lightning_configs"
@@ -87,6 +89,21 @@ def with_bases(path: Path, command: str | None, above: tuple[Path, ...] = ()) ->
     return [*files, yaml.safe_dump(content, allow_unicode=True, sort_keys=False)] if content else files
 
 
+def check_names(argv: Sequence[str]) -> None:
+    """Raise ConfigurationError for the first ``--config`` of ``doctor`` or ``experiment`` that names nothing."""
+    command = "predict" if argv[0] == "doctor" else argv[0]
+    for before, argument in itertools.pairwise((*argv, "")):
+        option, equals, value = before.partition("=")
+        value = value if equals else argument
+        if option in _OPTIONS and value and not _is_text(value):
+            find_configuration(value, command)
+
+
+def _is_text(value: str) -> bool:
+    """Whether the value of ``--config`` is YAML itself."""
+    return any(mark in value for mark in ("\n", "{", ": "))
+
+
 def expand_bases(argv: Sequence[str]) -> list[str]:
     """Arguments of a command in which every configuration is a file or YAML text, preceded by those it is based on.
 
@@ -105,10 +122,68 @@ def expand_bases(argv: Sequence[str]) -> list[str]:
             expanded.append(argument)
             continue
         value = value if equals else rest.pop(0)
-        is_text = any(mark in value for mark in ("\n", "{", ": "))
-        values = [value] if is_text else with_bases(find_configuration(value, command), command)
+        values = [value] if _is_text(value) else with_bases(find_configuration(value, command), command)
         expanded += [each for value in values for each in ("--config", value)]
     return expanded
+
+
+# Parts whose weights are files, unless their names have neither folder nor ending.
+_WITH_WEIGHTS = {
+    *("ADMDenoiser", "EDMDenoiser", "DiTDenoiser", "NoiseAwareClassifier"),
+    *("OffTheShelfClassifier", "CLIPClassifier"),
+}
+
+
+def _flat(node: object, name: str) -> Iterator[tuple[str, object]]:
+    """Dotted names and values below a node of a configuration, without the levels ``init_args``."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        yield from _flat(value, name if key == "init_args" else f"{name}.{key}".removeprefix("."))
+    if not items:
+        yield name, node
+
+
+def _options(argv: Sequence[str]) -> Iterator[tuple[str, object]]:
+    """Names and values that arguments set, in order: a name that comes again replaces what is below it."""
+    rest = list(argv)
+    while rest:
+        option, _, value = rest.pop(0).partition("=")
+        if option.startswith("-"):
+            value = value or (rest.pop(0) if rest and not rest[0].startswith("--") else "")
+            name = "" if option in _OPTIONS else option.lstrip("-").replace(".init_args", "")
+            try:
+                node = yaml.safe_load(value if name or "\n" in value else Path(value).read_text())
+            except (OSError, ValueError, yaml.YAMLError):  # the parser says what is wrong
+                continue
+            yield from _flat(node, name)
+
+
+def check_weights(argv: Sequence[str]) -> None:
+    """Raise CheckpointError for a weights file of a configuration that is not there, before anything is imported.
+
+    Only where it is certain: building the parts finds all.
+
+    Args:
+        argv: of :func:`expand_bases`.
+    """
+    final: dict[str, object] = {}
+    for name, value in _options(argv):
+        final = {
+            key: kept
+            for key, kept in final.items()
+            if not key.startswith(f"{name}.") and not name.startswith(f"{key}.")
+        }
+        if name.endswith(".class_path") and final.get(name) != value:  # options of another class
+            part = name.removesuffix("class_path")
+            final = {key: kept for key, kept in final.items() if not key.startswith(part)}
+        final[name] = value
+    for name, value in final.items():
+        part, _, option = name.rpartition(".")
+        kind = str(final.get(f"{part}.class_path")).rpartition(".")[2]
+        if option in ("checkpoint", "weights") and kind in _WITH_WEIGHTS and isinstance(value, str):
+            is_file = option == "checkpoint" or "/" in value or "." in value
+            if is_file and value != "None" and not value.startswith("hf://") and not find_file(value).exists():
+                raise no_such_file(find_file(value))
 
 
 def configs(argv: Sequence[str]) -> None:

@@ -1,5 +1,7 @@
 """The one LightningCLI: ``fit``, ``validate``, ``test`` and ``predict``."""
 
+# ruff: noqa: E402 (some imports are deferred first)
+
 from __future__ import annotations
 
 import contextlib
@@ -15,6 +17,10 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from calib_guidance.backend.light_imports import defer_imports, hold
+
+defer_imports()
 
 import jsonargparse
 import lightning as L
@@ -171,7 +177,8 @@ def subclasses_listed_once() -> Iterator[None]:
 
     @functools.cache
     def listed(num_modules: int, *args: object, **kwargs: object) -> list[str]:
-        return _prefer_ours(original(*args, **kwargs))
+        with hold():  # a class's shortest path is looked for in the packages around it
+            return _prefer_ours(original(*args, **kwargs))
 
     def patched(*args: object, **kwargs: object) -> list[str]:
         return listed(len(sys.modules), *args, **kwargs)
@@ -183,11 +190,26 @@ def subclasses_listed_once() -> Iterator[None]:
 class CalibGuidanceCLI(LightningCLI):
     """LightningCLI with what sampling needs set: any module and data class, gradients inside predict."""
 
+    def __init__(self, *args: object, **kwargs: object):
+        self._asked = next(iter(kwargs["args"]), None)
+        each = {name: {"exit_on_error": False} for name in self.subcommands()}
+        # Errors as exceptions, not as pages of usage.
+        super().__init__(*args, parser_kwargs={"exit_on_error": False, **each}, **kwargs)
+
+    def subcommands(self) -> dict[str, set[str]]:
+        """The subcommand of this call alone: a parser takes as long to make as Lightning to import."""
+        known = LightningCLI.subcommands()
+        return {self._asked: known[self._asked]} if self._asked in known else known
+
     def parse_arguments(self, parser: LightningArgumentParser, args: object) -> None:
         try:
             with subclasses_listed_once():
                 super().parse_arguments(parser, args)
         except ArgumentError as error:
+            if "Expected a dot import path string" in str(error) and "torchvision" not in sys.modules:
+                importlib.import_module("torchvision.transforms.v2")  # whose classes may be named without a module
+                importlib.import_module("timm")
+                return self.parse_arguments(parser, args)
             raise ConfigurationError(shorten(str(error))) from error
         if (command := self.config.get("subcommand")) and MPSAccelerator.is_available():
             self._avoid_mps(self.config[command].trainer)
@@ -342,11 +364,6 @@ def run_lightning(argv: Sequence[str], cli: type[CalibGuidanceCLI] = CalibGuidan
     list_foreign(args)
     with plain_docstrings(), _options_of_the_trainer():
         return cli(
-            # Errors as exceptions, not as pages of usage.
-            parser_kwargs={
-                "exit_on_error": False,
-                **{key: {"exit_on_error": False} for key in LightningCLI.subcommands()},
-            },
             save_config_callback=SaveResolvedConfig,
             save_config_kwargs={"overwrite": True},
             subclass_mode_model=True,

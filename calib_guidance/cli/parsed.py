@@ -12,8 +12,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
-import datasets
-import huggingface_hub
 import lightning as L
 import torch
 from jsonargparse import Namespace
@@ -92,6 +90,8 @@ class NoDownloadError(OSError):
 @contextlib.contextmanager
 def without_network() -> Iterator[None]:
     """Forbid downloads: the libraries of the hub use their caches only, and connections raise NoDownloadError."""
+    import datasets
+    import huggingface_hub
 
     def refuse(address: tuple[str, int], *args: object, **kwargs: object) -> socket.socket:
         raise NoDownloadError(f"it would be downloaded, from {address[0]}")

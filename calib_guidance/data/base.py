@@ -7,12 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import datasets
 import numpy as np
 
 from calib_guidance.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import datasets
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +102,8 @@ def positions(part: str, count: int, labels: np.ndarray | None) -> np.ndarray:
     """
     if not part:
         return np.arange(count)
+    import datasets
+
     try:
         (found,) = datasets.ReadInstruction.from_spec(f"all{part}").to_absolute({"all": count})
     except (ValueError, AssertionError) as error:
@@ -198,6 +202,8 @@ class IndexedSource(ImageSource):
 
         A folder is ordered by class, and the shuffled blocks of a stream would not mix classes.
         """
+        import datasets
+
         numbered = datasets.Dataset.from_dict({"position": self.mixed()})
         return numbered.to_iterable_dataset(num_shards=min(self.num_images, num_shards))
 

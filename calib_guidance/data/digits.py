@@ -6,7 +6,6 @@ import functools
 from typing import Literal
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -22,6 +21,8 @@ _FITTING = 1000  # of the training digits; the others choose something: a checkp
 @functools.cache
 def _digits() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """All images and labels, and the rows of each split."""
+    from sklearn.datasets import load_digits  # imports SciPy and pandas
+
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
     labels = torch.tensor(data.target, dtype=torch.long)

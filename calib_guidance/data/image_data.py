@@ -6,11 +6,9 @@ import logging
 from dataclasses import replace
 from typing import Any, Literal
 
-from datasets.distributed import split_dataset_by_node
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.utils.data import DataLoader
-from torchvision.transforms import InterpolationMode, v2
 
 from calib_guidance.data.base import ImageSource, SourceOptions, init_arg, listed
 from calib_guidance.data.image_datasets import ImageReader, ImageRows, ImageStream
@@ -100,6 +98,8 @@ class ImageData(DataModule):
         seed: int | None = None,
         heldout_draws: int = 1,
     ):
+        from torchvision.transforms import InterpolationMode, v2
+
         super().__init__()
         check_at_least(1, image_size=image_size, batch_size=batch_size, shuffle_buffer=shuffle_buffer)
         check_at_least(1, samples_per_epoch=samples_per_epoch, num_classes=num_classes, heldout_draws=heldout_draws)
@@ -208,6 +208,8 @@ class ImageData(DataModule):
         )
         if not self.streaming:
             return ImageRows(source, reader, 1 if train else self.heldout_draws)
+        from datasets.distributed import split_dataset_by_node
+
         rows = source.stream(_STREAM_SHARDS * world * max(1, self.num_workers))
         rows = split_dataset_by_node(rows, rank, world)
         if not train:

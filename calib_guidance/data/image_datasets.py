@@ -7,20 +7,22 @@ import hashlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from calib_guidance.backend.images import from_uint8
 from calib_guidance.data.base import IndexedSource, Row
 from calib_guidance.data.loading import hashed, seeded
 from calib_guidance.data.preprocess import FIRST_FRAME, UnreadableImageError, contents, decode
-from calib_guidance.data.tables import READING_ERRORS, StreamedImages
 from calib_guidance.errors import ConfigurationError, first_line
+
+if TYPE_CHECKING:
+    import datasets
+
+    from calib_guidance.data.tables import StreamedImages
 
 _INDEX_RANGE = 2**62
 _ATTEMPTS = 1000  # to find a readable image in place of a corrupt one
@@ -73,6 +75,8 @@ class ImageReader:
             epoch: for random numbers.
             draw: of several of the same image, which get different hashes.
         """
+        from torchvision.transforms.v2.functional import pil_to_tensor
+
         if wrong := self.wrong_label(row.label, row.name):
             return {"wrong": [wrong]}
         try:
@@ -194,6 +198,8 @@ class ImageStream(IterableDataset):
         return torch.randperm(size, generator=generator).tolist()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        from calib_guidance.data.tables import READING_ERRORS
+
         resume, self._resume, corrupt = self._resume, {}, []
         # A new object in each worker: the epoch of an IterableDataset lies in memory that processes share.
         rows = self.rows.select_columns([*self.rows.features])

@@ -6,9 +6,6 @@ import functools
 from collections import defaultdict
 from collections.abc import Sequence
 
-from timm.data import ImageNetInfo
-from torchvision.models import ResNet50_Weights
-
 from calib_guidance.errors import ConfigurationError
 
 # One class is "crane" to WordNet as the other is. Data sets whose names have to differ number the second.
@@ -21,6 +18,9 @@ def imagenet_names() -> tuple[list[str], dict[str, set[int]]]:
 
     Known are WordNet ids (``n01440764``), synsets (``tench, Tinca tinca``) and torchvision's categories (``tench``).
     """
+    from timm.data import ImageNetInfo
+    from torchvision.models import ResNet50_Weights
+
     info = ImageNetInfo("imagenet-1k")
     categories = ResNet50_Weights.IMAGENET1K_V2.meta["categories"]
     meanings: dict[str, set[int]] = defaultdict(set)

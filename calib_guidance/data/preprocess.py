@@ -14,11 +14,9 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
-from torchvision.io import decode_png
 
 from calib_guidance.backend.threads import available_cores
 from calib_guidance.data.base import ImageSource, Row
@@ -63,6 +61,8 @@ def contents(row: Row) -> bytes | np.ndarray:
                 raise UnreadableImageError("not a file")
             return row.image.read_bytes()
         if isinstance(row.image, str):
+            import fsspec
+
             with fsspec.open(row.image, "rb") as file:
                 return file.read()
     except OSError as error:
@@ -139,6 +139,8 @@ def _orientation(picture: Image.Image) -> int:
 
 def _deep_png(image: bytes) -> np.ndarray:
     """Pixels of a PNG with 16 bits a channel, of which Pillow reads the high byte, as 8 bits (H, W, C)."""
+    from torchvision.io import decode_png
+
     try:
         deep = decode_png(torch.frombuffer(bytearray(image), dtype=torch.uint8))
     except RuntimeError as error:

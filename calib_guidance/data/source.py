@@ -11,7 +11,6 @@ from calib_guidance.data.base import ImageSource, SourceOptions
 from calib_guidance.data.folders import IMAGE_ENDINGS, FolderImages, is_loop
 from calib_guidance.data.npz import NpzImages
 from calib_guidance.data.run_images import RunImages
-from calib_guidance.data.tables import open_table
 from calib_guidance.errors import ConfigurationError, closest
 
 _TABLES = {".parquet": "parquet", ".arrow": "arrow"}
@@ -82,6 +81,8 @@ def open_source(options: SourceOptions, access: str = "ordered") -> ImageSource:
         access: ``ordered`` (for :meth:`ImageSource.read`), ``random`` (an IndexedSource), or ``stream`` (an IndexedSource or
             StreamedImages, without a copy in the cache).
     """
+    from calib_guidance.data.tables import open_table  # imports datasets
+
     kind = source_kind(options)
     if kind == "run folder" and access != "ordered":
         options, kind = replace(options, source=f"{glob.escape(options.source)}/samples/*.parquet"), "parquet"

@@ -12,10 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import timm
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
 from calib_guidance.backend.images import from_uint8
@@ -200,6 +198,8 @@ class TimmFeatures(_ResizedFeatures):
     """
 
     def __init__(self, model: str = _DINOV2, weights: str | None = "pretrained", size: int | None = None):
+        import timm
+
         super().__init__()
         self.network = build_network(f"timm/{model}", None, weights)
         settings = timm.data.resolve_data_config(pretrained_cfg=self.network.pretrained_cfg)
@@ -229,6 +229,8 @@ class TorchvisionFeatures(_ResizedFeatures):
     """
 
     def __init__(self, model: str, weights: str | None = "DEFAULT"):
+        import torchvision
+
         super().__init__()
         self.network = build_network(f"torchvision/{model}", None, weights)
         known = torchvision.models.get_model_weights(model)

@@ -8,15 +8,16 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.transforms import Bbox
 
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.plots.style import COLORS, COLUMN, panel, paper, save
+from calib_guidance.plots.style import COLORS, blank, panel, paper, save
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Value = float | str
 Point = tuple[Value, Mapping[str, tuple[float | None, float | None]]]
@@ -71,7 +72,7 @@ def ablation(
     x = np.array([value for value, _ in points], float) if numeric else np.arange(len(points), dtype=float)
     texts = [_text(value) for value, _ in points]
     slanted = (not numeric) and max(map(len, texts)) * len(texts) > 40
-    figure = Figure(figsize=(COLUMN, 0.45 + 0.3 * slanted + 1.1 * len(metrics)))
+    figure = blank(0.45 + 0.3 * slanted + 1.1 * len(metrics))
     axes = figure.subplots(len(metrics), 1, sharex=True, squeeze=False)[:, 0]
     for number, (axis, metric) in enumerate(zip(axes, metrics, strict=True)):
         mean, std = _measured(points, metric)
@@ -91,6 +92,9 @@ def ablation(
 
 def _annotate(figure: Figure, axis: Axes, x: np.ndarray, y: np.ndarray, texts: Sequence[str]) -> None:
     """Texts beside points, each at the first of eight places where it covers neither another one nor a point."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.transforms import Bbox
+
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw_without_rendering()  # lays out, so that places are known
     figure.set_layout_engine("none")

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
 
 from calib_guidance.diffusion.schedules import NoiseLevels
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.guidance.schedules import GuidanceSchedule
 from calib_guidance.plots.style import COLORS, LINE_STYLES, panel, paper, save
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _LINES = COLORS[:7]
 _UNITS = {

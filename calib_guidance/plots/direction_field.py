@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
 
-from calib_guidance.plots.style import COLORS, COLUMN, paper, save
+from calib_guidance.plots.style import COLORS, COLUMN, blank, paper, save
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _TOWARDS, _AWAY = COLORS[0], COLORS[1]
 
@@ -57,11 +57,13 @@ def direction_field(
         names: what to write at which place, ``(2,)`` each.
         limits: of both axes, left, right, bottom, top; those of the points by default.
     """
+    from matplotlib.patheffects import withStroke
+
     points, mode = np.asarray(points, np.float64), np.asarray(mode, np.float64)
     panels = len(gradients)
     left, right, bottom, top = limits or (*points[:, 0][[0, -1]], points[:, 1].min(), points[:, 1].max())
     side = (COLUMN - 0.1) / panels
-    figure = Figure(figsize=(COLUMN, side * (top - bottom) / (right - left) + 0.5))
+    figure = blank(side * (top - bottom) / (right - left) + 0.5)
     for number, (title, field) in enumerate(gradients.items()):
         axis = figure.add_subplot(1, panels, number + 1)
         g = np.asarray(field, np.float64)
@@ -103,6 +105,8 @@ def direction_field(
 
 def _add_legend(figure: Figure) -> None:
     """Both directions and the mode, below the panels."""
+    from matplotlib.lines import Line2D
+
     arrow = {"marker": r"$\rightarrow$", "ms": 8, "ls": "", "mew": 0}
     entries = {
         "towards μ": Line2D([], [], color=_TOWARDS, **arrow),

@@ -7,14 +7,15 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.patches import Rectangle
 
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.plots.style import COLUMN, panel, paper, save
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _GAP = 0.06  # between images, of their size
 _LETTER = 0.062  # inch, of the names of rows
@@ -144,6 +145,8 @@ def strips(
     x0, means = np.asarray(x0), np.asarray(gradient, np.float64).mean(axis=2)
     if 0 in x0.shape[:2]:
         raise ConfigurationError("there is no trajectory to draw: no sample or no step was kept")
+    from matplotlib.patches import Rectangle
+
     samples, steps, _, h, w = x0.shape
     guided = bool(np.isfinite(means).any())
     rows = 1 + guided  # of a sample

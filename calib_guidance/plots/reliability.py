@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.plots.style import COLORS, COLUMN, paper, save
+from calib_guidance.plots.style import COLORS, COLUMN, blank, paper, save
 
 _COLUMNS = 2
 _FEW = 10  # samples: the accuracy of so many is known to 0.16 at best
@@ -40,7 +38,7 @@ def reliability(bins: Sequence, titles: Sequence[str], path: str | os.PathLike[s
     columns = min(_COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     side = (COLUMN - 0.45) / _COLUMNS
-    figure = Figure(figsize=(COLUMN if columns == _COLUMNS else 0.5 + 1.3 * columns, 0.4 + (0.5 + 1.3 * side) * rows))
+    figure = blank(0.4 + (0.5 + 1.3 * side) * rows, COLUMN if columns == _COLUMNS else 0.5 + 1.3 * columns)
     grid = figure.add_gridspec(2 * rows, columns, height_ratios=(3, 1) * rows)
     figure.get_layout_engine().set(h_pad=0.01, hspace=0.02, w_pad=0.02, wspace=0.02)
     edges = np.linspace(0, 1, bins.shape[1] + 1)
@@ -73,6 +71,8 @@ def reliability(bins: Sequence, titles: Sequence[str], path: str | os.PathLike[s
         if column == 0:
             axis.set_ylabel("accuracy", fontsize=7)
             histogram.set_ylabel("fraction", fontsize=7)
+    from matplotlib.patches import Patch
+
     entries = [Patch(label="accuracy", **_ACCURACY), Patch(label="gap to confidence", **_GAP)]
     if any(((sums[:, 0] > 0) & (sums[:, 0] < _FEW)).any() for _, sums in panels):
         entries.append(Patch(label=f"below {_FEW} samples", **_NEARLY_EMPTY))

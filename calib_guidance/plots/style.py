@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 from calib_guidance.backend.atomic import atomic_path
 
@@ -45,12 +46,27 @@ _RC = {
 
 def paper(draw: Callable[P, R]) -> Callable[P, R]:
     """Decorator of plot functions: sets size and type, whatever the caller's settings are."""
-    return matplotlib.rc_context(_RC)(draw)
+
+    @functools.wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> R:
+        import matplotlib
+
+        with matplotlib.rc_context(_RC):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+def blank(height: float, width: float = COLUMN) -> Figure:
+    """An empty figure, of the width of a column by default; both in inch."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height))
 
 
 def panel(height: float) -> tuple[Figure, Axes]:
     """A figure of the width of a column with one pair of axes; ``height`` in inch."""
-    figure = Figure(figsize=(COLUMN, height))
+    figure = blank(height)
     return figure, figure.add_subplot()
 
 

@@ -46,6 +46,7 @@ class SamplingContext:
         observers: of the trajectory.
         measurements: of the run, in the order of their registration.
         indices: of the samples that the current attempt makes, row by row.
+        report: what was printed of the complete run; empty before.
     """
 
     def __init__(self, shards: Sequence[range] = ()):
@@ -55,6 +56,7 @@ class SamplingContext:
         self.observers: list[Observer] = []
         self.measurements: list[Any] = []
         self.indices: list[int] = []
+        self.report = ""
 
     def observe(self, observer: Observer) -> None:
         """Register an observer of every step. An observer that is registered already stays registered once."""

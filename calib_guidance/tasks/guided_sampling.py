@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from calib_guidance.backend.compilation import eager
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.classifiers.noise_aware import NoiseAwareClassifier
 from calib_guidance.denoisers import Combination
@@ -70,7 +71,7 @@ class GuidedSampling(FaultTolerant):
         if self._checked:
             return
         # Nothing is compiled for the single images that are looked at here.
-        with torch.compiler.set_stance("force_eager"):
+        with eager():
             for problem in self.problems():
                 raise ConfigurationError(problem)
         self._checked = True

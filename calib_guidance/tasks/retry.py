@@ -15,6 +15,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from calib_guidance.backend.compilation import eager
 from calib_guidance.backend.precision import HALVES
 from calib_guidance.data.requests import RequestData
 from calib_guidance.errors import OutOfMemoryError
@@ -98,7 +99,7 @@ def in_float32(*modules: nn.Module) -> Iterator[None]:
         with (
             torch.autocast("cpu", enabled=False),
             torch.autocast("cuda", enabled=False),
-            torch.compiler.set_stance("force_eager"),
+            eager(),
         ):
             yield
     finally:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from calib_guidance.backend.atomic import atomic_write
 from calib_guidance.errors import CheckpointError, first_line
 from calib_guidance.weights import registry
+from calib_guidance.weights.cards import no_such_file
 from calib_guidance.weights.hub import fetch
 from calib_guidance.weights.pickles import read_edm_pickle
 
@@ -165,9 +166,7 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
     if path.is_dir():
         return _read_folder(path)
     if not path.is_file():
-        card = registry.by_file(path)
-        where = card.where if card else "name an existing one (see checkpoints/README.md)"
-        raise CheckpointError(f"{path}: no such weights file; {where}")
+        raise no_such_file(path)
     if path.name.endswith(".safetensors.index.json"):
         return _read_shards(path)
     with open(path, "rb") as file:

@@ -9,76 +9,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby
-from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from calib_guidance import networks
 from calib_guidance.errors import CheckpointError
 from calib_guidance.networks.adm import AttentionBlock, EncoderUNet, GroupNorm, UNet
 from calib_guidance.networks.dit import DiT
-
-
-@dataclass(frozen=True)
-class Card:
-    """One published file. The attributes are explained at the top of ``cards.yaml``."""
-
-    name: str
-    kind: str
-    source: str
-    license: str
-    used_by: str
-    bytes: int
-    parameters: int | None = None
-    network: str | None = None
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    settings: Mapping[str, object] = field(default_factory=dict)
-    signature_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-
-    @property
-    def file(self) -> str:
-        """Name of the file, or of its folder."""
-        return self.source.rpartition("/")[2]
-
-    @property
-    def where(self) -> str:
-        """Where to get it, for messages."""
-        return f"the public {self.name} is at {self.source} ({self.bytes / 1e6:,.0f} MB, license {self.license})"
-
-
-def _read_cards() -> dict[str, Card]:
-    cards = {}
-    for name, values in yaml.safe_load(Path(__file__).with_name("cards.yaml").read_text(encoding="utf-8")).items():
-        if name.startswith("."):  # what several cards share
-            continue
-        shapes = {key: tuple(shape) for key, shape in values.pop("signature_shapes", {}).items()}
-        values.setdefault("bytes", 4 * values.get("parameters", 0))
-        cards[name] = Card(name, signature_shapes=shapes, **values)
-    return cards
-
-
-CARDS: Mapping[str, Card] = MappingProxyType(_read_cards())
-
-
-def entry(name: str, kind: str | None = None) -> Card:
-    """The card of a name."""
-    known = [card.name for card in CARDS.values() if kind in (None, card.kind)]
-    if name not in known:
-        raise ValueError(f"unknown published network {name!r}; known: {', '.join(known)}, or a class_path of your own")
-    return CARDS[name]
-
-
-def by_file(path: str | os.PathLike[str]) -> Card | None:
-    """The card whose file or folder ``path`` names, in any folder; None for others."""
-    parts = Path(path).parts
-    return next((card for card in CARDS.values() if card.file in parts), None)
+from calib_guidance.weights.cards import CARDS, Card, by_file, entry
 
 
 def make_network(name: str, dtype: str | None = None) -> nn.Module:

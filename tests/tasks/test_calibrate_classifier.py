@@ -3,9 +3,6 @@
 import csv
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -21,6 +18,7 @@ from calib_guidance.networks import SmallResNet
 from calib_guidance.tasks import CalibrateClassifier
 from calib_guidance.training.lr_schedules import WarmupCosine
 from calib_guidance.weights.io import CheckpointError, read_weights, save_weights
+from tests import processes
 from tests.conftest import ROOT
 
 CONFIG = ROOT / "lightning_configs/fit/digits_calibration.yaml"
@@ -237,10 +235,7 @@ class TestMeasuring:
         weights["classifier"]["init_args"]["weights"] = str(tmp_path / "w.safetensors")
         fit(tmp_path / "one", model=weights, command="validate")
         path = configuration(tmp_path / "two", model=weights, trainer={"devices": 2, "strategy": "ddp"})
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        command = [sys.executable, "-m", "calib_guidance", "validate", "--config", path]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
-        assert done.returncode == 0, done.stderr[-3000:]
+        processes.succeed("validate", "--config", path, ranks=2)
         one, two = measures(tmp_path / "one"), measures(tmp_path / "two")
         assert one["count"] == two["count"]
         for name in ("accuracy", "nll", "brier", "ece", "adaptive_ece", "maximum_ece", "classwise_ece", "smooth_ece"):
@@ -258,10 +253,7 @@ class TestMeasuring:
             model={"smooth_ece_weight": 1.0, "smooth_ece_form": "binned"},
             trainer={"devices": 2, "strategy": "ddp"},
         )
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        command = [sys.executable, "-m", "calib_guidance", "fit", "--config", path]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
-        assert done.returncode == 0, done.stderr[-3000:]
+        processes.succeed("fit", "--config", path, ranks=2)
         assert sum(measures(tmp_path)["count"]) == 297
         description = yaml.safe_load((tmp_path / "classifier.yaml").read_text())
         assert len(description["init_args"]["temperature"]) == 5

@@ -1,8 +1,6 @@
 """Data sets of denoised images, as the command line writes them."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from calib_guidance.diffusion.rng import DIFFUSION, SampleStreams
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.networks import UNet
 from calib_guidance.training import DenoisedInput
+from tests import processes
 from tests.conftest import ROOT
 from tests.samples import read_samples
 
@@ -120,11 +119,8 @@ def test_batch_size_and_readers_change_rounding_only(in_root, run, tmp_path):
 def test_two_processes_write_the_files_of_one(in_root, tmp_path):
     """300 does not divide 1,000: one process has a batch of 100 at the end."""
     denoise(tmp_path / "one", batch=300)
-    command = [sys.executable, "-m", "calib_guidance", *arguments(tmp_path / "two", 300)]
-    command += ["--trainer.strategy=ddp", "--trainer.devices=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
+    ddp = ("--trainer.strategy=ddp", "--trainer.devices=2")
+    processes.succeed(*arguments(tmp_path / "two", 300), *ddp, ranks=2)
     assert files(tmp_path / "one") == files(tmp_path / "two")
     assert len(files(tmp_path / "one")) == 4
 

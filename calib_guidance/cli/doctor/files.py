@@ -9,12 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
 import huggingface_hub
 import lightning as L
-import timm
 import torch
-import torchvision
 from jsonargparse import Namespace
 
 from calib_guidance.backend.shipped import find_file
@@ -46,10 +43,16 @@ def _library_weights(value: str, network: str) -> tuple[Path, str] | None:
     library, _, model = network.partition("/")
     with contextlib.suppress(ValueError, KeyError):  # torchvision does not know the model or its weights
         if library == "torchvision":
+            import torchvision
+
             known = torchvision.models.get_model_weights(model)[value]
             cached = Path(torch.hub.get_dir(), "checkpoints", Path(known.url).name)
             return cached, f"{known.url} ({known.meta['_file_size']:.3g} MB)"
-    if library == "timm" and timm.is_model(model) and value == "pretrained":
+    if library == "timm" and value == "pretrained":
+        import timm
+
+        if not timm.is_model(model):
+            return None
         hub_id = timm.get_pretrained_cfg(model).hf_hub_id
         return _hub_cache(hub_id), f"https://huggingface.co/{hub_id}"
     return None
@@ -79,6 +82,8 @@ def _find_weights(value: str, network: object) -> tuple[str, ...]:
 
 def _find_images(source: str) -> tuple[str, ...]:
     """Mark and lines for a data set of images."""
+    import datasets
+
     try:
         kind = source_kind(SourceOptions(source, option=init_arg))
     except ConfigurationError as error:

@@ -1,0 +1,121 @@
+"""Commands in processes of their own, forked off one that has imported everything: an import takes longer than most of them."""
+
+import atexit
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+
+
+class Done(NamedTuple):
+    """How a command ended.
+
+    Attributes:
+        statuses: exit status of each process, negative for a signal, None for one that did not end in time.
+        output: what they printed, on both streams.
+    """
+
+    statuses: list[int | None]
+    output: str
+
+
+def run(*argv, ranks=None, seconds=280, environment=()):
+    """Run a command of calib-guidance in the repository's root, in one process or in several ranks as torchrun starts them."""
+    with tempfile.NamedTemporaryFile() as output:
+        request = {"argv": [str(word) for word in argv], "ranks": ranks, "seconds": seconds, "output": output.name}
+        server = _server()
+        server.stdin.write(json.dumps(request | {"environment": {**os.environ, **dict(environment)}}) + "\n")
+        server.stdin.flush()
+        return Done(json.loads(server.stdout.readline()), Path(output.name).read_text(errors="replace"))
+
+
+def succeed(*argv, ranks=None, **options):
+    """The same; fails where a process does."""
+    done = run(*argv, ranks=ranks, **options)
+    assert done.statuses == [0] * (ranks or 1), done.output[-3000:]
+
+
+@functools.cache
+def _server():
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    server = subprocess.Popen([sys.executable, "-m", "tests.processes"], cwd=ROOT, env=environment, **pipes)
+    atexit.register(server.kill)
+    return server
+
+
+def _fork(argv, environment, output):
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        os.environ.clear()
+        os.environ |= environment | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        file = os.open(output, os.O_WRONLY | os.O_APPEND)
+        for stream in (1, 2):
+            os.dup2(file, stream)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        sys.argv = ["calib-guidance"]
+        main(argv)
+        status = 0
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def _answer(argv, ranks, seconds, output, environment):
+    """Exit statuses of a request's processes."""
+    each = [{}]
+    if ranks is not None:
+        shared = {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0"}
+        shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        each = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    found = {_fork(argv, environment | more, output): None for more in each}
+    end = time.monotonic() + seconds
+    while None in found.values() and time.monotonic() < end:
+        for pid in [p for p, status in found.items() if status is None]:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                found[pid] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    for pid in [p for p, status in found.items() if status is None]:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    return list(found.values())
+
+
+if __name__ == "__main__":
+    from calib_guidance.backend.light_imports import defer_imports
+
+    defer_imports()
+    import datasets  # noqa: F401 (these, before the forks)
+
+    import calib_guidance.cli.lightning
+    import calib_guidance.evaluation.evaluate  # noqa: F401
+    from calib_guidance.cli import main
+
+    for line in sys.stdin:
+        print(json.dumps(_answer(**json.loads(line))), flush=True)
