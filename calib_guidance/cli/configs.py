@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -166,6 +167,8 @@ def check_weights(argv: Sequence[str]) -> None:
     Args:
         argv: of :func:`expand_bases`.
     """
+    if any(re.match(r"--print_config|-h$|--([\w.]+\.)?help", argument) for argument in argv):
+        return
     final: dict[str, object] = {}
     for name, value in _options(argv):
         final = {
