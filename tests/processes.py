@@ -4,6 +4,7 @@ import atexit
 import functools
 import json
 import os
+import pkgutil
 import signal
 import socket
 import subprocess
@@ -29,10 +30,19 @@ class Done(NamedTuple):
     output: str
 
 
-def run(*argv, ranks=None, seconds=280, environment=()):
-    """Run a command of calib-guidance in the repository's root, in one process or in several ranks as torchrun starts them."""
+def run(*argv, ranks=None, seconds=280, environment=(), function=None):
+    """Run a command of calib-guidance in the repository's root, in one process or in several ranks as torchrun starts them.
+
+    With ``function``, ``MODULE:NAME``, each process calls that in its place, with its rank and the arguments.
+    """
     with tempfile.NamedTemporaryFile() as output:
-        request = {"argv": [str(word) for word in argv], "ranks": ranks, "seconds": seconds, "output": output.name}
+        request = {
+            "argv": [str(word) for word in argv],
+            "ranks": ranks,
+            "seconds": seconds,
+            "output": output.name,
+            "function": function,
+        }
         server = _server()
         server.stdin.write(json.dumps(request | {"environment": {**os.environ, **dict(environment)}}) + "\n")
         server.stdin.flush()
@@ -54,7 +64,7 @@ def _server():
     return server
 
 
-def _fork(argv, environment, output):
+def _fork(argv, environment, output, function):
     pid = os.fork()
     if pid:
         return pid
@@ -67,7 +77,10 @@ def _fork(argv, environment, output):
             os.dup2(file, stream)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         sys.argv = ["calib-guidance"]
-        main(argv)
+        if function is None:
+            main(argv)
+        else:
+            pkgutil.resolve_name(function)(int(environment["RANK"]), *argv)
         status = 0
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -85,7 +98,7 @@ def _free_port():
         return str(listener.getsockname()[1])
 
 
-def _answer(argv, ranks, seconds, output, environment):
+def _answer(argv, ranks, seconds, output, environment, function):
     """Exit statuses of a request's processes."""
     each = [{}]
     if ranks is not None:
@@ -93,7 +106,7 @@ def _answer(argv, ranks, seconds, output, environment):
         shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
         each = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    found = {_fork(argv, environment | more, output): None for more in each}
+    found = {_fork(argv, environment | more, output, function): None for more in each}
     end = time.monotonic() + seconds
     while None in found.values() and time.monotonic() < end:
         for pid in [p for p, status in found.items() if status is None]:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from calib_guidance.metrics import Accuracy, ClassifierMetrics, ReliabilityBins
+from tests import processes
 
 NAMES = {
     "accuracy",
@@ -136,9 +137,8 @@ def measure_on_rank(rank, folder):
 
 
 @pytest.mark.slow
-def test_two_processes_measure_what_one_does(tmp_path, monkeypatch):
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    torch.multiprocessing.spawn(measure_on_rank, (str(tmp_path),), nprocs=2)
+def test_two_processes_measure_what_one_does(tmp_path):
+    processes.succeed(tmp_path, ranks=2, function=f"{__name__}:measure_on_rank")
     rows = batches()
     expected = {
         "uneven": measure(ClassifierMetrics(7, 3), rows[:6]),

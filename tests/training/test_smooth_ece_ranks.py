@@ -1,13 +1,13 @@
-"""Binned Smooth ECE over two ranks. In its own file, so that the processes that import it start fast."""
+"""Binned Smooth ECE over two ranks."""
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from calib_guidance.training import binned_smooth_ece
+from tests import processes
 
 
 def model():
@@ -19,8 +19,9 @@ def gradients(network):
     return torch.cat([p.grad.flatten() for p in network.parameters()])
 
 
-def two_ranks(rank, folder, x, y, splits):
+def two_ranks(rank, folder):
     """What one rank finds: value and gradient of the loss for each split of the batch, after DDP's average."""
+    x, y, splits = torch.load(f"{folder}/batch.pt")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     network = DistributedDataParallel(model())
     found = []
@@ -34,14 +35,13 @@ def two_ranks(rank, folder, x, y, splits):
     dist.destroy_process_group()
 
 
-def test_two_processes_have_the_gradient_of_one_on_both_batches(tmp_path, monkeypatch):
+def test_two_processes_have_the_gradient_of_one_on_both_batches(tmp_path):
     """Also where one batch is larger, down to none on the second rank."""
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     generator = torch.Generator().manual_seed(5)
     x = 3 * torch.randn(40, 5, dtype=torch.float64, generator=generator)
     y = torch.randint(3, (40,), generator=generator)
-    splits = [20, 33, 40]
-    start_processes(two_ranks, (str(tmp_path), x, y, splits), nprocs=2, start_method="spawn")
+    torch.save((x, y, [20, 33, 40]), tmp_path / "batch.pt")
+    processes.succeed(tmp_path, ranks=2, function=f"{__name__}:two_ranks")
     network = model()
     loss = binned_smooth_ece(network(x), y)
     loss.backward()
