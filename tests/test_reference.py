@@ -393,7 +393,7 @@ def test_one_and_two_processes_make_the_same(tmp_path):
         for key in ("images", "features"):
             assert one.provenance[key] == several.provenance[key]
     assert one.provenance["images"]["sha256"] is not None
-    assert "2 processes on cpu" in done.stderr
+    assert "2 processes on cpu" in done[1].output
     many = ReferenceStatistics.read(tmp_path / "many2.npz").provenance["images"]
     assert (many["num_images"], many["num_skipped"]) == (50, 1)
     assert many["skipped"][0].startswith("split 'train', row 20 (")

@@ -5,8 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from sklearn.datasets import load_digits
 
 from calib_guidance.cli.remembered import RunAnswer
+from calib_guidance.data import digits
 
 # Each takes a tenth of a second or more.
 HEAVY = {
@@ -174,3 +177,10 @@ class TestRemembered:
         assert restored[0] == first[0]
         assert "torch" in restored[1]
         assert (tmp_path / "run/metrics.json").exists()
+
+
+def test_the_digits_are_scikit_learns():
+    known = load_digits()
+    images, labels = (torch.cat(parts) for parts in zip(digits("train"), digits("heldout"), strict=True))
+    found = sorted(zip(labels.tolist(), ((images + 1) * 8).flatten(1).int().tolist(), strict=True))
+    assert found == sorted(zip(known.target.tolist(), known.data.astype(int).tolist(), strict=True))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -21,11 +24,11 @@ _FITTING = 1000  # of the training digits; the others choose something: a checkp
 @functools.cache
 def _digits() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """All images and labels, and the rows of each split."""
-    from sklearn.datasets import load_digits  # imports SciPy and pandas
-
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
-    labels = torch.tensor(data.target, dtype=torch.long)
+    # The file of sklearn.datasets.load_digits, without the import of scikit-learn, SciPy and pandas.
+    folder = Path(importlib.util.find_spec("sklearn").origin).parent
+    rows = np.loadtxt(folder / "datasets/data/digits.csv.gz", delimiter=",", dtype=np.float32)
+    images = torch.from_numpy(rows[:, :-1]).reshape(-1, 1, 8, 8) / 8 - 1
+    labels = torch.from_numpy(rows[:, -1]).long()
     # The split is part of the data: it depends on no seed of a run. Drawn per class, so that both parts hold every class.
     generator = torch.Generator().manual_seed(2310_11311)
     heldout = torch.zeros(len(labels), dtype=torch.bool)
