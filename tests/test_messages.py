@@ -101,7 +101,7 @@ PREDICT_REFUSES = {
     "a folder in a file": (
         ("--trainer.default_root_dir={a_yaml}/run",),
         {"a_yaml": ""},
-        "the output folder TMP/a.yaml/run cannot be written",
+        "trainer.default_root_dir: TMP/a.yaml/run cannot be written: TMP/a.yaml: Not a directory",
     ),
     "no file of a classifier": (
         ("--model.guidance.classifier=no/missing.yaml",),

@@ -6,7 +6,6 @@ import io
 import logging
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from calib_guidance import __version__
+from calib_guidance.backend.atomic import check_writable
 from calib_guidance.backend.images import UINT8_RULES, Uint8Rule, to_uint8
 from calib_guidance.callbacks.background import Background, to_host
 from calib_guidance.callbacks.clean_stop import CleanStop
@@ -148,7 +148,7 @@ class SampleWriter(Measurement):
         return (run.path / "run.json").exists()
 
     def begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._check_writable(Path(trainer.default_root_dir))
+        check_writable(Path(trainer.default_root_dir), "trainer.default_root_dir")
         self.run = self._begin(trainer, pl_module)
         remaining = self.run.remaining(verify=True)
         self._log_state(remaining)
@@ -159,18 +159,6 @@ class SampleWriter(Measurement):
     def _observe(self, record: StepRecord) -> None:
         self.run.claims.renew()  # a batch may take longer than the lease
         self.stop(record)
-
-    @staticmethod
-    def _check_writable(folder: Path) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise ConfigurationError(
-                f"the output folder {folder} cannot be written ({error.strerror or error}): set trainer.default_root_dir "
-                "to a folder that can"
-            ) from error
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> RunFolder:
         path, requests, configuration = Path(trainer.default_root_dir), trainer.datamodule, self.context.configuration
