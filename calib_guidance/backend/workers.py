@@ -53,7 +53,7 @@ def is_alive(worker: str) -> bool | None:
     return _start_time(int(match[2])) == match[3]
 
 
-def end_with_parent(within: float) -> None:
+def end_with_parent(within: float = 600.0) -> None:
     """End this process when the one that started it dies: with SIGTERM, and after ``within`` seconds at once."""
     parent = os.getppid()
 

@@ -55,7 +55,6 @@ _PARTS = [
     )
 ]
 _PRECISIONS = (None, "32-true", "32", 32, "bf16-mixed", "bf16", "16-mixed", "16", 16)
-_END_WITHIN = 600.0  # seconds from the death of rank 0 to that of the others
 _PREDICT_CKPT = (
     "predict takes no --ckpt_path: Lightning would put the training module of that checkpoint in place of the sampling "
     "one. Name the weights in the YAML instead: the `checkpoint` of the denoiser or the `weights` of the classifier"
@@ -346,7 +345,7 @@ def _options_of_the_trainer() -> Iterator[None]:
 def run_lightning(argv: Sequence[str], cli: type[CalibGuidanceCLI] = CalibGuidanceCLI) -> CalibGuidanceCLI:
     """Run one Lightning subcommand with its options."""
     if os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ:
-        end_with_parent(_END_WITHIN)  # started by the process of rank 0, which may be killed
+        end_with_parent()  # started by the process of rank 0, which may be killed
     for message in (
         ".*LightningCLI's args parameter is intended.*",  # main(args) is for that
         ".*does not have many workers.*",  # requests and in-memory digits need none

@@ -25,7 +25,6 @@ from calib_guidance.errors import FailedSamplesError, StoppedError
 from calib_guidance.evaluation.evaluate import evaluate
 from calib_guidance.runs import RunFolder
 
-_END_WITHIN = 600.0  # seconds from the end of the command to that of its workers
 _DONE = "done"  # marker file in the folder of a run
 
 
@@ -86,7 +85,7 @@ def work(run: Run, threads: int) -> list[str]:
 
 def _start_worker(devices: multiprocessing.Queue | None) -> None:
     """Let this worker process see one device, before it has looked for any, and end with the process that gives it runs."""
-    end_with_parent(_END_WITHIN)
+    end_with_parent()
     if devices is not None:
         with contextlib.suppress(queue.Empty):
             os.environ["CUDA_VISIBLE_DEVICES"] = devices.get(timeout=10)

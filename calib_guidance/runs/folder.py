@@ -117,10 +117,7 @@ class RunFolder(ShardStore):
             versions: of the software, for people.
         """
         self.check_readable()
-        try:
-            check_size(self.num_requests, self.shard_size)
-        except ValueError as error:
-            raise ConfigurationError(str(error)) from error
+        check_size(self.num_requests, self.shard_size)
         file = self.path / "run.json"
         if not file.exists():
             content = {

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from calib_guidance.backend.shipped import find_file
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.runs.store import canonical_json, check_content, file_sha256, read_json, sha256
+from calib_guidance.runs.store import canonical_json, file_sha256, read_checked, sha256
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,17 +33,14 @@ def read_run(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     """Content of a folder's run.json, see :meth:`~calib_guidance.runs.folder.RunFolder.begin`; None if there is none."""
     file = Path(folder) / "run.json"
     try:
-        run = read_json(file)
-        if (found := run.get("format", FORMAT)) != FORMAT:
-            raise ConfigurationError(f"{file} has format {found!r:.80}, this version of calib_guidance reads {FORMAT}")
-        check_content(run, _RUN)
+        run = read_checked(file, _RUN)
+        if run["format"] != FORMAT:
+            raise ValueError(f"format {run['format']}, this version of calib_guidance reads {FORMAT}")
         check_size(run["num_samples"], run["shard_size"])
         if run["fingerprint"] != sha256(canonical_json(run["identity"])):
             raise ValueError("its fingerprint is not that of its identity")
     except FileNotFoundError:
         return None
-    except ConfigurationError:
-        raise
     except ValueError as error:
         raise ConfigurationError(
             f"{file} is corrupted ({error}): restore it, or choose another folder (trainer.default_root_dir)"
@@ -52,11 +49,11 @@ def read_run(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def check_size(num_samples: int, shard_size: int) -> None:
-    """Raise ValueError for a number of samples that cannot be cut into shards."""
+    """Raise ConfigurationError for a number of samples that cannot be cut into shards."""
     if num_samples < 1 or shard_size < 1:
-        raise ValueError(f"num_samples and shard_size must be at least 1, got {num_samples} and {shard_size}")
+        raise ConfigurationError(f"num_samples and shard_size must be at least 1, got {num_samples} and {shard_size}")
     if num_samples > _MOST_SHARDS * shard_size:
-        raise ValueError(
+        raise ConfigurationError(
             f"{num_samples:,} samples in shards of {shard_size:,} are more than {_MOST_SHARDS:,} files: raise data.shard_size"
         )
 

@@ -74,29 +74,25 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 
 
 def with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON mapping with its checksum, see :func:`check_content`."""
+    """A JSON mapping with its checksum, see :func:`read_checked`."""
     content = {key: value for key, value in content.items() if key != "checksum"}
     return content | {"checksum": sha256(canonical_json(content))}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON mapping; ValueError for what is none, FileNotFoundError where there is nothing."""
+def read_checked(path: Path, types: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON mapping with a checksum and fields of these types; ValueError for what is none, FileNotFoundError without a file."""
     if not path.is_file() and os.path.lexists(path):
         raise ValueError("it is not a regular file")
     try:
         content = json.loads(path.read_bytes())
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    if not isinstance(content, dict):
-        raise ValueError("it is not a JSON mapping")
-    return content
-
-
-def check_content(content: Mapping[str, Any], types: Mapping[str, Any]) -> None:
-    """Raise ValueError for a mapping whose checksum is wrong, or with a field that is missing or of another type."""
-    if content.get("checksum") != with_checksum(content)["checksum"]:
+    if not isinstance(content, dict) or "checksum" not in content:
+        raise ValueError("it has no checksum: it is damaged, or of another version")
+    if content["checksum"] != with_checksum(content)["checksum"]:
         raise ValueError("its checksum is wrong")
     _check_types(content, types)
+    return content
 
 
 def _check_types(content: Mapping[str, Any], types: Mapping[str, Any]) -> None:
@@ -158,8 +154,7 @@ class ShardStore:
         """
         path = self.file(shard, "json")
         try:
-            record = read_json(path)
-            check_content(record, _RECORD)
+            record = read_checked(path, _RECORD)
             self._check_numbers(record)
         except FileNotFoundError:
             return None
