@@ -32,6 +32,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from calib_guidance.backend.atomic import atomic_path
 from calib_guidance.backend.text import read_yaml
 from calib_guidance.backend.threads import set_threads
 from calib_guidance.backend.workers import end_with_parent
@@ -71,9 +72,8 @@ class SaveResolvedConfig(SaveConfigCallback):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
-            path = Path(trainer.default_root_dir, self.config_filename)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, path, skip_none=False, overwrite=True, skip_validation=True)
+            with atomic_path(Path(trainer.default_root_dir, self.config_filename)) as path:
+                self.parser.save(self.config, path, skip_none=False, multifile=False, skip_validation=True)
 
 
 def innermost(error: BaseException) -> BaseException:
@@ -110,19 +110,15 @@ def _wrong_file(path: str) -> str:
         kind = pkgutil.resolve_name(f"{module}.{class_path}" if module else class_path)
     except (ImportError, AttributeError, ValueError):
         return f"{path}: {_unknown_class(class_path)}"
-    accepted = _options(kind)
+    accepted = jsonargparse.ArgumentParser().add_class_arguments(kind, fail_untyped=False)
     unknown = next((option for option in content.get("init_args") or {} if option not in accepted), None)
     if unknown is None:
         return f"{path} describes {kind.__name__}, which cannot be used here, or a value of its init_args is wrong"
     return f"{path}: {_unknown_option(kind, unknown)}"
 
 
-def _options(kind: type) -> list[str]:
-    return jsonargparse.ArgumentParser().add_class_arguments(kind, fail_untyped=False)
-
-
 def _unknown_option(kind: type, option: str) -> str:
-    accepted = _options(kind)
+    accepted = jsonargparse.ArgumentParser().add_class_arguments(kind, fail_untyped=False)
     return f"{kind.__name__} has no option {option!r}{closest(option, accepted)}; it has: {', '.join(accepted)}"
 
 
