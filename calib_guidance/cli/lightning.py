@@ -236,8 +236,9 @@ class CalibGuidanceCLI(LightningCLI):
         """Raise ConfigurationError for a run whose samples would not be written, or written twice."""
         if trainer.fast_dev_run:
             return
-        classes = [pkgutil.resolve_name(callback.class_path) for callback in trainer.callbacks or []]
-        writers = [kind for kind in classes if issubclass(kind, SampleWriter)]
+        callbacks = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
+        classes = [pkgutil.resolve_name(callback.class_path) for callback in callbacks if callback is not None]
+        writers = [kind for kind in classes if isinstance(kind, type) and issubclass(kind, SampleWriter)]
         if len(writers) > 1:
             raise ConfigurationError(
                 "trainer.callbacks has several SampleWriters, and a run has one: remove the others"
