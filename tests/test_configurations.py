@@ -75,7 +75,7 @@ def test_a_row_runs_and_what_is_saved_stands_alone(in_root, write, tmp_path):
             "--model.sampler.steps=2",
             f"--trainer.default_root_dir={tmp_path}",
             "--trainer.accelerator=cpu",
-            "--trainer.callbacks=null",
+            '--trainer.callbacks=[{"class_path": "SampleWriter"}]',
             "--trainer.enable_progress_bar=false",
         ]
     )
