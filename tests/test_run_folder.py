@@ -134,6 +134,9 @@ class TestIdentity:
         work(tmp_path, 4, 20)
         every = tables(tmp_path)
         (tmp_path / "metrics.json").write_text("of 20 samples")
+        process = FORK.Process(target=lambda: begin(tmp_path, count=20).claims.acquire(range(16, 20)))
+        process.start()
+        process.join()
         folder = begin(tmp_path, count=12)
         assert states(folder, verify=True) == ["done"] * 3
         assert folder.foreign() == []

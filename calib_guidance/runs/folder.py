@@ -154,10 +154,11 @@ class RunFolder(ShardStore):
         now = self.claims.now()
         for folder in (self.path, self.samples, self.records, self.claims.folder, self.path / "plots"):
             remove_abandoned(folder, now, self.claims.lease)
-        for shard in self.shards():
-            claim = self.claims.of(shard)
-            if claim is not None and claim.alive is False and self.state(shard).name == "done":
-                self.claims.path(shard).unlink(missing_ok=True)
+        shards = {shard.start: shard for shard in self.shards()}
+        for path, first, claim in self._claims():
+            done = first not in shards or self.state(shards[first]).name == "done"
+            if claim.alive is False and done and not path.is_dir():
+                path.unlink(missing_ok=True)
 
     @classmethod
     def begin_with(cls, path: str | os.PathLike[str], other: str | os.PathLike[str], num_samples: int) -> None:
@@ -183,11 +184,16 @@ class RunFolder(ShardStore):
                 if (source := there.file(shard, ending)).exists():
                     link_or_copy(source, here.file(shard, ending))
 
+    def _claims(self) -> Iterator[tuple[Path, int, Claim]]:
+        """Claims of whatever shards: file, index that the shard starts at, and content."""
+        for path, first in self._entries():
+            if path.parent == self.claims.folder and first is not None:
+                if (claim := self.claims.of(range(first, first + 1))) is not None:
+                    yield path, first, claim
+
     def _live_claim(self) -> Claim | None:
         """The claim of a worker that may be alive, of whatever shard."""
-        firsts = (first for path, first in self._entries() if path.parent == self.claims.folder and first is not None)
-        claims = (self.claims.of(range(first, first + 1)) for first in firsts)
-        return next((claim for claim in claims if claim is not None and claim.alive is not False), None)
+        return next((claim for _, _, claim in self._claims() if claim.alive is not False), None)
 
     def remove(self) -> str:
         """Remove the run, its samples, and what was measured of them, unless a worker makes samples of it.
