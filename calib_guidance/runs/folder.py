@@ -187,9 +187,9 @@ class RunFolder(ShardStore):
     def _claims(self) -> Iterator[tuple[Path, int, Claim]]:
         """Claims of whatever shards: file, index that the shard starts at, and content."""
         for path, first in self._entries():
-            if path.parent == self.claims.folder and first is not None:
-                if (claim := self.claims.of(range(first, first + 1))) is not None:
-                    yield path, first, claim
+            of_shard = path.parent == self.claims.folder and first is not None
+            if of_shard and (claim := self.claims.of(range(first, first + 1))) is not None:
+                yield path, first, claim
 
     def _live_claim(self) -> Claim | None:
         """The claim of a worker that may be alive, of whatever shard."""
