@@ -214,7 +214,7 @@ def adm128(shard: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         writer.run, writer._device = RunFolder(folder, shard, shard), "cpu"
         writer.run.begin({}, {})
-        writer._shard = sample_writer._Shard()
+        writer._shard, writer._background = sample_writer._Shard(), Background(1)
         started = time.perf_counter()
         writer.run.claims.acquire(range(shard))
         writer._keep(made)
