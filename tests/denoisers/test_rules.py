@@ -75,9 +75,9 @@ def test_conversions(abar):
     x0, noise = random(1), random(2)
     x_t = math.sqrt(abar) * x0 + math.sqrt(1 - abar) * noise
     at = level(abar, x_t)
-    close(from_x0(x0, at, "eps"), noise, 1e-9)
+    close(from_x0(x0, at, "epsilon"), noise, 1e-9)
     close(from_x0(x0, at, "v"), noise - x0, 1e-9)
-    for on in ("x0", "eps", "v"):
+    for on in ("x0", "epsilon", "v"):
         close(to_x0(from_x0(random(3), at, on), at, on), random(3), 1e-10)
     # The velocity of x = (1 − t)·x0 + t·ε, which is x_t/(√ᾱ + √(1−ᾱ)) at t = σ/(1 + σ).
     t = at.sigma / (1 + at.sigma)
@@ -87,20 +87,20 @@ def test_conversions(abar):
 
 def test_a_difference_is_converted_as_the_formulas_say():
     a, b, at = random(1), random(2), level()
-    close(from_x0(a, at, "eps") - from_x0(b, at, "eps"), -(a - b) / at.sigma)
+    close(from_x0(a, at, "epsilon") - from_x0(b, at, "epsilon"), -(a - b) / at.sigma)
     close(from_x0(a, at, "v") - from_x0(b, at, "v"), -(a - b) * (1 + at.sigma) / at.sigma)
 
 
 @pytest.mark.parametrize("rule", CONVERTED)
 def test_what_a_rule_is_defined_on_matters(rule):
     """So that no rule may take whatever the network predicts."""
-    results = [apply(rule(3.0, on=on), random(1), random(2)) for on in ("x0", "eps", "v")]
+    results = [apply(rule(3.0, representation=on), random(1), random(2)) for on in ("x0", "epsilon", "v")]
     for a, b in ((0, 1), (0, 2), (1, 2)):
         assert (results[a] - results[b]).abs().max() > 1e-3
-    default = {RescaledGuidance: "eps", APG: "x0", CFGZeroStar: "v", TCFG: "eps", MAMBOG: "v"}[rule]
-    close(apply(rule(3.0), random(1), random(2)), results[("x0", "eps", "v").index(default)])
-    with pytest.raises(ValueError, match="x0, eps, v"):
-        rule(on="score")
+    default = {RescaledGuidance: "epsilon", APG: "x0", CFGZeroStar: "v", TCFG: "epsilon", MAMBOG: "v"}[rule]
+    close(apply(rule(3.0), random(1), random(2)), results[("x0", "epsilon", "v").index(default)])
+    with pytest.raises(ValueError, match="x0, epsilon, v"):
+        rule(representation="score")
 
 
 # ---------------------------------------------------------------------- closed forms
@@ -166,27 +166,27 @@ def test_equal_predictions_stay_what_they_are_and_have_finite_gradients(rule):
 
 
 def test_rescaling_gives_the_conditional_standard_deviation():
-    found = apply(RescaledGuidance(6.0, rescale=1.0, on="x0"), random(1), random(2))
+    found = apply(RescaledGuidance(6.0, rescale=1.0, representation="x0"), random(1), random(2))
     close(found.std(dim=(1, 2, 3)), random(1).std(dim=(1, 2, 3)))
 
 
 def test_cfg_zero_star_of_parallel_predictions_is_the_conditional_one():
-    close(apply(CFGZeroStar(7.0, on="x0"), random(1), -0.3 * random(1)), random(1), 1e-7)
+    close(apply(CFGZeroStar(7.0, representation="x0"), random(1), -0.3 * random(1)), random(1), 1e-7)
 
 
 def test_tcfg_projects_on_the_leading_singular_vector():
     c, u = random(1), random(2) + 0.5 * random(1)
-    found = apply(TCFG(4.0, on="x0"), c, u)
+    found = apply(TCFG(4.0, representation="x0"), c, u)
     for n in range(len(c)):
         _, _, vh = torch.linalg.svd(torch.stack([c[n].flatten(), u[n].flatten()]), full_matrices=False)
         damped = ((u[n].flatten() @ vh[0]) * vh[0]).view_as(u[n])
         close(found[n], damped + 4 * (c[n] - damped), 1e-10)
-    close(apply(TCFG(4.0, on="x0"), c, -c), -c + 4 * (c + c))
+    close(apply(TCFG(4.0, representation="x0"), c, -c), -c + 4 * (c + c))
 
 
 def test_mambo_g_damps_by_sample():
     c, u = random(1), random(2)
-    found = apply(MAMBOG(5.0, 2.0, on="x0"), c, u)
+    found = apply(MAMBOG(5.0, 2.0, representation="x0"), c, u)
     for n in range(len(c)):
         weight = 1 + 4 * math.exp(-2 * float((c[n] - u[n]).norm() / u[n].norm()))
         close(found[n], u[n] + weight * (c[n] - u[n]))
@@ -302,7 +302,7 @@ def guider(name, **options):
         (
             "ClassifierFreeGuidance",
             {"guidance_scale": 3.0, "guidance_rescale": 0.7},
-            RescaledGuidance(3.0, 0.7, on="x0"),
+            RescaledGuidance(3.0, 0.7, representation="x0"),
             1e-13,
         ),
         # The rule of the paper is diffusers' original formulation with w − 1.
@@ -319,9 +319,9 @@ def guider(name, **options):
             1e-12,
         ),
         # In float32.
-        ("ClassifierFreeZeroStarGuidance", {"guidance_scale": 3.0}, CFGZeroStar(3.0, on="x0"), 1e-5),
-        ("TangentialClassifierFreeGuidance", {"guidance_scale": 3.0}, TCFG(3.0, on="x0"), 1e-3),
-        ("MagnitudeAwareGuidance", {"guidance_scale": 3.0, "alpha": 2.0}, MAMBOG(3.0, 2.0, on="x0"), 1e-12),
+        ("ClassifierFreeZeroStarGuidance", {"guidance_scale": 3.0}, CFGZeroStar(3.0, representation="x0"), 1e-5),
+        ("TangentialClassifierFreeGuidance", {"guidance_scale": 3.0}, TCFG(3.0, representation="x0"), 1e-3),
+        ("MagnitudeAwareGuidance", {"guidance_scale": 3.0, "alpha": 2.0}, MAMBOG(3.0, 2.0, representation="x0"), 1e-12),
     ],
 )
 def test_diffusers_guiders_agree(name, options, rule, atol):

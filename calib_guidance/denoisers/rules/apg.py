@@ -29,7 +29,7 @@ class APG(ConvertedRule):
         parallel: η; 1 with no momentum and no norm is classifier-free guidance.
         max_norm: r > 0; None clips nothing. It depends on the size of the samples.
         momentum: β, −1 < β < 1; negative values push away from earlier directions, 0 is none.
-        on: ``x0`` as in the source, ``eps`` or ``v``.
+        representation: ``x0`` as in the source, ``epsilon`` or ``v``.
 
     The defaults are one setting that diffusers publishes for text to image; its plain rule has η = 1, r = 15 and β = 0.
     """
@@ -40,9 +40,9 @@ class APG(ConvertedRule):
         parallel: float = 0.0,
         max_norm: float | None = 10.0,
         momentum: float = -0.5,
-        on: Representation = "x0",
+        representation: Representation = "x0",
     ):
-        super().__init__(on)
+        super().__init__(representation)
         check_finite(weight=weight, parallel=parallel)
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be above 0, or null for no clipping, got {max_norm}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from calib_guidance.diffusion.schedules import NoiseLevels
 from calib_guidance.errors import check_choice
 
-Representation = Literal["x0", "eps", "v"]
+Representation = Literal["x0", "epsilon", "v"]
 
 
 class Level(NamedTuple):
@@ -65,40 +65,40 @@ class Rule(nn.Module, ABC):
 
 
 class ConvertedRule(Rule):
-    """A rule whose result depends on what it combines: ``x0`` x̂0, ``eps`` ε, or ``v`` the velocity ε − x0 of flow models.
+    """A rule whose result depends on what it combines: ``x0`` x̂0, ``epsilon`` ε, or ``v`` the velocity ε − x0 of flow models.
 
     Both predictions are converted to it, combined there, and the result is converted back, whatever the network predicts.
     """
 
-    def __init__(self, on: Representation):
+    def __init__(self, representation: Representation):
         super().__init__()
-        check_choice("on", on, get_args(Representation))
-        self.on = on
+        check_choice("representation", representation, get_args(Representation))
+        self.representation = representation
 
     @abstractmethod
     def combine(self, cond: Tensor, uncond: Tensor, state: dict[str, Tensor]) -> Tensor:
-        """The combined prediction ``(N, C, H, W)`` of two in the representation ``on``."""
+        """The combined prediction ``(N, C, H, W)`` of two in the representation ``representation``."""
 
     def forward(self, x0_cond: Tensor, x0_uncond: Tensor, level: Level, state: dict[str, Tensor]) -> Tensor:
-        cond, uncond = (from_x0(x0, level, self.on) for x0 in (x0_cond, x0_uncond))
-        return to_x0(self.combine(cond, uncond, state), level, self.on)
+        cond, uncond = (from_x0(x0, level, self.representation) for x0 in (x0_cond, x0_uncond))
+        return to_x0(self.combine(cond, uncond, state), level, self.representation)
 
 
-def from_x0(x0: Tensor, level: Level, on: Representation) -> Tensor:
+def from_x0(x0: Tensor, level: Level, representation: Representation) -> Tensor:
     """x̂0 as x̂0, ε = (x_t − √ᾱ·x̂0)/√(1−ᾱ) or v = ε − x̂0."""
-    if on == "x0":
+    if representation == "x0":
         return x0
     signal, noise = _amplitudes(level)
     epsilon = (level.x_t - signal * x0) / noise
-    return epsilon if on == "eps" else epsilon - x0
+    return epsilon if representation == "epsilon" else epsilon - x0
 
 
-def to_x0(value: Tensor, level: Level, on: Representation) -> Tensor:
+def to_x0(value: Tensor, level: Level, representation: Representation) -> Tensor:
     """The inverse of :func:`from_x0`."""
-    if on == "x0":
+    if representation == "x0":
         return value
     signal, noise = _amplitudes(level)
-    return (level.x_t - noise * value) / (signal if on == "eps" else signal + noise)
+    return (level.x_t - noise * value) / (signal if representation == "epsilon" else signal + noise)
 
 
 def _amplitudes(level: Level) -> tuple[Tensor, Tensor]:

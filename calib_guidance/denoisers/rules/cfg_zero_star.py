@@ -15,11 +15,11 @@ class CFGZeroStar(ConvertedRule):
 
     Args:
         weight: w; 1 is the conditional prediction.
-        on: ``v`` as in the source, ``eps`` or ``x0``.
+        representation: ``v`` as in the source, ``epsilon`` or ``x0``.
     """
 
-    def __init__(self, weight: float = 1.5, on: Representation = "v"):
-        super().__init__(on)
+    def __init__(self, weight: float = 1.5, representation: Representation = "v"):
+        super().__init__(representation)
         check_finite(weight=weight)
         self.weight = weight
 

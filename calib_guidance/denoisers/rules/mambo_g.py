@@ -13,11 +13,11 @@ class MAMBOG(ConvertedRule):
     Args:
         weight: w; 1 is the conditional prediction.
         damping: α ≥ 0; 0 is classifier-free guidance.
-        on: ``v`` as in the source, ``eps`` or ``x0``.
+        representation: ``v`` as in the source, ``epsilon`` or ``x0``.
     """
 
-    def __init__(self, weight: float = 10.0, damping: float = 8.0, on: Representation = "v"):
-        super().__init__(on)
+    def __init__(self, weight: float = 10.0, damping: float = 8.0, representation: Representation = "v"):
+        super().__init__(representation)
         check_finite(weight=weight, damping=damping)
         if damping < 0:
             raise ValueError(f"damping must be at least 0, got {damping}")

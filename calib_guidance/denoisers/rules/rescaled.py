@@ -15,11 +15,11 @@ class RescaledGuidance(ConvertedRule):
     Args:
         weight: w; 1 is the conditional prediction.
         rescale: φ in [0, 1]; 0 is classifier-free guidance. The source uses 0.7.
-        on: ``eps``, ``v`` for flow models, as the source rescales the output of the network, or ``x0``.
+        representation: ``epsilon``, ``v`` for flow models, as the source rescales the output of the network, or ``x0``.
     """
 
-    def __init__(self, weight: float = 7.5, rescale: float = 0.7, on: Representation = "eps"):
-        super().__init__(on)
+    def __init__(self, weight: float = 7.5, rescale: float = 0.7, representation: Representation = "epsilon"):
+        super().__init__(representation)
         check_finite(weight=weight)
         if not 0 <= rescale <= 1:
             raise ValueError(f"rescale must be between 0 and 1, got {rescale}")

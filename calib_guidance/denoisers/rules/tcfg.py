@@ -15,11 +15,11 @@ class TCFG(ConvertedRule):
 
     Args:
         weight: w; 1 is the conditional prediction.
-        on: ``eps`` as in the source, ``v`` or ``x0``.
+        representation: ``epsilon`` as in the source, ``v`` or ``x0``.
     """
 
-    def __init__(self, weight: float = 7.5, on: Representation = "eps"):
-        super().__init__(on)
+    def __init__(self, weight: float = 7.5, representation: Representation = "epsilon"):
+        super().__init__(representation)
         check_finite(weight=weight)
         self.weight = weight
 
