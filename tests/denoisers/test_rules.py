@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 
-from calib_guidance import denoisers
+from calib_guidance import denoisers, guidance, samplers
 from calib_guidance.denoisers import (
     APG,
     FDG,
@@ -65,6 +66,16 @@ def test_every_rule_is_one_file_and_every_file_a_public_rule():
     files = {rule.__module__ for rule in concrete}
     assert len(files) == len(concrete) == 10
     assert all(len(inspect.getsource(inspect.getmodule(rule)).splitlines()) < 115 for rule in concrete)
+
+
+def test_no_option_is_a_yaml_boolean():
+    """YAML reads on, off, yes and no as booleans."""
+    parts = [p for module in (denoisers, guidance, samplers) for p in vars(module).values() if inspect.isclass(p)]
+    names = {
+        name for part in parts if part.__init__ is not object.__init__ for name in inspect.signature(part).parameters
+    }
+    assert "representation" in names
+    assert not [name for name in names if isinstance(yaml.safe_load(name), bool)]
 
 
 # -------------------------------------------------------------------- representations
