@@ -60,8 +60,9 @@ class StepMoments(Metric):
         values = values.double()
         self.sums[step] += torch.stack([torch.ones_like(values), values, values.square()]).sum(1)
 
-    def compute(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation at each step, ``(num_steps,)`` each; NaN where nothing was counted."""
+    def compute(self) -> Tensor:
+        """Mean and standard deviation at each step, ``(2, num_steps)``; NaN where nothing was counted."""
         count, total, squares = self.sums.unbind(1)
         mean = total / count
-        return mean, (squares / count - mean.square()).clamp(min=0).sqrt()
+        # One tensor: torchmetrics squeezes those of a single number, and one step would lose its axis.
+        return torch.stack([mean, (squares / count - mean.square()).clamp(min=0).sqrt()])

@@ -28,6 +28,24 @@ def test_moments_of_each_step_over_batches():
     assert mean[1].isnan()
 
 
+def test_a_trajectory_of_one_step_keeps_its_axis(in_root, tmp_path):
+    """torchmetrics squeezes single numbers, and what draws them needs a list."""
+    metric = StepMoments(1)
+    metric.update(0, torch.tensor([1.0, 3.0]))
+    mean, deviation = metric.compute()
+    assert (mean.tolist(), deviation.tolist()) == ([2.0], [1.0])
+    path = configuration(tmp_path / "run")
+    config = yaml.safe_load(path.read_text())
+    config["trainer"]["callbacks"][-1]["init_args"]["plots"] = True
+    model = config["model"]["init_args"]
+    model["guidance"]["init_args"]["schedule"] = {"gamma": 0.0}
+    model["sampler"] = {"class_path": "calib_guidance.samplers.DPMSolver", "init_args": {"steps": 1}}
+    path.write_text(yaml.safe_dump(config))
+    main(["predict", "--config", str(path), *QUICK])
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert len(metrics["gradient_norm_t"]["mean"]) == len(metrics["ece_t"]["ece"]) == 1
+
+
 def test_reliability_by_range_of_t_and_the_schedule_are_saved(in_root, tmp_path):
     path = configuration(tmp_path / "run")
     config = yaml.safe_load(path.read_text())
