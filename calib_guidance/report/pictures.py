@@ -148,7 +148,8 @@ def trajectory_strips(run: Run, folder: Path) -> Picture | None:
     if not path.is_file():
         return None
     kept = read_arrays(path, ("index", "label", "t", "x0", "gradient"))
-    classes = [_plain(run.class_name(label)) for label in kept["label"].tolist()]
+    names = ((label, run.class_name(label)) for label in kept["label"].tolist())
+    classes = [f"class {name}" if name == str(label) else _plain(name) for label, name in names]
     caption = f"{run.name}: what the denoiser predicts, and below it the gradient that guides it, red up and blue down."
     alt = f"{caption} Samples {', '.join(map(str, kept['index'].tolist()))} at {len(kept['t'])} steps."
     return _drawn(
