@@ -45,24 +45,29 @@ def _centers(count: int) -> np.ndarray:
 
 
 def _named_rows(
-    rows: Mapping[str, Sequence[np.ndarray]], path: str | os.PathLike[str], top: Sequence[str] = (), **labels: str
+    rows: Sequence[tuple[str, Sequence[np.ndarray]]],
+    path: str | os.PathLike[str],
+    top: Sequence[str] = (),
+    **labels: str,
 ) -> list[Path]:
     """Images ``(C, H, W)`` of one size, in rows that begin on the left, with the names of rows and, at the top, of columns."""
-    names, columns = [textwrap.fill(name, 14) for name in rows], max(map(len, rows.values()))
+    names = [textwrap.fill(name, 14, max_lines=2, placeholder=" …") for name, _ in rows]
+    columns, turned = max(len(images) for _, images in rows), max(map(len, top), default=0) > 2
     longest = max(len(line) for name in names for line in name.splitlines())
-    _, h, w = next(iter(rows.values()))[0].shape
-    figure, axis = panel((COLUMN - 0.24 - longest * _LETTER) / columns * len(rows) * h / w + (0.36 if top else 0.08))
-    for r, row in enumerate(rows.values()):
-        for c, image in enumerate(row):
+    _, h, w = rows[0][1][0].shape
+    above = 0.08 if not top else 0.36 + turned * _LETTER * max(map(len, top))
+    figure, axis = panel((COLUMN - 0.24 - longest * _LETTER) / columns * len(rows) * h / w + above)
+    for r, (_, images) in enumerate(rows):
+        for c, image in enumerate(images):
             _sample(axis, image, c, r)
     _finish(axis, columns, len(rows), h / w)
-    axis.set_xticks(_centers(len(top)), top)
-    axis.set_yticks(_centers(len(names)), names)
+    axis.set_xticks(_centers(len(top)), top, rotation=90 if turned else 0)
+    axis.set_yticks(_centers(len(names)), names, fontsize=5.5 if any("\n" in name for name in names) else 7)
     axis.set(**labels)
     return save(figure, path)
 
 
-def first_by_class(batches: Iterable[Mapping[str, Any]], rows: int, columns: int) -> dict[int, list[np.ndarray]]:
+def _first_by_class(batches: Iterable[Mapping[str, Any]], rows: int, columns: int) -> dict[int, list[np.ndarray]]:
     """The first ``columns`` images of the first ``rows`` classes that occur, by class; see :func:`sample_grid`."""
     chosen: dict[int, list[np.ndarray]] = {}
     for batch in batches:
@@ -93,10 +98,10 @@ def sample_grid(
         columns: samples per class.
         names: of classes, by number.
     """
-    chosen = first_by_class(batches, rows, columns)
+    chosen = _first_by_class(batches, rows, columns)
     if not chosen:
         raise ConfigurationError("there are no samples to draw: the run has none, or all failed")
-    return _named_rows({names.get(c, str(c)): images for c, images in chosen.items()}, path, ylabel="class")
+    return _named_rows([(names.get(c, str(c)), images) for c, images in chosen.items()], path, ylabel="class")
 
 
 @paper
@@ -114,7 +119,7 @@ def side_by_side(
     if len(set(shapes.values())) != 1 or not len(classes):
         raise ConfigurationError(f"side by side go samples of one size, as many of each run as classes, got {shapes}")
     top = [textwrap.shorten(name, 12, placeholder="…") for name in classes]
-    return _named_rows(runs, path, top, xlabel="class, the same noise in a column")
+    return _named_rows([*runs.items()], path, top, xlabel="class, the same noise in a column")
 
 
 def _magnitude(value: float) -> str:

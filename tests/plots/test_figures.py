@@ -136,13 +136,18 @@ def test_grid_has_a_class_in_each_row(drawn, tmp_path, channels):
 
 def test_grid_names_its_classes(drawn, tmp_path):
     names = {0: "red fox", 2: "a class of many words that is broken"}
-    figure = drawn(sample_grid, [images(9, classes=3)], tmp_path / "named", names=names)
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()][:2] == ["red fox", "1"]
+    names |= dict.fromkeys(range(3, 10), "tall grand piano of long name")
+    figure = drawn(sample_grid, [images(100)], tmp_path / "named", names=names)
+    found = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert found[:3] == ["red fox", "1", "a class of\nmany words …"]
+    assert len(found) == 10  # of classes of one name too
 
 
 def test_side_by_side_has_a_run_in_each_row_and_the_same_sample_in_each_column(drawn, tmp_path):
     a = images(4)["image"]
     runs = {"plain": a, "tempered, Softplus, scale 2": a + 100}
+    ten = {name: images(10)["image"] for name in runs}
+    drawn(side_by_side, ten, ["a class of many words"] * 10, tmp_path / "ten")
     figure = drawn(side_by_side, runs, ["3", "4", "fox", "a class of many words"], tmp_path / "side")
     assert shown(figure.axes[0]) == {(c, float(r)): c + 100 * r for c in range(4) for r in range(2)}
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["3", "4", "fox", "a class of…"]
