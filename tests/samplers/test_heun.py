@@ -195,7 +195,7 @@ def test_the_combined_predictions_shift_is_in_both_evaluations():
     classifier, predict = linear(), free.prepare(own.schedule.at_sigmas([1.0, 3.0]), y)
 
     def slope(x, i, sigma):
-        x0, _, residual = predict(x / math.sqrt(1 + sigma**2), i)
+        x0, _, residual, *_ = predict(x / math.sqrt(1 + sigma**2), i)
         p = classifier(x0.float()).softmax(1)
         g = ((nn.functional.one_hot(y, 3) - p) @ classifier.weight.detach()).view_as(x0)
         return (x - x0 - 0.7 * g * (rms(residual) / rms(g)).view(3, 1, 1, 1)) / sigma
