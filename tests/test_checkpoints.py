@@ -24,7 +24,7 @@ from calib_guidance.callbacks.checkpoint_io import AtomicCheckpointIO
 from calib_guidance.classifiers import OffTheShelfClassifier
 from calib_guidance.evaluation.features import InceptionFeatures
 from calib_guidance.networks import SmallResNet
-from calib_guidance.weights import pickles
+from calib_guidance.weights import pickles, registry
 from calib_guidance.weights.io import (
     CheckpointError,
     load_weights,
@@ -74,6 +74,10 @@ class TestFormats:
             lambda s: OrderedDict((f"module.{k}", v) for k, v in s.items()),
             lambda s: {"model": {f"module._orig_mod.{k}": v for k, v in s.items()}},
             lambda s: {"n_averaged": torch.tensor(7)} | {f"module.{k}": v for k, v in s.items()},
+            lambda s: {f"module.module.{k}": v for k, v in s.items()},
+            lambda s: {"params": {k: v + 1 for k, v in s.items()}, "params_ema": s},
+            lambda s: {"params": s},
+            lambda s: {"state_dict": s | {"stem._extra_state": None}},
         ],
     )
     def test_files_of_torch(self, tmp_path, state, nest, zipped):
@@ -161,8 +165,75 @@ class TestFormats:
         with pytest.raises(CheckpointError, match="several parts fit: classifier.network, second SmallResNet"):
             load_weights(found, tmp_path / "twice.ckpt")
 
+    @pytest.mark.parametrize("lightning", [False, True])
+    @pytest.mark.parametrize("prefix", ["", "model.", "net.backbone."])
+    def test_a_prefix_and_no_batch_counts(self, tmp_path, state, prefix, lightning):
+        content = {f"{prefix}{name}": value for name, value in state.items() if "num_batches" not in name}
+        if lightning:
+            content = {
+                "pytorch-lightning_version": "2.6",
+                "state_dict": content | ({"head.weight": torch.zeros(2)} if prefix else {}),
+            }
+        torch.save(content, tmp_path / "a.pt")
+        network = SmallResNet(widths=(8, 16, 16), blocks=1)
+        load_weights(network, tmp_path / "a.pt")
+        same(network.state_dict(), state)
+
+    def test_a_published_network_below_a_prefix_is_identified(self):
+        with torch.device("meta"):
+            shapes = torchvision.models.resnet50().state_dict()
+        assert "resnet50_v2" in registry.identify({f"model.{name}": value for name, value in shapes.items()})
+
 
 class TestOtherFiles:
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e5m2])
+    def test_weights_that_are_not_finite(self, tmp_path, state, value, dtype):
+        name = next(name for name, each in state.items() if each.is_floating_point())
+        state[name].view(-1)[0] = value
+        state = {key: each.to(dtype) if each.is_floating_point() else each for key, each in state.items()}
+        torch.save(state, tmp_path / "a.pt")
+        with pytest.raises(CheckpointError, match=f"a.pt holds NaN or infinity: {name}. .*name another"):
+            read_weights(tmp_path / "a.pt")
+
+    def test_masks_of_minus_infinity_are_weights(self, tmp_path):
+        torch.save({"mask": torch.full((2, 2), -float("inf"))}, tmp_path / "a.pt")
+        assert read_weights(tmp_path / "a.pt").state["mask"].shape == (2, 2)
+
+    def test_quantized_weights(self, tmp_path, state):
+        name = next(name for name, each in state.items() if each.is_floating_point())
+        torch.save(state | {name: state[name].to(torch.int8)}, tmp_path / "a.pt")
+        with pytest.raises(CheckpointError, match=f"a.pt holds torch.int8 .* torch.float32: {name}. Quantized"):
+            load_weights(SmallResNet(widths=(8, 16, 16), blocks=1), tmp_path / "a.pt")
+
+    def test_files_that_refer_to_themselves(self, tmp_path):
+        loop, other = {}, {"epoch": 1}
+        loop |= {"model": loop, "state_dict": other}
+        other["model"] = loop
+        torch.save(loop, tmp_path / "a.pt")
+        with pytest.raises(CheckpointError, match="expected a mapping of names to tensors, found a mapping with"):
+            read_weights(tmp_path / "a.pt")
+        for depth in (0, 64):  # a module that holds itself, and one of 2**64 modules
+            with edm_modules() as (_, rebuild):
+
+                class Persistent:
+                    def __init__(self, modules):
+                        self.modules = modules
+
+                    def __reduce__(self, rebuild=rebuild):
+                        parts = {"_parameters": {}, "_buffers": {}, "_modules": self.modules}
+                        return rebuild, ({"type": "class", "class_name": "N", "state": parts},)
+
+                modules = {}
+                network = Persistent(modules)
+                if depth == 0:
+                    modules["a"] = Persistent(modules)
+                for _ in range(depth):
+                    network = Persistent({"a": network, "b": network})
+                (tmp_path / "a.pkl").write_bytes(pickle.dumps({"ema": network}))
+            with pytest.raises(CheckpointError, match="a.pkl: not a weights file"):
+                read_weights(tmp_path / "a.pkl")
+
     @pytest.mark.parametrize(
         ("content", "message"),
         [

@@ -185,7 +185,9 @@ class ExportClassifier(L.Callback):
         save_weights(self._weights, self.target, **notes)
         if self._configured is None:
             return
-        replaced = {_WEIGHTS_OPTION[type(classifier).__name__]: str(self.target)} | tempered
+        replaced = {_WEIGHTS_OPTION[type(classifier).__name__]: self.target.name} | tempered
+        if names := getattr(trainer.datamodule, "class_names", None):
+            replaced["class_names"] = "imagenet" if trainer.datamodule.classes == "imagenet" else names
         description = self._configured | {"init_args": self._configured.get("init_args", {}) | replaced}
         text = f"# `classifier:` of a predict configuration, written by calib-guidance {trainer.state.fn.value}.\n"
         write_text(self.target.with_suffix(".yaml"), text + yaml.safe_dump(description, sort_keys=False))

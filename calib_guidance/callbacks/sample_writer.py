@@ -7,7 +7,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from calib_guidance.backend.images import UINT8_RULES, Uint8Rule, to_uint8
 from calib_guidance.callbacks.background import Background, to_host
 from calib_guidance.callbacks.clean_stop import CleanStop
 from calib_guidance.callbacks.measurement import Measurement, kept_measurements
+from calib_guidance.data.imagenet import read_class_names
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.plots import sample_grid
 from calib_guidance.runs import RunFolder, read_run
@@ -85,11 +86,13 @@ class _Shard:
         # Compressing releases Python's lock, and is most of what writing samples costs.
         self.columns["image"] += pool.map(_png, images)
 
-    def table(self) -> pa.Table:
+    def table(self, class_names: Sequence[str] | None) -> pa.Table:
         """The samples, as ``datasets`` reads them."""
         import datasets
 
         features = {key: datasets.Value("int64") for key in self.columns if key != "image"}
+        if class_names is not None and "label" in features:
+            features["label"] = datasets.ClassLabel(names=list(class_names))
         schema = datasets.Features(features | {"image": datasets.Image()}).arrow_schema
         return pa.Table.from_pydict(self.columns, schema=schema)
 
@@ -154,11 +157,22 @@ class SampleWriter(Measurement):
         self._log_state(remaining)
         self.context.store, self.context.shards = self.run, remaining
         self._background = Background(_WAITING)  # before the first claim, as there may be no threads
+        self._class_names = self._find_class_names(trainer.datamodule, pl_module)
         self.context.observe(self._observe)
 
     def _observe(self, record: StepRecord) -> None:
         self.run.claims.renew()  # a batch may take longer than the lease
         self.stop(record)
+
+    @staticmethod
+    def _find_class_names(requests: Any, pl_module: L.LightningModule) -> list[str] | None:
+        """Of the requests, else of the guiding classifier, or CLIP's prompts; else the numbers."""
+        if (count := getattr(requests, "num_classes", None)) is None:
+            return None
+        guidance = getattr(pl_module, "guidance", None)
+        guiding = [part.classifier for part in (guidance.parts() if guidance else ())]
+        stated = [requests.class_names, *(each.class_names or getattr(each, "prompts", None) for each in guiding)]
+        return read_class_names(next(filter(None, stated), None), count) or [str(number) for number in range(count)]
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> RunFolder:
         path, requests, configuration = Path(trainer.default_root_dir), trainer.datamodule, self.context.configuration
@@ -268,7 +282,7 @@ class SampleWriter(Measurement):
     def _write(self, shard: range, sums: dict[str, Tensor]) -> None:
         made, self._shard = self._shard, _Shard()
         arrays = {name: value.numpy() for name, value in sums.items()}
-        if not self.run.write(shard, made.table(), arrays, made.failed, made.seconds, self._device):
+        if not self.run.write(shard, made.table(self._class_names), arrays, made.failed, made.seconds, self._device):
             log.warning(
                 f"samples {shard.start} … {shard[-1]} were reclaimed by another worker, which took this one for dead: raise "
                 f"the SampleWriter's lease ({self.lease:g} s) above the seconds of a batch"

@@ -22,6 +22,7 @@ class Classifier(nn.Module, ABC):
         temperature: T > 0 by which :meth:`temper` divides logits; one for all steps, or one for each of equal ranges of t,
             the cleanest first (Guo et al. 2017; see :func:`~calib_guidance.classifiers.fit_temperature`).
         num_steps: length of the diffusion process that the ranges divide.
+        class_names: by number, as ``fit`` exports them; ``imagenet`` for those of torchvision; None where they are not known.
         compile: compile the network once it is frozen, forward and backward, see
             :class:`~calib_guidance.backend.compilation.Compiled`.
 
@@ -32,13 +33,20 @@ class Classifier(nn.Module, ABC):
     num_classes: int
     compiled_module = "network"
 
-    def __init__(self, temperature: float | Sequence[float] = 1.0, num_steps: int = 1000, compile: bool = False):
+    def __init__(
+        self,
+        temperature: float | Sequence[float] = 1.0,
+        num_steps: int = 1000,
+        compile: bool = False,
+        class_names: str | Sequence[str] | None = None,
+    ):
         super().__init__()
         values = torch.tensor(temperature, dtype=torch.float32).reshape(-1)
         # In plain numbers: under torch.device("meta") the tensor has none.
         if not values.numel() or not all(v > 0 for v in np.ravel(temperature)):
             raise ValueError(f"temperature must be a number above 0, or one for each range of t; got {temperature}")
         self.temperature = [float(v) for v in temperature] if isinstance(temperature, Sequence) else float(temperature)
+        self.class_names = class_names
         self.num_steps, self.is_compiled, self._compiled = num_steps, compile, None
         self.register_buffer("_inverse_temperature", 1 / values, persistent=False)
 

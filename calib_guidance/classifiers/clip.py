@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from calib_guidance.backend.precision import Dtype, autocast, dtype_of
 from calib_guidance.classifiers.base import Classifier, Standardize
 from calib_guidance.scores.base import as_float
-from calib_guidance.weights.io import load_weights
+from calib_guidance.weights.io import WeightsFile, load_weights
 
+_BOUND = 1 + 1e-4  # of pixels; above 1, so that rounding takes the gradient from no saturated area
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -145,7 +146,7 @@ class CLIPClassifier(Classifier):
         dtype: ``float32``, ``bfloat16`` or ``float16``, of the matrix products of the image network; embeddings are compared
             in float32.
 
-    Images of any size are resized to the network's (bicubic, antialiased).
+    Images of any size are resized to the network's (bicubic, antialiased, overshoot clipped to [-1, 1] as in open_clip).
     """
 
     compiled_module = "visual"
@@ -154,7 +155,7 @@ class CLIPClassifier(Classifier):
         self,
         prompts: Sequence[str],
         model: str | dict[str, Any] = "ViT-L-14-336-quickgelu",
-        weights: str | None = None,
+        weights: WeightsFile | str | None = None,
         cutouts: int = 0,
         cutout_scale: Sequence[float] = (0.5, 0.9),
         mean: Sequence[float] = _MEAN,
@@ -225,7 +226,8 @@ class CLIPClassifier(Classifier):
             )
             if start.ndim == 2:  # a cut-out of its own for each sample, the same for its colours
                 rows, columns = rows.unsqueeze(1), columns.unsqueeze(1)
-            views.append(((x @ columns.mT).mT @ rows.mT).mT)
+            wide = (x @ columns.mT).clamp(-_BOUND, _BOUND)  # as Pillow: first along the lines, 8 bits after each pass
+            views.append((wide.mT @ rows.mT).mT.clamp(-_BOUND, _BOUND))
         return views
 
     def similarity(self, x: Tensor, t: Tensor | None = None) -> Tensor:

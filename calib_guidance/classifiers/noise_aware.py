@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from calib_guidance.backend.precision import Dtype
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.weights import registry
-from calib_guidance.weights.io import load_weights, part_of, read_weights
+from calib_guidance.weights.io import WeightsFile, load_weights, part_of, read_weights
 
 
 class NoiseAwareClassifier(Classifier):
@@ -31,7 +31,7 @@ class NoiseAwareClassifier(Classifier):
     def __init__(
         self,
         network: nn.Module | str | None = None,
-        checkpoint: str | None = None,
+        checkpoint: WeightsFile | str | None = None,
         dtype: Dtype | None = None,
         **kwargs: Any,
     ):

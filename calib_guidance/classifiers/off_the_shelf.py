@@ -18,7 +18,8 @@ from calib_guidance.backend.precision import Dtype, dtype_of
 from calib_guidance.classifiers.base import Classifier, Standardize
 from calib_guidance.classifiers.smoothing import Unsmoothed, smooth_activations
 from calib_guidance.errors import CheckpointError, check_choice
-from calib_guidance.weights.io import Weights, load_weights, read_weights, tensors_only
+from calib_guidance.weights import registry
+from calib_guidance.weights.io import Weights, WeightsFile, load_weights, read_weights, tensors_only
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Normalization = Literal["none", "imagenet"]
@@ -40,10 +41,10 @@ def _classes_of_file(make: Callable[..., nn.Module], weights: Weights) -> int:
         default = make()
     if getattr(default, "num_classes", None) == 0:  # timm's name for a network without classes
         return 0
-    last = list(default.state_dict())[-1]
-    if last not in weights.state:
+    last, state = list(default.state_dict())[-1], registry.bare(weights.state)
+    if last not in state:
         raise ValueError(f"num_classes: {weights.path} does not show how many classes it has: state num_classes")
-    return weights.state[last].shape[0]
+    return state[last].shape[0]
 
 
 def build_network(
@@ -133,7 +134,7 @@ class OffTheShelfClassifier(Classifier):
         self,
         network: str | nn.Module,
         num_classes: int | None = None,
-        weights: str | None = None,
+        weights: WeightsFile | str | None = None,
         normalize: Normalization = "none",
         resize: int | None = None,
         softplus_beta: float | None = None,

@@ -25,6 +25,7 @@ defer_imports()
 import jsonargparse
 import lightning as L
 from jsonargparse import set_config_read_mode
+from jsonargparse.typing import register_type
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -45,7 +46,7 @@ from calib_guidance.cli.help import plain_docstrings
 from calib_guidance.cli.trust import list_foreign
 from calib_guidance.errors import ConfigurationError, FailedSamplesError, closest
 from calib_guidance.tasks.retry import FaultTolerant
-from calib_guidance.weights.io import CheckpointError
+from calib_guidance.weights.io import CheckpointError, WeightsFile
 
 # Imported so that configurations can name their classes without a module: `sampler: DDIM`.
 _PARTS = [
@@ -338,6 +339,13 @@ def _options_of_the_trainer() -> Iterator[None]:
         ) from error
 
 
+def _beside_yaml(value: object, started: Path) -> WeightsFile:
+    """A weights file, relative to the YAML that names it where it lies there: jsonargparse reads a YAML in its folder."""
+    if not isinstance(value, str):
+        raise TypeError(f"not a path: {value!r}")
+    return WeightsFile(value) if Path.cwd() == started else WeightsFile.beside(value, Path.cwd())
+
+
 @restored_signals()
 def run_lightning(argv: Sequence[str], cli: type[CalibGuidanceCLI] = CalibGuidanceCLI) -> CalibGuidanceCLI:
     """Run one Lightning subcommand with its options."""
@@ -356,7 +364,8 @@ def run_lightning(argv: Sequence[str], cli: type[CalibGuidanceCLI] = CalibGuidan
     logging.getLogger(rank_zero.__name__).addFilter(lambda record: "Tip: For seamless cloud" not in record.getMessage())
     # Lightning has options of classes read as configuration files where they are addresses: hf://… would ask the hub.
     set_config_read_mode(fsspec_enabled=False)
-    args = expand_bases(argv)
+    args, started = expand_bases(argv), Path.cwd()
+    register_type(WeightsFile, str, lambda value: _beside_yaml(value, started))
     list_foreign(args)
     with plain_docstrings(), _options_of_the_trainer():
         return cli(

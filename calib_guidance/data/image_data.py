@@ -297,3 +297,4 @@ class ImageSplit(ImageRows):
         data.setup("validate")
         rows = data._data["val"]
         super().__init__(rows.source, rows.reader)
+        self.class_names = data.class_names

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 
 from calib_guidance.errors import ConfigurationError
 
@@ -34,6 +35,34 @@ def imagenet_names() -> tuple[list[str], dict[str, set[int]]]:
         for name in (wnid, synset, category, *_OTHER_NAMES.get(number, ())):
             meanings[name].add(number)
     return categories, dict(meanings)
+
+
+def read_class_names(names: str | Sequence[str] | None, num_classes: int) -> list[str] | None:
+    """Names of classes by number: a list, ``imagenet``, or a text file with a name per line."""
+    if names is None:
+        return None
+    if isinstance(names, str) and names != "imagenet":
+        try:
+            found = [line.strip() for line in Path(names).read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigurationError(f"class_names: {names!r} is neither imagenet nor a text file: {error}") from error
+    else:
+        found = imagenet_names()[0] if names == "imagenet" else [str(name) for name in names]
+    if len(set(found)) != num_classes or len(found) != num_classes:
+        raise ConfigurationError(
+            f"class_names: {len(found)} names, {len(set(found))} of them different, for {num_classes} classes: give each its own"
+        )
+    return found
+
+
+def same_classes(names: Sequence[str] | None, others: Sequence[str] | None) -> bool:
+    """Whether two data sets or classifiers may number their classes alike; ``tench`` and ``n01440764`` are one class."""
+    if names is None or others is None or list(names) == list(others):
+        return True
+    try:
+        return imagenet_labels(names, "") == imagenet_labels(others, "")
+    except ConfigurationError:
+        return False
 
 
 def imagenet_labels(names: Sequence[str], where: str) -> list[int]:

@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,24 +30,34 @@ class NpzImages(ImageSource):
     kind = "npz"
 
     def __init__(self, name: str):
-        self.path = Path(name).expanduser()
-        with self._array("arr_0") as (file, self.shape, dtype, fortran):
+        self.path, self.labels = Path(name).expanduser(), None
+        with self._array("arr_0") as (file, self.shape, dtype, fortran, size):
             self._check_images(dtype, fortran)
-            start = file.tell()
-        self._check_size(start)
-        self.labels = self._labels()
+            if size != math.prod(self.shape):
+                raise ConfigurationError(
+                    f"{self.path}: arr_0 says it holds {math.prod(self.shape)} bytes, and holds {size}. Write it with numpy.savez"
+                )
+        with self._array("arr_1", optional=True) as (file, shape, dtype, *_):
+            if file and (shape != self.shape[:1] or dtype.kind not in "iu"):
+                message = f"arr_1 is {dtype} {shape}, no class for each of {self.shape[0]} images: not used"
+                log.warning(f"{self.path}: {message}")
+            elif file:  # classes (N,)
+                self.labels = np.frombuffer(self._exactly(file, dtype.itemsize * shape[0]), dtype).astype(np.int64)
         self.labelled = self.labels is not None
         super().__init__(name, self.shape[0])
 
     @contextlib.contextmanager
-    def _array(self, name: str) -> Iterator[tuple[zipfile.ZipExtFile, tuple[int, ...], np.dtype, bool]]:
-        """An array's bytes, its shape and type, and whether it is in Fortran order."""
+    def _array(self, name: str, optional: bool = False) -> Iterator[tuple[Any, ...]]:
+        """An array's bytes, its shape and type, whether it is in Fortran order, and the number of bytes that are there."""
         try:
             archive = zipfile.ZipFile(self.path)
         except (OSError, zipfile.BadZipFile) as error:
             raise ConfigurationError(f"{self.path} cannot be read as .npz: {error}") from error
         with archive:
             if f"{name}.npy" not in archive.namelist():
+                if optional:
+                    yield (None,) * 5
+                    return
                 there = ", ".join(name.removesuffix(".npy") for name in archive.namelist())
                 raise ConfigurationError(
                     f"{self.path} has no {name}, it has: {there}. Images are arr_0, uint8 (N, H, W, C), as "
@@ -54,7 +65,8 @@ class NpzImages(ImageSource):
                 )
             try:
                 with archive.open(f"{name}.npy") as file:
-                    yield file, *self._header(file)
+                    header = self._header(file)
+                    yield file, *header, archive.getinfo(file.name).file_size - file.tell()
             except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
                 raise ConfigurationError(f"{self.path} is damaged: {error}. Copy or download it again") from error
 
@@ -89,26 +101,6 @@ class NpzImages(ImageSource):
         raise ConfigurationError(
             f"{self.path}: arr_0 is {dtype} {shape}, images are uint8 (N, H, W, C) with C = 1 or 3: {cure}"
         )
-
-    def _check_size(self, start: int) -> None:
-        with zipfile.ZipFile(self.path) as archive:
-            said, there = math.prod(self.shape), archive.getinfo("arr_0.npy").file_size - start
-        if said != there:
-            raise ConfigurationError(
-                f"{self.path}: arr_0 says it holds {said} bytes, and holds {there}. Write it with numpy.savez"
-            )
-
-    def _labels(self) -> np.ndarray | None:
-        """Classes ``(N,)`` int64, where ``arr_1`` is one integer for each image."""
-        with zipfile.ZipFile(self.path) as archive:
-            if "arr_1.npy" not in archive.namelist():
-                return None
-        with self._array("arr_1") as (file, shape, dtype, _):
-            if shape != self.shape[:1] or dtype.kind not in "iu":
-                message = f"arr_1 is {dtype} {shape}, no class for each of {self.shape[0]} images: not used"
-                log.warning(f"{self.path}: {message}")
-                return None
-            return np.frombuffer(self._exactly(file, dtype.itemsize * shape[0]), dtype).astype(np.int64)
 
     def _exactly(self, file: zipfile.ZipExtFile, count: int) -> bytes:
         data = file.read(count)

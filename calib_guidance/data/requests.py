@@ -81,8 +81,10 @@ class RequestData(DataModule):
         shard_size: requests per shard; None takes the shard size of the run folder, for a new one the batch size.
         num_classes: how many classes there are; None until the task gives the model's.
         num_workers: processes per device that read requests.
+        class_names: see :func:`~calib_guidance.data.imagenet.read_class_names`.
     """
 
+    class_names: str | Sequence[str] | None = None
     requests: Requests
     batch_size: int
     shard_size: int | None
@@ -118,6 +120,8 @@ class SampleRequests(RequestData):
         batch_size: samples per batch and device.
         shard_size: samples that are written together; a run that stops loses the samples of unwritten shards. None takes that
             of the folder, or the batch size.
+        class_names: written with the samples: a list, ``imagenet``, or a text file with a name per line; None takes those of the
+            guiding classifier.
     """
 
     def __init__(
@@ -128,6 +132,7 @@ class SampleRequests(RequestData):
         seed: int = 0,
         batch_size: int = 64,
         shard_size: int | None = None,
+        class_names: str | Sequence[str] | None = None,
     ):
         super().__init__()
         check_at_least(
@@ -136,6 +141,7 @@ class SampleRequests(RequestData):
         check_seed(seed)
         self.num_samples, self.num_classes, self.batch_size, self.seed = num_samples, num_classes, batch_size, seed
         self.labels, self.shard_size, self.requests = labels, shard_size, self
+        self.class_names = class_names
         self._fixed = None if num_classes is None else self._fixed_labels(labels)
 
     def take_num_classes(self, num_classes: int | None) -> None:
@@ -250,6 +256,7 @@ class DenoiseRequests(RequestData):
         if not len(images):
             raise ConfigurationError("data.images: the data set holds no images")
         self.images, self.num_classes, self.draws_per_image, self.seed = images, num_classes, draws_per_image, seed
+        self.class_names = getattr(images, "class_names", None)
         self.batch_size, self.shard_size, self.num_workers = batch_size, shard_size, num_workers
         self.requests = _DenoiseRequests(images, draws_per_image, num_classes, seed)
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from calib_guidance.data.base import ImageSource, Row
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.runs import CorruptedShardError, RunFolder, read_run
+from calib_guidance.runs.store import label_names
 
 
 class RunImages(ImageSource):
@@ -32,6 +33,7 @@ class RunImages(ImageSource):
         records = [self.run.record(shard) for shard in done]
         self.failed = sum(len(record["failed"]) for record in records)
         self.ends = np.cumsum([record["rows"] for record in records])
+        self.class_names = label_names(pq.read_schema(self.run.file(done[0], "parquet")))
         super().__init__(name, int(self.ends[-1]))
 
     def read(self, blocks: Iterable[range]) -> Iterator[list[Row]]:

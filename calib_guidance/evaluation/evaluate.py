@@ -9,8 +9,10 @@ from typing import Any
 
 from calib_guidance.backend.atomic import check_writable
 from calib_guidance.backend.distributed import DistributedContext, distributed_context
-from calib_guidance.classifiers import CLIPClassifier
+from calib_guidance.classifiers import Classifier, CLIPClassifier
+from calib_guidance.data.base import listed
 from calib_guidance.data.image_sets import ImageSet
+from calib_guidance.data.imagenet import read_class_names, same_classes
 from calib_guidance.data.run_images import RunImages
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation.features import features_from_name
@@ -119,6 +121,8 @@ def _evaluate(options: argparse.Namespace, processes: DistributedContext) -> Non
     clip = None if options.clip is None else read_classifier(options.clip)
     if clip is not None and not isinstance(clip, CLIPClassifier):
         raise ConfigurationError(f"--clip: {options.clip} describes {type(clip).__name__}, not CLIPClassifier")
+    for samples in sets:
+        _check_classes(samples, reference, eval_classifier)
     measures = Measures(extractor, eval_classifier, clip, options.neighbors, not options.allow_few, options.extrapolate)
     if isinstance(reference, ReferenceStatistics):
         reference.check(extractor)
@@ -132,6 +136,18 @@ def _evaluate(options: argparse.Namespace, processes: DistributedContext) -> Non
             write_evaluation(folder, found[-1], quality)
     if processes.is_first and len(sets) > 1:
         write_summary(_output(options), names, found)
+
+
+def _check_classes(samples: ImageSet, reference: ImageSet | ReferenceStatistics, classifier: Classifier | None) -> None:
+    """Raise ConfigurationError where class numbers mean other classes by their names."""
+    own, real = samples.source.class_names, getattr(getattr(reference, "source", None), "class_names", None)
+    known = None if classifier is None else read_class_names(classifier.class_names, classifier.num_classes)
+    for what, others in ((f"the reference {reference.name}", real), ("the evaluation classifier", known)):
+        if not same_classes(own, others):
+            raise ConfigurationError(
+                f"{samples.name} numbers the classes {listed(own)}, {what} {listed(others)}: equal numbers must mean equal "
+                "classes. Name class folders alike, with an empty one for a class without images"
+            )
 
 
 def _metrics(

@@ -12,6 +12,7 @@ from calib_guidance import classifiers, networks
 from calib_guidance.backend.text import read_yaml
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.errors import ConfigurationError
+from calib_guidance.weights.io import WeightsFile
 
 
 def load_object(module: str, name: str, where: str, expected: str) -> Any:
@@ -30,27 +31,32 @@ def load_object(module: str, name: str, where: str, expected: str) -> Any:
         raise ConfigurationError(f"{where}: {error}; expected {expected}") from error
 
 
-def _build(description: object) -> object:
-    """What ``class_path`` and ``init_args`` describe, nested as in a configuration file."""
+def _build(description: object, folder: Path) -> object:
+    """What ``class_path`` and ``init_args`` describe, nested as in a configuration file of a folder."""
     if isinstance(description, list):
-        return [_build(value) for value in description]
+        return [_build(value, folder) for value in description]
     if not isinstance(description, dict):
         return description
     if "class_path" not in description:
-        return {key: _build(value) for key, value in description.items()}
+        return {
+            key: WeightsFile.beside(value, folder)
+            if key in ("weights", "checkpoint") and isinstance(value, str)
+            else _build(value, folder)
+            for key, value in description.items()
+        }
     module, _, name = description["class_path"].rpartition(".")
     parts = [importlib.import_module(module)] if module else [classifiers, networks]
     owner = next((part for part in parts if hasattr(part, name)), parts[-1])
-    return getattr(owner, name)(**_build(description.get("init_args") or {}))
+    return getattr(owner, name)(**_build(description.get("init_args") or {}, folder))
 
 
 def read_classifier(path: str | Path) -> Classifier:
     """The classifier of a YAML file with ``class_path`` and ``init_args``, as ``calib-guidance fit`` exports it."""
     try:
-        classifier = _build(read_yaml(path))
+        classifier = _build(read_yaml(path), Path(path).parent)
     except ConfigurationError:
         raise
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"classifier: {path} does not describe a classifier: {error}") from error
     if not isinstance(classifier, Classifier):
         raise ConfigurationError(

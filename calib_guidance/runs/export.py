@@ -16,7 +16,7 @@ from calib_guidance.backend.atomic import atomic_path
 from calib_guidance.backend.text import read_text
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.runs.folder import RunFolder
-from calib_guidance.runs.store import CorruptedShardError, pixels, sha256
+from calib_guidance.runs.store import CorruptedShardError, label_names, pixels, sha256
 
 _ROWS = 64  # images in memory at a time, beside the bytes of one shard
 
@@ -55,7 +55,7 @@ def write_npz(path: Path, batches: Iterator[pa.RecordBatch], rows: int) -> None:
 
 
 def write_png(path: Path, batches: Iterator[pa.RecordBatch], names: Sequence[str] | None) -> None:
-    """Write ``CLASS/INDEX.png``; the class is its number with four digits, or its name in ``names``."""
+    """Write ``CLASS/INDEX.png``; the class is its name in ``names``, or its number with four digits."""
     path.mkdir()
     for batch in batches:
         for index, label, png in zip(
@@ -100,6 +100,12 @@ def read_class_names(file: Path | None) -> list[str] | None:
     return names
 
 
+def _folder_names(run: RunFolder, shard: range) -> list[str] | None:
+    """The class names that the samples state, if all of them can be folders."""
+    names = label_names(pq.read_schema(run.file(shard, "parquet"))) or [""]
+    return names if all(name.isprintable() and name.strip("./ ") and "/" not in name for name in names) else None
+
+
 def _export(run: RunFolder, form: str, output: Path | None, partial: bool, names: Sequence[str] | None) -> str:
     """Export a run; what is to be said of it."""
     # Without --partial a corrupted file ends the export when it is read; with it, it must be known before.
@@ -122,7 +128,7 @@ def _export(run: RunFolder, form: str, output: Path | None, partial: bool, names
         if form == "npz":
             write_npz(temporary, batches, total)
         elif form == "png":
-            write_png(temporary, batches, names)
+            write_png(temporary, batches, names or _folder_names(run, next(iter(rows))))
         else:
             write_hf(temporary, batches, sha256("".join(record["sha256"] for record in records.values()).encode()))
     failed = sum(len(record["failed"]) for record in records.values())
@@ -151,7 +157,9 @@ def export(args: Sequence[str]) -> None:
         "--output", type=Path, help="file or folder to write (in DIR: samples_NxHxWxC.npz, samples_png, samples_hf)"
     )
     parser.add_argument("--partial", action="store_true", help="export the samples that a run has so far")
-    parser.add_argument("--names", type=Path, help="png: text file with the names of the classes, one per line")
+    parser.add_argument(
+        "--names", type=Path, help="png: file with a class name per line (default: those of the samples)"
+    )
     options = parser.parse_args(list(args))
     if options.names is not None and options.to != "png":
         raise ConfigurationError("--names is for --to png, whose folders are named by class")

@@ -25,7 +25,16 @@ _RUN = {
 _MOST_SHARDS = 1_000_000
 _UNSET = "(not set)"
 # How much is done at a time, and by how many; up to rounding it changes nothing.
-_NOT_PIXELS = {"compile", "decode_batch", "num_samples", "batch_size", "shard_size", "num_workers", "max_corrupt"}
+_NOT_PIXELS = {
+    "compile",
+    "decode_batch",
+    "num_samples",
+    "batch_size",
+    "shard_size",
+    "num_workers",
+    "max_corrupt",
+    "class_names",
+}
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
 

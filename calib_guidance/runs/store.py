@@ -111,6 +111,13 @@ def pixels(png: bytes) -> np.ndarray:
     return np.atleast_3d(np.asarray(Image.open(io.BytesIO(png))))
 
 
+def label_names(schema: pa.Schema) -> list[str] | None:
+    """Names of classes that a table of samples states; None where they are their numbers."""
+    stated = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    names = stated.get("info", {}).get("features", {}).get("label", {}).get("names")
+    return None if names == [str(number) for number in range(len(names or ()))] else names
+
+
 def read_table(data: bytes | str | os.PathLike[str], indices: Collection[int] | None = None) -> dict[str, np.ndarray]:
     """Samples of a parquet file (its path or bytes), all or those with the given indices.
 

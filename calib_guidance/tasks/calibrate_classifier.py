@@ -12,6 +12,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from calib_guidance.classifiers.base import Classifier
+from calib_guidance.data.base import listed
+from calib_guidance.data.imagenet import read_class_names, same_classes
 from calib_guidance.errors import ConfigurationError, check_choice
 from calib_guidance.metrics import ClassifierMetrics, Levels
 from calib_guidance.tasks.base import TrainingTask
@@ -110,6 +112,12 @@ class CalibrateClassifier(TrainingTask):
             raise ConfigurationError(
                 f"the data has {classes} classes, the classifier {self.classifier.num_classes}: set "
                 f"model.classifier.num_classes (or its network's) to {classes}"
+            )
+        known = read_class_names(self.classifier.class_names, self.classifier.num_classes)
+        if not same_classes(known, names := getattr(data, "class_names", None)):
+            raise ConfigurationError(
+                f"the data numbers the classes {listed(names)}, the classifier {listed(known)}: equal numbers must mean equal "
+                "classes. Name class folders alike, or set model.classifier.class_names to null"
             )
         self.input_transform.check_classes(self.classifier.num_classes)
         if (shape := getattr(data, "image_shape", None)) is not None:

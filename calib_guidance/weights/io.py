@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
+import unittest.mock
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +25,21 @@ from calib_guidance.weights.hub import fetch
 from calib_guidance.weights.pickles import read_edm_pickle
 
 # Where trainers put the weights, averages first: they are what is sampled from.
-_NESTS = ("ema", "state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict")
+_NESTS = ("ema", "state_dict_ema", "model_ema", "params_ema", "state_dict", "model", "model_state_dict", "params")
+_DEPTH = 8
+# A count for training only, which older files do not have, and DiT's table of positions, which diffusers computes.
+_OPTIONAL = (".num_batches_tracked", "pos_embed.pos_embed")
 _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # what torch.save wrote first, before it wrote zip archives
+
+
+class WeightsFile(str):
+    """Path of a weights file, name that a library knows, or ``hf://…``; in a YAML, a path may be relative to that YAML."""
+
+    @classmethod
+    def beside(cls, value: str, folder: Path) -> WeightsFile:
+        """The file of a folder that ``value`` names, if there is one; else ``value``."""
+        path = folder.absolute() / value
+        return cls(path if path.is_file() else value)
 
 
 class Weights(NamedTuple):
@@ -47,16 +62,9 @@ class Weights(NamedTuple):
 @contextlib.contextmanager
 def tensors_only() -> Iterator[None]:
     """While libraries load weights in their own ways, torch.load executes nothing, whatever they ask of it."""
-    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
-    before = {name: os.environ.pop(name, None) for name in names}
-    os.environ[names[0]] = "1"
-    try:
+    with unittest.mock.patch.dict(os.environ, {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}):
+        os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
         yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
 
 
 def _reason(error: BaseException) -> str:
@@ -123,8 +131,12 @@ def _read_shards(index: Path) -> Weights:
     return Weights(index, state)
 
 
-def _is_state(content: object) -> bool:
-    return isinstance(content, Mapping) and bool(content) and all(isinstance(v, Tensor) for v in content.values())
+def _tensors(content: object) -> dict[str, Tensor] | None:
+    """A mapping of names to tensors, without what modules keep beside them; None for anything else."""
+    if not isinstance(content, Mapping):
+        return None
+    state = {name: value for name, value in content.items() if not str(name).endswith("_extra_state")}
+    return state if state and all(isinstance(value, Tensor) for value in state.values()) else None
 
 
 def _read_torch(path: Path, is_archive: bool) -> Weights:
@@ -132,31 +144,45 @@ def _read_torch(path: Path, is_archive: bool) -> Weights:
     with torch.serialization.safe_globals([argparse.Namespace]):  # in which training scripts keep their options
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     outermost = content
-    while isinstance(content, Mapping) and not _is_state(content):
-        nested = [content[name] for name in _NESTS if isinstance(content.get(name), Mapping)]
-        nested = [part for part in nested if _is_state(part)] or nested
-        if not nested:
+    for _ in range(_DEPTH):  # a mapping may hold itself
+        nested = [content[name] for name in _NESTS if isinstance(content, Mapping) and name in content]
+        if _tensors(content) is not None or not nested:
             break
-        content = nested[0]
-    if not _is_state(content):
+        content = next((part for part in nested if _tensors(part) is not None), nested[0])
+    state = _tensors(content)
+    if state is None:
         is_mapping = isinstance(content, Mapping)
         found = f"a mapping with {_some(sorted(map(str, content)))}" if is_mapping else type(content).__name__
         raise CheckpointError(f"{path}: expected a mapping of names to tensors, found {found}")
-    state = {name.replace("_orig_mod.", ""): value for name, value in content.items()}
-    averaged = state.keys() - {"n_averaged"}
-    if averaged and all(name.startswith("module.") for name in averaged):
-        state = {name.removeprefix("module."): state[name] for name in state if name in averaged}
+    state = {name.replace("_orig_mod.", ""): value for name, value in state.items() if name != "n_averaged"}
+    while state and all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
     parts = outermost.get("weights_metadata", {}) if "pytorch-lightning_version" in outermost else None
     return Weights(path, state, parts=parts)
 
 
 def read_weights(path: str | os.PathLike[str]) -> Weights:
-    """What is in a weights file, whatever it is called, without executing anything in it.
+    """What is in a weights file, whatever it is called, without executing anything in it; NaN is refused.
 
     Reads ``.safetensors``; folders of them with an index, as diffusers writes them; files of torch.save in both of its formats,
-    with weights nested under ``state_dict``, ``model`` or ``ema`` (averages are preferred) and the prefixes of DataParallel,
-    ``torch.compile`` and averages taken off; pickles of EDM (``ema``); and ``hf://OWNER/REPO/PATH`` of the hub.
+    with weights nested under ``state_dict``, ``model``, ``params`` or ``ema`` (averages are preferred) and the prefixes of
+    DataParallel, ``torch.compile`` and averages taken off; pickles of EDM (``ema``); and ``hf://OWNER/REPO/PATH`` of the hub.
     """
+    weights = _read(path)
+    # Masks of attention may hold −inf.
+    broken = [name for name, value in weights.state.items() if value.is_floating_point() and not _below_inf(value)]
+    if broken:
+        raise CheckpointError(
+            f"{weights.path} holds NaN or infinity: {_some(broken)}. Its training diverged, or the file is damaged: name another"
+        )
+    return weights
+
+
+def _below_inf(value: Tensor) -> bool:
+    return bool(((value.float() if value.element_size() == 1 else value) < math.inf).all())
+
+
+def _read(path: str | os.PathLike[str]) -> Weights:
     if Path(path).name == "None":
         raise CheckpointError(
             "the weights file is named 'None': jsonargparse reads null on the command line as that text; write null in a YAML "
@@ -195,26 +221,32 @@ def _some(names: list[str], limit: int = 8) -> str:
 
 
 def part_of(weights: Weights, module: nn.Module) -> Weights:
-    """Of a Lightning checkpoint, the one part that fits a module by names and shapes; other weights as they are."""
+    """The one part of the weights that fits a module by names and shapes, below a prefix such as ``model.``.
+
+    Where none fits, other files than Lightning's are returned as they are.
+    """
+    expected = {name: value.shape for name, value in module.state_dict().items()}
+    needed = [name for name in expected if not name.endswith(_OPTIONAL)]
+    if not needed or (weights.parts is None and any(name in weights.state for name in needed)):
+        return weights
+    fitting, names = [], list(weights.state)
+    for prefix in [name.removesuffix(needed[0]) for name in names if f".{name}".endswith(f".{needed[0]}")]:
+        part = {name.removeprefix(prefix): value for name, value in weights.state.items() if name.startswith(prefix)}
+        if part.keys() >= {*needed} and all(value.shape == expected.get(name) for name, value in part.items()):
+            fitting.append((prefix, part))
+    if len(fitting) == 1:
+        ((prefix, part),) = fitting
+        metadata = weights.metadata if weights.parts is None else weights.parts.get(prefix.rstrip("."), {})
+        return weights._replace(state=part, metadata=metadata, parts=None)
     if weights.parts is None:
         return weights
-    expected = {name: value.shape for name, value in module.state_dict().items()}
-    first, fitting, names = next(iter(expected), ""), [], list(weights.state)
-    for prefix in [name.removesuffix(first) for name in names if name == first or name.endswith(f".{first}")]:
-        part = {name.removeprefix(prefix): value for name, value in weights.state.items() if name.startswith(prefix)}
-        if {name: value.shape for name, value in part.items()} == expected:
-            fitting.append((prefix, part))
-    if len(fitting) != 1:
-        parts = sorted({".".join(name.split(".")[:2]) for name in names})
-        several = f"several parts fit: {', '.join(prefix.rstrip('.') for prefix, _ in fitting)}"
-        found = several if fitting else "no part fits"
-        raise CheckpointError(
-            f"{weights.path} is a training checkpoint in which {found} {type(module).__name__} by names and shapes (it "
-            f"has {_some(parts, 4)}): name the weights that ExportWeights or ExportClassifier wrote, or the architecture that "
-            "was trained"
-        )
-    ((prefix, part),) = fitting
-    return weights._replace(state=part, metadata=weights.parts.get(prefix.rstrip("."), {}), parts=None)
+    parts = sorted({".".join(name.split(".")[:2]) for name in names})
+    several = f"several parts fit: {', '.join(prefix.rstrip('.') for prefix, _ in fitting)}"
+    raise CheckpointError(
+        f"{weights.path} is a training checkpoint in which {several if fitting else 'no part fits'} {type(module).__name__} "
+        f"by names and shapes (it has {_some(parts, 4)}): name the weights that ExportWeights or ExportClassifier wrote, or the "
+        "architecture that was trained"
+    )
 
 
 def load_weights(module: nn.Module, source: str | os.PathLike[str] | Weights, **settings: object) -> dict[str, object]:
@@ -243,10 +275,7 @@ def load_weights(module: nn.Module, source: str | os.PathLike[str] | Weights, **
             )
     names = registry.identify(weights.state, path=weights.path)
     state, expected = dict(weights.state), module.state_dict()
-    for name in expected.keys() - state.keys():
-        # A count for training only, which older files do not have, and DiT's table of positions, which diffusers computes.
-        if name.endswith((".num_batches_tracked", "pos_embed.pos_embed")):
-            state[name] = expected[name]
+    state |= {name: expected[name] for name in expected.keys() - state.keys() if name.endswith(_OPTIONAL)}
     problems = {
         "missing": expected.keys() - state.keys(),
         "unexpected": state.keys() - expected.keys(),
@@ -262,6 +291,11 @@ def load_weights(module: nn.Module, source: str | os.PathLike[str] | Weights, **
         raise CheckpointError(
             f"{weights.path} does not fit {type(module).__name__}; {wrong}{known}. Name the file that belongs to "
             "this architecture, or the architecture that belongs to this file"
+        )
+    if integer := [n for n, v in state.items() if expected[n].is_floating_point() and not v.is_floating_point()]:
+        raise CheckpointError(
+            f"{weights.path} holds {state[integer[0]].dtype} where {type(module).__name__} has {expected[integer[0]].dtype}: "
+            f"{_some(integer)}. Quantized weights are not read: name the file before quantization"
         )
     if card := registry.common_card(names):  # what the file says of itself was compared above: it may be another one
         registry.check(card.name, {k: v for k, v in settings.items() if k not in weights.metadata}, weights.path)

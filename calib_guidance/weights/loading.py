@@ -66,7 +66,7 @@ def _read(checkpoint: str, kind: str) -> tuple[Weights, Mapping[str, Any]]:
         return Weights(checkpoint, from_diffusers(state)), config
     weights = read_weights(checkpoint)
     if kind == "dit":
-        return weights._replace(state=to_dit(weights.state)), {}
+        return weights._replace(state=to_dit(registry.bare(weights.state))), {}
     if kind != "edm" or not is_edm(weights.state):
         return weights, {}
     try:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_MOST_MODULES = 100_000
 _CONTAINERS = ("ModuleDict", "ModuleList", "Sequential")
 
 
@@ -104,8 +105,10 @@ class _NumpyType(_Record):
         """Byte order and the like, which the name already says."""
 
 
-def _tensors(record: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers of a module and the modules within."""
+def _tensors(record: object, prefix: str, visits: Iterator[int]) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers of a module and the modules within, as many as there are ``visits``."""
+    if next(visits, None) is None:  # modules that hold modules twice, or themselves, never end
+        raise pickle.UnpicklingError(f"its network has more than {_MOST_MODULES:,} modules")
     parts = vars(record)
     passing = parts.get("_non_persistent_buffers_set", ())
     for kind in ("_parameters", "_buffers"):
@@ -116,7 +119,7 @@ def _tensors(record: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
                 yield prefix + name, value
     for name, module in parts["_modules"].items():
         if module is not None:
-            yield from _tensors(module, f"{prefix}{name}.")
+            yield from _tensors(module, f"{prefix}{name}.", visits)
 
 
 def read_edm_pickle(file: BinaryIO) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -133,4 +136,4 @@ def read_edm_pickle(file: BinaryIO) -> tuple[dict[str, Tensor], dict[str, Any]]:
     network = content["ema"]
     if not isinstance(network, _Record) or "_modules" not in vars(network):
         raise pickle.UnpicklingError(f"expected a network under 'ema', found {type(network).__name__}")
-    return dict(_tensors(network)), dict(vars(network).get("_init_kwargs") or {})
+    return dict(_tensors(network, "", iter(range(_MOST_MODULES)))), dict(vars(network).get("_init_kwargs") or {})

@@ -35,6 +35,13 @@ def reference(name: str) -> nn.Module:
         return make_network(name, "float32")
 
 
+def bare(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Weights without a first part such as ``model.`` that all their names share."""
+    first = next(iter(state), "").partition(".")[0] + "."
+    shared = all(name.startswith(first) for name in state)
+    return {name.removeprefix(first): value for name, value in state.items()} if shared else state
+
+
 def identify(
     state: Mapping[str, Tensor], kind: str | None = None, path: str | os.PathLike[str] | None = None
 ) -> list[str]:
@@ -43,7 +50,7 @@ def identify(
     Of several, ``path`` decides where it has the name of one of their files.
     """
     count = sum(value.numel() for value in state.values())
-    shapes = {name: value.shape for name, value in state.items()}
+    shapes = {name: value.shape for name, value in bare(state).items()}
 
     def fits(card: Card) -> bool:
         if card.signature_shapes and card.signature_shapes.items() <= shapes.items():

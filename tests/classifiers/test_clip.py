@@ -76,7 +76,7 @@ def test_the_scale_of_logits_is_bounded(saved):
 
 @pytest.mark.parametrize("size", [(16, 24), (40, 33), (9, 16)])
 def test_resizing_is_torchs_antialiased_bicubic(size):
-    x = images(2, *size, dtype=torch.float64)
+    x = images(2, *size, dtype=torch.float64) / 2  # so that nothing overshoots [-1, 1]
     classifier = CLIPClassifier(["a"], ARCHITECTURE).double()
     expected = F.interpolate(x, (16, 16), mode="bicubic", antialias=True)
     (shown,) = classifier._views(x, None)
@@ -94,6 +94,22 @@ def test_preprocessing_is_open_clips():
     classifier.visual.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
     classifier(pixels[None].float() / 127.5 - 1)
     torch.testing.assert_close(seen[0][0], expected, atol=1.01 / 255 / 0.26, rtol=0)
+
+
+@pytest.mark.parametrize("size", [9, 16, 40])
+def test_overshoot_is_clipped_as_by_open_clip(size):
+    """Black and white noise, on which bicubic filters overshoot most; larger, smaller, and of the network's own size."""
+    pixels = np.random.default_rng(0).integers(0, 2, (size, size, 3), dtype=np.uint8) * 255
+    expected = open_clip.image_transform(16, is_train=False)(Image.fromarray(pixels))
+    classifier = CLIPClassifier(["a"], ARCHITECTURE)
+    seen = []
+    classifier.visual.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    x = (torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1).requires_grad_()
+    classifier(x).sum().backward()
+    torch.testing.assert_close(seen[0][0], expected, atol=1.5 / 255 / 0.26, rtol=0)
+    white = torch.ones(1, 3, size, size, requires_grad=True)
+    classifier(white).sum().backward()
+    assert (white.grad.abs().amax(dim=(0, 1)) > 0).all()  # a saturated area can be darkened
 
 
 @pytest.mark.parametrize("cutouts", [0, 2])

@@ -14,6 +14,7 @@ from torch import nn
 
 from calib_guidance.classifiers import OffTheShelfClassifier, fit_temperature
 from calib_guidance.cli import main
+from calib_guidance.evaluation.loading import read_classifier
 from calib_guidance.networks import SmallResNet
 from calib_guidance.tasks import CalibrateClassifier
 from calib_guidance.training.lr_schedules import WarmupCosine
@@ -281,6 +282,16 @@ class TestExport:
         guide = resolved["model"]["init_args"]["guidance"]["init_args"]["classifier"]
         assert guide["init_args"]["weights"] == str(tmp_path / "classifier.safetensors")
         assert guide["init_args"]["temperature"] != 1.0
+
+    def test_an_exported_classifier_can_be_moved(self, in_root, tmp_path):
+        """Its YAML names the weights relative to itself, for the command line and for evaluate."""
+        fit(tmp_path / "made", trainer={"max_epochs": 1})
+        moved = (tmp_path / "made").rename(tmp_path / "moved") / "classifier.yaml"
+        weights = read_weights(moved.with_name("classifier.safetensors")).state
+        for name, value in read_classifier(moved).network.state_dict().items():
+            assert torch.equal(value, weights[name])
+        fit(tmp_path / "again", f"--model.init_args.classifier={moved}", command="validate")
+        assert measures(tmp_path / "again")["accuracy"] == measures(moved.parent)["accuracy"]
 
     def test_what_is_exported_measures_as_it_did(self, in_root, tmp_path):
         """With the temperature of each level, better than without: it was fitted on the same data."""
