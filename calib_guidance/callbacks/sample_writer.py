@@ -171,8 +171,10 @@ class SampleWriter(Measurement):
             return None
         guidance = getattr(pl_module, "guidance", None)
         guiding = [part.classifier for part in (guidance.parts() if guidance else ())]
-        stated = [requests.class_names, *(each.class_names or getattr(each, "prompts", None) for each in guiding)]
-        return read_class_names(next(filter(None, stated), None), count) or [str(number) for number in range(count)]
+        stated = [requests.class_names, *(each.class_names for each in guiding)]
+        prompts = next((each.prompts for each in guiding if hasattr(each, "prompts")), [])
+        names = next(filter(None, stated), prompts if len(set(prompts)) == count else None)
+        return read_class_names(names, count) or [str(number) for number in range(count)]
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> RunFolder:
         path, requests, configuration = Path(trainer.default_root_dir), trainer.datamodule, self.context.configuration

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from jsonargparse import ArgumentError, ArgumentParser
+from safetensors import safe_open
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torchvision.transforms import v2
@@ -18,6 +19,7 @@ from calib_guidance.denoisers import ADMDenoiser
 from calib_guidance.networks import EncoderUNet, SmallResNet
 from calib_guidance.tasks.common import tell_smoothing
 from calib_guidance.weights.io import CheckpointError, load_weights, read_weights, save_weights
+from tests.conftest import ROOT
 
 
 class CountReLU(TorchFunctionMode):
@@ -336,3 +338,12 @@ class TestNumberOfClasses:
             OffTheShelfClassifier(SmallResNet(4), 11)
         with pytest.raises(ValueError, match="Headless does not show how many classes it has: state num_classes"):
             OffTheShelfClassifier(Headless())
+
+
+@pytest.mark.parametrize("name", ["classifier", "eval_classifier", "noise_aware"])
+def test_shipped_classifiers_state_what_they_are(name):
+    with safe_open(ROOT / f"checkpoints/digits/{name}.safetensors", "pt") as file:
+        stated = file.metadata()
+    assert stated["architecture"] == ("EncoderUNet" if name == "noise_aware" else "SmallResNet")
+    assert stated["num_classes"] == "10"
+    assert name == "noise_aware" or (stated["normalize"], stated["resize"]) == ("none", "None")
