@@ -151,13 +151,13 @@ class SampleWriter(Measurement):
         return (run.path / "run.json").exists()
 
     def begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._class_names = self._find_class_names(trainer.datamodule, pl_module)
         check_writable(Path(trainer.default_root_dir), "trainer.default_root_dir")
         self.run = self._begin(trainer, pl_module)
         remaining = self.run.remaining(verify=True)
         self._log_state(remaining)
         self.context.store, self.context.shards = self.run, remaining
         self._background = Background(_WAITING)  # before the first claim, as there may be no threads
-        self._class_names = self._find_class_names(trainer.datamodule, pl_module)
         self.context.observe(self._observe)
 
     def _observe(self, record: StepRecord) -> None:
@@ -171,7 +171,7 @@ class SampleWriter(Measurement):
             return None
         guidance = getattr(pl_module, "guidance", None)
         guiding = [part.classifier for part in (guidance.parts() if guidance else ())]
-        stated = [requests.class_names, *(each.class_names for each in guiding)]
+        stated = [getattr(requests, "class_names", None), *(each.class_names for each in guiding)]
         prompts = next((each.prompts for each in guiding if hasattr(each, "prompts")), [])
         names = next(filter(None, stated), prompts if len(set(prompts)) == count else None)
         return read_class_names(names, count) or [str(number) for number in range(count)]
