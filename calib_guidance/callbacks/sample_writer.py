@@ -324,4 +324,5 @@ class SampleWriter(Measurement):
         run = self.run.extended()
         if not any(record["rows"] for record in run.readable_records()):  # all failed
             return []
-        return sample_grid((run.read(shard) for shard in run.shards()), folder / "samples")
+        names = {number: name.replace("$", r"\$") for number, name in enumerate(self._class_names or ())}
+        return sample_grid((run.read(shard) for shard in run.shards()), folder / "samples", names=names)

@@ -18,7 +18,7 @@ import yaml
 from calib_guidance.errors import ConfigurationError, first_line
 from calib_guidance.runs import CorruptedShardError, RunFolder, read_run
 from calib_guidance.runs.status import survey
-from calib_guidance.runs.store import REAL_IMAGES
+from calib_guidance.runs.store import REAL_IMAGES, label_names
 
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ class Run:
     Args:
         path: its folder.
         name: for people, unique in the report.
-        class_names: by number; where they are missing, those of the reference.
+        class_names: by number; where they are missing, those of the reference, then those of the samples.
 
     Attributes:
         folder: its samples.
@@ -113,7 +113,8 @@ class Run:
             named = (
                 {} if self.real is None else dict(zip(*(self.real[k].tolist() for k in ("label", "name")), strict=True))
             )
-            self._class_names = {label: name for label, name in named.items() if name} | dict(class_names)
+            stated = {label: name for label, name in named.items() if name} | dict(class_names)
+            self._class_names = dict(enumerate(self._sampled_names or ())) | stated
         except OSError as error:
             raise ConfigurationError(f"{error.filename or path} cannot be read: {error.strerror or error}") from error
         if self.status["complete"] and not self.metrics and not self.evaluation:
@@ -175,12 +176,14 @@ class Run:
     def _read_columns(self) -> dict[str, np.ndarray]:
         """Without the images, of which nothing is read."""
         found: list[dict[str, np.ndarray]] = []
+        self._sampled_names = None
         for shard in self.folder.shards():
             if shard.start in self._damaged or self.folder.state(shard).name != "done":
                 continue
             path = self.folder.file(shard, "parquet")
             try:
                 table = pq.read_table(path, columns=list(_COLUMNS))
+                self._sampled_names = self._sampled_names or label_names(table.schema)
                 found.append({name: table[name].to_numpy().astype(np.int64) for name in _COLUMNS})
             except (pa.ArrowException, KeyError, OSError) as error:
                 self._leave_out(shard, f"{path.name} is no table of samples: {error}")

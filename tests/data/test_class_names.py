@@ -10,6 +10,7 @@ from calib_guidance.cli import main
 from calib_guidance.data import ImageSet, imagenet_names
 from calib_guidance.data.imagenet import read_class_names, same_classes
 from calib_guidance.errors import ConfigurationError
+from calib_guidance.report.runs import open_runs
 from tests.conftest import ROOT
 from tests.image_files import pictures, write
 
@@ -40,6 +41,8 @@ def test_names_of_samples(tmp_path, monkeypatch, capsys, stated):
     assert {path.name for path in (run / "samples_png").iterdir()} == set(NAMES)
     main(["export", str(run), "--to=hf"])
     assert datasets.load_from_disk(str(run / "samples_hf")).features["label"].names == NAMES
+    (found,) = open_runs([run], {})
+    assert [found.class_name(number) for number in range(10)] == NAMES
     capsys.readouterr()
     predict(tmp_path, "--data.class_names=null")  # names are not pixels: the same run, complete
     assert "holds the samples of another configuration" not in capsys.readouterr().err
