@@ -57,7 +57,7 @@ def read_class_names(names: str | Sequence[str] | None, num_classes: int) -> lis
 
 def same_classes(names: Sequence[str] | None, others: Sequence[str] | None) -> bool:
     """Whether two data sets or classifiers may number their classes alike; ``tench`` and ``n01440764`` are one class."""
-    if names is None or others is None or list(names) == list(others):
+    if any(each is None or all(name.isdecimal() for name in each) for each in (names, others)) or names == others:
         return True
     try:
         return imagenet_labels(names, "") == imagenet_labels(others, "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,12 +121,13 @@ def _evaluate(options: argparse.Namespace, processes: DistributedContext) -> Non
     clip = None if options.clip is None else read_classifier(options.clip)
     if clip is not None and not isinstance(clip, CLIPClassifier):
         raise ConfigurationError(f"--clip: {options.clip} describes {type(clip).__name__}, not CLIPClassifier")
-    for samples in sets:
-        _check_classes(samples, reference, eval_classifier)
     measures = Measures(extractor, eval_classifier, clip, options.neighbors, not options.allow_few, options.extrapolate)
     if isinstance(reference, ReferenceStatistics):
         reference.check(extractor)
     specs = _metrics(options.metrics, measures, ReferenceHolds.of(reference), sets)
+    classifying = measures.extractor.classifier if measures.extractor_classifies else eval_classifier
+    for samples in sets:
+        _check_classes(samples, reference, classifying, {need for spec in specs for need in spec.needs})
     shapes = {samples.name: samples.image_shape for samples in sets}
     quality = Quality(specs, measures, reference, options.batch_size, processes, shapes)
     found = []
@@ -138,15 +139,20 @@ def _evaluate(options: argparse.Namespace, processes: DistributedContext) -> Non
         write_summary(_output(options), names, found)
 
 
-def _check_classes(samples: ImageSet, reference: ImageSet | ReferenceStatistics, classifier: Classifier | None) -> None:
-    """Raise ConfigurationError where class numbers mean other classes by their names."""
-    own, real = samples.source.class_names, getattr(getattr(reference, "source", None), "class_names", None)
-    known = None if classifier is None else read_class_names(classifier.class_names, classifier.num_classes)
-    for what, others in ((f"the reference {reference.name}", real), ("the evaluation classifier", known)):
-        if not same_classes(own, others):
+def _check_classes(
+    samples: ImageSet, reference: ImageSet | ReferenceStatistics, classifier: Classifier | None, needs: Collection[str]
+) -> None:
+    """Raise ConfigurationError where metrics compare class numbers that mean other classes by their names."""
+    own, others = samples.source.class_names, {}
+    if "reference_labels" in needs and isinstance(reference, ImageSet):
+        others[f"the reference {reference.name}"] = reference.source.class_names
+    if "predictions" in needs and classifier is not None:
+        others["the evaluation classifier"] = read_class_names(classifier.class_names, classifier.num_classes)
+    for what, names in others.items():
+        if not same_classes(own, names):
             raise ConfigurationError(
-                f"{samples.name} numbers the classes {listed(own)}, {what} {listed(others)}: equal numbers must mean equal "
-                "classes. Name class folders alike, with an empty one for a class without images"
+                f"{samples.name} numbers the classes {listed(own)}, {what} {listed(names)}: equal numbers must mean equal "
+                "classes. Name class folders alike, with empty ones for classes without images, or name --metrics without classes"
             )
 
 
