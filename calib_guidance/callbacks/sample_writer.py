@@ -170,7 +170,8 @@ class SampleWriter(Measurement):
         if (count := getattr(requests, "num_classes", None)) is None:
             return None
         guidance = getattr(pl_module, "guidance", None)
-        guiding = [part.classifier for part in (guidance.parts() if guidance else ())]
+        parts = () if guidance is None else guidance.parts()
+        guiding = [part.classifier for part in parts if hasattr(part, "classifier")]
         stated = [getattr(requests, "class_names", None), *(each.class_names for each in guiding)]
         prompts = next((each.prompts for each in guiding if hasattr(each, "prompts")), [])
         names = next(filter(None, stated), prompts if len(set(prompts)) == count else None)
