@@ -138,7 +138,7 @@ def measure_on_rank(rank, folder):
 
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(tmp_path):
-    processes.succeed(tmp_path, ranks=2, function=f"{__name__}:measure_on_rank")
+    processes.succeed(tmp_path, ranks=2, function="tests.metrics.test_classifier_metrics:measure_on_rank")
     rows = batches()
     expected = {
         "uneven": measure(ClassifierMetrics(7, 3), rows[:6]),

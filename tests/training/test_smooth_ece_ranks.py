@@ -41,7 +41,7 @@ def test_two_processes_have_the_gradient_of_one_on_both_batches(tmp_path):
     x = 3 * torch.randn(40, 5, dtype=torch.float64, generator=generator)
     y = torch.randint(3, (40,), generator=generator)
     torch.save((x, y, [20, 33, 40]), tmp_path / "batch.pt")
-    processes.succeed(tmp_path, ranks=2, function=f"{__name__}:two_ranks")
+    processes.succeed(tmp_path, ranks=2, function="tests.training.test_smooth_ece_ranks:two_ranks")
     network = model()
     loss = binned_smooth_ece(network(x), y)
     loss.backward()
