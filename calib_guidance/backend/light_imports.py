@@ -124,7 +124,7 @@ def _disable(fn: Any, recursive: bool = True, **options: Any) -> Any:
 def _of_torchmetrics(module: str, name: str) -> Any:
     package = sys.modules["torchmetrics"]
     with contextlib.nullcontext() if package.busy else package.open():
-        if name == "Metric":
+        if module != "__about__":
             import_module("torchmetrics.utilities")  # first, as in its __init__: they import each other
         return getattr(import_module(f"torchmetrics.{module}"), name)
 
