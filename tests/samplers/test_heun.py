@@ -309,7 +309,7 @@ def test_where_each_kind_of_guidance_enters():
     torch.testing.assert_close(found, expected.float())
 
     free = Combination(own, ClassifierFreeGuidance(2.0))
-    x0, _, residual = free.prepare(level, y)(x_t, 0)
+    x0, _, residual, *_ = free.prepare(level, y)(x_t, 0)
     guidance = ClassifierGuidance(linear(), scale=0.7, apply_to="cfg_residual")
     found = sampler(free, streams(3, free), y, guidance, [records.append])
     g = gradient(linear(), x0)
