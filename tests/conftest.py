@@ -56,3 +56,11 @@ def in_root(monkeypatch):
     """The repository root as working directory, where the paths of the shipped YAML files lead."""
     monkeypatch.chdir(ROOT)
     return ROOT
+
+
+def replace_cards(monkeypatch, known):
+    """Other published weights than those of cards.yaml, by name."""
+    from calib_guidance.weights import cards, registry
+
+    for module in (cards, registry):
+        monkeypatch.setattr(module, "CARDS", known)

@@ -211,6 +211,13 @@ def interrupted(batches, **settings):
 
 
 class TestSignals:
+    @pytest.fixture(autouse=True)
+    def heeded(self):
+        """A test run that nohup started ignores SIGHUP, and a command then ignores it too."""
+        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        yield
+        signal.signal(signal.SIGHUP, before)
+
     @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
     def test_the_current_shard_is_finished(self, sound, tmp_path, capsys, name):
         folder = tmp_path / "run"

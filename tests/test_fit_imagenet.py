@@ -83,7 +83,7 @@ def fit(folder, source, case, tmp_path, max_corrupt=0.2, **model):
         "max_steps": 2,
         "max_epochs": -1,
         "val_check_interval": 2,
-        "limit_val_batches": 1,
+        "limit_val_batches": 1.0,
     }
     trainer |= {"num_sanity_val_steps": 0, "precision": "32-true", "logger": False, "enable_checkpointing": False}
     trainer |= {"default_root_dir": str(folder), "accelerator": "cpu", "enable_progress_bar": False}

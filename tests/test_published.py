@@ -20,7 +20,7 @@ from calib_guidance.samplers import Heun
 from calib_guidance.tasks import GuidedSampling
 from calib_guidance.weights import registry
 from calib_guidance.weights.io import CheckpointError, load_weights, save_weights
-from tests.conftest import ROOT
+from tests.conftest import ROOT, replace_cards
 from tests.edm_files import edm_bytes
 
 IGNORED = {"dims", "use_checkpoint", "use_fp16", "pool"}
@@ -204,7 +204,7 @@ def small(monkeypatch, golden):
             arguments=architecture,
             settings={"noise_schedule": "cosine", "prediction": "epsilon", "num_steps": 1000},
         )
-    monkeypatch.setattr(registry, "CARDS", {**registry.CARDS, **entries})
+    replace_cards(monkeypatch, {**registry.CARDS, **entries})
     yield {
         name: golden(fixture)
         for name, fixture in (("adm_small", "adm_unet_c"), ("adm_small_classifier", "adm_classifier"))
@@ -289,7 +289,7 @@ class TestDenoiser:
         card = registry.CARDS["adm_small"]
         settings = card.settings | {"noise_schedule": "linear"}
         twin = replace(card, name="adm_twin", settings=settings)
-        monkeypatch.setattr(registry, "CARDS", {**registry.CARDS, "adm_twin": twin})
+        replace_cards(monkeypatch, {**registry.CARDS, "adm_twin": twin})
         torch.save(small["adm_small"].weights(), tmp_path / "any.pt")
         with pytest.raises(CheckpointError, match="of adm_small and adm_twin of the published.*state network"):
             ADMDenoiser(None, str(tmp_path / "any.pt"))
@@ -395,7 +395,7 @@ class TestLoadPretrained:
             signature_shapes={},
             parameters=sum(value.numel() for value in network.state_dict().values()),
         )
-        monkeypatch.setattr(registry, "CARDS", {**registry.CARDS, "edm_small": card})
+        replace_cards(monkeypatch, {**registry.CARDS, "edm_small": card})
         save_weights(network, tmp_path / "edm.safetensors")
         denoiser = calib_guidance.load_pretrained("edm_small", tmp_path / "edm.safetensors")
         assert isinstance(denoiser, EDMDenoiser)
@@ -419,7 +419,7 @@ class TestLoadPretrained:
             signature_shapes={},
             parameters=sum(value.numel() for value in network.state_dict().values()),
         )
-        monkeypatch.setattr(registry, "CARDS", {**registry.CARDS, "dit_xl_2_256": card})
+        replace_cards(monkeypatch, {**registry.CARDS, "dit_xl_2_256": card})
         monkeypatch.setattr(registry, "reference", registry.reference.__wrapped__)
         monkeypatch.chdir(tmp_path)
         save_weights(network, "checkpoints/DiT-XL-2-256x256.pt")

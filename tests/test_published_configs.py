@@ -121,7 +121,7 @@ def test_the_table_names_every_row_once():
     assert len(ROWS) == 53
 
 
-ADM_METRICS = ["fid", "sfid", "is", "pr"]
+ADM_METRICS = ["fid", "sfid", "is", "is_adm", "pr", "pr_adm"]
 
 
 @pytest.mark.parametrize(

@@ -52,10 +52,6 @@ class ModuleDenoiser(Denoiser):
         betas = (
             named_betas(noise_schedule, num_steps) if isinstance(noise_schedule, str) else np.asarray(noise_schedule)
         )
-        if prediction == "epsilon" and not (betas < 1).all():
-            raise ValueError(
-                "a schedule with β = 1 (zero terminal signal-to-noise ratio) needs a network that predicts v or x0, got epsilon"
-            )
         x0_coefficients(prediction, np.ones(1))  # checks the name
         self.schedule, self.prediction = NoiseSchedule(betas), prediction
         self.image_shape, self.num_classes, self.null_label = tuple(image_shape), num_classes, null_label

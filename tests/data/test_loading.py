@@ -78,7 +78,9 @@ def test_the_middle_of_an_epoch_goes_on_only_as_it_began(monkeypatch):
     loader = train_loader(Images(), 4, 1, world_size=2)
     next(iter(loader))
     state = loader.state_dict()
-    with pytest.raises(ConfigurationError, match="batch_size 4, now 2; batches per epoch 2, now 5.*Resume with these"):
+    with pytest.raises(
+        ConfigurationError, match="batch_size 4, now 2; batches per epoch 2, now 5.*Resume with the former"
+    ):
         train_loader(Images(), 2, 1, world_size=2).load_state_dict(state)
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)

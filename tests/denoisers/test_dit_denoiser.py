@@ -38,6 +38,7 @@ from calib_guidance.weights import registry
 from calib_guidance.weights.dit import to_diffusers, to_dit
 from calib_guidance.weights.io import CheckpointError, Weights, load_weights
 from docs.fit_linear_decoder import main
+from tests.conftest import replace_cards
 
 VAE = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 16}
 VAE |= {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
@@ -184,7 +185,7 @@ class TestFiles:
             signature_shapes={},
             parameters=sum(value.numel() for value in network.state_dict().values()),
         )
-        monkeypatch.setattr(registry, "CARDS", {**registry.CARDS, "dit_xl_2_256": small})
+        replace_cards(monkeypatch, {**registry.CARDS, "dit_xl_2_256": small})
         monkeypatch.setattr(registry, "reference", registry.reference.__wrapped__)
         torch.save(fixture.weights(), tmp_path / "dit.pt")
         path = str(tmp_path / "dit.pt")
