@@ -240,6 +240,12 @@ class ImageData(DataModule):
     def _heldout(self, use: str) -> DataLoader:
         """In mixed order where only some of the batches are used: the first images may all be of the first classes."""
         data, limit = self._data[use], getattr(self.trainer, f"limit_{use}_batches", 1.0)
+        world = self.place[1]
+        if isinstance(data, ImageRows) and len(data) < world:  # a device without a batch leaves the others waiting
+            raise ConfigurationError(
+                f"{self._where(use)}: {len(data)} images for {world} devices, and each needs one: set trainer.devices to at most "
+                f"{len(data)}, or name a larger split"
+            )
         limited = isinstance(data, ImageRows) and (isinstance(limit, int) or limit < 1)
         order = data.mixed() if limited else None
         return heldout_loader(data, self.batch_size, **self._reading(use), order=order)

@@ -277,6 +277,17 @@ def test_devices_share_a_stream(parquet, monkeypatch):
         assert sorted(joined(heldout, "index").tolist()) == list(range(5))
 
 
+def test_every_device_validates_at_least_one_image(folder, monkeypatch):
+    """A device without a batch skips validation, where the others wait for it."""
+    for rank in range(6):
+        monkeypatch.setattr(ImageData, "place", (rank, 6))
+        (batch,) = opened(folder).val_dataloader()
+        assert batch["index"].tolist() == [rank]
+    monkeypatch.setattr(ImageData, "place", (0, 7))
+    with pytest.raises(ConfigurationError, match=r"6 images for 7 devices.* at most 6"):
+        opened(folder).val_dataloader()
+
+
 class Recorder(L.LightningModule):
     """Trains nothing and keeps what it saw."""
 
