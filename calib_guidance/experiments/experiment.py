@@ -19,7 +19,7 @@ from calib_guidance.cli.parsed import quietly, without_network
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.experiments.runner import Run, do_runs
 from calib_guidance.experiments.settings import Plan, make_plan
-from calib_guidance.experiments.tables import Results, mean_and_std, place_of, read_value
+from calib_guidance.experiments.tables import Results, insert, mean_and_std, place_of, read_value
 
 
 def halve(
@@ -144,8 +144,7 @@ def _write(results: Results, folder: Path, into: Path | None) -> None:
         write_text(paths[-1], text + "\n")
         print(f"\n{text}")
         if into is not None:
-            before, after = place_of(mark, into)
-            write_text(into, f"{before}\n{text}\n{after}")
+            insert(text, mark, into)
     for column in plan.columns:
         if all(value is None for number in results.samples for value in results.values(number, column)):
             print(f"note: no run has {column.key} in {column.file or 'metrics.json'}, for column {column.title!r}")

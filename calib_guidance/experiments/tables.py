@@ -58,6 +58,12 @@ def place_of(mark: str, path: Path) -> tuple[str, str]:
     return before + opening, closing + after
 
 
+def insert(text: str, mark: str, path: Path) -> None:
+    """Put a table between its marks in a Markdown file."""
+    before, after = place_of(mark, path)
+    write_text(path, f"{before}\n{text}\n{after}")
+
+
 def _write_csv(path: Path, lines: Sequence[Sequence[Any]]) -> None:
     text = io.StringIO()
     csv.writer(text).writerows(lines)
