@@ -3,7 +3,7 @@
     python benchmarks/start_up.py
 
 User and system time of a process of its own, median and range over rounds, after one that compiles bytecode and fills the
-caches. The bytecode of libraries is kept in a temporary folder, so that environments that write none are measured like the
+caches. The bytecode of libraries is kept in a temporary folder, so environments without bytecode are measured like the
 others. The second column is the ratio to ``import torch``, which nothing that samples is faster than.
 """
 

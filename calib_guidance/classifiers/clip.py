@@ -19,7 +19,7 @@ from calib_guidance.classifiers.base import Classifier, Standardize
 from calib_guidance.scores.base import as_float
 from calib_guidance.weights.io import WeightsFile, load_weights
 
-_BOUND = 1 + 1e-4  # of pixels; above 1, so that rounding takes the gradient from no saturated area
+_BOUND = 1 + 1e-4  # of pixels; above 1: saturated areas keep their gradient despite rounding
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 

@@ -131,7 +131,7 @@ def smooth_activations(model: nn.Module, beta: float, activations: Sequence[str]
         activations: names of ``SMOOTHED``.
 
     Raises:
-        ValueError: activations that cannot be smoothed, or none of which the model has.
+        ValueError: activations that cannot be smoothed, or that the model does not have.
     """
     if not beta > 0:
         raise ValueError(f"softplus_beta must be above 0 (null keeps the activations), got {beta}")

@@ -21,7 +21,7 @@ def fit_temperature(
     """The temperatures that minimize the negative log-likelihood of held-out data, by L-BFGS on log T.
 
     Args:
-        logits: ``(N, K)`` at temperature 1; rows that are not finite are left out.
+        logits: ``(N, K)`` at temperature 1; rows that are not finite are skipped.
         y: ``(N,)`` true classes.
         level: ``(N,)`` noise level of each, in 0 … num_levels − 1; None puts all in level 0.
         num_levels: temperatures to fit.
