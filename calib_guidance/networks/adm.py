@@ -266,6 +266,7 @@ class _Encoder(nn.Module):
         channel_mult_emb: width of the embedding over ``model_channels``.
         min_group_channels: channels that a group of the normalizations has at least, so that layers of fewer than 32 times
             that have fewer groups (EDM's networks: 4); None gives every layer 32 groups (ADM's).
+        middle_attention: attention in the middle block; EDM's networks narrower than one head have none.
     """
 
     def __init__(
@@ -287,6 +288,7 @@ class _Encoder(nn.Module):
         dtype: Dtype = "float32",
         channel_mult_emb: int = 4,
         min_group_channels: int | None = None,
+        middle_attention: bool = True,
     ):
         super().__init__()
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
@@ -329,7 +331,8 @@ class _Encoder(nn.Module):
             if level < len(channel_mult) - 1:
                 self.input_blocks.append(_EmbedSequential(self._down(channels)))
                 self._skips.append(channels)
-        self.middle_block = _EmbedSequential(res(channels), attention(channels), res(channels))
+        middle = attention(channels) if middle_attention else nn.Identity()
+        self.middle_block = _EmbedSequential(res(channels), middle, res(channels))
 
     def _cast(self) -> None:
         """Set the number formats, once every block exists."""

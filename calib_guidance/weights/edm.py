@@ -148,4 +148,5 @@ def edm_architecture(state: Mapping[str, Tensor]) -> dict[str, object]:
         "resblock_updown": True,
         "channel_mult_emb": len(weights["map_layer0.weight"]) // width,
         "min_group_channels": MIN_GROUP_CHANNELS,
+        "middle_attention": f"dec.{resolutions[-1]}x{resolutions[-1]}_in0.qkv.weight" in weights,
     }

@@ -21,6 +21,7 @@ PUBLISHED = {  # EDM's ImageNet-64 network
     "resblock_updown": True,
     "channel_mult_emb": 4,
     "min_group_channels": 4,
+    "middle_attention": True,
 }
 
 
@@ -91,6 +92,34 @@ def test_network_matches_the_reference(golden):
     fixture.assert_close("F_x", unet(fixture["net_input"], fixture["c_noise"], y))
     none = unet(fixture["net_input"], fixture["c_noise"], torch.full_like(y, -1))
     assert (none - fixture["F_x"]).abs().max() > 0.01  # labels matter
+
+
+def test_networks_narrower_than_a_head_have_no_attention_in_the_middle(golden):
+    """EDM gives a layer channels // 64 heads, none below 64. Attention whose output map is zero is the same network."""
+    fixture = golden("edm_net")
+    weights, y = fixture.weights(), fixture["labels"].argmax(1)
+    (middle,) = {name.rpartition("_in0")[0] + "_in0" for name in weights if "_in0.qkv" in name}
+    silent = {n: torch.zeros_like(v) if f"{middle}.proj" in n else v for n, v in weights.items()}
+    lacking = {
+        n: v for n, v in weights.items() if not any(f"{middle}.{part}." in n for part in ("norm2", "qkv", "proj"))
+    }
+    assert edm_architecture(lacking) == edm_architecture(weights) | {"middle_attention": False}
+    networks = []
+    for state in (silent, lacking):
+        networks.append(UNet(**edm_architecture(state)).eval().requires_grad_(False))
+        networks[-1].load_state_dict(from_edm(state))
+    zero, none = (unet(fixture["net_input"], fixture["c_noise"], y) for unet in networks)
+    torch.testing.assert_close(none, zero, atol=1e-6, rtol=1e-6)
+    assert (none - fixture["F_x"]).abs().max() > 1e-3  # the attention matters
+    # 32 channels throughout, which 64 channels per head do not divide.
+    narrow = edm_shapes(8, 3, 32, 1, (), (1, 1), 10)
+    narrow = {
+        n: torch.zeros(s)
+        for n, s in narrow.items()
+        if not any(f"_in0.{part}." in n for part in ("norm2", "qkv", "proj"))
+    }
+    narrow = {n: torch.full(v.shape, 0.25) if "resample" in n else v for n, v in narrow.items()}
+    UNet(**edm_architecture(narrow)).load_state_dict(from_edm(narrow))
 
 
 def test_block_with_several_heads_matches_the_reference(golden):
