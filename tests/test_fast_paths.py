@@ -248,13 +248,23 @@ class TestGroupNorm:
             scaled = expected * (1 + scale.double()) + shift.double()
             torch.testing.assert_close(norm(source, scale, shift).double(), scaled, atol=2e-4, rtol=1e-4)
 
-    @pytest.mark.parametrize("mean", [0.0, 100.0, 1000.0, -1000.0])
-    def test_is_accurate_where_the_mean_exceeds_the_deviation(self, mean):
-        """The mean of squares less the square of the mean was off by 0.004 at 100 and 0.3 at 1,000."""
-        norm, x = GroupNorm(64), torch.randn(3, 64, 8, 8, generator=torch.Generator().manual_seed(0)) + mean
-        expected = nn.functional.group_norm(x.double(), 32, eps=norm.eps)
-        found = norm(x.to(memory_format=torch.channels_last)).double()
-        torch.testing.assert_close(found, expected, atol=1e-5 + 2e-7 * abs(mean), rtol=1e-5)
+    @pytest.mark.parametrize("channels_last", [True, False])
+    @pytest.mark.parametrize("side", [8, 32, 64])
+    @pytest.mark.parametrize("mean", [0.0, 10.0, 100.0, 1000.0, -1000.0])
+    def test_is_accurate_where_the_mean_exceeds_the_deviation(self, mean, side, channels_last):
+        """The mean square minus the squared mean is off by 0.004 at 100 and 0.3 at 1,000, PyTorch's own kernel by 1,000 there."""
+        norm, generator = GroupNorm(64), torch.Generator().manual_seed(0)
+        x = torch.randn(3, 64, side, side, generator=generator)
+        x[1:] += mean  # the first sample stays as it is, whatever happens to the others
+        x = x.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format).requires_grad_()
+        wide = x.detach().double().requires_grad_()
+        expected, found = nn.functional.group_norm(wide, 32, eps=norm.eps), norm(x)
+        torch.testing.assert_close(found.double(), expected, atol=1e-5 + 2e-7 * abs(mean), rtol=1e-5)
+        torch.testing.assert_close(found[:1], norm(x[:1]), atol=0, rtol=0)
+        slopes = torch.randn(x.shape, generator=generator)
+        (gradient,) = torch.autograd.grad(found, x, slopes)
+        (exact,) = torch.autograd.grad(expected, wide, slopes.double())
+        torch.testing.assert_close(gradient.double(), exact, atol=2e-4, rtol=1e-4)
 
 
 class TestThreads:

@@ -54,8 +54,25 @@ def group_norm(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift
     """
     if _on and _is_slow(norm, x):
         return _by_channel(norm, x, scale, shift)
-    h = F.group_norm(x.float(), norm.num_groups, norm.weight, norm.bias, norm.eps).to(x.dtype)
+    on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    normalize = _accurate if on_cpu else F.group_norm
+    h = normalize(x.float(), norm.num_groups, norm.weight, norm.bias, norm.eps).to(x.dtype)
     return h if scale is None else torch.addcmul(shift, h, 1 + scale)
+
+
+def _accurate(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """``F.group_norm`` of ``x`` ``(N, C, H, W)``, from which large means are subtracted first.
+
+    For channels-last memory, PyTorch's CPU kernel takes the variance as the mean square minus the squared mean. Where the mean is
+    1,000 standard deviations, nothing of the variance is left, and its results are wrong by a factor of 1,000.
+    """
+    n, channels, pixels = len(x), x.shape[1], x[0, 0].numel()
+    h, mean, inverse_std = torch.native_group_norm(x, weight, bias, n, channels, pixels, groups, eps)
+    far = ~(mean.abs() * inverse_std < 4)  # NaN is far too
+    if not far.any():
+        return h
+    centered = x - torch.where(far, mean, 0).repeat_interleave(channels // groups, 1)[:, :, None, None]
+    return F.group_norm(centered, groups, weight, bias, eps)
 
 
 def _is_slow(norm: nn.GroupNorm, x: Tensor) -> bool:
