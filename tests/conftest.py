@@ -5,16 +5,19 @@ from pathlib import Path
 
 # Threads that fight over cores are many times slower than one, and two processes run in some tests.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # of what Lightning calls
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from calib_guidance.backend.light_imports import defer_imports
+from tests import sketches
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for jobs in the background
 defer_imports()  # before Lightning is imported
+sketches.begin()
 PARITY = Path(__file__).parent / "parity"
 ROOT = Path(__file__).parent.parent
 
@@ -56,6 +59,12 @@ def in_root(monkeypatch):
     """The repository root as working directory, where the paths of the shipped YAML files lead."""
     monkeypatch.chdir(ROOT)
     return ROOT
+
+
+@pytest.fixture
+def plots_in_full(monkeypatch):
+    """Plots are written as users get them."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", sketches.in_full)
 
 
 def replace_cards(monkeypatch, known):

@@ -1,6 +1,7 @@
 """Commands in processes of their own, forked off one that has imported everything: an import takes longer than most of them."""
 
 import atexit
+import contextlib
 import functools
 import json
 import os
@@ -120,15 +121,33 @@ def _answer(argv, ranks, seconds, output, environment, function):
     return list(found.values())
 
 
-if __name__ == "__main__":
+def _warm_up():
+    """Imports what commands import, and does once what every one of them would do at first."""
     from calib_guidance.backend.light_imports import defer_imports
 
     defer_imports()
     import datasets  # noqa: F401 (these, before the forks)
+    import torch._dynamo.config
+    import torch.fx.experimental.symbolic_shapes  # noqa: F401 (of torch.autograd.grad)
 
-    import calib_guidance.cli.lightning
     import calib_guidance.evaluation.evaluate  # noqa: F401
+    from calib_guidance.cli.lightning import CalibGuidanceCLI, run_lightning
+    from tests import sketches
+
+    class Prepared(CalibGuidanceCLI):
+        def _run_subcommand(self, subcommand):
+            """All parts are made, and nothing is run."""
+
+    sketches.begin()
+    for config in ("predict/digits", "fit/digits_calibration"):
+        quiet = [f"--trainer.{name}=false" for name in ("enable_progress_bar", "enable_model_summary", "logger")]
+        run_lightning([config.partition("/")[0], f"--config={config}", "--trainer.accelerator=cpu", *quiet], Prepared)
+
+
+if __name__ == "__main__":
     from calib_guidance.cli import main
 
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        _warm_up()
     for line in sys.stdin:
         print(json.dumps(_answer(**json.loads(line))), flush=True)

@@ -79,7 +79,7 @@ def guided(classifier, scale=20.0, tau2=0.5):
     )
 
 
-def test_prompts_guide_and_the_score_says_how_far(weights, tmp_path):
+def test_prompts_guide_and_the_score_says_how_far(weights, tmp_path, plots_in_full):
     plain = sample(tmp_path / "plain", clip(weights), None)
     ensemble = part("classifiers.Ensemble", classifiers=[clip(weights, cutouts=2), clip(weights)])
     steered = sample(tmp_path / "steered", clip(weights), guided(ensemble), every=2)

@@ -27,6 +27,11 @@ def check_readable(figure, patch):
             assert not box.padded(-0.5).overlaps(earlier.padded(-0.5)), (text, other)
 
 
+@pytest.fixture(autouse=True)
+def _in_full(plots_in_full):
+    pass
+
+
 @pytest.fixture
 def drawn(monkeypatch):
     """Calls a function that draws; gives its figure, which was written in both formats and can be read."""
