@@ -29,6 +29,7 @@ OVERLAYS = sorted(
     for p in (ROOT / "lightning_configs" / f).glob("*.yaml")
     if "\n  guidance:" in p.read_text() or "\n  denoiser:" in p.read_text()  # the others are for fit
 )
+ALONE = '--trainer.callbacks=[{"class_path": "SampleWriter"}]'  # nothing is measured or drawn
 SCORES = "calib_guidance.scores"
 FITS = sorted(p.name for p in (ROOT / "lightning_configs/fit").glob("digits*.yaml"))
 
@@ -139,7 +140,7 @@ class TestRequests:
         runs = {}
         for size in sizes:
             config = f"--config=lightning_configs/{overlay}.yaml"
-            predict(tmp_path / str(size), config, batch=size, samples=30, steps=4)
+            predict(tmp_path / str(size), config, ALONE, batch=size, samples=30, steps=4)
             runs[size] = samples_of(tmp_path / str(size))
         for size in sizes[:-1]:
             for key in ("index", "label", "seed"):
@@ -151,7 +152,7 @@ class TestRequests:
 
     def test_the_same_run_gives_the_same_bytes_and_another_seed_others(self, in_root, tmp_path):
         for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-            predict(tmp_path / name, f"--data.init_args.seed={seed}")
+            predict(tmp_path / name, f"--data.init_args.seed={seed}", ALONE)
         a, b, c = ({p.name: p.read_bytes() for p in (tmp_path / n / "samples").iterdir()} for n in "abc")
         assert a == b
         assert a.keys() == c.keys()
@@ -159,15 +160,15 @@ class TestRequests:
 
     def test_label_policies(self, in_root, tmp_path):
         (tmp_path / "labels.txt").write_text("\n".join(str(9 - i % 10) for i in range(20)))
-        predict(tmp_path / "one", "--data.init_args.labels=7")
-        predict(tmp_path / "file", f"--data.init_args.labels={tmp_path / 'labels.txt'}")
-        predict(tmp_path / "random", "--data.init_args.labels=uniform")
+        predict(tmp_path / "one", "--data.init_args.labels=7", ALONE)
+        predict(tmp_path / "file", f"--data.init_args.labels={tmp_path / 'labels.txt'}", ALONE)
+        predict(tmp_path / "random", "--data.init_args.labels=uniform", ALONE)
         assert samples_of(tmp_path / "one")["label"].tolist() == [7] * 20
         assert samples_of(tmp_path / "file")["label"].tolist() == [9 - i % 10 for i in range(20)]
         assert len(set(samples_of(tmp_path / "random")["label"].tolist())) > 3
 
     def test_samples_are_a_data_set(self, in_root, tmp_path):
-        predict(tmp_path)
+        predict(tmp_path, ALONE)
         rows = load_dataset(
             "parquet", data_files=str(tmp_path / "samples/*.parquet"), split="train", cache_dir=str(tmp_path)
         )
@@ -180,11 +181,11 @@ def test_the_number_of_classes_need_not_be_repeated(in_root, tmp_path, capsys):
     """The classifier's ten; the samples are those of the stated ten, so that such a run resumes one that states them."""
     more = tmp_path / "derived.yaml"
     more.write_text(yaml.safe_dump({"data": {"init_args": {"num_classes": None}}}))
-    predict(tmp_path / "run", f"--config={more}")
+    predict(tmp_path / "run", f"--config={more}", ALONE)
     derived = samples_of(tmp_path / "run")
     assert derived["label"].tolist() == [i % 10 for i in range(20)]
     written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run/samples").iterdir()}
-    predict(tmp_path / "run")
+    predict(tmp_path / "run", ALONE)
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run/samples").iterdir()} == written
     message = refuse(capsys, tmp_path / "other", f"--config={more}", "--config=lightning_configs/digits/unguided.yaml")
     assert "data.num_classes: neither the denoiser nor a classifier has classes: state how many" in message

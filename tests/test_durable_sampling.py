@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from calib_guidance.callbacks.clean_stop import restored_signals
 from calib_guidance.cli import main
 from calib_guidance.cli.lightning import CalibGuidanceCLI, run_lightning
 from calib_guidance.runs import RunFolder
@@ -238,30 +239,29 @@ class _Prepared(CalibGuidanceCLI):
 
 
 class Workers:
-    """DistributedContext that sample in one folder, each begun in milliseconds: forked off when all parts are made."""
+    """Processes that sample in one folder, each begun in milliseconds: forked off when all parts are made."""
 
-    def __init__(self, folder, samples, batch=4):
+    def __init__(self, folder, samples, denoiser=None):
         callbacks = [{"class_path": "calib_guidance.callbacks.SampleWriter", "init_args": {}}]
         path = Path(folder).with_suffix(".yaml")
-        path.write_text(
-            yaml.safe_dump({"trainer": {"callbacks": callbacks}, "model": {"init_args": {"guidance": None}}})
-        )
-        self.cli = run_lightning(words(folder, f"--config={path}", samples=samples, batch=batch, steps=2), _Prepared)
+        model = {"guidance": None} | ({"denoiser": denoiser} if denoiser else {})
+        path.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}, "model": {"init_args": model}}))
+        self.cli = run_lightning(words(folder, f"--config={path}", samples=samples, batch=4, steps=2), _Prepared)
 
-    def run(self):
-        # Hundreds of reports that the device is a CPU are of no use.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    @restored_signals()
+    def __call__(self):
+        """In this process, which has imported all of it then."""
         self.cli.trainer.predict(self.cli.model, datamodule=self.cli.datamodule, return_predictions=False)
 
+    def _run(self):
+        # Hundreds of reports that the device is a CPU are of no use.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        self()
+
     def start(self):
-        process = FORK.Process(target=self.run)
+        process = FORK.Process(target=self._run)
         process.start()
         return process
-
-    def __call__(self):
-        process = self.start()
-        process.join()
-        assert process.exitcode == 0
 
 
 def assert_whole(folder, samples):
@@ -298,22 +298,30 @@ def test_any_number_of_workers_at_any_time(in_root, tmp_path):
 @pytest.mark.slow
 def test_two_hundred_kills(in_root, tmp_path):
     """At random instants of one run of many shards; it ends with the bytes of one that nobody disturbed."""
-    samples = 1600
-    one, killed = Workers(tmp_path / "one", samples), Workers(tmp_path / "killed", samples)
+    samples = 2400
+    # Two points in space, which are sampled in no time.
+    mixture = {"means": [[-0.5, 0.0, 0.5], [0.5, 0.5, 0.0]], "covariances": [0.1, 0.2]}
+    denoiser = {"class_path": "calib_guidance.denoisers.GaussianMixture", "init_args": mixture}
+    one, killed = (Workers(tmp_path / name, samples, denoiser) for name in ("one", "killed"))
     one()
-    shards = tmp_path / "killed/shards"
+
+    def shards():
+        return len(list((tmp_path / "killed/shards").glob("*.json")))
+
     draw = random.Random(0)
     for _ in range(200):
         process = killed.start()
         # While it begins, or after it has made a shard or two: whatever the speed of the machine, kills hit all that it does.
-        before, more = len(list(shards.glob("*.json"))), draw.choice((0, 0, 1, 2))
-        while more and len(list(shards.glob("*.json"))) < before + more:
+        before, more = shards(), draw.choice((0, 0, 1, 2))
+        while shards() < before + more:
             time.sleep(0.001)
-        process.join(draw.uniform(0, 0.01 if more else 0.1))
+        end = time.monotonic() + draw.uniform(0, 0.01 if more else 0.1)
+        while time.monotonic() < end and shards() <= before + more:
+            time.sleep(0.001)
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert process.exitcode == -signal.SIGKILL
-    assert 100 < len(list(shards.glob("*.json"))) < samples // 4
+    assert 100 < shards() < samples // 4
     killed()
     assert_whole(tmp_path / "killed", samples)
     assert tables(tmp_path / "killed") == tables(tmp_path / "one")

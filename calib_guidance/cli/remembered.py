@@ -60,8 +60,9 @@ def _read_files(argv: Sequence[str]) -> list[Path]:
     for argument in argv:
         value = argument.partition("=")[2] or argument
         for text in _values(yaml.safe_load(value) if "\n" in value else value):
-            if text and len(text) < 4096 and "\n" not in text and (path := find_file(Path(text).expanduser())).exists():
-                found.add(path.absolute())
+            with contextlib.suppress(OSError, RuntimeError):  # too long for a name; ~ of nobody
+                if text and "\n" not in text and (path := find_file(Path(text).expanduser())).exists():
+                    found.add(path.absolute())
     return sorted(found)
 
 

@@ -61,7 +61,7 @@ class Logged:
 
 
 def test_fit(in_root, tmp_path):
-    fit(tmp_path, trainer={"logger": loggers(tmp_path)})
+    fit(tmp_path, trainer={"logger": loggers(tmp_path)}, plots=True)
     found = Logged(tmp_path)
     assert found.hparams["model"]["init_args"]["num_levels"] == 5
     assert found.hparams["data"]["init_args"]["batch_size"] == 125

@@ -26,13 +26,14 @@ from tests.sketches import REDUCTION
 CONFIG = ROOT / "lightning_configs/fit/digits_calibration.yaml"
 
 
-def configuration(folder, *, export=None, model=None, trainer=None, callbacks=(), data=None):
+def configuration(folder, *, export=None, model=None, trainer=None, callbacks=(), data=None, plots=False):
     """The digits' calibration configuration made short, as a file."""
     config = yaml.safe_load(CONFIG.read_text())
     trainer = {"max_epochs": 1, "check_val_every_n_epoch": 1, "default_root_dir": str(folder), "logger": False} | (
         trainer or {}
     )
     config["trainer"] |= trainer | {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+    config["trainer"]["callbacks"][-2]["init_args"] = {"plots": plots}
     config["trainer"]["callbacks"][-1]["init_args"] |= export or {}
     config["trainer"]["callbacks"] += list(callbacks)
     config["model"]["init_args"] |= model or {}
@@ -179,7 +180,7 @@ class TestMeasuring:
             {"class_path": f"lightning.pytorch.loggers.{name}", "init_args": {"save_dir": str(folder / name)}}
             for name in ("CSVLogger", "TensorBoardLogger")
         ]
-        fit(folder, trainer={"logger": loggers, "max_epochs": 2})
+        fit(folder, trainer={"logger": loggers, "max_epochs": 2}, plots=True)
         return folder
 
     def test_every_measure_overall_and_by_level(self, run):
