@@ -1,6 +1,7 @@
 """Errors that the command line shows as one message, without a traceback."""
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -43,10 +44,29 @@ class CheckpointError(RuntimeError):
     """A weights file that is missing, unreadable or made for another architecture."""
 
 
-def check_choice(option: str, value: object, known: Iterable[str]) -> None:
+def check_choice(option: str, value: object, known: Iterable[object]) -> None:
     """Raise ValueError where an option has none of its known values."""
     if value not in known:
-        raise ValueError(f"{option}: unknown {value!r}; known: {', '.join(known)}")
+        raise ValueError(f"{option}: unknown {value!r}; known: {', '.join(map(str, known))}")
+
+
+def check_numbers(
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+    most: float = math.inf,
+    null: str = "",
+    **options: float | None,
+) -> None:
+    """Raise ValueError where an option is not a finite number in these bounds; None is allowed where ``null`` says what for."""
+    bounds = {"at least": least, "above": above, "below": below, "at most": most}
+    stated = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
+    for option, value in options.items():
+        inside = value is not None and least <= value <= most and above < value < below and math.isfinite(value)
+        if not inside and not (value is None and null):
+            allowed = (stated or "a finite number") + (f", or null for {null}" if null else "")
+            raise ValueError(f"{option} must be {allowed}, got {value}")
 
 
 def closest(name: str, known: Iterable[str]) -> str:

@@ -456,7 +456,9 @@ class TestHub:
     def test_errors_name_cause_and_cure(self, monkeypatch):
         response = httpx.Response(404, request=httpx.Request("GET", "https://huggingface.co"))
         cases = {
-            hub_errors.GatedRepoError("gated", response=response): "accept them at https://huggingface.co/owner/repo",
+            hub_errors.GatedRepoError(
+                "gated", response=response
+            ): "accept its terms at https://huggingface.co/owner/repo",
             hub_errors.RepositoryNotFoundError("no", response=response): "no repository owner/repo, or a private one",
             hub_errors.RevisionNotFoundError("no", response=response): "owner/repo has no revision 'main'",
             hub_errors.RemoteEntryNotFoundError("no", response=response): "owner/repo has no file a.pt",

@@ -191,12 +191,12 @@ class TestShortNames:
         assert sampler["init_args"]["steps"] == "4"
 
     def test_a_name_that_libraries_share_is_ours_or_refused(self, read, write):
-        network = {"class_path": "Upsample", "init_args": {"channels": 4, "with_conv": False}}
+        network = {"class_path": "GroupNorm", "init_args": {"channels": 32}}
         file = write("ours.yaml", model={"guidance": {"classifier": {"network": network}}})
         found = read(f"--config={file}")["model"]["init_args"]["guidance"]["init_args"]["classifier"]["init_args"][
             "network"
         ]
-        assert found["class_path"] == "calib_guidance.networks.adm.Upsample"
+        assert found["class_path"] == "calib_guidance.networks.adm.GroupNorm"
         file = write("shared.yaml", model={"guidance": {"classifier": {"network": {"class_path": "ResNet"}}}})
         with pytest.raises(
             ConfigurationError,

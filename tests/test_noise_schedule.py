@@ -5,14 +5,7 @@ import pytest
 
 from calib_guidance.diffusion.schedules import NoiseSchedule, named_betas, respaced_timesteps
 
-TABLES = (
-    "betas",
-    "alphas_cumprod",
-    "posterior_variance",
-    "posterior_log_variance_clipped",
-    "posterior_mean_coef1",
-    "posterior_mean_coef2",
-)
+POSTERIOR = ("variance", "log_variance_clipped", "mean_coef1", "mean_coef2")
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
@@ -25,8 +18,10 @@ def test_tables_match_the_reference(golden, name, key, respacing):
     if respacing:
         schedule = schedule.respace(respacing)
     assert schedule.timesteps.tolist() == fixture[f"{key}.timesteps"].tolist()
-    for table in TABLES:
-        np.testing.assert_allclose(getattr(schedule, table), fixture[f"{key}.{table}"].numpy(), rtol=1e-11, atol=0)
+    tables = {"betas": schedule.betas, "alphas_cumprod": schedule.alphas_cumprod}
+    tables |= {f"posterior_{name}": getattr(schedule.posterior, name) for name in POSTERIOR}
+    for name, table in tables.items():
+        np.testing.assert_allclose(table, fixture[f"{key}.{name}"].numpy(), rtol=1e-11, atol=0)
 
 
 def test_sections_may_be_empty():
@@ -59,7 +54,7 @@ def test_a_linear_schedule_has_at_least_21_steps():
             NoiseSchedule(named_betas("linear", steps))
     schedule = NoiseSchedule(named_betas("linear", 21))
     assert schedule.betas[-1] == pytest.approx(20 / 21)
-    assert np.isfinite(schedule.posterior_log_variance_clipped).all()
+    assert np.isfinite(schedule.posterior.log_variance_clipped).all()
     assert len(NoiseSchedule(named_betas("cosine", 5))) == 5
 
 

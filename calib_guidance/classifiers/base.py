@@ -1,9 +1,8 @@
 """What every classifier is to guidance."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 import torch
@@ -23,8 +22,7 @@ class Classifier(nn.Module, ABC):
             the cleanest first (Guo et al. 2017; see :func:`~calib_guidance.classifiers.fit_temperature`).
         num_steps: length of the diffusion process that the ranges divide.
         class_names: by number, as ``fit`` exports them; ``imagenet`` for those of torchvision; None where they are not known.
-        compile: compile the network once it is frozen, forward and backward, see
-            :class:`~calib_guidance.backend.compilation.Compiled`.
+        compile: compile the network once it is frozen, see :class:`~calib_guidance.backend.compilation.Compiled`.
 
     Attributes:
         compiled_module: name of the module that ``compile`` is about.
@@ -73,7 +71,7 @@ class Classifier(nn.Module, ABC):
         level = t * len(self._inverse_temperature) // self.num_steps
         return logits * self._inverse_temperature[level].unsqueeze(1)
 
-    def freeze(self) -> Classifier:
+    def freeze(self) -> Self:
         """Make the classifier ready to guide: evaluation mode, no parameter gradients, compiled where asked for."""
         if self.is_compiled and self._compiled is None:
             self._compiled = Compiled(self.get_submodule(self.compiled_module))
@@ -81,12 +79,7 @@ class Classifier(nn.Module, ABC):
 
 
 class Standardize(nn.Module):
-    """Images in [-1, 1] to the colors (x' − mean)/std that a network was trained with, of x' = (x + 1)/2 in [0, 1].
-
-    Args:
-        mean: of each color in [0, 1].
-        std: its standard deviation.
-    """
+    """Images in [-1, 1] to the colors (x' − mean)/std that a network was trained with, of x' = (x + 1)/2 in [0, 1]."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()

@@ -1,7 +1,5 @@
 """CLIP as a classifier whose classes are text prompts (Radford et al. 2021), with the models of open_clip."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import math
@@ -93,18 +91,11 @@ def _check_published(model: str | Mapping[str, Any], weights: str, mean: Sequenc
 
 
 def resampling_matrix(start: Tensor, length: Tensor, source: int, target: int) -> Tensor:
-    """Antialiased bicubic resampling of a stretch of a line of pixels, as a matrix.
+    """Antialiased bicubic resampling of a stretch of ``source`` pixels to ``target``, as a matrix ``(..., target, source)``.
 
     The kernel is Keys' with a = −1/2, widened where pixels get fewer, as in Pillow; at the ends of the line, and only there,
-    it is cut off. As a matrix it has a gradient that is the same in every run, which a scatter on a GPU has not.
-
-    Args:
-        start, length: ``(...)`` of the stretch, in pixels from the beginning of the line.
-        source: pixels in the line.
-        target: pixels to make of the stretch.
-
-    Returns:
-        ``(..., target, source)``, rows sum to 1.
+    it is cut off. As a matrix it has a gradient that is the same in every run, which a scatter on a GPU has not. ``start`` and
+    ``length`` of the stretch are ``(...)``, in pixels.
     """
     step = (length / target)[..., None]
     pixels = torch.arange(max(source, target), dtype=step.dtype, device=step.device) + 0.5
@@ -118,8 +109,7 @@ def resampling_matrix(start: Tensor, length: Tensor, source: int, target: int) -
 def spread(numbers: Tensor) -> Tensor:
     """Evenly spread points of the unit cube by number: ``(...)`` to ``(..., 3)`` in [0, 1), float64.
 
-    frac((n + ½)·(1/ρ, 1/ρ², 1/ρ³)) with ρ⁴ = ρ + 1, the golden ratio's generalisation to three dimensions: any stretch of
-    consecutive numbers leaves only small gaps, and nothing is drawn at random.
+    frac((n + ½)·(1/ρ, 1/ρ², 1/ρ³)) with ρ⁴ = ρ + 1, the golden ratio's generalisation to three dimensions.
     """
     powers = 1.2207440846057596 ** -torch.arange(1, 4, dtype=torch.float64, device=numbers.device)
     return ((numbers.double() + 0.5)[..., None] * powers).frac()
@@ -128,9 +118,8 @@ def spread(numbers: Tensor) -> Tensor:
 class CLIPClassifier(Classifier):
     """Logits logit_scale·cos(image, prompt_k): how well an image fits each of several texts.
 
-    Requests ask for prompt k by the label k. With one prompt a softmax has nothing to choose from and its log-probability no
-    gradient; :class:`~calib_guidance.scores.TemperedLogProb` with τ2 = 0 climbs the cosine itself, τ1·logit_scale times. The
-    texts are embedded once, here, and the text network is not kept.
+    Requests ask for prompt k by the label k. With one prompt the log-probability has no gradient;
+    :class:`~calib_guidance.scores.TemperedLogProb` with τ2 = 0 climbs the cosine itself, τ1·logit_scale times.
 
     Args:
         prompts: one text per class, such as "a photo of a red fox".
@@ -138,13 +127,10 @@ class CLIPClassifier(Classifier):
         weights: local file or ``hf://owner/repository/file`` in open_clip's names, such as
             ``hf://timm/vit_large_patch14_clip_336.openai/open_clip_model.safetensors``; None leaves random weights.
         cutouts: number of crops that are shown besides the whole image, the logits being the mean over all of them. Where they
-            lie depends on their number and on t alone, and they cover the image evenly over the steps. Each costs as much as
-            the whole image.
+            lie depends on their number and on t alone. Each costs as much as the whole image.
         cutout_scale: smallest and largest side of a crop, as a share of the image's, in (0, 1].
-        mean: of each colour in [0, 1] that the weights were trained with.
-        std: its standard deviation.
-        dtype: ``float32``, ``bfloat16`` or ``float16``, of the matrix products of the image network; embeddings are compared
-            in float32.
+        mean, std: of each colour in [0, 1] that the weights were trained with.
+        dtype: ``float32``, ``bfloat16`` or ``float16``, of the matrix products of the image network.
 
     Images of any size are resized to the network's (bicubic, antialiased, overshoot clipped to [-1, 1] as in open_clip).
     """
@@ -197,10 +183,7 @@ class CLIPClassifier(Classifier):
         for prompt in self.prompts:
             needed = len(tokenizer.encode(prompt)) + 2  # with a beginning and an end
             if needed > context_length:
-                raise ValueError(
-                    f"prompts: {prompt!r} has {needed} tokens, the model reads {context_length}; its end would be ignored: "
-                    "shorten it"
-                )
+                raise ValueError(f"prompts: {prompt!r} has {needed} tokens, the model reads {context_length}: shorten")
         return tokenizer(list(self.prompts))
 
     def check_image(self, shape: Sequence[int]) -> None:

@@ -1,8 +1,7 @@
 """Several classifiers as one."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +13,7 @@ from calib_guidance.scores.base import as_float
 class Ensemble(Classifier):
     """Logits are the mean of the members' log-probabilities.
 
-    Their softmax is the geometric mean of the members' probabilities, renormalised: a class is likely where no member rules
-    it out. The log-probability of it climbs in the mean direction of the members, less that of the renormalisation.
+    Their softmax is the geometric mean of the members' probabilities, renormalised.
 
     Args:
         classifiers: two or more, of the same classes; frozen with the ensemble.
@@ -30,7 +28,7 @@ class Ensemble(Classifier):
             raise ValueError(f"the classifiers of an ensemble must have the same classes; theirs number {counts}")
         self.classifiers, self.num_classes = nn.ModuleList(classifiers), counts[0]
 
-    def freeze(self) -> Classifier:
+    def freeze(self) -> Self:
         for classifier in self.classifiers:
             classifier.freeze()
         return super().freeze()

@@ -1,7 +1,5 @@
 """The exact classifier of a Gaussian mixture."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from calib_guidance.classifiers.base import Classifier

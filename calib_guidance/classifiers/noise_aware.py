@@ -1,7 +1,5 @@
 """Classifiers of noisy images, trained for every noise level (Dhariwal & Nichol 2021)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,8 +55,6 @@ class NoiseAwareClassifier(Classifier):
 
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         if t is None:
-            raise ValueError(
-                "a noise-aware classifier needs the step t: train it with NoisyInput and guide it with classifier_input: x_t"
-            )
+            raise ValueError("a noise-aware classifier needs the step t: guide it with classifier_input: x_t")
         network = self._compiled or self.network
         return self.temper(network(x, t), t)

@@ -1,13 +1,11 @@
 """Classifiers of clean images, used as they come or smoothed (arXiv 2310.11311, section 4.2)."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -73,16 +71,11 @@ def build_network(
         make = partial(torchvision.models.get_model, model, weights=None if local else weights)
     elif library == "timm" and timm.is_model(model):
         if weights is not None and not local and weights != "pretrained":
-            raise ValueError(
-                f"weights: timm knows 'pretrained' or a local file, got {weights!r}; a tag goes into the name"
-            )
+            raise ValueError(f"weights: timm knows 'pretrained' or a file, got {weights!r}; a tag goes into the name")
         file = "model.safetensors"
         make = partial(timm.create_model, model, pretrained=weights == "pretrained")
     else:
-        raise ValueError(
-            f"network: unknown {name!r}; expected torchvision/NAME or timm/NAME with a NAME of "
-            "torchvision.models.list_models() or timm.list_models()"
-        )
+        raise ValueError(f"network: unknown {name!r}; expected a name of torchvision/NAME (list_models()) or timm/NAME")
     width = {} if num_classes is None else {"num_classes": num_classes}
     if local:
         read = read_weights(weights)
@@ -154,9 +147,7 @@ class OffTheShelfClassifier(Classifier):
         if num_classes is None and (num_classes := count_classes(network)) is None:
             raise ValueError(f"num_classes: {name} does not show how many classes it has: state num_classes")
         if (own := getattr(network, "num_classes", num_classes)) != num_classes:
-            raise ValueError(
-                f"num_classes is {num_classes}, but {name} has {own}: omit num_classes, it is read from there"
-            )
+            raise ValueError(f"num_classes is {num_classes}, but {name} has {own}: omit num_classes")
         self.weights_metadata = {"architecture": name, "num_classes": num_classes} | settings
         self.provenance = self.weights_metadata | {"file": weights}
         if not named and weights is not None:
@@ -168,7 +159,7 @@ class OffTheShelfClassifier(Classifier):
         if softplus_beta is not None:
             self.network = smooth_activations(self.network, softplus_beta, self.activations)
 
-    def freeze(self) -> Classifier:
+    def freeze(self) -> Self:
         """Also folds BatchNorm into the convolutions, gives the weights their type and lays them out channels-last, once.
 
         On a CPU the convolutions then keep two more copies of their weights, see

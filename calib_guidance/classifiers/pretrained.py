@@ -1,7 +1,5 @@
 """Published models by name."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +31,7 @@ def load_pretrained(name: str, checkpoint: str | Path | None = None, **options: 
     """A published model with its weights, frozen: see :func:`calib_guidance.load_pretrained`."""
     card = registry.entry(name)
     if card.kind == "features":
-        raise ValueError(
-            f"{name} is neither a denoiser nor a classifier: calib_guidance.evaluation.{card.used_by} takes it"
-        )
+        raise ValueError(f"{name} is for metrics alone: calib_guidance.evaluation.{card.used_by} takes it")
     weights = _weights(card, checkpoint)
     if card.kind in _BY_NAME:
         if card.kind == "dit" and "vae" not in options:

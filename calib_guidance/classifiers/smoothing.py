@@ -4,8 +4,6 @@ Piecewise linear activations are sums of ReLUs, and each of those is replaced: �
 under its class name in ``SMOOTHED``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -40,13 +38,7 @@ def _hardswish(x: Tensor, beta: float, inplace: bool = False) -> Tensor:
 
 
 class _Activation(NamedTuple):
-    """How one activation is smoothed.
-
-    Attributes:
-        smooth: ``smooth(x, β, …)`` with the options of the function that it stands for.
-        functions: what models call instead of the module.
-        options: attributes of the module that ``smooth`` takes.
-    """
+    """How one activation is smoothed: ``functions`` are called instead of the module, ``options`` its attributes."""
 
     smooth: Callable[..., Tensor]
     functions: Collection[Callable[..., Tensor]]
@@ -129,9 +121,6 @@ def smooth_activations(model: nn.Module, beta: float, activations: Sequence[str]
         model: a classifier.
         beta: β > 0; 3 (DDPM) and 5 (EDM) in the paper.
         activations: names of ``SMOOTHED``.
-
-    Raises:
-        ValueError: activations that cannot be smoothed, or that the model does not have.
     """
     if not beta > 0:
         raise ValueError(f"softplus_beta must be above 0 (null keeps the activations), got {beta}")

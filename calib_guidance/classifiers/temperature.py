@@ -1,7 +1,5 @@
 """Temperature scaling, the post-hoc calibration that every other one is compared with (Guo et al. 2017)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,77 +1,38 @@
 """Diffusion models behind one interface."""
 
-from calib_guidance.denoisers.base import Denoiser, Prediction
-from calib_guidance.denoisers.combination import Combination
-from calib_guidance.denoisers.decoders import LinearDecoder, TinyDecoder, VAEDecoder, fit_linear_decoder
-from calib_guidance.denoisers.discrete import ADMDenoiser
-from calib_guidance.denoisers.dit import DiTDenoiser
-from calib_guidance.denoisers.edm import EDMDenoiser
-from calib_guidance.denoisers.from_diffusers import DiffusersDenoiser
-from calib_guidance.denoisers.gaussian_mixture import GaussianMixture
-from calib_guidance.denoisers.module import ModuleDenoiser
-from calib_guidance.denoisers.negatives import (
-    Autoguidance,
-    IndependentCondition,
-    Negative,
-    PerturbedAttention,
-    PerturbedTime,
-    SlidingWindows,
-    SmoothedAttention,
-    Unconditional,
-    UnconditionalModel,
-)
-from calib_guidance.denoisers.remap_classes import RemapClasses
-from calib_guidance.denoisers.rules import (
-    APG,
-    FDG,
-    MAMBOG,
-    TCFG,
-    CFGPlusPlus,
-    CFGZeroStar,
-    ClassifierFreeGuidance,
-    ConvertedRule,
-    FeedbackGuidance,
-    Level,
-    RescaledGuidance,
-    Rule,
-    Scheduled,
-)
-
-__all__ = [
-    "APG",
-    "FDG",
-    "MAMBOG",
-    "TCFG",
-    "ADMDenoiser",
-    "Autoguidance",
-    "CFGPlusPlus",
-    "CFGZeroStar",
-    "ClassifierFreeGuidance",
-    "Combination",
-    "ConvertedRule",
-    "Denoiser",
-    "DiTDenoiser",
-    "DiffusersDenoiser",
-    "EDMDenoiser",
-    "FeedbackGuidance",
-    "GaussianMixture",
-    "IndependentCondition",
-    "Level",
-    "LinearDecoder",
-    "ModuleDenoiser",
-    "Negative",
-    "PerturbedAttention",
-    "PerturbedTime",
-    "Prediction",
-    "RemapClasses",
-    "RescaledGuidance",
-    "Rule",
-    "Scheduled",
-    "SlidingWindows",
-    "SmoothedAttention",
-    "TinyDecoder",
-    "Unconditional",
-    "UnconditionalModel",
-    "VAEDecoder",
-    "fit_linear_decoder",
-]
+from calib_guidance.denoisers.base import Denoiser as Denoiser
+from calib_guidance.denoisers.base import Prediction as Prediction
+from calib_guidance.denoisers.combination import Combination as Combination
+from calib_guidance.denoisers.decoders import LinearDecoder as LinearDecoder
+from calib_guidance.denoisers.decoders import TinyDecoder as TinyDecoder
+from calib_guidance.denoisers.decoders import VAEDecoder as VAEDecoder
+from calib_guidance.denoisers.decoders import fit_linear_decoder as fit_linear_decoder
+from calib_guidance.denoisers.discrete import ADMDenoiser as ADMDenoiser
+from calib_guidance.denoisers.dit import DiTDenoiser as DiTDenoiser
+from calib_guidance.denoisers.edm import EDMDenoiser as EDMDenoiser
+from calib_guidance.denoisers.from_diffusers import DiffusersDenoiser as DiffusersDenoiser
+from calib_guidance.denoisers.gaussian_mixture import GaussianMixture as GaussianMixture
+from calib_guidance.denoisers.module import ModuleDenoiser as ModuleDenoiser
+from calib_guidance.denoisers.negatives import Autoguidance as Autoguidance
+from calib_guidance.denoisers.negatives import IndependentCondition as IndependentCondition
+from calib_guidance.denoisers.negatives import Negative as Negative
+from calib_guidance.denoisers.negatives import PerturbedAttention as PerturbedAttention
+from calib_guidance.denoisers.negatives import PerturbedTime as PerturbedTime
+from calib_guidance.denoisers.negatives import SlidingWindows as SlidingWindows
+from calib_guidance.denoisers.negatives import SmoothedAttention as SmoothedAttention
+from calib_guidance.denoisers.negatives import Unconditional as Unconditional
+from calib_guidance.denoisers.negatives import UnconditionalModel as UnconditionalModel
+from calib_guidance.denoisers.remap_classes import RemapClasses as RemapClasses
+from calib_guidance.denoisers.rules import APG as APG
+from calib_guidance.denoisers.rules import FDG as FDG
+from calib_guidance.denoisers.rules import MAMBOG as MAMBOG
+from calib_guidance.denoisers.rules import TCFG as TCFG
+from calib_guidance.denoisers.rules import CFGPlusPlus as CFGPlusPlus
+from calib_guidance.denoisers.rules import CFGZeroStar as CFGZeroStar
+from calib_guidance.denoisers.rules import ClassifierFreeGuidance as ClassifierFreeGuidance
+from calib_guidance.denoisers.rules import ConvertedRule as ConvertedRule
+from calib_guidance.denoisers.rules import FeedbackGuidance as FeedbackGuidance
+from calib_guidance.denoisers.rules import Level as Level
+from calib_guidance.denoisers.rules import RescaledGuidance as RescaledGuidance
+from calib_guidance.denoisers.rules import Rule as Rule
+from calib_guidance.denoisers.rules import Scheduled as Scheduled

@@ -1,14 +1,13 @@
 """One interface over every diffusion model."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from calib_guidance.diffusion.parameterization import x0_coefficients
 from calib_guidance.diffusion.schedules import NoiseLevels, NoiseSchedule
 
 
@@ -32,11 +31,11 @@ class Prediction(NamedTuple):
     x0_cond: Tensor | None = None
     x0_uncond: Tensor | None = None
 
-    def detach(self) -> Prediction:
+    def detach(self) -> Self:
         """The same values without a graph."""
         return Prediction(*(None if value is None else value.detach() for value in self))
 
-    def shifted(self, shift: Tensor) -> Prediction:
+    def shifted(self, shift: Tensor) -> Self:
         """With ``shift`` added to x̂0, and to that of the noise, so that guidance is as strong under either."""
         renoise = None if self.x0_renoise is None else self.x0_renoise + shift
         return self._replace(x0=self.x0 + shift, x0_renoise=renoise)
@@ -48,6 +47,27 @@ Predict = Callable[[Tensor, int | Tensor], Prediction]
 def at_step(table: Tensor, i: int | Tensor) -> Tensor:
     """Entry ``i`` of a table ``(T,)``: one number, or where ``i`` is ``(N,)`` one per sample, ``(N, 1, 1, 1)``."""
     return table[i].view(-1, 1, 1, 1) if isinstance(i, Tensor) else table[i]
+
+
+def x0_predictor(
+    network: Callable[[Tensor, int | Tensor], Tensor],
+    prediction: str,
+    levels: NoiseLevels,
+    learned_variance: bool,
+    device: torch.device | None,
+) -> Predict:
+    """``predict(x_t, i)`` of ``network(x_t, i)``, whose output is ε, v or x0 and, where learned, a variance."""
+    coefficients = x0_coefficients(prediction, levels.alphas_cumprod)
+    from_x, from_output = (torch.tensor(c, device=device).float() for c in coefficients)
+
+    def predict(x_t: Tensor, i: int | Tensor) -> Prediction:
+        output, variance = network(x_t, i), None
+        if learned_variance:
+            output, variance = output.chunk(2, dim=1)
+            variance = (variance + 1) / 2
+        return Prediction(at_step(from_x, i) * x_t + at_step(from_output, i) * output, variance)
+
+    return predict
 
 
 class Denoiser(nn.Module, ABC):
@@ -77,11 +97,7 @@ class Denoiser(nn.Module, ABC):
 
     @abstractmethod
     def prepare(self, levels: NoiseLevels, y: Tensor | None) -> Predict:
-        """Bind the model to noise levels and labels, with everything that does not depend on x_t computed once.
-
-        Args:
-            levels: noise levels, in any order.
-            y: ``(N,)`` labels, -1 for none; None for no label at all.
+        """Bind the model to noise levels and labels ``y`` ``(N,)``, -1 for none; what does not depend on x_t is computed once.
 
         Returns:
             ``predict(x_t, i)``, the prediction for ``x_t`` ``(N, C, H, W)`` at level ``i``. Samplers take all samples

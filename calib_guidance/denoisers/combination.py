@@ -1,7 +1,5 @@
 """Combined predictions: classifier-free guidance and its relatives, as a denoiser around a denoiser."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -26,9 +24,6 @@ class Combination(DenoiserWrapper):
         interval: outside it the conditional prediction is used alone; everywhere by default.
         channels: how many of the first channels are combined, the others being the conditional prediction's; None combines
             all. DiT's published samples combine 3 of 4.
-
-    Raises:
-        ValueError: a negative that does not fit the denoiser, or a number of channels that it does not have.
     """
 
     def __init__(

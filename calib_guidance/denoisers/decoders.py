@@ -4,8 +4,6 @@ Each is a module that takes latents as the diffusion model has them (scaled) ``(
 in about [-1, 1], differentiably.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
@@ -14,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calib_guidance.backend.precision import dtype_of
-from calib_guidance.errors import check_choice
+from calib_guidance.errors import check_choice, check_numbers
 from calib_guidance.weights.diffusers_folder import load_model
 from calib_guidance.weights.io import load_weights, save_weights
 
@@ -36,8 +34,7 @@ class VAEDecoder(nn.Module):
         self, vae: str | nn.Module | dict[str, Any], latent_scale: float = 0.18215, dtype: DecoderDtype = "float32"
     ):
         super().__init__()
-        if not latent_scale > 0:
-            raise ValueError(f"latent_scale must be above 0, got {latent_scale}")
+        check_numbers(above=0, latent_scale=latent_scale)
         vae = vae if isinstance(vae, nn.Module) else load_model(vae, "AutoencoderKL", "vae")
         # The encoder stays behind, 34 of 84 million parameters.
         self.post_quant_conv, self.decoder = vae.post_quant_conv or nn.Identity(), vae.decoder

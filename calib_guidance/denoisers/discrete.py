@@ -1,7 +1,5 @@
 """Denoisers around one network, and those of ADM / guided-diffusion among them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -9,8 +7,8 @@ from torch import Tensor, nn
 
 from calib_guidance.backend.compilation import Compiled
 from calib_guidance.backend.precision import Dtype
-from calib_guidance.denoisers.base import Denoiser, Predict, Prediction, at_step
-from calib_guidance.diffusion.parameterization import Parameterization, check_prediction, x0_coefficients
+from calib_guidance.denoisers.base import Denoiser, Predict, x0_predictor
+from calib_guidance.diffusion.parameterization import Parameterization, x0_coefficients
 from calib_guidance.diffusion.schedules import NoiseLevels, NoiseSchedule, ScheduleName, named_betas
 from calib_guidance.networks.adm import UNet
 from calib_guidance.weights.loading import load_network
@@ -49,10 +47,7 @@ class NetworkDenoiser(Denoiser):
         self.image_shape = (network.in_channels, size, size)
         network.check_image(self.image_shape)
         if network.out_channels not in (network.in_channels, 2 * network.in_channels):
-            raise ValueError(
-                f"out_channels must be in_channels ({network.in_channels}) or, with learned variance, twice that; got "
-                f"{network.out_channels}"
-            )
+            raise ValueError(f"out_channels must be in_channels or, with variance, twice; got {network.out_channels}")
         self.network, self.is_compiled = network, compile
         self.has_learned_variance = network.out_channels == 2 * network.in_channels
         self.num_classes = network.num_classes if class_conditional else None
@@ -82,8 +77,8 @@ class DiscreteDenoiser(NetworkDenoiser):
         stated = {"noise_schedule": noise_schedule, "prediction": prediction, "num_steps": num_steps}
         super().__init__(stated, network, checkpoint, *args, **kwargs)
         self.prediction = self.settings["prediction"]
-        check_prediction(self.prediction)
         self.schedule = NoiseSchedule(named_betas(self.settings["noise_schedule"], num_steps))
+        x0_coefficients(self.prediction, self.schedule.alphas_cumprod)  # checks the name, which may be the file's
 
     def prepare(self, levels: NoiseLevels, y: Tensor | None) -> Predict:
         network = self.network
@@ -92,17 +87,11 @@ class DiscreteDenoiser(NetworkDenoiser):
         if y is None or self.num_classes is None:
             y = torch.full((1,), -1, device=device)
         label = 0.0 if network.num_classes is None else network.embed_labels(y)
-        coefficients = x0_coefficients(self.prediction, levels.alphas_cumprod)
-        from_x, from_output = (torch.tensor(c, device=device).float() for c in coefficients)
 
-        def predict(x_t: Tensor, i: int | Tensor) -> Prediction:
-            output, variance = self._decode(x_t, (time[i] + label).expand(len(x_t), -1)), None
-            if self.has_learned_variance:
-                output, variance = output.chunk(2, dim=1)
-                variance = (variance + 1) / 2
-            return Prediction(at_step(from_x, i) * x_t + at_step(from_output, i) * output, variance)
+        def output(x_t: Tensor, i: int | Tensor) -> Tensor:
+            return self._decode(x_t, (time[i] + label).expand(len(x_t), -1))
 
-        return predict
+        return x0_predictor(output, self.prediction, levels, self.has_learned_variance, device)
 
 
 class ADMDenoiser(DiscreteDenoiser):

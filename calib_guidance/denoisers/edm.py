@@ -1,7 +1,5 @@
 """The diffusion models of EDM (Karras et al. 2022, https://arxiv.org/abs/2206.00364)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -11,6 +9,7 @@ from torch import Tensor
 from calib_guidance.denoisers.base import Predict, Prediction, at_step
 from calib_guidance.denoisers.discrete import NetworkDenoiser
 from calib_guidance.diffusion.schedules import NoiseLevels, NoiseSchedule, ScheduleName, named_betas
+from calib_guidance.errors import check_numbers
 from calib_guidance.networks.adm import UNet
 
 
@@ -40,14 +39,11 @@ class EDMDenoiser(NetworkDenoiser):
         noise_schedule: ScheduleName = "linear",
         **kwargs: Any,
     ):
-        if not sigma_data > 0:
-            raise ValueError(f"sigma_data must be above 0, got {sigma_data}")
+        check_numbers(above=0, sigma_data=sigma_data)
         super().__init__({"sigma_data": sigma_data}, network, checkpoint, **kwargs)
         if self.has_learned_variance:
-            raise ValueError(
-                f"EDM's networks predict the image alone: out_channels must be in_channels ({self.network.in_channels}), got "
-                f"{self.network.out_channels}"
-            )
+            own, found = self.network.in_channels, self.network.out_channels
+            raise ValueError(f"out_channels must be in_channels ({own}), got {found}")
         self.sigma_data = sigma_data
         self.schedule = NoiseSchedule(named_betas(noise_schedule))
 

@@ -1,12 +1,11 @@
 """Models of the diffusers library."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn
 
 from calib_guidance.denoisers.module import ModuleDenoiser
+from calib_guidance.errors import check_choice
 from calib_guidance.weights.diffusers_folder import load_model, scheduler_config
 
 _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
@@ -31,8 +30,7 @@ class DiffusersDenoiser(ModuleDenoiser):
 
         denoiser = DiffusersDenoiser("hf://google/ddpm-cifar10-32")
 
-    Its scheduler says β, T and what is predicted (ε, v or x0). Models in latent space are not supported here: DiTDenoiser loads
-    diffusers folders of DiT.
+    Its scheduler says β, T and what is predicted. For models in latent space there is DiTDenoiser.
 
     Args:
         model: a ``UNet2DModel``; or its folder, or that of its pipeline (``unet/``, ``scheduler/``), or ``hf://OWNER/NAME``.
@@ -48,11 +46,11 @@ class DiffusersDenoiser(ModuleDenoiser):
         null_label: int | None = None,
         **options: Any,
     ):
+        from diffusers import DDPMScheduler  # seconds to import
+
         if scheduler is None:
             if not isinstance(model, str):
-                raise ValueError(
-                    "a model without a pipeline's folder needs its scheduler: give scheduler=DDPMScheduler(...)"
-                )
+                raise ValueError("a model without a pipeline's folder needs scheduler, such as DDPMScheduler(...)")
             scheduler = scheduler_config(model)
         config = dict(getattr(scheduler, "config", scheduler))
         model = load_model(model, "UNet2DModel", "unet") if isinstance(model, str) else model
@@ -62,30 +60,14 @@ class DiffusersDenoiser(ModuleDenoiser):
         height, width = (size, size) if isinstance(size, int) else size
         channels = model.config.in_channels
         predicted = config.get("prediction_type", "epsilon")
-        if predicted not in _PREDICTIONS:
-            raise ValueError(f"prediction_type must be one of {', '.join(_PREDICTIONS)}, got {predicted!r}")
+        check_choice("prediction_type", predicted, _PREDICTIONS)
         super().__init__(
             _Sample(model),
             (channels, height, width),
-            noise_schedule=_betas(config),
+            noise_schedule=DDPMScheduler.from_config(config).betas.double().tolist(),
             prediction=_PREDICTIONS[predicted],
             num_classes=model.config.num_class_embeds,
             null_label=null_label,
             learned_variance=model.config.out_channels == 2 * channels,
             **options,
         )
-
-
-def _betas(config: dict[str, Any]) -> list[float]:
-    """β of a scheduler's configuration, computed by diffusers."""
-    from diffusers import DDPMScheduler
-
-    known = (
-        "num_train_timesteps",
-        "beta_start",
-        "beta_end",
-        "beta_schedule",
-        "trained_betas",
-        "rescale_betas_zero_snr",
-    )
-    return DDPMScheduler(**{name: config[name] for name in known if name in config}).betas.double().tolist()

@@ -1,9 +1,8 @@
 """A Gaussian mixture: the diffusion model whose score and posterior are closed forms."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -61,7 +60,7 @@ class GaussianMixture(Denoiser):
         self.image_shape = (d, 1, 1)
         self.num_components, self.num_classes = k, k if class_conditional else None
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GaussianMixture:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves to a device and stays float64: a cast would round the closed forms."""
         return super()._apply(lambda buffer: buffer.to(fn(buffer).device), recurse)
 

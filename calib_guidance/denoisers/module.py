@@ -1,14 +1,12 @@
 """Any network that predicts ε, v or x0 from (x_t, t, y)."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from calib_guidance.backend.compilation import Compiled
 from calib_guidance.backend.precision import Dtype, dtype_of
-from calib_guidance.denoisers.base import Denoiser, Predict, Prediction, at_step
+from calib_guidance.denoisers.base import Denoiser, Predict, x0_predictor
 from calib_guidance.diffusion.parameterization import Parameterization, x0_coefficients
 from calib_guidance.diffusion.schedules import NoiseLevels, NoiseSchedule, ScheduleName, named_betas
 
@@ -21,7 +19,7 @@ class ModuleDenoiser(Denoiser):
     log-variance between its bounds (Nichol & Dhariwal 2021).
 
     Args:
-        network: the network; it is frozen and set to evaluation mode.
+        network: frozen here and set to evaluation mode.
         image_shape: ``(C, H, W)``.
         noise_schedule: ``linear``, ``cosine``, or the βs of the process, ``(T,)``.
         num_steps: T of a named schedule.
@@ -49,11 +47,10 @@ class ModuleDenoiser(Denoiser):
         dtype: Dtype | None = None,
     ):
         super().__init__()
-        betas = (
-            named_betas(noise_schedule, num_steps) if isinstance(noise_schedule, str) else np.asarray(noise_schedule)
-        )
-        x0_coefficients(prediction, np.ones(1))  # checks the name
-        self.schedule, self.prediction = NoiseSchedule(betas), prediction
+        named = isinstance(noise_schedule, str)
+        self.schedule = NoiseSchedule(named_betas(noise_schedule, num_steps) if named else np.asarray(noise_schedule))
+        x0_coefficients(prediction, self.schedule.alphas_cumprod)  # checks the name
+        self.prediction = prediction
         self.image_shape, self.num_classes, self.null_label = tuple(image_shape), num_classes, null_label
         self.has_learned_variance, self.clip, self.is_compiled = learned_variance, clip, compile
         self.network = network.eval().requires_grad_(False)
@@ -71,9 +68,7 @@ class ModuleDenoiser(Denoiser):
             return None
         if y is None or bool((y < 0).any()):
             if self.null_label is None:
-                raise ValueError(
-                    "the network predicts with labels only: give y, or, if it was trained with label dropout, null_label"
-                )
+                raise ValueError("the network predicts with labels only: give y, or its null_label if it has one")
             y = torch.full((1,), self.null_label) if y is None else torch.where(y < 0, self.null_label, y)
         return y
 
@@ -82,18 +77,9 @@ class ModuleDenoiser(Denoiser):
         times = torch.tensor(levels.times, device=device)
         times = times.long() if bool((times == times.round()).all()) else times.float()
         labels = self._labels(y)
-        from_x, from_output = (
-            torch.tensor(c, device=device).float() for c in x0_coefficients(self.prediction, levels.alphas_cumprod)
-        )
 
-        def predict(x_t: Tensor, i: int | Tensor) -> Prediction:
-            inputs = [times[i].expand(len(x_t))]
-            if labels is not None:
-                inputs.append(labels.to(x_t.device).expand(len(x_t)))
-            output, variance = self._call(x_t, *inputs), None
-            if self.has_learned_variance:
-                output, variance = output.chunk(2, dim=1)
-                variance = (variance + 1) / 2
-            return Prediction(at_step(from_x, i) * x_t + at_step(from_output, i) * output, variance)
+        def output(x_t: Tensor, i: int | Tensor) -> Tensor:
+            own = () if labels is None else (labels.to(x_t.device).expand(len(x_t)),)
+            return self._call(x_t, times[i].expand(len(x_t)), *own)
 
-        return predict
+        return x0_predictor(output, self.prediction, levels, self.has_learned_variance, device)

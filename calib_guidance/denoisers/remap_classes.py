@@ -1,7 +1,5 @@
 """A denoiser under other class numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -28,10 +26,7 @@ class RemapClasses(DenoiserWrapper):
             raise ValueError("RemapClasses needs a class-conditional denoiser, got one without classes")
         wrong = [k for k in classes if not 0 <= k < denoiser.num_classes]
         if wrong or not classes:
-            raise ValueError(
-                f"classes must be one or more numbers in 0 … {denoiser.num_classes - 1}, the denoiser's; got "
-                f"{wrong or 'none'}"
-            )
+            raise ValueError(f"classes must be one or more of 0 … {denoiser.num_classes - 1}, got {wrong or 'none'}")
         self.num_classes = len(classes)
         self.register_buffer("classes", torch.tensor(list(classes)), persistent=False)
 

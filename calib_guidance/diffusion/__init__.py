@@ -1,13 +1,7 @@
 """Diffusion processes: schedules, noise levels, parameterizations and per-sample random streams."""
 
-from calib_guidance.diffusion.interval import Interval
-from calib_guidance.diffusion.rng import Noise, SampleStreams
-from calib_guidance.diffusion.schedules import NoiseLevels, NoiseSchedule
-
-__all__ = [
-    "Interval",
-    "Noise",
-    "NoiseLevels",
-    "NoiseSchedule",
-    "SampleStreams",
-]
+from calib_guidance.diffusion.interval import Interval as Interval
+from calib_guidance.diffusion.rng import Noise as Noise
+from calib_guidance.diffusion.rng import SampleStreams as SampleStreams
+from calib_guidance.diffusion.schedules import NoiseLevels as NoiseLevels
+from calib_guidance.diffusion.schedules import NoiseSchedule as NoiseSchedule

@@ -1,10 +1,9 @@
 """Where along a trajectory something is on."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from calib_guidance.diffusion.schedules import NoiseLevels
+from calib_guidance.errors import check_numbers
 
 # Relative: a level's σ and t are recomputed from ᾱ, and bounds are written with few digits.
 _TOLERANCE = 1e-6
@@ -35,8 +34,7 @@ class Interval:
         every: int = 1,
         step_interval: Sequence[int] | None = None,
     ):
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}")
+        check_numbers(least=1, every=every)
         self.every = every
         self.interval = _check_interval("interval", interval)
         self.sigma_interval = _check_interval("sigma_interval", sigma_interval)

@@ -1,7 +1,5 @@
 """The forward process x_t = √ᾱ·x0 + √(1−ᾱ)·ε and the conversions between what networks predict."""
 
-from __future__ import annotations
-
 from typing import Literal, get_args
 
 import numpy as np
@@ -24,17 +22,12 @@ def network_target(prediction: Parameterization, x0: Tensor, noise: Tensor, alph
     return noise if prediction == "epsilon" else x0
 
 
-def check_prediction(prediction: str) -> None:
-    """Raise ValueError for a prediction that networks here do not make."""
-    check_choice("prediction", prediction, get_args(Parameterization))
-
-
 def x0_coefficients(prediction: str, alphas_cumprod: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """a and b of x̂0 = a·x_t + b·output, for a network that predicts ε, v or x0.
 
     In float64, since 1/ᾱ − 1 loses most of its digits in float32 where there is little noise.
     """
-    check_prediction(prediction)
+    check_choice("prediction", prediction, get_args(Parameterization))
     if prediction == "epsilon":
         return np.sqrt(1 / alphas_cumprod), -np.sqrt(1 / alphas_cumprod - 1)
     if prediction == "x0":

@@ -1,7 +1,5 @@
 """One random stream per sample, so that a sample depends on (seed, index) and on nothing that runs beside it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,8 +35,7 @@ class SampleStreams:
         shape: of one sample.
         device: where the numbers go.
         stream: ``SAMPLING``, the noise of samplers, or ``DIFFUSION``, that of x_t ~ q(x_t | x0).
-        ahead: make the next numbers on a thread of its own while these are used, one set ahead of them. None does where the
-            device is a GPU, which computes meanwhile; a CPU would only be kept from it. The numbers are the same.
+        ahead: make the next numbers on a thread while these are used; None does for a GPU. The numbers are the same.
     """
 
     def __init__(
@@ -54,7 +51,7 @@ class SampleStreams:
         self.generators = [np.random.Generator(_bit_generator(int(s), int(i), stream)) for s, i in pairs]
         self.shape, self.device = tuple(shape), torch.device(device)
         ahead = self.device.type == "cuda" if ahead is None else ahead
-        # Its thread ends with this object.
+        # A GPU computes meanwhile; a CPU would only be kept from it. The thread ends with this object.
         self._thread = ThreadPoolExecutor(1, "noise") if ahead else None
         self._next: Future[Tensor] | None = None
 

@@ -1,11 +1,9 @@
 """Discrete noise schedules of DDPM and their respacing (Ho et al. 2020; Nichol & Dhariwal 2021)."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, Self, get_args
 
 import numpy as np
 
@@ -95,7 +93,7 @@ class NoiseLevels(NamedTuple):
         """σ = √(1/ᾱ − 1), the noise of x_t/√ᾱ = x0 + σ·ε (Karras et al. 2022)."""
         return np.sqrt(1 / self.alphas_cumprod - 1)
 
-    def select(self, rows: Sequence[int]) -> NoiseLevels:
+    def select(self, rows: Sequence[int]) -> Self:
         """Some of these levels, in the order given."""
         tables = (np.asarray(table)[rows] for table in self[:4])
         return NoiseLevels(*tables, np.arange(len(rows)), self.num_train_steps)
@@ -145,8 +143,8 @@ class NoiseSchedule:
     Attributes:
         num_train_steps: T.
         timesteps: ``(N,)`` what the network is given at each step.
-        betas, alphas_cumprod, alphas_cumprod_prev: ``(N,)``; ᾱ before the first step counts as 1.
-        posterior_variance, posterior_log_variance_clipped, posterior_mean_coef1, posterior_mean_coef2: see :class:`Posterior`.
+        betas, alphas_cumprod: ``(N,)``.
+        posterior: see :class:`Posterior`.
     """
 
     def __init__(self, betas: np.ndarray, timesteps: np.ndarray | None = None):
@@ -162,15 +160,12 @@ class NoiseSchedule:
         kept = full[self.timesteps]
         self.betas = betas if timesteps is None else 1.0 - kept / np.append(1.0, kept[:-1])
         self.alphas_cumprod = np.cumprod(1.0 - self.betas)
-        self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
-        q = posterior(self.alphas_cumprod, self.betas)
-        self.posterior_variance, self.posterior_log_variance_clipped = q.variance, q.log_variance_clipped
-        self.posterior_mean_coef1, self.posterior_mean_coef2 = q.mean_coef1, q.mean_coef2
+        self.posterior = posterior(self.alphas_cumprod, self.betas)
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    def respace(self, respacing: str | int) -> NoiseSchedule:
+    def respace(self, respacing: str | int) -> Self:
         """The process that uses only the steps of ``respacing``, see :func:`respaced_timesteps`."""
         return NoiseSchedule(self.betas, respaced_timesteps(len(self), respacing))
 

@@ -1,21 +1,13 @@
 """Classifier guidance and how it is scheduled."""
 
-from calib_guidance.guidance.base import Aux, Guidance, Guided, Plan
-from calib_guidance.guidance.classifier_guidance import ClassifierGuidance, SwitchedGuidance, match_norm, rms
-from calib_guidance.guidance.schedules import GuidanceSchedule
-from calib_guidance.guidance.stabilizer import GradientStabilizer
-from calib_guidance.guidance.training_free import TrainingFreeGuidance
-
-__all__ = [
-    "Aux",
-    "ClassifierGuidance",
-    "GradientStabilizer",
-    "Guidance",
-    "GuidanceSchedule",
-    "Guided",
-    "Plan",
-    "SwitchedGuidance",
-    "TrainingFreeGuidance",
-    "match_norm",
-    "rms",
-]
+from calib_guidance.guidance.base import Aux as Aux
+from calib_guidance.guidance.base import Guidance as Guidance
+from calib_guidance.guidance.base import Guided as Guided
+from calib_guidance.guidance.base import Plan as Plan
+from calib_guidance.guidance.classifier_guidance import ClassifierGuidance as ClassifierGuidance
+from calib_guidance.guidance.classifier_guidance import SwitchedGuidance as SwitchedGuidance
+from calib_guidance.guidance.classifier_guidance import match_norm as match_norm
+from calib_guidance.guidance.classifier_guidance import rms as rms
+from calib_guidance.guidance.schedules import GuidanceSchedule as GuidanceSchedule
+from calib_guidance.guidance.stabilizer import GradientStabilizer as GradientStabilizer
+from calib_guidance.guidance.training_free import TrainingFreeGuidance as TrainingFreeGuidance

@@ -1,7 +1,5 @@
 """What samplers know of guidance."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -83,12 +81,7 @@ class Guidance(nn.Module, ABC):
 
     @abstractmethod
     def prepare(self, levels: NoiseLevels, y: Tensor, decode: Decode = identity) -> Guide:
-        """Bind guidance to noise levels and classes.
-
-        Args:
-            levels: noise levels of the steps.
-            y: ``(N,)`` classes.
-            decode: images of the denoiser's x̂0.
+        """Bind guidance to noise levels and classes ``y`` ``(N,)``; ``decode`` makes images of the denoiser's x̂0.
 
         Returns:
             ``guide(predict, x_t, i)``, the guided prediction for ``x_t`` ``(N, C, H, W)`` at level ``i``, where ``predict`` is
@@ -99,18 +92,11 @@ class Guidance(nn.Module, ABC):
     def plan(self, levels: NoiseLevels) -> Plan:
         """What is known before a trajectory through these levels starts."""
 
-    @abstractmethod
-    def parts(self) -> Sequence[Guidance]:
+    def parts(self) -> Sequence["Guidance"]:
         """The single guidances that this one is made of, for checks."""
+        return [self]
 
     def forward(self, denoiser: Denoiser, x_t: Tensor, t: int, y: Tensor) -> Guided:
-        """One guided prediction.
-
-        Args:
-            denoiser: the diffusion model.
-            x_t: ``(N, C, H, W)`` noisy images.
-            t: step of the full process, 0 … T − 1.
-            y: ``(N,)`` classes.
-        """
+        """One guided prediction for ``x_t`` ``(N, C, H, W)`` at step ``t`` of the full process, of classes ``y`` ``(N,)``."""
         levels = denoiser.schedule.at([int(t)])
         return self.prepare(levels, y, denoiser.decode)(denoiser.prepare(levels, y), x_t, 0)

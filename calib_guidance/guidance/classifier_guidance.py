@@ -1,10 +1,8 @@
 """Classifier guidance (Dhariwal & Nichol 2021; arXiv 2310.11311; arXiv 2511.05844)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -15,14 +13,14 @@ from calib_guidance.classifiers.base import Classifier
 from calib_guidance.denoisers.base import Predict, Prediction
 from calib_guidance.diffusion.interval import Interval
 from calib_guidance.diffusion.schedules import NoiseLevels
-from calib_guidance.errors import check_choice
+from calib_guidance.errors import check_choice, check_numbers
 from calib_guidance.guidance.base import Aux, Decode, Guidance, Guide, Guided, Plan, identity
 from calib_guidance.guidance.schedules import GuidanceSchedule
 from calib_guidance.guidance.stabilizer import GradientStabilizer
 from calib_guidance.scores.base import Score, TemperedLogProb, as_float
 
-CLASSIFIER_INPUTS = ("x0", "x_t", "x_t_normalized")
-APPLY_TO = ("score", "cfg_residual", "sample")
+ClassifierInput = Literal["x0", "x_t", "x_t_normalized"]
+ApplyTo = Literal["score", "cfg_residual", "sample"]
 _ROOM = 256.0  # where gradients start: far from the least number of float16 and from its largest, 65504
 _SEEN = {"combined": "x0", "conditional": "x0_cond", "unconditional": "x0_uncond"}
 
@@ -40,15 +38,10 @@ def match_norm(gradient: Tensor, reference: Tensor) -> Tensor:
 
 
 def input_gradient(score: Callable[[Tensor], Tensor], logits: Tensor, source: Tensor) -> Tensor:
-    """∇S of ``score(logits)`` with respect to ``source``, which does not vanish in networks of half precision.
+    """∇S of ``score(logits)`` with respect to ``source`` ``(N, …)``, which does not vanish in networks of half precision.
 
-    ∇S of a sure classifier is below the least number of float16 (6e-8). The way back from the logits is linear and samples do
-    not meet on it, so each starts at one size and gets its own back at the end.
-
-    Args:
-        score: ``(N, K)`` float32 logits to ``(N,)``.
-        logits: ``(N, K)``, computed from ``source``.
-        source: ``(N, …)`` in float32 or wider.
+    ∇S of a sure classifier is below the least number of float16 (6e-8). The way back from the logits ``(N, K)`` is linear and
+    samples do not meet on it, so each starts at one size and gets its own back at the end.
     """
     leaf = as_float(logits.detach()).requires_grad_()
     (slope,) = torch.autograd.grad(score(leaf).sum(), leaf)
@@ -68,21 +61,16 @@ class ClassifierGuidance(Guidance):
             taken there and not carried through the diffusion network; ``x_t``: the noisy sample and t, for noise-aware
             classifiers; ``x_t_normalized``: x_t/√ᾱ over its root mean square where that exceeds 1 (arXiv 2310.11311,
             Algorithm 2), with the gradient taken there.
-        backprop_through_denoiser: with ``x0``, carry the gradient back to x_t (Bansal et al. 2023), which costs a backward pass
-            of the diffusion network.
+        backprop_through_denoiser: with ``x0``, carry the gradient back to x_t (Bansal et al. 2023), a backward pass more.
         schedule: sine factor and interval; constant everywhere by default.
         apply_to: ``score`` adds to the score of the diffusion model, as the sampler's algorithm says; ``cfg_residual`` gives
             the gradient the norm of classifier-free guidance's residual and adds it there (arXiv 2310.11311,
             Algorithm 3), with strength scale·(1 + γ·sin(π·progress)); ``sample`` moves the sample itself along the gradient,
             whose size is left out (Algorithm 2), which the Heun sampler does.
-        decoder: what makes images of x̂0 for the classifier, in place of the denoiser's own decoder: a cheaper one for latent
-            models. Frozen here.
+        decoder: makes images of x̂0 for the classifier, in place of the denoiser's own decoder. Frozen here.
         stabilizer: moving average, clipping and projection of the gradient; none by default.
-        classifier_prediction: which x̂0 the classifier sees where the denoiser combines two: ``combined``, the rule's result, the
-            default, ``conditional`` or ``unconditional`` (the negative). The gradient is added to the combined one.
-
-    Raises:
-        ValueError: unknown names or a scale that is not a finite number.
+        classifier_prediction: which x̂0 the classifier sees where the denoiser combines two: ``combined``, ``conditional`` or
+            ``unconditional`` (the negative). The gradient is added to the combined one.
     """
 
     def __init__(
@@ -90,41 +78,30 @@ class ClassifierGuidance(Guidance):
         classifier: Classifier,
         score: Score | None = None,
         scale: float = 1.0,
-        classifier_input: Literal["x0", "x_t", "x_t_normalized"] = "x0",
+        classifier_input: ClassifierInput = "x0",
         backprop_through_denoiser: bool = False,
         schedule: GuidanceSchedule | None = None,
-        apply_to: Literal["score", "cfg_residual", "sample"] = "score",
+        apply_to: ApplyTo = "score",
         decoder: nn.Module | None = None,
         stabilizer: GradientStabilizer | None = None,
         classifier_prediction: Literal["combined", "conditional", "unconditional"] = "combined",
     ):
         super().__init__()
-        if classifier_input not in CLASSIFIER_INPUTS:
-            known = ", ".join(CLASSIFIER_INPUTS)
-            raise ValueError(f"classifier_input must be one of {known}, got {classifier_input!r}")
+        check_choice("classifier_input", classifier_input, get_args(ClassifierInput))
+        check_choice("apply_to", apply_to, get_args(ApplyTo))
+        check_choice("classifier_prediction", classifier_prediction, _SEEN)
+        check_numbers(scale=scale)
         if backprop_through_denoiser and classifier_input != "x0":
-            raise ValueError(
-                f"backprop_through_denoiser needs classifier_input: x0, got {classifier_input}: set one of the two"
-            )
-        if apply_to not in APPLY_TO:
-            raise ValueError(f"apply_to must be one of {', '.join(APPLY_TO)}, got {apply_to!r}")
-        if not math.isfinite(scale):
-            raise ValueError(f"scale must be a finite number, got {scale}")
+            raise ValueError(f"backprop_through_denoiser needs classifier_input: x0, got {classifier_input}")
         if apply_to == "sample" and scale < 0:
-            raise ValueError(
-                f"apply_to: sample has a strength of at least 1e-5, so scale must be at least 0, got {scale}; 0 is off"
-            )
+            raise ValueError(f"with apply_to: sample, scale must be at least 0, got {scale}; 0 is off")
         self.classifier, self.score = classifier.freeze(), score or TemperedLogProb()
         self.scale, self.classifier_input, self.apply_to = scale, classifier_input, apply_to
         self.backprop_through_denoiser = backprop_through_denoiser
         self.schedule = schedule or GuidanceSchedule()
         self.decoder = decoder and decoder.eval().requires_grad_(False)
-        check_choice("classifier_prediction", classifier_prediction, tuple(_SEEN))
         self.classifier_prediction = classifier_prediction
         self.group_size, self.stabilizer = self.score.group_size, stabilizer or GradientStabilizer()
-
-    def parts(self) -> Sequence[Guidance]:
-        return [self]
 
     def plan(self, levels: NoiseLevels) -> Plan:
         active = np.array(self.schedule.active(levels)) & (self.scale != 0)
@@ -200,14 +177,10 @@ class ClassifierGuidance(Guidance):
 class SwitchedGuidance(Guidance):
     """One guidance from pure noise down to a step, another from there to the image (arXiv 2310.11311, Appendix A.1).
 
-    Each has its own classifier, input and score, so that an off-the-shelf classifier on x̂0 can hand over to a noise-aware one
-    on x_t.
-
     Args:
         early: guides while t > ``switch_at``.
         late: guides from ``switch_at`` down.
-        switch_at: step of the full process (0 … 999); 200 is step 50 of 250, the paper's choice. The level at which a step starts
-            decides for all of it.
+        switch_at: step of the full process (0 … 999) at which steps start; 200 is step 50 of 250, the paper's choice.
     """
 
     def __init__(self, early: ClassifierGuidance, late: ClassifierGuidance, switch_at: int = 200):

@@ -1,12 +1,10 @@
 """How strong classifier guidance is at each step, and where it is off."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Sequence
-from typing import final
+from typing import Any, final
 
 from calib_guidance.diffusion.interval import Interval
+from calib_guidance.errors import check_numbers
 
 
 @final
@@ -19,22 +17,11 @@ class GuidanceSchedule(Interval):
         interval, sigma_interval, step_interval: see :class:`~calib_guidance.diffusion.interval.Interval`.
         every: guide the first step and every so many-th after it. Between them nothing stands in for the gradient, so that
             the total strength falls with it.
-
-    Raises:
-        ValueError: γ < 0, an interval that is not two ascending numbers, or ``every`` below 1.
     """
 
-    def __init__(
-        self,
-        gamma: float = 0.0,
-        interval: Sequence[float] | None = None,
-        sigma_interval: Sequence[float] | None = None,
-        every: int = 1,
-        step_interval: Sequence[int] | None = None,
-    ):
-        if not (math.isfinite(gamma) and gamma >= 0):
-            raise ValueError(f"gamma must be a number of at least 0, got {gamma}")
-        super().__init__(interval, sigma_interval, every, step_interval)
+    def __init__(self, gamma: float = 0.0, *args: Any, **kwargs: Any):
+        check_numbers(least=0, gamma=gamma)
+        super().__init__(*args, **kwargs)
         self.gamma = gamma
 
     def sine(self, progress: float) -> float:

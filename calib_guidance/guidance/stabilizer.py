@@ -1,12 +1,11 @@
 """Steadier classifier gradients: averaged over steps, clipped, and projected."""
 
-from __future__ import annotations
-
 from typing import Any, final
 
 from torch import Tensor
 
 from calib_guidance.denoisers.rules.apg import clip_norm, project
+from calib_guidance.errors import check_numbers
 
 
 @final
@@ -25,20 +24,12 @@ class GradientStabilizer:
     """
 
     def __init__(self, ema: float = 0.0, max_norm: float | None = None, parallel: float = 1.0):
-        if not 0 <= ema < 1:
-            raise ValueError(f"ema must be at least 0 and below 1, got {ema}")
-        if max_norm is not None and not max_norm > 0:
-            raise ValueError(f"max_norm must be above 0, or null for no clipping, got {max_norm}")
+        check_numbers(least=0, below=1, ema=ema)
+        check_numbers(above=0, null="no clipping", max_norm=max_norm)
         self.ema, self.max_norm, self.parallel = ema, max_norm, parallel
 
     def __call__(self, gradient: Tensor, seen: Tensor, state: dict[str, Any]) -> Tensor:
-        """The steadier gradient ``(N, C, H, W)``.
-
-        Args:
-            gradient: ∇S at this evaluation.
-            seen: where it was taken.
-            state: kept from evaluation to evaluation of one trajectory; empty at its start.
-        """
+        """The steadier ``(N, C, H, W)`` of ∇S at ``seen``; ``state`` is that of one trajectory, empty at its start."""
         if self.ema:
             mean, weight = (1 - self.ema) * gradient, 1 - self.ema
             if state:

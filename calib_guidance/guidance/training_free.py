@@ -1,9 +1,6 @@
 """Training-free guidance, TFG (Ye et al. 2024, arXiv 2409.15761)."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -15,7 +12,7 @@ from calib_guidance.denoisers.base import Predict
 from calib_guidance.diffusion.interval import Interval
 from calib_guidance.diffusion.rng import KeyedNumbers
 from calib_guidance.diffusion.schedules import NoiseLevels
-from calib_guidance.errors import check_choice
+from calib_guidance.errors import check_choice, check_numbers
 from calib_guidance.guidance.base import Aux, Decode, Guidance, Guide, Guided, Plan, identity
 from calib_guidance.scores.base import Score, TemperedLogProb
 
@@ -64,21 +61,16 @@ class TrainingFreeGuidance(Guidance):
         decoder: nn.Module | None = None,
     ):
         super().__init__()
-        if not (rho >= 0 and mu >= 0 and sigma >= 0 and math.isfinite(rho + mu + sigma)):
-            raise ValueError(f"rho, mu and sigma must be finite and at least 0, got {rho}, {mu} and {sigma}")
-        if samples < 1 or iterations < 1:
-            raise ValueError(f"samples and iterations must be at least 1, got {samples} and {iterations}")
-        for name, shape in (("rho_schedule", rho_schedule), ("mu_schedule", mu_schedule)):
-            check_choice(name, shape, get_args(Shape))
+        check_numbers(least=0, rho=rho, mu=mu, sigma=sigma)
+        check_numbers(least=1, samples=samples, iterations=iterations)
+        check_choice("rho_schedule", rho_schedule, get_args(Shape))
+        check_choice("mu_schedule", mu_schedule, get_args(Shape))
         check_choice("sigma_schedule", sigma_schedule, ("decrease", "constant"))
         self.classifier, self.score = classifier.freeze(), score or TemperedLogProb()
         self.rho, self.mu, self.sigma, self.samples, self.iterations = rho, mu, sigma, samples, iterations
         self.rho_schedule, self.mu_schedule, self.sigma_schedule = rho_schedule, mu_schedule, sigma_schedule
         self.interval, self.decoder = interval or Interval(), decoder and decoder.eval().requires_grad_(False)
         self.group_size = self.score.group_size
-
-    def parts(self) -> Sequence[Guidance]:
-        return [self]
 
     def plan(self, levels: NoiseLevels) -> Plan:
         active = np.array(self.interval.active(levels)) & bool(self.rho or self.mu)

@@ -5,9 +5,8 @@ conversion. What differs is how they run: channels-last, fused attention, no gra
 can be computed once per trajectory (:meth:`UNet.embed`) instead of once per step.
 """
 
-from __future__ import annotations
-
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -32,10 +31,7 @@ def _frequencies(half: int, max_period: float, device: torch.device) -> Tensor:
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoidal embedding ``(N, dim)`` float32, cosines first, of ``timesteps`` ``(N,)``.
-
-    The longest wavelength is 2π·max_period.
-    """
+    """Sinusoidal embedding ``(N, dim)`` float32, cosines first, of ``timesteps`` ``(N,)``; the longest wave is 2π·max_period."""
     # The compiler makes constants of its own, and warns of a cache.
     frequencies = _frequencies.__wrapped__ if torch.compiler.is_compiling() else _frequencies
     angles = timesteps[:, None].float() * frequencies(dim // 2, max_period, timesteps.device)
@@ -49,11 +45,7 @@ def _zero(layer: nn.Module) -> None:
 
 
 class GroupNorm(nn.GroupNorm):
-    """32 groups, or fewer where they would be narrower than ``min_group_channels``; always computed in float32, returned
-    in the type of the input.
-
-    Given ``scale`` and ``shift`` ``(N, C, 1, 1)``, what comes out is multiplied by 1 + scale and shifted.
-    """
+    """32 groups, or fewer where they would be narrower than ``min_group_channels``, as ``tuning.group_norm`` computes it."""
 
     def __init__(self, channels: int, min_group_channels: int | None = None):
         groups = min(_GROUPS, channels // min_group_channels) if min_group_channels else _GROUPS
@@ -75,26 +67,16 @@ class SiLU(nn.SiLU):
         return tuning.silu(x)
 
 
-class Upsample(nn.Module):
+def _upsample(channels: int, with_conv: bool = True) -> nn.Module:
     """Nearest-neighbour doubling, then a 3×3 convolution where ``with_conv``."""
-
-    def __init__(self, channels: int, with_conv: bool):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if with_conv else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+    conv = nn.Conv2d(channels, channels, 3, padding=1) if with_conv else nn.Identity()
+    return nn.Sequential(OrderedDict(double=nn.Upsample(scale_factor=2), conv=conv))
 
 
-class Downsample(nn.Module):
+def _downsample(channels: int, with_conv: bool = True) -> nn.Module:
     """Halving by a strided 3×3 convolution where ``with_conv``, by 2×2 averaging otherwise."""
-
-    def __init__(self, channels: int, with_conv: bool):
-        super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if with_conv else nn.AvgPool2d(2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
+    conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if with_conv else nn.AvgPool2d(2)
+    return nn.Sequential(OrderedDict(op=conv))
 
 
 class ResBlock(nn.Module):
@@ -127,9 +109,7 @@ class ResBlock(nn.Module):
         self.in_layers = nn.Sequential(
             GroupNorm(channels, min_group_channels), SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
         )
-        resample = Upsample if up else Downsample if down else None
-        self.h_upd = resample(channels, with_conv=False) if resample else nn.Identity()
-        self.x_upd = resample(channels, with_conv=False) if resample else nn.Identity()
+        self.resample = nn.Upsample(scale_factor=2) if up else nn.AvgPool2d(2) if down else nn.Identity()
         emb_width = 2 * out_channels if use_scale_shift_norm else out_channels
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, emb_width))
         self.out_layers = nn.Sequential(
@@ -143,13 +123,11 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         norm, act, conv = self.in_layers
-        h = conv(self.h_upd(act(norm(x))))
-        x = self.x_upd(x)
+        h = conv(self.resample(act(norm(x))))
+        x = self.resample(x)
         emb = self.emb_layers(emb).to(h.dtype)[:, :, None, None]
         if self.use_scale_shift_norm:
-            scale, shift = emb.chunk(2, dim=1)
-            h = self.out_layers[0](h, scale, shift)
-            h = self.out_layers[1:](h)
+            h = self.out_layers[1:](self.out_layers[0](h, *emb.chunk(2, dim=1)))
         else:
             h = self.out_layers(h + emb)
         if isinstance(self.skip_connection, nn.Conv2d):
@@ -181,8 +159,7 @@ class AttentionBlock(nn.Module):
         channels: input and output channels.
         num_heads: number of heads, used where ``num_head_channels`` is -1.
         num_head_channels: channels of each head, or -1.
-        use_new_attention_order: order of the qkv channels; the published 64×64 model uses the new one, the larger ones
-            the legacy one. Weights load in either; with the wrong one every output is wrong.
+        use_new_attention_order: order of the qkv channels. Weights load in either; with the wrong one every output is wrong.
         min_group_channels: of the normalization, see :class:`GroupNorm`.
     """
 
@@ -197,10 +174,7 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.num_heads = num_heads if num_head_channels == -1 else channels // num_head_channels
         if self.num_heads < 1 or channels % self.num_heads or num_head_channels not in (-1, channels // self.num_heads):
-            raise ValueError(
-                f"{channels} channels cannot be split in heads by num_heads={num_heads}, "
-                f"num_head_channels={num_head_channels}"
-            )
+            raise ValueError(f"num_heads={num_heads}, num_head_channels={num_head_channels} do not split {channels}")
         self.use_new_attention_order = use_new_attention_order
         self.norm = GroupNorm(channels, min_group_channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
@@ -315,8 +289,8 @@ class _Encoder(nn.Module):
             use_new_attention_order=use_new_attention_order,
             min_group_channels=min_group_channels,
         )
-        self._down = partial(res, down=True) if resblock_updown else partial(Downsample, with_conv=conv_resample)
-        self._up = partial(res, up=True) if resblock_updown else partial(Upsample, with_conv=conv_resample)
+        self._down = partial(res, down=True) if resblock_updown else partial(_downsample, with_conv=conv_resample)
+        self._up = partial(res, up=True) if resblock_updown else partial(_upsample, with_conv=conv_resample)
         # Width of each level, and whether it has attention.
         self._levels = [(int(m * model_channels), 2**i in attention_resolutions) for i, m in enumerate(channel_mult)]
         channels = self._levels[0][0]
@@ -406,14 +380,11 @@ class UNet(_Encoder):
         return self.out(h.float())
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
-        """Output ``(N, out_channels, H, W)`` float32 for noisy images ``(N, C, H, W)`` at ``timesteps`` ``(N,)``.
-
-        ``timesteps`` are on the 0 … 999 scale; ``y`` are ``(N,)`` classes, -1 for none; None for all none.
+        """Output ``(N, out_channels, H, W)`` float32 for noisy images ``(N, C, H, W)`` at ``timesteps`` ``(N,)``, 0 … 999;
+        ``y`` are ``(N,)`` classes, -1 for none; None for all none.
         """
         emb = self.embed_time(timesteps)
-        if y is not None:
-            emb = emb + self.embed_labels(y)
-        return self.decode(x, emb)
+        return self.decode(x, emb if y is None else emb + self.embed_labels(y))
 
 
 class EncoderUNet(_Encoder):

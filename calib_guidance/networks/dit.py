@@ -1,7 +1,5 @@
 """The diffusion transformer (Peebles & Xie 2023, https://arxiv.org/abs/2212.09748), through diffusers' blocks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -23,9 +21,8 @@ class _ReadyEmbedding(nn.Module):
 class DiT(nn.Module):
     """A class-conditional diffusion transformer over latents.
 
-    diffusers keeps a copy of the time and class embedders in every block. Here there is one, outside the transformer, computed
-    once per trajectory; DiT-XL/2 has 75 million parameters less for it. As DiT was trained, and unlike diffusers, the
-    frequencies of the time embedding are 10000^(−k/128), not 10000^(−k/127), and every LayerNorm has ε = 1e-6.
+    diffusers has time and class embedders in every block; here they are outside of them, computed once per trajectory. As DiT
+    was trained, and unlike diffusers, the frequencies of the time embedding are 10000^(−k/128), and LayerNorms have ε = 1e-6.
 
     Args:
         sample_size: side of the latents.
@@ -59,9 +56,7 @@ class DiT(nn.Module):
         if sample_size % patch_size:
             raise ValueError(f"sample_size must be a multiple of patch_size ({patch_size}), got {sample_size}")
         if out_channels not in (in_channels, 2 * in_channels):
-            raise ValueError(
-                f"out_channels must be in_channels ({in_channels}) or, with learned variance, twice that; got {out_channels}"
-            )
+            raise ValueError(f"out_channels must be in_channels or, with variance, twice; got {out_channels}")
         self.image_size, self.num_classes = sample_size, num_classes
         self.in_channels, self.out_channels = in_channels, out_channels
         # What a diffusers folder's config.json must agree with.
@@ -108,9 +103,8 @@ class DiT(nn.Module):
         return output.to(emb.dtype)
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
-        """Output ``(N, out_channels, H, W)``, noise then variance, for latents ``(N, C, H, W)`` at ``timesteps`` ``(N,)``.
-
-        ``y`` are ``(N,)`` classes, -1 for none; None for all none. The output has the type of the embeddings.
+        """Output ``(N, out_channels, H, W)``, noise then variance, for latents ``(N, C, H, W)`` at ``timesteps`` ``(N,)``;
+        ``y`` are ``(N,)`` classes, -1 for none; None for all none.
         """
         y = torch.full_like(timesteps, -1, dtype=torch.long) if y is None else y
         return self.decode(x, self.embed_time(timesteps) + self.embed_labels(y))

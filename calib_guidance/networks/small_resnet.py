@@ -1,7 +1,5 @@
 """A residual network for images too small for torchvision's stem."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor, nn

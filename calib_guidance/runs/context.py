@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from calib_guidance.runs.folder import RunFolder
-from calib_guidance.samplers.records import BufferedObserver, Observer
+from calib_guidance.samplers.base import BufferedObserver, Observer
 
 UNREADABLE = "its image cannot be read"
 

@@ -1,7 +1,5 @@
 """The sampling loop."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -14,10 +12,9 @@ from torch import Tensor
 from calib_guidance.denoisers.base import Denoiser
 from calib_guidance.diffusion.rng import Noise
 from calib_guidance.diffusion.schedules import NoiseLevels
-from calib_guidance.guidance.base import Guidance
+from calib_guidance.guidance.base import Guidance, Guided
 from calib_guidance.samplers.evaluate import Evaluate, on_device, plan_of
 from calib_guidance.samplers.guidance_scaling import GuidanceScaling
-from calib_guidance.samplers.records import Observer, StepRecord
 
 
 class Transition(NamedTuple):
@@ -32,10 +29,47 @@ class Transition(NamedTuple):
     std: Tensor | None = None
 
 
+class StepRecord(NamedTuple):
+    """One step, as observers see it. Tensors stay on the device; an observer that reads them on the host slows sampling.
+
+    Attributes:
+        i: level of :meth:`Sampler.levels`, N − 1 … 0.
+        num_steps: N.
+        t: step of the full process; a fraction where the sampler stops between two of them.
+        y: ``(N,)`` classes.
+        x_t, x_next: ``(N, C, H, W)`` before and after the step.
+        guided: prediction, score, logits and gradient.
+    """
+
+    i: int
+    num_steps: int
+    t: float
+    y: Tensor
+    x_t: Tensor
+    guided: Guided
+    x_next: Tensor
+
+
+Observer = Callable[[StepRecord], None]
+
+
+class BufferedObserver(ABC):
+    """An observer that learns only when a batch is done which of its samples are kept, and counts those."""
+
+    @abstractmethod
+    def __call__(self, record: StepRecord) -> None:
+        """Note one step."""
+
+    @abstractmethod
+    def count(self, rows: slice | Tensor) -> None:
+        """Count the samples at ``rows`` of what was noted since the last call; forget the others."""
+
+
 class Sampler(ABC):
     """``sampler(denoiser, noise, y, guidance) -> images``. A sampler is its levels, its coefficients and its step.
 
     Attributes:
+        steps: respacing of the process, of samplers that stop at its steps.
         clip_denoised: clip x̂0 to [-1, 1] before guidance, where it is an image.
         recurrence: number of times that each step is done, with renoising in between.
         scaling: strength of guidance by step size; None leaves it as it is.
@@ -44,6 +78,7 @@ class Sampler(ABC):
         moves_sample: whether :meth:`step` can move the sample along the score (arXiv 2310.11311, Algorithm 2).
     """
 
+    steps: str | int
     clip_denoised: bool = True
     recurrence: int = 1
     scaling: GuidanceScaling | None = None
@@ -51,9 +86,9 @@ class Sampler(ABC):
     renoises: bool = False
     moves_sample: bool = False
 
-    @abstractmethod
     def levels(self, denoiser: Denoiser) -> NoiseLevels:
         """Noise levels of the N steps, least noisy first."""
+        return denoiser.schedule.respace(self.steps).levels
 
     @abstractmethod
     def coefficients(self, levels: NoiseLevels) -> dict[str, np.ndarray]:
@@ -126,30 +161,24 @@ class Sampler(ABC):
         observers: Sequence[Observer] = (),
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """Sample one batch.
+        """Sample one batch of classes ``y`` ``(N,)``: ``(N, C, H, W)`` float32 images.
 
         Args:
             denoiser: the diffusion model.
             noise: source of standard normal images; called once for x_T, then once per noise that a step adds.
-            y: ``(N,)`` classes.
             guidance: None samples the model alone.
             observers: each is called after every step, and after every repetition of one.
             progress: called with the number of finished steps and N after every step.
-
-        Returns:
-            ``(N, C, H, W)`` float32 images.
         """
         self._check_noise(denoiser)
         levels = self.levels(denoiser)
         _check_start(levels)
         n, times = len(levels.times), [int(t) if t.is_integer() else t for t in levels.times.tolist()]
         x = self.start(noise, levels)
-        evaluate = Evaluate(
-            denoiser, guidance, self.evaluated(denoiser), y, x, self.clip_denoised, not self.takes_score, self.scaling
-        )
+        evaluate = Evaluate(self, denoiser, guidance, y, x)
         plan, kept = plan_of(guidance, levels), levels.alphas_cumprod / np.append(1.0, levels.alphas_cumprod[:-1])
         tables = self.coefficients(levels) | {"scale": plan.scale, "sine": plan.sine}
-        tables |= {"keep": np.sqrt(kept), "renoise": np.sqrt(1 - kept)} if self.recurrence > 1 else {}
+        tables |= {"keep": np.sqrt(kept), "renoise": np.sqrt(1 - kept)}
         c = SimpleNamespace(**{name: on_device(table, x) for name, table in tables.items()})
         c.moves_sample, c.noise, c.state = plan.moves_sample, noise, {}
         for i in reversed(range(n)):

@@ -1,15 +1,13 @@
 """DDIM sampling with guidance."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
-from calib_guidance.denoisers.base import Denoiser
 from calib_guidance.diffusion.schedules import NoiseLevels
+from calib_guidance.errors import check_numbers
 from calib_guidance.samplers.base import Sampler, Transition
 from calib_guidance.samplers.evaluate import Evaluate
 from calib_guidance.samplers.guidance_scaling import choose_guidance_scaling
@@ -29,9 +27,6 @@ class DDIM(Sampler):
         guidance_scaling: ``score``, or ``ddpm_equivalent`` for a scale that was tuned with DDPM, see
             :class:`~calib_guidance.samplers.guidance_scaling.GuidanceScaling`.
         data_std: d of ``ddpm_equivalent``; required where η < 1.
-
-    Raises:
-        ValueError: numbers out of range, or no ``data_std`` where it matters.
     """
 
     renoises = True
@@ -45,15 +40,10 @@ class DDIM(Sampler):
         guidance_scaling: Literal["score", "ddpm_equivalent"] = "score",
         data_std: float | None = None,
     ):
-        if not eta >= 0:
-            raise ValueError(f"eta must be at least 0, got {eta}")
-        if recurrence < 1:
-            raise ValueError(f"recurrence must be at least 1, got {recurrence}")
+        check_numbers(least=0, eta=eta)
+        check_numbers(least=1, recurrence=recurrence)
         self.scaling = choose_guidance_scaling(guidance_scaling, data_std, 1 + eta**2)
         self.steps, self.eta, self.clip_denoised, self.recurrence = steps, eta, clip_denoised, recurrence
-
-    def levels(self, denoiser: Denoiser) -> NoiseLevels:
-        return denoiser.schedule.respace(self.steps).levels
 
     def coefficients(self, levels: NoiseLevels) -> dict[str, np.ndarray]:
         abar, previous = levels.alphas_cumprod, np.append(1.0, levels.alphas_cumprod[:-1])

@@ -1,9 +1,7 @@
 """DDPM ancestral sampling with guidance."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -11,9 +9,12 @@ from torch import Tensor
 
 from calib_guidance.denoisers.base import Denoiser
 from calib_guidance.diffusion.schedules import NoiseLevels, posterior
+from calib_guidance.errors import check_choice, check_numbers
 from calib_guidance.guidance.base import Guidance
 from calib_guidance.samplers.base import Sampler, Transition
 from calib_guidance.samplers.evaluate import Evaluate
+
+Variance = Literal["auto", "learned_range", "fixed_small", "fixed_large"]
 
 
 class DDPM(Sampler):
@@ -26,13 +27,9 @@ class DDPM(Sampler):
     Args:
         steps: respacing, e.g. ``"250"``, ``"10,10,5"``, ``"ddim25"``.
         variance: ``learned_range`` interpolates between posterior and β as the network says; ``fixed_small`` is the
-            posterior's; ``fixed_large`` is β, at the last step the posterior's second entry; ``auto`` is learned where the
-            network learned one, otherwise fixed_large, as guided-diffusion does.
+            posterior's; ``fixed_large`` is β, at the last step the posterior's second entry; ``auto`` is learned or fixed_large.
         clip_denoised: clip x̂0 to [-1, 1].
         recurrence: times that each step is done, renoising in between (Bansal et al. 2023); 1 is plain sampling.
-
-    Raises:
-        ValueError: numbers out of range.
     """
 
     takes_score = True
@@ -40,25 +37,18 @@ class DDPM(Sampler):
     def __init__(
         self,
         steps: str | int = "250",
-        variance: Literal["auto", "learned_range", "fixed_small", "fixed_large"] = "auto",
+        variance: Variance = "auto",
         clip_denoised: bool = True,
         recurrence: int = 1,
     ):
-        if variance not in ("auto", "learned_range", "fixed_small", "fixed_large"):
-            raise ValueError(f"variance must be auto, learned_range, fixed_small or fixed_large, got {variance!r}")
-        if recurrence < 1:
-            raise ValueError(f"recurrence must be at least 1, got {recurrence}")
+        check_choice("variance", variance, get_args(Variance))
+        check_numbers(least=1, recurrence=recurrence)
         self.steps, self.variance, self.clip_denoised, self.recurrence = steps, variance, clip_denoised, recurrence
-
-    def levels(self, denoiser: Denoiser) -> NoiseLevels:
-        return denoiser.schedule.respace(self.steps).levels
 
     def check(self, denoiser: Denoiser, guidance: Guidance | None) -> None:
         super().check(denoiser, guidance)
         if self.variance == "learned_range" and not denoiser.has_learned_variance:
-            raise ValueError(
-                "variance: learned_range, but the network has no variance channels; use fixed_small or fixed_large"
-            )
+            raise ValueError("variance: the network has no variance channels; use fixed_small or fixed_large")
 
     def coefficients(self, levels: NoiseLevels) -> dict[str, np.ndarray]:
         q = posterior(levels.alphas_cumprod)

@@ -1,18 +1,13 @@
 """DPM-Solver++ with guidance."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from calib_guidance.diffusion.schedules import NoiseLevels
 from calib_guidance.samplers.base import Transition
 from calib_guidance.samplers.evaluate import Evaluate
 from calib_guidance.samplers.multistep import Multistep, on_own_path
-from calib_guidance.samplers.spacing import step_sizes
 
 
 class DPMSolver(Multistep):
@@ -35,19 +30,8 @@ class DPMSolver(Multistep):
     renoises = True
 
     def __init__(self, steps: str | int = 25, sde: bool = False, **options: Any):
-        self.sde, self.exponent = sde, 2.0 if sde else 1.0
+        self.sde = sde
         super().__init__(steps, **options)
-
-    def coefficients(self, levels: NoiseLevels) -> dict[str, np.ndarray]:
-        sizes = step_sizes(levels, self.order)
-        remaining = sizes.sigma_next / sizes.sigma  # e^(−h)
-        to_x = sizes.alpha_next / sizes.alpha * remaining
-        if self.sde:
-            to_x, remaining = to_x * remaining, remaining**2
-        std = sizes.alpha_next * sizes.sigma_next * np.sqrt(1 - remaining)
-        tables = {"to_x": to_x, "to_d": sizes.alpha_next * (1 - remaining), "std": std}
-        tables |= {"to_renoise": sizes.alpha_next * remaining}
-        return tables | {"slope": sizes.before / 2, "response": self.response(levels)}
 
     def step(self, x: Tensor, i: int, evaluate: Evaluate, c: SimpleNamespace) -> Transition:
         (x0, renoise), before = evaluate.both(x, i), c.state.get("x0")

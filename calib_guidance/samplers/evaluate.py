@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,7 +13,9 @@ from calib_guidance.denoisers.base import Denoiser, prepare_clipped
 from calib_guidance.diffusion.schedules import NoiseLevels
 from calib_guidance.guidance.base import Guidance, Guided, Plan
 from calib_guidance.guidance.classifier_guidance import match_norm
-from calib_guidance.samplers.guidance_scaling import GuidanceScaling
+
+if TYPE_CHECKING:
+    from calib_guidance.samplers.base import Sampler
 
 
 def on_device(table: object, like: Tensor) -> Tensor:
@@ -36,35 +39,21 @@ class Evaluate:
     the result.
 
     Args:
-        denoiser, guidance: of the trajectory.
-        levels: every level at which the sampler evaluates.
-        y: ``(N,)`` classes.
+        sampler, denoiser, guidance, y: of the trajectory.
         x: ``(N, C, H, W)`` x_T.
-        clip: clip x̂0 to [-1, 1] before guidance.
-        fold: false where the sampler reads the score.
-        scaling: strength of guidance by step size, or None.
 
     Attributes:
         moved: ``(N, C, H, W)`` what the loop added to x after the last step, or None.
         seen: what observers are told of the current step: its first prediction and guidance.
     """
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        guidance: Guidance | None,
-        levels: NoiseLevels,
-        y: Tensor,
-        x: Tensor,
-        clip: bool,
-        fold: bool,
-        scaling: GuidanceScaling | None,
-    ):
-        self.predict = prepare_clipped(denoiser, levels, y, clip)
+    def __init__(self, sampler: Sampler, denoiser: Denoiser, guidance: Guidance | None, y: Tensor, x: Tensor):
+        levels, scaling = sampler.evaluated(denoiser), sampler.scaling
+        self.predict = prepare_clipped(denoiser, levels, y, sampler.clip_denoised)
         getattr(self.predict, "start", lambda x: None)(x)
         self._guide = guidance and guidance.prepare(levels, y, denoiser.decode)
         plan = plan_of(guidance, levels)
-        self._fold = fold and not plan.moves_sample
+        self._fold = not (sampler.takes_score or plan.moves_sample)
         self._scaled = plan.at_x0.tolist() if scaling is not None else [False] * len(plan.at_x0)
         # 1 − ᾱ = (√ᾱ·σ)²
         self._to_x0 = on_device(np.sqrt(levels.alphas_cumprod) * levels.sigmas**2, x)

@@ -1,13 +1,12 @@
 """Guidance scaled to the size of a step, so that one scale fits any number of steps."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 
 import numpy as np
 
 from calib_guidance.diffusion.schedules import NoiseLevels
+from calib_guidance.errors import check_choice, check_numbers
 
 _DATA_STD = 0.5  # per pixel of an image, as EDM takes it
 
@@ -63,24 +62,12 @@ def ddpm_equivalent_shift(sigma: np.ndarray, sigma_next: np.ndarray, data_std: f
 def choose_guidance_scaling(scaling: str | None, data_std: float | None, exponent: float) -> GuidanceScaling | None:
     """What an option ``guidance_scaling`` means for a sampler.
 
-    The reverse SDE (p = 2) has ``ddpm_equivalent`` with d = 0.5 by default: d matters only as far as k² changes within one step.
-    An ODE keeps more of what is added at high noise the larger d is, at any number of steps: what is added at σ ≫ d is
-    proportional to d, and 0.5, right for independent pixels, is a third of the digits' 1.6. No d is right for all data, so an
-    ODE has ``score``, which needs none, by default.
-
-    Args:
-        scaling: ``score``, ``ddpm_equivalent``, or None for the default.
-        data_std: d, or None for the default.
-        exponent: p.
-
-    Raises:
-        ValueError: ``data_std`` out of range, or missing where it matters.
+    For the reverse SDE (p = 2) d matters only as far as k² changes within one step. What an ODE keeps of what is added at σ ≫ d
+    is proportional to d, and no d is right for all data, so it has ``score`` by default.
     """
     scaling = scaling or ("ddpm_equivalent" if exponent >= 2 else "score")
-    if scaling not in ("score", "ddpm_equivalent"):
-        raise ValueError(f"guidance_scaling must be score or ddpm_equivalent, got {scaling!r}")
-    if data_std is not None and not 0 < data_std < math.inf:
-        raise ValueError(f"data_std must be a finite number above 0, got {data_std}")
+    check_choice("guidance_scaling", scaling, ("score", "ddpm_equivalent"))
+    check_numbers(above=0, null="the default", data_std=data_std)
     if scaling == "score":
         return None
     if data_std is None and exponent < 2:

@@ -1,7 +1,5 @@
 """The Heun sampler of EDM with guidance."""
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 
@@ -29,9 +27,8 @@ class Heun(Sampler):
         rho: ρ, curvature of the steps between them.
         s_churn, s_min, s_max, s_noise: noise that is added over all steps (0 is the ODE), the noise levels between which it is
             added, and its standard deviation.
-        guide_correction: guide the second evaluation of a step too, at X', where the classifier runs again. None does, unless
-            ``apply_to: sample``: the guided score is the score of both evaluations, and one of two halves its strength.
-            Algorithm 2 moves the sample once per step; true averages two moves (the trapezoidal rule).
+        guide_correction: guide the second evaluation of a step too, at X'. None does, unless ``apply_to: sample``: Algorithm 2
+            moves the sample once per step; true averages two moves (the trapezoidal rule).
         clip_denoised: clip x̂0 to [-1, 1]; EDM does not.
     """
 

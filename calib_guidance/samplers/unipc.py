@@ -1,7 +1,5 @@
 """UniPC with guidance."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,18 +9,17 @@ from calib_guidance.diffusion.schedules import NoiseLevels
 from calib_guidance.samplers.base import Transition
 from calib_guidance.samplers.evaluate import Evaluate
 from calib_guidance.samplers.multistep import Multistep, on_own_path
-from calib_guidance.samplers.spacing import StepSizes, step_sizes
 
 
-def corrector_weights(sizes: StepSizes) -> tuple[np.ndarray, np.ndarray]:
+def corrector_weights(h: np.ndarray, ratio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Weights of x̂0_before − x̂0 and x̂0' − x̂0 in the corrector of each step, ``(N,)`` each; none at the last, infinite one.
 
     They are UniC's, of B(h) = e^(−h) − 1: with them the step is exact where x̂0 is a polynomial in λ of the order's degree.
     """
-    before, after = np.zeros(len(sizes.h)), np.zeros(len(sizes.h))
-    second = sizes.before > 0
+    before, after = np.zeros(len(h)), np.zeros(len(h))
+    second = ratio > 0
     after[1:] = 0.5
-    h, r = sizes.h[second], 1 / sizes.before[second]
+    h, r = h[second], 1 / ratio[second]
     # Means of u and u², u from 0 to 1 over the step, under the weight e^((u−1)h) with which x̂0 enters x'.
     b = np.expm1(-h)
     mean = (-b / h - 1) / b
@@ -46,12 +43,8 @@ class UniPC(Multistep):
     """
 
     def coefficients(self, levels: NoiseLevels) -> dict[str, np.ndarray]:
-        sizes = step_sizes(levels, self.order)
-        remaining = sizes.sigma_next / sizes.sigma  # e^(−h)
-        from_before, from_after = corrector_weights(sizes)
-        tables = {"to_x": sizes.alpha_next / sizes.alpha * remaining, "to_d": sizes.alpha_next * (1 - remaining)}
-        tables |= {"from_before": from_before, "from_after": from_after}
-        return tables | {"slope": sizes.before / 2, "response": self.response(levels)}
+        from_before, from_after = corrector_weights(*self.lengths(levels))
+        return super().coefficients(levels) | {"from_before": from_before, "from_after": from_after}
 
     def step(self, x: Tensor, i: int, evaluate: Evaluate, c: SimpleNamespace) -> Transition:
         x0, last, difference = evaluate(x, i).prediction.x0, c.state.get("x0"), c.state.get("difference")

@@ -1,13 +1,13 @@
 """What every score is, and the plain one: tempered log-probability."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from calib_guidance.errors import check_numbers
 
 
 def as_float(logits: Tensor) -> Tensor:
@@ -45,15 +45,8 @@ class Score(nn.Module, ABC):
     def forward(self, logits: Tensor, y: Tensor, time: float = 1.0) -> Tensor: ...
 
 
-def tempered_log_prob(logits: Tensor, y: Tensor, tau1: float = 1.0, tau2: float = 1.0) -> Tensor:
-    """τ1·f_y − logsumexp(τ2·f), ``(N,)`` (arXiv 2310.11311 Eq. 4), from logits ``(N, K)`` and classes ``(N,)``."""
-    logits = as_float(logits)
-    log_p, joint = log_softmax(tau2 * logits), (tau1 - tau2) * logits
-    return (log_p + joint).gather(1, y[:, None]).squeeze(1)
-
-
 class TemperedLogProb(Score):
-    """log p_{τ1,τ2}(y|x); τ1 = τ2 = 1 is plain classifier guidance.
+    """log p_{τ1,τ2}(y|x) = τ1·f_y − logsumexp(τ2·f) (arXiv 2310.11311 Eq. 4); τ1 = τ2 = 1 is plain classifier guidance.
 
     τ2 < τ1 strengthens the joint direction, which leads to the mode of the class, over the marginal one; τ2 = 0 leaves only
     the joint energy f_y.
@@ -65,11 +58,11 @@ class TemperedLogProb(Score):
 
     def __init__(self, tau1: float = 1.0, tau2: float = 1.0):
         super().__init__()
-        if not (math.isfinite(tau1) and tau1 > 0):
-            raise ValueError(f"tau1 (joint temperature) must be a number above 0, got {tau1}")
-        if not (math.isfinite(tau2) and tau2 >= 0):
-            raise ValueError(f"tau2 (marginal temperature) must be a number of at least 0, got {tau2}")
+        check_numbers(above=0, tau1=tau1)
+        check_numbers(least=0, tau2=tau2)
         self.tau1, self.tau2 = tau1, tau2
 
     def forward(self, logits: Tensor, y: Tensor, time: float = 1.0) -> Tensor:
-        return tempered_log_prob(logits, y, self.tau1, self.tau2)
+        logits = as_float(logits)
+        log_p, joint = log_softmax(self.tau2 * logits), (self.tau1 - self.tau2) * logits
+        return (log_p + joint).gather(1, y[:, None]).squeeze(1)

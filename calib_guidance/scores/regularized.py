@@ -4,8 +4,6 @@ A divergence is one function of (log q, log p), ``(N, K)`` each, giving D(q, p) 
 here under its name in ``DIVERGENCES``. Log space keeps saturated classifiers exact.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable
@@ -14,7 +12,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from calib_guidance.scores.base import TemperedLogProb, as_float, log_softmax, tempered_log_prob
+from calib_guidance.errors import check_choice, check_numbers
+from calib_guidance.scores.base import TemperedLogProb, as_float, log_softmax
 
 Weighting = Literal["constant", "linear", "cosine", "confidence"]
 
@@ -23,13 +22,6 @@ def entropy(logits: Tensor) -> Tensor:
     """H(p) = −Σ p log p of p = softmax(f), in nats: ``(N, K)`` to ``(N,)`` in [0, log K]."""
     log_p = log_softmax(logits)
     return -(log_p.exp() * log_p).sum(dim=1)
-
-
-def entropy_regularized(
-    logits: Tensor, y: Tensor, weight: Tensor | float, tau1: float = 1.0, tau2: float = 1.0
-) -> Tensor:
-    """log p_{τ1,τ2}(y|x) + λ·H(p), with λ one number or one per sample; ``(N,)``."""
-    return tempered_log_prob(logits, y, tau1, tau2) + weight * entropy(logits)
 
 
 class EntropyRegularized(TemperedLogProb):
@@ -48,10 +40,8 @@ class EntropyRegularized(TemperedLogProb):
 
     def __init__(self, entropy_weight: float = 0.1, weighting: Weighting = "constant", *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if weighting not in get_args(Weighting):
-            raise ValueError(f"weighting: unknown {weighting!r}; known: {', '.join(get_args(Weighting))}")
-        if not math.isfinite(entropy_weight):
-            raise ValueError(f"entropy_weight must be a finite number, got {entropy_weight}")
+        check_choice("weighting", weighting, get_args(Weighting))
+        check_numbers(entropy_weight=entropy_weight)
         self.entropy_weight, self.weighting = entropy_weight, weighting
 
     def weight(self, logits: Tensor, time: float) -> Tensor | float:
@@ -65,7 +55,7 @@ class EntropyRegularized(TemperedLogProb):
         return self.entropy_weight
 
     def forward(self, logits: Tensor, y: Tensor, time: float = 1.0) -> Tensor:
-        return entropy_regularized(logits, y, self.weight(logits, time), self.tau1, self.tau2)
+        return super().forward(logits, y) + self.weight(logits, time) * entropy(logits)
 
 
 def _entropy_term(log_p: Tensor) -> Tensor:
@@ -118,23 +108,8 @@ def smoothed_one_hot_log(y: Tensor, num_classes: int, epsilon: float, dtype: tor
     return _targets_log(num_classes, epsilon, dtype, y.device)[y]
 
 
-def divergence_regularized(
-    logits: Tensor,
-    y: Tensor,
-    divergence: str = "js",
-    alpha: float = 0.1,
-    epsilon: float = 0.9,
-    tau1: float = 1.0,
-    tau2: float = 1.0,
-) -> Tensor:
-    """log p_{τ1,τ2}(y|x) − α·D(q_y, p), with p the softmax at temperature 1; ``(N,)``."""
-    logits = as_float(logits)
-    log_q = smoothed_one_hot_log(y, logits.shape[1], epsilon, logits.dtype)
-    return tempered_log_prob(logits, y, tau1, tau2) - alpha * DIVERGENCES[divergence](log_q, log_softmax(logits))
-
-
 class DivergenceRegularized(TemperedLogProb):
-    """log p_{τ1,τ2}(y|x) − α·D(q_y, p): pulls the prediction toward a softened one-hot target.
+    """log p_{τ1,τ2}(y|x) − α·D(q_y, p), p at temperature 1: pulls the prediction toward a softened one-hot target.
 
     Args:
         divergence: ``rkl``, ``fkl``, ``js`` or ``hellinger``.
@@ -146,13 +121,12 @@ class DivergenceRegularized(TemperedLogProb):
 
     def __init__(self, divergence: str = "js", alpha: float = 0.1, epsilon: float = 0.9, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if divergence not in DIVERGENCES:
-            raise ValueError(f"divergence: unknown {divergence!r}; known: {', '.join(DIVERGENCES)}")
-        if not (math.isfinite(alpha) and alpha >= 0):
-            raise ValueError(f"alpha must be a number of at least 0, got {alpha}")
-        if not 0 < epsilon < 1:
-            raise ValueError(f"epsilon must lie strictly between 0 and 1, got {epsilon}")
+        check_choice("divergence", divergence, DIVERGENCES)
+        check_numbers(least=0, alpha=alpha)
+        check_numbers(above=0, below=1, epsilon=epsilon)
         self.divergence, self.alpha, self.epsilon = divergence, alpha, epsilon
 
     def forward(self, logits: Tensor, y: Tensor, time: float = 1.0) -> Tensor:
-        return divergence_regularized(logits, y, self.divergence, self.alpha, self.epsilon, self.tau1, self.tau2)
+        logits = as_float(logits)
+        log_q = smoothed_one_hot_log(y, logits.shape[1], self.epsilon, logits.dtype)
+        return super().forward(logits, y) - self.alpha * DIVERGENCES[self.divergence](log_q, log_softmax(logits))

@@ -1,7 +1,5 @@
 """Tilted score over groups of samples (arXiv 2511.05844)."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -10,28 +8,14 @@ from torch import Tensor
 from calib_guidance.scores.base import Score, TemperedLogProb
 
 
-def tilted(scores: Tensor, tilt: float, group_size: int) -> Tensor:
-    """(1/t)·log(mean_j exp(t·S_j)) over each group of neighbouring samples.
-
-    Args:
-        scores: ``(N,)``, N a multiple of ``group_size``.
-        tilt: t ≠ 0; negative gives the least likely samples of a group the most weight.
-        group_size: samples per group.
-
-    Returns:
-        ``(N,)``: every sample carries the value of its group. The gradient of the sum with respect to S_i is therefore
-        group_size·softmax_j(t·S_j)_i, which is 1, plain guidance, as t → 0.
-    """
-    groups = scores.view(-1, group_size)
-    value = (torch.logsumexp(tilt * groups, dim=1) - math.log(group_size)) / tilt
-    return value.repeat_interleave(group_size)
-
-
 class Tilted(Score):
-    """Tilts any score over groups fixed by sample index (index // group_size), so that a sample depends on no batch.
+    """(1/t)·log(mean_j exp(t·S_j)) of a score over each group of samples, fixed by index (index // group_size).
+
+    Every sample carries the value of its group. The gradient of the sum with respect to S_i is group_size·softmax_j(t·S_j)_i,
+    which is 1, plain guidance, as t → 0.
 
     Args:
-        tilt: t ≠ 0, −0.2 in the paper.
+        tilt: t ≠ 0, −0.2 in the paper; negative gives the least likely samples of a group the most weight.
         group_size: samples per group, ≥ 2; the number of samples and the batch size must be multiples of it.
         score: the S_j; plain log-probability by default.
     """
@@ -52,4 +36,6 @@ class Tilted(Score):
                 f"a batch of {len(logits)} samples does not hold whole groups of {self.group_size}: make "
                 "data.batch_size and num_samples multiples of the score's group_size"
             )
-        return tilted(self.score(logits, y, time), self.tilt, self.group_size)
+        groups = self.score(logits, y, time).view(-1, self.group_size)
+        value = (torch.logsumexp(self.tilt * groups, dim=1) - math.log(self.group_size)) / self.tilt
+        return value.repeat_interleave(self.group_size)

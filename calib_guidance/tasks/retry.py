@@ -20,7 +20,7 @@ from calib_guidance.backend.precision import HALVES
 from calib_guidance.data.requests import RequestData
 from calib_guidance.errors import OutOfMemoryError
 from calib_guidance.runs.context import SamplingContext
-from calib_guidance.samplers.records import StepRecord
+from calib_guidance.samplers.base import StepRecord
 
 log = logging.getLogger(__name__)
 

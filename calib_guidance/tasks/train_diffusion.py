@@ -59,14 +59,9 @@ class TrainDiffusion(TrainingTask):
         self.weights_metadata = {"prediction": prediction, "noise_schedule": noise_schedule, "num_steps": num_steps}
         self.weights_metadata |= registry.nonstate_hparams(network)
         tables = NoiseSchedule(named_betas(noise_schedule, num_steps))
-        for name in (
-            "alphas_cumprod",
-            "betas",
-            "posterior_log_variance_clipped",
-            "posterior_mean_coef1",
-            "posterior_mean_coef2",
-        ):
-            self.register_buffer(name, torch.tensor(getattr(tables, name)).float(), persistent=False)
+        self.register_buffer("alphas_cumprod", torch.tensor(tables.alphas_cumprod).float(), persistent=False)
+        for name in ("betas", "log_variance_clipped", "mean_coef1", "mean_coef2"):
+            self.register_buffer(name, torch.tensor(getattr(tables.posterior, name)).float(), persistent=False)
         from_x, from_output = x0_coefficients(prediction, tables.alphas_cumprod)
         self.register_buffer("x0_from_x", torch.tensor(from_x).float(), persistent=False)
         self.register_buffer("x0_from_output", torch.tensor(from_output).float(), persistent=False)
@@ -88,8 +83,8 @@ class TrainDiffusion(TrainingTask):
         output, interpolation = output.chunk(2, dim=1)
         mse = F.mse_loss(output, target, reduction="none").flatten(1).mean(1)
         x0_hat = at(self.x0_from_x) * x_t + at(self.x0_from_output) * output.detach()
-        coef1, coef2 = at(self.posterior_mean_coef1), at(self.posterior_mean_coef2)
-        low, high = at(self.posterior_log_variance_clipped), at(self.betas).log()
+        coef1, coef2 = at(self.mean_coef1), at(self.mean_coef2)
+        low, high = at(self.log_variance_clipped), at(self.betas).log()
         bound = variational_bound_term(
             x0,
             true_mean=coef1 * x0 + coef2 * x_t,

@@ -1,7 +1,5 @@
 """Cards of the published weights, as ``cards.yaml`` describes them. Needs no torch."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Models in the folders that diffusers writes: a ``config.json`` beside the weights."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping
@@ -57,10 +55,7 @@ def read_config(source: str, kind: str) -> dict[str, Any]:
     """What ``config.json`` in a folder, or ``hf://OWNER/NAME[/FOLDER][@REVISION]``, says of its model of class ``kind``."""
     path = _file(source, "config.json")
     if path is None:
-        raise CheckpointError(
-            f"{source}: no config.json; expected a folder that diffusers wrote for a {kind}, or hf://OWNER/NAME for one of the "
-            "Hugging Face hub"
-        )
+        raise CheckpointError(f"{source}: no config.json; name a folder of a {kind} of diffusers, or hf://OWNER/NAME")
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
@@ -71,14 +66,18 @@ def read_config(source: str, kind: str) -> dict[str, Any]:
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
+def _first(source: str, *names: str, cure: str) -> Path:
+    """The first of these files that the folder has."""
+    found = (_file(source, name) for name in names)
+    if (path := next(filter(None, found), None)) is None:
+        raise CheckpointError(f"{source}: neither {' nor '.join(names)} in it; {cure}")
+    return path
+
+
 def weights_file(source: str) -> Path:
     """The file of a folder's weights: safetensors where there is one, otherwise ``.bin``."""
-    for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
-        if (path := _file(source, name)) is not None:
-            return path
-    raise CheckpointError(
-        f"{source}: neither diffusion_pytorch_model.safetensors nor diffusion_pytorch_model.bin in it"
-    )
+    names = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
+    return _first(source, *names, cure="name the folder of a model of diffusers, or of its pipeline")
 
 
 def load_model(source: str | Mapping[str, Any], kind: str, part: str) -> nn.Module:
@@ -107,9 +106,5 @@ def load_model(source: str | Mapping[str, Any], kind: str, part: str) -> nn.Modu
 
 def scheduler_config(source: str) -> dict[str, Any]:
     """The configuration of the scheduler in a pipeline's folder or ``hf://OWNER/NAME``."""
-    for name in ("scheduler/scheduler_config.json", "scheduler_config.json"):
-        if (path := _file(source, name)) is not None:
-            return json.loads(path.read_text())
-    raise CheckpointError(
-        f"{source}: no scheduler/scheduler_config.json; name the pipeline's folder, or give the scheduler"
-    )
+    names = "scheduler/scheduler_config.json", "scheduler_config.json"
+    return json.loads(_first(source, *names, cure="name the pipeline's folder, or give the scheduler").read_text())

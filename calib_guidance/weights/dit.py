@@ -1,7 +1,5 @@
 """Names of DiT's weights: as published with the paper, in diffusers, and here."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -62,10 +60,7 @@ def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif match[1] == "0":
             found[_EMBEDDERS.get(match[2], name)] = value
         elif not torch.equal(value, state.get(f"transformer_blocks.0.norm1.emb.{match[2]}", value.new_empty(0))):
-            raise CheckpointError(
-                f"{name} differs from that of block 0. In DiT all blocks share one embedder; in these weights they do not, "
-                "as after training diffusers' copies one by one, and such a network is not a DiT"
-            )
+            raise CheckpointError(f"{name} differs from that of block 0: in DiT all blocks share one embedder")
     return found
 
 
@@ -96,15 +91,7 @@ def named_dit(name: str, dtype: str | None = None) -> DiT:
 
 def described_dit(config: Mapping[str, Any], dtype: str | None = None) -> DiT:
     """The network that a diffusers folder's ``config.json`` describes."""
-    heads = config["num_attention_heads"]
-    return DiT(
-        config["sample_size"],
-        config["patch_size"],
-        heads * config["attention_head_dim"],
-        config["num_layers"],
-        heads,
-        config["in_channels"],
-        config["out_channels"],
-        config["num_embeds_ada_norm"],
-        dtype or "float32",
-    )
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    names = "num_layers", "num_attention_heads", "in_channels", "out_channels", "num_embeds_ada_norm"
+    others = (config[name] for name in names)
+    return DiT(config["sample_size"], config["patch_size"], width, *others, dtype=dtype or "float32")

@@ -5,8 +5,6 @@ as a linear map of one-hot vectors instead of a table, and the smallest normaliz
 run in :class:`~calib_guidance.networks.UNet`. (EDM activates the embedding once, ADM in each block: the same function.)
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 
@@ -15,15 +13,18 @@ from torch import Tensor
 HEAD_CHANNELS = 64
 MIN_GROUP_CHANNELS = 4
 _RENAMED = {"map_layer0": "time_embed.0", "map_layer1": "time_embed.2", "out_norm": "out.0", "out_conv": "out.2"}
-_RESIDUAL = {
-    "norm0": "in_layers.0",
-    "conv0": "in_layers.2",
-    "affine": "emb_layers.1",
-    "norm1": "out_layers.0",
-    "conv1": "out_layers.3",
-    "skip": "skip_connection",
+# Of a layer of EDM's blocks: ADM's block, 0 the residual and 1 the attention, and the name in it.
+_LAYERS = {
+    "norm0": (0, "in_layers.0"),
+    "conv0": (0, "in_layers.2"),
+    "affine": (0, "emb_layers.1"),
+    "norm1": (0, "out_layers.0"),
+    "conv1": (0, "out_layers.3"),
+    "skip": (0, "skip_connection"),
+    "norm2": (1, "norm"),
+    "qkv": (1, "qkv"),
+    "proj": (1, "proj_out"),
 }
-_ATTENTION = {"norm2": "norm", "qkv": "qkv", "proj": "proj_out"}
 _BLOCK = re.compile(r"(enc|dec)\.(\d+)x\2_(conv|down|up|in|block)(\d*)\.")
 
 
@@ -38,9 +39,7 @@ def _bare(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, value in state.items():
         if name.endswith("resample_filter"):
             if value.shape != (1, 1, 2, 2) or not (value == 0.25).all():
-                raise ValueError(
-                    f"{name} is not the 2×2 box filter [1, 1]: this network resamples otherwise than ADM's, which cannot run it"
-                )
+                raise ValueError(f"{name} is not the 2×2 box filter [1, 1], and ADM's networks have no other")
         # Augmentation labels are zeros while sampling, and the map of them has no bias.
         elif name.removeprefix("model.") != "map_augment.weight":
             weights[name.removeprefix("model.")] = value
@@ -75,53 +74,34 @@ def _places(weights: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
     return places
 
 
-def block_from_edm(state: Mapping[str, Tensor], head_channels: int = HEAD_CHANNELS) -> tuple[dict, dict]:
-    """Weights of one of EDM's blocks as those of a :class:`ResBlock` and of an :class:`AttentionBlock` (empty without one)."""
-    residual, attention = {}, {}
-    for name, value in state.items():
-        layer, _, kind = name.rpartition(".")
-        if layer in _RESIDUAL:
-            residual[f"{_RESIDUAL[layer]}.{kind}"] = value
-            continue
-        if layer not in _ATTENTION:
-            raise ValueError(
-                f"{name!r} is no weight of EDM's blocks, which have {', '.join((*_RESIDUAL, *_ATTENTION))}"
-            )
-        if layer == "qkv":
-            heads, rest = divmod(len(value), 3 * head_channels)
-            if rest or not heads:
-                raise ValueError(f"{name}: {len(value) // 3} channels cannot be split in heads of {head_channels}")
-            # [head][channel][q,k,v] to [head][q,k,v][channel].
-            value = value.unflatten(0, (heads, head_channels, 3)).transpose(1, 2).flatten(0, 2)
-        attention[f"{_ATTENTION[layer]}.{kind}"] = value.squeeze(-1) if value.ndim == 4 else value
-    return residual, attention
-
-
 def from_edm(state: Mapping[str, Tensor], head_channels: int = HEAD_CHANNELS) -> dict[str, Tensor]:
     """Weights of EDM's DhariwalUNet by the names, and in the orders, of :class:`~calib_guidance.networks.UNet`.
 
     Tensors that are not reordered share their memory with those of ``state``. Each attention head has ``head_channels``.
     """
     weights = _bare(state)
-    places = _places(weights)
-    blocks: dict[str, dict[str, Tensor]] = {name: {} for name in places}
-    renamed = {}
+    places, renamed = _places(weights), {}
     for name, value in weights.items():
-        block = ".".join(name.split(".")[:2])
-        layer, _, kind = name.rpartition(".")
+        prefix, _, kind = name.rpartition(".")
+        block, _, layer = prefix.rpartition(".")
         if name == "map_label.weight":
             renamed["label_emb.weight"] = value.t()
-        elif layer in _RENAMED:
-            renamed[f"{_RENAMED[layer]}.{kind}"] = value
-        elif block in places and layer == block:  # the first convolution
-            renamed[f"{places[block][0]}.{kind}"] = value
-        elif block in places:
-            blocks[block][name.removeprefix(f"{block}.")] = value
+        elif prefix in _RENAMED:
+            renamed[f"{_RENAMED[prefix]}.{kind}"] = value
+        elif prefix in places:  # the first convolution
+            renamed[f"{places[prefix][0]}.{kind}"] = value
+        elif block in places and layer in _LAYERS:
+            part, inside = _LAYERS[layer]
+            if layer == "qkv":
+                heads, rest = divmod(len(value), 3 * head_channels)
+                if rest or not heads:
+                    raise ValueError(f"{name}: {len(value) // 3} channels cannot be split in heads of {head_channels}")
+                # [head][channel][q,k,v] to [head][q,k,v][channel].
+                value = value.unflatten(0, (heads, head_channels, 3)).transpose(1, 2).flatten(0, 2)
+            value = value.squeeze(-1) if part == 1 and value.ndim == 4 else value
+            renamed[f"{places[block][part]}.{inside}.{kind}"] = value
         else:
-            raise ValueError(f"{name!r} is no weight of EDM's DhariwalUNet")
-    for block, content in blocks.items():
-        for place, part in zip(places[block], block_from_edm(content, head_channels), strict=True):
-            renamed |= {f"{place}.{name}": value for name, value in part.items()}
+            raise ValueError(f"{name!r} is no weight of EDM's DhariwalUNet, whose blocks have {', '.join(_LAYERS)}")
     return renamed
 
 

@@ -1,7 +1,5 @@
 """Files of the Hugging Face hub."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
@@ -10,6 +8,7 @@ from calib_guidance.errors import CheckpointError
 
 PREFIX = "hf://"
 _FORM = "expected hf://OWNER/REPO/PATH, with @REVISION after it if need be"
+_ELSEWHERE = "download it elsewhere and name the local file"
 FILES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pkl", ".json")
 
 
@@ -20,15 +19,7 @@ def fetch(path: str | os.PathLike[str]) -> Path:
     """
     if not str(path).startswith(PREFIX):
         return find_file(path)
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors, hf_hub_download, snapshot_download
 
     name, _, revision = str(path).removeprefix(PREFIX).partition("@")
     words = name.strip("/").split("/")
@@ -44,16 +35,13 @@ def fetch(path: str | os.PathLike[str]) -> Path:
         return Path(hf_hub_download(repo, inside, revision=revision or None))
     except Exception as error:  # a broken connection is another class in each version of the hub's HTTP library
         causes = {
-            HFValidationError: f"{_FORM} ({error})",
-            GatedRepoError: f"{repo} gives its files to those who accepted its terms: accept them at "
-            f"https://huggingface.co/{repo} and log in with `hf auth login`",
-            RevisionNotFoundError: f"{repo} has no revision {revision!r}",
-            RepositoryNotFoundError: f"no repository {repo}, or a private one: check the name, or log in with `hf auth login`",
-            LocalEntryNotFoundError: "the hub cannot be reached and the file was not fetched before: download it elsewhere and "
-            "name the local file",
-            EntryNotFoundError: f"{repo} has no file {inside}",
-            Exception: f"could not be fetched from the hub ({type(error).__name__}: {error}): download it elsewhere and name "
-            "the local file",
+            errors.HFValidationError: f"{_FORM} ({error})",
+            errors.GatedRepoError: f"accept its terms at https://huggingface.co/{repo} and log in with `hf auth login`",
+            errors.RevisionNotFoundError: f"{repo} has no revision {revision!r}",
+            errors.RepositoryNotFoundError: f"no repository {repo}, or a private one: check the name, or run `hf auth login`",
+            errors.LocalEntryNotFoundError: f"the hub cannot be reached and the file was not fetched before: {_ELSEWHERE}",
+            errors.EntryNotFoundError: f"{repo} has no file {inside}",
+            Exception: f"could not be fetched from the hub ({type(error).__name__}: {error}): {_ELSEWHERE}",
         }
         cause = next(message for kind, message in causes.items() if isinstance(error, kind))
         raise CheckpointError(f"{path}: {cause}") from error

@@ -1,7 +1,5 @@
 """Reading and writing weights. Nothing here executes what a file contains."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json
@@ -10,7 +8,7 @@ import os
 import unittest.mock
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,7 +34,7 @@ class WeightsFile(str):
     """Path of a weights file, name that a library knows, or ``hf://…``; in a YAML, a path may be relative to that YAML."""
 
     @classmethod
-    def beside(cls, value: str, folder: Path) -> WeightsFile:
+    def beside(cls, value: str, folder: Path) -> Self:
         """The file of a folder that ``value`` names, if there is one; else ``value``."""
         path = folder.absolute() / value
         return cls(path if path.is_file() else value)
@@ -105,9 +103,7 @@ def _read_folder(path: Path) -> Weights:
     usual = [file for file in files if file.name in ("diffusion_pytorch_model.safetensors", "model.safetensors")]
     if len(usual or files) != 1:
         found = ", ".join(file.name for file in [*indices, *files]) or "none"
-        raise CheckpointError(
-            f"{path}: expected a folder with one .safetensors file or one .safetensors.index.json, found {found}: name the file"
-        )
+        raise CheckpointError(f"{path}: expected one .safetensors(.index.json) in it, found {found}: name the file")
     return _read_safetensors((usual or files)[0])
 
 
@@ -162,7 +158,7 @@ def _read_torch(path: Path, is_archive: bool) -> Weights:
 
 
 def read_weights(path: str | os.PathLike[str]) -> Weights:
-    """What is in a weights file, whatever it is called, without executing anything in it; NaN is refused.
+    """What is in a weights file, without executing anything in it; NaN is refused.
 
     Reads ``.safetensors``; folders of them with an index, as diffusers writes them; files of torch.save in both of its formats,
     with weights nested under ``state_dict``, ``model``, ``params`` or ``ema`` (averages are preferred) and the prefixes of
@@ -172,9 +168,7 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
     # Masks of attention may hold −inf.
     broken = [name for name, value in weights.state.items() if value.is_floating_point() and not _below_inf(value)]
     if broken:
-        raise CheckpointError(
-            f"{weights.path} holds NaN or infinity: {_some(broken)}. Its training diverged, or the file is damaged: name another"
-        )
+        raise CheckpointError(f"{weights.path} holds NaN or infinity: {_some(broken)}. Name an undamaged file")
     return weights
 
 
@@ -184,10 +178,7 @@ def _below_inf(value: Tensor) -> bool:
 
 def _read(path: str | os.PathLike[str]) -> Weights:
     if Path(path).name == "None":
-        raise CheckpointError(
-            "the weights file is named 'None': jsonargparse reads null on the command line as that text; write null in a YAML "
-            "file and give it as another --config"
-        )
+        raise CheckpointError("a weights file named 'None': on the command line null is text; write it in a YAML file")
     path = fetch(path)
     if path.is_dir():
         return _read_folder(path)
@@ -250,19 +241,14 @@ def part_of(weights: Weights, module: nn.Module) -> Weights:
 
 
 def load_weights(module: nn.Module, source: str | os.PathLike[str] | Weights, **settings: object) -> dict[str, object]:
-    """Load a weights file into a module, every name and shape of which must fit.
+    """Load a weights file, or what was read of one, into a module, every name and shape of which must fit.
 
-    What shapes do not tell is compared with what the file says of itself and, where the file is a published one, with
-    how that was made (:mod:`calib_guidance.weights.registry`). Of a training checkpoint the part that fits is taken.
-
-    Args:
-        module: what to load into.
-        source: weights file, or what was read of one.
-        settings: what the weights are used with, e.g. ``noise_schedule``, by name.
+    ``settings`` such as ``noise_schedule``, which shapes do not tell, are compared with what the file says of itself and, where
+    it is a published one, with how that was made (:mod:`calib_guidance.weights.registry`). Of a training checkpoint the part
+    that fits is taken.
 
     Returns:
-        Provenance for the report of a run: ``file``, ``bytes``, ``published`` (names that have these shapes; of several, that of
-        the file's name) and settings.
+        Provenance for the report of a run: ``file``, ``bytes``, ``published`` (names that have these shapes) and settings.
     """
     weights = part_of(source if isinstance(source, Weights) else read_weights(source), module)
     settings = settings | registry.nonstate_hparams(module)

@@ -1,7 +1,5 @@
 """Networks of diffusion models with the weights of a file of any layout."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,8 +27,7 @@ def load_network(
             usual one where there are no weights.
 
     Returns:
-        The network, frozen in evaluation mode; the stated settings with those that were None filled in; and provenance: the
-        settings and what was loaded, for the report of a run.
+        The network, frozen; the stated settings with those that were None filled in; and provenance for the report of a run.
     """
     weights, described = (None, {}) if checkpoint is None else _read(checkpoint, kind)
     published = network if isinstance(network, str) else None
@@ -85,7 +82,5 @@ def _setting(name: str, value: Any, weights: Weights | None, card: registry.Card
     if value is None and card is not None:
         value = card.settings[name]
     if value is None and weights is not None:
-        raise CheckpointError(
-            f"{weights.path} does not say its {name}, and is no published file: state {name} in the YAML"
-        )
+        raise CheckpointError(f"{weights.path}, no published file, does not say its {name}: state {name} in the YAML")
     return _DEFAULTS[name] if value is None else value

@@ -5,8 +5,6 @@ object of such a class is stored as a call of ``_reconstruct_persistent_obj`` wi
 class and attributes. Here that call makes an inert :class:`_Record` of name and attributes, and the source code stays text.
 """
 
-from __future__ import annotations
-
 import codecs
 import io
 import pickle
@@ -28,6 +26,18 @@ class _Record:
 
 class _Dict(dict):
     """A dictionary that may have attributes, as EDM's EasyDict has."""
+
+
+class _NumpyType(_Record):
+    """Type of a numpy scalar: a number type, little-endian."""
+
+    def __init__(self, name: str, *_: object):
+        if name not in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"):
+            raise pickle.UnpicklingError(f"a numpy value of it has the type {name}")
+        self.name = f"<{name}"
+
+    def __setstate__(self, state: tuple) -> None:
+        """Byte order and the like, which the name already says."""
 
 
 class _Restricted(pickle.Unpickler):
@@ -74,12 +84,7 @@ class _Restricted(pickle.Unpickler):
         return storage
 
     def _tensor(
-        self,
-        storage: torch.storage.TypedStorage,
-        offset: int,
-        size: tuple[int, ...],
-        stride: tuple[int, ...],
-        *_: object,
+        self, storage: torch.storage.TypedStorage, offset: int, size: tuple, stride: tuple, *_: object
     ) -> Tensor:
         # as_strided refuses what lies outside of the storage.
         return torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage).as_strided(size, stride, offset)
@@ -91,18 +96,6 @@ class _Restricted(pickle.Unpickler):
         if encoding != "latin1":
             raise pickle.UnpicklingError(f"text of it is encoded as {encoding}")
         return codecs.latin_1_encode(text)[0]
-
-
-class _NumpyType(_Record):
-    """Type of a numpy scalar: a number type, little-endian."""
-
-    def __init__(self, name: str, *_: object):
-        if name not in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"):
-            raise pickle.UnpicklingError(f"a numpy value of it has the type {name}")
-        self.name = f"<{name}"
-
-    def __setstate__(self, state: tuple) -> None:
-        """Byte order and the like, which the name already says."""
 
 
 def _tensors(record: object, prefix: str, visits: Iterator[int]) -> Iterator[tuple[str, Tensor]]:
@@ -123,15 +116,12 @@ def _tensors(record: object, prefix: str, visits: Iterator[int]) -> Iterator[tup
 
 
 def read_edm_pickle(file: BinaryIO) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weight-averaged network (``ema``) of an EDM pickle.
-
-    Args:
-        file: opened for reading bytes.
-    """
+    """Weights and arguments of the weight-averaged network (``ema``) of an EDM pickle."""
     content = _Restricted(file).load()
     if not isinstance(content, Mapping) or "ema" not in content:
-        is_mapping = isinstance(content, Mapping)
-        found = f"with {', '.join(map(str, content))}" if is_mapping else f"of {type(content).__name__}"
+        found = (
+            f"with {', '.join(map(str, content))}" if isinstance(content, Mapping) else f"of {type(content).__name__}"
+        )
         raise pickle.UnpicklingError(f"expected a pickle with a network under 'ema', found one {found}")
     network = content["ema"]
     if not isinstance(network, _Record) or "_modules" not in vars(network):

@@ -5,8 +5,6 @@ normalization, noise schedule, what is predicted. Weights load just as well into
 computes something else. The cards hold these settings by name, and :func:`check` compares them with a configuration.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -85,16 +83,12 @@ def build(
     names = [] if state is None else identify(state, kind)
     if isinstance(network, nn.Module):
         if dtype is not None:
-            raise ValueError(
-                "dtype is for published networks; a network of your own has its own (network.init_args.dtype)"
-            )
+            raise ValueError("dtype is for published networks; a network of your own has its own (init_args.dtype)")
         return network, common_card(names)
     if network is None:
         known = ", ".join(card.name for card in CARDS.values() if card.kind == kind)
         if state is None:
-            raise ValueError(
-                f"network: give a published name ({known}), a class_path of your own, or the checkpoint of a published one"
-            )
+            raise ValueError(f"network: give a published name ({known}), a class_path or a published checkpoint")
         if (card := common_card(names)) is None:
             raise CheckpointError(
                 f"the checkpoint has the names and shapes of {' and '.join(names) or 'none'} of the published networks "
@@ -139,10 +133,8 @@ _OPTIONS = {
 def check(name: str, settings: Mapping[str, object], path: str | os.PathLike[str] | None = None) -> None:
     """Raise CheckpointError where weights are used otherwise than the published ones of their shapes were made.
 
-    Args:
-        name: published name.
-        settings: options of the configuration, e.g. ``noise_schedule``, and :func:`nonstate_hparams` of the network.
-        path: file of the weights, for the message; None where the configuration names the network itself.
+    ``settings`` are options of the configuration and :func:`nonstate_hparams` of the network. ``path`` is the weights' file, None
+    where the configuration names the network itself.
     """
     card = CARDS[name]
     stated = card.arguments | card.settings

@@ -279,15 +279,15 @@ def spread_after(sampler, schedule, sigma2, guided=0.0):
     """Variance of samples of N(0, σ²), by the recursion of a scalar linear map; ``guided``: s of the joint energy at x_t."""
     tables, variance = schedule.respace(sampler.steps), 1.0
     for i in reversed(range(len(tables))):
-        abar, previous = tables.alphas_cumprod[i], tables.alphas_cumprod_prev[i]
+        abar, previous = tables.alphas_cumprod[i], tables.alphas_cumprod[i - 1] if i else 1.0
         gain, score = math.sqrt(abar) * sigma2 / (abar * sigma2 + 1 - abar), -1 / (abar * sigma2 + 1 - abar)
         if isinstance(sampler, DDIM):
             epsilon = (1 - math.sqrt(abar) * gain) / math.sqrt(1 - abar) - math.sqrt(1 - abar) * guided * score
             x0 = (1 - math.sqrt(1 - abar) * epsilon) / math.sqrt(abar)
             variance *= (math.sqrt(previous) * x0 + math.sqrt(1 - previous) * epsilon) ** 2
         else:
-            added = tables.posterior_variance[max(i, 1)]
-            slope = tables.posterior_mean_coef1[i] * gain + tables.posterior_mean_coef2[i] + added * guided * score
+            added = tables.posterior.variance[max(i, 1)]
+            slope = tables.posterior.mean_coef1[i] * gain + tables.posterior.mean_coef2[i] + added * guided * score
             variance = variance * slope**2 + (added if i else 0)
     return variance
 

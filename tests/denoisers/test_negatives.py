@@ -419,5 +419,5 @@ def test_crops_that_leave_pixels_out_or_do_not_fit_are_refused(golden, denoisers
         Combination(denoisers["adm"], negative=SlidingWindows(3, 2))  # a gap in the middle
     with pytest.raises(ValueError, match="do not fit the network"):
         Combination(denoisers["dit"], negative=SlidingWindows(2, 2))
-    with pytest.raises(ValueError, match="per_side at least 2"):
+    with pytest.raises(ValueError, match="per_side must be at least 2"):
         SlidingWindows(4, 1)

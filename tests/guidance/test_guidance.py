@@ -339,8 +339,8 @@ def test_fixed_variances_are_those_of_the_schedule():
         DDPM("5", variance)(Constant(), noise, torch.zeros(2000, dtype=torch.long), None, [records.append])
         schedule = Constant().schedule.respace("5")
         for record in records[:-1]:
-            expected = schedule.posterior_variance[record.i] if last == "posterior" else schedule.betas[record.i]
-            residual = record.x_next - schedule.posterior_mean_coef2[record.i] * record.x_t
+            expected = schedule.posterior.variance[record.i] if last == "posterior" else schedule.betas[record.i]
+            residual = record.x_next - schedule.posterior.mean_coef2[record.i] * record.x_t
             # The variance of 8,000 numbers has a relative standard error of √(2/8000).
             assert float(residual.var()) == pytest.approx(expected, rel=5 * (2 / 8000) ** 0.5)
     with pytest.raises(ValueError, match="no variance channels"):
@@ -357,10 +357,10 @@ def test_the_sines_largest_variance_is_that_of_every_step_also_where_guidance_st
     DDPM("8", "fixed_small")(model, noise, y, guidance, [records.append])
     guided = [record for record in records if record.guided.score is not None]
     assert [record.i for record in guided] == [3, 2, 1, 0]
-    variance = np.exp(schedule.posterior_log_variance_clipped)
+    variance = np.exp(schedule.posterior.log_variance_clipped)
     for record in guided:
         strength = variance[record.i] + 0.3 * np.sin(np.pi * record.i / 8) * variance.max()
-        added = record.x_next - float(schedule.posterior_mean_coef2[record.i]) * record.x_t
+        added = record.x_next - float(schedule.posterior.mean_coef2[record.i]) * record.x_t
         torch.testing.assert_close(added, float(strength) * record.guided.score, atol=1e-6, rtol=1e-5)
 
 

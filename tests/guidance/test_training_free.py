@@ -68,7 +68,7 @@ def test_a_step_is_the_published_one(golden, name, step):
     levels, sampler, x = denoiser.schedule.levels, DDIM("10", eta=1.0), data["x"]
     i, y = 9 - step, torch.full((2,), 3)
     np.testing.assert_allclose(guidance.strengths(levels)[:, i], data[f"{name}_{step}_rms"].numpy(), rtol=1e-12)
-    evaluate = Evaluate(denoiser, guidance, levels, y, x, True, True, None)
+    evaluate = Evaluate(sampler, denoiser, guidance, y, x)
     c = SimpleNamespace(**{k: on_device(v, x) for k, v in sampler.coefficients(levels).items()}, state={})
     abar, before = float(data["alpha_bar"][step]), float(data["alpha_bar_prev"][step])
     for _ in range(recurrence):

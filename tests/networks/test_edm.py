@@ -5,7 +5,7 @@ import torch
 
 from calib_guidance.networks import UNet
 from calib_guidance.networks.adm import AttentionBlock, ResBlock
-from calib_guidance.weights.edm import block_from_edm, edm_architecture, from_edm, is_edm
+from calib_guidance.weights.edm import edm_architecture, from_edm, is_edm
 
 PUBLISHED = {  # EDM's ImageNet-64 network
     "image_size": 64,
@@ -127,8 +127,10 @@ def test_block_with_several_heads_matches_the_reference(golden):
     weights = {k: v for k, v in fixture.weights().items() if "resample" not in k}
     residual, attention = ResBlock(16, 24, 0.0, 32, True, down=True, min_group_channels=4), AttentionBlock(32, 4)
     attention.norm = type(attention.norm)(32, min_group_channels=4)
-    for module, state in zip((residual, attention), block_from_edm(weights, head_channels=8), strict=True):
-        module.load_state_dict(state)
+    mapped = from_edm({f"enc.8x8_block0.{name}": value for name, value in weights.items()}, head_channels=8)
+    for n, module in enumerate((residual, attention)):
+        prefix = f"input_blocks.0.{n}."
+        module.load_state_dict({k.removeprefix(prefix): v for k, v in mapped.items() if k.startswith(prefix)})
     # EDM's blocks take the embedding as it is, ADM's activate it: hand over what SiLU makes into it.
     residual.emb_layers[0] = torch.nn.Identity()
     fixture.assert_close("output", attention(residual(fixture["x"], fixture["emb"])))
@@ -178,7 +180,7 @@ def test_what_is_not_edm_is_refused_by_name(golden):
     with pytest.raises(ValueError, match="'surplus.weight'"):
         from_edm(weights | {"surplus.weight": torch.ones(1)})
     with pytest.raises(ValueError, match="norm3.weight"):
-        block_from_edm({"norm3.weight": torch.ones(1)})
+        from_edm(weights | {"model.enc.4x4_block0.norm3.weight": torch.ones(1)})
     with pytest.raises(ValueError, match="64 channels cannot be split in heads of 48"):
         from_edm(weights, head_channels=48)
     assert not is_edm({"time_embed.0.weight": torch.ones(1)})

@@ -146,9 +146,9 @@ def test_digits_in_ten_steps_are_of_their_class():
 
 def test_what_cannot_be_says_why():
     for sampler in (DDIM, DPMSolver, UniPC):
-        with pytest.raises(ValueError, match="guidance_scaling must be score or ddpm_equivalent, got 'splat'"):
+        with pytest.raises(ValueError, match="guidance_scaling: unknown 'splat'; known: score, ddpm_equivalent"):
             sampler(guidance_scaling="splat")
-        with pytest.raises(ValueError, match="data_std must be a finite number above 0"):
+        with pytest.raises(ValueError, match="data_std must be above 0"):
             sampler(data_std=0.0)
         with pytest.raises(ValueError, match=r"set data_std .*, guidance_scaling to score, or take an SDE"):
             sampler(guidance_scaling="ddpm_equivalent")

@@ -194,11 +194,11 @@ def test_one_step_ends_in_its_prediction_clipped(kind):
 def test_what_cannot_be_says_why(kind):
     denoiser = mixture()
     for arguments, message in (
-        ({"spacing": "even"}, "spacing must be one of .*, got 'even'"),
+        ({"spacing": "even"}, "spacing: unknown 'even'; known: logsnr"),
         ({"spacing": "timesteps", "sigma_max": 80.0}, "remove sigma_min and sigma_max"),
         ({"spacing": "karras", "steps": "ddim25"}, "needs a number of at least 1"),
         ({"spacing": "karras", "steps": 0}, "needs a number of at least 1"),
-        ({"order": 3}, "order must be 1 or 2"),
+        ({"order": 3}, "order: unknown 3; known: 1, 2"),
     ):
         with pytest.raises(ValueError, match=message):
             kind(**arguments)

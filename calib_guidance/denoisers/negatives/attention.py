@@ -1,7 +1,5 @@
 """A denoiser with some of its self-attention changed, for negatives that share its weights."""
 
-from __future__ import annotations
-
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -20,11 +18,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def named_module(denoiser: nn.Module, name: str) -> nn.Module:
-    """The module of this name, or whose name ends in it.
-
-    Raises:
-        ValueError: none, or several.
-    """
+    """The one module of this name, or whose name ends in it."""
     names = [n for n, _ in denoiser.named_modules() if n == name or n.endswith(f".{name}")]
     if len(names) != 1:
         first, *rest = name.split(".")
@@ -39,15 +33,15 @@ def named_module(denoiser: nn.Module, name: str) -> nn.Module:
 class _Intercept(TorchFunctionMode):
     """Self-attention of the second half of a batch by another function."""
 
-    def __init__(self, attend: Attend, calls: list[Any]):
+    def __init__(self, attend: Attend):
         super().__init__()
-        self.attend, self.calls = attend, calls
+        self.attend, self.called = attend, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is not F.scaled_dot_product_attention or args[0].shape[-2] != args[1].shape[-2]:
             return result
-        self.calls.append(func)
+        self.called = True
         query, key, value = (tensor.chunk(2)[1] for tensor in args[:3])
         return torch.cat([result.chunk(2)[0], self.attend(query, key, value)])
 
@@ -60,10 +54,9 @@ class _Changed(nn.Module):
         self.module, self.attend = module, attend
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        calls: list[Any] = []
-        with _Intercept(self.attend, calls):
+        with _Intercept(self.attend) as intercept:
             result = self.module(*args, **kwargs)
-        if not calls:
+        if not intercept.called:
             raise ValueError(
                 f"a layer of the negative is a {type(self.module).__name__} without self-attention by "
                 "scaled_dot_product_attention: name blocks or attention modules that have it in layers"

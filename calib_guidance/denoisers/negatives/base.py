@@ -1,7 +1,5 @@
 """What a negative is."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -16,10 +14,18 @@ PredictPair = Callable[[Tensor, int | Tensor], Pair]
 
 
 class Negative(nn.Module, ABC):
-    """What stands for the unconditional prediction."""
+    """What stands for the unconditional prediction.
+
+    Attributes:
+        needs_labels: whether the denoiser has to be class-conditional.
+    """
+
+    needs_labels: bool = False
 
     def check(self, denoiser: Denoiser) -> None:
         """Raise ValueError where it cannot be the negative of this denoiser."""
+        if self.needs_labels and denoiser.num_classes is None:
+            raise ValueError(f"{type(self).__name__} needs a class-conditional denoiser (class_conditional: true)")
 
     def nfe(self, denoiser: Denoiser) -> int:
         """Number of network evaluations of a conditional prediction and its negative; two by default."""
@@ -49,25 +55,25 @@ def doubled(predict: Predict) -> PredictPair:
     return predict_pair
 
 
-class ByLevel(ABC):
-    """Pairs whose negative is random anew at every level: each level is prepared by itself, once x_T is known.
-
-    Args:
-        denoiser, levels, y: as for :meth:`Negative.prepare`.
-    """
-
-    def __init__(self, denoiser: Denoiser, levels: NoiseLevels, y: Tensor):
-        self.denoiser, self.levels, self.y = denoiser, levels, y
-        self._pairs: list[PredictPair] = []
+class RandomNegative(Negative):
+    """A negative that is random anew at every level: each level is prepared by itself, once x_T is known."""
 
     @abstractmethod
+    def pairs(self, denoiser: Denoiser, levels: NoiseLevels, y: Tensor, x: Tensor) -> list[PredictPair]:
+        """One for each level, with random numbers that follow from ``x``, x_T."""
+
+    def prepare(self, denoiser: Denoiser, levels: NoiseLevels, y: Tensor) -> PredictPair:
+        return _ByLevel(lambda x: self.pairs(denoiser, levels, y, x))
+
+
+class _ByLevel:
+    def __init__(self, pairs: Callable[[Tensor], list[PredictPair]]):
+        self._prepare, self._pairs = pairs, []
+
     def start(self, x: Tensor) -> None:
-        """Prepare ``self._pairs``, one for each level, with random numbers that follow from x_T."""
+        self._pairs = self._prepare(x)
 
     def __call__(self, x_t: Tensor, i: int | Tensor) -> Pair:
         if isinstance(i, Tensor):
-            raise ValueError(
-                "a negative that is random at every step needs all samples at the same step: take another negative, such as "
-                "Unconditional, where each has a step of its own"
-            )
+            raise ValueError("a random negative needs all samples at the same step: take one that is not random")
         return self._pairs[i](x_t, i)

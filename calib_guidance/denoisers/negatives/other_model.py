@@ -1,7 +1,5 @@
 """Another model as the negative: an unconditional one, or a weaker one (autoguidance)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -23,10 +21,7 @@ class UnconditionalModel(Negative):
 
     def check(self, denoiser: Denoiser) -> None:
         if self.denoiser.image_shape != denoiser.image_shape:
-            raise ValueError(
-                f"the negative samples {self.denoiser.image_shape}, the denoiser {denoiser.image_shape}: name a negative of the "
-                "same image shape"
-            )
+            raise ValueError(f"the negative samples {self.denoiser.image_shape}, the denoiser {denoiser.image_shape}")
 
     def nfe(self, denoiser: Denoiser) -> int:
         return denoiser.nfe + self.denoiser.nfe

@@ -1,7 +1,5 @@
 """Perturbed attention guidance, PAG (Ahn et al. 2024, arXiv 2403.17377)."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from calib_guidance.denoisers.negatives.attention import AttentionNegative

@@ -1,13 +1,12 @@
 """Sliding window guidance, SWG (Kaiser et al. 2024, arXiv 2411.10257)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
 from calib_guidance.denoisers.base import Denoiser
 from calib_guidance.denoisers.negatives.base import Negative, Pair, PredictPair
 from calib_guidance.diffusion.schedules import NoiseLevels
+from calib_guidance.errors import check_numbers
 
 
 class SlidingWindows(Negative):
@@ -26,8 +25,8 @@ class SlidingWindows(Negative):
 
     def __init__(self, size: int, per_side: int = 2, masked: bool = True):
         super().__init__()
-        if size < 1 or per_side < 2:
-            raise ValueError(f"size must be at least 1 and per_side at least 2, got {size} and {per_side}")
+        check_numbers(least=1, size=size)
+        check_numbers(least=2, per_side=per_side)
         self.size, self.per_side, self.masked = size, per_side, masked
 
     def corners(self, side: int) -> range:

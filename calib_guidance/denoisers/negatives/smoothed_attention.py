@@ -1,7 +1,5 @@
 """Smoothed energy guidance, SEG (Hong 2024, arXiv 2408.00760)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
@@ -10,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from calib_guidance.denoisers.negatives.attention import AttentionNegative
+from calib_guidance.errors import check_numbers
 
 
 class SmoothedAttention(AttentionNegative):
@@ -25,8 +24,7 @@ class SmoothedAttention(AttentionNegative):
 
     def __init__(self, layers: Sequence[str], blur: float | None = None):
         super().__init__(layers)
-        if blur is not None and not 0 < blur < math.inf:
-            raise ValueError(f"blur must be above 0, or null for an infinite one, got {blur}")
+        check_numbers(above=0, null="an infinite one", blur=blur)
         self.blur = blur
         half = 0 if blur is None else math.ceil(6 * blur) // 2
         weights = torch.exp(-0.5 * (torch.arange(-half, half + 1, dtype=torch.float64) / (blur or 1)) ** 2)
@@ -39,9 +37,7 @@ class SmoothedAttention(AttentionNegative):
             n, heads, tokens, channels = query.shape
             side = math.isqrt(tokens)
             if side**2 != tokens:
-                raise ValueError(
-                    f"SmoothedAttention needs square images of tokens, and a layer has {tokens} tokens: name others"
-                )
+                raise ValueError(f"SmoothedAttention needs square layers, one has {tokens} tokens: name others")
             image = query.transpose(2, 3).reshape(n, heads * channels, side, side)
             query = self.smooth(image).reshape(n, heads, channels, tokens).transpose(2, 3)
         return F.scaled_dot_product_attention(query.contiguous(), key.contiguous(), value.contiguous())

@@ -1,7 +1,5 @@
 """The same denoiser without label (Ho & Salimans 2022, arXiv 2207.12598)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -13,9 +11,7 @@ from calib_guidance.diffusion.schedules import NoiseLevels
 class Unconditional(Negative):
     """The denoiser without label, of a model trained with label dropout. Both predictions come from one doubled batch."""
 
-    def check(self, denoiser: Denoiser) -> None:
-        if denoiser.num_classes is None:
-            raise ValueError("classifier-free guidance needs a class-conditional denoiser (class_conditional: true)")
+    needs_labels = True
 
     def prepare(self, denoiser: Denoiser, levels: NoiseLevels, y: Tensor) -> PredictPair:
         return doubled(denoiser.prepare(levels, torch.cat([y, torch.full_like(y, -1)])))

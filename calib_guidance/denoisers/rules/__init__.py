@@ -1,29 +1,15 @@
 """Rules: how a conditional and a negative prediction are combined."""
 
-from calib_guidance.denoisers.rules.apg import APG
-from calib_guidance.denoisers.rules.base import ConvertedRule, Level, Rule
-from calib_guidance.denoisers.rules.cfg_plus_plus import CFGPlusPlus
-from calib_guidance.denoisers.rules.cfg_zero_star import CFGZeroStar
-from calib_guidance.denoisers.rules.classifier_free import ClassifierFreeGuidance
-from calib_guidance.denoisers.rules.fdg import FDG
-from calib_guidance.denoisers.rules.feedback import FeedbackGuidance
-from calib_guidance.denoisers.rules.mambo_g import MAMBOG
-from calib_guidance.denoisers.rules.rescaled import RescaledGuidance
-from calib_guidance.denoisers.rules.scheduled import Scheduled
-from calib_guidance.denoisers.rules.tcfg import TCFG
-
-__all__ = [
-    "APG",
-    "FDG",
-    "MAMBOG",
-    "TCFG",
-    "CFGPlusPlus",
-    "CFGZeroStar",
-    "ClassifierFreeGuidance",
-    "ConvertedRule",
-    "FeedbackGuidance",
-    "Level",
-    "RescaledGuidance",
-    "Rule",
-    "Scheduled",
-]
+from calib_guidance.denoisers.rules.apg import APG as APG
+from calib_guidance.denoisers.rules.base import ConvertedRule as ConvertedRule
+from calib_guidance.denoisers.rules.base import Level as Level
+from calib_guidance.denoisers.rules.base import Rule as Rule
+from calib_guidance.denoisers.rules.cfg_plus_plus import CFGPlusPlus as CFGPlusPlus
+from calib_guidance.denoisers.rules.cfg_zero_star import CFGZeroStar as CFGZeroStar
+from calib_guidance.denoisers.rules.classifier_free import ClassifierFreeGuidance as ClassifierFreeGuidance
+from calib_guidance.denoisers.rules.fdg import FDG as FDG
+from calib_guidance.denoisers.rules.feedback import FeedbackGuidance as FeedbackGuidance
+from calib_guidance.denoisers.rules.mambo_g import MAMBOG as MAMBOG
+from calib_guidance.denoisers.rules.rescaled import RescaledGuidance as RescaledGuidance
+from calib_guidance.denoisers.rules.scheduled import Scheduled as Scheduled
+from calib_guidance.denoisers.rules.tcfg import TCFG as TCFG

@@ -1,10 +1,9 @@
 """Adaptive projected guidance (Sadat et al. 2024, arXiv 2410.02416)."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
-from calib_guidance.denoisers.rules.base import ConvertedRule, Representation, check_finite, inner, norm, ratio
+from calib_guidance.denoisers.rules.base import ConvertedRule, Representation, inner, norm, ratio
+from calib_guidance.errors import check_numbers
 
 
 def project(vector: Tensor, onto: Tensor, parallel: float) -> Tensor:
@@ -22,7 +21,7 @@ class APG(ConvertedRule):
     """c + (w − 1)·(s⊥ + η·s∥): the difference c − u with momentum, clipped, and with less of its part along c.
 
     In this order: m = c − u + β·m_before; s = m·min(1, r/‖m‖), where m itself is kept unclipped; s∥ is the projection of s on c,
-    s⊥ the rest. η < 1 damps saturation. (diffusers' default formulation adds w·(s⊥ + η·s∥) to u, another rule unless η = 1.)
+    s⊥ the rest. (diffusers' default formulation adds w·(s⊥ + η·s∥) to u, another rule unless η = 1.)
 
     Args:
         weight: w; 1 is the conditional prediction.
@@ -31,7 +30,7 @@ class APG(ConvertedRule):
         momentum: β, −1 < β < 1; negative values push away from earlier directions, 0 is none.
         representation: ``x0`` as in the source, ``epsilon`` or ``v``.
 
-    The defaults are one setting that diffusers publishes for text to image; its plain rule has η = 1, r = 15 and β = 0.
+    The defaults are diffusers' for text to image.
     """
 
     def __init__(
@@ -42,13 +41,11 @@ class APG(ConvertedRule):
         momentum: float = -0.5,
         representation: Representation = "x0",
     ):
-        super().__init__(representation)
-        check_finite(weight=weight, parallel=parallel)
-        if max_norm is not None and not max_norm > 0:
-            raise ValueError(f"max_norm must be above 0, or null for no clipping, got {max_norm}")
-        if not -1 < momentum < 1:
-            raise ValueError(f"momentum must be between -1 and 1, got {momentum}")
-        self.weight, self.parallel, self.max_norm, self.momentum = weight, parallel, max_norm, momentum
+        super().__init__(weight, representation)
+        check_numbers(parallel=parallel)
+        check_numbers(above=0, null="no clipping", max_norm=max_norm)
+        check_numbers(above=-1, below=1, momentum=momentum)
+        self.parallel, self.max_norm, self.momentum = parallel, max_norm, momentum
 
     def combine(self, cond: Tensor, uncond: Tensor, state: dict[str, Tensor]) -> Tensor:
         step = cond - uncond

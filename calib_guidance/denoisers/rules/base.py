@@ -1,8 +1,5 @@
 """What a rule is."""
 
-from __future__ import annotations
-
-import math
 from abc import ABC, abstractmethod
 from typing import Literal, NamedTuple, get_args
 
@@ -10,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from calib_guidance.diffusion.schedules import NoiseLevels
-from calib_guidance.errors import check_choice
+from calib_guidance.errors import check_choice, check_numbers
 
 Representation = Literal["x0", "epsilon", "v"]
 
@@ -70,10 +67,11 @@ class ConvertedRule(Rule):
     Both predictions are converted to it, combined there, and the result is converted back, whatever the network predicts.
     """
 
-    def __init__(self, representation: Representation):
+    def __init__(self, weight: float, representation: Representation):
         super().__init__()
+        check_numbers(weight=weight)
         check_choice("representation", representation, get_args(Representation))
-        self.representation = representation
+        self.weight, self.representation = weight, representation
 
     @abstractmethod
     def combine(self, cond: Tensor, uncond: Tensor, state: dict[str, Tensor]) -> Tensor:
@@ -119,10 +117,3 @@ def norm(a: Tensor) -> Tensor:
 def ratio(a: Tensor, b: Tensor) -> Tensor:
     """a/b, and 0 where b is 0."""
     return torch.where(b != 0, a / torch.where(b != 0, b, 1), 0)
-
-
-def check_finite(**options: float) -> None:
-    """Raise ValueError for an option that is not a finite number."""
-    for name, value in options.items():
-        if not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number, got {value}")

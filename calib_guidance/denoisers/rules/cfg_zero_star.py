@@ -1,10 +1,8 @@
 """CFG-Zero* (Fan et al. 2025, arXiv 2503.18886)."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
-from calib_guidance.denoisers.rules.base import ConvertedRule, Representation, check_finite, inner
+from calib_guidance.denoisers.rules.base import ConvertedRule, Representation, inner
 
 
 class CFGZeroStar(ConvertedRule):
@@ -19,9 +17,7 @@ class CFGZeroStar(ConvertedRule):
     """
 
     def __init__(self, weight: float = 1.5, representation: Representation = "v"):
-        super().__init__(representation)
-        check_finite(weight=weight)
-        self.weight = weight
+        super().__init__(weight, representation)
 
     def combine(self, cond: Tensor, uncond: Tensor, state: dict[str, Tensor]) -> Tensor:
         scale = inner(cond, uncond) / (inner(uncond, uncond) + 1e-8)

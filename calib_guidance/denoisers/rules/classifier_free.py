@@ -1,10 +1,9 @@
 """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598)."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
-from calib_guidance.denoisers.rules.base import Level, Rule, check_finite
+from calib_guidance.denoisers.rules.base import Level, Rule
+from calib_guidance.errors import check_numbers
 
 
 class ClassifierFreeGuidance(Rule):
@@ -16,7 +15,7 @@ class ClassifierFreeGuidance(Rule):
 
     def __init__(self, weight: float = 1.5):
         super().__init__()
-        check_finite(weight=weight)
+        check_numbers(weight=weight)
         self.weight = weight
 
     def forward(self, x0_cond: Tensor, x0_uncond: Tensor, level: Level, state: dict[str, Tensor]) -> Tensor:

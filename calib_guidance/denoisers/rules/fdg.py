@@ -1,16 +1,13 @@
 """Frequency-decoupled guidance, FDG (Sadat et al. 2025, arXiv 2506.19713)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from calib_guidance.denoisers.rules.base import Level, Rule, check_finite
-
-_BINOMIAL = (1, 4, 6, 4, 1)
+from calib_guidance.denoisers.rules.base import Level, Rule
+from calib_guidance.errors import check_numbers
 
 
 class FDG(Rule):
@@ -29,10 +26,10 @@ class FDG(Rule):
         if len(weights) < 2:
             raise ValueError(f"weights must be two or more, from high to low frequencies, got {list(weights)}")
         for weight in weights:
-            check_finite(weights=weight)
+            check_numbers(weights=weight)
         self.weights = tuple(weights)
-        kernel = torch.outer(*[torch.tensor(_BINOMIAL, dtype=torch.float64) / 16] * 2)
-        self.register_buffer("kernel", kernel, persistent=False)
+        binomial = torch.tensor([1, 4, 6, 4, 1], dtype=torch.float64) / 16
+        self.register_buffer("kernel", torch.outer(binomial, binomial), persistent=False)
 
     def _blur(self, x: Tensor) -> Tensor:
         if min(x.shape[2:]) < 3:

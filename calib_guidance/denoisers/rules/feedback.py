@@ -1,7 +1,5 @@
 """Feedback guidance (Koulischer et al. 2025, arXiv 2506.06085)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
@@ -11,6 +9,7 @@ from torch import Tensor
 
 from calib_guidance.denoisers.rules.base import Level, Rule
 from calib_guidance.diffusion.schedules import NoiseLevels
+from calib_guidance.errors import check_numbers
 
 _LARGEST_LOG_P = 3.0
 
@@ -56,11 +55,13 @@ class FeedbackGuidance(Rule):
         temperature: float | None = None,
     ):
         super().__init__()
-        if not (0 < pi < 1 and 0 <= t0 < 1 and 0 <= t1 <= 1):
-            raise ValueError(f"feedback guidance needs 0 < pi < 1, 0 ≤ t0 < 1 and 0 ≤ t1 ≤ 1, got {pi}, {t0} and {t1}")
-        largest = max_weight - weight + 1
-        if not (math.isfinite(largest) and largest > 1):
+        check_numbers(above=0, below=1, pi=pi)
+        check_numbers(least=0, below=1, t0=t0)
+        check_numbers(least=0, most=1, t1=t1)
+        check_numbers(weight=weight, max_weight=max_weight)
+        if not weight < max_weight:
             raise ValueError(f"max_weight must be above weight ({weight}), got {max_weight}")
+        largest = max_weight - weight + 1
         self.pi, self.t0, self.t1, self.weight = pi, t0, t1, weight
         self.low, self.high = sigma_interval or (-math.inf, math.inf)
         self.offset, self.temperature = offset, temperature
@@ -68,10 +69,10 @@ class FeedbackGuidance(Rule):
 
     def start(self, levels: NoiseLevels, y: Tensor) -> dict[str, Tensor]:
         steps = levels.sigmas[: int(levels.executed.max()) + 1]
-        offset, temperature = offset_and_temperature(steps, self.pi, self.t0, self.t1)
-        if self.temperature is not None:
-            temperature = self.temperature
-        values = {"log_p": 0.0, "offset": offset if self.offset is None else self.offset, "temperature": temperature}
+        by_time = offset_and_temperature(steps, self.pi, self.t0, self.t1)
+        stated = (self.offset, self.temperature)
+        offset, temperature = (b if s is None else s for b, s in zip(by_time, stated, strict=True))
+        values = {"log_p": 0.0, "offset": offset, "temperature": temperature}
         return {k: torch.full((len(y),), v, dtype=torch.float64, device=y.device) for k, v in values.items()}
 
     def forward(self, x0_cond: Tensor, x0_uncond: Tensor, level: Level, state: dict[str, Tensor]) -> Tensor:

@@ -1,10 +1,9 @@
 """Magnitude-aware guidance, MAMBO-G (arXiv 2508.03442)."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
-from calib_guidance.denoisers.rules.base import ConvertedRule, Representation, check_finite, norm
+from calib_guidance.denoisers.rules.base import ConvertedRule, Representation, norm
+from calib_guidance.errors import check_numbers
 
 
 class MAMBOG(ConvertedRule):
@@ -17,11 +16,9 @@ class MAMBOG(ConvertedRule):
     """
 
     def __init__(self, weight: float = 10.0, damping: float = 8.0, representation: Representation = "v"):
-        super().__init__(representation)
-        check_finite(weight=weight, damping=damping)
-        if damping < 0:
-            raise ValueError(f"damping must be at least 0, got {damping}")
-        self.weight, self.damping = weight, damping
+        super().__init__(weight, representation)
+        check_numbers(least=0, damping=damping)
+        self.damping = damping
 
     def combine(self, cond: Tensor, uncond: Tensor, state: dict[str, Tensor]) -> Tensor:
         difference = cond - uncond

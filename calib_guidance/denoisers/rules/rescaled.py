@@ -1,10 +1,9 @@
 """Rescaled classifier-free guidance (Lin et al. 2023, arXiv 2305.08891)."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
-from calib_guidance.denoisers.rules.base import ConvertedRule, Representation, check_finite, ratio
+from calib_guidance.denoisers.rules.base import ConvertedRule, Representation, ratio
+from calib_guidance.errors import check_numbers
 
 
 class RescaledGuidance(ConvertedRule):
@@ -19,11 +18,9 @@ class RescaledGuidance(ConvertedRule):
     """
 
     def __init__(self, weight: float = 7.5, rescale: float = 0.7, representation: Representation = "epsilon"):
-        super().__init__(representation)
-        check_finite(weight=weight)
-        if not 0 <= rescale <= 1:
-            raise ValueError(f"rescale must be between 0 and 1, got {rescale}")
-        self.weight, self.rescale = weight, rescale
+        super().__init__(weight, representation)
+        check_numbers(least=0, most=1, rescale=rescale)
+        self.rescale = rescale
 
     def combine(self, cond: Tensor, uncond: Tensor, state: dict[str, Tensor]) -> Tensor:
         guided = uncond + self.weight * (cond - uncond)

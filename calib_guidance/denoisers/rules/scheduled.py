@@ -1,7 +1,5 @@
 """Weight schedules: any rule, stronger or weaker along the trajectory (Wang et al. 2024, arXiv 2404.13040)."""
 
-from __future__ import annotations
-
 import math
 from typing import Literal, get_args
 
@@ -11,7 +9,7 @@ from torch import Tensor
 from calib_guidance.denoisers.rules.base import Level, Rule
 from calib_guidance.denoisers.rules.classifier_free import ClassifierFreeGuidance
 from calib_guidance.diffusion.schedules import NoiseLevels
-from calib_guidance.errors import check_choice
+from calib_guidance.errors import check_choice, check_numbers
 
 Shape = Literal["linear", "cosine", "exponential"]
 
@@ -33,8 +31,8 @@ class Scheduled(Rule):
     def __init__(self, rule: Rule | None = None, shape: Shape = "linear", minimum: float = 0.0, decay: float = 1.0):
         super().__init__()
         check_choice("shape", shape, get_args(Shape))
-        if not (math.isfinite(minimum) and decay >= 0):
-            raise ValueError(f"minimum must be a finite number and decay at least 0, got {minimum} and {decay}")
+        check_numbers(minimum=minimum)
+        check_numbers(least=0, decay=decay)
         self.rule, self.shape, self.minimum, self.decay = rule or ClassifierFreeGuidance(), shape, minimum, decay
         if self.rule.renoises_with_negative:
             raise ValueError("CFG++ has a weight for each step already, λ·σ/(σ − σ'): schedule another rule")

@@ -1,11 +1,9 @@
 """Tangential damping classifier-free guidance, TCFG (Kwon et al. 2025, arXiv 2503.18137)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
-from calib_guidance.denoisers.rules.base import ConvertedRule, Representation, check_finite, inner, ratio
+from calib_guidance.denoisers.rules.base import ConvertedRule, Representation, inner, ratio
 
 
 class TCFG(ConvertedRule):
@@ -19,9 +17,7 @@ class TCFG(ConvertedRule):
     """
 
     def __init__(self, weight: float = 7.5, representation: Representation = "epsilon"):
-        super().__init__(representation)
-        check_finite(weight=weight)
-        self.weight = weight
+        super().__init__(weight, representation)
 
     def combine(self, cond: Tensor, uncond: Tensor, state: dict[str, Tensor]) -> Tensor:
         # r = cos(θ)·c + sin(θ)·u, the leading eigenvector of their 2×2 Gram matrix.
