@@ -64,12 +64,6 @@ class GaussianMixture(Denoiser):
         """Moves to a device and stays float64: a cast would round the closed forms."""
         return super()._apply(lambda buffer: buffer.to(fn(buffer).device), recurse)
 
-    def _alphas_cumprod(self, t: int | Tensor | None) -> Tensor:
-        """ᾱ of step ``t``, one number or one per sample ``(N,)``; 1 of clean samples (None)."""
-        if t is None:
-            return self.means.new_ones(())
-        return torch.as_tensor(self.schedule.alphas_cumprod, device=self.means.device)[t]
-
     def _components(self, x: Tensor, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log of w_k·p_t(x|k) ``(N, K)``, the deviations in each component's axes and their variances ``(N, K, D)``."""
         alphas_cumprod = alphas_cumprod.view(-1, 1, 1)
@@ -81,7 +75,8 @@ class GaussianMixture(Denoiser):
 
     def log_joint(self, x: Tensor, t: int | Tensor | None = None) -> Tensor:
         """log w_k·p_t(x | k), ``(N, K)`` float64, at step ``t`` (one, or one per sample ``(N,)``) or of clean ones (None)."""
-        return self._components(x, self._alphas_cumprod(t))[0]
+        alphas_cumprod = torch.as_tensor(self.schedule.alphas_cumprod, device=self.means.device)
+        return self._components(x, self.means.new_ones(()) if t is None else alphas_cumprod[t])[0]
 
     def log_prob(self, x: Tensor, t: int | Tensor | None = None) -> Tensor:
         """log p_t(x), ``(N,)`` float64."""
@@ -114,8 +109,4 @@ class GaussianMixture(Denoiser):
     def prepare(self, levels: NoiseLevels, y: Tensor | None) -> Predict:
         alphas_cumprod = torch.as_tensor(levels.alphas_cumprod, device=self.means.device)
         labels = y if self.num_classes is not None else None
-
-        def predict(x_t: Tensor, i: int | Tensor) -> Prediction:
-            return Prediction(self.posterior_mean(x_t, alphas_cumprod[i], labels))
-
-        return predict
+        return lambda x_t, i: Prediction(self.posterior_mean(x_t, alphas_cumprod[i], labels))

@@ -50,10 +50,8 @@ class GroupNorm(nn.GroupNorm):
     def __init__(self, channels: int, min_group_channels: int | None = None):
         groups = min(_GROUPS, channels // min_group_channels) if min_group_channels else _GROUPS
         if groups == 0 or channels % groups:
-            raise ValueError(
-                f"every layer width of this network must be a multiple of {groups or min_group_channels} (its GroupNorm has "
-                f"{groups} groups), got {channels}: change model_channels or channel_mult"
-            )
+            least = groups or min_group_channels
+            raise ValueError(f"widths must be a multiple of {least}, got {channels}: set model_channels, channel_mult")
         super().__init__(groups, channels)
 
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
@@ -70,7 +68,7 @@ class SiLU(nn.SiLU):
 def _upsample(channels: int, with_conv: bool = True) -> nn.Module:
     """Nearest-neighbour doubling, then a 3×3 convolution where ``with_conv``."""
     conv = nn.Conv2d(channels, channels, 3, padding=1) if with_conv else nn.Identity()
-    return nn.Sequential(OrderedDict(double=nn.Upsample(scale_factor=2), conv=conv))
+    return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2), conv=conv))
 
 
 def _downsample(channels: int, with_conv: bool = True) -> nn.Module:
@@ -319,12 +317,9 @@ class _Encoder(nn.Module):
 
     def check_image(self, shape: Sequence[int]) -> None:
         """Raise ValueError if images of ``(C, H, W)`` do not fit the network."""
-        channels, height, width = shape
-        if channels != self.in_channels or height % self.size_multiple or width % self.size_multiple:
-            raise ValueError(
-                f"images of {channels}×{height}×{width} do not fit the network, which takes {self.in_channels} "
-                f"channels and sides that are multiples of {self.size_multiple}"
-            )
+        (channels, height, width), n = shape, self.size_multiple
+        if channels != self.in_channels or height % n or width % n:
+            raise ValueError(f"images of {tuple(shape)} do not fit the network: ({self.in_channels}, multiples of {n})")
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
         """Time part of the embedding: ``(N,)`` on the 0 … 999 scale to ``(N, emb_channels)``."""
@@ -426,11 +421,9 @@ class EncoderUNet(_Encoder):
 
     def check_image(self, shape: Sequence[int]) -> None:
         super().check_image(shape)
-        if tuple(shape[1:]) != (self.image_size, self.image_size):
-            raise ValueError(
-                f"images of {shape[1]}×{shape[2]} do not fit this classifier, whose positional table is made for "
-                f"{self.image_size}×{self.image_size}"
-            )
+        size = self.image_size
+        if tuple(shape[1:]) != (size, size):
+            raise ValueError(f"images of {shape[1]}×{shape[2]} do not fit this classifier, made for {size}×{size}")
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         """Class logits ``(N, out_channels)``, float32, of noisy images ``(N, C, H, W)`` at ``timesteps`` ``(N,)``."""

@@ -129,27 +129,15 @@ class Sampler(ABC):
         self._check_noise(denoiser)
         for part in guidance.parts() if guidance else ():
             if part.apply_to == "sample" and not self.moves_sample:
-                raise ValueError(
-                    f"apply_to: sample is Algorithm 2 of arXiv 2310.11311, a step of the Heun sampler, and {name} has none: set "
-                    "the guidance's apply_to to score, or the sampler to Heun"
-                )
+                raise ValueError(f"apply_to: sample is Algorithm 2, and {name} has none: set score, or take Heun")
             if part.apply_to == "step" and self.moves_sample:
-                raise ValueError(
-                    f"training-free guidance moves the result of a step that evaluates once, and {name} evaluates twice: sample "
-                    "with DDIM (eta: 1 in the source), DDPM, DPMSolver or UniPC"
-                )
+                raise ValueError(f"TFG needs one evaluation a step, {name} has two: take DDIM (eta: 1 in the source)")
             if part.apply_to == "score" and part.schedule.gamma and not self.takes_score:
-                raise ValueError(
-                    f"the sine factor of apply_to: score is defined through the variance of a DDPM step, and {name} has none: "
-                    "set the guidance schedule's gamma to 0 (--model.guidance.schedule.gamma 0), or sample with DDPM"
-                )
+                raise ValueError(f"{name} has no sine factor: set the guidance schedule's gamma to 0, or take DDPM")
 
     def _check_noise(self, denoiser: Denoiser) -> None:
         if denoiser.renoises and not self.renoises:
-            raise ValueError(
-                f"CFG++ takes the noise of a step from the negative prediction, and {type(self).__name__} has no place for it: "
-                "set the sampler to DDIM or DPMSolver, or the rule to ClassifierFreeGuidance"
-            )
+            raise ValueError(f"{type(self).__name__} cannot renoise as CFG++: set the sampler to DDIM or DPMSolver")
 
     @torch.no_grad()
     def __call__(

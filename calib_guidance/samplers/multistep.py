@@ -55,10 +55,7 @@ class Multistep(Sampler):
         self.scaling = choose_guidance_scaling(guidance_scaling, data_std, 2.0 if self.sde else 1.0)
         check_choice("spacing", spacing, get_args(Spacing))
         if spacing == "timesteps" and (sigma_min is not None or sigma_max is not None):
-            raise ValueError(
-                "spacing: timesteps takes its noise levels from the model's process: remove sigma_min and sigma_max, or set "
-                "spacing to karras or logsnr"
-            )
+            raise ValueError("spacing: timesteps has the noise levels of the model: remove sigma_min and sigma_max")
         if spacing != "timesteps" and not (str(steps).isdecimal() and int(steps) >= 1):
             raise ValueError(f"steps: spacing: {spacing} needs a number of at least 1, got {steps!r}")
         check_choice("order", order, (1, 2))

@@ -32,10 +32,7 @@ class Tilted(Score):
 
     def forward(self, logits: Tensor, y: Tensor, time: float = 1.0) -> Tensor:
         if len(logits) % self.group_size:
-            raise ValueError(
-                f"a batch of {len(logits)} samples does not hold whole groups of {self.group_size}: make "
-                "data.batch_size and num_samples multiples of the score's group_size"
-            )
+            raise ValueError(f"{len(logits)} samples are not whole groups of {self.group_size}: change data.batch_size")
         groups = self.score(logits, y, time).view(-1, self.group_size)
         value = (torch.logsumexp(self.tilt * groups, dim=1) - math.log(self.group_size)) / self.tilt
         return value.repeat_interleave(self.group_size)

@@ -168,7 +168,7 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
     # Masks of attention may hold −inf.
     broken = [name for name, value in weights.state.items() if value.is_floating_point() and not _below_inf(value)]
     if broken:
-        raise CheckpointError(f"{weights.path} holds NaN or infinity: {_some(broken)}. Name an undamaged file")
+        raise CheckpointError(f"{weights.path} holds NaN or infinity: {_some(broken)}. It is damaged: name another")
     return weights
 
 
@@ -202,9 +202,7 @@ def _read(path: str | os.PathLike[str]) -> Weights:
     except CheckpointError:
         raise
     except Exception as error:  # a damaged or hostile pickle fails in as many ways as there are opcodes
-        raise CheckpointError(
-            f"{path}: not a weights file that can be read without executing code, or a truncated one ({_reason(error)})"
-        ) from error
+        raise CheckpointError(f"{path}: truncated or not readable without executing code ({_reason(error)})") from error
 
 
 def _some(names: list[str], limit: int = 8) -> str:
@@ -253,11 +251,10 @@ def load_weights(module: nn.Module, source: str | os.PathLike[str] | Weights, **
     weights = part_of(source if isinstance(source, Weights) else read_weights(source), module)
     settings = settings | registry.nonstate_hparams(module)
     for name, value in settings.items():
-        if name in weights.metadata and weights.metadata[name] != str(value):
+        if (was := weights.metadata.get(name, str(value))) != str(value):
+            said = f"was trained with {name}: {was}, the configuration says {name}: {value}"
             raise CheckpointError(
-                f"{weights.path} was trained with {name}: {weights.metadata[name]}, the configuration says {name}: {value}. "
-                f"These weights would load, and with another {name} be something else than was trained: set {name} to "
-                f"{weights.metadata[name]}"
+                f"{weights.path} {said}. The weights would load and be something else: set {name}: {was}"
             )
     names = registry.identify(weights.state, path=weights.path)
     state, expected = dict(weights.state), module.state_dict()
@@ -274,10 +271,7 @@ def load_weights(module: nn.Module, source: str | os.PathLike[str] | Weights, **
     if any(problems.values()):
         wrong = "; ".join(f"{what}: {_some(sorted(which))}" for what, which in problems.items() if which)
         known = f" (the file has the names and shapes of {' or '.join(names)})" if names else ""
-        raise CheckpointError(
-            f"{weights.path} does not fit {type(module).__name__}; {wrong}{known}. Name the file that belongs to "
-            "this architecture, or the architecture that belongs to this file"
-        )
+        raise CheckpointError(f"{weights.path} does not fit {type(module).__name__}; {wrong}{known}. Name what fits")
     if integer := [n for n, v in state.items() if expected[n].is_floating_point() and not v.is_floating_point()]:
         raise CheckpointError(
             f"{weights.path} holds {state[integer[0]].dtype} where {type(module).__name__} has {expected[integer[0]].dtype}: "

@@ -40,10 +40,7 @@ def load_network(
     if kind == "dit":  # a folder's config.json must be of the same architecture
         for name, value in network.architecture.items():
             if described.get(name, value) != value:
-                raise CheckpointError(
-                    f"{checkpoint} is of a DiT with {name}: {described[name]}, the configuration's has {value}: name the network "
-                    "that belongs to these weights, or null for the folder's own"
-                )
+                raise CheckpointError(f"{checkpoint} has {name}: {described[name]}, the configuration's has {value}")
     weights = weights and part_of(weights, network)
     settings = {name: _setting(name, value, weights, card) for name, value in stated.items()}
     if published is not None and card is not None:
@@ -82,5 +79,5 @@ def _setting(name: str, value: Any, weights: Weights | None, card: registry.Card
     if value is None and card is not None:
         value = card.settings[name]
     if value is None and weights is not None:
-        raise CheckpointError(f"{weights.path}, no published file, does not say its {name}: state {name} in the YAML")
+        raise CheckpointError(f"{weights.path} does not say its {name}, nor is published: state {name} in the YAML")
     return _DEFAULTS[name] if value is None else value

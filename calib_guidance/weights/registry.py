@@ -146,7 +146,5 @@ def check(name: str, settings: Mapping[str, object], path: str | os.PathLike[str
         cure = ", ".join(f"{option}: {stated[option]}" for option in options if option in stated)
         if path is None:
             raise CheckpointError(f"network: {name} was made with {found}: set {cure}, or omit it")
-        raise CheckpointError(
-            f"{path} has the names and shapes of {name}, which was made with {found}. The weights would load and compute "
-            f"something else: set {cure}, or name the network, network: {name}"
-        )
+        alike = f"{path} has the names and shapes of {name}, which was made with {found}"
+        raise CheckpointError(f"{alike}. It would load and be something else: set {cure}, or name network: {name}")

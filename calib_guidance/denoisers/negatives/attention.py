@@ -33,15 +33,15 @@ def named_module(denoiser: nn.Module, name: str) -> nn.Module:
 class _Intercept(TorchFunctionMode):
     """Self-attention of the second half of a batch by another function."""
 
-    def __init__(self, attend: Attend):
+    def __init__(self, attend: Attend, calls: list[Any]):
         super().__init__()
-        self.attend, self.called = attend, False
+        self.attend, self.calls = attend, calls
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is not F.scaled_dot_product_attention or args[0].shape[-2] != args[1].shape[-2]:
             return result
-        self.called = True
+        self.calls.append(func)
         query, key, value = (tensor.chunk(2)[1] for tensor in args[:3])
         return torch.cat([result.chunk(2)[0], self.attend(query, key, value)])
 
@@ -54,13 +54,11 @@ class _Changed(nn.Module):
         self.module, self.attend = module, attend
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with _Intercept(self.attend) as intercept:
+        calls: list[Any] = []
+        with _Intercept(self.attend, calls):
             result = self.module(*args, **kwargs)
-        if not intercept.called:
-            raise ValueError(
-                f"a layer of the negative is a {type(self.module).__name__} without self-attention by "
-                "scaled_dot_product_attention: name blocks or attention modules that have it in layers"
-            )
+        if not calls:
+            raise ValueError(f"layers: {type(self.module).__name__} without self-attention that can be changed")
         return result
 
 

@@ -48,11 +48,7 @@ def halves(prediction: Prediction) -> Pair:
 
 def doubled(predict: Predict) -> PredictPair:
     """The pair of a prediction for twice as many samples, the conditional ones first."""
-
-    def predict_pair(x_t: Tensor, i: int | Tensor) -> Pair:
-        return halves(predict(torch.cat([x_t, x_t]), torch.cat([i, i]) if isinstance(i, Tensor) else i))
-
-    return predict_pair
+    return lambda x_t, i: halves(predict(torch.cat([x_t, x_t]), torch.cat([i, i]) if isinstance(i, Tensor) else i))
 
 
 class RandomNegative(Negative):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from calib_guidance.denoisers.base import Denoiser, Prediction
+from calib_guidance.denoisers.base import Denoiser
 from calib_guidance.denoisers.negatives.base import Negative, PredictPair
 from calib_guidance.diffusion.schedules import NoiseLevels
 
@@ -28,11 +28,7 @@ class UnconditionalModel(Negative):
 
     def prepare(self, denoiser: Denoiser, levels: NoiseLevels, y: Tensor) -> PredictPair:
         cond, negative = denoiser.prepare(levels, y), self.denoiser.prepare(levels, self.labels(y))
-
-        def predict_pair(x_t: Tensor, i: int | Tensor) -> tuple[Prediction, Prediction]:
-            return cond(x_t, i), negative(x_t, i)
-
-        return predict_pair
+        return lambda x_t, i: (cond(x_t, i), negative(x_t, i))
 
     def labels(self, y: Tensor) -> Tensor:
         """Labels that the second model is given, ``(N,)``."""
@@ -48,11 +44,8 @@ class Autoguidance(UnconditionalModel):
 
     def check(self, denoiser: Denoiser) -> None:
         super().check(denoiser)
-        if self.denoiser.num_classes != denoiser.num_classes:
-            raise ValueError(
-                f"the negative has {self.denoiser.num_classes} classes, the denoiser {denoiser.num_classes}: take a negative of "
-                "the same classes, or UnconditionalModel, which gives it no label"
-            )
+        if (own := self.denoiser.num_classes) != (others := denoiser.num_classes):
+            raise ValueError(f"the negative has {own} classes, the denoiser {others}: take UnconditionalModel instead")
 
     def labels(self, y: Tensor) -> Tensor:
         return y
