@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from calib_guidance import samplers
+from calib_guidance import denoisers, samplers
 from calib_guidance.callbacks import GradientNorm, SampleWriter, TrajectoryCalibration, TrajectoryStrips
 from calib_guidance.classifiers import CLIPClassifier, Ensemble, NoiseAwareClassifier, OffTheShelfClassifier
 from calib_guidance.denoisers import (
@@ -30,7 +30,6 @@ from calib_guidance.denoisers import (
     SlidingWindows,
     SmoothedAttention,
     UnconditionalModel,
-    rules,
 )
 from calib_guidance.diffusion import Interval
 from calib_guidance.guidance import ClassifierGuidance, GradientStabilizer, GuidanceSchedule, SwitchedGuidance
@@ -192,7 +191,7 @@ def test_no_denoiser_waits(meta, name):
 
 
 @pytest.mark.parametrize(
-    "rule", [kind for kind in vars(rules).values() if inspect.isclass(kind) and issubclass(kind, Rule)]
+    "rule", [kind for kind in vars(denoisers).values() if inspect.isclass(kind) and issubclass(kind, Rule)]
 )
 def test_no_rule_waits(meta, rule):
     if inspect.isabstract(rule):

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from calib_guidance.denoisers.base import Denoiser, DenoiserWrapper, Predict, Prediction, at_step
-from calib_guidance.denoisers.negatives import Negative, Unconditional
-from calib_guidance.denoisers.rules import ClassifierFreeGuidance, Level, Rule
+from calib_guidance.denoisers.negatives.base import Negative
+from calib_guidance.denoisers.negatives.unconditional import Unconditional
+from calib_guidance.denoisers.rules.base import Level, Rule
+from calib_guidance.denoisers.rules.classifier_free import ClassifierFreeGuidance
 from calib_guidance.diffusion.interval import Interval
 from calib_guidance.diffusion.schedules import NoiseLevels
 
