@@ -16,11 +16,9 @@ class NoiseAwareClassifier(Classifier):
 
     Args:
         network: maps ``(N, C, H, W)`` and steps ``(N,)`` to logits, and states its ``num_classes``; or a published name
-            (``adm_classifier128``, :mod:`calib_guidance.weights.registry`); or None, for the published one that has the shapes of
-            the checkpoint.
+            (``adm_classifier128``); or None, for the published one that has the shapes of the checkpoint.
         checkpoint: weights file; None leaves the network as it is (for ``fit``).
-        dtype: of a published network's convolutions: ``float16``, ``bfloat16`` or ``float32``; None takes float32, in which the
-            published samples were made. A network of your own has a dtype of its own.
+        dtype: of a published network's convolutions; None takes float32, in which the published samples were made.
 
     Attributes:
         noise_schedule: name of the one whose steps t are, where it is known: of published weights.

@@ -48,13 +48,11 @@ def _classes_of_file(make: Callable[..., nn.Module], weights: Weights) -> int:
 def build_network(
     name: str, num_classes: int | None, weights: str | None, metadata: Mapping[str, object] | None = None
 ) -> nn.Module:
-    """A torchvision or timm classifier by name.
+    """A torchvision or timm classifier by name (``torchvision/resnet50``, ``timm/convnext_tiny``).
 
     Args:
-        name: ``torchvision/resnet50``, ``timm/convnext_tiny`` …
         num_classes: width of the last layer; None for that of the weights, without weights for the library's.
-        weights: None for random ones, a name that the library knows (``IMAGENET1K_V2``; ``pretrained`` for timm), or a
-            local file.
+        weights: None for random ones, a name that the library knows (``IMAGENET1K_V2``; ``pretrained`` for timm), or a file.
         metadata: settings for :func:`~calib_guidance.weights.io.load_weights` of a local file.
     """
     import timm  # seconds to import, as torchvision
@@ -119,8 +117,7 @@ class OffTheShelfClassifier(Classifier):
         resize: side in pixels to which images are resized (bilinear, antialiased), or None.
         softplus_beta: β of the Softplus that replaces every ReLU (3 for DDPM, 5 for EDM in the paper); None keeps ReLU.
         activations: what is smoothed, see :func:`~calib_guidance.classifiers.smoothing.smooth_activations`.
-        dtype: ``float32``, ``bfloat16`` or ``float16`` of the network once it is frozen, which is when it guides. Images, logits
-            and gradients are float32 whatever it is.
+        dtype: of the network once it is frozen to guide. Images, logits and gradients are float32 whatever it is.
     """
 
     def __init__(
@@ -160,11 +157,7 @@ class OffTheShelfClassifier(Classifier):
             self.network = smooth_activations(self.network, softplus_beta, self.activations)
 
     def freeze(self) -> Self:
-        """Also folds BatchNorm into the convolutions, gives the weights their type and lays them out channels-last, once.
-
-        On a CPU the convolutions then keep two more copies of their weights, see
-        :class:`~calib_guidance.backend.convolutions.PackedConv2d`.
-        """
+        """Also folds BatchNorm into the convolutions, gives the weights their type and lays them out channels-last, once."""
         if not self._frozen:
             self.network = fold_batch_norm(self.network).to(self.dtype, memory_format=torch.channels_last)
             if not self.is_compiled:

@@ -22,12 +22,10 @@ def fit_temperature(
         logits: ``(N, K)`` at temperature 1; rows that are not finite are skipped.
         y: ``(N,)`` true classes.
         level: ``(N,)`` noise level of each, in 0 … num_levels − 1; None puts all in level 0.
-        num_levels: temperatures to fit.
         reduce: sums a ``(num_levels + 1,)`` tensor over ranks, where each holds a part of the data.
 
     Returns:
-        ``(num_levels,)`` float64 in BOUNDS; 1 for a level without data. Where every held-out sample of a level is right
-        the best temperature is 0, which the bound keeps away from.
+        ``(num_levels,)`` float64 in BOUNDS; 1 for a level without data.
     """
     finite = logits.isfinite().all(1)
     logits, y = logits[finite].double(), y.to(logits.device)[finite]

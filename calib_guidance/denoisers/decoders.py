@@ -1,8 +1,4 @@
-"""From latents to images: the autoencoder's decoder, and cheaper ones to guide through.
-
-Each is a module that takes latents as the diffusion model has them (scaled) ``(N, 4, h, w)`` and gives images ``(N, 3, 8h, 8w)``
-in about [-1, 1], differentiably.
-"""
+"""From latents as the diffusion model has them ``(N, 4, h, w)`` to images ``(N, 3, 8h, 8w)`` in about [-1, 1]."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
@@ -49,11 +45,8 @@ class VAEDecoder(nn.Module):
 class TinyDecoder(nn.Module):
     """The decoder of a tiny autoencoder (TAESD), a distilled stand-in for the full one.
 
-    TAESD works on latents as the diffusion model has them; where a configuration says otherwise, by its ``scaling_factor``.
-
     Args:
-        source: diffusers folder or ``hf://OWNER/NAME`` of an ``AutoencoderTiny``; one that is built already; or the arguments of
-            one, which then has random weights.
+        source: of an ``AutoencoderTiny``, as for :class:`VAEDecoder`. Its ``scaling_factor`` divides latents.
     """
 
     def __init__(self, source: str | nn.Module | dict[str, Any] = "hf://madebyollin/taesd"):
@@ -103,12 +96,10 @@ class LinearDecoder(nn.Module):
 def fit_linear_decoder(
     decode: Callable[[Tensor], Tensor], batches: Iterable[Tensor], upsampling: Upsampling = "bilinear"
 ) -> tuple[LinearDecoder, float]:
-    """The linear decoder nearest to ``decode`` in squared error over all pixels, by the normal equations.
+    """The linear decoder nearest to ``decode``, such as a :class:`VAEDecoder`, in squared error, by the normal equations.
 
     Args:
-        decode: latents ``(N, C, h, w)`` to images ``(N, 3, f·h, f·w)``, such as a :class:`VAEDecoder`.
-        batches: latents, of images or of samples; some dozens are plenty for the 5 numbers of a colour.
-        upsampling: ``nearest`` or ``bilinear``.
+        batches: latents ``(N, C, h, w)``, of images or of samples; some dozens are plenty for the 5 numbers of a colour.
 
     Returns:
         The decoder, and the share of the images' variance about their mean colour that it explains.

@@ -94,9 +94,6 @@ class KeyedNumbers:
     """Random numbers of each sample that follow from its x_T alone, which itself follows from (seed, index).
 
     For parts that are not told seeds. Integer arithmetic on the device: nothing waits, and batches do not matter.
-
-    Args:
-        x_T: ``(N, C, H, W)``.
     """
 
     def __init__(self, x_T: Tensor):

@@ -15,8 +15,7 @@ ScheduleName = Literal["linear", "cosine"]
 def named_betas(name: str, num_steps: int = 1000) -> np.ndarray:
     """β of the forward process, ``(num_steps,)`` float64.
 
-    ``linear`` runs from 1e-4 to 0.02 (scaled by 1000/num_steps); ``cosine`` follows
-    ᾱ(u) = cos²((u + 0.008)/1.008·π/2), with β capped at 0.999.
+    ``linear`` runs from 1e-4 to 0.02 (times 1000/num_steps); ``cosine`` follows ᾱ(u) = cos²((u + 0.008)/1.008·π/2), β ≤ 0.999.
     """
     check_choice("noise schedule", name, get_args(ScheduleName))
     if name == "linear":
@@ -36,7 +35,7 @@ def respaced_timesteps(num_steps: int, respacing: str | int) -> np.ndarray:
     """Which of ``num_steps`` steps a shorter process uses, ascending.
 
     Args:
-        num_steps: length of the full process.
+        num_steps: of the full process.
         respacing: ``"250"`` spreads 250 steps from the first to the last; ``"10,10,5"`` cuts the process in equal
             sections with so many steps each (0 skips a section); ``"ddim25"`` strides by the first integer that gives 25
             steps, from 0.
@@ -108,11 +107,7 @@ def _levels(times: np.ndarray, alphas_cumprod: np.ndarray, num_train_steps: int)
 class Posterior(NamedTuple):
     """q(x_{t-1} | x_t, x_0) by step, Ho et al. 2020 Eq. 7; ``(N,)`` float64 each.
 
-    Attributes:
-        betas: β.
-        variance: posterior variance β̃; 0 at entry 0.
-        log_variance_clipped: its log, that of entry 1 at entry 0.
-        mean_coef1, mean_coef2: weights of x_0 and x_t in the mean.
+    The variance β̃ is 0 at entry 0, where its clipped log is that of entry 1; ``mean_coef1`` and ``mean_coef2`` weigh x_0 and x_t.
     """
 
     betas: np.ndarray

@@ -5,9 +5,9 @@ from calib_guidance.guidance.base import Guidance as Guidance
 from calib_guidance.guidance.base import Guided as Guided
 from calib_guidance.guidance.base import Plan as Plan
 from calib_guidance.guidance.classifier_guidance import ClassifierGuidance as ClassifierGuidance
-from calib_guidance.guidance.classifier_guidance import GuidanceSchedule as GuidanceSchedule
 from calib_guidance.guidance.classifier_guidance import SwitchedGuidance as SwitchedGuidance
 from calib_guidance.guidance.classifier_guidance import match_norm as match_norm
 from calib_guidance.guidance.classifier_guidance import rms as rms
+from calib_guidance.guidance.schedules import GuidanceSchedule as GuidanceSchedule
 from calib_guidance.guidance.stabilizer import GradientStabilizer as GradientStabilizer
 from calib_guidance.guidance.training_free import TrainingFreeGuidance as TrainingFreeGuidance

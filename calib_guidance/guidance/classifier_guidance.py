@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, final, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from calib_guidance.diffusion.interval import Interval
 from calib_guidance.diffusion.schedules import NoiseLevels
 from calib_guidance.errors import check_choice, check_numbers
 from calib_guidance.guidance.base import Aux, Decode, Guidance, Guide, Guided, Plan, identity
+from calib_guidance.guidance.schedules import GuidanceSchedule
 from calib_guidance.guidance.stabilizer import GradientStabilizer
 from calib_guidance.scores.base import Score, TemperedLogProb, as_float
 
@@ -47,28 +48,6 @@ def input_gradient(score: Callable[[Tensor], Tensor], logits: Tensor, source: Te
     size = power_of_two(slope.abs().amax(dim=1)) / _ROOM
     (gradient,) = torch.autograd.grad(logits, source, (slope / size[:, None]).to(logits.dtype))
     return gradient * size.to(gradient.dtype).view(-1, *[1] * (gradient.ndim - 1))
-
-
-@final
-class GuidanceSchedule(Interval):
-    """Sine amplification, and where guidance is off: its classifier is not run there.
-
-    Args:
-        gamma: γ ≥ 0, the sine factor (0.3 in arXiv 2310.11311, Table 6): adds γ·sin(π·progress) to the strength, in the units
-            of the sampler (DDPM: times the largest variance so far). Progress is i/N at spaced step i of N of DDPM.
-        interval, sigma_interval, step_interval: see :class:`~calib_guidance.diffusion.interval.Interval`.
-        every: guide the first step and every so many-th after it. Between them nothing stands in for the gradient, so that
-            the total strength falls with it.
-    """
-
-    def __init__(self, gamma: float = 0.0, *args: Any, **kwargs: Any):
-        check_numbers(least=0, gamma=gamma)
-        super().__init__(*args, **kwargs)
-        self.gamma = gamma
-
-    def sine(self, progress: float) -> float:
-        """γ·sin(π·progress), see :class:`~calib_guidance.diffusion.schedules.NoiseLevels`."""
-        return self.gamma * math.sin(math.pi * progress)
 
 
 class ClassifierGuidance(Guidance):
@@ -185,10 +164,8 @@ class ClassifierGuidance(Guidance):
         return prediction.x0 if x0 is None else x0
 
     def _guided(self, prediction: Prediction | None, aux: Aux, sine: float) -> Guided:
-        if self.apply_to == "sample":
-            return Guided(None, self.scale * aux.gradient, aux)
-        if self.apply_to == "score":
-            return Guided(prediction, self.scale * aux.gradient, aux)
+        if self.apply_to != "cfg_residual":
+            return Guided(None if self.apply_to == "sample" else prediction, self.scale * aux.gradient, aux)
         if prediction.residual is None:  # classifier-free guidance is off here
             return Guided(prediction, aux=aux)
         shift = self.scale * (1 + sine) * match_norm(aux.gradient, prediction.residual)

@@ -80,14 +80,8 @@ def _downsample(channels: int, with_conv: bool = True) -> nn.Module:
 class ResBlock(nn.Module):
     """GroupNorm–SiLU–convolution twice, with the embedding between, around a skip connection.
 
-    Args:
-        channels: input channels.
-        emb_channels: width of the time (and class) embedding.
-        dropout: rate before the second convolution.
-        out_channels: output channels; None keeps ``channels``.
-        use_scale_shift_norm: the embedding scales and shifts the second normalization; otherwise it is added before it.
-        up, down: double or halve the resolution inside the block.
-        min_group_channels: of the normalizations, see :class:`GroupNorm`.
+    With ``use_scale_shift_norm`` the embedding scales and shifts the second normalization; otherwise it is added before it.
+    ``up`` and ``down`` double and halve the resolution inside the block.
     """
 
     def __init__(
@@ -153,12 +147,8 @@ def _attend(qkv: Tensor, heads: int, new_order: bool) -> Tensor:
 class AttentionBlock(nn.Module):
     """Self-attention over the pixels, around a skip connection.
 
-    Args:
-        channels: input and output channels.
-        num_heads: number of heads, used where ``num_head_channels`` is -1.
-        num_head_channels: channels of each head, or -1.
-        use_new_attention_order: order of the qkv channels. Weights load in either; with the wrong one every output is wrong.
-        min_group_channels: of the normalization, see :class:`GroupNorm`.
+    ``num_heads`` counts where ``num_head_channels`` is -1. Weights load in either ``use_new_attention_order`` of the qkv
+    channels; with the wrong one every output is wrong.
     """
 
     def __init__(

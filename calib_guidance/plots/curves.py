@@ -11,7 +11,7 @@ import numpy as np
 
 from calib_guidance.diffusion.schedules import NoiseLevels
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.guidance.classifier_guidance import GuidanceSchedule
+from calib_guidance.guidance.schedules import GuidanceSchedule
 from calib_guidance.plots.style import COLORS, LINE_STYLES, panel, paper, save
 
 if TYPE_CHECKING:

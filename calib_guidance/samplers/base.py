@@ -33,12 +33,9 @@ class StepRecord(NamedTuple):
     """One step, as observers see it. Tensors stay on the device; an observer that reads them on the host slows sampling.
 
     Attributes:
-        i: level of :meth:`Sampler.levels`, N − 1 … 0.
-        num_steps: N.
+        i: level of :meth:`Sampler.levels`, N − 1 … 0 of N = ``num_steps``.
         t: step of the full process; a fraction where the sampler stops between two of them.
-        y: ``(N,)`` classes.
         x_t, x_next: ``(N, C, H, W)`` before and after the step.
-        guided: prediction, score, logits and gradient.
     """
 
     i: int

@@ -85,8 +85,8 @@ def load_model(source: str | Mapping[str, Any], kind: str, part: str) -> nn.Modu
 
     Args:
         source: folder, or ``hf://OWNER/NAME[/FOLDER][@REVISION]``, of the model or its pipeline. Or arguments.
-        kind: its class, such as ``AutoencoderKL``, ``AutoencoderTiny``, ``UNet2DModel``.
-        part: its folder in that of a pipeline, ``vae`` or ``unet``.
+        kind: its class, such as ``AutoencoderKL``.
+        part: its folder in that of a pipeline, such as ``vae``.
     """
     import diffusers  # seconds to import, and only models of this library need it
 

@@ -111,11 +111,10 @@ def _read_shards(index: Path) -> Weights:
     try:
         places = json.loads(index.read_text())["weight_map"]
         shards = sorted(set(places.values()))
-        inside = all(name == Path(name).name for name in shards)
+        if any(name != Path(name).name for name in shards):
+            raise ValueError(f"names files outside of its folder ({_some(shards)})")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not an index of sharded weights ({_reason(error)})") from error
-    if not inside:
-        raise CheckpointError(f"{index}: names files outside of its folder ({_some(shards)})")
     if lacking := [name for name in shards if not (index.parent / name).is_file()]:
         raise CheckpointError(f"{index}: {len(lacking)} of {len(shards)} shards are missing: {_some(lacking)}")
     state: dict[str, Tensor] = {}
@@ -165,15 +164,13 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
     DataParallel, ``torch.compile`` and averages taken off; pickles of EDM (``ema``); and ``hf://OWNER/REPO/PATH`` of the hub.
     """
     weights = _read(path)
-    # Masks of attention may hold −inf.
-    broken = [name for name, value in weights.state.items() if value.is_floating_point() and not _below_inf(value)]
-    if broken:
+
+    def below_inf(value: Tensor) -> bool:  # masks of attention may hold −inf
+        return bool(((value.float() if value.element_size() == 1 else value) < math.inf).all())
+
+    if broken := [name for name, v in weights.state.items() if v.is_floating_point() and not below_inf(v)]:
         raise CheckpointError(f"{weights.path} holds NaN or infinity: {_some(broken)}. It is damaged: name another")
     return weights
-
-
-def _below_inf(value: Tensor) -> bool:
-    return bool(((value.float() if value.element_size() == 1 else value) < math.inf).all())
 
 
 def _read(path: str | os.PathLike[str]) -> Weights:
@@ -253,9 +250,7 @@ def load_weights(module: nn.Module, source: str | os.PathLike[str] | Weights, **
     for name, value in settings.items():
         if (was := weights.metadata.get(name, str(value))) != str(value):
             said = f"was trained with {name}: {was}, the configuration says {name}: {value}"
-            raise CheckpointError(
-                f"{weights.path} {said}. The weights would load and be something else: set {name}: {was}"
-            )
+            raise CheckpointError(f"{weights.path} {said}. It would load and compute something else: set {name}: {was}")
     names = registry.identify(weights.state, path=weights.path)
     state, expected = dict(weights.state), module.state_dict()
     state |= {name: expected[name] for name in expected.keys() - state.keys() if name.endswith(_OPTIONAL)}

@@ -72,12 +72,10 @@ def common_card(names: Iterable[str]) -> Card | None:
 def build(
     network: nn.Module | str | None, kind: str, dtype: str | None = None, state: Mapping[str, Tensor] | None = None
 ) -> tuple[nn.Module, Card | None]:
-    """The network of a configuration, and its card where it is a published one.
+    """The network of a configuration, and its card where it is a published one of this kind.
 
     Args:
         network: a module, taken as it is; a published name; or None, for the one that has the shapes of ``state``.
-        kind: of the published networks that fit here.
-        dtype: see :func:`make_network`; only for published ones.
         state: weights that will be loaded: a published network is then built without random ones.
     """
     names = [] if state is None else identify(state, kind)

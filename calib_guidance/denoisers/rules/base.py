@@ -45,12 +45,8 @@ class Rule(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x0_cond: Tensor, x0_uncond: Tensor, level: Level, state: dict[str, Tensor]) -> Tensor:
-        """Combined x̂0 ``(N, C, H, W)``.
-
-        Args:
-            x0_cond, x0_uncond: ``(N, C, H, W)``, not clipped.
-            level: noise level and x_t.
-            state: tensors ``(N, …)``, detached, that the rule keeps from evaluation to evaluation of one trajectory.
+        """Combined x̂0 of two ``(N, C, H, W)``, not clipped; ``state`` has detached tensors ``(N, …)`` that the rule keeps from
+        evaluation to evaluation of one trajectory.
         """
 
     def start(self, levels: NoiseLevels, y: Tensor) -> dict[str, Tensor]:
