@@ -61,19 +61,16 @@ def build_network(
     local = weights is not None and ("/" in weights or "." in weights)
     library, _, model = name.partition("/")
     if library == "torchvision" and model in torchvision.models.list_models(torchvision.models):
-        known = torchvision.models.get_model_weights(model)
-        if weights is not None and not local and weights not in known.__members__:
-            names = ", ".join(entry.name for entry in known)
-            raise ValueError(f"weights: {name} has no {weights!r}; known: {names}, or a local file")
-        file = None if local or weights is None else Path(known[weights].url).name
+        known = torchvision.models.get_model_weights(model).__members__
+        file = Path(known[weights].url).name if weights in known else None
         make = partial(torchvision.models.get_model, model, weights=None if local else weights)
     elif library == "timm" and timm.is_model(model):
-        if weights is not None and not local and weights != "pretrained":
-            raise ValueError(f"weights: timm knows 'pretrained' or a file, got {weights!r}; a tag goes into the name")
-        file = "model.safetensors"
+        known, file = ["pretrained"], "model.safetensors"
         make = partial(timm.create_model, model, pretrained=weights == "pretrained")
     else:
         raise ValueError(f"network: unknown {name!r}; expected a name of torchvision/NAME (list_models()) or timm/NAME")
+    if not local and weights is not None and weights not in known:
+        raise ValueError(f"weights: {name} has no {weights!r}; known: {', '.join(known)}, or a local file")
     width = {} if num_classes is None else {"num_classes": num_classes}
     if local:
         read = read_weights(weights)
@@ -81,8 +78,6 @@ def build_network(
         network = make(**width)
         load_weights(network, read, **(metadata or {}), **width)
         return network
-    if weights is None:
-        return make(**width)
     try:
         with tensors_only():
             return make(**width)

@@ -74,26 +74,16 @@ class Denoiser(nn.Module, ABC):
     """A diffusion model in the coordinates x_t = √ᾱ·x0 + √(1−ᾱ)·ε, whatever its network was trained in.
 
     ``denoiser(x_t, t, y)`` predicts x̂0. A sampler calls :meth:`prepare` once instead, and its result at every step.
-
-    Attributes:
-        schedule: of the full process, which says what t means; discrete samplers respace it.
-        image_shape: ``(C, H, W)`` of x_t.
-        num_classes: number of labels, or None of an unconditional model.
-        clip: whether x̂0 is an image, which samplers may clip to [-1, 1].
-        has_learned_variance: whether predictions have a ``variance``.
-        nfe: number of network evaluations per prediction.
-        renoises: whether predictions have an ``x0_renoise``.
-        looks_at_steps: whether what :meth:`prepare` returns has to be told of every step.
     """
 
-    schedule: NoiseSchedule
-    image_shape: tuple[int, int, int]
-    num_classes: int | None
-    clip: bool = True
-    has_learned_variance: bool = False
-    nfe: int = 1
-    renoises: bool = False
-    looks_at_steps: bool = False
+    schedule: NoiseSchedule  # of the full process, which says what t means; discrete samplers respace it
+    image_shape: tuple[int, int, int]  # (C, H, W) of x_t
+    num_classes: int | None  # number of labels, or None of an unconditional model
+    clip: bool = True  # whether x̂0 is an image, which samplers may clip to [-1, 1]
+    has_learned_variance: bool = False  # whether predictions have a variance
+    nfe: int = 1  # number of network evaluations per prediction
+    renoises: bool = False  # whether predictions have an x0_renoise
+    looks_at_steps: bool = False  # whether what prepare returns has to be told of every step
 
     @abstractmethod
     def prepare(self, levels: NoiseLevels, y: Tensor | None) -> Predict:

@@ -64,10 +64,8 @@ class SampleStreams:
 
     def __call__(self) -> Tensor:
         """The next numbers of every stream, ``(N, *shape)`` float32: one copy to the device for all samples."""
-        if self._thread is None:
-            noise = self._draw()
-        else:
-            noise = self._draw() if self._next is None else self._next.result()
+        noise = self._draw() if self._next is None else self._next.result()
+        if self._thread is not None:
             self._next = self._thread.submit(self._draw)
         # From pinned memory, which PyTorch does not hand out anew before the copy is done: the host does not wait for it.
         return noise.to(self.device, non_blocking=True)

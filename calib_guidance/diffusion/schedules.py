@@ -69,23 +69,14 @@ def respaced_timesteps(num_steps: int, respacing: str | int) -> np.ndarray:
 
 
 class NoiseLevels(NamedTuple):
-    """The noise levels that one trajectory passes, least noisy first.
+    """The noise levels that one trajectory passes, least noisy first, ``(N,)`` each."""
 
-    Attributes:
-        times: ``(N,)`` float64, t on the 0 … T − 1 scale of the full process; between two steps where a sampler goes there.
-        alphas_cumprod: ``(N,)`` float64, ᾱ.
-        progress: ``(N,)`` where the sine schedule is at each level, as a share of π: i/N for DDPM.
-        executed: ``(N,)`` steps done before each level's.
-        start: ``(N,)`` index of the level at which each level's step starts: its own, unless a step evaluates at several levels.
-        num_train_steps: T.
-    """
-
-    times: np.ndarray
-    alphas_cumprod: np.ndarray
-    progress: np.ndarray
-    executed: np.ndarray
-    start: np.ndarray
-    num_train_steps: int
+    times: np.ndarray  # float64, t on the 0 … T − 1 scale of the full process, or between two of its steps
+    alphas_cumprod: np.ndarray  # float64, ᾱ
+    progress: np.ndarray  # where the sine schedule is, as a share of π: i/N for DDPM
+    executed: np.ndarray  # steps done before
+    start: np.ndarray  # index of the level at which the step starts: its own, unless a step evaluates at several
+    num_train_steps: int  # T
 
     @property
     def sigmas(self) -> np.ndarray:

@@ -12,15 +12,10 @@ from calib_guidance.diffusion.schedules import NoiseLevels
 
 
 class Aux(NamedTuple):
-    """What observers may look at. Samplers do not.
+    """What observers may look at, and samplers do not; None where the classifier did not run."""
 
-    Attributes:
-        logits: ``(N, K)`` of the classifier; None where it did not run.
-        gradient: ``(N, C, H, W)`` ∇S, without scale; None where the classifier did not run.
-    """
-
-    logits: Tensor | None = None
-    gradient: Tensor | None = None
+    logits: Tensor | None = None  # (N, K)
+    gradient: Tensor | None = None  # (N, C, H, W) ∇S, without scale
 
 
 class Guided(NamedTuple):
@@ -41,21 +36,13 @@ class Guided(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is known of guidance before a trajectory starts, by noise level.
+    """What is known of guidance before a trajectory starts, by noise level, ``(T,)`` each."""
 
-    Attributes:
-        active: ``(T,)`` bool, whether a classifier is run.
-        scale: ``(T,)`` s.
-        sine: ``(T,)`` γ·sin(π·progress).
-        at_x0: ``(T,)`` bool, whether the score is a gradient taken at x̂0, not one with respect to x_t.
-        moves_sample: whether guidance is applied to the sample.
-    """
-
-    active: np.ndarray
-    scale: np.ndarray
-    sine: np.ndarray
-    at_x0: np.ndarray
-    moves_sample: bool = False
+    active: np.ndarray  # bool, whether a classifier is run
+    scale: np.ndarray  # s
+    sine: np.ndarray  # γ·sin(π·progress)
+    at_x0: np.ndarray  # bool, whether the score is a gradient taken at x̂0, not one with respect to x_t
+    moves_sample: bool = False  # whether guidance is applied to the sample
 
 
 Guide = Callable[[Predict, Tensor, int], Guided]
@@ -72,12 +59,9 @@ class Guidance(nn.Module, ABC):
 
     ``guidance(denoiser, x_t, t, y)`` is one guided prediction. A sampler calls :meth:`prepare` once instead, and its result at
     every step.
-
-    Attributes:
-        group_size: number of consecutive samples that guidance looks at together.
     """
 
-    group_size: int = 1
+    group_size: int = 1  # number of consecutive samples that guidance looks at together
 
     @abstractmethod
     def prepare(self, levels: NoiseLevels, y: Tensor, decode: Decode = identity) -> Guide:

@@ -18,33 +18,22 @@ from calib_guidance.samplers.guidance_scaling import GuidanceScaling
 
 
 class Transition(NamedTuple):
-    """x' = mean + std·z, of which the loop draws z ~ N(0, I); not at the last step.
+    """x' = mean + std·z, of which the loop draws z ~ N(0, I); not at the last step."""
 
-    Attributes:
-        mean: ``(N, C, H, W)``.
-        std: one number or ``(N, C, H, W)``; None of a deterministic step.
-    """
-
-    mean: Tensor
-    std: Tensor | None = None
+    mean: Tensor  # (N, C, H, W)
+    std: Tensor | None = None  # one number or (N, C, H, W); None of a deterministic step
 
 
 class StepRecord(NamedTuple):
-    """One step, as observers see it. Tensors stay on the device; an observer that reads them on the host slows sampling.
+    """One step, as observers see it. Tensors stay on the device; an observer that reads them on the host slows sampling."""
 
-    Attributes:
-        i: level of :meth:`Sampler.levels`, N − 1 … 0 of N = ``num_steps``.
-        t: step of the full process; a fraction where the sampler stops between two of them.
-        x_t, x_next: ``(N, C, H, W)`` before and after the step.
-    """
-
-    i: int
-    num_steps: int
-    t: float
-    y: Tensor
-    x_t: Tensor
+    i: int  # level of Sampler.levels, N − 1 … 0
+    num_steps: int  # N
+    t: float  # step of the full process; a fraction where the sampler stops between two of them
+    y: Tensor  # (N,) classes
+    x_t: Tensor  # (N, C, H, W) before the step
     guided: Guided
-    x_next: Tensor
+    x_next: Tensor  # (N, C, H, W) after the step
 
 
 Observer = Callable[[StepRecord], None]
@@ -63,25 +52,15 @@ class BufferedObserver(ABC):
 
 
 class Sampler(ABC):
-    """``sampler(denoiser, noise, y, guidance) -> images``. A sampler is its levels, its coefficients and its step.
+    """``sampler(denoiser, noise, y, guidance) -> images``. A sampler is its levels, its coefficients and its step."""
 
-    Attributes:
-        steps: respacing of the process, of samplers that stop at its steps.
-        clip_denoised: clip x̂0 to [-1, 1] before guidance, where it is an image.
-        recurrence: number of times that each step is done, with renoising in between.
-        scaling: strength of guidance by step size; None leaves it as it is.
-        takes_score: whether :meth:`step` reads the score. Elsewhere the loop folds it into x̂0.
-        renoises: whether :meth:`step` takes the noise from ``x0_renoise`` where a prediction has it.
-        moves_sample: whether :meth:`step` can move the sample along the score (arXiv 2310.11311, Algorithm 2).
-    """
-
-    steps: str | int
-    clip_denoised: bool = True
-    recurrence: int = 1
-    scaling: GuidanceScaling | None = None
-    takes_score: bool = False
-    renoises: bool = False
-    moves_sample: bool = False
+    steps: str | int  # respacing of the process, of samplers that stop at its steps
+    clip_denoised: bool = True  # clip x̂0 to [-1, 1] before guidance, where it is an image
+    recurrence: int = 1  # number of times that each step is done, with renoising in between
+    scaling: GuidanceScaling | None = None  # strength of guidance by step size
+    takes_score: bool = False  # whether step reads the score; elsewhere the loop folds it into x̂0
+    renoises: bool = False  # whether step takes the noise from x0_renoise where a prediction has it
+    moves_sample: bool = False  # whether step can move the sample along the score (arXiv 2310.11311, Algorithm 2)
 
     def levels(self, denoiser: Denoiser) -> NoiseLevels:
         """Noise levels of the N steps, least noisy first."""

@@ -41,20 +41,15 @@ class WeightsFile(str):
 
 
 class Weights(NamedTuple):
-    """What was read of a weights file, or folder.
-
-    Attributes:
-        state: tensors by name.
-        metadata: settings that the file states, where this project wrote it (see :func:`save_weights`).
-        parts: of a Lightning checkpoint, metadata by the path of its part; None for other files.
-        arguments: of an EDM pickle, what the network was made with.
-    """
+    """What was read of a weights file, or folder."""
 
     path: Path | str
     state: dict[str, Tensor]
-    metadata: Mapping[str, str] = {}
-    parts: Mapping[str, Mapping[str, str]] | None = None
-    arguments: Mapping[str, Any] = {}
+    metadata: Mapping[str, str] = {}  # settings that the file states, where this project wrote it
+    parts: Mapping[str, Mapping[str, str]] | None = (
+        None  # of a Lightning checkpoint alone, metadata by path of the part
+    )
+    arguments: Mapping[str, Any] = {}  # of an EDM pickle, what the network was made with
 
 
 @contextlib.contextmanager

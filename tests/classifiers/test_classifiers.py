@@ -221,9 +221,9 @@ def test_normalisation_and_resize_are_what_torchvision_does():
 def test_wrong_names_and_values_say_what_is_allowed():
     with pytest.raises(ValueError, match="torchvision/NAME or timm/NAME"):
         OffTheShelfClassifier("resnet50")
-    with pytest.raises(ValueError, match="known: IMAGENET1K_V1, IMAGENET1K_V2, or a local file"):
+    with pytest.raises(ValueError, match="known: IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT, or a local file"):
         OffTheShelfClassifier("torchvision/resnet50", weights="V3")
-    with pytest.raises(ValueError, match="timm knows 'pretrained' or a file"):
+    with pytest.raises(ValueError, match="known: pretrained, or a local file"):
         OffTheShelfClassifier("timm/resnet18", weights="IMAGENET1K_V2")
     with pytest.raises(ValueError, match="known: none, imagenet"):
         OffTheShelfClassifier(nn.Identity(), normalize="auto")

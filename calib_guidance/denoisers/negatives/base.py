@@ -14,13 +14,9 @@ PredictPair = Callable[[Tensor, int | Tensor], Pair]
 
 
 class Negative(nn.Module, ABC):
-    """What stands for the unconditional prediction.
+    """What stands for the unconditional prediction."""
 
-    Attributes:
-        needs_labels: whether the denoiser has to be class-conditional.
-    """
-
-    needs_labels: bool = False
+    needs_labels: bool = False  # whether the denoiser has to be class-conditional
 
     def check(self, denoiser: Denoiser) -> None:
         """Raise ValueError where it cannot be the negative of this denoiser."""

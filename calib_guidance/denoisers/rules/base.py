@@ -13,35 +13,20 @@ Representation = Literal["x0", "epsilon", "v"]
 
 
 class Level(NamedTuple):
-    """Where a rule is applied.
+    """Where a rule is applied: noisy images, and float32 scalars, ``(N, 1, 1, 1)`` where samples have steps of their own."""
 
-    Attributes:
-        x_t: ``(N, C, H, W)`` noisy images, to convert x̂0 to ε or v.
-        t: step of the full process.
-        alphas_cumprod: ᾱ.
-        sigma: √(1/ᾱ − 1).
-        progress: share of the steps done at the middle of this one, above 0 (noise) and below 1 (image).
-
-    The last four are float32 scalars, or ``(N, 1, 1, 1)`` where samples have steps of their own.
-    """
-
-    x_t: Tensor
-    t: Tensor
-    alphas_cumprod: Tensor
-    sigma: Tensor
-    progress: Tensor
+    x_t: Tensor  # (N, C, H, W), to convert x̂0 to ε or v
+    t: Tensor  # step of the full process
+    alphas_cumprod: Tensor  # ᾱ
+    sigma: Tensor  # √(1/ᾱ − 1)
+    progress: Tensor  # share of the steps done at the middle of this one, above 0 (noise) and below 1 (image)
 
 
 class Rule(nn.Module, ABC):
-    """How a conditional prediction and a negative one become one: ``rule(x0_cond, x0_uncond, level, state) -> x0``.
+    """How a conditional prediction and a negative one become one: ``rule(x0_cond, x0_uncond, level, state) -> x0``."""
 
-    Attributes:
-        renoises_with_negative: whether the noise of a step is that of the negative prediction (CFG++).
-        looks_at_steps: whether :meth:`after_step` does anything.
-    """
-
-    renoises_with_negative: bool = False
-    looks_at_steps: bool = False
+    renoises_with_negative: bool = False  # whether the noise of a step is that of the negative prediction (CFG++)
+    looks_at_steps: bool = False  # whether after_step does anything
 
     @abstractmethod
     def forward(self, x0_cond: Tensor, x0_uncond: Tensor, level: Level, state: dict[str, Tensor]) -> Tensor:
