@@ -443,5 +443,5 @@ class TestLoadPretrained:
                 calib_guidance.load_pretrained(name, "other.pt")
         with pytest.raises(ValueError, match="unknown published network 'adm_imagenet32'; known: adm_imagenet64"):
             calib_guidance.load_pretrained("adm_imagenet32")
-        with pytest.raises(ValueError, match=r"neither a denoiser nor a classifier: .*InceptionFeatures"):
+        with pytest.raises(ValueError, match=r"is for metrics alone: .*InceptionFeatures"):
             calib_guidance.load_pretrained("inception_2015")

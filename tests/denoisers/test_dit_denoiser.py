@@ -261,7 +261,7 @@ class TestPredictions:
             DiTDenoiser(network, vae=vae, latent_scale=0)
         with pytest.raises(ValueError, match="bfloat16"):
             DiTDenoiser(network, vae=vae, vae_dtype="float16")
-        with pytest.raises(ValueError, match="network.init_args.dtype"):
+        with pytest.raises(ValueError, match="init_args.dtype"):
             DiTDenoiser(network, vae=vae, dtype="bfloat16")
         with pytest.raises(ValueError, match="vae_dtype is for an autoencoder"):
             DiTDenoiser(network, vae=torch.nn.Conv2d(4, 3, 1), vae_dtype="bfloat16")

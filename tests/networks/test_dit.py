@@ -128,7 +128,7 @@ def test_the_network_is_one_graph_to_the_compiler(fixture, network):
     [
         ({"num_heads": 5}, "multiple of num_heads"),
         ({"patch_size": 3}, "multiple of patch_size"),
-        ({"out_channels": 6}, "twice that"),
+        ({"out_channels": 6}, "with variance, twice"),
         ({"dtype": "int8"}, "float16"),
     ],
 )
