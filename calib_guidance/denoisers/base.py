@@ -12,23 +12,16 @@ from calib_guidance.diffusion.schedules import NoiseLevels, NoiseSchedule
 
 
 class Prediction(NamedTuple):
-    """Output of a denoiser at x_t.
+    """Output of a denoiser at x_t, ``(N, C, H, W)`` each and not clipped.
 
-    Attributes:
-        x0: ``(N, C, H, W)`` estimate of the clean image, not clipped.
-        variance: ``(N, C, H, W)`` position of the reverse step's log-variance between the posterior's (0) and that of β (1),
-            not clamped; None where the variance is not learned.
-        residual: ``(N, C, H, W)`` x̂0 minus that of the negative, only of a
-            :class:`~calib_guidance.denoisers.combination.Combination`.
-        x0_renoise: ``(N, C, H, W)`` x̂0 whose ε is the noise of the step; None where it is that of ``x0``.
-        x0_cond, x0_uncond: ``(N, C, H, W)`` what a combination combined; None where ``x0`` is no combination.
+    The variance is the position of the reverse step's log-variance between the posterior's (0) and that of β (1).
     """
 
-    x0: Tensor
-    variance: Tensor | None = None
-    residual: Tensor | None = None
-    x0_renoise: Tensor | None = None
-    x0_cond: Tensor | None = None
+    x0: Tensor  # estimate of the clean image
+    variance: Tensor | None = None  # None where it is not learned
+    residual: Tensor | None = None  # x̂0 minus that of the negative, of a combination
+    x0_renoise: Tensor | None = None  # x̂0 whose ε is the noise of the step; None where it is that of x0
+    x0_cond: Tensor | None = None  # what a combination combined
     x0_uncond: Tensor | None = None
 
     def detach(self) -> Self:
@@ -47,27 +40,6 @@ Predict = Callable[[Tensor, int | Tensor], Prediction]
 def at_step(table: Tensor, i: int | Tensor) -> Tensor:
     """Entry ``i`` of a table ``(T,)``: one number, or where ``i`` is ``(N,)`` one per sample, ``(N, 1, 1, 1)``."""
     return table[i].view(-1, 1, 1, 1) if isinstance(i, Tensor) else table[i]
-
-
-def x0_predictor(
-    network: Callable[[Tensor, int | Tensor], Tensor],
-    prediction: str,
-    levels: NoiseLevels,
-    learned_variance: bool,
-    device: torch.device | None,
-) -> Predict:
-    """``predict(x_t, i)`` of ``network(x_t, i)``, whose output is ε, v or x0 and, where learned, a variance."""
-    coefficients = x0_coefficients(prediction, levels.alphas_cumprod)
-    from_x, from_output = (torch.tensor(c, device=device).float() for c in coefficients)
-
-    def predict(x_t: Tensor, i: int | Tensor) -> Prediction:
-        output, variance = network(x_t, i), None
-        if learned_variance:
-            output, variance = output.chunk(2, dim=1)
-            variance = (variance + 1) / 2
-        return Prediction(at_step(from_x, i) * x_t + at_step(from_output, i) * output, variance)
-
-    return predict
 
 
 class Denoiser(nn.Module, ABC):
@@ -106,6 +78,21 @@ class Denoiser(nn.Module, ABC):
     def decode(self, x0: Tensor) -> Tensor:
         """Images of x̂0: the same outside latent models."""
         return x0
+
+
+def x0_predictor(denoiser: Denoiser, network: Callable[..., Tensor], levels: NoiseLevels, device: Any) -> Predict:
+    """``predict(x_t, i)`` of ``network(x_t, i)``, whose output is ``denoiser.prediction`` and, where learned, a variance."""
+    coefficients = x0_coefficients(denoiser.prediction, levels.alphas_cumprod)
+    from_x, from_output = (torch.tensor(c, device=device).float() for c in coefficients)
+
+    def predict(x_t: Tensor, i: int | Tensor) -> Prediction:
+        output, variance = network(x_t, i), None
+        if denoiser.has_learned_variance:
+            output, variance = output.chunk(2, dim=1)
+            variance = (variance + 1) / 2
+        return Prediction(at_step(from_x, i) * x_t + at_step(from_output, i) * output, variance)
+
+    return predict
 
 
 class DenoiserWrapper(Denoiser):

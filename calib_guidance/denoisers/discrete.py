@@ -91,7 +91,7 @@ class DiscreteDenoiser(NetworkDenoiser):
         def output(x_t: Tensor, i: int | Tensor) -> Tensor:
             return self._decode(x_t, (time[i] + label).expand(len(x_t), -1))
 
-        return x0_predictor(output, self.prediction, levels, self.has_learned_variance, device)
+        return x0_predictor(self, output, levels, device)
 
 
 class ADMDenoiser(DiscreteDenoiser):

@@ -82,4 +82,4 @@ class ModuleDenoiser(Denoiser):
             own = () if labels is None else (labels.to(x_t.device).expand(len(x_t)),)
             return self._call(x_t, times[i].expand(len(x_t)), *own)
 
-        return x0_predictor(output, self.prediction, levels, self.has_learned_variance, device)
+        return x0_predictor(self, output, levels, device)

@@ -19,20 +19,16 @@ class Aux(NamedTuple):
 
 
 class Guided(NamedTuple):
-    """A prediction and the guidance for it.
+    """A prediction, with every guidance that is a shift of x̂0 folded in, and the guidance for it.
 
-    Attributes:
-        prediction: of the denoiser, with every guidance that is a shift of x̂0 folded in; None where guidance is applied to the
-            sample (arXiv 2310.11311, Algorithm 2), whose sampler predicts after it has moved the sample.
-        score: ``(N, C, H, W)`` s·∇S in units of ∇log p; None where there is none.
-        aux: for observers.
-        move: ``(N, C, H, W)`` what the loop adds to x' = √ᾱ'·x0 + √(1−ᾱ')·ε of the step; None where there is nothing.
+    There is no prediction where guidance is applied to the sample (arXiv 2310.11311, Algorithm 2), whose sampler predicts
+    after it has moved the sample.
     """
 
     prediction: Prediction | None
-    score: Tensor | None = None
-    aux: Aux = Aux()
-    move: Tensor | None = None
+    score: Tensor | None = None  # (N, C, H, W) s·∇S in units of ∇log p
+    aux: Aux = Aux()  # for observers
+    move: Tensor | None = None  # (N, C, H, W) what the loop adds to x' = √ᾱ'·x0 + √(1−ᾱ')·ε of the step
 
 
 class Plan(NamedTuple):
