@@ -261,7 +261,7 @@ def load_weights(module: nn.Module, source: str | os.PathLike[str] | Weights, **
     if any(problems.values()):
         wrong = "; ".join(f"{what}: {_some(sorted(which))}" for what, which in problems.items() if which)
         known = f" (the file has the names and shapes of {' or '.join(names)})" if names else ""
-        raise CheckpointError(f"{weights.path} does not fit {type(module).__name__}; {wrong}{known}. Name what fits")
+        raise CheckpointError(f"{weights.path} does not fit {type(module).__name__}; {wrong}{known}: name its network")
     if integer := [n for n, v in state.items() if expected[n].is_floating_point() and not v.is_floating_point()]:
         raise CheckpointError(
             f"{weights.path} holds {state[integer[0]].dtype} where {type(module).__name__} has {expected[integer[0]].dtype}: "

@@ -40,7 +40,8 @@ def load_network(
     if kind == "dit":  # a folder's config.json must be of the same architecture
         for name, value in network.architecture.items():
             if described.get(name, value) != value:
-                raise CheckpointError(f"{checkpoint} has {name}: {described[name]}, the configuration's has {value}")
+                found = f"{checkpoint} has {name}: {described[name]}, the configuration's has {value}"
+                raise CheckpointError(f"{found}: name its network, or null")
     weights = weights and part_of(weights, network)
     settings = {name: _setting(name, value, weights, card) for name, value in stated.items()}
     if published is not None and card is not None:

@@ -58,7 +58,7 @@ class _Changed(nn.Module):
         with _Intercept(self.attend, calls):
             result = self.module(*args, **kwargs)
         if not calls:
-            raise ValueError(f"layers: {type(self.module).__name__} without self-attention that can be changed")
+            raise ValueError(f"layers: {type(self.module).__name__} without self-attention to change: name others")
         return result
 
 
