@@ -91,7 +91,7 @@ def _unknown_class(class_path: str) -> str:
     module, _, name = class_path.rpartition(".")
     if name in ("yaml", "yml") or "/" in class_path:
         return f"there is no file {class_path}"
-    known = {name: f"{part.__name__}.{name}" for part in _PARTS for name in part.__all__}
+    known = {n: f"{part.__name__}.{n}" for part in _PARTS for n, kind in vars(part).items() if isinstance(kind, type)}
     if not module and name in known:
         return f"{known[name]} cannot be used here"
     try:
@@ -106,7 +106,7 @@ def _wrong_file(path: str) -> str:
     class_path = content.get("class_path") if isinstance(content, dict) else None
     if not isinstance(class_path, str):
         return f"{path} has no class_path"
-    module = next((part.__name__ for part in _PARTS if class_path in part.__all__), None)
+    module = next((part.__name__ for part in _PARTS if isinstance(vars(part).get(class_path), type)), None)
     try:
         kind = pkgutil.resolve_name(f"{module}.{class_path}" if module else class_path)
     except (ImportError, AttributeError, ValueError):
