@@ -19,9 +19,9 @@ def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float
 
 def churned_sigmas(sigmas: np.ndarray, s_churn: float, s_min: float, s_max: float, s_noise: float) -> np.ndarray:
     """σ̂ ≥ σ to which churn raises each of N levels, ``(N,)`` float64 (Karras et al. 2022, Algorithm 2)."""
-    if not (s_churn >= 0 and s_noise >= 0 and s_min <= s_max):
-        given = s_churn, s_noise, s_min, s_max
-        raise ValueError(f"s_churn ≥ 0, s_noise ≥ 0 and s_min ≤ s_max are needed, got {given}")
+    check_numbers(least=0, s_churn=s_churn, s_noise=s_noise)
+    if not s_min <= s_max:
+        raise ValueError(f"s_min must be at most s_max, got s_min={s_min} and s_max={s_max}")
     churned = (s_min <= sigmas) & (sigmas <= s_max)
     return sigmas * (1 + churned * min(s_churn / len(sigmas), math.sqrt(2) - 1))
 

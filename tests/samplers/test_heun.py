@@ -443,9 +443,9 @@ def test_what_cannot_be_says_why(edm):
         ({"sigma_min": 0.0}, "0 < sigma_min < sigma_max"),
         ({"sigma_max": math.inf}, "0 < sigma_min < sigma_max"),
         ({"rho": 0.0}, "rho"),
-        ({"s_churn": -1.0}, "s_churn=-1"),
+        ({"s_churn": -1.0}, "s_churn must be at least 0"),
         ({"s_min": 2.0, "s_max": 1.0}, "s_min=2"),
-        ({"s_noise": -1.0}, "s_noise=-1"),
+        ({"s_noise": -1.0}, "s_noise must be at least 0"),
     ):
         with pytest.raises(ValueError, match=message):
             Heun(**arguments)
