@@ -1,7 +1,5 @@
 """Guided predictions along one trajectory."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -47,7 +45,7 @@ class Evaluate:
         seen: what observers are told of the current step: its first prediction and guidance.
     """
 
-    def __init__(self, sampler: Sampler, denoiser: Denoiser, guidance: Guidance | None, y: Tensor, x: Tensor):
+    def __init__(self, sampler: "Sampler", denoiser: Denoiser, guidance: Guidance | None, y: Tensor, x: Tensor):
         levels, scaling = sampler.evaluated(denoiser), sampler.scaling
         self.predict = prepare_clipped(denoiser, levels, y, sampler.clip_denoised)
         getattr(self.predict, "start", lambda x: None)(x)
