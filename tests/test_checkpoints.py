@@ -231,7 +231,7 @@ class TestOtherFiles:
                 for _ in range(depth):
                     network = Persistent({"a": network, "b": network})
                 (tmp_path / "a.pkl").write_bytes(pickle.dumps({"ema": network}))
-            with pytest.raises(CheckpointError, match="a.pkl: no weights file"):
+            with pytest.raises(CheckpointError, match="a.pkl: not a weights file"):
                 read_weights(tmp_path / "a.pkl")
 
     @pytest.mark.parametrize(

@@ -194,7 +194,9 @@ def _read(path: str | os.PathLike[str]) -> Weights:
     except CheckpointError:
         raise
     except Exception as error:  # a damaged or hostile pickle fails in as many ways as there are opcodes
-        raise CheckpointError(f"{path}: no weights file readable without executing code ({_reason(error)})") from error
+        raise CheckpointError(
+            f"{path}: not a weights file that can be read without executing code, or a truncated one ({_reason(error)})"
+        ) from error
 
 
 def _some(names: list[str], limit: int = 8) -> str:
