@@ -68,7 +68,7 @@ def build_network(
         known, file = ["pretrained"], "model.safetensors"
         make = partial(timm.create_model, model, pretrained=weights == "pretrained")
     else:
-        raise ValueError(f"network: unknown {name!r}; expected a name of torchvision/NAME (list_models()) or timm/NAME")
+        raise ValueError(f"network: unknown {name!r}; expected torchvision/NAME or timm/NAME of their list_models()")
     if not local and weights is not None and weights not in known:
         raise ValueError(f"weights: {name} has no {weights!r}; known: {', '.join(known)}, or a local file")
     width = {} if num_classes is None else {"num_classes": num_classes}
