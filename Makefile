@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH_BACKEND ?=
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test lint checkpoints compare calibrate-table calibrate-sweep few-steps sweep-ranking benchmarks figures clean
+.PHONY: install demo test lint docs checkpoints compare calibrate-table calibrate-sweep few-steps sweep-ranking benchmarks plots clean
 
 install: $(INSTALLED)
 
@@ -28,6 +28,14 @@ lint: $(INSTALLED)
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
+# The site, in build/site: a broken link or reference is an error. Runs the notebook; needs no network once installed.
+$(VENV)/.docs: $(INSTALLED)
+	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
+docs: $(VENV)/.docs
+	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # How checkpoints/digits was made. Replaces it.
 checkpoints: $(INSTALLED)
 	for name in classifier eval_classifier noise_aware diffusion; do $(BIN)/calib-guidance fit --config digits_$$name || exit 1; done
@@ -46,7 +54,7 @@ calibrate-sweep: $(INSTALLED)
 	$(BIN)/calib-guidance experiment --config calibration_sweep
 	$(BIN)/python docs/calibration_sweep.py outputs/experiments/calibration_sweep/runs.csv
 
-# Digits against the number of network evaluations: docs/few_steps.md. What docs/few_steps.json has is not measured again.
+# Digits against NFE: docs/few_steps.md. What docs/few_steps.json has is not measured again.
 few-steps: $(INSTALLED)
 	$(BIN)/python docs/few_steps.py --pages docs/few_steps.md
 
@@ -55,7 +63,7 @@ sweep-ranking: $(INSTALLED)
 	$(BIN)/python docs/sweep_ranking.py
 
 # The report of the demo and the pictures of the README and of docs/.
-figures: demo few-steps
+plots: demo few-steps
 	cp outputs/digits/plots/*.png docs/images/
 	$(BIN)/calib-guidance report outputs/digits
 	$(BIN)/python docs/first_picture.py

@@ -64,7 +64,7 @@ def main() -> None:
     print(
         "| batch | diffusers, s | here, s | diffusers / here (min … max) | largest difference |\n|---:|---:|---:|---:|---:|"
     )
-    figures = {}
+    ratios = {}
     for batch in options.batch:
         noise = torch.randn(batch, *denoiser.image_shape, generator=torch.Generator().manual_seed(0))
         y = torch.arange(batch, device=device)
@@ -81,10 +81,10 @@ def main() -> None:
 
         difference = float((theirs() - ours()).abs().max())
         times = in_turns({"diffusers": theirs, "here": ours}, options.rounds)
-        found = figures[f"batch {batch}: diffusers / here"] = ratio(times["diffusers"], times["here"])
+        found = ratios[f"batch {batch}: diffusers / here"] = ratio(times["diffusers"], times["here"])
         medians = " | ".join(f"{statistics.median(seconds):.2f}" for seconds in times.values())
         print(f"| {batch} | {medians} | {found} | {difference:.1e} |")
-    keep(options.json, f"against_diffusers, {options.size}", figures)
+    keep(options.json, f"against_diffusers, {options.size}", ratios)
 
 
 if __name__ == "__main__":

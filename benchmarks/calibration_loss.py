@@ -2,9 +2,9 @@
 
     python benchmarks/calibration_loss.py
 
-The steps take turns on one network, so that a drift of the machine's speed meets all of them. Differences of whole steps carry
+The steps take turns on one network, to expose all of them to the same drift of the machine. Differences of complete steps carry
 the noise of the step, which on a busy machine is above what a loss costs; the last column is free of it: the loss alone,
-forward and backward to the logits, as a share of the fastest plain step, which makes the most of it.
+forward and backward to the logits, as a fraction of the fastest plain step, which makes the most of it.
 """
 
 from __future__ import annotations
@@ -62,16 +62,16 @@ def main() -> None:
         name: lambda form=form: torch.autograd.grad(form(logits, y), logits) for name, form in FORMS.items()
     }
     steps = {name: lambda form=form: step(form) for name, form in {"none": None, **FORMS}.items()}
-    whole: dict[str, list[float]] = {name: [] for name in steps}
+    total: dict[str, list[float]] = {name: [] for name in steps}
     alone: dict[str, list[float]] = {name: [] for name in losses}
     for round_ in range(options.rounds + 1):
-        for functions, times in ((steps, whole), (losses, alone)):
+        for functions, times in ((steps, total), (losses, alone)):
             for name, function in functions.items():
                 taken = seconds(function)
                 if round_:  # the first is a warm-up
                     times[name].append(taken)
 
-    fastest = min(whole["none"])
+    fastest = min(total["none"])
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
     print(
         f"{where}, {options.rounds} rounds, batch {options.batch} of {options.size}×{options.size}; medians (min … max)"
@@ -79,14 +79,18 @@ def main() -> None:
     print(
         "| loss | step, ms | step / plain step | loss alone, ms | alone, % of fastest plain step |\n|---|---:|---:|---:|---:|"
     )
-    for name, times in whole.items():
-        ratios = [a / b for a, b in zip(times, whole["none"], strict=True)]
-        cells = [name, spread(times, 1e3, 1), spread(ratios, 1, 3)]
-        cells += [spread(alone[name], 1e3, 3), spread(alone[name], 100 / fastest, 3)] if name in alone else ["–", "–"]
+    for name, times in total.items():
+        ratios = [a / b for a, b in zip(times, total["none"], strict=True)]
+        cells = [name, with_range(times, 1e3, 1), with_range(ratios, 1, 3)]
+        cells += (
+            [with_range(alone[name], 1e3, 3), with_range(alone[name], 100 / fastest, 3)]
+            if name in alone
+            else ["–", "–"]
+        )
         print(f"| {' | '.join(cells)} |")
 
 
-def spread(values: list[float], unit: float, digits: int) -> str:
+def with_range(values: list[float], unit: float, digits: int) -> str:
     """Median (min … max)."""
     median, low, high = (f"{unit * v:.{digits}f}" for v in (statistics.median(values), min(values), max(values)))
     return f"{median} ({low} … {high})"

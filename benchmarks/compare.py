@@ -1,9 +1,9 @@
-"""Whether something got slower: figures that benchmarks wrote with ``--json`` against those of ``baseline.json``.
+"""Whether something got slower: ratios that benchmarks wrote with ``--json`` against those of ``baseline.json``.
 
     python benchmarks/sampling_step.py --json new.json && python benchmarks/compare.py new.json
 
-All figures are ratios of two forms that took turns on one machine, of which more is better, so that another machine may be
-compared with this one. Slower is what lies below the whole spread of the baseline, by more than a tenth of its median.
+A ratio is the time of one form over that of another; both took turns on one machine, and more is better. Ratios of two machines
+can be compared. A result is slower if it lies below the range of the baseline, by more than a tenth of its median.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import argparse
 import json
 from pathlib import Path
 
-from timing import BASELINE, Figure
+from timing import BASELINE, Ratio
 
 _TOLERANCE = 0.1
 
 
-def slower(before: Figure, now: Figure) -> bool:
-    """Whether a figure is worse than noise explains."""
+def slower(before: Ratio, now: Ratio) -> bool:
+    """Whether a ratio is worse than noise explains."""
     return now.high < before.low and now.median < (1 - _TOLERANCE) * before.median
 
 
@@ -31,21 +31,21 @@ def main() -> None:
     baseline, new = json.loads(found.baseline.read_text()), json.loads(found.new.read_text())
     worse, rows = [], []
     for benchmark, result in sorted(new.items()):
-        known = baseline.get(benchmark, {"figures": {}, "machine": "–"})
+        known = baseline.get(benchmark, {"ratios": {}, "machine": "–"})
         rows.append(f"| **{benchmark}** ({known['machine']} → {result['machine']}) | | | |")
-        for name, values in result["figures"].items():
-            now = Figure(*values)
-            if name not in known["figures"]:
+        for name, values in result["ratios"].items():
+            now = Ratio(*values)
+            if name not in known["ratios"]:
                 rows.append(f"| {name} | – | {now} | new |")
                 continue
-            before = Figure(*known["figures"][name])
+            before = Ratio(*known["ratios"][name])
             if slower(before, now):
                 worse.append(f"{benchmark}: {name} is {now.median / before.median:.2f} of what it was")
             rows.append(f"| {name} | {before} | {now} | {now.median / before.median:.2f} |")
-        gone = known["figures"].keys() - result["figures"].keys()
-        rows += [f"| {name} | {Figure(*known['figures'][name])} | – | gone |" for name in sorted(gone)]
+        gone = known["ratios"].keys() - result["ratios"].keys()
+        rows += [f"| {name} | {Ratio(*known['ratios'][name])} | – | gone |" for name in sorted(gone)]
     rows += [f"| **{benchmark}** (not measured now) | | | |" for benchmark in sorted(baseline.keys() - new.keys())]
-    print("| figure, more is better | baseline | now | now / baseline |\n|---|---:|---:|---:|")
+    print("| ratio, more is better | baseline | now | now / baseline |\n|---|---:|---:|---:|")
     print("\n".join(rows))
     if worse:
         raise SystemExit("slower:\n" + "\n".join(f"  {line}" for line in worse))

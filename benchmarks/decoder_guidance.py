@@ -3,9 +3,9 @@
     python benchmarks/decoder_guidance.py
 
 Floating-point operations, multiply and add each one, are counted at full width, on the meta device. Time is measured on this
-CPU at a reduced width whose parts have about the same shares of operations (printed), over whole trajectories that take turns,
-so that a drift of the machine's speed meets all of them. The unit is the step without classifier guidance: two evaluations of
-the transformer, for classifier-free guidance.
+CPU at a reduced width whose parts have about the same fractions of operations (printed), over complete
+trajectories that take turns, so a drift of the machine's speed meets all of them. The unit is the step without
+classifier guidance: two evaluations of the transformer, for classifier-free guidance.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def decoding(system: System, batch: int, decode_batch: int | None) -> tuple[floa
 
 
 def trajectories(system: System, steps: int, batch: int) -> tuple[dict[str, Callable[[], Tensor]], dict[str, float]]:
-    """Sampling with each kind of guidance, and the share of the steps that it guides."""
+    """Sampling with each kind of guidance, and the fraction of the steps that it guides."""
     denoiser = DiTDenoiser(system.network, vae=system.full, decode_batch=None)
     free = Combination(denoiser, ClassifierFreeGuidance(1.5), channels=3)
     sampler, y = DDPM(str(steps)), torch.arange(batch)
@@ -111,18 +111,18 @@ def trajectories(system: System, steps: int, batch: int) -> tuple[dict[str, Call
         "tiny autoencoder": {"decoder": system.tiny},
         "linear decoder": {"decoder": system.linear},
     }
-    runs, shares = {}, {}
+    runs, fractions = {}, {}
     for name, options in kinds.items():
         guidance = ClassifierGuidance(system.classifier, **{"scale": 0.5, "apply_to": "cfg_residual"} | options)
         active = guidance.schedule.active(sampler.levels(free))
-        shares[name] = sum(active) / len(active) if guidance.scale else 0.0
+        fractions[name] = sum(active) / len(active) if guidance.scale else 0.0
 
         def run(guidance: ClassifierGuidance = guidance) -> Tensor:
             noise = SampleStreams([0] * batch, range(batch), free.image_shape)
             return sampler(free, noise, y, guidance)
 
         runs[name] = run
-    return runs, shares
+    return runs, fractions
 
 
 def main() -> None:
@@ -139,7 +139,7 @@ def main() -> None:
         full, reduced = count(system), count(reduced_width())
         memory = {part: decoding(system, 8, part) for part in (None, 4, 2, 1)}
     print(
-        "| operations per image, 10⁹ | DiT-XL/2 | share of a step | reduced | share of a step |\n|---|---:|---:|---:|---:|"
+        "| operations per image, 10⁹ | DiT-XL/2 | fraction of a step | reduced | fraction of a step |\n|---|---:|---:|---:|---:|"
     )
     names = {"step": "a step: two evaluations", "full": "full decoder", "tiny": "tiny autoencoder"}
     names |= {"linear": "linear decoder", "classifier": "classifier"}
@@ -152,7 +152,7 @@ def main() -> None:
     for part, (gigabytes, each) in memory.items():
         print(f"| {part or 'all'} | {gigabytes:.1f} | {each:,.0f} |")
 
-    runs, shares = trajectories(reduced_width(), options.steps, options.batch)
+    runs, fractions = trajectories(reduced_width(), options.steps, options.batch)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for round_ in range(options.rounds + 1):
         for name, run in runs.items():
@@ -172,10 +172,10 @@ def main() -> None:
         counts = []
         for c in (full, reduced):
             part = decoders.get(name.split(",")[0])
-            extra = shares[name] * (c[part] + c["classifier"]) if part else 0.0
+            extra = fractions[name] * (c[part] + c["classifier"]) if part else 0.0
             counts.append(f"{1 + extra / c['step']:.2f}")
         print(
-            f"| {name} | {100 * shares[name]:.0f} % | {' | '.join(counts)} | {statistics.median(ratios):.2f} "
+            f"| {name} | {100 * fractions[name]:.0f} % | {' | '.join(counts)} | {statistics.median(ratios):.2f} "
             f"({ratios[0]:.2f} … {ratios[-1]:.2f}) | {1e3 * statistics.median(found):.0f} |"
         )
 

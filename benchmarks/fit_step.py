@@ -23,7 +23,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timing import Figure, in_turns, keep, machine, parser, ratio
+from timing import Ratio, in_turns, keep, machine, parser, ratio
 from torch import Tensor
 
 from calib_guidance.backend.images import to_uint8
@@ -34,7 +34,7 @@ from calib_guidance.networks import UNet
 from calib_guidance.tasks import CalibrateClassifier, TrainDiffusion
 from calib_guidance.training import DenoisedInput, NoisyInput
 
-FIGURES: dict[str, Figure] = {}
+RATIOS: dict[str, Ratio] = {}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Step = Callable[[], Tensor]
 
@@ -58,7 +58,7 @@ def stepper(module: L.LightningModule, batch: dict[str, Tensor], half: bool = Fa
 
 def report(name: str, plain: list[float], tuned: list[float], difference: str) -> None:
     """One line of the table."""
-    found = FIGURES[f"{name}: plain / tuned"] = ratio(plain, tuned)
+    found = RATIOS[f"{name}: plain / tuned"] = ratio(plain, tuned)
     medians = " | ".join(f"{1e3 * statistics.median(seconds):.1f}" for seconds in (plain, tuned))
     print(f"| {name} | {medians} | {found} | {difference} |", flush=True)
 
@@ -174,7 +174,7 @@ def main() -> None:
         denoised_online(options.rounds, options.batch, options.size, options.channels)
     if "loading" in options.parts:
         loading(options.rounds, options.workers, options.pause)
-    keep(options.json, "fit_step", FIGURES)
+    keep(options.json, "fit_step", RATIOS)
 
 
 if __name__ == "__main__":

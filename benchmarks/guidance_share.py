@@ -1,10 +1,10 @@
-"""What classifier guidance costs, against its share of the operations of a step.
+"""What classifier guidance costs, against its fraction of the operations of a step.
 
     python benchmarks/guidance_share.py
 
-Whole short trajectories with and without guidance take turns; the guidance's share of the time is what the guided one takes
+Complete short trajectories with and without guidance take turns; the guidance's fraction of the time is what the guided one takes
 more. Operations are counted, multiply and add each one. A classifier that is as well suited to the machine as the network is has
-the same share of both.
+the same fraction of both.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from timing import Figure, in_turns, keep, machine, parser
+from timing import Ratio, in_turns, keep, machine, parser
 from torch import Tensor
 
 from calib_guidance.backend.counters import FlopCounter
@@ -56,9 +56,11 @@ def main() -> None:
         for name, classifier in classifiers.items()
     }
     print(f"ADM-64 at 64 channels, js guidance on x̂0; {machine()}, {options.rounds} rounds, {options.steps} steps\n")
-    print("| guided by | batch | share of operations | share of time (min … max) | time / operations | ms a step |")
+    print(
+        "| guided by | batch | fraction of operations | fraction of time (min … max) | time / operations | ms a step |"
+    )
     print("|---|---:|---:|---:|---:|---:|")
-    figures = {}
+    ratios = {}
     for batch in options.batch:
         runs = {name: trajectory(denoiser, guide, options.steps, batch) for name, guide in forms.items()}
         counts = {}
@@ -69,15 +71,19 @@ def main() -> None:
         times = in_turns(runs, options.rounds)
         for name in classifiers:
             by_operations = 1 - counts["none"] / counts[name]
-            by_time = Figure.of([1 - plain / guided for plain, guided in zip(times["none"], times[name], strict=True)])
+            by_time = Ratio.of([1 - plain / guided for plain, guided in zip(times["none"], times[name], strict=True)])
             each = 1e3 * statistics.median(times[name]) / options.steps
             print(
                 f"| {name} | {batch} | {100 * by_operations:.1f} % | {100 * by_time.median:.1f} % ({100 * by_time.low:.1f} … "
                 f"{100 * by_time.high:.1f}) | {by_time.median / by_operations:.2f} | {each:.0f} |"
             )
-            shares = [by_operations / max(share, 1e-3) for share in (by_time.median, by_time.high, by_time.low)]
-            figures[f"{name}, batch {batch}: share of operations / share of time"] = Figure(*shares, options.rounds)
-    keep(options.json, "guidance_share", figures)
+            fractions = [
+                by_operations / max(fraction, 1e-3) for fraction in (by_time.median, by_time.high, by_time.low)
+            ]
+            ratios[f"{name}, batch {batch}: fraction of operations / fraction of time"] = Ratio(
+                *fractions, options.rounds
+            )
+    keep(options.json, "guidance_share", ratios)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 import scipy.linalg
 import torch
-from timing import Figure, in_turns, keep, machine, parser, ratio
+from timing import Ratio, in_turns, keep, machine, parser, ratio
 from torch import Tensor
 
 from calib_guidance.metrics import covariance_root, frechet_distance, mean_and_covariance, precision_recall
@@ -38,7 +38,7 @@ def by_sqrtm(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Ten
     return float(difference @ difference + np.trace(covariance1.numpy() + covariance2.numpy() - 2 * root.real))
 
 
-def frechet(samples: int, width: int, rounds: int) -> dict[str, Figure]:
+def frechet(samples: int, width: int, rounds: int) -> dict[str, Ratio]:
     """Print the table of times; returns the ratios."""
     moments = [*mean_and_covariance(features(samples, width, 1)), *mean_and_covariance(features(samples, width, 2))]
     root = covariance_root(moments[1])
@@ -52,13 +52,13 @@ def frechet(samples: int, width: int, rounds: int) -> dict[str, Figure]:
     theirs = next(iter(forms))
     print(f"Fréchet distance, {width} dimensions, {samples} samples, {rounds} rounds; medians (min … max)")
     print("| form | seconds | sqrtm / this | relative difference |\n|---|---:|---:|---:|")
-    figures = {}
+    ratios = {}
     for name, seconds in times.items():
-        figures[f"sqrtm / {name}"] = found = ratio(times[theirs], seconds)
+        ratios[f"sqrtm / {name}"] = found = ratio(times[theirs], seconds)
         difference = abs(values[name] / values[theirs] - 1)
-        print(f"| {name} | {Figure.of(seconds)} | {found} | {difference:.1e} |")
-    del figures[f"sqrtm / {theirs}"]
-    return figures
+        print(f"| {name} | {Ratio.of(seconds)} | {found} | {difference:.1e} |")
+    del ratios[f"sqrtm / {theirs}"]
+    return ratios
 
 
 def memory(samples: int, width: int) -> None:
@@ -80,7 +80,7 @@ def peak() -> float:
 
 
 def main() -> None:
-    """Print the figures."""
+    """Print the ratios."""
     arguments = parser(__doc__, rounds=3)
     arguments.add_argument("--samples", type=int, default=10_000)
     arguments.add_argument("--width", type=int, default=2048)

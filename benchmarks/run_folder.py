@@ -1,15 +1,15 @@
-"""What it costs to keep samples so that a run can be stopped at any instant, and whether memory grows with their number.
+"""What it costs to keep a run stoppable at any instant, and whether memory grows with their number.
 
     python benchmarks/run_folder.py
 
-The first table has whole runs, from their first batch to their last file, that keep samples beside the next batch, as shipped,
-against runs that keep each batch before they go on. What is written is compared first, byte for byte. A device that leaves the
-CPU alone is simulated: its samples are there after a pause.
+The first table times complete runs, from their first batch to their last file. Runs that write samples beside the next batch, as
+shipped, are compared with runs that write each batch before the next one starts; their files are compared first, byte for byte.
+A device that leaves the CPU alone is simulated: its samples are there after a pause.
 
 Encoding, checksums, writing to the disk (with fsync), claiming, renewing and looking at the folder are then timed inside runs
-of the shipped digits configuration that keep each batch before they go on, against the seconds that the same run samples. For
-ADM at 128×128 they are timed per image on smooth noise, which compresses like photographs do at best, and compared with one
-step of the network on this machine.
+of the shipped digits configuration that write each batch before the next one starts, against the seconds that the same run
+samples. For ADM at 128×128 they are timed per image on smooth noise, which compresses like photographs do at best, and
+compared with one step of the network on this machine.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 import yaml
-from timing import Figure, keep, machine, parser, ratio
+from timing import Ratio, keep, machine, parser, ratio
 from torch import Tensor
 
 from calib_guidance.backend.images import to_uint8
@@ -43,7 +43,7 @@ from calib_guidance.runs.claims import Claims
 from calib_guidance.runs.context import ShardPart
 from calib_guidance.tasks.retry import Attempt
 
-FIGURES: dict[str, Figure] = {}
+RATIOS: dict[str, Ratio] = {}
 
 CONFIG = "lightning_configs/predict/digits.yaml"
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
@@ -73,7 +73,7 @@ class Clock:
 
 
 class AtOnce(Background):
-    """Does each job before it goes on."""
+    """Does each job before it returns."""
 
     def give(self, job: Callable[[], object]) -> None:
         self._do(job)
@@ -87,7 +87,7 @@ class Prepared(CalibGuidanceCLI):
         pass
 
 
-class Whole(L.Callback):
+class Stopwatch(L.Callback):
     """Seconds from the first batch to the last file; list it last."""
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -122,7 +122,7 @@ def beside(name: str, rounds: int, samples: int, batch: int, steps: int, pause: 
     with only_the_writer() as overlay:
         cli = predict(root.name, samples, steps, 2 * batch, overlay, batch=batch, cli=Prepared)
     writer = next(callback for callback in cli.trainer.callbacks if isinstance(callback, SampleWriter))
-    cli.trainer.callbacks.append(whole := Whole())
+    cli.trainer.callbacks.append(stopwatch := Stopwatch())
     if pause:
         images = smooth_noise(batch, side)
 
@@ -133,13 +133,13 @@ def beside(name: str, rounds: int, samples: int, batch: int, steps: int, pause: 
         cli.model.attempt = attempt
 
     def run(kind: type[Background]) -> tuple[float, float, dict[str, bytes]]:
-        """Seconds of the whole and of sampling, and the files."""
+        """Seconds of the run and of sampling, and the files."""
         with tempfile.TemporaryDirectory() as folder, mock.patch.object(sample_writer, "Background", kind):
             writer.folder = folder
             cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
             folder = RunFolder.open(folder)
             sampling = sum(folder.record(shard)["seconds"] for shard in folder.shards())
-            return whole.seconds, sampling, {path.name: path.read_bytes() for path in folder.samples.iterdir()}
+            return stopwatch.seconds, sampling, {path.name: path.read_bytes() for path in folder.samples.iterdir()}
 
     assert run(AtOnce)[2] == run(Background)[2], "what is written differs"
     before, after, sampling = [], [], []
@@ -149,7 +149,7 @@ def beside(name: str, rounds: int, samples: int, batch: int, steps: int, pause: 
         sampling.append(1e3 * alone / samples)
         after.append(1e3 * run(Background)[0] / samples)
     root.cleanup()
-    found = FIGURES[f"{name}: kept first / beside the next"] = ratio(before, after)
+    found = RATIOS[f"{name}: kept first / beside the next"] = ratio(before, after)
     kept = [statistics.median(b - s for b, s in zip(times, sampling, strict=True)) for times in (before, after)]
     print(
         f"| {name} | {statistics.median(sampling):.2f} | {statistics.median(before):.2f} | {statistics.median(after):.2f} | "
@@ -185,7 +185,7 @@ def predict(
 
 
 def digits(samples: int) -> None:
-    """Share of keeping samples in the shipped configuration."""
+    """Fraction of the time that keeping samples takes, in the shipped configuration."""
     clock = Clock()
     for owner, names in {
         SampleWriter: ("_begin", "_log_state", "_keep"),
@@ -252,7 +252,9 @@ def main() -> None:
     """Print the tables."""
     arguments = parser(__doc__, rounds=7)
     arguments.add_argument("--samples", type=int, default=300, help="of the digits (%(default)s)")
-    arguments.add_argument("--only-table", action="store_true", help="whole runs alone, without the memory and ADM-128")
+    arguments.add_argument(
+        "--only-table", action="store_true", help="complete runs alone, without the memory and ADM-128"
+    )
     arguments.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
     options = arguments.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -267,18 +269,18 @@ def main() -> None:
         "| run | sampling alone | each batch kept first | beside the next | keeping, first | keeping, beside | ratio (range) |"
     )
     print("|---|---:|---:|---:|---:|---:|---:|")
-    # Of what keeping costs the last batch is left, for which there is no next one.
+    # Only the last batch has no next one to hide its cost behind.
     beside("simulated device, 128×128, 50 ms per image", options.rounds, 96, 8, 2, 0.4, 128)
     beside("simulated device, 32×32, 5 ms per image", options.rounds, 384, 32, 2, 0.16, 32)
     beside("digits on the CPU, 2 steps", options.rounds, 400, 50, 2)
     beside("digits on the CPU, 25 steps", options.rounds, 200, 50, 25)
-    keep(options.json, "run_folder", FIGURES)
+    keep(options.json, "run_folder", RATIOS)
     if not options.only_table:
         adm128(64)
         digits(options.samples)
         few, many = memory(1000), memory(10000)
-        share = 100 * (many / few - 1)
-        print(f"peak memory: {few / 1e3:.0f} MB for 1,000 samples, {many / 1e3:.0f} MB for 10,000: {share:+.1f} %")
+        fraction = 100 * (many / few - 1)
+        print(f"peak memory: {few / 1e3:.0f} MB for 1,000 samples, {many / 1e3:.0f} MB for 10,000: {fraction:+.1f} %")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/sampling_step.py
 
-The plain network is eager, in contiguous memory, with einsum attention, PyTorch's own normalisation, activation and 1×1
+The plain network is eager, in contiguous memory, with einsum attention, PyTorch's own normalization, activation and 1×1
 convolutions, and embeddings computed at every step, as guided-diffusion runs. The plain classifier is in contiguous memory with
 its BatchNorm left as it is. Outputs are compared before anything is timed, and the two sides take turns, so that a drift of the
 machine's speed meets both.
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from guidance_share import ADM64
 from PIL import Image
-from timing import Figure, in_turns, keep, machine, parser, ratio
+from timing import Ratio, in_turns, keep, machine, parser, ratio
 from torch import Tensor
 
 from calib_guidance.backend import tuning
@@ -58,7 +58,7 @@ class Table:
     """Prints a line for each part, and keeps the ratios."""
 
     def __init__(self) -> None:
-        self.figures: dict[str, Figure] = {}
+        self.ratios: dict[str, Ratio] = {}
 
     def add(
         self,
@@ -71,7 +71,7 @@ class Table:
     ) -> float:
         """Time both, in turns; returns the median seconds of ``here``."""
         times = in_turns({"plain": plain, "here": here}, rounds)
-        found = self.figures[f"{name}: {against}"] = ratio(times["plain"], times["here"])
+        found = self.ratios[f"{name}: {against}"] = ratio(times["plain"], times["here"])
         medians = " | ".join(f"{1e3 * statistics.median(seconds):.1f}" for seconds in times.values())
         print(f"| {name} | {medians} | {found} | {error:.1e} |")
         return statistics.median(times["here"])
@@ -181,7 +181,7 @@ def write(images: Tensor) -> None:
         Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(io.BytesIO(), format="PNG")
 
 
-def overhead(name: str, denoiser: Denoiser, batch: int, step: float) -> tuple[str, Figure]:
+def overhead(name: str, denoiser: Denoiser, batch: int, step: float) -> tuple[str, Ratio]:
     """What sampler, noise and, spread over 250 steps, writing take of a step of ``step`` seconds; how often they go into it."""
     sampler, y = DDPM("25"), torch.zeros(batch, dtype=torch.long)
     parts: list[tuple[float, float, float]] = []
@@ -198,9 +198,9 @@ def overhead(name: str, denoiser: Denoiser, batch: int, step: float) -> tuple[st
         random = (drawn - started) / 25
         parts.append(((made - drawn) / 25 - random, random, (done - made) / 250))
     columns = [statistics.median(column) for column in zip(*parts[1:], strict=True)]
-    shares = [f"{1e3 * seconds:.3f} ms ({100 * seconds / step:.2f} %)" for seconds in (*columns, sum(columns))]
-    print(f"| {name} | {1e3 * step:.0f} ms | {' | '.join(shares)} |")
-    return f"{name}: step / sampler, noise and writing", Figure.of([step / sum(part) for part in parts[1:]])
+    fractions = [f"{1e3 * seconds:.3f} ms ({100 * seconds / step:.2f} %)" for seconds in (*columns, sum(columns))]
+    print(f"| {name} | {1e3 * step:.0f} ms | {' | '.join(fractions)} |")
+    return f"{name}: step / sampler, noise and writing", Ratio.of([step / sum(part) for part in parts[1:]])
 
 
 def main() -> None:
@@ -231,8 +231,8 @@ def main() -> None:
     print(
         "\n| of a guided step | step | sampler | noise | writing, of 250 steps | together |\n|---|---:|---:|---:|---:|---:|"
     )
-    table.figures |= dict(overhead(*step) for step in steps)
-    keep(options.json, "sampling_step", table.figures)
+    table.ratios |= dict(overhead(*step) for step in steps)
+    keep(options.json, "sampling_step", table.ratios)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python benchmarks/scaling.py
 
 The processes are workers that know nothing of each other and share the cores evenly, as jobs on a machine do; on a machine with
-several GPUs each takes its own. Timed is what all of them take from the first shard that is written to the last, so that
-importing libraries and loading weights, which everyone does once, is left out.
+several GPUs each takes its own. The time runs from the first shard that is written to the last. It excludes
+importing libraries and loading weights, which each process does once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from timing import Figure, keep, machine, parser
+from timing import Ratio, keep, machine, parser
 
 CONFIG = "lightning_configs/predict/digits.yaml"
 
@@ -66,13 +66,13 @@ def main() -> None:
                 rates.append(sample(number, options.images, Path(root, f"{round_}-{number}")))
     print(f"{machine()}, {options.images} images, {options.rounds} rounds\n")
     print("| processes | images per second | over one process (min … max) |\n|---:|---:|---:|")
-    first, figures = next(iter(found.values())), {}
+    first, ratios = next(iter(found.values())), {}
     for number, rates in found.items():
-        gain = Figure.of([a / b for a, b in zip(rates, first, strict=True)])
-        print(f"| {number} | {Figure.of(rates)} | {gain} |")
+        gain = Ratio.of([a / b for a, b in zip(rates, first, strict=True)])
+        print(f"| {number} | {Ratio.of(rates)} | {gain} |")
         if rates is not first:
-            figures[f"{number} processes over {options.processes[0]}"] = gain
-    keep(options.json, "scaling", figures)
+            ratios[f"{number} processes over {options.processes[0]}"] = gain
+    keep(options.json, "scaling", ratios)
 
 
 if __name__ == "__main__":

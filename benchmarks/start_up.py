@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from timing import Figure, keep, machine, parser, ratio
+from timing import Ratio, keep, machine, parser, ratio
 
 ROOT = Path(__file__).parents[1]
 _MAIN = "from calib_guidance.cli import main; main()"
@@ -86,10 +86,10 @@ def main() -> None:
                     times[name].append(seconds)
     print(machine())
     print("| process | CPU seconds | import torch / process |\n|---|---:|---:|")
-    figures = {name: ratio(times["import torch"], seconds) for name, seconds in times.items()}
+    ratios = {name: ratio(times["import torch"], seconds) for name, seconds in times.items()}
     for name, seconds in times.items():
-        print(f"| {name} | {Figure.of(seconds)} | {figures[name]} |")
-    keep(options.json, "start_up", {f"{name}: import torch / process": figure for name, figure in figures.items()})
+        print(f"| {name} | {Ratio.of(seconds)} | {ratios[name]} |")
+    keep(options.json, "start_up", {f"{name}: import torch / process": value for name, value in ratios.items()})
 
 
 if __name__ == "__main__":

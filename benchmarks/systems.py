@@ -1,4 +1,4 @@
-"""Whole published systems: images per second, arithmetic against what the device's matrix products reach, what guidance takes.
+"""Complete published systems: images per second, arithmetic against what the device's matrix products reach, what guidance takes.
 
     python benchmarks/systems.py                  # on a GPU: full size, bfloat16
     python benchmarks/systems.py --width reduced  # on a CPU: the same parts, narrow, float32
@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
-from timing import Figure, in_turns, keep, machine, parser, ratio, synchronize
+from timing import Ratio, in_turns, keep, machine, parser, ratio, synchronize
 from torch import Tensor
 from torchvision.models.resnet import Bottleneck, ResNet
 
@@ -163,7 +163,7 @@ def main() -> None:
     arguments.add_argument("--width", choices=("full", "reduced"), default="full" if device == "cuda" else "reduced")
     arguments.add_argument("--system", choices=SYSTEMS, nargs="+", default=list(SYSTEMS), help="(all)")
     arguments.add_argument("--steps", type=int, default=4, help="of a timed trajectory (%(default)s)")
-    arguments.add_argument("--batch", type=int, help="images; as large as helps where it is left out")
+    arguments.add_argument("--batch", type=int, help="images; the default grows it as long as that helps")
     arguments.add_argument("--dtype", default="bfloat16", help="of networks at full width (%(default)s)")
     arguments.add_argument("--compile", action="store_true", help="compile the networks")
     options = arguments.parse_args()
@@ -172,7 +172,7 @@ def main() -> None:
     products, product_operations = matrix_products(device, getattr(torch, options.dtype) if full else torch.float32)
     print(f"{machine()}, {options.width} width, {options.steps} steps, {options.rounds} rounds\n")
     print(f"| {' | '.join(COLUMNS)} |\n|---|---|{'---:|' * (len(COLUMNS) - 2)}")
-    figures: dict[str, Figure] = {}
+    ratios: dict[str, Ratio] = {}
     for name in options.system:
         make = SYSTEMS[name]
         with torch.device("meta"):
@@ -191,19 +191,19 @@ def main() -> None:
             speeds = [batch * counts[kind] / s / 1e12 for s in seconds]
             of_products = ratio(speeds, rates)
             images = batch * options.steps / system.published_steps / statistics.median(seconds)
-            share = Figure.of([1 - plain / s for plain, s in zip(times["none"], seconds, strict=True)])
+            fraction = Ratio.of([1 - plain / s for plain, s in zip(times["none"], seconds, strict=True)])
             cells = [name, kind, batch, f"{images:.3g}", f"{statistics.median(speeds):.2f}"]
             cells.append(f"{statistics.median(rates):.2f} ({100 * of_products.median:.0f} %)")
             if kind == "none":
                 cells += ["–", "–"]
             else:
-                by_time = f"{100 * share.median:.1f} % ({100 * share.low:.1f} … {100 * share.high:.1f})"
+                by_time = f"{100 * fraction.median:.1f} % ({100 * fraction.low:.1f} … {100 * fraction.high:.1f})"
                 cells += [by_time, f"{100 * (1 - counts['none'] / counts[kind]):.1f} %"]
-                figures[f"{name}: unguided / {kind}"] = ratio(times["none"], seconds)
+                ratios[f"{name}: unguided / {kind}"] = ratio(times["none"], seconds)
             cells.append("–" if peaks[kind] is None else f"{peaks[kind]:.1f}")
             print(f"| {' | '.join(map(str, cells))} |")
-            figures[f"{name}, {kind}: share of matrix products"] = of_products
-    keep(options.json, f"systems, {options.width}", figures)
+            ratios[f"{name}, {kind}: fraction of matrix products"] = of_products
+    keep(options.json, f"systems, {options.width}", ratios)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmarks share: forms that take turns, tables of ratios, and figures that are kept for a later comparison."""
+"""What the benchmarks share: forms that take turns, tables of ratios, and files of ratios for a later comparison."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import torch
 BASELINE = Path(__file__).with_name("baseline.json")
 
 
-class Figure(NamedTuple):
-    """A ratio with its spread over rounds, of which more is better.
+class Ratio(NamedTuple):
+    """A ratio over rounds; more is better.
 
     Attributes:
         median, low, high: over the rounds.
@@ -31,7 +31,7 @@ class Figure(NamedTuple):
     rounds: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Figure:
+    def of(cls, values: Sequence[float]) -> Ratio:
         return cls(statistics.median(values), min(values), max(values), len(values))
 
     def __str__(self) -> str:
@@ -47,7 +47,7 @@ def synchronize() -> None:
 def in_turns(forms: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each form in each round, after one round that warms up.
 
-    They take turns, so that a drift of the machine's speed meets all of them, and a ratio within a round is of neighbours.
+    They take turns: a drift of the machine's speed meets all of them, and a ratio compares runs within one round.
     """
     times: dict[str, list[float]] = {name: [] for name in forms}
     for round_ in range(rounds + 1):
@@ -61,13 +61,13 @@ def in_turns(forms: Mapping[str, Callable[[], object]], rounds: int) -> dict[str
     return times
 
 
-def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Figure:
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:
     """Round by round."""
-    return Figure.of([a / b for a, b in zip(numerator, denominator, strict=True)])
+    return Ratio.of([a / b for a, b in zip(numerator, denominator, strict=True)])
 
 
 def machine() -> str:
-    """What the figures were measured on."""
+    """What the ratios were measured on."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{len(os.sched_getaffinity(0))} cores of {platform.machine()}, {torch.get_num_threads()} threads"
@@ -77,18 +77,18 @@ def parser(description: str, rounds: int) -> argparse.ArgumentParser:
     """Options that every benchmark has."""
     found = argparse.ArgumentParser(description=description.splitlines()[0])
     found.add_argument("--rounds", type=int, default=rounds, help="timed rounds (%(default)s)")
-    found.add_argument("--json", type=Path, help="file to add the figures to, for benchmarks/compare.py")
+    found.add_argument("--json", type=Path, help="file to add the ratios to, for benchmarks/compare.py")
     return found
 
 
-def keep(path: Path | None, benchmark: str, figures: Mapping[str, Figure]) -> None:
-    """Put the figures of a benchmark into a file, in place of those that it has of it."""
+def keep(path: Path | None, benchmark: str, ratios: Mapping[str, Ratio]) -> None:
+    """Put the ratios of a benchmark into a file, in place of those that it has of it."""
     if path is None:
         return
     known = json.loads(path.read_text()) if path.is_file() else {}
     known[benchmark] = {
         "machine": machine(),
         "torch": torch.__version__,
-        "figures": {name: [round(v, 5) for v in figure[:3]] + [figure.rounds] for name, figure in figures.items()},
+        "ratios": {name: [round(v, 5) for v in value[:3]] + [value.rounds] for name, value in ratios.items()},
     }
     path.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")

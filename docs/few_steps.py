@@ -1,9 +1,9 @@
-"""Digits against the number of network evaluations: the tables and the plot of few_steps.md.
+"""Digits against NFE: the tables and the plot of few_steps.md.
 
     python docs/few_steps.py
 
-Each setting is measured once and kept in ``few_steps.json``: a stopped run goes on, a new setting is one run more, and where all
-are there the page is only drawn anew.
+Each setting is measured once and kept in ``few_steps.json``: a stopped run resumes, a new setting is one run more, and where all
+are there the page is only drawn again.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MEASURES = ("Fréchet ↓", "precision ↑", "recall ↑", "accuracy ↑")
 LEADING = 1.6
 SDE, TWO_M = "DPM-Solver++ 2M SDE", "DPM-Solver++ 2M"
 SAMPLERS = ("DDPM", SDE, "DDIM", TWO_M, "UniPC", "Heun")
-# Okabe & Ito's colours, which colour-blind readers tell apart.
+# Okabe & Ito's colors, which color-blind readers tell apart.
 STYLES = dict(
     zip(
         SAMPLERS,
@@ -87,7 +87,7 @@ class Setting(NamedTuple):
 
 
 def settings() -> Iterator[Setting]:
-    """Those of both tables and the figure, the short ones first."""
+    """Those of both tables and the plot, the short ones first."""
     for n in EVALUATIONS:
         for name in SAMPLERS:
             yield Setting(name, n)
@@ -185,8 +185,8 @@ def cells(found: dict[str, list[float]], setting: Setting, seeds: list[int], n: 
     texts = []
     for m in measures:
         values, digits = [row[m] for row in rows], 3 if m else 2
-        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-        texts.append(f"{statistics.mean(values):.{digits}f}{spread}")
+        std = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        texts.append(f"{statistics.mean(values):.{digits}f}{std}")
     return texts
 
 
@@ -260,7 +260,7 @@ def draw(found: dict[str, list[float]], seeds: list[int], n: int, path: Path) ->
                 axis.minorticks_off()
             else:
                 axis.set(ylim=(0, 1.02))
-    figure.supxlabel("network evaluations", fontsize=10)
+    figure.supxlabel("NFE", fontsize=10)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     for suffix in (".png", ".pdf"):
@@ -269,15 +269,15 @@ def draw(found: dict[str, list[float]], seeds: list[int], n: int, path: Path) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Digits against the number of network evaluations.")
+    parser = argparse.ArgumentParser(description="Digits against NFE.")
     parser.add_argument(
         "--pages", type=Path, nargs="*", default=[Path("docs/few_steps.md")], help="pages with the marks"
     )
-    parser.add_argument("--figure", type=Path, default=Path("docs/images/few_steps.png"))
+    parser.add_argument("--plot", type=Path, default=Path("docs/images/few_steps.png"))
     parser.add_argument("--cache", type=Path, default=Path("docs/few_steps.json"), help="what is measured")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--fresh-seeds", type=int, nargs="*", default=list(FRESH_SEEDS), help="of what is claimed")
-    parser.add_argument("--most", type=int, default=max(EVALUATIONS), help="leave out settings of more evaluations")
+    parser.add_argument("--most", type=int, default=max(EVALUATIONS), help="skip settings with a larger NFE")
     parser.add_argument("-n", type=int, default=500, help="digits per setting")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()

@@ -25,7 +25,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
 def batches(paths: list[Path], size: int, batch: int) -> Iterator[Tensor]:
-    """Images ``(N, 3, size, size)`` in [-1, 1], resized and cut from the centre."""
+    """Images ``(N, 3, size, size)`` in [-1, 1], resized and cut from the center."""
     prepare = v2.Compose([v2.ToImage(), v2.Resize(size, antialias=True), v2.CenterCrop(size)])
     for start in range(0, len(paths), batch):
         images = [prepare(Image.open(path).convert("RGB")) for path in paths[start : start + batch]]
@@ -39,7 +39,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--vae", required=True, help="diffusers folder, or hf://OWNER/NAME")
     parser.add_argument("--images", required=True, type=Path, help="folder of images, searched below too")
     parser.add_argument("--output", required=True, help="safetensors file to write")
-    parser.add_argument("--count", type=int, default=256, help="images, spread over the folder (%(default)s)")
+    parser.add_argument("--count", type=int, default=256, help="images, taken evenly from the folder (%(default)s)")
     parser.add_argument("--size", type=int, default=256, help="side in pixels (%(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="at a time (%(default)s)")
     parser.add_argument("--latent-scale", type=float, default=0.18215, help="as in the denoiser (%(default)s)")

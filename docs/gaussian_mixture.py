@@ -84,9 +84,9 @@ METHODS = [
 class Measured(NamedTuple):
     energy: float
     to_nominal: float | None
-    share: float
+    fraction: float
     offset: float
-    spread: float
+    variance_ratio: float
 
 
 class Gaussians:
@@ -124,13 +124,13 @@ def energy_distance(a: Tensor, b: Tensor) -> float:
 
 
 def grid() -> Tensor:
-    """Centres of cells ``(CELLS², 2, 1, 1)``, x fastest."""
+    """Centers of cells ``(CELLS², 2, 1, 1)``, x fastest."""
     v = (torch.arange(CELLS, dtype=torch.float64) + 0.5) / CELLS * 2 * EXTENT - EXTENT
     return torch.cartesian_prod(v, v).flip(1)[:, :, None, None]
 
 
 def nominal(method: Method, mixture: GaussianMixture) -> Tensor | None:
-    """p(x)·exp(S(x)) ``(CELLS²,)``, normalised; None where a sample's score depends on others."""
+    """p(x)·exp(S(x)) ``(CELLS²,)``, normalized; None where a sample's score depends on others."""
     if method.score is None or method.score.group_size > 1:
         return None
     x = grid()
@@ -246,16 +246,18 @@ def number(value: float, digits: int = 4) -> str:
 
 
 def table(measured: dict[str, Measured]) -> str:
-    columns = "to p(x \\| y)", "to the nominal target", "share of class y", "mean to μ_y", "variance / exact"
+    columns = "to p(x \\| y)", "to the nominal target", "fraction of class y", "mean to μ_y", "variance / exact"
     rows = []
     for name, m in measured.items():
         target = "–" if m.to_nominal is None else number(m.to_nominal)
-        rows.append((name, number(m.energy), target, number(m.share, 3), number(m.offset, 3), number(m.spread, 2)))
+        rows.append(
+            (name, number(m.energy), target, number(m.fraction, 3), number(m.offset, 3), number(m.variance_ratio, 2))
+        )
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [("guidance", *columns), ("---",) * 6, *rows])
 
 
 def leads_away(mixture: GaussianMixture, conditional: bool) -> float:
-    """Share of the class, in per cent, where the gradient points away from μ_y."""
+    """Fraction of the class, in percent, where the gradient points away from μ_y."""
     x = mixture.sample(100_000, Y, torch.Generator().manual_seed(SEED))
     towards = (gradients(x, mixture, conditional) * (mixture.means[Y] - x.flatten(1))).sum(1)
     return 100 * float((towards < 0).double().mean())
@@ -283,9 +285,9 @@ def report(
     p, others = ddpm[plain], {name: m for name, m in ddpm.items() if name not in (exact, aware)}
     ranked = sorted(others, key=lambda name: others[name].energy)
     closer = [f"“{name}”" for name in ranked if others[name].energy < p.energy - bound]
-    # Three standard errors, of a share and of a variance of n numbers in each of two directions.
-    larger = [name for name in others if others[name].share > share + 3 * math.sqrt(share * (1 - share) / n)]
-    narrower = [name for name in others if others[name].spread < 1 - 3 * math.sqrt(2 / n)]
+    # Three standard errors, of a fraction and of a variance of n numbers in each of two directions.
+    larger = [name for name in others if others[name].fraction > share + 3 * math.sqrt(share * (1 - share) / n)]
+    narrower = [name for name in others if others[name].variance_ratio < 1 - 3 * math.sqrt(2 / n)]
     with_target = [name for name in others if others[name].to_nominal is not None]
     missed = [name for name in with_target if others[name].to_nominal > bound]
     weak = [ddpm[method.name].energy for method in METHODS if not method.drawn]
@@ -296,15 +298,16 @@ def report(
     softened = [ddpm[name] for name in (plain, "τ₂ = 0.5", "τ₂ = 0")]
     findings = [
         f"“{aware}” {near}: {number(ddpm[aware].energy)}. Its p(xₜ)·p(y | xₜ) is the density of the class at every noise level.",
-        f"“{plain}”, whose classifier is exact on clean samples, follows another gradient: share {went(share, p.share, 3)}, "
-        f"variance {went(1, p.spread, 2)}. Carried through the denoiser, its energy distance goes "
-        f"{went(p.energy, ddpm[through].energy, 4)}.",
-        f"At τ₂ = 1, 0.5, 0 the variance is {', '.join(number(m.spread, 2) for m in softened)}, the share "
-        f"{', '.join(number(m.share, 3) for m in softened)} and the energy distance "
+        f"“{plain}”, whose classifier is exact on clean samples, follows another gradient: "
+        f"fraction {went(share, p.fraction, 3)}, variance {went(1, p.variance_ratio, 2)}. "
+        f"Carried through the denoiser, its energy distance goes {went(p.energy, ddpm[through].energy, 4)}.",
+        f"At τ₂ = 1, 0.5, 0 the variance is {', '.join(number(m.variance_ratio, 2) for m in softened)}, the fraction "
+        f"{', '.join(number(m.fraction, 3) for m in softened)} and the energy distance "
         f"{', '.join(number(m.energy) for m in softened)}.",
-        f"Of the {len(others)} rows below “{aware}”, {some(larger, others)} have a larger share of the class than p(x | y) and "
-        f"{some(narrower, others)} a smaller variance, by three standard errors. “{ranked[0]}” is closest to p(x | y), "
-        f"“{ranked[-1]}” furthest. Closer than “{plain}” by a difference: {', '.join(closer) or 'none'}.",
+        f"Of the {len(others)} rows below “{aware}”, {some(larger, others)} have a larger fraction of the class "
+        f"than p(x | y) and {some(narrower, others)} a smaller variance, by three standard errors. "
+        f"“{ranked[0]}” is closest to p(x | y), “{ranked[-1]}” furthest. "
+        f"Closer than “{plain}” by a difference: {', '.join(closer) or 'none'}.",
         f"In the last rows, with the smaller weights, the energy distance lies between {number(min(weak))} and "
         f"{number(max(weak))}; that of “{plain}” is {number(p.energy)}.",
         f"Of the {len(with_target)} of those rows that have a nominal target, {some(missed, with_target)} miss it by a "
@@ -316,23 +319,23 @@ def report(
     paragraphs = [
         "# What guidance does to a known density",
         f"An unconditional model of {len(MEANS)} overlapping Gaussians in two dimensions is guided to class y = {Y} with "
-        "scale 1. Denoiser and classifier are closed forms and nothing is trained, so that a difference between the samples and "
-        "the exact density of the class, p(x | y), is the method's own, up to the discretisation that the second row shows. "
+        "scale 1. Denoiser and classifier are closed forms and nothing is trained. So a difference between the samples and "
+        "the exact density of the class, p(x | y), is the method's own, up to the discretization that the second row shows. "
         f"Each row is {n} samples of DDPM with {STEPS} steps, all from the same noise; where its name says nothing else, the "
         f"classifier of clean samples sees x̂₀, τ₁ = τ₂ = 1, and ε = 0.1, a target q of {number(own, 3)} for the class. The "
-        "weights in the picture are larger than those of arXiv 2511.05844 (α = 0.05 … 0.15, t = −0.2), so that their effect "
-        "shows; the last rows of the table are of that size. `python docs/gaussian_mixture.py` writes this page, the "
+        "weights in the picture are larger than those of arXiv 2511.05844 (α = 0.05 … 0.15, t = −0.2), which makes their effect "
+        "visible; the last rows of the table are of that size. `python docs/gaussian_mixture.py` writes this page, the "
         "sentences about its numbers too.",
         "![Samples and densities of each method](images/gaussian_mixture.png)",
         "The nominal target is p(x)·exp S(x) of clean samples. The first two columns are energy distances, unbiased and so "
         f"sometimes below 0. Two exact sets of this size are {number(float(floor.mean()))} ± {number(float(floor.std()))} apart "
         f"(mean and deviation of {len(floor)} pairs); {number(bound)}, five deviations above that, counts as a difference. "
-        f"Of p(x | y) itself the share is {number(share, 3)}, since the classes overlap.",
+        f"Of p(x | y) itself the fraction is {number(share, 3)}, since the classes overlap.",
         table(ddpm),
         "\n".join(f"- {finding}" for finding in findings),
         "![Joint and conditional direction](images/direction_field.png)",
-        "Arrows of length ∝ √|∇|; those of the second colour lead away from μ of the class. Black: p(x | y), 50 and 90 % of its "
-        "mass; grey: half of each other class.",
+        "Arrows of length ∝ √|∇|; those of the second color lead away from μ of the class. Black: p(x | y), 50 and 90 % of its "
+        "mass; gray: half of each other class.",
         f"The same with DDIM, {STEPS} steps. Its path is deterministic: what guidance adds at high noise stays in the sample, "
         "where the noise of DDPM's later steps can wash it out.",
         table(ddim),

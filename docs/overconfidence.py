@@ -33,7 +33,7 @@ BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK, _ = COLORS
 DIMENSIONS, WEIGHTS = 16, (0.75, 0.25)
 LIKELY, OTHER = 0, 1
 FEW, FRESH, HELD_OUT = 64, 4096, 20_000
-MEMORISING, BUDGETS, SEEDS = (25, 100, 900), (100, 300), 6
+MEMORIZING, BUDGETS, SEEDS = (25, 100, 900), (100, 300), 6
 SAMPLES, STEPS, EARLY = 400, 50, 667
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -79,7 +79,7 @@ def early(values: Tensor) -> float:
 
 
 Run = dict[tuple[str, int], Measured]  # by name and steps of fine-tuning
-Runs = dict[tuple[int, int], Run]  # by seed and steps of memorising
+Runs = dict[tuple[int, int], Run]  # by seed and steps of memorizing
 
 
 class MLP(Classifier):
@@ -144,7 +144,7 @@ def train(
 
 
 def measure(classifier: Classifier, mixture: GaussianMixture, n: int) -> Measured:
-    """On held-out samples, and while it guides ``n`` samples at scale 1, classes in the shares of the mixture."""
+    """On held-out samples, and while it guides ``n`` samples at scale 1, classes in the proportions of the mixture."""
     y = (torch.arange(n) >= WEIGHTS[LIKELY] * n).long()
     calibration, norms = CalibrationError(num_levels=STEPS), torch.zeros(2, STEPS)
 
@@ -164,19 +164,19 @@ def measure(classifier: Classifier, mixture: GaussianMixture, n: int) -> Measure
     return Measured(float(ece.compute().overall), accuracy, nll, calibration.compute().by_level.flip(0), norms)
 
 
-def run(seed: int, memorising: int, n: int = SAMPLES, objectives: Sequence[Objective] = OBJECTIVES) -> Run:
+def run(seed: int, memorizing: int, n: int = SAMPLES, objectives: Sequence[Objective] = OBJECTIVES) -> Run:
     """Make a classifier over-confident, fine-tune it with each objective from there, measure each.
 
     Args:
         seed: of weights, data and batches.
-        memorising: steps of cross-entropy on FEW samples, always the same ones.
+        memorizing: steps of cross-entropy on FEW samples, always the same ones.
         n: samples to guide.
         objectives: of fine-tuning, on FRESH samples.
     """
     mixture = two_classes()
     torch.manual_seed(seed)
     few, fresh = labelled(mixture, FEW, 2 * seed), labelled(mixture, FRESH, 2 * seed + 1)
-    (start,) = train(MLP(), *few, F.cross_entropy, [memorising], 3e-3, FEW, seed)
+    (start,) = train(MLP(), *few, F.cross_entropy, [memorizing], 3e-3, FEW, seed)
     found = {(START, 0): measure(start, mixture, n)}
     for objective in objectives:
         tuned = train(start, *fresh, objective, BUDGETS, 1e-3, 256, seed)
@@ -206,7 +206,7 @@ def least_loss(q: Tensor, beta: float, n: int, weight: float | None = None) -> T
 
 
 def draw_figure(runs: Runs, exact: Measured, path: Path) -> None:
-    hardest = at(runs, max(MEMORISING))
+    hardest = at(runs, max(MEMORIZING))
     figure, axes = plt.subplots(2, 2, figsize=(7.2, 5.6))
     shown = [(START, 0, VERMILLION), *((o.name, BUDGETS[-1], o.colour) for o in OBJECTIVES if o.beta != 1.0)]
     for axis, y, title in zip(axes[0], (LIKELY, OTHER), ("the likelier class", "the other class"), strict=True):
@@ -258,7 +258,7 @@ def draw_figure(runs: Runs, exact: Measured, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_minimisers(path: Path) -> None:
+def draw_minimizers(path: Path) -> None:
     q = torch.linspace(0.5, 1, 201)
     figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.1), sharey=True)
     panels = [
@@ -280,9 +280,9 @@ def draw_minimisers(path: Path) -> None:
     plt.close(figure)
 
 
-def at(runs: Runs, memorising: int) -> list[Run]:
-    """Runs of so many steps of memorising, one a seed."""
-    return [found for (_, steps), found in runs.items() if steps == memorising]
+def at(runs: Runs, memorizing: int) -> list[Run]:
+    """Runs of so many steps of memorizing, one a seed."""
+    return [found for (_, steps), found in runs.items() if steps == memorizing]
 
 
 def changes(runs: Runs, y: int, objectives: Sequence[Objective] = OBJECTIVES) -> tuple[Tensor, Tensor]:
@@ -333,7 +333,7 @@ def table(runs: Sequence[Run], exact: Measured) -> str:
     return lines([*rows, [EXACT, "–", *(f"{v:.3f}" for v in values), *norms]])
 
 
-def minimisers() -> str:
+def minimizers() -> str:
     """Confidence of least expected loss for some q."""
     q = torch.tensor([0.55, 0.6, 0.7, 0.8, 0.9], dtype=torch.float64)
     kinds = [(f"per sample, β = {beta:g}", beta, 1, None) for beta in (1e-4, 1e-2, 1e-1, 1.0)]
@@ -345,7 +345,7 @@ def minimisers() -> str:
 
 def report(runs: Runs, exact: Measured, mixture: GaussianMixture) -> str:
     """The Markdown page, with the numbers that were found."""
-    hardest = at(runs, max(MEMORISING))
+    hardest = at(runs, max(MEMORIZING))
     plain, sharp, wide, binned = (objective.name for objective in OBJECTIVES)
     short, long = BUDGETS
 
@@ -367,7 +367,7 @@ def report(runs: Runs, exact: Measured, mixture: GaussianMixture) -> str:
 
     integral = {key: sum(float(found[key].ece_t.mean()) for found in hardest) / len(hardest) for key in hardest[0]}
     tuned = [mean(objective.name, long) for objective in OBJECTIVES]
-    strongest = {key: found for key, found in runs.items() if key[1] == max(MEMORISING)}
+    strongest = {key: found for key, found in runs.items() if key[1] == max(MEMORIZING)}
     findings = [
         "**Over-confidence silences the guidance to the class that the classifier believes in, and only that.** There the "
         f"early norm is {norm(START, 0, LIKELY)} where the exact posterior's is {early(exact.norms[LIKELY]):.2f}; to the other "
@@ -378,7 +378,7 @@ def report(runs: Runs, exact: Measured, mixture: GaussianMixture) -> str:
         f"instead of {mean(START, 0)}, whatever the objective; the early norms with cross-entropy are "
         f"{norm(plain, long, LIKELY)} and {norm(plain, long, OTHER)}. The norm to the likelier class rises in "
         f"{up(LIKELY, strongest)} pairs of before and after, that to the other class in {up(OTHER, strongest)}. "
-        f"With the weaker over-confidence of fewer steps of memorising "
+        f"With the weaker over-confidence of fewer steps of memorizing "
         f"included it is {up(LIKELY, runs)} and {up(OTHER, runs)}, and the fall of the ECE correlates with the log of the "
         f"norm's ratio, r = {r(LIKELY)} and {r(OTHER)} (lower right). The ECE is a mean over all samples and the early norm "
         "depends on one place, the mean of the samples; so one does not determine the other.",
@@ -404,15 +404,16 @@ def report(runs: Runs, exact: Measured, mixture: GaussianMixture) -> str:
         "own errors. Here the diffusion model is a closed form, and so is the posterior that the classifier should have.",
         f"Two normal classes in {DIMENSIONS} dimensions, two standard deviations apart, with {WEIGHTS[LIKELY]:.0%} and "
         f"{WEIGHTS[OTHER]:.0%} of the samples; the exact posterior is right for {exact.accuracy:.0%}. A small network (SiLU, two "
-        f"hidden layers) is trained on {FEW} samples for {max(MEMORISING)} steps, until it knows them by heart, and fine-tuned "
+        f"hidden layers) is trained on {FEW} samples for {max(MEMORIZING)} steps, until it has memorized them, and fine-tuned "
         f"from there on {FRESH} fresh ones with each objective. The ECE has 15 bins and {HELD_OUT} held-out samples. Each "
-        f"classifier guides {SAMPLES} samples of DDPM with {STEPS} steps through x̂₀, at scale 1, their classes in the shares of "
-        f"the data. Early is t ≥ {EARLY}, where x̂₀ is still near the mean of all samples. Over {len(hardest)} seeds: mean ± "
-        "standard deviation, for norms median (least … most). `python docs/overconfidence.py` writes this page.",
+        f"classifier guides {SAMPLES} samples of DDPM with {STEPS} steps through x̂₀, at scale 1, their classes in the "
+        f"proportions of the data. Early is t ≥ {EARLY}, where x̂₀ is still near the mean of all samples. "
+        f"Over {len(hardest)} seeds: mean ± standard deviation, for norms median (least … most). "
+        "`python docs/overconfidence.py` writes this page.",
         "![Gradient norms, ECE, and how they change together](images/overconfidence.png)",
         "Above: gradient norm, median over seeds, bands from least to most; early steps are shaded. Lower left: each seed and "
         f"their mean. Lower right: each seed, objective and strength of over-confidence "
-        f"({', '.join(map(str, MEMORISING))} steps of memorising), after {long} steps of fine-tuning.",
+        f"({', '.join(map(str, MEMORIZING))} steps of memorizing), after {long} steps of fine-tuning.",
         table(hardest, exact),
         "\n".join(f"- {finding}" for finding in findings),
         "## Choosing β",
@@ -423,12 +424,12 @@ def report(runs: Runs, exact: Measured, mixture: GaussianMixture) -> str:
         "holds it back. Binned Smooth ECE is least at q when its bins are full, and is the loss per sample when a bin has one "
         "sample.",
         "![Confidence of least loss over accuracy](images/overconfidence_beta.png)",
-        minimisers(),
+        minimizers(),
         "- Per sample: β of 1 or more, or λ well below 1 beside cross-entropy. Where a classifier of many classes is right less "
         "than half of the time at some confidence, the same pull goes down instead of up.\n"
         "- Binned: β = 0.01 with about 8 samples or more in the bins that matter; on many devices the bins are those of all of "
         "them. Below that, its least value swings around q (right panel). Labels scatter, so that even a calibrated bin of n "
-        "samples has a mean gap of about √(2q(1 − q)/(πn)), 0.13 for n = 8 and q = 0.7: its value is no measure of the ECE.",
+        "samples has a mean gap of about √(2q(1 − q)/(πn)), 0.13 for n = 8 and q = 0.7: its value does not measure the ECE.",
     ]
     return "\n\n".join(paragraphs) + "\n"
 
@@ -440,9 +441,9 @@ def main() -> None:
     arguments = parser.parse_args()
     mixture = two_classes()
     exact = measure(GaussianMixtureClassifier(mixture), mixture, SAMPLES)
-    runs = {(seed, memorising): run(seed, memorising) for memorising in MEMORISING for seed in range(arguments.seeds)}
+    runs = {(seed, memorizing): run(seed, memorizing) for memorizing in MEMORIZING for seed in range(arguments.seeds)}
     draw_figure(runs, exact, arguments.output / "images" / "overconfidence.png")
-    draw_minimisers(arguments.output / "images" / "overconfidence_beta.png")
+    draw_minimizers(arguments.output / "images" / "overconfidence_beta.png")
     (arguments.output / "overconfidence.md").write_text(report(runs, exact, mixture))
 
 

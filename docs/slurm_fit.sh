@@ -14,9 +14,9 @@
 set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
 export OMP_NUM_THREADS=1
-# The same command every time: it begins, or goes on from the newest checkpoint that there is.
+# The same command every time: it starts, or resumes from the newest checkpoint.
 srun .venv/bin/calib-guidance fit \
   --config imagenet128_resnet50 \
-  --config noising/denoised_offline \
+  --config input/denoised_offline \
   --trainer.num_nodes "$SLURM_NNODES" --trainer.devices 8 --trainer.strategy ddp \
   --ckpt_path last

@@ -15,6 +15,6 @@
 set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
 export OMP_NUM_THREADS=1
-# No process group: each job takes shards that nobody has, and those of jobs that died. The last one measures the whole folder.
+# No process group: each job claims free shards, and those of jobs that died. The last one measures the complete folder.
 srun .venv/bin/calib-guidance predict \
   --config imagenet128/resnet101_js --trainer.devices 1

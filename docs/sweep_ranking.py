@@ -30,8 +30,8 @@ from calib_guidance.runs import RunFolder
 DOCS = Path(__file__).parent
 CONFIG = Path("lightning_configs/experiments/digits_grid.yaml")
 FEW, MORE = 60, 180  # digits, a shard and three
-FIGURES_OF_FEW = ("integral_ece", "fd")
-Measured = dict[tuple[str, int, int, range], float]  # figure, setting, seed, shards
+METRICS_OF_FEW = ("integral_ece", "fd")
+Measured = dict[tuple[str, int, int, range], float]  # metric, setting, seed, shards
 
 
 class Reader:
@@ -56,9 +56,9 @@ class Reader:
         self.sums = [run.read_sums(shard) for shard in run.shards()]
         self.features = [self._features(torch.from_numpy(run.read(shard)["image"])) for shard in run.shards()]
 
-    def read(self, figure: str, shards: range) -> float:
-        """A figure of some shards of the run."""
-        if figure == "fd":
+    def read(self, metric: str, shards: range) -> float:
+        """A metric of some shards of the run."""
+        if metric == "fd":
             features = torch.cat([self.features[shard] for shard in shards])
             return float(frechet_distance(*mean_and_covariance(self.reference), *mean_and_covariance(features)))
         (name,) = [name for name in self.sums[0] if name.startswith("TrajectoryCalibration")]
@@ -75,13 +75,13 @@ def read_all(experimenter: Experimenter) -> tuple[Measured, list[range]]:
     for (setting, seed, count), run in experimenter.runs.items():
         reader.load(run.folder)
         blocks = [range(start, start + 1) for start in range(count // FEW)]
-        whole = range(count // FEW)
-        for shards in (*blocks, range(MORE // FEW), whole):
-            for figure in FIGURES_OF_FEW:
-                found[figure, setting, seed, shards] = reader.read(figure, shards)
-        for figure in FIGURES_OF_FEW:  # what the run itself has reported
-            said = read_value(columns[figure], run.folder)
-            assert abs(found[figure, setting, seed, whole] - said) < 1e-3 * max(1, said), (figure, run.folder)
+        complete = range(count // FEW)
+        for shards in (*blocks, range(MORE // FEW), complete):
+            for metric in METRICS_OF_FEW:
+                found[metric, setting, seed, shards] = reader.read(metric, shards)
+        for metric in METRICS_OF_FEW:  # what the run itself has reported
+            said = read_value(columns[metric], run.folder)
+            assert abs(found[metric, setting, seed, complete] - said) < 1e-3 * max(1, said), (metric, run.folder)
     return found, blocks
 
 
@@ -96,13 +96,13 @@ def _row(name: str, share: float, picks: Sequence[int], truths: Sequence[list[fl
 
 def make_table(found: Measured, blocks: Sequence[range], plan: Plan) -> str:
     """Ranking by one seed, against the mean Fréchet distance of all samples of the other seeds."""
-    settings, whole = range(len(plan.settings)), range(len(blocks))
+    settings, complete = range(len(plan.settings)), range(len(blocks))
     seeds, num_samples = plan.experiment.seeds, plan.experiment.num_samples
     keep = max(1, len(settings) // 3)
 
     def truth(without: int) -> list[float]:
         others = [seed for seed in seeds if seed != without]
-        return [statistics.mean(found["fd", n, s, whole] for s in others) for n in settings]
+        return [statistics.mean(found["fd", n, s, complete] for s in others) for n in settings]
 
     lines = [
         "| ranked by | draws | samples | finds the winner | winner in the best third | regret | rank correlation |",
@@ -111,16 +111,16 @@ def make_table(found: Measured, blocks: Sequence[range], plan: Plan) -> str:
     shuffled = [statistics.mean(t) - min(t) for t in map(truth, seeds)]
     chance = [f"{1 / len(settings):.0%}", f"{keep / len(settings):.0%}", f"{statistics.mean(shuffled):.3f}"]
     lines.append(f"| chance | – | 0% | {' | '.join(chance)} | 0 |")
-    for figure, parts in itertools.product(FIGURES_OF_FEW, (list(blocks), [range(MORE // FEW)], [whole])):
+    for metric, parts in itertools.product(METRICS_OF_FEW, (list(blocks), [range(MORE // FEW)], [complete])):
         draws = [(seed, shards) for seed in seeds for shards in parts]
-        ranked = [sorted(settings, key=lambda n: found[figure, n, s, b]) for s, b in draws]
+        ranked = [sorted(settings, key=lambda n: found[metric, n, s, b]) for s, b in draws]
         truths = [truth(seed) for seed, _ in draws]
         rho = [
-            spearmanr([found[figure, n, s, b] for n in settings], t).statistic
+            spearmanr([found[metric, n, s, b] for n in settings], t).statistic
             for (s, b), t in zip(draws, truths, strict=True)
         ]
         count = FEW * len(parts[0])
-        title = f"{METRICS[figure].title[:-2]}, {count} samples"
+        title = f"{METRICS[metric].title[:-2]}, {count} samples"
         picks, tops = [order[0] for order in ranked], [set(order[:keep]) for order in ranked]
         row = _row(title, count / num_samples, picks, truths, tops)
         lines.append(f"{row} {statistics.mean(rho):.2f} ({min(rho):.2f} … {max(rho):.2f}) |")
@@ -147,7 +147,7 @@ def make_table(found: Measured, blocks: Sequence[range], plan: Plan) -> str:
 @paper
 def draw(found: Measured, blocks: Sequence[range], plan: Plan, path: Path) -> list[Path]:
     """Fréchet distance of all samples over the integral ECE of few; each point a setting, mean and deviation over seeds."""
-    whole = range(len(blocks))
+    complete = range(len(blocks))
     figure = Figure(figsize=(COLUMN, 2.6))
     axis = figure.subplots()
     scales = list(dict.fromkeys(setting.labels["scale"] for setting in plan.settings))
@@ -157,7 +157,7 @@ def draw(found: Measured, blocks: Sequence[range], plan: Plan, path: Path) -> li
         return statistics.mean(values), statistics.stdev(values)
 
     for number, setting in enumerate(plan.settings):
-        (x, dx), (y, dy) = pair(number, "integral_ece", blocks[0]), pair(number, "fd", whole)
+        (x, dx), (y, dy) = pair(number, "integral_ece", blocks[0]), pair(number, "fd", complete)
         place = scales.index(setting.labels["scale"])
         filled = setting.labels["tau2"] == "1"
         style = {"color": COLORS[place], "marker": "os^D"[place], "mfc": COLORS[place] if filled else "white"}

@@ -38,8 +38,8 @@ def test_forms_take_turns_and_the_first_round_does_not_count(benchmark):
     assert {name: len(seconds) for name, seconds in times.items()} == {"a": 3, "b": 3}
 
 
-def file(path, **figures):
-    path.write_text(json.dumps({"step": {"machine": "m", "torch": "t", "figures": figures}}))
+def file(path, **ratios):
+    path.write_text(json.dumps({"step": {"machine": "m", "torch": "t", "ratios": ratios}}))
     return str(path)
 
 

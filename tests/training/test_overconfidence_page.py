@@ -75,10 +75,10 @@ def test_confidence_of_least_loss_is_that_of_the_loss(page, loss, n):
     assert expected(found) < min(expected(found - 2e-3), expected(found + 2e-3))
 
 
-def test_page_and_figures_are_written(page, exact, runs, tmp_path):
+def test_page_and_plots_are_written(page, exact, runs, tmp_path):
     text = page.report(runs, exact, page.two_classes())
     page.draw_figure(runs, exact, tmp_path / "overconfidence.png")
-    page.draw_minimisers(tmp_path / "overconfidence_beta.png")
+    page.draw_minimizers(tmp_path / "overconfidence_beta.png")
     assert set(re.findall(r"images/(\w+\.png)", text)) == {path.name for path in tmp_path.iterdir()}
     assert "nan" not in text
     assert (ROOT / "docs" / "overconfidence.md").read_text().splitlines()[0] == text.splitlines()[0]
