@@ -290,8 +290,8 @@ class TestRefusals:
         ("argument", "message"),
         [
             ("divergence=kl", "known: rkl, fkl, js, hellinger"),
-            ("alpha=-1", "alpha must be a number of at least 0"),
-            ("epsilon=1.5", "epsilon must lie strictly between 0 and 1"),
+            ("alpha=-1", "alpha must be at least 0"),
+            ("epsilon=1.5", "epsilon must be above 0 and below 1"),
         ],
     )
     def test_values_of_the_score(self, out, capsys, argument, message):
