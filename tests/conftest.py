@@ -5,6 +5,7 @@ from pathlib import Path
 
 # Threads that fight over cores are many times slower than one, and two processes run in some tests.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # in this process: others import torch first
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # of what Lightning calls
 
 import pytest

@@ -18,11 +18,10 @@ from calib_guidance.runs import RunFolder
 from calib_guidance.weights.io import read_weights, save_weights
 from tests import processes
 from tests.conftest import ROOT
-from tests.samples import read_samples
+from tests.runs import QUICK, metrics, samples_of, tables
 from tests.sketches import REDUCTION
 
 PREDICT = ["predict", "--config", "lightning_configs/predict/digits.yaml"]
-QUICK = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
 OVERLAYS = sorted(
     str(p.relative_to(ROOT))
     for f in ("score", "digits")
@@ -49,11 +48,6 @@ def predict(folder, *arguments, steps=3, samples=20, batch=10):
     )
 
 
-def samples_of(folder):
-    parts = list(read_samples(Path(folder) / "samples"))
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-
-
 def refuse(capsys, *arguments):
     """The message with which a command ends before it samples anything."""
     with pytest.raises(SystemExit) as stop:
@@ -71,12 +65,12 @@ def test_every_predict_configuration_samples(in_root, tmp_path, capsys, request,
     assert found["index"].tolist() == list(range(20))
     assert found["label"].tolist() == [i % 10 for i in range(20)]
     assert found["image"].shape == (20, 1, 8, 8)
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    found = metrics(tmp_path)
     guided = overlay is None or "unguided" not in overlay
-    assert metrics["nfe"] == (6 if overlay and "classifier_free" in overlay else 3)
-    assert {"fd", "precision", "recall", "classifier_accuracy", "seconds_per_image"} <= metrics.keys()
-    assert ("integral_ece" in metrics) == guided
-    (diffusion,) = [weights for weights in metrics["weights"].values() if "prediction" in weights]
+    assert found["nfe"] == (6 if overlay and "classifier_free" in overlay else 3)
+    assert {"fd", "precision", "recall", "classifier_accuracy", "seconds_per_image"} <= found.keys()
+    assert ("integral_ece" in found) == guided
+    (diffusion,) = [weights for weights in found["weights"].values() if "prediction" in weights]
     assert (diffusion["prediction"], diffusion["file"]) == ("v", "checkpoints/digits/diffusion.safetensors")
     figures = {p.name for p in (tmp_path / "plots").iterdir()}
     of_guidance = {"ece_t", "reliability", "gradient_norm", "guidance_schedule"} if guided else set()
@@ -153,7 +147,7 @@ class TestRequests:
     def test_the_same_run_gives_the_same_bytes_and_another_seed_others(self, in_root, tmp_path):
         for name, seed in (("a", 0), ("b", 0), ("c", 1)):
             predict(tmp_path / name, f"--data.init_args.seed={seed}", ALONE)
-        a, b, c = ({p.name: p.read_bytes() for p in (tmp_path / n / "samples").iterdir()} for n in "abc")
+        a, b, c = (tables(tmp_path / name) for name in "abc")
         assert a == b
         assert a.keys() == c.keys()
         assert a != c
@@ -212,9 +206,8 @@ def test_two_processes_write_the_samples_of_one(in_root, tmp_path, samples, laun
     arguments.append(f"--trainer.callbacks={json.dumps(callbacks)}")
     run_processes(tmp_path / "two", *arguments, devices=2, launched=launched)
     predict(tmp_path / "one", arguments[-1], samples=samples)
-    one, two = ({p.name: p.read_bytes() for p in (tmp_path / n / "samples").iterdir()} for n in ("one", "two"))
-    assert one == two
-    found, expected = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("two", "one"))
+    assert tables(tmp_path / "one") == tables(tmp_path / "two")
+    found, expected = (metrics(tmp_path / name) for name in ("two", "one"))
     for key in ("fd", "precision", "recall", "classifier_accuracy", "integral_ece"):
         assert found[key] == pytest.approx(expected[key], rel=1e-6), key
 
@@ -405,10 +398,10 @@ class TestOverview:
 
 def test_one_sample_is_measured_as_far_as_it_can_be(in_root, tmp_path, capsys):
     predict(tmp_path, samples=1, batch=1)
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["num_measured"] == 1
-    assert metrics["classifier_accuracy"] in (0, 1)
-    assert any("fid skipped: needs 2 samples" in note for note in metrics["notes"])
+    found = metrics(tmp_path)
+    assert found["num_measured"] == 1
+    assert found["classifier_accuracy"] in (0, 1)
+    assert any("fid skipped: needs 2 samples" in note for note in found["notes"])
     with pytest.raises(SystemExit):  # and before Inception's weights are fetched
         main(["evaluate", str(tmp_path), "--reference", str(tmp_path / "nope.npz")])
     assert "nope.npz" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from calib_guidance.backend.images import from_uint8
 from calib_guidance.classifiers import CLIPClassifier
 from calib_guidance.cli import main
-from tests.samples import read_samples
+from tests.runs import read_samples
 
 PROMPTS = ["a photo of a red fox", "a blue car"]
 ARCHITECTURE = {

@@ -19,11 +19,9 @@ from calib_guidance.cli.lightning import CalibGuidanceCLI, run_lightning
 from calib_guidance.runs import RunFolder
 from calib_guidance.weights.io import read_weights, save_weights
 from tests.conftest import ROOT
-from tests.samples import read_samples
-from tests.test_run_folder import flip
+from tests.runs import QUICK, flip, metrics, metrics_without_time, samples_of, tables
 
 CONFIG = "lightning_configs/predict/digits.yaml"
-QUICK = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
 TAIL = 45
 FORK = get_context("fork")
 
@@ -53,22 +51,6 @@ def stop(folder, *more, after, **numbers):
         predict(folder, *more, f"--trainer.callbacks+={json.dumps(callback)}", **numbers)
     assert not list((Path(folder) / "claims").iterdir())
     assert not (Path(folder) / "metrics.json").exists()
-
-
-def tables(folder):
-    return {path.name: path.read_bytes() for path in sorted((Path(folder) / "samples").iterdir())}
-
-
-def samples_of(folder):
-    parts = list(read_samples(Path(folder) / "samples"))
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-
-
-def figures_of(folder):
-    """All of metrics.json but the time that it took."""
-    metrics = json.loads((Path(folder) / "metrics.json").read_text())
-    assert metrics.pop("seconds_per_image") > 0
-    return metrics
 
 
 def makers(folder):
@@ -102,9 +84,9 @@ def test_three_pieces_are_one_run(in_root, tmp_path, whole):
     predict(tmp_path)
     assert len(set(makers(tmp_path).values())) == 3
     assert tables(tmp_path) == tables(whole)
-    assert figures_of(tmp_path) == figures_of(whole)
-    assert figures_of(whole)["num_samples"] == TAIL
-    assert {"fd", "classifier_accuracy", "integral_ece", "gradient_norm_t"} <= figures_of(whole).keys()
+    assert metrics_without_time(tmp_path) == metrics_without_time(whole)
+    assert metrics_without_time(whole)["num_samples"] == TAIL
+    assert {"fd", "classifier_accuracy", "integral_ece", "gradient_norm_t"} <= metrics_without_time(whole).keys()
 
 
 @pytest.mark.parametrize("batch", [1, 3, 16])
@@ -132,7 +114,7 @@ def test_more_samples_extend_it(copy, whole, tmp_path):
     predict(copy, samples=57)
     predict(tmp_path / "once", samples=57)
     assert tables(copy) == tables(tmp_path / "once")
-    assert figures_of(copy) == figures_of(tmp_path / "once")
+    assert metrics_without_time(copy) == metrics_without_time(tmp_path / "once")
     kept = [first for first, worker in makers(copy).items() if worker == makers(whole).get(first)]
     assert kept == [0, 10, 20, 30]  # the tail of 5 is regenerated as a shard of 10
 
@@ -141,10 +123,10 @@ def test_fewer_samples_take_nothing_away(copy, whole, caplog):
     predict(copy, samples=10)
     assert f"holds {TAIL - 10} samples more than are requested: they are kept, and not counted" in caplog.text
     assert tables(copy) == tables(whole)
-    assert json.loads((copy / "metrics.json").read_text())["num_samples"] == 10
+    assert metrics(copy)["num_samples"] == 10
     (copy / "shards/00000040.json").unlink()
     predict(copy, samples=10)
-    assert json.loads((copy / "metrics.json").read_text())["num_samples"] == 10
+    assert metrics(copy)["num_samples"] == 10
 
 
 class TestIdentity:
@@ -196,7 +178,7 @@ class TestIdentity:
         (tmp_path / "restart.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
         predict(copy, f"--config={tmp_path / 'restart.yaml'}", samples=10, steps=4)
         assert list(tables(copy)) == ["00000000.parquet"]
-        assert figures_of(copy)["nfe"] == 4
+        assert metrics_without_time(copy)["nfe"] == 4
 
 
 class TestDamage:
@@ -208,7 +190,7 @@ class TestDamage:
         predict(copy)
         (copy / "samples/mine.parquet").unlink()
         assert tables(copy) == tables(whole)
-        assert figures_of(copy) == figures_of(whole)
+        assert metrics_without_time(copy) == metrics_without_time(whole)
         new, old = makers(copy), makers(whole)
         assert [first for first in new if new[first] == old[first]] == [0, 40]
         for said in (
@@ -227,8 +209,8 @@ class TestDamage:
         (tmp_path / "bins.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
         predict(copy, f"--config={tmp_path / 'bins.yaml'}")
         assert "TrajectoryCalibration is not in the report" in caplog.text
-        assert "integral_ece" not in figures_of(copy)
-        assert "gradient_norm_t" in figures_of(copy)
+        assert "integral_ece" not in metrics_without_time(copy)
+        assert "gradient_norm_t" in metrics_without_time(copy)
 
 
 class _Prepared(CalibGuidanceCLI):

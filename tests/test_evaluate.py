@@ -1,7 +1,6 @@
 """`calib-guidance evaluate`: anybody's samples against anybody's reference, and what is said of them."""
 
 import errno
-import json
 import re
 import shutil
 
@@ -32,6 +31,7 @@ from calib_guidance.networks import SmallResNet
 from calib_guidance.weights.io import save_weights
 from tests import processes
 from tests.image_files import Projection, pictures, write
+from tests.runs import metrics, refused
 from tests.test_durable_sampling import predict
 
 PROJECTION = ("--features", "tests.image_files:Projection")
@@ -39,17 +39,6 @@ PROJECTION = ("--features", "tests.image_files:Projection")
 
 def evaluate(*arguments):
     main(["evaluate", *map(str, arguments), "--device=cpu"])
-
-
-def refused(capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        evaluate(*arguments)
-    assert stop.value.code == 2
-    return capsys.readouterr().err
-
-
-def metrics(folder):
-    return json.loads((folder / "metrics.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -355,7 +344,7 @@ def test_what_cannot_be_measured_is_refused_before_it_is(sets, tmp_path, capsys)
         ([samples, *against, "--reference", tmp_path / "nothing.npz"], "nothing.npz"),
     )
     for arguments, message in cases:
-        error = refused(capsys, *arguments)
+        error = refused(capsys, "evaluate", "--device=cpu", *arguments)
         assert re.search(message, error.replace("\n", " ")), (message, error)
     assert not (tmp_path / "out").exists()
 
@@ -392,5 +381,5 @@ def test_damage_is_named_and_counted(tmp_path, capsys):
     assert "1 skipped: " in (printed := capsys.readouterr().out)
     assert "000007.png" in printed
     shutil.rmtree(tmp_path / "out")
-    assert "000007.png" in refused(capsys, *words[:-1], "--max-corrupt=0")
+    assert "000007.png" in refused(capsys, "evaluate", "--device=cpu", *words[:-1], "--max-corrupt=0")
     assert not (tmp_path / "out").exists()

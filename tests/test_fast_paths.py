@@ -23,7 +23,7 @@ from calib_guidance.networks.adm import GroupNorm
 from calib_guidance.samplers import DDPM
 from calib_guidance.weights.io import load_weights
 from tests.digits import digits_denoiser
-from tests.samples import read_samples
+from tests.runs import read_samples
 
 
 def classifier(**options):

@@ -21,11 +21,10 @@ from calib_guidance.errors import ConfigurationError, StoppedError
 from calib_guidance.tasks import GuidedSampling
 from calib_guidance.tasks.retry import in_float32, is_out_of_memory
 from tests.conftest import ROOT
-from tests.samples import read_samples
+from tests.runs import QUICK, metrics, samples_of, tables
 
 SAMPLES, BATCH, STEPS = 20, 10, 4
 FAILING = 13  # the one sample of class 7
-QUICK = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
 
 
 @pytest.fixture(autouse=True)
@@ -68,11 +67,6 @@ def predict(folder, **settings):
     return 0
 
 
-def samples_of(folder):
-    parts = list(read_samples(folder / "samples"))
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-
-
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
     """A run that nothing happens to."""
@@ -92,20 +86,12 @@ def assert_same(folder, sound, but=()):
     assert (found["image"].int() - expected["image"][rows].int()).abs().max() <= 1
 
 
-def metrics(folder):
-    return json.loads((folder / "metrics.json").read_text())
-
-
 def claims(folder):
     return [path.name for path in (folder / "claims").iterdir()]
 
 
 def records(folder):
     return {path.stem: json.loads(path.read_text()) for path in sorted((folder / "shards").glob("*.json"))}
-
-
-def tables(folder):
-    return {path.name: path.read_bytes() for path in (folder / "samples").glob("*.parquet")}
 
 
 TILTED = {

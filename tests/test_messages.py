@@ -15,10 +15,10 @@ from calib_guidance.cli import commands, main
 from calib_guidance.cli.lightning import subclasses_listed_once
 from calib_guidance.experiments import experiment as experiment_module
 from tests.conftest import ROOT
+from tests.runs import QUICK
 from tests.test_status_and_export import make
 
 PREDICT = ["predict", "--config=digits", "--data.num_samples=10", "--data.batch_size=10", "--model.sampler.steps=2"]
-QUICK = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
 WRITER, REPORT = {"class_path": "SampleWriter"}, {"class_path": "RunReport", "init_args": {"plots": False}}
 FEW = {"trainer": {"callbacks": [WRITER, REPORT]}}
 

@@ -1,7 +1,6 @@
 """One configuration per published row: each composes, has its full-size architecture, and runs shrunken through main()."""
 
 import functools
-import json
 import re
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from calib_guidance.cli.parsed import read_configuration
 from calib_guidance.experiments.settings import make_plan
 from calib_guidance.networks import DiT, EncoderUNet, UNet
 from tests.conftest import ROOT
-from tests.samples import read_samples
+from tests.runs import QUICK, metrics, read_samples
 
 PREDICT = ROOT / "lightning_configs" / "predict"
 EXPERIMENTS = ROOT / "lightning_configs" / "experiments"
@@ -212,8 +211,23 @@ def arguments(row):
     return argv
 
 
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    """Metrics and samples of a configuration. Rows that differ in the size of their networks alone shrink to one."""
+
+    @functools.cache
+    def sample(config):
+        folder = tmp_path_factory.mktemp("twin")
+        (folder / "twin.yaml").write_text(config)
+        main(["predict", f"--config={folder / 'twin.yaml'}", f"--trainer.default_root_dir={folder}", *QUICK])
+        (samples,) = read_samples(folder / "samples")
+        return metrics(folder), samples
+
+    return sample
+
+
 @pytest.mark.parametrize("row", ROWS)
-def test_row(row, vae, in_root, tmp_path):
+def test_row(row, vae, sample, in_root):
     """The full architecture without memory for its weights, then three steps of the same row with small networks."""
     cli = read_configuration(arguments(row))
     config = cli.options.as_dict()
@@ -229,19 +243,18 @@ def test_row(row, vae, in_root, tmp_path):
 
     for node in objects(config):
         shrink(node, vae)
-    config["trainer"] |= {"default_root_dir": str(tmp_path), "accelerator": "cpu", "enable_progress_bar": False}
+    del config["trainer"]["default_root_dir"]
+    if "--row" in row or "ablation" in row or "regularized" in row:  # the plots are those of the other rows
+        config["trainer"]["callbacks"][-1]["init_args"]["plots"] = False
     config["data"]["init_args"] |= {"num_samples": 8, "batch_size": 8}
-    twin = tmp_path / "twin.yaml"
-    twin.write_text(yaml.safe_dump({key: config[key] for key in ("seed_everything", "trainer", "model", "data")}))
-    main(["predict", f"--config={twin}"])
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["num_samples"] == 8
-    (samples,) = read_samples(tmp_path / "samples")
+    twin = yaml.safe_dump({key: config[key] for key in ("seed_everything", "trainer", "model", "data")})
+    found, samples = sample(twin)
+    assert found["num_samples"] == 8
     assert samples["index"].tolist() == list(range(8))
     assert samples["image"].shape == (8, 3, *((32, 32) if "/dit" in row else (16, 16)))
     assert samples["image"].float().std() > 1
     guided = config["model"]["init_args"]["guidance"] is not None
-    assert ("gradient_norm_t" in metrics) == guided
+    assert ("gradient_norm_t" in found) == guided
     if guided:
-        assert all(norm > 0 for norm in metrics["gradient_norm_t"]["mean"])
-    assert ("clip_score" in metrics) == ("clip" in row)
+        assert all(norm > 0 for norm in found["gradient_norm_t"]["mean"])
+    assert ("clip_score" in found) == ("clip" in row)

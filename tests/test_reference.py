@@ -17,6 +17,7 @@ from calib_guidance.evaluation.statistics import ReferenceStatistics
 from tests import processes
 from tests.conftest import ROOT
 from tests.image_files import KINDS, Projection, pictures, png, write
+from tests.runs import refused
 
 PROJECTION = "tests.image_files:Projection"
 
@@ -42,13 +43,6 @@ def adm_batch(path, pixels, labels, all_pixels=None):
     }
     np.savez(path, pixels, labels, **statistics)
     return path
-
-
-def refused(capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        main(["reference", *map(str, arguments)])
-    assert stop.value.code == 2
-    return capsys.readouterr().err
 
 
 def close(found, expected, tolerance=1e-12):
@@ -268,10 +262,8 @@ def test_a_reference_of_another_size(in_root, tmp_path, capsys, kind):
     elif kind == "of ADM":
         reference = adm_batch(tmp_path / "adm.npz", pixels, labels)
     words = [str(samples), "--reference", str(reference), "--features", PROJECTION, "--metrics=fid"]
-    with pytest.raises(SystemExit) as stop:
-        main(["evaluate", *words, "--output", str(tmp_path / "found")])
-    assert stop.value.code == 2
-    assert f"16×16 RGB, the reference {reference} 8×8 RGB" in capsys.readouterr().err
+    message = refused(capsys, "evaluate", *words, "--output", tmp_path / "found")
+    assert f"16×16 RGB, the reference {reference} 8×8 RGB" in message
     main(["evaluate", *words, "--output", str(tmp_path / "found"), "--size=8"])
     assert json.loads((tmp_path / "found/metrics.json").read_text())["fd"] > 0
 
@@ -337,7 +329,7 @@ def test_the_command_makes_a_reference_of_the_digits(in_root, tmp_path, eval_cla
     ):
         assert words in printed, words
     before = output.read_bytes()
-    message = refused(capsys, folder, "--output", output, "--features", f"classifier:{eval_classifier}")
+    message = refused(capsys, "reference", folder, "--output", output, "--features", f"classifier:{eval_classifier}")
     assert f"{output} exists already: remove it, or name another --output" in message
     assert output.read_bytes() == before
     assert [path.name for path in output.parent.iterdir()] == ["digits.npz"]
@@ -347,17 +339,19 @@ def test_nothing_is_left_behind(in_root, tmp_path, capsys):
     source = write(tmp_path, "image folder", [*pictures(5)[0], *pictures(1, size=16)[0]], np.zeros(6, int))
     (tmp_path / "out").mkdir()
     output = tmp_path / "out" / "statistics.npz"
-    assert "several sizes" in refused(capsys, source, "--output", output, "--features", PROJECTION)
-    assert "written as .npz" in refused(capsys, source, "--output", tmp_path / "out/x.npy", "--features", PROJECTION)
-    assert "invalid device" in refused(
-        capsys, source, "--output", output, "--features", PROJECTION, "--device", "abacus"
+    assert "several sizes" in refused(capsys, "reference", source, "--output", output, "--features", PROJECTION)
+    assert "written as .npz" in refused(
+        capsys, "reference", source, "--output", tmp_path / "out/x.npy", "--features", PROJECTION
     )
-    assert "--features" in refused(capsys, source, "--output", output, "--features", "nothing", "--size=8")
-    message = refused(capsys, source, "--output", output, "--features", PROJECTION, "--batch-size=0")
+    assert "invalid device" in refused(
+        capsys, "reference", source, "--output", output, "--features", PROJECTION, "--device", "abacus"
+    )
+    assert "--features" in refused(capsys, "reference", source, "--output", output, "--features", "nothing", "--size=8")
+    message = refused(capsys, "reference", source, "--output", output, "--features", PROJECTION, "--batch-size=0")
     assert "--batch-size: must be an integer of at least 1, got '0'" in message
     (tmp_path / "file").touch()
     words = ["--size=8", "--features", PROJECTION]
-    assert "Not a directory" in refused(capsys, source, "--output", tmp_path / "file/x.npz", *words)
+    assert "Not a directory" in refused(capsys, "reference", source, "--output", tmp_path / "file/x.npz", *words)
     assert list((tmp_path / "out").iterdir()) == []
     main(["reference", str(source), "--output", str(output), *words])
     assert "halved (box)" in capsys.readouterr().out
@@ -402,6 +396,6 @@ def test_one_and_two_processes_make_the_same(tmp_path):
 def test_an_environment_of_no_launcher(in_root, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     source = write(tmp_path, "npz", *pictures(5))
-    message = refused(capsys, source, "--output", tmp_path / "x.npz", "--features", PROJECTION)
+    message = refused(capsys, "reference", source, "--output", tmp_path / "x.npz", "--features", PROJECTION)
     assert "WORLD_SIZE is 2, and LOCAL_RANK, LOCAL_WORLD_SIZE" in message
     assert "torchrun" in message

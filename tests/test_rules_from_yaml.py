@@ -8,7 +8,7 @@ from calib_guidance import denoisers
 from calib_guidance.cli import main
 from calib_guidance.denoisers import Negative, Rule
 from tests.conftest import ROOT
-from tests.samples import read_samples
+from tests.runs import read_samples
 
 FILES = sorted(p for folder in ("rule", "negative") for p in (ROOT / "lightning_configs" / folder).glob("*.yaml"))
 STEADY = ["--model.guidance.stabilizer={ema: 0.9, max_norm: 5.0, parallel: 0.5}"]

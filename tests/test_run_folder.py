@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from multiprocessing import get_context
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +23,7 @@ from calib_guidance.backend.atomic import temporary_path
 from calib_guidance.errors import ConfigurationError, StoppedError
 from calib_guidance.runs import CorruptedShardError, RunFolder, read_run
 from calib_guidance.runs.store import canonical_json, sha256, with_checksum
+from tests.runs import flip, tables
 
 IDENTITY = {"model.sampler.steps": "100", "data.seed": 0, "data.labels": "balanced"}
 FORK = get_context("fork")  # this module's imports are small, and a fork costs milliseconds
@@ -56,10 +56,6 @@ def work(path, size, count, pause=0.0, lease=600.0, together=None):
         for shard in shards:
             time.sleep(pause)
             make(folder, shard)
-
-
-def tables(path):
-    return {p.name: p.read_bytes() for p in sorted((Path(path) / "samples").iterdir())}
 
 
 def states(folder, verify=False):
@@ -269,12 +265,6 @@ class TestIdentity:
             RunFolder.open(tmp_path)
 
 
-def flip(path, place=-3):
-    data = bytearray(path.read_bytes())
-    data[place] ^= 1
-    path.write_bytes(data)
-
-
 class TestDamage:
     @pytest.mark.parametrize(
         ("damage", "said", "only_verified"),
@@ -284,7 +274,11 @@ class TestDamage:
             (lambda p: (p / "samples/00000004.parquet").unlink(), "00000004.parquet is missing", False),
             (lambda p: flip(p / "shards/00000004.json", 30), "00000004.json cannot be read", False),
             (lambda p: (p / "shards/00000004.json").write_text("[]"), "00000004.json cannot be read", False),
-            (lambda p: flip(p / "shards/00000004.safetensors"), "00000004.safetensors is not what was written", False),
+            (
+                lambda p: flip(p / "shards/00000004.safetensors", -3),
+                "00000004.safetensors is not what was written",
+                False,
+            ),
             (lambda p: (p / "shards/00000004.safetensors").unlink(), "00000004.safetensors is missing", False),
         ],
     )

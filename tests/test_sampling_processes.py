@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,9 +13,7 @@ import yaml
 from calib_guidance.cli import main
 from tests import processes
 from tests.conftest import ROOT
-from tests.samples import read_samples
-
-QUICK = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
+from tests.runs import QUICK, flip, metrics_without_time, samples_of, tables
 
 
 def configuration(path, callbacks=()):
@@ -39,16 +38,7 @@ def environment(**more):
 
 
 def indices(folder):
-    return [index for part in read_samples(folder / "samples") for index in part["index"].tolist()]
-
-
-def files(folder):
-    return {path.name: path.read_bytes() for path in (folder / "samples").iterdir()}
-
-
-def figures(folder):
-    metrics = json.loads((folder / "metrics.json").read_text())
-    return {key: value for key, value in metrics.items() if not key.startswith("seconds")}
+    return samples_of(folder)["index"].tolist()
 
 
 def is_whole(folder):
@@ -65,13 +55,13 @@ def test_as_few_samples_as_there_are(in_root, tmp_path):
         processes.succeed(*words(config, tmp_path / name, n, 2, shard), *ddp, ranks=4)
     for name, samples in (("one", 1), ("seven", 7), ("seventeen", 17), ("grown", 8)):
         assert indices(tmp_path / name) == list(range(samples))
-        assert figures(tmp_path / name)["num_samples"] == samples
+        assert metrics_without_time(tmp_path / name)["num_samples"] == samples
         is_whole(tmp_path / name)
     makers = {json.loads(p.read_text())["worker"] for p in (tmp_path / "grown/shards").glob("*.json")}
     assert len(makers) > 3  # the ranks of three runs
     main(words(config, tmp_path / "alone", 17, 2, 4))
-    assert files(tmp_path / "seventeen") == files(tmp_path / "alone")
-    assert figures(tmp_path / "seventeen") == figures(tmp_path / "alone")
+    assert tables(tmp_path / "seventeen") == tables(tmp_path / "alone")
+    assert metrics_without_time(tmp_path / "seventeen") == metrics_without_time(tmp_path / "alone")
     with (
         np.load(tmp_path / "seventeen/trajectory.npz") as found,
         np.load(tmp_path / "alone/trajectory.npz") as expected,
@@ -105,8 +95,8 @@ def test_a_rank_is_killed_under_torchrun(in_root, tmp_path):
     assert indices(tmp_path / "two") == list(range(26))
     is_whole(tmp_path / "two")
     main(words(configuration(tmp_path / "whole.yaml"), tmp_path / "one", 26, 2, 4))
-    assert files(tmp_path / "two") == files(tmp_path / "one")
-    assert figures(tmp_path / "two") == figures(tmp_path / "one")
+    assert tables(tmp_path / "two") == tables(tmp_path / "one")
+    assert metrics_without_time(tmp_path / "two") == metrics_without_time(tmp_path / "one")
 
 
 SCRIPTS = ["slurm_sample.sh", "slurm_sample_array.sh"]
@@ -133,17 +123,20 @@ def test_slurm_scripts_run_what_there_is(in_root, tmp_path, script, capsys):
     assert int(trainer["devices"]) * int(trainer["num_nodes"]) == tasks
 
 
-def spoil_byte(folder):
-    path = folder / "samples/00000008.parquet"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A complete run of 18 samples, of which others begin with copies."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        main(words(configuration(folder / "run.yaml"), folder / "run", 18, 4, 4))
+    return folder / "run"
 
 
 @pytest.mark.parametrize(
     ("spoil", "found", "status"),
     [
-        (spoil_byte, "8–11: 00000008.parquet is not what was written", 3),
+        (lambda f: flip(f / "samples/00000008.parquet"), "8–11: 00000008.parquet is not what was written", 3),
         (lambda f: os.truncate(f / "samples/00000008.parquet", 99), "8–11: 00000008.parquet has 99 bytes", 3),
         (lambda f: (f / "samples/00000008.parquet").unlink(), "8–11: 00000008.parquet is missing", 3),
         (lambda f: [p.unlink() for p in f.glob("*/00000008*")], "open:\n  8–11", 1),
@@ -151,10 +144,10 @@ def spoil_byte(folder):
     ],
     ids=["flipped byte", "truncated", "missing samples", "missing shard", "foreign file"],
 )
-def test_damage_is_found_and_only_it_is_made_anew(in_root, tmp_path, capsys, caplog, spoil, found, status):
+def test_damage_is_found_and_only_it_is_made_anew(made, in_root, tmp_path, capsys, caplog, spoil, found, status):
+    shutil.copytree(made, tmp_path / "run")
     command = words(configuration(tmp_path / "run.yaml"), tmp_path / "run", 18, 4, 4)
-    main(command)
-    before, numbers = files(tmp_path / "run"), figures(tmp_path / "run")
+    before, numbers = tables(tmp_path / "run"), metrics_without_time(tmp_path / "run")
     written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run/samples").iterdir()}
     spoil(tmp_path / "run")
     capsys.readouterr()
@@ -168,8 +161,8 @@ def test_damage_is_found_and_only_it_is_made_anew(in_root, tmp_path, capsys, cap
         assert "samples/00000002.parquet" in caplog.text
         foreign.unlink()
     is_whole(tmp_path / "run")
-    assert files(tmp_path / "run") == before
-    assert figures(tmp_path / "run") == numbers
+    assert tables(tmp_path / "run") == before
+    assert metrics_without_time(tmp_path / "run") == numbers
     now = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run/samples").iterdir()}
     anew = {name for name in now if now[name] != written[name]}
     assert anew == (set() if "00000002" in found else {"00000008.parquet"})

@@ -17,6 +17,7 @@ from PIL import Image
 from calib_guidance.cli import main
 from calib_guidance.runs import RunFolder
 from tests.conftest import ROOT
+from tests.runs import flip, refused
 
 
 def image(index, channels=3, size=4):
@@ -62,13 +63,6 @@ def look(folder, capsys, *arguments, status=0):
         assert code == status
         answers.append(capsys.readouterr().out)
     return json.loads(answers[1]), answers[0]
-
-
-def refused(capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        main(list(map(str, arguments)))
-    assert stop.value.code == 2
-    return capsys.readouterr().err
 
 
 # status
@@ -124,12 +118,6 @@ def test_failed_samples_are_named(tmp_path, capsys):
     assert found["samples"] == {"requested": 10, "written": 9, "failed": 1, "remaining": 0}
     assert found["failed"] == [{"index": 5, "step": 17.0, "reason": "not finite"}]
     assert "sample 5, t = 17: not finite" in text
-
-
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 DAMAGE = {

@@ -14,7 +14,7 @@ from calib_guidance.cli import main
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.tasks import GuidedSampling
 from tests.conftest import ROOT
-from tests.samples import read_samples
+from tests.runs import read_samples
 from tests.test_faults import FAILING, QUICK, configuration
 
 CHOSEN = [15, 2, FAILING, 99]  # of 20 samples in shards of 10

@@ -53,7 +53,7 @@ def test_batch_size_and_order_change_no_noise_and_images_by_rounding_only(denois
     expected, expected_noise = sample(denoiser, sampler, guide, 64)
     shuffled = torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))
     every = torch.arange(COUNT)
-    for size, order in ((1, every[60:]), (3, every[50:]), (16, every), (7, shuffled[:35])):
+    for size, order in ((1, every[66:]), (3, every[58:]), (16, every[30:]), (7, shuffled[:21])):
         images, noise = sample(denoiser, sampler, guide, size, order)
         assert torch.equal(noise[order], expected_noise[order])
         torch.testing.assert_close(images[order], expected[order], atol=1e-4, rtol=0)

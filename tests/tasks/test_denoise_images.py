@@ -18,10 +18,9 @@ from calib_guidance.networks import UNet
 from calib_guidance.training import DenoisedInput
 from tests import processes
 from tests.conftest import ROOT
-from tests.samples import read_samples
+from tests.runs import QUICK, samples_of, tables
 
 CONFIG = "lightning_configs/predict/digits_denoised.yaml"
-QUICK = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
 HALF_A_LEVEL = 0.5 / 127.5
 
 
@@ -34,15 +33,6 @@ def arguments(folder, batch=500):
 
 def denoise(folder, *more, batch=500):
     main([*arguments(folder, batch), *more])
-
-
-def written(folder):
-    parts = list(read_samples(folder / "samples"))
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-
-
-def files(folder):
-    return {p.name: p.read_bytes() for p in (folder / "samples").iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +65,7 @@ def test_it_is_a_data_set(run, tmp_path):
 
 def test_images_are_the_definition(run, denoiser):
     """x_t of the written t and the keyed noise, through the network and v = √ᾱ·ε − √(1−ᾱ)·x0, one draw unlike the other."""
-    found = written(run)
+    found = samples_of(run)
     t, images = found["t"], digits("heldout")[0]
     assert set(t.tolist()) <= set(denoiser.schedule.respace("100").timesteps.tolist())
     assert (t[:500] != t[500:]).float().mean() > 0.9
@@ -93,7 +83,7 @@ def test_images_are_the_definition(run, denoiser):
 
 
 def test_online_is_the_same_for_the_same_keys(run, denoiser):
-    found = written(run)
+    found = samples_of(run)
     images, labels = digits("heldout")
     batch = {"image": images, "label": labels, "index": torch.arange(500)}
     for precision, allowed in (("fp32", 1e-4), ("bf16", 0.1)):
@@ -107,7 +97,7 @@ def test_online_is_the_same_for_the_same_keys(run, denoiser):
 
 def test_batch_size_and_readers_change_rounding_only(in_root, run, tmp_path):
     denoise(tmp_path, "--data.init_args.num_workers=2", batch=130)
-    found, expected = written(tmp_path), written(run)
+    found, expected = samples_of(tmp_path), samples_of(run)
     for key in ("index", "source", "label", "t", "seed"):
         assert torch.equal(found[key], expected[key])
     difference = (found["image"].int() - expected["image"].int()).abs()
@@ -121,8 +111,8 @@ def test_two_processes_write_the_files_of_one(in_root, tmp_path):
     denoise(tmp_path / "one", batch=300)
     ddp = ("--trainer.strategy=ddp", "--trainer.devices=2")
     processes.succeed(*arguments(tmp_path / "two", 300), *ddp, ranks=2)
-    assert files(tmp_path / "one") == files(tmp_path / "two")
-    assert len(files(tmp_path / "one")) == 4
+    assert tables(tmp_path / "one") == tables(tmp_path / "two")
+    assert len(tables(tmp_path / "one")) == 4
 
 
 class TestRefusals:
@@ -180,6 +170,6 @@ class TestRefusals:
         assert "weights must be numbers of at least 0" in refuse("--model.init_args.weights=[0.0]")
 
     def test_a_folder_with_samples(self, refuse, run):
-        before = files(run)
+        before = tables(run)
         assert "data.init_args.seed: 0 in the folder, now 5" in refuse("--data.init_args.seed=5", folder=run)
-        assert files(run) == before
+        assert tables(run) == before
