@@ -1,5 +1,6 @@
 """Named configurations, files that are based on others, short names of classes and keys."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -191,6 +192,7 @@ class TestShortNames:
         assert sampler["init_args"]["steps"] == "4"
 
     def test_a_name_that_libraries_share_is_ours_or_refused(self, read, write):
+        importlib.import_module("timm")  # has a ResNet too
         network = {"class_path": "GroupNorm", "init_args": {"channels": 32}}
         file = write("ours.yaml", model={"guidance": {"classifier": {"network": network}}})
         found = read(f"--config={file}")["model"]["init_args"]["guidance"]["init_args"]["classifier"]["init_args"][
