@@ -1,5 +1,6 @@
 """Training that is killed once or several times around the end of an epoch: the same batches, validations and weights."""
 
+import functools
 import itertools
 import os
 import shutil
@@ -8,6 +9,7 @@ import signal
 import lightning as L
 import pytest
 import torch
+from lightning.fabric.utilities import registry
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch.utils.data import Dataset
 
@@ -26,6 +28,14 @@ SETTINGS = {
     "steps that end in mid-epoch": {"max_epochs": -1, "max_steps": EPOCHS * STEPS - 1},
     "accumulated": {"accumulate_grad_batches": 2},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _entry_points_looked_up_once():
+    """Every Trainer reads those of all installed packages, and here are a thousand."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "entry_points", functools.cache(registry.entry_points))
+        yield
 
 
 class Killed(BaseException):
