@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from calib_guidance import classifiers, networks
+from calib_guidance import classifiers, denoisers, networks
 from calib_guidance.backend.text import read_yaml
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.errors import ConfigurationError
@@ -31,29 +31,29 @@ def load_object(module: str, name: str, where: str, expected: str) -> Any:
         raise ConfigurationError(f"{where}: {error}; expected {expected}") from error
 
 
-def _build(description: object, folder: Path) -> object:
+def build_described(description: object, folder: Path) -> object:
     """What ``class_path`` and ``init_args`` describe, nested as in a configuration file of a folder."""
     if isinstance(description, list):
-        return [_build(value, folder) for value in description]
+        return [build_described(value, folder) for value in description]
     if not isinstance(description, dict):
         return description
     if "class_path" not in description:
         return {
             key: WeightsFile.beside(value, folder)
             if key in ("weights", "checkpoint") and isinstance(value, str)
-            else _build(value, folder)
+            else build_described(value, folder)
             for key, value in description.items()
         }
     module, _, name = description["class_path"].rpartition(".")
-    parts = [importlib.import_module(module)] if module else [classifiers, networks]
+    parts = [importlib.import_module(module)] if module else [classifiers, networks, denoisers]
     owner = next((part for part in parts if hasattr(part, name)), parts[-1])
-    return getattr(owner, name)(**_build(description.get("init_args") or {}, folder))
+    return getattr(owner, name)(**build_described(description.get("init_args") or {}, folder))
 
 
 def read_classifier(path: str | Path) -> Classifier:
     """The classifier of a YAML file with ``class_path`` and ``init_args``, as ``calib-guidance fit`` exports it."""
     try:
-        classifier = _build(read_yaml(path), Path(path).parent)
+        classifier = build_described(read_yaml(path), Path(path).parent)
     except ConfigurationError:
         raise
     except (ImportError, AttributeError, TypeError, ValueError, RecursionError) as error:
