@@ -36,6 +36,12 @@ class SampleStreams:
         device: where the numbers go.
         stream: ``SAMPLING``, the noise of samplers, or ``DIFFUSION``, that of x_t ~ q(x_t | x0).
         ahead: make the next numbers on a thread while these are used; None does for a GPU. The numbers are the same.
+
+    Examples:
+        >>> both = SampleStreams(seeds=[0, 0], indices=[3, 7], shape=(1, 2, 2))()
+        >>> one = SampleStreams(seeds=[0], indices=[7], shape=(1, 2, 2))()
+        >>> bool((both[1] == one[0]).all())  # a sample depends on its seed and index alone
+        True
     """
 
     def __init__(

@@ -16,6 +16,11 @@ def named_betas(name: str, num_steps: int = 1000) -> np.ndarray:
     """β of the forward process, ``(num_steps,)`` float64.
 
     ``linear`` runs from 1e-4 to 0.02 (times 1000/num_steps); ``cosine`` follows ᾱ(u) = cos²((u + 0.008)/1.008·π/2), β ≤ 0.999.
+
+    Examples:
+        >>> betas = named_betas("linear")
+        >>> len(betas), float(betas[0]), float(betas[-1])
+        (1000, 0.0001, 0.02)
     """
     check_choice("noise schedule", name, get_args(ScheduleName))
     if name == "linear":
@@ -39,6 +44,12 @@ def respaced_timesteps(num_steps: int, respacing: str | int) -> np.ndarray:
         respacing: ``"250"`` spreads 250 steps from the first to the last; ``"10,10,5"`` cuts the process in equal
             sections with so many steps each (0 skips a section); ``"ddim25"`` strides by the first integer that gives 25
             steps, from 0.
+
+    Examples:
+        >>> respaced_timesteps(1000, "5").tolist()
+        [0, 250, 500, 749, 999]
+        >>> respaced_timesteps(1000, "ddim4").tolist()
+        [0, 250, 500, 750]
     """
     text = str(respacing).replace(" ", "")
     if match := re.fullmatch(r"ddim(\d+)", text):
@@ -131,6 +142,14 @@ class NoiseSchedule:
         timesteps: ``(N,)`` what the network is given at each step.
         betas, alphas_cumprod: ``(N,)``.
         posterior: see :class:`Posterior`.
+
+    Examples:
+        >>> schedule = NoiseSchedule(named_betas("cosine"))
+        >>> short = schedule.respace("5")
+        >>> len(short), short.timesteps.tolist()
+        (5, [0, 250, 500, 749, 999])
+        >>> bool(short.alphas_cumprod[1] == schedule.alphas_cumprod[250])
+        True
     """
 
     def __init__(self, betas: np.ndarray, timesteps: np.ndarray | None = None):

@@ -32,7 +32,12 @@ def rms(x: Tensor) -> Tensor:
 
 
 def match_norm(gradient: Tensor, reference: Tensor) -> Tensor:
-    """``gradient`` with the norm of ``reference``, ``(N, C, H, W)`` each, sample by sample; zero where the gradient is zero."""
+    """``gradient`` with the norm of ``reference``, ``(N, C, H, W)`` each, sample by sample; zero where the gradient is zero.
+
+    Examples:
+        >>> match_norm(torch.full((1, 1, 2, 2), 3.0), torch.full((1, 1, 2, 2), 0.5)).flatten()
+        tensor([0.5000, 0.5000, 0.5000, 0.5000])
+    """
     size = rms(gradient)
     return rms(reference) * (gradient / torch.where(size > 0, size, 1.0))
 
@@ -71,6 +76,18 @@ class ClassifierGuidance(Guidance):
         stabilizer: moving average, clipping and projection of the gradient; none by default.
         classifier_prediction: which x̂0 the classifier sees where the denoiser combines two: ``combined``, ``conditional`` or
             ``unconditional`` (the negative). The gradient is added to the combined one.
+
+    Examples:
+        >>> from calib_guidance.classifiers import GaussianMixtureClassifier
+        >>> from calib_guidance.denoisers import GaussianMixture
+        >>> from calib_guidance.diffusion import SampleStreams
+        >>> from calib_guidance.samplers import DDPM
+        >>> model = GaussianMixture(means=[[-2.0], [2.0]], covariances=[0.01, 0.01])  # without labels
+        >>> guide = ClassifierGuidance(GaussianMixtureClassifier(model, noise_aware=True), classifier_input="x_t")
+        >>> noise = SampleStreams(seeds=[0] * 4, indices=range(4), shape=model.image_shape)
+        >>> images = DDPM(steps="50")(model, noise, torch.tensor([0, 1, 0, 1]), guide)
+        >>> [round(float(x)) for x in images]
+        [-2, 2, -2, 2]
     """
 
     def __init__(

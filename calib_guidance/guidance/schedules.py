@@ -17,6 +17,10 @@ class GuidanceSchedule(Interval):
         interval, sigma_interval, step_interval: see :class:`~calib_guidance.diffusion.interval.Interval`.
         every: guide the first step and every so many-th after it. Between them nothing stands in for the gradient, so that
             the total strength falls with it.
+
+    Examples:
+        >>> GuidanceSchedule(gamma=0.3).sine(0.5)
+        0.3
     """
 
     def __init__(self, gamma: float = 0.0, *args: Any, **kwargs: Any):

@@ -81,6 +81,15 @@ class CalibrationError(ReliabilityBins):
 
     With the steps of sampling as levels, ``by_level`` is ECE_t and its mean the integral ECE (arXiv 2310.11311 Eq. 1).
     Arguments as of :class:`ReliabilityBins`.
+
+    Examples:
+        >>> logits = torch.tensor([[0.8, 0.2], [0.8, 0.2]]).log()
+        >>> metric = CalibrationError(num_levels=2)
+        >>> metric.update(logits, torch.tensor([0, 1]), level=torch.tensor([0, 1]))
+        >>> [round(float(value), 4) for value in metric.compute().by_level]
+        [0.2, 0.8]
+        >>> round(float(metric.compute().overall), 4)  # one of two is right at a confidence of 0.8
+        0.3
     """
 
     def value(self, sums: Tensor) -> Tensor:

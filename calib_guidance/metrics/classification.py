@@ -144,6 +144,12 @@ class Accuracy(_Mean):
     Args:
         top_k: in [1, K].
         num_levels: noise levels.
+
+    Examples:
+        >>> metric = Accuracy()
+        >>> metric.update(torch.eye(3), torch.tensor([0, 1, 1]))
+        >>> round(float(metric.compute().overall), 4)
+        0.6667
     """
 
     higher_is_better = True
@@ -163,14 +169,25 @@ class Accuracy(_Mean):
 
 
 class NegativeLogLikelihood(_Mean):
-    """Mean of −log p(y|x), in nats."""
+    """Mean of −log p(y|x), in nats.
+
+    Examples:
+        >>> round(float(NegativeLogLikelihood().of(torch.zeros(2, 4), torch.tensor([0, 3])).exp()), 4)
+        4.0
+    """
 
     def of_samples(self, logits: Tensor, y: Tensor) -> Tensor:
         return -logits.double().log_softmax(1).gather(1, y[:, None]).squeeze(1)
 
 
 class BrierScore(_Mean):
-    """Mean of Σ_k (p(k|x) − [k = y])², in [0, 2] (Brier 1950)."""
+    """Mean of Σ_k (p(k|x) − [k = y])², in [0, 2] (Brier 1950).
+
+    Examples:
+        >>> logits = torch.tensor([[0.8, 0.2]]).log()
+        >>> round(float(BrierScore().of(logits, torch.tensor([0]))), 4)  # 0.2² + 0.2²
+        0.08
+    """
 
     def of_samples(self, logits: Tensor, y: Tensor) -> Tensor:
         p = logits.double().softmax(1)

@@ -37,6 +37,11 @@ def frechet_distance(
 
     Returns:
         Scalar float64, ≥ 0 up to rounding.
+
+    Examples:
+        >>> eye, zero = torch.eye(2), torch.zeros(2)
+        >>> round(float(frechet_distance(zero, eye, zero + 3, 4 * eye)), 4)  # 2·3² + 2·(2 − 1)²
+        20.0
     """
     covariance1, covariance2 = covariance1.double(), covariance2.double()
     root = covariance_root(covariance1) if root1 is None else root1

@@ -71,6 +71,12 @@ def precision_recall(reference: Tensor, generated: Tensor, k: int = 3, half: boo
 
     Of features ``(M, D)`` and ``(N, D)``, M and N above k; scalars float64 in [0, 1]. k is 3 in the field. ``half``: see
     :func:`count_in_balls`.
+
+    Examples:
+        >>> reference, generated = torch.arange(8.0)[:, None], torch.arange(4.0)[:, None]
+        >>> precision, recall = precision_recall(reference, generated, k=1)
+        >>> float(precision), float(recall)  # the ball of 3 reaches to 4
+        (1.0, 0.625)
     """
     pairs = ((reference, generated), (generated, reference))
     return tuple((count_in_balls(*pair, k, half)[0] > 0).double().mean() for pair in pairs)

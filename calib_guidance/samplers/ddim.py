@@ -27,6 +27,14 @@ class DDIM(Sampler):
         guidance_scaling: ``score``, or ``ddpm_equivalent`` for a scale that was tuned with DDPM, see
             :class:`~calib_guidance.samplers.guidance_scaling.GuidanceScaling`.
         data_std: d of ``ddpm_equivalent``; required where η < 1.
+
+    Examples:
+        >>> from calib_guidance.denoisers import GaussianMixture
+        >>> from calib_guidance.diffusion import SampleStreams
+        >>> model = GaussianMixture(means=[[3.0]], covariances=[0.01])
+        >>> noise = SampleStreams(seeds=[0], indices=[0], shape=model.image_shape)
+        >>> round(float(DDIM(steps="50")(model, noise, torch.tensor([0]))))
+        3
     """
 
     renoises = True

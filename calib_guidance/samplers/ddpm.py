@@ -30,6 +30,15 @@ class DDPM(Sampler):
             posterior's; ``fixed_large`` is β, at the last step the posterior's second entry; ``auto`` is learned or fixed_large.
         clip_denoised: clip x̂0 to [-1, 1].
         recurrence: times that each step is done, renoising in between (Bansal et al. 2023); 1 is plain sampling.
+
+    Examples:
+        >>> from calib_guidance.denoisers import GaussianMixture
+        >>> from calib_guidance.diffusion import SampleStreams
+        >>> model = GaussianMixture(means=[[-2.0], [2.0]], covariances=[0.01, 0.01])
+        >>> noise = SampleStreams(seeds=[0] * 4, indices=range(4), shape=model.image_shape)
+        >>> images = DDPM(steps="50")(model, noise, torch.zeros(4, dtype=torch.long))
+        >>> [round(abs(float(x))) for x in images]  # each at one of the two means
+        [2, 2, 2, 2]
     """
 
     takes_score = True

@@ -25,6 +25,14 @@ class DPMSolver(Multistep):
         sde: solve the reverse SDE instead of the ODE: more steps without guidance, fewer with it.
         steps, spacing, sigma_min, sigma_max, order, clip_denoised, guidance_scaling, data_std: see
             :class:`~calib_guidance.samplers.multistep.Multistep`.
+
+    Examples:
+        >>> from calib_guidance.denoisers import GaussianMixture
+        >>> from calib_guidance.diffusion import SampleStreams
+        >>> model = GaussianMixture(means=[[3.0]], covariances=[0.01])
+        >>> noise = SampleStreams(seeds=[0], indices=[0], shape=model.image_shape)
+        >>> round(float(DPMSolver(steps=20, sde=True)(model, noise, torch.tensor([0]))))
+        3
     """
 
     renoises = True

@@ -40,6 +40,14 @@ class UniPC(Multistep):
 
     The last step, which ends in x̂0, has order 1 and no corrector. The denoiser, guidance and observers see the predicted x. The
     corrector raises the order by one.
+
+    Examples:
+        >>> from calib_guidance.denoisers import GaussianMixture
+        >>> from calib_guidance.diffusion import SampleStreams
+        >>> model = GaussianMixture(means=[[3.0]], covariances=[0.01])
+        >>> noise = SampleStreams(seeds=[0], indices=[0], shape=model.image_shape)
+        >>> round(float(UniPC(steps=20)(model, noise, torch.tensor([0]))))
+        3
     """
 
     def coefficients(self, levels: NoiseLevels) -> dict[str, np.ndarray]:

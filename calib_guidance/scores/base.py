@@ -54,6 +54,13 @@ class TemperedLogProb(Score):
     Args:
         tau1: joint temperature, > 0.
         tau2: marginal temperature, ≥ 0.
+
+    Examples:
+        >>> logits, y = torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([0])
+        >>> round(float(TemperedLogProb()(logits, y)), 4)  # log softmax
+        -0.2395
+        >>> round(float(TemperedLogProb(tau2=0.0)(logits, y)), 4)  # the logit, less log 3
+        0.9014
     """
 
     def __init__(self, tau1: float = 1.0, tau2: float = 1.0):

@@ -18,6 +18,11 @@ class Tilted(Score):
         tilt: t ≠ 0, −0.2 in the paper; negative gives the least likely samples of a group the most weight.
         group_size: samples per group, ≥ 2; the number of samples and the batch size must be multiples of it.
         score: the S_j; plain log-probability by default.
+
+    Examples:
+        >>> logits, y = torch.zeros(4, 2), torch.tensor([0, 1, 0, 1])
+        >>> Tilted(tilt=-0.2, group_size=2)(logits, y).exp()  # equal scores: their own value
+        tensor([0.5000, 0.5000, 0.5000, 0.5000])
     """
 
     def __init__(self, tilt: float = -0.2, group_size: int = 10, score: Score | None = None):

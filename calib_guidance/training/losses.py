@@ -29,6 +29,11 @@ def smooth_ece(logits: Tensor, y: Tensor, beta: float = 1e-2) -> Tensor:
     Returns:
         Scalar. p̂ is the largest softmax probability; a, whether its class is the true one, is a constant to the
         gradient.
+
+    Examples:
+        >>> logits = torch.tensor([[0.8, 0.2], [0.8, 0.2]]).log()
+        >>> round(float(smooth_ece(logits, torch.tensor([0, 1]), beta=1e-8)), 4)  # (0.2 + 0.8) / 2
+        0.5
     """
     confidence, correct = _confidence(logits, y, beta)
     return ((confidence - correct).square() + beta).sqrt().mean()
@@ -64,6 +69,11 @@ def binned_smooth_ece(logits: Tensor, y: Tensor, beta: float = 1e-2, num_bins: i
 
     Returns:
         Scalar, the same on every rank. The bin of a sample and a are constants to the gradient.
+
+    Examples:
+        >>> logits = torch.tensor([[0.8, 0.2], [0.8, 0.2]]).log()
+        >>> round(float(binned_smooth_ece(logits, torch.tensor([0, 1]), beta=1e-8)), 4)  # 0.8 of one half
+        0.3
     """
     if num_bins < 1:
         raise ValueError(f"num_bins must be at least 1, got {num_bins}")
