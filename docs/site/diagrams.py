@@ -24,7 +24,7 @@ GROUPS = {
 # What happens to a sample: where, and what.
 PATH = (
     ("YAML and options", "--config digits --model.guidance.scale 2"),
-    ("cli/configs.py", "finds files by name, puts the files of `base:` before them"),
+    ("cli/configs.py", "finds files by name, puts the files named by base: before them"),
     ("cli/lightning.py", "checks options, builds denoiser, sampler, guidance, data and callbacks"),
     ("data/requests.py", "claims a shard, gives batches of index, label and seed"),
     ("tasks/guided_sampling.py", "makes the noise of each (seed, index), runs the sampler"),

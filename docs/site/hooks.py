@@ -101,16 +101,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     if not page.file.generated_by:
         markdown = with_links(markdown, f"docs/{page.file.src_uri}", page.file.src_uri)
-    for name, draw in diagrams.DRAWN.items():
-        markdown = markdown.replace(f"<!-- {name} -->", draw())
     return markdown
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Formulas as MathML, which browsers draw themselves."""
+    """Diagrams, and formulas as MathML, which browsers draw themselves."""
 
     def drawn(match: re.Match[str]) -> str:
         latex = match[3].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
         return convert(latex, display="inline" if match[2] == "(" else "block")
 
+    for name, draw in diagrams.DRAWN.items():
+        html = html.replace(f"<!-- {name} -->", draw() if f"<!-- {name} -->" in html else "")
     return _MATH.sub(drawn, html)
