@@ -30,7 +30,7 @@ PATH = (
     ("tasks/guided_sampling.py", "makes the noise of each (seed, index), runs the sampler"),
     ("samplers/base.py", "the loop over noise levels, from pure noise to the image:"),
     ("callbacks/sample_writer.py", "rounds to uint8, writes samples/00000000.parquet, then the record of the shard"),
-    ("callbacks/, report/", "metrics, plots and index.html of the complete run"),
+    ("callbacks/, report/", "metrics, plots and report.html of the complete run"),
 )
 LOOP = (
     ("denoisers/", "x̂0 of x_t; rules and negatives combine predictions"),
