@@ -31,7 +31,7 @@ from calib_guidance.samplers import DDIM, DDPM, Sampler
 from calib_guidance.scores import DivergenceRegularized, EntropyRegularized, Score, TemperedLogProb, Tilted
 from calib_guidance.scores.regularized import smoothed_one_hot_log
 
-BLUE, VERMILLION, BLACK = COLORS[0], COLORS[1], COLORS[6]
+BLUE, VERMILION, BLACK = COLORS[0], COLORS[1], COLORS[6]
 HALO = [withStroke(linewidth=2, foreground="white")]
 
 # Four classes that overlap, so that the classifier is often unsure; class 0 is guided to.
@@ -223,12 +223,12 @@ def draw_figure(
         contours(axis, own, colors=BLACK, linewidths=0.9)
         target = nominal(method, mixture)
         if target is not None:
-            contours(axis, target, colors=VERMILLION, linewidths=1.1, linestyles="--")
+            contours(axis, target, colors=VERMILION, linewidths=1.1, linestyles="--")
         frame(axis, mixture, method.name)
         axis.text(0.03, 0.03, f"{max(measured[method.name].energy, 0):.3f}", transform=axis.transAxes, fontsize=7.5)
     entries = [
         (Line2D([], [], color=BLACK, lw=0.9), "p(x | y), exact: 50, 90 % of mass"),
-        (Line2D([], [], color=VERMILLION, lw=1.1, ls="--"), "p(x)·exp S(x), nominal"),
+        (Line2D([], [], color=VERMILION, lw=1.1, ls="--"), "p(x)·exp S(x), nominal"),
         (Line2D([], [], color="0.72", lw=0.8), "other classes: 50 % of mass"),
         (Line2D([], [], color=BLUE, marker="o", ms=3, ls=""), "samples"),
         (Line2D([], [], color="white", marker="*", mec=BLACK, mew=0.7, ms=8, ls=""), "μ of the class y"),

@@ -27,7 +27,7 @@ from calib_guidance.plots import COLORS
 from calib_guidance.samplers import DDPM, StepRecord
 from calib_guidance.training import binned_smooth_ece, smooth_ece
 
-BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK, _ = COLORS
+BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK, _ = COLORS
 
 # Two classes two standard deviations apart, in so many dimensions that few points can be told apart by chance.
 DIMENSIONS, WEIGHTS = 16, (0.75, 0.25)
@@ -208,7 +208,7 @@ def least_loss(q: Tensor, beta: float, n: int, weight: float | None = None) -> T
 def draw_figure(runs: Runs, exact: Measured, path: Path) -> None:
     hardest = at(runs, max(MEMORIZING))
     figure, axes = plt.subplots(2, 2, figsize=(7.2, 5.6))
-    shown = [(START, 0, VERMILLION), *((o.name, BUDGETS[-1], o.colour) for o in OBJECTIVES if o.beta != 1.0)]
+    shown = [(START, 0, VERMILION), *((o.name, BUDGETS[-1], o.colour) for o in OBJECTIVES if o.beta != 1.0)]
     for axis, y, title in zip(axes[0], (LIKELY, OTHER), ("the likelier class", "the other class"), strict=True):
         for name, budget, colour in shown:
             norms = torch.stack([found[name, budget].norms[y] for found in hardest])
@@ -222,7 +222,7 @@ def draw_figure(runs: Runs, exact: Measured, path: Path) -> None:
     axes[0, 0].set_ylabel(r"$\|\nabla \log p(y\,|\,\hat{x}_0)\|$")
 
     axis = axes[1, 0]
-    colours = {START: VERMILLION, **{o.name: o.colour for o in OBJECTIVES}}
+    colours = {START: VERMILION, **{o.name: o.colour for o in OBJECTIVES}}
     for row, (name, colour) in enumerate(colours.items()):
         for budget, marker, shift in [(0, "o", 0)] if name == START else zip(BUDGETS, "^o", (-0.16, 0.16), strict=True):
             values = torch.tensor([found[name, budget].ece for found in hardest])
@@ -267,7 +267,7 @@ def draw_minimizers(path: Path) -> None:
     ]
     for axis, (title, lines) in zip(axes, panels, strict=True):
         axis.plot(q, q, color=BLACK, lw=1, ls="--", label="calibrated")
-        for colour, (label, beta, n) in zip((VERMILLION, PURPLE, SKY, BLUE), lines, strict=True):
+        for colour, (label, beta, n) in zip((VERMILION, PURPLE, SKY, BLUE), lines, strict=True):
             axis.plot(q, least_loss(q, beta, n), color=colour, lw=1.3, label=label)
         axis.set(xlabel="share q of predictions that are right", xlim=(0.5, 1), ylim=(0.5, 1.005), title=title)
         axis.title.set_fontsize(9.5)
