@@ -54,8 +54,9 @@ def pages() -> dict[str, str]:
 
 
 def configurations(root: Path) -> str:
-    """A table of every named configuration, by folder, with what its first comment says and what it is based on."""
+    """A table of every named configuration, by folder, with what its first comment says and what it is based on; then the files."""
     folders: dict[str, list[str]] = {}
+    files: dict[str, list[str]] = {}
     for path in sorted(root.rglob("*.yaml")):
         text = path.read_text()
         comments = re.match(r"(?:#.*\n)*", text)[0]
@@ -64,6 +65,8 @@ def configurations(root: Path) -> str:
         based = re.search(r"^base: *\[?([^\]\n]*)\]?", text, re.MULTILINE)
         base = ", ".join(f"`{each.strip().removesuffix('.yaml')}`" for each in based[1].split(",")) if based else ""
         name = path.relative_to(root).with_suffix("")
+        shown = "\n".join(f"    {line}".rstrip() for line in f"```yaml\n{text.rstrip()}\n```".splitlines())
+        files.setdefault(name.parts[0], []).append(f'??? abstract "{name.as_posix()}"\n\n{shown}\n')
         folders.setdefault(name.parts[0], []).append(
             f"| `{name.as_posix()}` | {about} | {base} |".replace("{", "&#123;")
         )
@@ -72,5 +75,10 @@ def configurations(root: Path) -> str:
         "[Reproduce the papers](reproduce.md) says which row of the papers is which name.\n"
     ]
     for folder, rows in folders.items():
-        parts += [f"## {folder}\n", "| name | what it is | based on |\n|---|---|---|", "\n".join(rows) + "\n"]
+        parts += [
+            f"## {folder}\n",
+            "| name | what it is | based on |\n|---|---|---|",
+            "\n".join(rows) + "\n",
+            *files[folder],
+        ]
     return "\n".join(parts)
