@@ -54,7 +54,7 @@ def pages() -> dict[str, str]:
 
 
 def configurations(root: Path) -> str:
-    """A table of every named configuration, by folder, with what its first comment says and what it is based on; then the files."""
+    """A table of every named configuration, by folder, with its first comment and base; then the files."""
     folders: dict[str, list[str]] = {}
     files: dict[str, list[str]] = {}
     for path in sorted(root.rglob("*.yaml")):
