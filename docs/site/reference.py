@@ -61,7 +61,7 @@ def configurations(root: Path) -> str:
         text = path.read_text()
         comments = re.match(r"(?:#.*\n)*", text)[0]
         sentences = " ".join(line.lstrip("# ") for line in comments.splitlines())
-        about = re.split(r"(?<=[.]) (?=[A-Z])", sentences)[0]
+        about = re.split(r"(?<=[.]) (?=[A-Z])", sentences)[0].replace("|", "\\|")
         based = re.search(r"^base: *\[?([^\]\n]*)\]?", text, re.MULTILINE)
         base = ", ".join(f"`{each.strip().removesuffix('.yaml')}`" for each in based[1].split(",")) if based else ""
         name = path.relative_to(root).with_suffix("")
