@@ -30,17 +30,6 @@ class Heun(Sampler):
         guide_correction: guide the second evaluation of a step too, at X'. None does, unless ``apply_to: sample``: Algorithm 2
             moves the sample once per step; true averages two moves (the trapezoidal rule).
         clip_denoised: clip x̂0 to [-1, 1]; EDM does not.
-
-    Examples:
-        >>> from calib_guidance.denoisers import GaussianMixture
-        >>> from calib_guidance.diffusion import SampleStreams
-        >>> model = GaussianMixture(means=[[3.0]], covariances=[0.01])
-        >>> noise = SampleStreams(seeds=[0], indices=[0], shape=model.image_shape)
-        >>> sampler = Heun(num_steps=18)
-        >>> sampler.nfe(model)
-        35
-        >>> round(float(sampler(model, noise, torch.tensor([0]))))
-        3
     """
 
     moves_sample = True
