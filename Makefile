@@ -68,6 +68,7 @@ plots: demo few-steps
 	$(BIN)/calib-guidance report outputs/digits
 	$(BIN)/python docs/first_picture.py
 	$(BIN)/python docs/gaussian_mixture.py
+	$(BIN)/python docs/guidance_rules.py
 	$(BIN)/python docs/overconfidence.py
 
 # Ratios of this machine against those of benchmarks/baseline.json; names what got slower. For an idle machine, about 20 minutes.
