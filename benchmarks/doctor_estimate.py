@@ -4,7 +4,7 @@
 
 Each round asks ``calib-guidance doctor`` for the total time of a run, then starts the run and measures it: seconds per image of
 ``predict``, and the training time of ``fit`` by Lightning's own clock. Both are processes of their own. Printed is the time
-taken over the low and the high end of the estimate: 1 lies between them if the estimate is right.
+divided by the low and the high end of the estimate: 1 lies between them if the estimate is right.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from timing import Figure, keep, machine, parser, ratio
+from timing import Ratio, keep, machine, parser, ratio
 
 ROOT = Path(__file__).parents[1]
 _UNITS = {"ms": 1e-3, "s": 1.0, "minutes": 60.0, "hours": 3600.0, "days": 86400.0}
@@ -36,7 +36,13 @@ main(sys.argv[1:])
 RUNS = {
     "digits, DDPM": ["predict", "--config=digits", "--data.num_samples=400"],
     "digits, SDE-DPM-Solver++, batches of 25": [
-        *("predict", "--config=digits", "--config=sampler/dpm_solver_sde", "--data.num_samples=200", "--data.batch_size=25"),
+        *(
+            "predict",
+            "--config=digits",
+            "--config=sampler/dpm_solver_sde",
+            "--data.num_samples=200",
+            "--data.batch_size=25",
+        ),
         "--model.sampler.steps=25",
     ],
     "digits, trains a classifier": [
@@ -77,7 +83,7 @@ def main() -> None:
     print(machine())
     print("| run | estimate | measured | measured / low | measured / high |")
     print("|---|---:|---:|---:|---:|")
-    figures: dict[str, Figure] = {}
+    ratios: dict[str, Ratio] = {}
     for name, argv in RUNS.items():
         lows, highs, times = [], [], []
         for _ in range(options.rounds):
@@ -87,11 +93,11 @@ def main() -> None:
                 lows.append(low)
                 highs.append(high)
                 times.append(measure(here, Path(folder, "run")))
-        figures[f"{name}: measured / low"] = least = ratio(times, lows)
-        figures[f"{name}: measured / high"] = most = ratio(times, highs)
+        ratios[f"{name}: measured / low"] = least = ratio(times, lows)
+        ratios[f"{name}: measured / high"] = most = ratio(times, highs)
         expected, taken = f"{min(lows):.3g} to {max(highs):.3g} s", f"{min(times):.3g} to {max(times):.3g} s"
         print(f"| {name} | {expected} | {taken} | {least} | {most} |", flush=True)
-    keep(options.json, "doctor_estimate", figures)
+    keep(options.json, "doctor_estimate", ratios)
 
 
 if __name__ == "__main__":
