@@ -107,9 +107,9 @@ def resampling_matrix(start: Tensor, length: Tensor, source: int, target: int) -
 
 
 def spread(numbers: Tensor) -> Tensor:
-    """Evenly spread points of the unit cube by number: ``(...)`` to ``(..., 3)`` in [0, 1), float64.
+    """Evenly distributed points of the unit cube by number: ``(...)`` to ``(..., 3)`` in [0, 1), float64.
 
-    frac((n + ½)·(1/ρ, 1/ρ², 1/ρ³)) with ρ⁴ = ρ + 1, the golden ratio's generalisation to three dimensions.
+    frac((n + ½)·(1/ρ, 1/ρ², 1/ρ³)) with ρ⁴ = ρ + 1, the golden ratio's generalization to three dimensions.
     """
     powers = 1.2207440846057596 ** -torch.arange(1, 4, dtype=torch.float64, device=numbers.device)
     return ((numbers.double() + 0.5)[..., None] * powers).frac()
@@ -126,10 +126,10 @@ class CLIPClassifier(Classifier):
         model: a name of ``open_clip.list_models()``, the path of a JSON file in its format, or the content of one.
         weights: local file or ``hf://owner/repository/file`` in open_clip's names, such as
             ``hf://timm/vit_large_patch14_clip_336.openai/open_clip_model.safetensors``; None leaves random weights.
-        cutouts: number of crops that are shown besides the whole image, the logits being the mean over all of them. Where they
-            lie depends on their number and on t alone. Each costs as much as the whole image.
-        cutout_scale: smallest and largest side of a crop, as a share of the image's, in (0, 1].
-        mean, std: of each colour in [0, 1] that the weights were trained with.
+        cutouts: number of crops that are shown besides the full image, the logits being the mean over all of them. Where they
+            lie depends on their number and on t alone. Each costs as much as the full image.
+        cutout_scale: smallest and largest side of a crop, as a fraction of the image's, in (0, 1].
+        mean, std: of each color in [0, 1] that the weights were trained with.
         dtype: ``float32``, ``bfloat16`` or ``float16``, of the matrix products of the image network.
 
     Images of any size are resized to the network's (bicubic, antialiased, overshoot clipped to [-1, 1] as in open_clip).
@@ -188,10 +188,10 @@ class CLIPClassifier(Classifier):
 
     def check_image(self, shape: Sequence[int]) -> None:
         if shape[0] != 3:
-            raise ValueError(f"CLIP sees images of 3 colours, not of {shape[0]}")
+            raise ValueError(f"CLIP sees images of 3 colors, not of {shape[0]}")
 
     def _views(self, x: Tensor, t: Tensor | None) -> list[Tensor]:
-        """The whole image and the cut-outs, ``(N, 3, *size)`` each."""
+        """The full image and the cut-outs, ``(N, 3, *size)`` each."""
         # Filled on the device; from Python's numbers it would be an upload, for which the host waits.
         sides = torch.stack([torch.full((), side, dtype=torch.float64, device=x.device) for side in x.shape[-2:]])
         starts, lengths = [torch.zeros_like(sides)], [sides]
@@ -207,7 +207,7 @@ class CLIPClassifier(Classifier):
                 resampling_matrix(start[..., axis], length[..., axis], x.shape[axis - 2], self.size[axis]).to(x.dtype)
                 for axis in (0, 1)
             )
-            if start.ndim == 2:  # a cut-out of its own for each sample, the same for its colours
+            if start.ndim == 2:  # a cut-out of its own for each sample, the same for its colors
                 rows, columns = rows.unsqueeze(1), columns.unsqueeze(1)
             wide = (x @ columns.mT).clamp(-_BOUND, _BOUND)  # as Pillow: first along the lines, 8 bits after each pass
             views.append((wide.mT @ rows.mT).mT.clamp(-_BOUND, _BOUND))

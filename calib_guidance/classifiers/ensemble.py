@@ -13,7 +13,7 @@ from calib_guidance.scores.base import as_float
 class Ensemble(Classifier):
     """Logits are the mean of the members' log-probabilities.
 
-    Their softmax is the geometric mean of the members' probabilities, renormalised.
+    Their softmax is the geometric mean of the members' probabilities, renormalized.
 
     Args:
         classifiers: two or more, of the same classes; frozen with the ensemble.

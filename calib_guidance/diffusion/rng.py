@@ -73,7 +73,7 @@ class SampleStreams:
         noise = self._draw() if self._next is None else self._next.result()
         if self._thread is not None:
             self._next = self._thread.submit(self._draw)
-        # From pinned memory, which PyTorch does not hand out anew before the copy is done: the host does not wait for it.
+        # From pinned memory, which PyTorch does not reuse before the copy is done: the host does not wait for it.
         return noise.to(self.device, non_blocking=True)
 
 

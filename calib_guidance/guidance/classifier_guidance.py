@@ -71,7 +71,7 @@ class ClassifierGuidance(Guidance):
         apply_to: ``score`` adds to the score of the diffusion model, as the sampler's algorithm says; ``cfg_residual`` gives
             the gradient the norm of classifier-free guidance's residual and adds it there (arXiv 2310.11311,
             Algorithm 3), with strength scale·(1 + γ·sin(π·progress)); ``sample`` moves the sample itself along the gradient,
-            whose size is left out (Algorithm 2), which the Heun sampler does.
+            whose size is ignored (Algorithm 2), which the Heun sampler does.
         decoder: makes images of x̂0 for the classifier, in place of the denoiser's own decoder. Frozen here.
         stabilizer: moving average, clipping and projection of the gradient; none by default.
         classifier_prediction: which x̂0 the classifier sees where the denoiser combines two: ``combined``, ``conditional`` or

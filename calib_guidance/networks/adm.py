@@ -66,7 +66,7 @@ class SiLU(nn.SiLU):
 
 
 def _upsample(channels: int, with_conv: bool = True) -> nn.Module:
-    """Nearest-neighbour doubling, then a 3×3 convolution where ``with_conv``."""
+    """Nearest-neighbor doubling, then a 3×3 convolution where ``with_conv``."""
     conv = nn.Conv2d(channels, channels, 3, padding=1) if with_conv else nn.Identity()
     return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2), conv=conv))
 
@@ -256,7 +256,7 @@ class _Encoder(nn.Module):
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
         self.model_channels, self.num_res_blocks = model_channels, num_res_blocks
         self.dtype = dtype_of(dtype)
-        # The coarsest level halves once per level after the first, and skip connections need whole pixels.
+        # The coarsest level halves once per level after the first, and skip connections need an integer number of pixels.
         self.size_multiple = 2 ** (len(channel_mult) - 1)
         self.emb_channels = emb_channels = channel_mult_emb * model_channels
         self.time_embed = nn.Sequential(

@@ -18,7 +18,7 @@ from calib_guidance.samplers.guidance_scaling import GuidanceScaling
 
 
 class Transition(NamedTuple):
-    """x' = mean + std·z, of which the loop draws z ~ N(0, I); not at the last step."""
+    """x' = mean + std·z; the loop draws z ~ N(0, I), not at the last step."""
 
     mean: Tensor  # (N, C, H, W)
     std: Tensor | None = None  # one number or (N, C, H, W); None of a deterministic step
@@ -95,7 +95,7 @@ class Sampler(ABC):
         return self.levels(denoiser)
 
     def nfe(self, denoiser: Denoiser) -> int:
-        """Number of network evaluations per sample."""
+        """Number of function evaluations (NFE) per sample."""
         return len(self.levels(denoiser).times) * self.recurrence * denoiser.nfe
 
     def check(self, denoiser: Denoiser, guidance: Guidance | None) -> None:

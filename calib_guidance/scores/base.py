@@ -33,10 +33,10 @@ def log_softmax(logits: Tensor) -> Tensor:
 class Score(nn.Module, ABC):
     """``score(logits, y, time) -> (N,)``: one value per sample, higher where the sample is more of its class.
 
-    Guidance climbs its gradient. ``logits`` are ``(N, K)``, ``y`` ``(N,)``; ``time`` is the share of the trajectory still to
+    Guidance climbs its gradient. ``logits`` are ``(N, K)``, ``y`` ``(N,)``; ``time`` is the fraction of the trajectory still to
     go, from 1 at pure noise to 0 at the image, which only scores with a schedule use.
 
-    ``group_size`` is the number of neighbouring samples whose scores depend on each other.
+    ``group_size`` is the number of neighboring samples whose scores depend on each other.
     """
 
     group_size: int = 1

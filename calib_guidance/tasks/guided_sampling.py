@@ -34,7 +34,7 @@ def _one_class_problems(score: Score) -> Iterator[str]:
         (gradient,) = torch.autograd.grad(value, logits)
     if not (gradient > 0).all():
         yield (
-            f"the requests have one class, of which {type(score).__name__} is always equally certain, so that it cannot guide: "
+            f"the requests have one class, and {type(score).__name__} is always equally certain of it, so it cannot guide: "
             "set the score to TemperedLogProb with tau2: 0, which climbs the logit itself, or give classes to choose from"
         )
 
@@ -198,7 +198,7 @@ class GuidedSampling(FaultTolerant):
             return
         done = self.num_done + len(self.context.indices) * step / num_steps
         total = sum(map(len, self.context.shards)) or len(trainer.datamodule)
-        rate = done / max(time.monotonic() - self.started, 1e-9)  # of this device, which takes its share of the shards
+        rate = done / max(time.monotonic() - self.started, 1e-9)  # of this device, which does a part of the shards
         left = tqdm.format_interval(max(total / trainer.world_size - done, 0) / rate)
         bar.set_postfix_str(f"step {step}/{num_steps}, {rate:.3g} images/s, {left} left", refresh=False)
         bar.update(0)

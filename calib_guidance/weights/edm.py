@@ -101,7 +101,7 @@ def from_edm(state: Mapping[str, Tensor], head_channels: int = HEAD_CHANNELS) ->
             value = value.squeeze(-1) if part == 1 and value.ndim == 4 else value
             renamed[f"{places[block][part]}.{inside}.{kind}"] = value
         else:
-            raise ValueError(f"{name!r} is no weight of EDM's DhariwalUNet, whose blocks have {', '.join(_LAYERS)}")
+            raise ValueError(f"{name!r} is not a weight of EDM's DhariwalUNet, whose blocks have {', '.join(_LAYERS)}")
     return renamed
 
 

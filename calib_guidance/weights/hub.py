@@ -15,7 +15,7 @@ FILES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pkl", ".json")
 def fetch(path: str | os.PathLike[str]) -> Path:
     """Where a file or folder lies on this machine; what ``hf://OWNER/REPO/PATH@REVISION`` names is downloaded once.
 
-    Of a folder, or a whole repository (no PATH), the ``.json`` and ``.safetensors`` files are fetched, and nothing else.
+    Of a folder, or a complete repository (no PATH), the ``.json`` and ``.safetensors`` files are fetched, and nothing else.
     """
     if not str(path).startswith(PREFIX):
         return find_file(path)

@@ -31,7 +31,7 @@ def saved(tmp_path_factory):
     """open_clip's model and the same in a file."""
     torch.manual_seed(0)
     model = open_clip.CLIP(**ARCHITECTURE).eval()
-    for parameter in model.parameters():  # as initialised, embeddings of all images are much alike
+    for parameter in model.parameters():  # as initialized, embeddings of all images are much alike
         parameter.data += 0.1 * torch.randn_like(parameter)
     path = tmp_path_factory.mktemp("clip") / "open_clip_model.safetensors"
     save_file(model.state_dict(), path)
@@ -84,7 +84,7 @@ def test_resizing_is_torchs_antialiased_bicubic(size):
 
 
 def test_preprocessing_is_open_clips():
-    """Of an 8-bit image through Pillow, which rounds to whole grey levels after rows and after columns."""
+    """Of an 8-bit image through Pillow, which rounds to complete gray levels after rows and after columns."""
     grid = torch.stack(torch.meshgrid(torch.linspace(0, 3, 40), torch.linspace(0, 3, 40), indexing="ij"))
     smooth = torch.stack([grid[0].sin(), grid[1].cos(), (grid[0] * grid[1]).sin()]) * 60 + 128
     pixels = smooth.round().to(torch.uint8)
@@ -131,7 +131,7 @@ def test_gradient_of_the_image_is_that_of_finite_differences(saved, cutouts):
 
 class TestCutouts:
     def test_a_cutout_is_the_resized_crop(self):
-        """Away from the border of the crop, behind which a cut-out sees the image go on."""
+        """Away from the border of the crop, behind which a cut-out sees the image resume."""
         x = images(1, 48, 40, torch.float64)
 
         def matrix(start, length, source):
@@ -148,12 +148,12 @@ class TestCutouts:
 
     def test_logits_are_the_mean_over_views(self, saved):
         classifier = CLIPClassifier(PROMPTS, ARCHITECTURE, str(saved[1]), cutouts=3).freeze()
-        whole = CLIPClassifier(PROMPTS, ARCHITECTURE, str(saved[1])).freeze()
+        complete = CLIPClassifier(PROMPTS, ARCHITECTURE, str(saved[1])).freeze()
         x, t = images(2, 32, 32), torch.tensor([5, 5])
         views = classifier._views(x, t)
         assert len(views) == 4
         with torch.no_grad():
-            torch.testing.assert_close(classifier(x, t), torch.stack([whole(view) for view in views]).mean(0))
+            torch.testing.assert_close(classifier(x, t), torch.stack([complete(view) for view in views]).mean(0))
 
     def test_places_depend_on_t_and_on_no_other_sample(self, saved):
         classifier = CLIPClassifier(PROMPTS, ARCHITECTURE, str(saved[1]), cutouts=2).freeze()
@@ -169,8 +169,8 @@ class TestCutouts:
         octant = ((spread(torch.arange(37, 101)) * 2).long() * torch.tensor([4, 2, 1])).sum(1)
         assert (octant.bincount(minlength=8) - 8).abs().max() <= 2
         classifier = CLIPClassifier(["a"], ARCHITECTURE, cutouts=1, cutout_scale=(1.0, 1.0))
-        whole, cutout = classifier._views(images(2, 20, 20), torch.tensor([3, 700]))
-        torch.testing.assert_close(whole, cutout)
+        complete, cutout = classifier._views(images(2, 20, 20), torch.tensor([3, 700]))
+        torch.testing.assert_close(complete, cutout)
 
 
 def test_half_precision_is_close_and_returns_float32(saved):
@@ -238,7 +238,7 @@ class TestRefused:
             CLIPClassifier(PROMPTS, wider, str(saved[1]))
 
     def test_grey_images(self):
-        with pytest.raises(ValueError, match="3 colours, not of 1"):
+        with pytest.raises(ValueError, match="3 colors, not of 1"):
             CLIPClassifier(PROMPTS, ARCHITECTURE).check_image((1, 32, 32))
 
     def test_without_open_clip(self, monkeypatch):

@@ -197,7 +197,7 @@ class TestTilted:
         torch.testing.assert_close(self.gradient(Tilted(-2.0, 4))[4:], self.gradient(Tilted(-2.0, 4), slice(4, 8)))
 
     def test_a_torn_group_is_an_error(self):
-        with pytest.raises(ValueError, match=r"6 samples are not whole groups of 4.*batch_size"):
+        with pytest.raises(ValueError, match=r"6 samples are not complete groups of 4.*batch_size"):
             self.gradient(Tilted(-2.0, 4), slice(0, 6))
 
 

@@ -24,7 +24,7 @@ class Negative(nn.Module, ABC):
             raise ValueError(f"{type(self).__name__} needs a class-conditional denoiser (class_conditional: true)")
 
     def nfe(self, denoiser: Denoiser) -> int:
-        """Number of network evaluations of a conditional prediction and its negative; two by default."""
+        """NFE of a conditional prediction and its negative; two by default."""
         return 2 * denoiser.nfe
 
     @abstractmethod
@@ -48,7 +48,7 @@ def doubled(predict: Predict) -> PredictPair:
 
 
 class RandomNegative(Negative):
-    """A negative that is random anew at every level: each level is prepared by itself, once x_T is known."""
+    """A negative with new random numbers at every level: each level is prepared by itself, once x_T is known."""
 
     @abstractmethod
     def pairs(self, denoiser: Denoiser, levels: NoiseLevels, y: Tensor, x: Tensor) -> list[PredictPair]:

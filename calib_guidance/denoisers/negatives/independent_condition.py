@@ -10,7 +10,7 @@ from calib_guidance.diffusion.schedules import NoiseLevels
 
 
 class IndependentCondition(RandomNegative):
-    """The denoiser with a random label, drawn anew at every level: for models trained without label dropout.
+    """The denoiser with a random label, drawn again at every level: for models trained without label dropout.
 
     Labels are uniform, the sample's own among them, as leaving it out would bias the estimate. They follow from the sample's x_T.
     Samples without label (-1) keep none. Both predictions come from one doubled batch.

@@ -12,7 +12,7 @@ from calib_guidance.errors import check_numbers
 
 
 class PerturbedTime(RandomNegative):
-    """The denoiser with a perturbed embedding of t: e + k·rms(e)·(t/(T − 1))^a·n, n ~ N(0, I) anew at every level.
+    """The denoiser with a perturbed embedding of t: e + k·rms(e)·(t/(T − 1))^a·n, n ~ N(0, I) drawn again at every level.
 
     For models with and without labels whose denoiser embeds t once per trajectory (ADM, EDM, DiT). n follows from the sample's
     x_T. The source gives neither k nor a: these are to be tuned. Both predictions come from one doubled batch.

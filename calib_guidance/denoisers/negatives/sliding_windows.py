@@ -50,13 +50,13 @@ class SlidingWindows(Negative):
         return (1 + self.per_side**2) * denoiser.nfe
 
     def prepare(self, denoiser: Denoiser, levels: NoiseLevels, y: Tensor) -> PredictPair:
-        whole, crop = denoiser.prepare(levels, y), denoiser.prepare(levels, y.repeat(self.per_side**2))
+        full, crop = denoiser.prepare(levels, y), denoiser.prepare(levels, y.repeat(self.per_side**2))
         _, height, width = denoiser.image_shape
         corners = [(top, left) for left in self.corners(width) for top in self.corners(height)]
         count = self.add_up(torch.ones(len(corners), 1, self.size, self.size, device=y.device), corners, height, width)
 
         def predict_pair(x_t: Tensor, i: int | Tensor) -> Pair:
-            cond = whole(x_t, i)
+            cond = full(x_t, i)
             crops = torch.cat([x_t[..., top : top + self.size, left : left + self.size] for top, left in corners])
             x0 = crop(crops, i.repeat(len(corners)) if isinstance(i, Tensor) else i).x0
             mean = self.add_up(x0, corners, height, width) / count

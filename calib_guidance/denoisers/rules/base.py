@@ -19,7 +19,7 @@ class Level(NamedTuple):
     t: Tensor  # step of the full process
     alphas_cumprod: Tensor  # ᾱ
     sigma: Tensor  # √(1/ᾱ − 1)
-    progress: Tensor  # share of the steps done at the middle of this one, above 0 (noise) and below 1 (image)
+    progress: Tensor  # fraction of the steps done at the middle of this one, above 0 (noise) and below 1 (image)
 
 
 class Rule(nn.Module, ABC):

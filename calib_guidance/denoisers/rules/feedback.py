@@ -31,7 +31,7 @@ class FeedbackGuidance(Rule):
 
     Args:
         pi: π, 0 < π < 1: the model of the data mixes p(x | y) with this weight and p(x) with the rest.
-        t0, t1: the times, as shares of the steps from the image on, that set δ and τ.
+        t0, t1: the times, as fractions of the steps from the image on, that set δ and τ.
         max_weight: λ_max, greatest λ, above 1.
         weight: w; w − 1 is added to λ, always or inside ``sigma_interval``; 1 adds nothing.
         sigma_interval: ``[low, high]``, both excluded, where w − 1 is added.
