@@ -17,7 +17,7 @@ Shape = Literal["linear", "cosine", "exponential"]
 class Scheduled(Rule):
     """c + f(s)·(rule(c, u) − c): f multiplies w − 1 of classifier-free guidance, so that f = 0 is the conditional prediction.
 
-    s is the fraction of steps done, 0 at noise and 1 at the image. ``linear`` is f = 2s and ``cosine`` 1 − cos πs, which both rise
+    s is the fraction of steps done, from 0 at noise to 1. ``linear`` is f = 2s and ``cosine`` 1 − cos πs, which both rise
     and have mean 1; ``exponential`` is exp(−λ·(1 − s)), 1 at the end (C²FG, arXiv 2603.08155: exp(−λt)). Intervals are options
     of :class:`~calib_guidance.denoisers.combination.Combination`. For a learned or another curve override :meth:`factor`.
 
