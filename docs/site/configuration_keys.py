@@ -57,6 +57,8 @@ def _cell(text: object) -> str:
 def _type(annotation: object) -> str:
     if annotation is inspect.Parameter.empty:
         return ""
+    if "Callable[" in str(annotation):
+        return "callable"
     text = inspect.formatannotation(annotation) if not isinstance(annotation, str) else annotation
     text = re.sub(r"\b(?:[a-z_]\w*\.)+(?=[A-Za-z_])", "", text)
     return re.sub(r"Literal\[(.*?)\]", lambda match: match[1].replace(", ", " | ").replace("'", ""), text)
@@ -69,7 +71,8 @@ def _section(kind: type) -> str:
         told |= arguments(inspect.cleandoc(parent.__doc__ or ""))
     rows = []
     for parameter in get_signature_parameters(kind, None):
-        default = "required" if parameter.default is inspect.Parameter.empty else f"`{_cell(parameter.default)}`"
+        value = getattr(parameter.default, "__name__", parameter.default)
+        default = "required" if parameter.default is inspect.Parameter.empty else f"`{_cell(value)}`"
         about = told.get(parameter.name) or as_markdown(parameter.doc or "")
         rows.append(f"| `{parameter.name}` | {_cell(_type(parameter.annotation))} | {default} | {_cell(about)} |")
     table = (
