@@ -340,7 +340,7 @@ class TestRefusals:
     def test_an_overlay_before_the_class_whose_options_it_sets(self, out, capsys):
         overlays = "--config=lightning_configs/digits/unguided.yaml", "--config=lightning_configs/score/plain.yaml"
         message = refuse(capsys, out, *overlays)
-        assert "model.guidance: options are given, but no class_path says of which class" in message
+        assert "model.guidance: options are given, but no class_path names the class" in message
         assert "Union" not in message
 
     def test_another_number_of_heads_than_was_trained(self, out, capsys):

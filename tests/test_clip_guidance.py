@@ -96,7 +96,7 @@ def test_prompts_guide_and_the_score_says_how_far(weights, tmp_path, plots_in_fu
         labels += batch["label"].tolist()
     model = CLIPClassifier(PROMPTS, ARCHITECTURE, weights).freeze()
     cosines = model.similarity(from_uint8(torch.cat(images)))[range(4), labels]
-    assert float(cosines.mean()) == pytest.approx(steered["clip_score"], abs=2e-3)  # grey levels are rounded
+    assert float(cosines.mean()) == pytest.approx(steered["clip_score"], abs=2e-3)  # gray levels are rounded
     spread = steered["uncertainty"]["clip_score"]
     assert spread["std"] == pytest.approx(float(cosines.std(correction=0)) / 2, abs=2e-3)
     assert spread["low"] < steered["clip_score"] < spread["high"]

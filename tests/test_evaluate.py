@@ -300,7 +300,7 @@ def test_what_cannot_be_measured_is_refused_before_it_is(sets, tmp_path, capsys)
     eval_classifier(tmp_path, channels=1)
     few = write(tmp_path / "few", "class folders", *pictures(9))
     large = write(tmp_path / "large", "npz", *pictures(30, size=16))
-    grey = write(tmp_path / "grey", "npz", *pictures(30, channels=1))
+    gray = write(tmp_path / "gray", "npz", *pictures(30, channels=1))
     (tmp_path / "empty").mkdir()
     np.savez(tmp_path / "wide.npz", mu=np.zeros(20), sigma=np.eye(20))
     np.savez(tmp_path / "mu.npz", mu=np.zeros(16), sigma=np.eye(16))
@@ -321,8 +321,8 @@ def test_what_cannot_be_measured_is_refused_before_it_is(sets, tmp_path, capsys)
         ([unlabelled, *against, "--metrics=classwise"], "the samples' classes are not known"),
         ([samples, *against, "--reference", large], "8×8 RGB, the reference .* 16×16 RGB.*--size N"),
         (
-            [samples, *against, "--reference", grey],
-            "8×8 RGB, the reference .* 8×8 grey: they cannot be compared.*--mode",
+            [samples, *against, "--reference", gray],
+            "8×8 RGB, the reference .* 8×8 gray: they cannot be compared.*--mode",
         ),
         (
             [samples, *against, "--reference", tmp_path / "wide.npz"],

@@ -78,7 +78,7 @@ def sound(tmp_path_factory):
 
 
 def assert_same(folder, sound, but=()):
-    """The same samples, up to a grey level where rounding of other batch sizes tips one."""
+    """The same samples, up to a gray level where rounding of other batch sizes tips one."""
     found, expected = samples_of(folder), samples_of(sound)
     rows = [row for row in range(SAMPLES) if row not in but]
     assert found["index"].tolist() == rows

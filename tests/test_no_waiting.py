@@ -117,7 +117,7 @@ def options_of_the_loop():
 
 
 class Decoder(torch.nn.Conv2d):
-    """Latents of four channels to grey images."""
+    """Latents of four channels to gray images."""
 
     def __init__(self):
         super().__init__(4, 1, 1)

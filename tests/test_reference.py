@@ -155,7 +155,7 @@ WRONG = {
     "of shapes that do not fit": ({"mu": MU, "sigma": np.eye(15)}, r"mu is float64 \(16,\), sigma float64 \(15, 15\)"),
     "of integers": ({"mu": MU.astype(int), "sigma": SIGMA}, "of floats"),
     "not finite": ({"mu": MU, "sigma": SIGMA * np.nan}, "is not finite"),
-    "not symmetric": ({"mu": MU, "sigma": np.triu(np.ones((16, 16)))}, "sigma is no covariance: not symmetric"),
+    "not symmetric": ({"mu": MU, "sigma": np.triu(np.ones((16, 16)))}, "sigma is not a covariance: not symmetric"),
     "indefinite": (
         {"mu": MU, "sigma": SIGMA - 0.2 * np.ones((16, 16))},
         "eigenvalues from -2.2 to 1, none may be below 0",
@@ -320,7 +320,7 @@ def test_the_command_makes_a_reference_of_the_digits(in_root, tmp_path, eval_cla
     for words in (
         f"wrote {output}",
         f"sha256 {found.provenance['sha256']}",
-        f"500 images of {folder} (image folder); 8×8 grey",
+        f"500 images of {folder} (image folder); 8×8 gray",
         f"sha256 {found.provenance['images']['sha256']}",
         "1 skipped: 3/broken.png (not an image)",
         "mu, sigma of 48 features; the features of 500 images (with labels)",

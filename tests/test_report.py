@@ -238,7 +238,7 @@ def test_settings_that_differ_are_told_apart(two):
 def test_the_same_noise_side_by_side(two):
     assert "12 samples have the same index, seed and label" in two.text
     (card,) = [e for e in two.all("li") if e[2].startswith("5: class 2, seed 0")]
-    # 40 grey levels more in every channel of sample 5, nothing else.
+    # 40 gray levels more in every channel of sample 5, nothing else.
     assert "distance 40.0" in card[2]
     shown = {attributes["src"] for _, attributes, *_ in two.all("img", **{"class": "sample small"})}
     decoded = [np.asarray(Image.open(io.BytesIO(base64.b64decode(src.partition(",")[2])))) for src in shown]

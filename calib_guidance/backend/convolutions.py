@@ -55,7 +55,7 @@ class PackedConv2d(nn.Conv2d):
     """A convolution that keeps its weights packed for the CPU, once for the image and once for its gradient.
 
     What cannot be packed (another device, half precision, autocast, weights that learn) is convolved as ever. The gradient of a
-    packed one cannot be differentiated again. Copies and files hold the plain weights alone. Weights that change are packed anew,
+    packed one cannot be differentiated again. Copies and files hold the plain weights alone. Changed weights are packed again,
     but for changes that PyTorch does not notice (``weight.data``).
     """
 
@@ -70,7 +70,7 @@ class PackedConv2d(nn.Conv2d):
         return dict(self.__dict__, _packed={})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedConv2d:
-        """Moves to another device or number format, and packs anew after it."""
+        """Moves to another device or number format, and packs again after it."""
         self._packed = {}
         return super()._apply(fn, recurse)
 

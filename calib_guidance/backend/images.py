@@ -16,7 +16,7 @@ UINT8_RULES = get_args(Uint8Rule)
 def to_uint8(x: Tensor, rule: Uint8Rule = "truncate") -> Tensor:
     """8-bit images of images in [-1, 1]; what lies outside is clipped.
 
-    The published codes disagree by up to one grey level, which moves FID, so the rule is stored with the samples.
+    The published codes disagree by up to one gray level, which moves FID, so the rule is stored with the samples.
 
     Args:
         x: any shape, float.

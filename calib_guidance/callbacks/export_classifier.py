@@ -80,11 +80,11 @@ class ExportClassifier(L.Callback):
             )
         if self.temperature != "none" and classifier.temperature != 1.0:
             raise ConfigurationError(
-                f"the classifier already has the temperature {classifier.temperature}: set its temperature to 1 to fit one anew"
+                f"the classifier already has the temperature {classifier.temperature}: set its temperature to 1 to fit one"
             )
         if self.monitor is not None and self.monitor not in (known := pl_module.score_names("val")):
             raise ConfigurationError(
-                f"ExportClassifier's monitor {self.monitor!r} is no score of the validation; known: {', '.join(known)}"
+                f"ExportClassifier's monitor {self.monitor!r} is not a score of the validation; known: {', '.join(known)}"
             )
 
     def on_validation_batch_start(

@@ -136,7 +136,7 @@ class SampleWriter(Measurement):
         self.stop = CleanStop(stop_within)
         self.run: RunFolder | None = None
         self._background: Background | None = None
-        self._unfinished: range | None = None  # a shard of which batches are made, and not yet the last
+        self._unfinished: range | None = None  # a shard with some of its batches made, but not the last
         self._abandoned: range | None = None
 
     def earlier_run(self, trainer: L.Trainer) -> bool:

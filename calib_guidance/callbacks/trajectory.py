@@ -32,7 +32,7 @@ class TrajectoryMeasurement(Measurement, BufferedObserver):
     blocks: Tensor | None = None  # its sums, of blocks of samples
 
     def build(self, num_steps: int) -> Metric:
-        """The metric for a trajectory of so many steps, of ``sums`` that are not to be synchronised: every rank has all."""
+        """The metric for a trajectory of so many steps, of ``sums`` that are not to be synchronized: every rank has all."""
         return StepMoments(num_steps, sync_on_compute=False)
 
     def begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -145,7 +145,7 @@ def shorten(message: str) -> str:
         found = _unknown_option(pkgutil.resolve_name(classes[-1]), option[1])
     elif "Expected an instantiatable class, but" in message or "a dict without class_path but with" in message:
         found = (
-            "options are given, but no class_path says of which class. An overlay that only sets options goes after one "
+            "options are given, but no class_path names the class. An overlay that only sets options goes after one "
             "that names the class, such as guidance/ after classifier/"
         )
     elif len(values) == 1:

@@ -80,7 +80,7 @@ class SourceOptions:
 
 
 def mixed(count: int, labels: np.ndarray | None) -> np.ndarray:
-    """Positions ``(count,)`` in a fixed random order; any stretch of it has the class shares of the whole set.
+    """Positions ``(count,)`` in a fixed random order; any stretch of it has the class proportions of the full set.
 
     The i-th of the n images of a class, in random order, comes at (i + ½)/n of the way.
     """

@@ -1,4 +1,4 @@
-"""The handwritten digits that scikit-learn ships (UCI Optical Recognition of Handwritten Digits), 8×8 grey."""
+"""The handwritten digits that scikit-learn ships (UCI Optical Recognition of Handwritten Digits), 8×8 gray."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def digits(split: DigitSplit) -> tuple[Tensor, Tensor]:
     refer to the second only. ``fitting`` (1,000) and ``validation`` (297) are the two parts of ``train``.
 
     Returns:
-        Images ``(N, 1, 8, 8)`` float32 in [-1, 1] (17 grey levels) and labels ``(N,)``.
+        Images ``(N, 1, 8, 8)`` float32 in [-1, 1] (17 gray levels) and labels ``(N,)``.
     """
     images, labels, rows = _digits()
     check_choice("split", split, rows)

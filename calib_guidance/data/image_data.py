@@ -48,7 +48,7 @@ class ImageData(DataModule):
         image_size: side of the square images.
         batch_size: images per step and device.
         num_workers: processes that read, per device.
-        train_split: to train on, such as ``train`` or ``train[:90%]``. Parts have the same share of every class.
+        train_split: to train on, such as ``train`` or ``train[:90%]``. Parts have the same fraction of every class.
         val_split: to validate on, such as ``validation`` or ``train[90%:]``.
         test_split: to test on; None takes ``val_split``.
         subset: of a hub data set that has several.
@@ -66,7 +66,7 @@ class ImageData(DataModule):
         label_column: name of that column of a table; None looks for the usual names (label, fine_label, …).
         time_column: of the diffusion step t of denoised images; None where they have none.
         index_column: of the number that an image keeps in every order; None takes the row number, for streams a hash of the file.
-        channels: 3 for RGB, 1 for grey.
+        channels: 3 for RGB, 1 for gray.
         max_corrupt: fraction of images that may be unreadable, in [0, 1]. They are named and skipped; while training, others
             stand in for them. Each device counts its own.
         seed: of order and crops, ≥ 0; None takes that of ``seed_everything``, or 0.

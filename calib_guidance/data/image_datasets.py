@@ -124,7 +124,7 @@ class ImageRows(Dataset):
         return self.source.num_images * self.draws
 
     def mixed(self) -> list[int]:
-        """All items in an order of which any beginning has its share of every class."""
+        """All items in an order whose every beginning has all classes in proportion."""
         order = self.source.mixed().tolist()
         return [draw * len(order) + i for draw in range(self.draws) for i in order]
 

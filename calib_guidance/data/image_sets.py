@@ -70,7 +70,7 @@ class ImageSet:
         size: side to which all images are resized and cropped; None takes them as they are.
         resize: how: ``adm`` (as its reference batches were made) or ``lanczos`` (EDM's), see
             :data:`~calib_guidance.data.preprocess.RESIZES`.
-        mode: ``RGB`` or ``L`` (grey) that all images are converted to.
+        mode: ``RGB`` or ``L`` (gray) that all images are converted to.
         max_corrupt: fraction of images that may be unreadable, in [0, 1].
 
     Attributes:
@@ -150,10 +150,10 @@ class ImageSet:
                 f"{self.name} has images of several sizes (height×width): {'×'.join(map(str, first_size))} (first {self._first}) "
                 f"and {'×'.join(map(str, size))} (first {name}). --size N resizes and crops all of them to N×N, as --resize says"
             )
-        grey, color = (name, self._first) if channels < first_channels else (self._first, name)
+        gray, color = (name, self._first) if channels < first_channels else (self._first, name)
         raise ConfigurationError(
-            f"{self.name} has grey images (first {grey}) and color images (first {color}). --mode RGB converts grey ones to RGB, "
-            "as ADM and torch-fidelity do; --mode L converts all to grey"
+            f"{self.name} has gray images (first {gray}) and color images (first {color}). --mode RGB converts gray ones to RGB, "
+            "as ADM and torch-fidelity do; --mode L converts all to gray"
         )
 
     def _take(self, decoded: Sequence[_Decoded]) -> ImageBatch | None:

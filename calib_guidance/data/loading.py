@@ -215,7 +215,7 @@ class ResumableLoader(StatefulDataLoader):
 
 
 class _Shuffled(StatefulDistributedSampler):
-    """Equal shares of a shuffled data set, which is told the epoch too, for what it draws itself."""
+    """Equal parts of a shuffled data set, which is told the epoch too, for what it draws itself."""
 
     def set_epoch(self, epoch: int) -> None:
         super().set_epoch(epoch)
@@ -269,7 +269,7 @@ def train_loader(
 
 
 class _HeldoutLoader(DataLoader):
-    """A loader that passes over batches of which nothing can be read; the batch before one has its reports."""
+    """A loader that passes over batches without a readable image; the batch before one has its reports."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         current: dict[str, Any] = {}

@@ -1,6 +1,6 @@
 """Decoding and cropping of images: one rule for training data, samples and references.
 
-Images become 8-bit grey or RGB. 16 bits v become round(v / 257); alpha is dropped (the colors beneath count, as in
+Images become 8-bit gray or RGB. 16 bits v become round(v / 257); alpha is dropped (the colors beneath count, as in
 torch-fidelity); the orientation that EXIF states is ignored, as it was for the published classifiers and reference batches; of
 several frames or pages the first counts.
 """
@@ -26,13 +26,13 @@ RESIZES = {
     "lanczos": "middle square cropped, then resized (Lanczos): StyleGAN's and EDM's dataset tools",
 }
 MODES = ("RGB", "L")
-# What may have to be done to an image before it is grey or RGB. Place in the list = bit in the record of each image.
+# What may have to be done to an image before it is gray or RGB. Place in the list = bit in the record of each image.
 CONVERSIONS = (
     "alpha channel dropped, all of it opaque",
     "alpha channel dropped of transparent images: the colors beneath count, as in torch-fidelity",
     "palette, CMYK and others to RGB",
-    "grey to RGB",
-    "RGB to grey",
+    "gray to RGB",
+    "RGB to gray",
     "enlarged to the size",
     "16 bits to 8, divided by 257",
     "16 bits to 8, the low byte dropped by Pillow",
@@ -83,11 +83,11 @@ def image_size(row: Row) -> tuple[int, int]:
 
 
 def decode(image: bytes | np.ndarray, mode: str | None = None) -> tuple[Image.Image, int]:
-    """An image as grey or RGB, and what was done to it (bits of :data:`CONVERSIONS`).
+    """An image as gray or RGB, and what was done to it (bits of :data:`CONVERSIONS`).
 
     Args:
         image: encoded, or pixels (H, W, C).
-        mode: ``RGB`` or ``L`` that it is converted to; None keeps grey images grey.
+        mode: ``RGB`` or ``L`` that it is converted to; None keeps gray images gray.
 
     Raises:
         UnreadableImageError: it is damaged, not an image, or of a kind without a rule.
@@ -138,7 +138,7 @@ def _orientation(picture: Image.Image) -> int:
 
 
 def _deep_png(image: bytes) -> np.ndarray:
-    """Pixels of a PNG with 16 bits a channel, of which Pillow reads the high byte, as 8 bits (H, W, C)."""
+    """Pixels of a PNG with 16 bits a channel, as 8 bits (H, W, C); Pillow itself reads the high byte."""
     from torchvision.io import decode_png
 
     try:

@@ -53,9 +53,9 @@ class Denoiser(nn.Module, ABC):
     num_classes: int | None  # number of labels, or None of an unconditional model
     clip: bool = True  # whether x̂0 is an image, which samplers may clip to [-1, 1]
     has_learned_variance: bool = False  # whether predictions have a variance
-    nfe: int = 1  # number of network evaluations per prediction
+    nfe: int = 1  # number of function evaluations (NFE) per prediction
     renoises: bool = False  # whether predictions have an x0_renoise
-    looks_at_steps: bool = False  # whether what prepare returns has to be told of every step
+    looks_at_steps: bool = False  # whether what prepare returns has to see every step
 
     @abstractmethod
     def prepare(self, levels: NoiseLevels, y: Tensor | None) -> Predict:

@@ -59,7 +59,7 @@ class TinyDecoder(nn.Module):
 
 
 class LinearDecoder(nn.Module):
-    """One linear map from the channels of a latent to colours, upsampled: no textures, but the coarse picture for nothing.
+    """One linear map from the channels of a latent to colors, upsampled: no textures, but the coarse picture for nothing.
 
     Args:
         checkpoint: what :meth:`save` wrote; None starts at zero.
@@ -99,10 +99,10 @@ def fit_linear_decoder(
     """The linear decoder nearest to ``decode``, such as a :class:`VAEDecoder`, in squared error, by the normal equations.
 
     Args:
-        batches: latents ``(N, C, h, w)``, of images or of samples; some dozens are plenty for the 5 numbers of a colour.
+        batches: latents ``(N, C, h, w)``, of images or of samples; some dozens are plenty for the 5 numbers of a color.
 
     Returns:
-        The decoder, and the share of the images' variance about their mean colour that it explains.
+        The decoder, and the fraction of the images' variance about their mean color that it explains.
     """
     linear, inner, cross, total, mean = None, 0.0, 0.0, 0.0, 0.0
     for latents in batches:

@@ -20,7 +20,7 @@ class GaussianMixture(Denoiser):
     Args:
         means: K points of D numbers.
         covariances: K matrices D×D, positive definite, or K numbers σ² for σ²·I.
-        weights: K positive shares, normalised here; equal by default.
+        weights: K positive weights, normalized here; equal by default.
         noise_schedule: ``linear`` or ``cosine``.
         num_steps: length of the diffusion process.
         class_conditional: false makes an unconditional model, which ignores labels.

@@ -84,7 +84,7 @@ class NoiseLevels(NamedTuple):
 
     times: np.ndarray  # float64, t on the 0 … T − 1 scale of the full process, or between two of its steps
     alphas_cumprod: np.ndarray  # float64, ᾱ
-    progress: np.ndarray  # where the sine schedule is, as a share of π: i/N for DDPM
+    progress: np.ndarray  # where the sine schedule is, as a fraction of π: i/N for DDPM
     executed: np.ndarray  # steps done before
     start: np.ndarray  # index of the level at which the step starts: its own, unless a step evaluates at several
     num_train_steps: int  # T

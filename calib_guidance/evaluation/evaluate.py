@@ -85,7 +85,7 @@ def read_options(args: Sequence[str]) -> argparse.Namespace:
         type=Path,
         metavar="DIR",
         help="folder for metrics.json, metrics.md and predictions.npz (default: RUN/evaluation of a run folder, else "
-        "outputs/evaluation/NAME). Of several sets, for their mean and a folder of each that is no run folder (default: "
+        "outputs/evaluation/NAME). Of several sets, for their mean and a folder of each that is not a run folder (default: "
         "outputs/evaluation): what is measured of a run always stands in RUN/evaluation then, where report finds it",
     )
     add_reading_options(parser)

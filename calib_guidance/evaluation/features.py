@@ -56,7 +56,7 @@ class FeatureExtractor(nn.Module, ABC):
         width: D of the pooled features.
         spatial_width: D_s of the spatial ones, None without.
         num_logits: K of the logits, None without.
-        library, weights, resize, normalisation: see :meth:`provenance`.
+        library, weights, resize, normalization: see :meth:`provenance`.
     """
 
     name: str
@@ -67,7 +67,7 @@ class FeatureExtractor(nn.Module, ABC):
     library: str = _TORCH
     weights: str | None = None
     resize: Mapping[str, Any] = MappingProxyType({"size": None, "how": "none", "library": None})
-    normalisation: str = "none"
+    normalization: str = "none"
 
     def __call__(self, images: Tensor) -> Features:
         # TF32, the default for convolutions on GPUs, keeps 10 of the 23 bits that the definitions were computed with.
@@ -89,7 +89,7 @@ class FeatureExtractor(nn.Module, ABC):
             "weights": self.weights,
             "weights_sha256": hash_state(self),
             "resize": dict(self.resize),
-            "normalisation": self.normalisation,
+            "normalization": self.normalization,
         }
 
 
@@ -118,7 +118,7 @@ class InceptionFeatures(FeatureExtractor):
             ) from error
         self.weights, self.library = weights, f"torch-fidelity {torch_fidelity.__version__}"
         self.resize = {"size": 299, "how": "bilinear, not antialiased, as TensorFlow 1", "library": self.library}
-        self.normalisation = "(x − 128)/128"
+        self.normalization = "(x − 128)/128"
         file: io.BytesIO | None = None
         if weights is not None:  # read here, so that any format will do and no file is executed; the class wants a file
             file = io.BytesIO()
@@ -172,8 +172,8 @@ class _ResizedFeatures(FeatureExtractor):
 
     def _prepare(self, size: int, how: str, mean: Sequence[float], std: Sequence[float], note: str = "") -> None:
         self.size, self.how, self.mean, self.std = size, how, tuple(mean), tuple(std)
-        self.resize = {"size": size, "how": f"{how}, antialiased, whole image, in float32{note}", "library": _TORCH}
-        self.normalisation = f"mean {list(mean)}, standard deviation {list(std)} of [0, 1]"
+        self.resize = {"size": size, "how": f"{how}, antialiased, full image, in float32{note}", "library": _TORCH}
+        self.normalization = f"mean {list(mean)}, standard deviation {list(std)} of [0, 1]"
         self.requires_grad_(False).eval()
 
     def shown(self, images: Tensor) -> Tensor:
@@ -264,7 +264,7 @@ class ClassifierFeatures(FeatureExtractor):
         self.weights, size = known.get("file"), known.get("resize")
         if size:
             self.resize = {"size": size, "how": "bilinear, antialiased", "library": _TORCH}
-        self.normalisation = f"[-1, 1], {known.get('normalize', 'none')}"
+        self.normalization = f"[-1, 1], {known.get('normalize', 'none')}"
 
     def forward(self, images: Tensor) -> Features:
         logits = self.classifier(from_uint8(images))
@@ -295,7 +295,7 @@ class ModuleFeatures(FeatureExtractor):
         code = Path(file).read_bytes() if file else b""
         self.library = f"{_TORCH}, code {hashlib.sha256(code).hexdigest()[:12]}"
         self.resize = {"size": None, "how": "the module's own", "library": None}
-        self.normalisation = "[-1, 1]"
+        self.normalization = "[-1, 1]"
 
     def forward(self, images: Tensor) -> Features:
         return Features(self.module(from_uint8(images)).flatten(1).float())

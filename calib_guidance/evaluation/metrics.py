@@ -59,7 +59,7 @@ def _frechet_distance_infinite(samples: SampleSet) -> Estimate | None:
     if not samples.measures.extrapolate:
         return None
     n, width = samples.features.shape
-    # A tenth as in the paper; where that is not well above the width, the distance is no straight line in 1/N down there.
+    # A tenth as in the paper; where that is not well above the width, the distance is not linear in 1/N there.
     smallest = n // 10 if n // 10 > 2 * width else 5 * width
     if smallest >= n:
         samples.notes.append(f"no extrapolation: subsets of {smallest} samples and more cannot be drawn from {n}")

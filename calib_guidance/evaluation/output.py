@@ -88,7 +88,7 @@ def described_images(images: Mapping[str, Any], count: int | None, digits: int =
     if "source" in images:
         channels, *size = images["image_shape"]
         words[0] += f" of {images['source']} ({images['kind']})"
-        words.append(f"{'×'.join(map(str, size))} {'grey' if channels == 1 else 'RGB'}")
+        words.append(f"{'×'.join(map(str, size))} {'gray' if channels == 1 else 'RGB'}")
         words += [images["preprocessing"]["how"]] if images.get("preprocessing") else []
         words += [f"uint8 rule {images['uint8_rule']}"] if images.get("uint8_rule") else []
         words += [f"sha256 {images['sha256'][:digits]}"] if images.get("sha256") else []
@@ -107,8 +107,8 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(
-            f"{error.filename or folder} cannot be written: {error.strerror or error}. The values above are complete; make room, "
-            "or name another --output, and re-run to have them in files"
+            f"{error.filename or folder} cannot be written: {error.strerror or error}. The values above are complete; free "
+            "disk space, or name another --output, and re-run to have them in files"
         ) from error
 
 

@@ -20,7 +20,7 @@ from calib_guidance.evaluation.spec import Estimate, Measures, MetricSpec, Refer
 from calib_guidance.evaluation.statistics import ReferenceStatistics, gather_in_order, open_reference
 from calib_guidance.runs.identity import hash_state
 
-_COLOR = {1: "grey", 3: "RGB"}
+_COLOR = {1: "gray", 3: "RGB"}
 
 
 def check_shape(name: str, shape: Sequence[int], reference: str, reference_shape: Sequence[int] | None) -> None:
@@ -85,7 +85,7 @@ class Quality:
 
     @torch.no_grad()
     def measure(self, images: ImageSet, progress: bool = False) -> dict[str, Any]:
-        """Every metric of the samples; the same on all processes, all of which must call it. The first shows ``progress``.
+        """Every metric of the samples; the same on all processes, which must all call it. The first shows ``progress``.
 
         Returns:
             The content of ``metrics.json``: values by key, ``by_class``, ``uncertainty`` by key (see

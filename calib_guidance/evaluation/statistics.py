@@ -332,12 +332,12 @@ def _read_moments(arrays: Mapping[str, np.ndarray], mu: str, sigma: str) -> tupl
         raise ValueError(f"{mu} or {sigma} is not finite everywhere")
     mean, covariance = (torch.from_numpy(array.astype(np.float64)) for array in (mean, covariance))
     if (covariance - covariance.T).abs().max() > _SYMMETRY * covariance.abs().max():
-        raise ValueError(f"{sigma} is no covariance: not symmetric")
+        raise ValueError(f"{sigma} is not a covariance: not symmetric")
     covariance = (covariance + covariance.T) / 2
     values = torch.linalg.eigvalsh(covariance)
     if values[0] < -_NOISE * values.abs().max():
         raise ValueError(
-            f"{sigma} is no covariance: eigenvalues from {values[0]:.3g} to {values[-1]:.3g}, none may be below 0"
+            f"{sigma} is not a covariance: eigenvalues from {values[0]:.3g} to {values[-1]:.3g}, none may be below 0"
         )
     return (mean, covariance), int((values > _NOISE * values[-1]).sum())
 

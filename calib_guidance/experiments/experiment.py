@@ -93,7 +93,7 @@ class Experimenter:
         return ranked
 
     def run(self, rows: Sequence[int] = ()) -> Results:
-        """Do the whole experiment, or some rows of it (without halving)."""
+        """Run the complete experiment, or some rows of it (without halving)."""
         experiment, settings = self.plan.experiment, rows or range(len(self.plan.settings))
         if experiment.halving is None or rows:
             self.make(settings, experiment.num_samples)

@@ -104,7 +104,7 @@ class _Here(Executor):
 
 
 def _workers(number: int, threads: int, devices: Sequence[str]) -> Executor:
-    """Who does the runs: this process where one is enough, else spawned ones, each of which sees one of the devices in turn."""
+    """Who does the runs: this process where one is enough, else spawned ones; each sees one of the devices in turn."""
     if number == 1 and not devices:
         return _Here()
     # Without spinning threads, since the workers share the cores.

@@ -31,7 +31,7 @@ def bootstrap_sums(terms: Tensor, resamples: int = 200, seed: int = 0) -> Tensor
 def jackknife_std(without: Tensor) -> Tensor:
     """Standard error of a value over G blocks of samples, from its values without each block (Quenouille, Tukey).
 
-    For values of which only sums over blocks are kept. It is itself known to about 1/√(2·(G − 1)) of its value.
+    For values that are kept only as sums over blocks. It is itself known to about 1/√(2·(G − 1)) of its value.
 
     Args:
         without: ``(G, …)`` the value of all but block g, G ≥ 2; blocks of about equally many samples.

@@ -48,7 +48,7 @@ def numbers(values: Sequence[float | None]) -> np.ndarray:
 
 
 def _style(number: int) -> dict[str, Any]:
-    """Colour and dashes of a line among others; no two alike up to 28."""
+    """Color and dashes of a line among others; no two alike up to 28."""
     return {"color": _LINES[number % 7], "ls": LINE_STYLES[number % 4]}
 
 
@@ -61,7 +61,7 @@ def _trajectory_axis(axis: Axes, t: np.ndarray) -> None:
 
 
 def _line(axis: Axes, t: np.ndarray, values: np.ndarray, **style: Any) -> None:
-    """A line that shows points without neighbours too."""
+    """A line that shows points without neighbors too."""
     order = np.argsort(t)
     t, values = t[order], values[order]
     axis.plot(t, values, **style)

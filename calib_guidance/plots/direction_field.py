@@ -45,7 +45,7 @@ def direction_field(
 ) -> list[Path]:
     """Gradients at points of the plane, one panel for each kind, arrows of length ∝ √|∇|.
 
-    Arrows that lead away from the mode of the class, ∇·(μ − x) < 0, have another colour.
+    Arrows that lead away from the mode of the class, ∇·(μ − x) < 0, have another color.
 
     Args:
         points: ``(n, 2)``.
@@ -53,7 +53,7 @@ def direction_field(
         mode: μ of the class, ``(2,)``, a star.
         path: see :func:`~calib_guidance.plots.style.save`.
         own: density of the class, drawn black.
-        others: of the other classes, drawn grey.
+        others: of the other classes, drawn gray.
         names: what to write at which place, ``(2,)`` each.
         limits: of both axes, left, right, bottom, top; those of the points by default.
     """

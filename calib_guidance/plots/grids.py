@@ -26,7 +26,7 @@ def _tile(axis: Axes, image: np.ndarray, column: float, top: float, **style: Any
 
 
 def _sample(axis: Axes, image: np.ndarray, column: float, top: float) -> None:
-    """A uint8 image ``(C, H, W)``, grey or RGB."""
+    """A uint8 image ``(C, H, W)``, gray or RGB."""
     rgb = np.broadcast_to(np.asarray(image).transpose(1, 2, 0), (*image.shape[1:], 3))
     _tile(axis, rgb, column, top, vmin=0, vmax=255)
 

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 from calib_guidance.backend.atomic import atomic_path
 
-# Wong's palette, told apart with any colour vision (Nature Methods 8, 441, 2011). The last one is too light for lines.
+# Wong's palette, told apart with any color vision (Nature Methods 8, 441, 2011). The last one is too light for lines.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-LINE_STYLES = ("-", "--", "-.", ":")  # and without colour
+LINE_STYLES = ("-", "--", "-.", ":")  # and without color
 COLUMN = 3.3  # inch, of a page with two columns
 DOTS_PER_INCH = 300
 
@@ -58,23 +58,23 @@ def paper(draw: Callable[P, R]) -> Callable[P, R]:
 
 
 def blank(height: float, width: float = COLUMN) -> Figure:
-    """An empty figure, of the width of a column by default; both in inch."""
+    """An empty plot, of the width of a column by default; both in inch."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height))
 
 
 def panel(height: float) -> tuple[Figure, Axes]:
-    """A figure of the width of a column with one pair of axes; ``height`` in inch."""
+    """A plot of the width of a column with one pair of axes; ``height`` in inch."""
     figure = blank(height)
     return figure, figure.add_subplot()
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> list[Path]:
-    """Write a figure as PNG and PDF, whose bytes depend on nothing but what is drawn: there is no date in them.
+    """Write a plot as PNG and PDF, whose bytes depend on nothing but what is drawn: there is no date in them.
 
     Args:
-        figure: to be written.
+        figure: matplotlib's ``Figure``, to be written.
         path: without ending, or with ``.png``; folders are made.
     """
     stem = Path(path)

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def _breakable(key: str) -> Markup:
-    """A dotted key or a path that may be broken after its dots and slashes, with what every key says in a lighter colour."""
+    """A dotted key or a path that may be broken after its dots and slashes, with what every key says in a lighter color."""
     text = str(escape(key))
     for sign in "./":
         text = text.replace(sign, f"{sign}<wbr>")

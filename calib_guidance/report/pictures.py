@@ -36,7 +36,7 @@ def _picture(png: bytes, alt: str, caption: str = "") -> Picture:
 
 
 def sample(image: np.ndarray, alt: str) -> Picture:
-    """One sample, uint8 ``(C, H, W)`` grey or RGB."""
+    """One sample, uint8 ``(C, H, W)`` gray or RGB."""
     pixels = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
     pixels.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -162,7 +162,7 @@ def trajectory_strips(run: Run, folder: Path) -> Picture | None:
 
 
 def grids(run: Run, folder: Path, rows: int = 10, columns: int = 10) -> list[Picture]:
-    """The first samples of each class by index, of which only those are decoded, and real images of the same classes."""
+    """The first samples of each class by index (only those are decoded), and real images of the same classes."""
     labels, index = run.columns["label"], run.columns["index"]
     _, first = np.unique(labels, return_index=True)
     chosen = labels[np.sort(first)][:rows].tolist()

@@ -31,7 +31,7 @@ _STALE: Mapping[str, Any] = MappingProxyType({})
 def read_arrays(path: Path, names: Collection[str]) -> dict[str, np.ndarray]:
     """Arrays of an ``.npz`` file; ValueError where it is none, or lacks one of them."""
     try:
-        # Of a file that is no archive numpy says that it may be pickled, and how to load it all the same.
+        # For a file that is not an archive, numpy says that it may be pickled, and how to load it all the same.
         with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in names}
     except KeyError as error:
@@ -174,7 +174,7 @@ class Run:
         )
 
     def _read_columns(self) -> dict[str, np.ndarray]:
-        """Without the images, of which nothing is read."""
+        """Without reading the images."""
         found: list[dict[str, np.ndarray]] = []
         self._sampled_names = None
         for shard in self.folder.shards():
@@ -186,7 +186,7 @@ class Run:
                 self._sampled_names = self._sampled_names or label_names(table.schema)
                 found.append({name: table[name].to_numpy().astype(np.int64) for name in _COLUMNS})
             except (pa.ArrowException, KeyError, OSError) as error:
-                self._leave_out(shard, f"{path.name} is no table of samples: {error}")
+                self._leave_out(shard, f"{path.name} is not a table of samples: {error}")
         empty = [np.zeros(0, np.int64)]
         return {name: np.concatenate([each[name] for each in found] or empty) for name in _COLUMNS}
 

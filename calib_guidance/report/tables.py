@@ -106,7 +106,7 @@ def table(runs: Sequence[Run], measured: Sequence[Mapping[str, Any]]) -> dict[st
         measured: of each, the content of its metrics.json or evaluation/metrics.json; empty where there is none.
 
     Returns:
-        None where no run has one; else ``rows``, a metric each, ``uncertainty``, what the standard deviation of which metrics is
+        None where no run has one; else ``rows``, a metric each, ``uncertainty``, what the standard deviation of each metric is
         over, ``notes`` on what the values are worth, and ``by_class``: run, labels of metrics, and each class with its cells.
     """
     if not any(measured):

@@ -90,7 +90,7 @@ class Claims:
         except FileNotFoundError:
             return None
         alive = is_alive(content["worker"]) if content else False
-        # One that is dated later than its own lease is no sign of life either.
+        # One that is dated later than its own lease does not count as alive either.
         if alive is not False and abs(self.now() - renewed) > self.lease:
             alive = False
         return Claim(**content or _UNREADABLE, renewed=renewed, alive=alive)

@@ -53,7 +53,7 @@ class CorruptedShardError(RunError):
 
 
 def canonical_json(content: Mapping[str, Any]) -> bytes:
-    """JSON of which equal contents have equal bytes."""
+    """JSON that has equal bytes for equal contents."""
     return json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
 
 

@@ -33,7 +33,7 @@ class Evaluate:
     """``evaluate(x, i)``: the guided prediction for ``x`` at level ``i``, bound to one trajectory.
 
     The score is folded into x̂0 as a shift by (1−ᾱ)/√ᾱ·s·∇S, the posterior mean under the guided score, unless the sampler
-    reads it itself. Under ``guidance_scaling: ddpm_equivalent`` a score at x̂0 is left out of the step, and the loop adds it to
+    reads it itself. Under ``guidance_scaling: ddpm_equivalent`` a score at x̂0 is not part of the step, and the loop adds it to
     the result.
 
     Args:
@@ -42,7 +42,7 @@ class Evaluate:
 
     Attributes:
         moved: ``(N, C, H, W)`` what the loop added to x after the last step, or None.
-        seen: what observers are told of the current step: its first prediction and guidance.
+        seen: what observers see of the current step: its first prediction and guidance.
     """
 
     def __init__(self, sampler: "Sampler", denoiser: Denoiser, guidance: Guidance | None, y: Tensor, x: Tensor):

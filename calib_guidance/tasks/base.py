@@ -13,7 +13,7 @@ from torch import Tensor, nn
 class NoDeepcopy:
     """A callable that a deep copy of its owner shares with it.
 
-    The callables that the command line makes of optimizers and rate schedules hold the whole command line, with trainer and
+    The callables that the command line makes of optimizers and rate schedules hold the complete command line, with trainer and
     data. A weight average copies the module, and would copy those too, which under DDP fails at a lock of the launcher's.
 
     Args:
@@ -54,7 +54,7 @@ class TrainingTask(L.LightningModule):
 
     def on_train_start(self) -> None:
         # Not where the scheduler is made: the number of steps asks for the loader, and one that is made before the checkpoint
-        # has been read never learns where in the epoch to go on.
+        # has been read never learns where in the epoch to resume.
         scheduler = self.lr_schedulers()
         if getattr(scheduler, "total_steps", 0) is None:
             scheduler.total_steps = int(self.trainer.estimated_stepping_batches)

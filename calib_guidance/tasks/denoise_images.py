@@ -19,7 +19,7 @@ class DenoiseImages(FaultTolerant):
     """x̂0(x_t) of the images of :class:`~calib_guidance.data.DenoiseRequests`, with t, for SampleWriter to write.
 
     What ``fit`` computes at every step with :class:`~calib_guidance.training.DenoisedInput` is computed once here. Written as
-    8-bit images, it is off by half a grey level at most (1/255 on the scale of [-1, 1]), and by nothing on average where the
+    8-bit images, it is off by half a gray level at most (1/255 on the scale of [-1, 1]), and by nothing on average where the
     writer's ``uint8_rule`` is ``round_up_half``.
 
     Args:

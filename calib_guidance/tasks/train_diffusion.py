@@ -103,7 +103,7 @@ class TrainDiffusion(TrainingTask):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         x0, y = batch["image"], batch["label"]
-        # The same steps and noise every time, spread over the process, so that values can be compared between epochs.
+        # The same steps and noise every time, distributed over the process, so that values can be compared between epochs.
         generator = torch.Generator().manual_seed(batch_idx)
         noise = torch.randn(x0.shape, generator=generator).to(x0)
         t = torch.linspace(0, len(self.betas) - 1, len(x0), device=x0.device).long()

@@ -37,7 +37,7 @@ class InputTransform(nn.Module, ABC):
         Args:
             batch: ``image`` ``(N, C, H, W)`` in [-1, 1], ``label`` and ``index`` ``(N,)``, and ``t`` ``(N,)`` of images that
                 were denoised beforehand.
-            seed: None draws from torch's global generator, anew at every call. With a number ≥ 0, step and noise of a sample
+            seed: None draws from torch's global generator at every call. With a number ≥ 0, step and noise of a sample
                 are functions of (seed, index) alone: the same at every batch size, on every device and on any number of them.
 
         Returns:
@@ -84,8 +84,8 @@ class _DiffusedInput(InputTransform):
         share = np.ones(1) if weights is None else np.asarray(weights, dtype=np.float64)
         if not (share.ndim == 1 and share.size and np.isfinite(share).all() and (share >= 0).all() and share.any()):
             raise ValueError(f"weights must be numbers of at least 0, not all of them 0, got {weights}")
-        # The density is constant within a section, so that sections need not hold whole steps. Both axes are scaled to whole
-        # numbers, where the edges of steps and sections meet exactly.
+        # The density is constant within a section, so a section may end within a step. Both axes are scaled to integers,
+        # where the edges of steps and sections meet exactly.
         size, sections = len(self.schedule), len(share)
         ends, edges = np.arange(1, size + 1) * sections, np.arange(sections + 1) * size
         cumulative = np.interp(ends, edges, np.append(0.0, share.cumsum()))
@@ -155,7 +155,7 @@ class _Frozen:
 class DenoisedInput(_DiffusedInput):
     """x̂0(x_t) of a frozen diffusion model, clipped and decoded as guidance shows it to the classifier (arXiv 2310.11311).
 
-    No gradient is kept. The model is no part of this module's parameters, state and copies.
+    No gradient is kept. The model is not part of this module's parameters, state and copies.
 
     Args:
         denoiser: the diffusion model to be guided; a class-conditional one is given the labels.

@@ -17,7 +17,7 @@ from torch import Tensor
 def smooth_ece(logits: Tensor, y: Tensor, beta: float = 1e-2) -> Tensor:
     """Mean of √((p̂ − a)² + β) over samples, a smooth form of |p̂ − a|.
 
-    An absolute value is least at the median, not at the mean: where a share q > ½ of predictions is right, the loss alone is
+    An absolute value is least at the median, not at the mean: where a fraction q > ½ of predictions is right, the loss alone is
     least at p̂ ≈ 1 − √β·(1 − q)/√(2q − 1) for small β (0.95 where q = 0.7 and β = 0.01), which is over-confident. Large β makes
     it a square, least at p̂ ≈ q + q(1 − q)(2q − 1)/(2β). Beside cross-entropy it raises confidence above q too, by less.
 
@@ -58,7 +58,7 @@ def binned_smooth_ece(logits: Tensor, y: Tensor, beta: float = 1e-2, num_bins: i
     Bin b is (b/B, (b+1)/B] of confidence. A bin of many samples pulls its mean confidence to its accuracy q. A bin of one is a
     term of :func:`smooth_ece`, with the same pull past q, so batches should fill their bins.
 
-    Where torch.distributed is initialised the bins are those of the batches of all ranks, and every rank must call this
+    Where torch.distributed is initialized the bins are those of the batches of all ranks, and every rank must call this
     equally often.
 
     Args:

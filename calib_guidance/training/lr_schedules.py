@@ -15,7 +15,7 @@ class WarmupCosine(LRScheduler):
         optimizer: whose rates are scaled.
         warmup_steps: optimizer steps of the warm-up.
         total_steps: optimizer steps of the run; None lets the training module fill in what the trainer is going to do.
-        final: share of the rate that is left at the end, in [0, 1].
+        final: fraction of the rate that is left at the end, in [0, 1].
     """
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int = 0, total_steps: int | None = None, final: float = 0.0):
@@ -25,7 +25,7 @@ class WarmupCosine(LRScheduler):
         super().__init__(optimizer)
 
     def factor(self, step: int) -> float:
-        """Share of the optimizer's rate at a step."""
+        """Fraction of the optimizer's rate at a step."""
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         if self.total_steps is None:

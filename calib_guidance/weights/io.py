@@ -233,7 +233,7 @@ def part_of(weights: Weights, module: nn.Module) -> Weights:
 
 
 def load_weights(module: nn.Module, source: str | os.PathLike[str] | Weights, **settings: object) -> dict[str, object]:
-    """Load a weights file, or what was read of one, into a module, every name and shape of which must fit.
+    """Load a weights file, or what was read of one, into a module; every name and shape must fit.
 
     ``settings`` such as ``noise_schedule``, which shapes do not tell, are compared with what the file says of itself and, where
     it is a published one, with how that was made (:mod:`calib_guidance.weights.registry`). Of a training checkpoint the part

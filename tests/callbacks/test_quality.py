@@ -121,8 +121,8 @@ def test_what_cannot_be_measured_is_refused_before_sampling(tmp_path):
     with pytest.raises(ConfigurationError, match="the evaluation classifier cannot be taken of images 1×8×8"):
         measured(trainer, eval_classifier=color)
     for name, (pixels, labels), message in (
-        ("rgb", pictures(9), "the run has images 8×8 grey, the reference .*rgb.* 8×8 RGB: they cannot be compared"),
-        ("large", pictures(9, channels=1, size=16), "the run has images 8×8 grey, the reference .*large.* 16×16 grey"),
+        ("rgb", pictures(9), "the run has images 8×8 gray, the reference .*rgb.* 8×8 RGB: they cannot be compared"),
+        ("large", pictures(9, channels=1, size=16), "the run has images 8×8 gray, the reference .*large.* 16×16 gray"),
     ):
         quality = SampleQuality(Pixels(), str(write(tmp_path / name, "npz", pixels, labels)))
         with pytest.raises(ConfigurationError, match=message):

@@ -15,14 +15,14 @@ from calib_guidance.errors import ConfigurationError
 
 
 def save(root, *names):
-    """Images of 8×8; image i is grey level i."""
+    """Images of 8×8; image i is gray level i."""
     for number, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (number,) * 3).save(root / name)
 
 
 def both(root, split="train", **options):
-    """``{grey level: label}`` as ``fit`` and as ``evaluate`` read a split, and the class names of each."""
+    """``{gray level: label}`` as ``fit`` and as ``evaluate`` read a split, and the class names of each."""
     data = ImageData(str(root), 8, batch_size=1, train_split=split, val_split=split, **options)
     data.setup("validate")
     fitted = {}

@@ -168,7 +168,7 @@ def test_empty(tmp_path):
         ImageSet(tmp_path / "file.txt")
 
 
-# Sizes and colours
+# Sizes and colors
 
 
 @pytest.mark.parametrize("kind", ["image folder", "plain parquet"])
@@ -217,25 +217,25 @@ def test_crops_against_their_definitions(tmp_path):
 
 
 def test_grey_and_colour(tmp_path):
-    grey, colour = pictures(3, 1)[0], pictures(2, 3)[0]
-    source = write(tmp_path, "image folder", [*grey, *colour], np.zeros(5, int))
+    gray, color = pictures(3, 1)[0], pictures(2, 3)[0]
+    source = write(tmp_path, "image folder", [*gray, *color], np.zeros(5, int))
     with pytest.raises(
-        ConfigurationError, match=r"grey images \(first 000000.png\) and color images \(first 000003.png\)"
+        ConfigurationError, match=r"gray images \(first 000000.png\) and color images \(first 000003.png\)"
     ):
         read(ImageSet(source))
     images = ImageSet(source, mode="RGB")
     found = read(images)[0]
-    assert torch.equal(found[:3], channels_first(grey).expand(-1, 3, -1, -1))
-    assert torch.equal(found[3:], channels_first(colour))
-    assert images.provenance()["conversions"] == {"grey to RGB": 3}
-    assert images.notes == ["3 of 5 images: grey to RGB"]
+    assert torch.equal(found[:3], channels_first(gray).expand(-1, 3, -1, -1))
+    assert torch.equal(found[3:], channels_first(color))
+    assert images.provenance()["conversions"] == {"gray to RGB": 3}
+    assert images.notes == ["3 of 5 images: gray to RGB"]
     images = ImageSet(source, mode="L")
     assert read(images)[0].shape == (5, 1, 8, 8)
-    assert images.provenance()["conversions"] == {"RGB to grey": 2}
+    assert images.provenance()["conversions"] == {"RGB to gray": 2}
 
 
 def test_alpha(tmp_path):
-    """Opaque, transparent, grey with alpha and a palette with a transparent colour: dropped as PIL's convert does, counted."""
+    """Opaque, transparent, gray with alpha and a palette with a transparent color: dropped as PIL's convert does, counted."""
     (pixels,) = pictures(1)[0]
     for name, alpha in (("a", 255), ("b", 7)):
         Image.fromarray(np.dstack([pixels, np.full((8, 8), alpha, np.uint8)])).save(tmp_path / f"{name}.png")

@@ -158,7 +158,7 @@ class TestDenoised:
 
     @pytest.mark.parametrize(("precision", "largest", "mean"), [("bf16", 0.1, 0.01), ("fp16", 0.02, 0.002)])
     def test_half_precision_is_near(self, in_root, precision, largest, mean):
-        """Measured on 500 digits: bf16 0.012 at most and 0.0012 on average, fp16 0.0015 and 0.0002; grey levels are 0.0078."""
+        """Measured on 500 digits: bf16 0.012 at most and 0.0012 on average, fp16 0.0015 and 0.0002; gray levels are 0.0078."""
         batch = digits_batch(60)
         expected, t = DenoisedInput(digits_denoiser(), "100", precision="fp32")(batch, seed=0)
         found, steps = DenoisedInput(digits_denoiser(), "100", precision=precision)(batch, seed=0)

@@ -291,7 +291,7 @@ class Storages(TorchDispatchMode):
 
 
 class Linear(Classifier):
-    """Logits of the mean colours of a 4×4 grid, smooth and cheap, in any floating type."""
+    """Logits of the mean colors of a 4×4 grid, smooth and cheap, in any floating type."""
 
     def __init__(self):
         super().__init__()

@@ -395,7 +395,7 @@ class TestWhereAndWhatGuides:
         torch.testing.assert_close(shown[0], (ve[0] / ve[0].square().mean().sqrt()).float())
         torch.testing.assert_close(shown[1], ve[1].float())
         assert t.tolist() == [571] * 3
-        # The gradient is taken there, not carried back through the normalisation.
+        # The gradient is taken there, not carried back through the normalization.
         expected = (nn.functional.one_hot(Y, 3) - found.aux.logits.softmax(1)) @ classifier.weight.detach()
         torch.testing.assert_close(found.score.flatten(1).float(), expected)
 

@@ -64,10 +64,10 @@ def test_torchvision_models_give_the_input_of_their_last_layer(tmp_path):
     network = torchvision.models.resnet18().eval()
     torch.save(network.state_dict(), tmp_path / "w.pth")
     extractor = features_from_name(f"torchvision:resnet18:{tmp_path / 'w.pth'}")
-    grey = images(1)
-    found = extractor(grey).pool
+    gray = images(1)
+    found = extractor(gray).pool
     network.fc = nn.Identity()
-    torch.testing.assert_close(found, network(shown(grey.expand(-1, 3, -1, -1), 224, "bilinear")), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found, network(shown(gray.expand(-1, 3, -1, -1), 224, "bilinear")), atol=1e-5, rtol=1e-4)
     assert extractor.provenance()["weights"] == str(tmp_path / "w.pth")
 
 

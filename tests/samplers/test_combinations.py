@@ -48,7 +48,7 @@ OTHER_TERMS = {
 
 
 class Decoder(nn.Module):
-    """Latents of four channels to grey images of twice the side."""
+    """Latents of four channels to gray images of twice the side."""
 
     def __init__(self):
         super().__init__()

@@ -340,7 +340,7 @@ class TestExport:
     @pytest.mark.parametrize(
         ("export", "message"),
         [
-            ({"monitor": "val/nlll"}, "'val/nlll' is no score of the validation; known: val/accuracy"),
+            ({"monitor": "val/nlll"}, "'val/nlll' is not a score of the validation; known: val/accuracy"),
             ({"monitor": "val/ece/t=0-99"}, "val/ece/t=0-199"),
             ({"mode": "least"}, "known: min, max"),
             ({"temperature": "vector"}, "known: none, scalar, by_level"),
