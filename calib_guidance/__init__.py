@@ -35,13 +35,15 @@ def load_pretrained(name: str, checkpoint: str | PathLike[str] | None = None, **
     Args:
         name: of a model in ``checkpoints/README.md``: a denoiser (``adm_imagenet128``, ``edm_imagenet64``, ``dit_xl_2_256``), a
             classifier (``adm_classifier128``, ``resnet101_v2``, ``clip_vit_l_14_336``) or a decoder of latents (``taesd``).
+            Or EDM2 under its published guidance: ``edm2_img64_s_autoguided``, ``edm2_img512_{s,xxl}_{autoguided,guided}``; then
+            ``checkpoint`` is the folder of both files.
         checkpoint: its file or folder, or ``hf://OWNER/REPO/PATH``; None takes the published file name in ``checkpoints/`` below
             the current folder, then the Hugging Face hub where the model is published there.
-        options: of the class that takes the weights, such as ``dtype``; CLIP needs ``prompts``. A DiT gets the autoencoder
-            ``sd_vae_ft_ema``, found in the same way, unless ``vae`` is stated.
+        options: of the class that takes the weights, such as ``dtype``; CLIP needs ``prompts``. Latent models get
+            their autoencoder, found in the same way, unless ``vae`` is stated.
 
     Returns:
-        An ADMDenoiser, EDMDenoiser, DiTDenoiser, classifier or decoder.
+        A denoiser, classifier or decoder.
 
     Raises:
         ValueError: an unknown name; the message lists the known ones.

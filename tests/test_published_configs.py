@@ -11,7 +11,9 @@ import yaml
 from calib_guidance.cli import main
 from calib_guidance.cli.parsed import read_configuration
 from calib_guidance.experiments.settings import make_plan
-from calib_guidance.networks import DiT, EncoderUNet, UNet
+from calib_guidance.networks import DiT, EDM2UNet, EncoderUNet, UNet
+from calib_guidance.networks.lightningdit import LatentTransformer
+from calib_guidance.weights.cards import by_file
 from tests.conftest import ROOT
 from tests.runs import QUICK, metrics, read_samples
 
@@ -38,10 +40,42 @@ PARAMETERS = {
     "adm_imagenet512": 558_997_638,
     "edm_imagenet64": 295_899_267,
     "dit_xl_2_256": 675_129_632,
+    "sit_xl_2_256": 675_129_632,
+    "repa_xl_2_256": 675_111_184,
+    "lightningdit_xl_1_256": 675_293_600,
+    "lightningdit_xl_1_256_64ep": 675_293_600,
+    "lightningdit_ig_xl_1_256": 677_988_160,
+    "rae_ditdh_xl_256": 838_778_196,
+    "rae_ditdh_s_256": 196_554_068,
+    "rae_ditdh_xl_512": 839_970_132,
+    "rae_ditdh_s_512": 197_143_892,
+    "repae_xl_1_256": 675_148_064,
+    "edm2_img64_xs": 124_711_461,
+    "edm2_img64_s": 280_210_021,
+    "edm2_img64_m": 497_803_941,
+    "edm2_img64_l": 777_493_221,
+    "edm2_img64_xl": 1_119_277_861,
+    "edm2_img512_xs": 124_713_765,
+    "edm2_img512_s": 280_213_477,
+    "edm2_img512_m": 497_808_549,
+    "edm2_img512_l": 777_498_981,
+    "edm2_img512_xl": 1_119_284_773,
+    "edm2_img512_xxl": 1_523_165_925,
+    "edm2_img512_xs_uncond": 124_201_765,
+    "edm2_img512_s_uncond": 279_445_477,
     "adm_classifier64": 65_438_568,
     "adm_classifier128": 42_568_040,
     "adm_classifier256": 54_096_360,
     "adm_classifier512": 54_448_360,
+}
+# EDM2's rows differ by size and average alone: those that are sampled here.
+EDM2_RUNS = {
+    "imagenet64/edm2/s_autoguided.yaml",
+    "imagenet64/edm2/s_resnet101_js.yaml",
+    "imagenet512/edm2/xs.yaml",
+    "imagenet512/edm2/xxl_interval.yaml",
+    "imagenet512/edm2/s_uncond_autoguided.yaml",
+    "imagenet512/edm2/s_resnet101_tempered.yaml",
 }
 
 
@@ -95,6 +129,27 @@ def shrink(node, vae):
     elif kind == "DiTDenoiser":
         network = part("networks.DiT", sample_size=4, hidden_size=32, depth=1, num_heads=2)
         arguments |= {"network": network, "checkpoint": None, "vae": vae}
+    elif kind == "EDM2Denoiser":
+        name = arguments["network"]
+        small = {"model_channels": 16, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
+        small |= {"image_size": 4, "in_channels": 4} if "512" in name else {"image_size": 16, "in_channels": 3}
+        network = part("networks.EDM2UNet", **small, num_classes=None if name.endswith("uncond") else 1000)
+        arguments |= {"network": network, "checkpoint": None, "dtype": None}
+        arguments["vae"] = vae if arguments.get("vae") else None
+    elif kind == "FlowDenoiser":
+        name, small = arguments["network"], {"sample_size": 4, "hidden_size": 32, "depth": 1, "num_heads": 2}
+        if name.startswith("lightningdit"):
+            network = part("networks.LightningDiT", **small, in_channels=4)
+            network["init_args"] |= {"mid_depth": 1, "internal_guidance": 1.4} if "_ig_" in name else {}
+        elif name.startswith("rae"):
+            heads = {"hidden_size": [16, 32], "depth": [1, 1], "num_heads": [2, 2]}
+            network = part("networks.DiTDH", **small | heads, in_channels=4)
+        else:
+            network = part("networks.DiT", **small, out_channels=8 if name.startswith("sit") else 4)
+        direction = "noise_to_data" if name.startswith(("sit", "lightningdit")) else "data_to_noise"
+        decoder = vae if arguments.get("vae") else None
+        arguments |= {"network": network, "checkpoint": None, "vae": decoder, "time_direction": direction}
+        arguments["latent_stats"] = None
     elif kind == "NoiseAwareClassifier":
         network = part("networks.EncoderUNet", **ADM, out_channels=1000)
         arguments |= {"network": network, "checkpoint": None, "dtype": None}
@@ -104,7 +159,7 @@ def shrink(node, vae):
         arguments |= {"model": CLIP, "weights": None}
     elif kind in ("DDPM", "DDIM"):
         arguments["steps"] = "3"
-    elif kind == "Heun":
+    elif kind in ("Heun", "FlowODE", "FlowSDE"):
         arguments["num_steps"] = 3
 
 
@@ -125,7 +180,7 @@ def test_the_table_names_every_row_once():
     text = (ROOT / "lightning_configs" / "README.md").read_text()
     named = re.findall(r"^\|.*\| `(imagenet[\w/.]+(?:\.yaml| --row \w+=[\d.]+))` \|$", text, re.MULTILINE)
     assert sorted(named) == ROWS
-    assert len(ROWS) == 53
+    assert len(ROWS) == 115
 
 
 ADM_METRICS = ["fid", "sfid", "is", "is_adm", "pr", "pr_adm"]
@@ -196,7 +251,11 @@ def test_smooth_ece_has_one_weight(in_root):
 
 def full_size(cli):
     """Weights of each published network that the row has, counted after building all of it without memory for them."""
-    networks = [m for m in cli.build_on_meta().modules() if isinstance(m, UNet | EncoderUNet | DiT)]
+    networks = [
+        m
+        for m in cli.build_on_meta().modules()
+        if isinstance(m, UNet | EncoderUNet | DiT | EDM2UNet | LatentTransformer)
+    ]
     return sorted(sum(value.numel() for value in network.state_dict().values()) for network in networks)
 
 
@@ -248,6 +307,12 @@ def test_row(row, vae, sample, in_root):
     named = [(node.get("init_args") or {}).get("network") for node in objects(config["model"])]
     assert full_size(cli) == sorted(PARAMETERS[name] for name in named if name in PARAMETERS)
     assert any(name in PARAMETERS for name in named)
+    for node in objects(config["model"]):
+        given = node.get("init_args") or {}
+        if given.get("checkpoint") and given["network"] in PARAMETERS:  # the file is of the network
+            assert by_file(given["checkpoint"]).name == given["network"]
+    if "/edm2/" in row and row not in EDM2_RUNS:
+        return
 
     for node in objects(config):
         shrink(node, vae)
@@ -258,7 +323,11 @@ def test_row(row, vae, sample, in_root):
     found, samples = sample(twin)
     assert found["num_samples"] == 8
     assert samples["index"].tolist() == list(range(8))
-    assert samples["image"].shape == (8, 3, *((32, 32) if "/dit" in row else (16, 16)))
+    assert samples["image"].shape == (
+        8,
+        3,
+        *((32, 32) if re.search("/(dit|sit|rep|lightning|internal|rae)|512/edm2", row) else (16, 16)),
+    )
     assert samples["image"].float().std() > 1
     guided = config["model"]["init_args"]["guidance"] is not None
     assert ("gradient_norm_t" in found) == guided

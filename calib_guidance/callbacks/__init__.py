@@ -6,6 +6,7 @@ from calib_guidance.callbacks.exact_resume import ExactResume
 from calib_guidance.callbacks.export_classifier import ExportClassifier
 from calib_guidance.callbacks.export_weights import ExportWeights
 from calib_guidance.callbacks.measurement import Measurement
+from calib_guidance.callbacks.post_hoc_ema import PostHocEMA
 from calib_guidance.callbacks.quality import SampleQuality
 from calib_guidance.callbacks.run_report import RunReport
 from calib_guidance.callbacks.sample_writer import SampleWriter
@@ -21,6 +22,7 @@ __all__ = [
     "ExportWeights",
     "GradientNorm",
     "Measurement",
+    "PostHocEMA",
     "RunReport",
     "SampleQuality",
     "SampleWriter",

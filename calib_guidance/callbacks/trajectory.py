@@ -160,7 +160,8 @@ def _strengths(guidance: Guidance | None, sampler: Sampler, levels: NoiseLevels)
         return np.where(guidance.is_early(levels), *each).tolist() if len(each) > 1 else each[0].tolist()
 
     schedules = [part.schedule for part in parts]
-    plain = [GuidanceSchedule(0.0, s.interval, s.sigma_interval, s.every, s.step_interval) for s in schedules]
+    limits = ("interval", "sigma_interval", "every", "step_interval", "flow_interval")
+    plain = [GuidanceSchedule(0.0, **{name: getattr(s, name) for name in limits}) for s in schedules]
     factors = ", ".join(f"{gamma:g}" for gamma in sorted({s.gamma for s in schedules}))
     curves = {"without sine factor": together(plain)}
     if any(s.gamma for s in schedules):

@@ -9,12 +9,35 @@ from calib_guidance.classifiers.base import Classifier
 from calib_guidance.classifiers.clip import CLIPClassifier
 from calib_guidance.classifiers.noise_aware import NoiseAwareClassifier
 from calib_guidance.classifiers.off_the_shelf import OffTheShelfClassifier
-from calib_guidance.denoisers import ADMDenoiser, DiTDenoiser, EDMDenoiser, TinyDecoder, VAEDecoder
+from calib_guidance.denoisers import (
+    ADMDenoiser,
+    Autoguidance,
+    ClassifierFreeGuidance,
+    Combination,
+    DiTDenoiser,
+    EDM2Denoiser,
+    EDMDenoiser,
+    FlowDenoiser,
+    TinyDecoder,
+    UnconditionalModel,
+    VAEDecoder,
+)
 from calib_guidance.errors import CheckpointError
 from calib_guidance.weights import registry
 from calib_guidance.weights.hub import PREFIX
 
-_BY_NAME = {"adm": ADMDenoiser, "edm": EDMDenoiser, "dit": DiTDenoiser, "adm_classifier": NoiseAwareClassifier}
+_BY_NAME = {"adm": ADMDenoiser, "edm": EDMDenoiser, "dit": DiTDenoiser, "flow": FlowDenoiser}
+_BY_NAME["edm2"] = EDM2Denoiser
+_VAES = {"dit": "sd_vae_ft_ema", "flow": "sd_vae_ft_ema", "edm2": "sd_vae_ft_mse"}
+# EDM2 under its published guidance, by FID: training and average of the model, those of the guiding one, and the weight.
+_GUIDED = {
+    "edm2_img64_s_autoguided": ("1073741-0.045", "edm2_img64_xs", "0134217-0.110", 1.7),
+    "edm2_img512_s_autoguided": ("2147483-0.070", "edm2_img512_xs", "0134217-0.125", 2.1),
+    "edm2_img512_xxl_autoguided": ("0939524-0.075", "edm2_img512_m", "0268435-0.155", 2.05),
+    "edm2_img512_s_guided": ("2147483-0.025", "edm2_img512_xs_uncond", "2147483-0.025", 1.4),
+    "edm2_img512_xxl_guided": ("0939524-0.015", "edm2_img512_xs_uncond", "2147483-0.015", 1.2),
+}
+_BY_NAME |= {"adm_classifier": NoiseAwareClassifier}
 
 
 def _weights(card: registry.Card, checkpoint: str | Path | None) -> str:
@@ -29,13 +52,16 @@ def _weights(card: registry.Card, checkpoint: str | Path | None) -> str:
 
 def load_pretrained(name: str, checkpoint: str | Path | None = None, **options: Any) -> nn.Module:
     """A published model with its weights, frozen: see :func:`calib_guidance.load_pretrained`."""
+    if name in _GUIDED:
+        return _load_guided(name, checkpoint, **options)
     card = registry.entry(name)
     if card.kind == "features":
         raise ValueError(f"{name} is for metrics alone: calib_guidance.evaluation.{card.used_by} takes it")
     weights = _weights(card, checkpoint)
     if card.kind in _BY_NAME:
-        if card.kind == "dit" and "vae" not in options:
-            options["vae"] = _weights(registry.entry("sd_vae_ft_ema"), None)
+        # Not of images, as some of EDM2's, nor of the latents of other autoencoders, which have to be stated.
+        if card.kind in _VAES and "vae" not in options and card.arguments.get("in_channels", 4) == 4:
+            options["vae"] = _weights(registry.entry(_VAES[card.kind]), None)
         model = _BY_NAME[card.kind](name, weights, **options)
     elif card.kind == "vae":
         model = (TinyDecoder if card.used_by == "TinyDecoder" else VAEDecoder)(weights, **options)
@@ -43,3 +69,19 @@ def load_pretrained(name: str, checkpoint: str | Path | None = None, **options: 
         of_kind = {"classifier": OffTheShelfClassifier, "clip": CLIPClassifier}[card.kind]
         model = of_kind(**{**card.arguments, **options, "weights": weights})
     return model.freeze() if isinstance(model, Classifier) else model.eval().requires_grad_(False)
+
+
+def _load_guided(name: str, checkpoint: str | Path | None, **options: Any) -> Combination:
+    """EDM2 and its guiding network, whose files lie in one folder, ``checkpoint``."""
+    model, _, _ = name.rpartition("_")
+    average, guide, guide_average, weight = _GUIDED[name]
+    folder = Path("checkpoints" if checkpoint is None else checkpoint)
+
+    def file(card: str, ending: str) -> Path:
+        return folder / f"{card.replace('_', '-')}-{ending}.pkl"
+
+    negative = load_pretrained(guide, file(guide, guide_average), **options | {"vae": None})
+    kind = Autoguidance if name.endswith("_autoguided") else UnconditionalModel
+    return Combination(
+        load_pretrained(model, file(model, average), **options), ClassifierFreeGuidance(weight), kind(negative)
+    )

@@ -31,6 +31,7 @@ _LIGHTNING = {
 _COMMANDS = {
     "configs": ("cli.configs", "list the named configurations"),
     "doctor": ("cli.doctor", "check files, shapes, memory and time of a run before it"),
+    "ema": ("training.ema", "average a training's weights over a length chosen afterwards"),
     "evaluate": ("evaluation.evaluate", "measure samples: FID, precision, recall, accuracy and more"),
     "experiment": ("experiments.experiment", "many runs: rows, grids and seeds, as tables and plots"),
     "export": ("runs.export", "a run's samples as npz, PNG or a data set"),
@@ -38,7 +39,7 @@ _COMMANDS = {
     "report": ("report", "one HTML page of a run, or of several"),
     "status": ("runs.status", "what of a run is done, and how long the rest takes"),
 }
-_HEAVY = {"doctor", "evaluate", "experiment", "reference"}
+_HEAVY = {"doctor", "ema", "evaluate", "experiment", "reference"}
 
 
 def _overview() -> str:

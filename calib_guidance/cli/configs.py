@@ -130,7 +130,7 @@ def expand_bases(argv: Sequence[str]) -> list[str]:
 
 # Parts whose weights are files, unless their names have neither folder nor ending.
 _WITH_WEIGHTS = {
-    *("ADMDenoiser", "EDMDenoiser", "DiTDenoiser", "NoiseAwareClassifier"),
+    *("ADMDenoiser", "EDMDenoiser", "EDM2Denoiser", "DiTDenoiser", "FlowDenoiser", "NoiseAwareClassifier"),
     *("OffTheShelfClassifier", "CLIPClassifier"),
 }
 

@@ -20,7 +20,13 @@ from calib_guidance.cli.lightning import CalibGuidanceCLI, run_lightning
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.weights import registry
 
-_WEIGHTS = {"checkpoint", "weights", "vae"}  # options that take a file, a folder, or a name that a library knows
+_WEIGHTS = {
+    "checkpoint",
+    "weights",
+    "vae",
+    "latent_stats",
+    "statistics",
+}  # options that take a file, a folder, or a name that a library knows
 # Architectures with random weights in place of a missing autoencoder: Stable Diffusion's and TAESD's.
 _RANDOM = {
     "vae": {

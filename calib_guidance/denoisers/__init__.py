@@ -10,6 +10,8 @@ from calib_guidance.denoisers.decoders import fit_linear_decoder as fit_linear_d
 from calib_guidance.denoisers.discrete import ADMDenoiser as ADMDenoiser
 from calib_guidance.denoisers.dit import DiTDenoiser as DiTDenoiser
 from calib_guidance.denoisers.edm import EDMDenoiser as EDMDenoiser
+from calib_guidance.denoisers.edm2 import EDM2Denoiser as EDM2Denoiser
+from calib_guidance.denoisers.flow import FlowDenoiser as FlowDenoiser
 from calib_guidance.denoisers.from_diffusers import DiffusersDenoiser as DiffusersDenoiser
 from calib_guidance.denoisers.gaussian_mixture import GaussianMixture as GaussianMixture
 from calib_guidance.denoisers.module import ModuleDenoiser as ModuleDenoiser
@@ -22,6 +24,7 @@ from calib_guidance.denoisers.negatives.perturbed_time import PerturbedTime as P
 from calib_guidance.denoisers.negatives.sliding_windows import SlidingWindows as SlidingWindows
 from calib_guidance.denoisers.negatives.smoothed_attention import SmoothedAttention as SmoothedAttention
 from calib_guidance.denoisers.negatives.unconditional import Unconditional as Unconditional
+from calib_guidance.denoisers.rae import RAEDecoder as RAEDecoder
 from calib_guidance.denoisers.remap_classes import RemapClasses as RemapClasses
 from calib_guidance.denoisers.rules.apg import APG as APG
 from calib_guidance.denoisers.rules.base import ConvertedRule as ConvertedRule

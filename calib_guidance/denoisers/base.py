@@ -57,6 +57,11 @@ class Denoiser(nn.Module, ABC):
     renoises: bool = False  # whether predictions have an x0_renoise
     looks_at_steps: bool = False  # whether what prepare returns has to see every step
 
+    @property
+    def max_sigma(self) -> float:
+        """Largest σ that the model knows, where flow samplers start; infinite of models of pure noise."""
+        return float(self.schedule.levels.sigmas[-1])
+
     @abstractmethod
     def prepare(self, levels: NoiseLevels, y: Tensor | None) -> Predict:
         """Bind the model to noise levels and labels ``y`` ``(N,)``, -1 for none; what does not depend on x_t is computed once.
@@ -104,6 +109,10 @@ class DenoiserWrapper(Denoiser):
         self.schedule, self.image_shape, self.clip = denoiser.schedule, denoiser.image_shape, denoiser.clip
         self.has_learned_variance = denoiser.has_learned_variance
         self.renoises, self.looks_at_steps = denoiser.renoises, denoiser.looks_at_steps
+
+    @property
+    def max_sigma(self) -> float:
+        return self.denoiser.max_sigma
 
     def decode(self, x0: Tensor) -> Tensor:
         return self.denoiser.decode(x0)

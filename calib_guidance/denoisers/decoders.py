@@ -1,6 +1,7 @@
 """From latents as the diffusion model has them ``(N, 4, h, w)`` to images ``(N, 3, 8h, 8w)`` in about [-1, 1]."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 
 from calib_guidance.backend.precision import dtype_of
 from calib_guidance.errors import check_choice, check_numbers
-from calib_guidance.weights.diffusers_folder import load_model
+from calib_guidance.weights.diffusers_folder import is_folder, load_model
+from calib_guidance.weights.hub import FILES
 from calib_guidance.weights.io import load_weights, save_weights
+from calib_guidance.weights.ldm_vae import read_ldm_decoder
 
 Upsampling = Literal["nearest", "bilinear"]
 DecoderDtype = Literal["float32", "bfloat16"]
@@ -20,26 +23,41 @@ class VAEDecoder(nn.Module):
     """The decoder of a variational autoencoder of Stable Diffusion's kind.
 
     Args:
-        vae: diffusers folder or ``hf://OWNER/NAME`` of an ``AutoencoderKL``; one that is built already; or the arguments of one
-            with random weights.
-        latent_scale: what the autoencoder's latents were multiplied with for the diffusion model.
+        vae: diffusers folder or ``hf://OWNER/NAME`` of an ``AutoencoderKL``; a file by the names of latent diffusion's code
+            (VA-VAE, REPA-E); one that is built already; or the arguments of one with random weights.
+        latent_scale: what the autoencoder's latents were multiplied with for the diffusion model, one number or one per channel.
+        latent_mean: what was subtracted from them before, by channel; None is nothing.
+        unit_range: take what it decodes for images in [0, 1], as EDM2 does.
         dtype: ``float32`` or ``bfloat16``. float16 is not offered: the classifier's gradients underflow in it.
     """
 
     def __init__(
-        self, vae: str | nn.Module | dict[str, Any], latent_scale: float = 0.18215, dtype: DecoderDtype = "float32"
+        self,
+        vae: str | nn.Module | dict[str, Any],
+        latent_scale: float | Sequence[float] = 0.18215,
+        dtype: DecoderDtype = "float32",
+        latent_mean: Sequence[float] | None = None,
+        unit_range: bool = False,
     ):
         super().__init__()
-        check_numbers(above=0, latent_scale=latent_scale)
-        vae = vae if isinstance(vae, nn.Module) else load_model(vae, "AutoencoderKL", "vae")
+        scale = torch.as_tensor(latent_scale, dtype=torch.float32).view(-1, 1, 1)
+        check_numbers(above=0, latent_scale=float(scale.min()))
+        if isinstance(vae, str) and Path(vae.split("@")[0]).suffix in FILES and not is_folder(vae):
+            vae = read_ldm_decoder(vae)
+        elif not isinstance(vae, nn.Module):
+            vae = load_model(vae, "AutoencoderKL", "vae")
         # The encoder stays behind, 34 of 84 million parameters.
         self.post_quant_conv, self.decoder = vae.post_quant_conv or nn.Identity(), vae.decoder
-        self.latent_scale = latent_scale
+        self.latent_scale, self.unit_range = latent_scale, unit_range
         self.to(dtype_of(dtype, get_args(DecoderDtype)), memory_format=torch.channels_last)
+        mean = torch.zeros(1) if latent_mean is None else torch.as_tensor(latent_mean, dtype=torch.float32)
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("mean", mean.view(-1, 1, 1), persistent=False)
 
     def forward(self, latents: Tensor) -> Tensor:
-        z = (latents / self.latent_scale).to(self.decoder.conv_in.weight.dtype)
-        return self.decoder(self.post_quant_conv(z)).to(latents.dtype)
+        z = (latents / self.scale + self.mean).to(self.decoder.conv_in.weight.dtype)
+        images = self.decoder(self.post_quant_conv(z)).to(latents.dtype)
+        return 2 * images - 1 if self.unit_range else images
 
 
 class TinyDecoder(nn.Module):

@@ -2,19 +2,17 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recomputed
 
-from calib_guidance.denoisers.decoders import DecoderDtype, VAEDecoder
+from calib_guidance.denoisers.decoders import DecoderDtype
 from calib_guidance.denoisers.discrete import DiscreteDenoiser
+from calib_guidance.denoisers.latents import DecodesLatents
 from calib_guidance.diffusion.parameterization import Parameterization
 from calib_guidance.diffusion.schedules import ScheduleName
-from calib_guidance.errors import check_numbers
 from calib_guidance.networks.dit import DiT
 
 
-class DiTDenoiser(DiscreteDenoiser):
+class DiTDenoiser(DecodesLatents, DiscreteDenoiser):
     """A DiT with a learned variance, and the decoder that makes images of its latents.
 
     Args:
@@ -47,22 +45,8 @@ class DiTDenoiser(DiscreteDenoiser):
         vae_dtype: DecoderDtype | None = None,
         **kwargs: Any,
     ):
-        check_numbers(least=1, null="all at once", decode_batch=decode_batch)
         super().__init__(network, checkpoint, noise_schedule, num_steps, prediction, image_size=None, **kwargs)
-        self.decode_batch = decode_batch
-        if isinstance(vae, str | dict) or hasattr(vae, "quant_conv"):
-            vae = VAEDecoder(vae, latent_scale, vae_dtype or "float32")
-        elif vae_dtype is not None:
-            raise ValueError("vae_dtype is for an autoencoder (vae); a decoder of your own has its own (init_args)")
-        self.vae = None if vae is None else vae.eval().requires_grad_(False)
+        self.set_decoder(vae, decode_batch, vae_dtype, latent_scale=latent_scale)
 
     def decode(self, x0: Tensor) -> Tensor:
-        """Images ``(N, 3, 8h, 8w)`` of latents ``(N, C, h, w)``, in about [-1, 1]."""
-        if self.vae is None:
-            raise ValueError("this denoiser has no decoder of latents: set vae to the autoencoder's folder")
-        *parts, last = x0.split(self.decode_batch or len(x0))
-        if not (torch.is_grad_enabled() and x0.requires_grad):
-            return torch.cat([*map(self.vae, parts), self.vae(last)])
-        # The way back begins with the part that was decoded last, so that its activations may stay.
-        images = [recomputed(self.vae, part, use_reentrant=False, preserve_rng_state=False) for part in parts]
-        return torch.cat([*images, self.vae(last)])
+        return self.decode_latents(x0)

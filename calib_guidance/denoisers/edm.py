@@ -49,7 +49,7 @@ class EDMDenoiser(NetworkDenoiser):
 
     def prepare(self, levels: NoiseLevels, y: Tensor | None) -> Predict:
         network, sigma, data = self.network, levels.sigmas, self.sigma_data
-        device = network.time_embed[0].weight.device
+        device = next(network.parameters()).device
         time = network.embed_time(torch.tensor(np.log(sigma) / 4, device=device))
         label = None if y is None or self.num_classes is None else network.embed_labels(y)
         total = sigma**2 + data**2

@@ -29,6 +29,7 @@ class GaussianMixture(Denoiser):
     """
 
     clip = False
+    max_sigma = math.inf
 
     def __init__(
         self,

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from calib_guidance.diffusion.schedules import NoiseLevels
 from calib_guidance.errors import check_numbers
 
@@ -25,6 +27,7 @@ class Interval:
         sigma_interval: the same on the scale of σ = √(1/ᾱ − 1); where both are given both must hold.
         every: on at the first step and every so many-th after it.
         step_interval: ``[first, last]``, both included, of the steps done before, 0 the first; None is everywhere.
+        flow_interval: ``[low, high]``, both included, of σ/(1 + σ), the time of linear flow models from 0 (image) to 1 (noise).
     """
 
     def __init__(
@@ -33,17 +36,21 @@ class Interval:
         sigma_interval: Sequence[float] | None = None,
         every: int = 1,
         step_interval: Sequence[int] | None = None,
+        flow_interval: Sequence[float] | None = None,
     ):
         check_numbers(least=1, every=every)
         self.every = every
         self.interval = _check_interval("interval", interval)
         self.sigma_interval = _check_interval("sigma_interval", sigma_interval)
         self.step_interval = _check_interval("step_interval", step_interval)
+        self.flow_interval = _check_interval("flow_interval", flow_interval)
 
     def active(self, levels: NoiseLevels) -> list[bool]:
         """Whether guidance is on at each of the levels."""
         on = levels.executed % self.every == 0
+        noise = np.sqrt(1 - levels.alphas_cumprod)
         scales = (
+            (noise / (np.sqrt(levels.alphas_cumprod) + noise), self.flow_interval),
             (levels.times, self.interval),
             (levels.sigmas, self.sigma_interval),
             (levels.executed, self.step_interval),

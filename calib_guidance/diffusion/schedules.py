@@ -92,7 +92,8 @@ class NoiseLevels(NamedTuple):
     @property
     def sigmas(self) -> np.ndarray:
         """σ = √(1/ᾱ − 1), the noise of x_t/√ᾱ = x0 + σ·ε (Karras et al. 2022)."""
-        return np.sqrt(1 / self.alphas_cumprod - 1)
+        with np.errstate(divide="ignore"):  # infinite at pure noise
+            return np.sqrt(1 / self.alphas_cumprod - 1)
 
     def select(self, rows: Sequence[int]) -> Self:
         """Some of these levels, in the order given."""

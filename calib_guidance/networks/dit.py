@@ -34,6 +34,7 @@ class DiT(nn.Module):
         out_channels: twice ``in_channels`` where the variance is learned.
         num_classes: K; label K of the table is the null class of classifier-free guidance.
         dtype: ``float32``, ``float16`` or ``bfloat16`` of the transformer; embeddings and output are float32.
+        qk_norm: normalize queries and keys of each head (LayerNorm).
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class DiT(nn.Module):
         out_channels: int = 8,
         num_classes: int = 1000,
         dtype: Dtype = "float32",
+        qk_norm: bool = False,
     ):
         super().__init__()
         from diffusers import DiTTransformer2DModel  # seconds to import, and only latent models need it
@@ -77,6 +79,8 @@ class DiT(nn.Module):
         self.transformer = DiTTransformer2DModel(**self.architecture, norm_eps=1e-6)
         for block in self.transformer.transformer_blocks:
             block.norm1.emb = _ReadyEmbedding()
+            if qk_norm:
+                block.attn1.norm_q, block.attn1.norm_k = (nn.LayerNorm(hidden_size // num_heads) for _ in "qk")
         # Official files carry the table of positions, so that it is a weight here too.
         positions = self.transformer.pos_embed
         positions.register_buffer("pos_embed", positions.pos_embed, persistent=True)

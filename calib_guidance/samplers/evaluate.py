@@ -15,6 +15,9 @@ from calib_guidance.guidance.classifier_guidance import match_norm
 if TYPE_CHECKING:
     from calib_guidance.samplers.base import Sampler
 
+# σ from which x_t is pure noise: of infinite σ, to compute with. Nothing there tells classes apart.
+PURE_NOISE = 1e6
+
 
 def on_device(table: object, like: Tensor) -> Tensor:
     """A float64 table in the type of ``like``, on its device: uploaded once, before the loop."""
@@ -53,8 +56,9 @@ class Evaluate:
         plan = plan_of(guidance, levels)
         self._fold = not (sampler.takes_score or plan.moves_sample)
         self._scaled = plan.at_x0.tolist() if scaling is not None else [False] * len(plan.at_x0)
-        # 1 − ᾱ = (√ᾱ·σ)²
-        self._to_x0 = on_device(np.sqrt(levels.alphas_cumprod) * levels.sigmas**2, x)
+        # 1 − ᾱ = (√ᾱ·σ)². At pure noise the true score of a class is 0, and a classifier's would be multiplied by infinity.
+        sigma = np.where(levels.sigmas > PURE_NOISE / 2, 0, levels.sigmas)
+        self._to_x0 = on_device(np.sqrt(levels.alphas_cumprod) * sigma**2, x)
         self._added = None if scaling is None else on_device(scaling.added(levels), x)
         self.moved: Tensor | None = None
         self.seen: Guided | None = None

@@ -2,13 +2,16 @@
 
 import math
 from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from calib_guidance.denoisers.base import Denoiser
 from calib_guidance.diffusion.rng import Noise
 from calib_guidance.diffusion.schedules import NoiseLevels
+from calib_guidance.errors import check_choice
 from calib_guidance.samplers.base import Sampler, Transition
 from calib_guidance.samplers.evaluate import Evaluate, sample_move
 from calib_guidance.samplers.spacing import churned_sigmas, karras_sigmas, levels_of_passes
@@ -17,7 +20,7 @@ from calib_guidance.samplers.spacing import churned_sigmas, karras_sigmas, level
 class Heun(Sampler):
     """Second-order sampling of the probability-flow ODE, or with churn of the SDE (Karras et al. 2022, Algorithms 1 and 2).
 
-    In float64, over N levels σ_j = (σ_max^(1/ρ) + j/(N−1)·(σ_min^(1/ρ) − σ_max^(1/ρ)))^ρ of X = x0 + σ·ε. ``apply_to: sample``
+    Over N levels σ_j = (σ_max^(1/ρ) + j/(N−1)·(σ_min^(1/ρ) − σ_max^(1/ρ)))^ρ of X = x0 + σ·ε. ``apply_to: sample``
     (arXiv 2310.11311, Algorithm 2) takes the gradient at X before churn, and moves X̂ by s_j·rms(X)·∇S/rms(∇S) at executed step
     j, s_j = max(s·(N+1−j)/(N+1), 1e-5) + s·γ·sin(π·j/N). All other guidance is part of x̂0, at X̂.
 
@@ -30,6 +33,7 @@ class Heun(Sampler):
         guide_correction: guide the second evaluation of a step too, at X'. None does, unless ``apply_to: sample``: Algorithm 2
             moves the sample once per step; true averages two moves (the trapezoidal rule).
         clip_denoised: clip x̂0 to [-1, 1]; EDM does not.
+        state_dtype: ``float64`` (EDM), or ``float32`` (EDM2), of the sample and the grid.
     """
 
     moves_sample = True
@@ -46,7 +50,11 @@ class Heun(Sampler):
         s_noise: float = 1.0,
         guide_correction: bool | None = None,
         clip_denoised: bool = False,
+        state_dtype: Literal["float64", "float32"] = "float64",
     ):
+        check_choice("state_dtype", state_dtype, ("float64", "float32"))
+        self.state_dtype = torch.float64 if state_dtype == "float64" else torch.float32
+
         self.sigmas = karras_sigmas(num_steps, sigma_min, sigma_max, rho)
         self.raised = churned_sigmas(self.sigmas, s_churn, s_min, s_max, s_noise)
         # Of step i: σ at i, σ̂ at N + i, and the next step's σ at 2N + i, which the last step does not use.
@@ -64,7 +72,7 @@ class Heun(Sampler):
         return (2 * self.num_steps - 1) * denoiser.nfe
 
     def start(self, noise: Noise, levels: NoiseLevels) -> Tensor:
-        return noise().double() * float(self.sigmas[-1])
+        return noise().to(self.state_dtype) * float(self.sigmas[-1])
 
     def to_vp(self, x: Tensor, i: int, c: SimpleNamespace) -> Tensor:
         return x if i < 0 else c.to_vp[i] * x

@@ -13,6 +13,7 @@ from calib_guidance.diffusion.parameterization import Parameterization, diffuse,
 from calib_guidance.diffusion.schedules import NoiseSchedule, ScheduleName, named_betas
 from calib_guidance.errors import check_choice
 from calib_guidance.tasks.base import TrainingTask
+from calib_guidance.training.flow_matching import FlowMatching
 from calib_guidance.training.losses import variational_bound_term
 from calib_guidance.weights import registry
 
@@ -33,6 +34,8 @@ class TrainDiffusion(TrainingTask):
         variance: ``fixed`` or ``learned_range``.
         label_dropout: fraction of samples trained without their label, so that one network serves as conditional and
             unconditional model (Ho & Salimans 2022).
+        objective: flow matching in place of ε and v; ``noise_schedule``, ``num_steps``, ``prediction`` and ``variance`` are then
+            not used. :class:`~calib_guidance.denoisers.FlowDenoiser` samples what was trained.
         compile: compile the network with torch.compile; its parameters keep their names.
         optimizer: builds the optimizer.
         lr_scheduler: builds the rate schedule, stepped at every optimizer step; none by default.
@@ -46,6 +49,7 @@ class TrainDiffusion(TrainingTask):
         prediction: Parameterization = "epsilon",
         variance: Variance = "learned_range",
         label_dropout: float = 0.1,
+        objective: FlowMatching | None = None,
         compile: bool = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -57,6 +61,9 @@ class TrainDiffusion(TrainingTask):
         self.network = network
         self.prediction, self.variance, self.label_dropout = prediction, variance, label_dropout
         self.weights_metadata = {"prediction": prediction, "noise_schedule": noise_schedule, "num_steps": num_steps}
+        self.objective = objective
+        if objective is not None:
+            self.weights_metadata = dict(objective.metadata)
         self.weights_metadata |= registry.nonstate_hparams(network)
         tables = NoiseSchedule(named_betas(noise_schedule, num_steps))
         self.register_buffer("alphas_cumprod", torch.tensor(tables.alphas_cumprod).float(), persistent=False)
@@ -69,14 +76,17 @@ class TrainDiffusion(TrainingTask):
             network.compile()
 
     def loss(self, x0: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Loss per sample ``(N,)`` of images ``(N, C, H, W)`` with labels and steps ``(N,)`` and their noise."""
+        """Loss per sample ``(N,)`` of images ``(N, C, H, W)`` with labels and steps ``(N,)``, or τ, and their noise."""
+        labels = y if self.network.num_classes is not None else None
+        if self.objective is not None:
+            return self.objective(self.network, x0, labels, t, noise)
 
         def at(table: Tensor) -> Tensor:
             return table[t].view(-1, 1, 1, 1)
 
         abar = at(self.alphas_cumprod)
         x_t = diffuse(x0, noise, abar)
-        output = self.network(x_t, t, y if self.network.num_classes is not None else None)
+        output = self.network(x_t, t, labels)
         target = network_target(self.prediction, x0, noise, abar)
         if self.variance == "fixed":
             return F.mse_loss(output, target, reduction="none").flatten(1).mean(1)
@@ -98,7 +108,10 @@ class TrainDiffusion(TrainingTask):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         x0, y = batch["image"], batch["label"]
         dropped = torch.rand(len(y), device=y.device) < self.label_dropout
-        t = torch.randint(len(self.betas), (len(y),), device=y.device)
+        if self.objective is None:
+            t = torch.randint(len(self.betas), (len(y),), device=y.device)
+        else:
+            t = self.objective.quantile(torch.rand(len(y), device=y.device))
         return self.log_loss(self.loss(x0, y.masked_fill(dropped, -1), t, torch.randn_like(x0)).mean())
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -106,7 +119,10 @@ class TrainDiffusion(TrainingTask):
         # The same steps and noise every time, distributed over the process, so that values can be compared between epochs.
         generator = torch.Generator().manual_seed(batch_idx)
         noise = torch.randn(x0.shape, generator=generator).to(x0)
-        t = torch.linspace(0, len(self.betas) - 1, len(x0), device=x0.device).long()
+        if self.objective is None:
+            t = torch.linspace(0, len(self.betas) - 1, len(x0), device=x0.device).long()
+        else:
+            t = self.objective.quantile((torch.arange(len(x0), device=x0.device) + 0.5) / len(x0))
         t = t[torch.randperm(len(x0), generator=generator).to(t.device)]
         losses = self.loss(x0, y, t, noise), self.loss(x0, torch.full_like(y, -1), t, noise)
         self._heldout += torch.stack([torch.ones_like(losses[0]), *losses], 1).double().sum(0).cpu()

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,11 +27,13 @@ class Card:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, object] = field(default_factory=dict)
     signature_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    file_name: str | None = None
+    variants: tuple[str, ...] = ()
 
     @property
     def file(self) -> str:
         """Name of the file, or of its folder."""
-        return self.source.rpartition("/")[2]
+        return self.file_name or self.source.rpartition("/")[2]
 
     @property
     def where(self) -> str:
@@ -45,7 +47,8 @@ def _read_cards() -> dict[str, Card]:
         if name.startswith("."):  # what several cards share
             continue
         shapes = {key: tuple(shape) for key, shape in values.pop("signature_shapes", {}).items()}
-        values.setdefault("bytes", 4 * values.get("parameters", 0))
+        values["variants"] = tuple(values.get("variants", ()))
+        values.setdefault("bytes", (2 if values["kind"] == "edm2" else 4) * values.get("parameters", 0))
         cards[name] = Card(name, signature_shapes=shapes, **values)
     return cards
 
@@ -64,7 +67,12 @@ def entry(name: str, kind: str | None = None) -> Card:
 def by_file(path: str | os.PathLike[str]) -> Card | None:
     """The card whose file or folder ``path`` names, in any folder; None for others."""
     parts = Path(path).parts
-    return next((card for card in CARDS.values() if card.file in parts), None)
+    for card in CARDS.values():
+        if card.file in parts:
+            return card
+        if name := next((variant for variant in card.variants if variant in parts), None):
+            return replace(card, source=f"{card.source.rpartition('/')[0]}/{name}")
+    return None
 
 
 def no_such_file(path: str | os.PathLike[str]) -> CheckpointError:

@@ -19,6 +19,7 @@ _OFFICIAL = [
     (r"t_embedder\.mlp\.(0|2)\.(\w+)", r"time_embed.\1.\2"),
     (r"y_embedder\.embedding_table\.weight", "label_emb.weight"),
     (r"blocks\.(\d+)\.attn\.proj\.(\w+)", r"transformer.transformer_blocks.\1.attn1.to_out.0.\2"),
+    (r"blocks\.(\d+)\.attn\.(q|k)_norm\.(\w+)", r"transformer.transformer_blocks.\1.attn1.norm_\2.\3"),
     (r"blocks\.(\d+)\.mlp\.fc1\.(\w+)", r"transformer.transformer_blocks.\1.ff.net.0.proj.\2"),
     (r"blocks\.(\d+)\.mlp\.fc2\.(\w+)", r"transformer.transformer_blocks.\1.ff.net.2.\2"),
     (r"blocks\.(\d+)\.adaLN_modulation\.1\.(\w+)", r"transformer.transformer_blocks.\1.norm1.linear.\2"),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from calib_guidance.backend.atomic import atomic_write
 from calib_guidance.errors import CheckpointError, first_line
 from calib_guidance.weights import registry
-from calib_guidance.weights.cards import no_such_file
+from calib_guidance.weights.cards import by_file, no_such_file
 from calib_guidance.weights.hub import fetch
 from calib_guidance.weights.pickles import read_edm_pickle
 
@@ -232,12 +232,14 @@ def part_of(weights: Weights, module: nn.Module) -> Weights:
     )
 
 
-def load_weights(module: nn.Module, source: str | os.PathLike[str] | Weights, **settings: object) -> dict[str, object]:
+def load_weights(
+    module: nn.Module, source: str | os.PathLike[str] | Weights, kind: str | None = None, **settings: object
+) -> dict[str, object]:
     """Load a weights file, or what was read of one, into a module; every name and shape must fit.
 
     ``settings`` such as ``noise_schedule``, which shapes do not tell, are compared with what the file says of itself and, where
-    it is a published one, with how that was made (:mod:`calib_guidance.weights.registry`). Of a training checkpoint the part
-    that fits is taken.
+    it is a published one (of ``kind``), with how that was made (:mod:`calib_guidance.weights.registry`). Of a training
+    checkpoint the part that fits is taken.
 
     Returns:
         Provenance for the report of a run: ``file``, ``bytes``, ``published`` (names that have these shapes) and settings.
@@ -248,7 +250,10 @@ def load_weights(module: nn.Module, source: str | os.PathLike[str] | Weights, **
         if (was := weights.metadata.get(name, str(value))) != str(value):
             said = f"was trained with {name}: {was}, the configuration says {name}: {value}"
             raise CheckpointError(f"{weights.path} {said}. It would load and compute something else: set {name}: {was}")
-    names = registry.identify(weights.state, path=weights.path)
+    named = by_file(weights.path)
+    if named is not None and kind not in (None, named.kind) and named.name in registry.identify(weights.state):
+        raise CheckpointError(f"{weights.path} is {named.name} by its name and shapes: {named.used_by} takes it")
+    names = registry.identify(weights.state, kind, weights.path)
     state, expected = dict(weights.state), module.state_dict()
     state |= {name: expected[name] for name in expected.keys() - state.keys() if name.endswith(_OPTIONAL)}
     problems = {
@@ -276,7 +281,9 @@ def load_weights(module: nn.Module, source: str | os.PathLike[str] | Weights, **
     return {"file": str(weights.path), "bytes": size, "published": names} | settings
 
 
-def save_weights(weights: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str], **metadata: object) -> None:
+def save_weights(
+    weights: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str], /, **metadata: object
+) -> None:
     """Write weights as safetensors, atomically, with ``metadata``: what shapes do not tell, checked when it is loaded."""
     tensors = weights.state_dict() if isinstance(weights, nn.Module) else weights
     state = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}

@@ -6,13 +6,15 @@ from typing import Any
 from torch import nn
 
 from calib_guidance.errors import CheckpointError
-from calib_guidance.networks import UNet
+from calib_guidance.networks import EDM2UNet, UNet
 from calib_guidance.weights import diffusers_folder, registry
 from calib_guidance.weights.dit import described_dit, from_diffusers, named_dit, to_dit
 from calib_guidance.weights.edm import edm_architecture, from_edm, is_edm
+from calib_guidance.weights.edm2 import edm2_architecture, from_edm2, is_edm2
 from calib_guidance.weights.io import Weights, load_weights, part_of, read_weights
 
 _DEFAULTS = {"noise_schedule": "linear", "prediction": "epsilon"}
+_DEFAULTS |= {"path": "linear", "time_direction": "data_to_noise", "time_scale": 1.0}
 
 
 def load_network(
@@ -22,7 +24,7 @@ def load_network(
 
     Args:
         network, checkpoint, dtype: see :class:`~calib_guidance.denoisers.discrete.NetworkDenoiser`.
-        kind: ``adm``, ``edm`` or ``dit``.
+        kind: ``adm``, ``edm``, ``edm2``, ``dit`` or ``flow``.
         stated: settings of the configuration; None takes what the file says of itself, else how it was published, else the
             usual one where there are no weights.
 
@@ -34,7 +36,8 @@ def load_network(
     if kind == "dit" and published is not None and published not in registry.CARDS:
         network, dtype = named_dit(published, dtype), None
     elif network is None and described:
-        network = described_dit(described, dtype) if kind == "dit" else UNet(**described, dtype=dtype or "float32")
+        build = EDM2UNet if kind == "edm2" else UNet
+        network = described_dit(described, dtype) if kind == "dit" else build(**described, dtype=dtype or "float32")
         dtype = None
     network, card = registry.build(network, kind, dtype, weights and weights.state)
     if kind == "dit":  # a folder's config.json must be of the same architecture
@@ -48,7 +51,7 @@ def load_network(
         registry.check(card.name, settings)
     provenance = settings | registry.nonstate_hparams(network)
     if weights is not None:
-        provenance |= load_weights(network, weights, **settings)
+        provenance |= load_weights(network, weights, kind, **settings)
     return network.eval().requires_grad_(False), settings, provenance
 
 
@@ -60,12 +63,20 @@ def _read(checkpoint: str, kind: str) -> tuple[Weights, Mapping[str, Any]]:
         state = read_weights(diffusers_folder.weights_file(folder)).state
         return Weights(checkpoint, from_diffusers(state)), config
     weights = read_weights(checkpoint)
-    if kind == "dit":
-        return weights._replace(state=to_dit(registry.bare(weights.state))), {}
-    if kind != "edm" or not is_edm(weights.state):
+    if kind in ("dit", "flow"):
+        state = registry.bare(weights.state)
+        # LightningDiT and RAE, with rotary positions, run by their own names.
+        state = state if any("feat_rope." in name for name in state) else to_dit(state)
+        # REPA's projectors, which its features were aligned with in training, and REPA-E's statistics do not enter the velocity.
+        return weights._replace(state={n: v for n, v in state.items() if not n.startswith(("projectors.", "bn."))}), {}
+    if not (kind == "edm" and is_edm(weights.state)) and not (kind == "edm2" and is_edm2(weights.state)):
         return weights, {}
     try:
-        described, state = edm_architecture(weights.state), from_edm(weights.state)
+        if kind == "edm":
+            described, state = edm_architecture(weights.state), from_edm(weights.state)
+        else:
+            state = from_edm2(weights.state)
+            described = edm2_architecture(state, weights.arguments)
     except ValueError as error:
         raise CheckpointError(f"{checkpoint}: {error}") from error
     # What an EDM pickle says of its preconditioning is compared like what files of this project say.

@@ -1,4 +1,4 @@
-"""The pickles of EDM (Karras et al. 2022), read without executing anything in them.
+"""The pickles of EDM and EDM2 (Karras et al. 2022, 2024), read without executing anything in them.
 
 Such a file is a pickle of ``{"ema": network, …}`` whose classes bring their own source code, which unpickling would run. Every
 object of such a class is stored as a call of ``_reconstruct_persistent_obj`` with one dictionary: source code, name of the
@@ -26,6 +26,13 @@ class _Record:
 
 class _Dict(dict):
     """A dictionary that may have attributes, as EDM's EasyDict has."""
+
+
+class _NumpyArray(_Record):
+    """An array beside the network, as EDM2's encoder has: not kept."""
+
+    def __setstate__(self, state: tuple) -> None:
+        """Shape, type and numbers."""
 
 
 class _NumpyType(_Record):
@@ -62,6 +69,9 @@ class _Restricted(pickle.Unpickler):
             ("torch._utils", "_rebuild_parameter"): lambda: lambda data, *_: data,
             ("torch.storage", "_load_from_bytes"): lambda: self._storage,
             ("numpy", "dtype"): lambda: type("dtype", (_NumpyType,), {}),
+            ("numpy.core.multiarray", "_reconstruct"): lambda: lambda *_: _NumpyArray(),
+            ("numpy._core.multiarray", "_reconstruct"): lambda: lambda *_: _NumpyArray(),
+            ("numpy", "ndarray"): lambda: type("ndarray", (_NumpyArray,), {}),
             ("numpy.core.multiarray", "scalar"): lambda: self._numpy_scalar,
             ("numpy._core.multiarray", "scalar"): lambda: self._numpy_scalar,
             ("_codecs", "encode"): lambda: self._encode,
