@@ -37,7 +37,7 @@ def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
 
 
 def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """Channels of a and b, in the shares 1 − t and t of the magnitude."""
+    """Channels of a and b, with the fractions 1 − t and t of the magnitude."""
     na, nb = a.shape[1], b.shape[1]
     c = math.sqrt((na + nb) / ((1 - t) ** 2 + t**2))
     return torch.cat([a * (c * (1 - t) / math.sqrt(na)), b * (c * t / math.sqrt(nb))], dim=1)
@@ -101,7 +101,7 @@ class EDM2Block(nn.Module):
         resample: ``keep``, ``up`` or ``down``.
         attention: whether there is attention, with ``out_channels // channels_per_head`` heads, and none below one head.
         dropout: rate, while training.
-        res_balance, attn_balance: share of the residual branch and of attention.
+        res_balance, attn_balance: fraction of the residual branch and of attention.
         clip_act: largest magnitude of the output; None does not clip.
     """
 
@@ -169,7 +169,7 @@ class EDM2UNet(nn.Module):
         num_blocks: residual blocks per level.
         attn_resolutions: resolutions with attention.
         channels_per_head: channels of an attention head; narrower layers have none.
-        label_balance, concat_balance, res_balance, attn_balance: share of labels, skips, residual branches and attention.
+        label_balance, concat_balance, res_balance, attn_balance: fraction of labels, skips, residual branches and attention.
         clip_act: see :class:`EDM2Block`.
         dropout: rate, while training.
         logvar_channels: features of the uncertainty.

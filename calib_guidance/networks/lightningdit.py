@@ -218,7 +218,7 @@ class LightningDiT(LatentTransformer):
         qk_norm: normalize queries and keys.
         swiglu, rope, rms: SwiGLU, rotary positions and RMSNorm, as published; else an MLP, none, and LayerNorm.
         shift: modulations have shifts.
-        learn_sigma: the file has twice the output channels, of which the second half is dropped.
+        learn_sigma: the file has twice the output channels; the second half is dropped.
         mid_depth: block after which the head of Internal Guidance reads the tokens; None has no such head.
         internal_guidance: w of v_mid + w·(v − v_mid), where there is that head; 1 is v.
     """

@@ -46,7 +46,7 @@ class FlowMatching:
         self.metadata |= {"time_scale": self.time_scale}
 
     def quantile(self, u: Tensor) -> Tensor:
-        """τ below which a share ``u`` of training lies."""
+        """τ below which a fraction ``u`` of training lies."""
         return u if self.times == "uniform" else torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
 
     def __call__(self, network: nn.Module, x0: Tensor, y: Tensor | None, tau: Tensor, noise: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def run(denoiser, sampler, fixture, name, guided=None, batch=2):
 
 
 def assert_states(fixture, name, states, skip):
-    """``states`` against the stored ones, of which the first ``skip`` are the start."""
+    """``states`` against the stored ones after the first ``skip``, which are the start."""
     stored = fixture[f"{name}.x"]
     for step, state in enumerate(states):
         row = min(step + skip, len(stored) - 1)

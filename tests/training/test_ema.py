@@ -138,14 +138,14 @@ def test_any_length_after_training(tmp_path, capsys):
 
 
 def test_a_resumed_training_has_the_same_averages(tmp_path):
-    whole, first = PostHocEMA(every_n_images=800), PostHocEMA(every_n_images=800)
-    fit(tmp_path / "whole", whole, 60)
+    complete, first = PostHocEMA(every_n_images=800), PostHocEMA(every_n_images=800)
+    fit(tmp_path / "complete", complete, 60)
     _, trainer = fit(tmp_path / "parts", first, 25)
     trainer.save_checkpoint(tmp_path / "at25.ckpt")
     second = PostHocEMA(every_n_images=800)
     fit(tmp_path / "parts", second, 60, str(tmp_path / "at25.ckpt"))
-    assert second.images == whole.images == 480
-    for std, state in whole.averages.items():
+    assert second.images == complete.images == 480
+    for std, state in complete.averages.items():
         torch.testing.assert_close(second.averages[std]["weight"], state["weight"], atol=1e-6, rtol=1e-6)
     with pytest.raises(ConfigurationError, match=r"lengths 0\.05, 0\.1, the configuration"):
         PostHocEMA(stds=[0.07]).load_state_dict(second.state_dict())
