@@ -89,7 +89,7 @@ def test_rae_by_its_file_and_a_linear_probe_on_its_latents(golden, tmp_path):
     torch.manual_seed(0)
     probe = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 8))
     classifier = OffTheShelfClassifier(probe, 8, normalize="none")
-    guidance = ClassifierGuidance(classifier, scale=3.0, decoder=nn.Identity())
+    guidance = ClassifierGuidance(classifier, scale=30.0, decoder=nn.Identity())
     y = torch.arange(6) % 8
     sampler, found = FlowODE(8, shift=3.0, end=0.001), {}
     for name, guide in (("plain", None), ("guided", guidance)):
@@ -111,7 +111,7 @@ def test_repae_by_its_file(golden, tmp_path):
     mean, std = latent_statistics(file)
     fixture.assert_close("latents_bias", mean.view(1, -1, 1, 1))
     fixture.assert_close("latents_scale", 1 / std.view(1, -1, 1, 1))
-    fixture.assert_close("denormalized", fixture["normalized"] * std.view(-1, 1, 1) + mean.view(-1, 1, 1))
+    fixture.assert_close("denormalized", fixture["x"] * std.view(-1, 1, 1) + mean.view(-1, 1, 1))
     torch.save(
         {"latents_bias": fixture["latents_bias"], "latents_scale": fixture["latents_scale"]}, tmp_path / "stats.pt"
     )

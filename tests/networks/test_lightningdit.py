@@ -54,7 +54,8 @@ def test_lightningdit(golden, name):
         torch.testing.assert_close(fresh.feat_rope.freqs_cos, network.feat_rope.freqs_cos, atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(fresh.feat_rope.freqs_sin, network.feat_rope.freqs_sin, atol=1e-6, rtol=1e-5)
     if "pos_embed_sincos" in fixture.tensors:
-        fixture.assert_close("pos_embed_sincos", sine_positions(32, 5))
+        grid, width = network.image_size // network.patch_size, network.pos_embed.shape[2]
+        fixture.assert_close("pos_embed_sincos", sine_positions(width, grid))
 
 
 @torch.no_grad()

@@ -323,7 +323,8 @@ class FixedVelocity(Denoiser):
 def test_a_score_moves_the_velocity_and_the_image_as_derived():
     """s·g in the score of x_τ gives v − s·τ/(1−τ)·g and x̂0 + s·τ²/(1−τ)·g; at pure noise guidance adds nothing."""
     mixture = GaussianMixture(MEANS, COVARIANCES)
-    classifier, v, s = GaussianMixtureClassifier(mixture), torch.randn(3, 2, 1, 1).double(), 0.7
+    v = torch.randn(3, 2, 1, 1, generator=torch.Generator().manual_seed(1)).double()
+    classifier, s, largest = GaussianMixtureClassifier(mixture), 0.7, 0.0
     denoiser, y, records = FixedVelocity(v), torch.tensor([0, 1, 1]), []
     guidance = ClassifierGuidance(classifier, scale=s)
     sampler = FlowODE(4)
@@ -339,8 +340,8 @@ def test_a_score_moves_the_velocity_and_the_image_as_derived():
         g = record.guided.aux.gradient / scale
         shift = 0 if t == 1 else s * t / (1 - t) * g
         torch.testing.assert_close(velocity, v - shift, atol=1e-5, rtol=1e-5)
-        if t < 1:
-            assert shift.abs().max() > 1e-3
+        largest = max(largest, 0 if t == 1 else float(shift.abs().max()))
+    assert largest > 0.01
 
 
 def test_pure_noise_is_finite_everywhere():
