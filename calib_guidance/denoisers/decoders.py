@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,8 +41,8 @@ class VAEDecoder(nn.Module):
         unit_range: bool = False,
     ):
         super().__init__()
+        check_numbers(above=0, latent_scale=min(np.atleast_1d(latent_scale).tolist()))
         scale = torch.as_tensor(latent_scale, dtype=torch.float32).view(-1, 1, 1)
-        check_numbers(above=0, latent_scale=float(scale.min()))
         if isinstance(vae, str) and Path(vae.split("@")[0]).suffix in FILES and not is_folder(vae):
             vae = read_ldm_decoder(vae)
         elif not isinstance(vae, nn.Module):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calib_guidance.backend.precision import Dtype
 from calib_guidance.networks.lightningdit import (
     FinalLayer,
     LatentTransformer,
@@ -46,6 +47,7 @@ class DiTDH(LatentTransformer):
         in_channels: of the latents, 768 of DINOv2-B.
         num_classes: K; label K of the table is the null class.
         hidden_size, depth, num_heads: of encoder and head; the published XL by default.
+        dtype: ``float32`` (published), ``float16`` or ``bfloat16`` of all but the embeddings; the velocity is float32.
     """
 
     def __init__(
@@ -56,9 +58,10 @@ class DiTDH(LatentTransformer):
         hidden_size: Sequence[int] = (1152, 2048),
         depth: Sequence[int] = (28, 2),
         num_heads: Sequence[int] = (16, 16),
+        dtype: Dtype = "float32",
     ):
         width, wide = hidden_size
-        super().__init__(sample_size, in_channels, num_classes, width)
+        super().__init__(sample_size, in_channels, num_classes, width, dtype)
         self.encoder_depth = depth[0]
         self.s_embedder, self.x_embedder = Patches(in_channels, width, 1), Patches(in_channels, wide, 1)
         self.s_projector = nn.Linear(width, wide) if width != wide else nn.Identity()
@@ -69,6 +72,7 @@ class DiTDH(LatentTransformer):
         encoder = [LightningBlock(width, num_heads[0]) for _ in range(depth[0])]
         self.blocks = nn.ModuleList([*encoder, *(LightningBlock(wide, num_heads[1]) for _ in range(depth[1]))])
         self.final_layer = FinalLayer(wide, in_channels)
+        self.cast()
 
     def embed_time(self, t: Tensor) -> Tensor:
         """The time embedding twice, ``(N, 2·width)``: labels are added to the first, and the head reads the second."""
@@ -89,7 +93,8 @@ class DiTDH(LatentTransformer):
 
     def decode(self, x: Tensor, emb: Tensor) -> Tensor:
         """The velocity of ``x`` ``(N, C, H, W)`` with a ready embedding ``(N, 2·width)``."""
-        s, tokens = self.conditions(x, emb), self.x_embedder(x)
+        x, kept = x.to(self.dtype), emb.dtype
+        s, tokens = self.conditions(x, emb.to(self.dtype)), self.x_embedder(x)
         for block in self.blocks[self.encoder_depth :]:
             tokens = block(tokens, s, self.dec_feat_rope)
-        return unpatch(self.final_layer(tokens, s), 1, self.in_channels)
+        return unpatch(self.final_layer(tokens, s), 1, self.in_channels).to(kept)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calib_guidance.backend.precision import Dtype, dtype_of
 from calib_guidance.networks.adm import timestep_embedding
 
 _FREQUENCIES = 256
@@ -185,12 +186,20 @@ def sine_positions(width: int, grid: int) -> Tensor:
 class LatentTransformer(nn.Module):
     """What LightningDiT and the networks of RAE share: sizes, labels and checks."""
 
-    def __init__(self, sample_size: int, in_channels: int, num_classes: int, width: int):
+    def __init__(self, sample_size: int, in_channels: int, num_classes: int, width: int, dtype: Dtype):
         super().__init__()
+        self.dtype = dtype_of(dtype)
         self.image_size, self.in_channels, self.out_channels = sample_size, in_channels, in_channels
         self.num_classes = num_classes
         self.y_embedder = nn.Module()
         self.y_embedder.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def cast(self) -> None:
+        """Set the number format of all but the embeddings, once every part exists."""
+        for name, part in self.named_children():
+            if name not in ("t_embedder", "y_embedder"):
+                part.to(self.dtype)
+        self.pos_embed = self.pos_embed.to(self.dtype)
 
     def check_image(self, shape: Sequence[int]) -> None:
         """Raise ValueError if latents of ``(C, H, W)`` do not fit the network."""
@@ -221,6 +230,7 @@ class LightningDiT(LatentTransformer):
         learn_sigma: the file has twice the output channels; the second half is dropped.
         mid_depth: block after which the head of Internal Guidance reads the tokens; None has no such head.
         internal_guidance: w of v_mid + w·(v − v_mid), where there is that head; 1 is v.
+        dtype: ``float32``, ``float16`` or ``bfloat16`` of all but the embeddings; the velocity is float32.
     """
 
     def __init__(
@@ -240,8 +250,9 @@ class LightningDiT(LatentTransformer):
         learn_sigma: bool = False,
         mid_depth: int | None = None,
         internal_guidance: float = 1.0,
+        dtype: Dtype = "float32",
     ):
-        super().__init__(sample_size, in_channels, num_classes, hidden_size)
+        super().__init__(sample_size, in_channels, num_classes, hidden_size, dtype)
         if sample_size % patch_size or hidden_size % (4 * num_heads):
             raise ValueError(
                 f"sample_size must be a multiple of patch_size ({patch_size}) and hidden_size of 4·num_heads, got {sample_size} "
@@ -263,6 +274,7 @@ class LightningDiT(LatentTransformer):
         self.final_layer = FinalLayer(hidden_size, out, rms)
         if mid_depth is not None:
             self.final_layer_xr = FinalLayer(hidden_size, out, rms)
+        self.cast()
 
     def embed_time(self, t: Tensor) -> Tensor:
         """Time part of the embedding: t in [0, 1] ``(N,)`` to ``(N, hidden_size)``."""
@@ -279,5 +291,6 @@ class LightningDiT(LatentTransformer):
 
     def decode(self, x: Tensor, emb: Tensor) -> Tensor:
         """The velocity of ``x`` ``(N, C, H, W)`` with a ready embedding ``(N, hidden_size)``."""
-        v, mid = self.velocities(x, emb)
-        return v if mid is None or self.internal_guidance == 1 else mid + self.internal_guidance * (v - mid)
+        v, mid = self.velocities(x.to(self.dtype), emb.to(self.dtype))
+        guided = v if mid is None or self.internal_guidance == 1 else mid + self.internal_guidance * (v - mid)
+        return guided.to(emb.dtype)

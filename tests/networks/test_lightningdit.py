@@ -90,6 +90,14 @@ def test_rae(golden, name):
         fixture.assert_close("pos_embed_sincos", sine_positions(24, 4))
 
 
+@torch.no_grad()
+def test_half_precision_stays_close_and_returns_float32(golden):
+    fixture, network = golden("lightningdit_net"), lightning(golden, "lightningdit_net", dtype="bfloat16")
+    output = network(fixture["x"], fixture["t"], labels(fixture, network))
+    assert (output.dtype, network.blocks[0].mlp.w3.weight.dtype) == (torch.float32, torch.bfloat16)
+    assert 0 < (output - fixture["output"]).abs().max() < 0.15 * fixture["output"].std()
+
+
 class Recorded:
     def __init__(self, x):
         self.x = x
