@@ -8,7 +8,7 @@ from calib_guidance.samplers.base import Transition as Transition
 from calib_guidance.samplers.ddim import DDIM as DDIM
 from calib_guidance.samplers.ddpm import DDPM as DDPM
 from calib_guidance.samplers.dpm_solver import DPMSolver as DPMSolver
-from calib_guidance.samplers.flow import FlowODE as FlowODE
-from calib_guidance.samplers.flow import FlowSDE as FlowSDE
+from calib_guidance.samplers.flow_ode import FlowODE as FlowODE
+from calib_guidance.samplers.flow_sde import FlowSDE as FlowSDE
 from calib_guidance.samplers.heun import Heun as Heun
 from calib_guidance.samplers.unipc import UniPC as UniPC

@@ -50,6 +50,7 @@ def test_lightningdit(golden, name):
     fixture.assert_close("patches", network.x_embedder(fixture["x"]))
     if "rope_in" in fixture.tensors:
         fixture.assert_close("rope_out", network.feat_rope(fixture["rope_in"]))
+    if name == "lightningdit_net":  # the tables of a file are those that are made
         fresh = LightningDiT(5, 8, 10, 32, 2, 2)
         torch.testing.assert_close(fresh.feat_rope.freqs_cos, network.feat_rope.freqs_cos, atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(fresh.feat_rope.freqs_sin, network.feat_rope.freqs_sin, atol=1e-6, rtol=1e-5)
