@@ -2,16 +2,13 @@
 
 import math
 from types import SimpleNamespace
-from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from calib_guidance.denoisers.base import Denoiser
 from calib_guidance.diffusion.rng import Noise
 from calib_guidance.diffusion.schedules import NoiseLevels
-from calib_guidance.errors import check_choice
 from calib_guidance.samplers.base import Sampler, Transition
 from calib_guidance.samplers.evaluate import Evaluate, sample_move
 from calib_guidance.samplers.spacing import churned_sigmas, karras_sigmas, levels_of_passes
@@ -33,7 +30,7 @@ class Heun(Sampler):
         guide_correction: guide the second evaluation of a step too, at X'. None does, unless ``apply_to: sample``: Algorithm 2
             moves the sample once per step; true averages two moves (the trapezoidal rule).
         clip_denoised: clip x̂0 to [-1, 1]; EDM does not.
-        state_dtype: ``float64`` (EDM), or ``float32`` (EDM2), of the sample and the grid.
+        float32_state: keep the sample in float32, as EDM2 does; EDM's is float64.
     """
 
     moves_sample = True
@@ -50,16 +47,13 @@ class Heun(Sampler):
         s_noise: float = 1.0,
         guide_correction: bool | None = None,
         clip_denoised: bool = False,
-        state_dtype: Literal["float64", "float32"] = "float64",
+        float32_state: bool = False,
     ):
-        check_choice("state_dtype", state_dtype, ("float64", "float32"))
-        self.state_dtype = torch.float64 if state_dtype == "float64" else torch.float32
-
         self.sigmas = karras_sigmas(num_steps, sigma_min, sigma_max, rho)
         self.raised = churned_sigmas(self.sigmas, s_churn, s_min, s_max, s_noise)
         # Of step i: σ at i, σ̂ at N + i, and the next step's σ at 2N + i, which the last step does not use.
         self.passes = self.sigmas, self.raised, np.append(self.sigmas[0], self.sigmas[:-1])
-        self.num_steps, self.s_noise = num_steps, s_noise
+        self.num_steps, self.s_noise, self.float32_state = num_steps, s_noise, float32_state
         self.guide_correction, self.clip_denoised = guide_correction, clip_denoised
 
     def levels(self, denoiser: Denoiser) -> NoiseLevels:
@@ -72,7 +66,7 @@ class Heun(Sampler):
         return (2 * self.num_steps - 1) * denoiser.nfe
 
     def start(self, noise: Noise, levels: NoiseLevels) -> Tensor:
-        return noise().to(self.state_dtype) * float(self.sigmas[-1])
+        return (noise() if self.float32_state else noise().double()) * float(self.sigmas[-1])
 
     def to_vp(self, x: Tensor, i: int, c: SimpleNamespace) -> Tensor:
         return x if i < 0 else c.to_vp[i] * x

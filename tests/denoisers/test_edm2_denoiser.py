@@ -77,13 +77,16 @@ def test_every_step_of_the_sampler(golden, name):
         guide = Autoguidance(edm2(golden, "edm2_unet_guide"))
         denoiser = Combination(denoiser, ClassifierFreeGuidance(h["guidance"]), guide)
     churn = (h["S_churn"], h["S_min"], float(h["S_max"]), h["S_noise"])
-    runs = {"x": "float32"} | ({"dtype64.x": "float64"} if name == "edm2_heun" else {})
-    for key, dtype in runs.items():
-        sampler, records = Heun(h["num_steps"], h["sigma_min"], h["sigma_max"], h["rho"], *churn, state_dtype=dtype), []
+    runs = {"x": True} | ({"dtype64.x": False} if name == "edm2_heun" else {})
+    for key, float32 in runs.items():
+        sampler, records = (
+            Heun(h["num_steps"], h["sigma_min"], h["sigma_max"], h["rho"], *churn, float32_state=float32),
+            [],
+        )
         noise = Recorded(fixture["latents"], *(fixture["noise"] if h["S_churn"] else ()))
         images = sampler(denoiser, noise, fixture["class_labels"].argmax(1), None, [records.append])
         assert next(noise.tensors, None) is None
-        assert records[0].x_t.dtype == getattr(torch, dtype)
+        assert records[0].x_t.dtype == (torch.float32 if float32 else torch.float64)
         for step, record in enumerate(records):
             ve = np.sqrt(1 + sampler.sigmas[record.i - 1] ** 2) if record.i else 1.0
             fixture.assert_close(key, record.x_next * ve, fixture[key][step], step)
