@@ -35,13 +35,10 @@ from torch import Tensor
 
 from calib_guidance.backend.images import to_uint8
 from calib_guidance.callbacks import SampleWriter, sample_writer
-from calib_guidance.callbacks.background import Background
 from calib_guidance.cli.lightning import CalibGuidanceCLI, run_lightning
 from calib_guidance.networks import UNet
 from calib_guidance.runs import RunFolder
 from calib_guidance.runs.claims import Claims
-from calib_guidance.runs.context import ShardPart
-from calib_guidance.tasks.retry import Attempt
 
 RATIOS: dict[str, Ratio] = {}
 
@@ -72,7 +69,7 @@ class Clock:
         setattr(owner, name, timed)
 
 
-class AtOnce(Background):
+class AtOnce(sample_writer.Background):
     """Does each job before it returns."""
 
     def give(self, job: Callable[[], object]) -> None:
@@ -126,13 +123,13 @@ def beside(name: str, rounds: int, samples: int, batch: int, steps: int, pause: 
     if pause:
         images = smooth_noise(batch, side)
 
-        def attempt(batch: dict[str, Tensor], float32: bool) -> Attempt:
+        def attempt(batch: dict[str, Tensor], float32: bool) -> tuple[dict[str, Tensor], Tensor]:
             time.sleep(pause)
-            return Attempt({"image": images}, torch.full((len(images),), torch.nan, dtype=torch.float64))
+            return {"image": images}, torch.full((len(images),), torch.nan, dtype=torch.float64)
 
         cli.model.attempt = attempt
 
-    def run(kind: type[Background]) -> tuple[float, float, dict[str, bytes]]:
+    def run(kind: type[sample_writer.Background]) -> tuple[float, float, dict[str, bytes]]:
         """Seconds of the run and of sampling, and the files."""
         with tempfile.TemporaryDirectory() as folder, mock.patch.object(sample_writer, "Background", kind):
             writer.folder = folder
@@ -141,13 +138,13 @@ def beside(name: str, rounds: int, samples: int, batch: int, steps: int, pause: 
             sampling = sum(folder.record(shard)["seconds"] for shard in folder.shards())
             return stopwatch.seconds, sampling, {path.name: path.read_bytes() for path in folder.samples.iterdir()}
 
-    assert run(AtOnce)[2] == run(Background)[2], "what is written differs"
+    assert run(AtOnce)[2] == run(sample_writer.Background)[2], "what is written differs"
     before, after, sampling = [], [], []
     for _ in range(rounds):
         seconds, alone, _ = run(AtOnce)
         before.append(1e3 * seconds / samples)
         sampling.append(1e3 * alone / samples)
-        after.append(1e3 * run(Background)[0] / samples)
+        after.append(1e3 * run(sample_writer.Background)[0] / samples)
     root.cleanup()
     found = RATIOS[f"{name}: kept first / beside the next"] = ratio(before, after)
     kept = [statistics.median(b - s for b, s in zip(times, sampling, strict=True)) for times in (before, after)]
@@ -188,7 +185,8 @@ def digits(samples: int) -> None:
     """Fraction of the time that keeping samples takes, in the shipped configuration."""
     clock = Clock()
     for owner, names in {
-        SampleWriter: ("_begin", "_log_state", "_keep"),
+        SampleWriter: ("begin", "_write"),
+        sample_writer._Shard: ("add",),
         RunFolder: ("remaining", "state"),
         Claims: ("acquire", "holds", "renew", "release"),
     }.items():
@@ -209,15 +207,13 @@ def adm128(shard: int) -> None:
     writer, images = SampleWriter(), smooth_noise(shard, 128)
     columns = {"index": torch.arange(shard), "label": torch.arange(shard), "seed": torch.zeros(shard, dtype=torch.long)}
     columns["image"] = to_uint8(images)
-    part = ShardPart(range(shard), range(shard))
-    made = sample_writer._Batch(part, lambda: columns, [], 0.0, None, time.monotonic())
     with tempfile.TemporaryDirectory() as folder:
         writer.run, writer._device = RunFolder(folder, shard, shard), "cpu"
         writer.run.begin({}, {})
-        writer._shard, writer._background = sample_writer._Shard(), Background(1)
+        writer._shard, writer._background = sample_writer._Shard(), sample_writer.Background(1)
         started = time.perf_counter()
         writer.run.claims.acquire(range(shard))
-        writer._keep(made)
+        writer._shard.add(range(shard), columns, [], writer._background.pool)
         encoded = time.perf_counter()
         writer._write(range(shard), {})
         done = time.perf_counter()

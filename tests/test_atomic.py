@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from calib_guidance.backend import workers
+from calib_guidance.backend import atomic
 from calib_guidance.backend.atomic import atomic_path, atomic_write, remove_abandoned, temporary_path, write_text
 from calib_guidance.errors import first_line
 
@@ -74,7 +74,7 @@ def test_temporary_names_are_unique_and_tell_who_writes(tmp_path, monkeypatch):
     names = {temporary_path(tmp_path / "a").name for _ in range(100)}
     assert len(names) == 100
     mine, foreign = temporary_path(tmp_path / "a"), tmp_path / ".mine.tmp"
-    monkeypatch.setattr(workers, "_machine", lambda: "elsewhere")
+    monkeypatch.setattr(atomic, "_machine", lambda: "elsewhere")
     there, silent = temporary_path(tmp_path / "a"), temporary_path(tmp_path / "b")
     monkeypatch.undo()
     for path in (mine, there, silent):
@@ -89,7 +89,7 @@ def test_temporary_names_are_unique_and_tell_who_writes(tmp_path, monkeypatch):
 
 def test_a_process_ends_with_its_parent(tmp_path):
     """SIGKILL of the parent leaves no orphan."""
-    child = "import time; from calib_guidance.backend.workers import *; end_with_parent(60); print(1, flush=True); time.sleep(60)"
+    child = "import time; from calib_guidance.backend.atomic import *; end_with_parent(60); print(1, flush=True); time.sleep(60)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"1\n"

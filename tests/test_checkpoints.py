@@ -20,7 +20,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from safetensors.torch import save_file
 from torch import nn
 
-from calib_guidance.callbacks.checkpoint_io import AtomicCheckpointIO
+from calib_guidance.callbacks.exact_resume import AtomicCheckpointIO
 from calib_guidance.classifiers import OffTheShelfClassifier
 from calib_guidance.evaluation.features import InceptionFeatures
 from calib_guidance.networks import SmallResNet

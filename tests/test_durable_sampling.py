@@ -121,7 +121,7 @@ def test_more_samples_extend_it(copy, whole, tmp_path):
 
 def test_fewer_samples_take_nothing_away(copy, whole, caplog):
     predict(copy, samples=10)
-    assert f"holds {TAIL - 10} samples more than are requested: they are kept, and not counted" in caplog.text
+    assert f"holds {TAIL - 10} samples beyond those requested: kept, and not counted" in caplog.text
     assert tables(copy) == tables(whole)
     assert metrics(copy)["num_samples"] == 10
     (copy / "shards/00000040.json").unlink()

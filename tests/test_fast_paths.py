@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from calib_guidance.backend.threads import available_cores, sensible_threads
+from calib_guidance.backend.distributed import available_cores, sensible_threads
 from calib_guidance.classifiers import NoiseAwareClassifier, OffTheShelfClassifier
 from calib_guidance.cli import main
 from calib_guidance.cli.lightning import subclasses_listed_once

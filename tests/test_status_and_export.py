@@ -16,6 +16,7 @@ from PIL import Image
 
 from calib_guidance.cli import main
 from calib_guidance.runs import RunFolder
+from calib_guidance.runs.store import checked_json
 from tests.conftest import ROOT
 from tests.runs import flip, refused
 
@@ -98,7 +99,7 @@ def test_who_works_on_what(tmp_path, capsys):
         content = json.loads((tmp_path / claim).read_text())
         place, pid, started, name = content["worker"].split("-")
         worker = {2: f"{place}-{pid}-1{started}-{name}", 3: f"00000000-{pid}-{started}-{name}"}[number]
-        (tmp_path / claim).write_text(json.dumps(content | {"worker": worker, "host": "elsewhere"}))
+        (tmp_path / claim).write_bytes(checked_json(content | {"worker": worker, "host": "elsewhere"}))
     os.utime(tmp_path / "claims/00000012", (1, 1))
     found, text = look(tmp_path, capsys, status=1)
     assert [(claim["first"], claim["alive"]) for claim in found["claims"]] == [(4, True), (8, False), (12, False)]

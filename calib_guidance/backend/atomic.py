@@ -1,17 +1,72 @@
-"""Files and folders that are written completely or not at all."""
+"""Files and folders that are written completely or not at all, and the processes that write them.
 
-from __future__ import annotations
+Every writer has a name that is unique on all machines, and tells whether its process is alive.
+"""
 
 import contextlib
+import functools
+import hashlib
 import os
+import re
 import shutil
+import signal
+import socket
 import tempfile
+import threading
+import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from calib_guidance.backend.workers import is_alive, is_worker, new_worker
 from calib_guidance.errors import ConfigurationError
+
+_NAME = re.compile(r"(\w+)-(\d{1,10})-(\d+|None)-(\w+)")  # machine, process, its start, random
+
+
+@functools.cache
+def _machine() -> str:
+    """Eight hex digits, equal for processes that see each other's numbers: one machine, boot and process namespace."""
+    parts = [socket.gethostname()]
+    for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
+        with contextlib.suppress(OSError):
+            parts.append(os.readlink(path) if "ns" in path else Path(path).read_text())
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
+
+
+def _start_time(pid: int) -> str | None:
+    """Start of a process of this machine, in ticks since boot; None if there is no such process, or a dead one."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if stat[0] in "ZX" else stat[19]
+
+
+def new_worker() -> str:
+    """A new name of a worker in this process."""
+    return f"{_machine()}-{os.getpid()}-{_start_time(os.getpid())}-{uuid.uuid4().hex[:8]}"
+
+
+def is_alive(worker: str) -> bool | None:
+    """Whether the process of a worker runs; None if that cannot be seen from here."""
+    if (match := _NAME.fullmatch(worker)) is None or match[1] != _machine() or match[3] == "None":
+        return None
+    return _start_time(int(match[2])) == match[3]
+
+
+def end_with_parent(within: float = 600.0) -> None:
+    """End this process when the one that started it dies: with SIGTERM, and after ``within`` seconds at once."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(within)  # the main thread may wait for the others forever
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:
@@ -43,7 +98,7 @@ def remove_abandoned(folder: Path, now: float, lease: float) -> None:
     """
     for path in folder.glob(".*.tmp"):
         worker = path.name.rsplit(".", 2)[1]
-        if not is_worker(worker) or (alive := is_alive(worker)):
+        if not _NAME.fullmatch(worker) or (alive := is_alive(worker)):
             continue
         with contextlib.suppress(FileNotFoundError):  # another process removes it too, or has completed it
             if alive is False or now - max(each.lstat().st_mtime for each in (path, *path.rglob("*"))) > lease:
@@ -71,8 +126,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A binary file that takes the place of ``path`` at the end of the block; nothing changes where the block raises.
 
-    The content is forced to the disk before it is renamed: a process or a machine that stops leaves either the old file or
-    the new one.
+    The content is forced to the disk first: a process or a machine that stops leaves either the old file or the new one.
     """
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         yield file
@@ -104,12 +158,12 @@ def create(path: Path, data: bytes) -> bool:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return False
-        except OSError:  # a file system without hard links
+        with contextlib.suppress(FileExistsError):
             try:
+                os.link(temporary, path)
+            except FileExistsError:
+                raise
+            except OSError:  # a file system without hard links
                 with open(path, "xb") as file:
                     try:
                         file.write(data)
@@ -117,11 +171,10 @@ def create(path: Path, data: bytes) -> bool:
                     except BaseException:
                         path.unlink()
                         raise
-            except FileExistsError:
-                return False
+            return True
+        return False
     finally:
         temporary.unlink(missing_ok=True)
-    return True
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -1,7 +1,5 @@
 """Networks compiled for fixed shapes, forward and backward."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -46,6 +44,6 @@ class Compiled:
             return self._fast(*inputs)
         return self._fast(*(_OwnGradient.apply(x) if x.requires_grad else x for x in inputs)).clone()
 
-    def __reduce__(self) -> tuple[type[Compiled], tuple[Callable[..., Tensor]]]:
+    def __reduce__(self) -> tuple[type, tuple[Callable[..., Tensor]]]:
         """Copied and pickled without what was compiled, which is not to be had by others."""
         return Compiled, (self.function,)

@@ -1,9 +1,7 @@
 """Convolutions whose weights stay as they are, in the layout that the CPU's kernels want."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -31,21 +29,20 @@ class _Convolve(torch.autograd.Function):
     """The convolution, and as its gradient with respect to the image the transposed one."""
 
     @staticmethod
-    def forward(x: Tensor, conv: PackedConv2d) -> Tensor:
+    def forward(x: Tensor, conv: nn.Conv2d) -> Tensor:
         return _ops._convolution_pointwise(
             x, conv.packed(x.shape), conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups, *_PLAIN
         )
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, PackedConv2d], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, nn.Conv2d], output: Tensor) -> None:
         ctx.conv, ctx.shape = inputs[1], inputs[0].shape
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        conv = ctx.conv
-        unused = conv.unused(ctx.shape)
-        weight = conv.packed(ctx.shape, backward=True)
+        conv, weight = ctx.conv, ctx.conv.packed(ctx.shape, backward=True)
+        unused = [rest for _, rest in conv.strides(ctx.shape)]
         return _ops._convolution_transpose_pointwise(
             gradient, weight, None, conv.padding, unused, conv.stride, conv.dilation, conv.groups, *_PLAIN
         ), None
@@ -54,13 +51,13 @@ class _Convolve(torch.autograd.Function):
 class PackedConv2d(nn.Conv2d):
     """A convolution that keeps its weights packed for the CPU, once for the image and once for its gradient.
 
-    What cannot be packed (another device, half precision, autocast, weights that learn) is convolved as ever. The gradient of a
-    packed one cannot be differentiated again. Copies and files hold the plain weights alone. Changed weights are packed again,
-    but for changes that PyTorch does not notice (``weight.data``).
+    What cannot be packed (another device, half precision, autocast, weights that learn) is convolved as ever. The gradient cannot
+    be differentiated again. Copies and files hold the plain weights alone. Weights that change are packed again, except for
+    changes that PyTorch does not notice (``weight.data``).
     """
 
     @classmethod
-    def of(cls, conv: nn.Conv2d) -> PackedConv2d:
+    def of(cls, conv: nn.Conv2d) -> Self:
         """The same convolution, with the same parameters (not copies)."""
         packed = cls.__new__(cls)
         packed.__dict__ = dict(conv.__dict__, _parameters=dict(conv._parameters), _packed={})
@@ -69,7 +66,7 @@ class PackedConv2d(nn.Conv2d):
     def __getstate__(self) -> dict[str, Any]:
         return dict(self.__dict__, _packed={})
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedConv2d:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves to another device or number format, and packs again after it."""
         self._packed = {}
         return super()._apply(fn, recurse)
@@ -80,7 +77,8 @@ class PackedConv2d(nn.Conv2d):
             and x.device.type == "cpu"
             and x.ndim == 4
             and x.shape[1] == self.in_channels
-            and min(self.out_size(x.shape)) > 0
+            and len(x) > 0
+            and min(self.strides(x.shape)) >= (0, 0)
             and x.dtype == self.weight.dtype == torch.float32
             and not self.weight.requires_grad
             and torch.backends.mkldnn.is_available()
@@ -89,18 +87,10 @@ class PackedConv2d(nn.Conv2d):
             and not torch.compiler.is_compiling()
         )
 
-    def _strides(self, shape: Sequence[int]) -> list[tuple[int, int]]:
+    def strides(self, shape: Sequence[int]) -> list[tuple[int, int]]:
         """Along each side of an input of ``shape``: strides that fit, and pixels at the end that no stride reaches."""
         sides = zip(shape[2:], self.padding, self.dilation, self.kernel_size, self.stride, strict=True)
         return [divmod(s + 2 * p - d * (k - 1) - 1, stride) for s, p, d, k, stride in sides]
-
-    def out_size(self, shape: Sequence[int]) -> list[int]:
-        """``[N, C, H, W]`` of the output for an input of ``shape``."""
-        return [shape[0], self.out_channels, *(strides + 1 for strides, _ in self._strides(shape))]
-
-    def unused(self, shape: Sequence[int]) -> list[int]:
-        """Rows and columns at the end of an input of ``shape`` that no stride reaches."""
-        return [rest for _, rest in self._strides(shape)]
 
     def packed(self, shape: Sequence[int], backward: bool = False) -> Tensor:
         """The weights, packed for the first ``shape`` of inputs; for others oneDNN rearranges them again where it must."""
@@ -110,8 +100,10 @@ class PackedConv2d(nn.Conv2d):
         if backward not in self._packed:
             weight, settings = self.weight.detach().contiguous(), (self.stride, self.dilation, self.groups)
             if backward:
+                strides, unused = zip(*self.strides(shape), strict=True)
+                out = [shape[0], self.out_channels, *(number + 1 for number in strides)]
                 self._packed[backward] = _ops._reorder_convolution_transpose_weight(
-                    weight, self.padding, self.unused(shape), *settings, self.out_size(shape)
+                    weight, self.padding, unused, *settings, out
                 )
             else:
                 self._packed[backward] = _ops._reorder_convolution_weight(weight, self.padding, *settings, list(shape))

@@ -1,7 +1,5 @@
 """FLOPs and memory, counted while code runs; on the meta device, too."""
 
-from __future__ import annotations
-
 import contextlib
 import weakref
 from typing import Any

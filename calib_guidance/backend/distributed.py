@@ -1,13 +1,13 @@
-"""The processes that a measurement is shared out to: one, or those that torchrun starts."""
-
-from __future__ import annotations
+"""The processes that a measurement is shared out to, one or those that torchrun starts, and the threads of each."""
 
 import contextlib
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
@@ -15,6 +15,46 @@ from torch import Tensor, distributed
 from calib_guidance.errors import ConfigurationError, RunError
 
 _PATIENCE = timedelta(hours=2)  # a process whose images are slower to read may keep the others waiting
+
+
+class Threads(NamedTuple):
+    """A number of threads, and why that many."""
+
+    count: int
+    reason: str
+
+
+def available_cores(quota_file: str | os.PathLike[str] = "/sys/fs/cgroup/cpu.max") -> int:
+    """Cores that this process may keep busy: those it is bound to, or what its container is given of them if that is less."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path(quota_file).read_text().split()
+        return max(1, min(bound, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return bound
+
+
+def sensible_threads(processes: int, cores: int, environment: Mapping[str, str]) -> Threads | None:
+    """Threads for each of so many processes on this machine; None where OMP_NUM_THREADS says it.
+
+    torchrun sets OMP_NUM_THREADS to 1 where nobody has set it, so that under torchrun a 1 is nobody's wish.
+    """
+    stated = environment.get("OMP_NUM_THREADS")
+    if stated and not (stated == "1" and "TORCHELASTIC_RUN_ID" in environment):
+        return None
+    if "SLURM_PROCID" in environment and "SLURM_CPUS_PER_TASK" in environment:
+        count = int(environment["SLURM_CPUS_PER_TASK"])
+        return Threads(count, f"{count} cores for each task of SLURM's")
+    return Threads(max(1, cores // processes), f"{cores} cores, {processes} process{'es' if processes > 1 else ''}")
+
+
+def set_threads(processes: int) -> Threads:
+    """Let PyTorch compute with as many threads as are sensible for each of ``processes`` on this machine."""
+    chosen = sensible_threads(processes, available_cores(), os.environ)
+    if chosen is None:
+        return Threads(torch.get_num_threads(), "OMP_NUM_THREADS")
+    torch.set_num_threads(chosen.count)
+    return chosen
 
 
 @contextlib.contextmanager
@@ -31,8 +71,8 @@ def _others_alive() -> Iterator[None]:
 class DistributedContext:
     """This process among those that work together.
 
-    Every process has to call :meth:`sum`, :meth:`gather` and :meth:`gather_rows` in the same order, and gets the same result.
-    Each raises RunError where another process has ended.
+    Every process has to call :meth:`sum`, :meth:`gather` and :meth:`gather_rows` in the same order, and gets the same result,
+    or a RunError where another process has ended.
     """
 
     rank: int = 0
@@ -54,7 +94,7 @@ class DistributedContext:
         return total
 
     def gather(self, value: Any) -> list[Any]:
-        """The value of every process, by rank; anything small that pickles."""
+        """The value of every process, by rank; anything that pickles."""
         values = [value]
         if self.world_size > 1:
             values = [None] * self.world_size
@@ -64,15 +104,8 @@ class DistributedContext:
 
     def gather_rows(self, tensor: Tensor) -> Tensor:
         """The rows ``(Σ n, …)`` of ``(n, …)`` of every process, rank after rank, on the CPU."""
-        if self.world_size == 1:
-            return tensor.cpu()
-        counts = self.gather(len(tensor))
-        padded = torch.zeros(max(counts), *tensor.shape[1:], dtype=tensor.dtype, device=self.device)
-        padded[: len(tensor)] = tensor
-        parts = [torch.empty_like(padded) for _ in counts]
-        with _others_alive():
-            distributed.all_gather(parts, padded)
-        return torch.cat([part[:count].cpu() for part, count in zip(parts, counts, strict=True)])
+        parts = self.gather(tensor.cpu())
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _device(name: str | None, local_rank: int, together: int) -> torch.device:

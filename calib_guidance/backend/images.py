@@ -1,7 +1,5 @@
 """Between images in [-1, 1] and 8-bit images. The only place that converts."""
 
-from __future__ import annotations
-
 from typing import Literal, get_args
 
 import torch

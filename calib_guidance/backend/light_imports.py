@@ -4,8 +4,6 @@ Lightning imports torchmetrics for two base classes, which brings a hundred metr
 torch's compiler (torch._dynamo, SymPy) to recognize compiled modules.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import logging

@@ -1,7 +1,5 @@
 """Files that come with the package: named configurations and the weights of the digits."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Text and YAML files that users name, with errors that name the file and the line."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ The plain path is PyTorch's own operators, and agrees within float32 rounding. `
 it everywhere, :func:`plain` for a block. The switch also covers :mod:`calib_guidance.backend.convolutions`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator

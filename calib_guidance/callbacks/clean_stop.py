@@ -1,7 +1,5 @@
 """Signals that stop a run."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
@@ -10,7 +8,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -42,14 +39,11 @@ class StopSignals:
 
     Replaces Lightning's handlers: its SIGTERM starts a collective inside the handler, its SIGUSR1 under SLURM writes a checkpoint
     in the middle of a step. The command line restores all handlers at its end.
-
-    Attributes:
-        signal: that was noted, None before.
-        requeue_handler: Lightning's for SIGUSR1 under SLURM, None where automatic requeueing is off.
     """
 
     def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
+        self.signal: signal.Signals | None = None  # that was noted
+        # Lightning's for SIGUSR1 under SLURM, None where automatic requeueing is off.
         self.requeue_handler: Callable[[int, FrameType | None], Any] | None = None
         self._noted = 0.0
         self._trainer: L.Trainer | None = None
@@ -88,8 +82,7 @@ class StopSignals:
 
     def cure(self) -> str:
         """What is kept and how to resume."""
-        folder = Path(self._trainer.default_root_dir)
-        return f"Complete shards are kept; re-run to resume (calib-guidance status {folder})"
+        return f"Complete shards are kept; re-run to resume (calib-guidance status {self._trainer.default_root_dir})"
 
     def stopped(self, how: str) -> StoppedError:
         """The error that ends the run."""
@@ -101,24 +94,19 @@ class StopSignals:
 
 
 class CleanStop(StopSignals):
-    """Answers signals while sampling within a given time, with :class:`~calib_guidance.errors.StoppedError`.
+    """Answers signals while sampling within so many seconds, with :class:`~calib_guidance.errors.StoppedError`.
 
     The current shard is finished if the measured pace allows it, and abandoned otherwise: part of a shard is worth nothing, and
     another worker can start it. The time is checked after every step. As Lightning does, SIGUSR1 under SLURM requeues the job,
     after the claims are released.
-
-    Args:
-        within: seconds, ≥ 0.
-
-    Attributes:
-        behind: seconds from the last sample of a shard until it was written, the last time.
     """
 
     def __init__(self, within: float):
         if not within >= 0:
             raise ConfigurationError(f"stop_within must be a number of seconds of at least 0, got {within}")
         super().__init__()
-        self.within, self.behind = within, 0.0
+        self.within = within
+        self.behind = 0.0  # seconds from the last sample of a shard until it was written, the last time
         self._told = False
         self._pace: float | None = None  # seconds per sample of the last batch
         self._started = 0.0  # the current batch

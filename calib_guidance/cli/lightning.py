@@ -33,14 +33,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from calib_guidance.backend.atomic import atomic_path
+from calib_guidance.backend.atomic import atomic_path, end_with_parent
+from calib_guidance.backend.distributed import set_threads
 from calib_guidance.backend.text import read_yaml
-from calib_guidance.backend.threads import set_threads
-from calib_guidance.backend.workers import end_with_parent
-from calib_guidance.callbacks import ExactResume, RunReport, SampleWriter, StepSeeds, StopBetweenSteps
-from calib_guidance.callbacks.checkpoint_io import AtomicCheckpointIO
+from calib_guidance.callbacks import ExactResume, RunReport, SampleWriter
 from calib_guidance.callbacks.clean_stop import restored_signals
-from calib_guidance.callbacks.loggers import continue_logs, log_configuration
+from calib_guidance.callbacks.exact_resume import AtomicCheckpointIO, continue_logs
+from calib_guidance.callbacks.reports import log_configuration
 from calib_guidance.cli.configs import expand_bases
 from calib_guidance.cli.help import plain_docstrings
 from calib_guidance.cli.trust import list_foreign
@@ -277,7 +276,7 @@ class CalibGuidanceCLI(LightningCLI):
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(Path(trainer.default_root_dir, "checkpoints"))
         if self.subcommand == "fit":
-            trainer.callbacks += [StopBetweenSteps(), ExactResume()]  # after ModelCheckpoint, which Lightning puts last
+            trainer.callbacks.append(ExactResume())  # after ModelCheckpoint, which Lightning puts last
         return trainer
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, object]:
@@ -375,6 +374,6 @@ def run_lightning(argv: Sequence[str], cli: type[CalibGuidanceCLI] = CalibGuidan
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             # Predict runs under inference mode unless told not to, and guidance takes gradients inside it.
-            trainer_defaults={"inference_mode": False, "callbacks": [StepSeeds()]},
+            trainer_defaults={"inference_mode": False},
             args=args,
         )

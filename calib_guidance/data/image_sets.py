@@ -15,8 +15,7 @@ import PIL
 import torch
 from torch import Tensor
 
-from calib_guidance.backend.distributed import DistributedContext
-from calib_guidance.backend.threads import available_cores
+from calib_guidance.backend.distributed import DistributedContext, available_cores
 from calib_guidance.data.base import ImageSource, Row, SourceOptions
 from calib_guidance.data.folders import FolderImages
 from calib_guidance.data.loading import SkippedImages

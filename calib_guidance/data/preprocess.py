@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from calib_guidance.backend.threads import available_cores
+from calib_guidance.backend.distributed import available_cores
 from calib_guidance.data.base import ImageSource, Row
 
 RESIZES = {

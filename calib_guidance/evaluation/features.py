@@ -22,7 +22,7 @@ from calib_guidance.classifiers.base import Classifier
 from calib_guidance.classifiers.off_the_shelf import build_network
 from calib_guidance.errors import ConfigurationError, first_line
 from calib_guidance.evaluation.loading import load_object, read_classifier
-from calib_guidance.runs.identity import hash_state
+from calib_guidance.runs.store import hash_state
 from calib_guidance.weights.io import CheckpointError, read_weights, tensors_only
 
 FORMS = (

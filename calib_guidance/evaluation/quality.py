@@ -18,7 +18,7 @@ from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation.metrics import METRICS, unmet
 from calib_guidance.evaluation.spec import Estimate, Measures, MetricSpec, ReferenceHolds, SampleSet
 from calib_guidance.evaluation.statistics import ReferenceStatistics, gather_in_order, open_reference
-from calib_guidance.runs.identity import hash_state
+from calib_guidance.runs.store import hash_state
 
 _COLOR = {1: "gray", 3: "RGB"}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from calib_guidance.backend.atomic import write_text
-from calib_guidance.backend.threads import available_cores
+from calib_guidance.backend.distributed import available_cores
 from calib_guidance.cli.configs import find_configuration
 from calib_guidance.cli.parsed import quietly, without_network
 from calib_guidance.errors import ConfigurationError

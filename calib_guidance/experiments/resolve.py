@@ -22,8 +22,7 @@ from calib_guidance.cli.lightning import innermost, run_lightning
 from calib_guidance.cli.parsed import ParsedCLI, all_options
 from calib_guidance.errors import CheckpointError, ConfigurationError
 from calib_guidance.evaluation.evaluate import read_options
-from calib_guidance.runs.identity import file_hash, settings
-from calib_guidance.runs.store import sha256
+from calib_guidance.runs.store import file_hash, settings, sha256
 
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
 PLACES = re.compile(r"\{\w+\}")  # in values, filled in for each run
@@ -107,7 +106,7 @@ def _build(cli: ParsedCLI) -> None:
 
 
 def digest_of(commands: Sequence[Command], options: Sequence[Namespace], needed: str | None) -> str:
-    """Hash of all that the results of a setting depend on: the :func:`~calib_guidance.runs.identity.settings` of each command.
+    """Hash of all that the results of a setting depend on: the :func:`~calib_guidance.runs.store.settings` of each command.
 
     A value that names a file of a run counts as its text: what is in the file is a function of the commands before it, or of
     the needed setting, whose digest is part of this one.

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from calib_guidance.backend.threads import available_cores
-from calib_guidance.backend.workers import end_with_parent
+from calib_guidance.backend.atomic import end_with_parent
+from calib_guidance.backend.distributed import available_cores
 from calib_guidance.cli.lightning import run_lightning, subclasses_listed_once
 from calib_guidance.errors import FailedSamplesError, StoppedError
 from calib_guidance.evaluation.evaluate import evaluate

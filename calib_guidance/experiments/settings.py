@@ -28,8 +28,7 @@ from calib_guidance.experiments.resolve import (
 )
 from calib_guidance.experiments.runner import Run
 from calib_guidance.experiments.schema import Axis, Column, Experiment, Row, Stage, read_experiment
-from calib_guidance.runs.identity import file_hash
-from calib_guidance.runs.store import sha256
+from calib_guidance.runs.store import file_hash, sha256
 
 
 def slug(text: str) -> str:

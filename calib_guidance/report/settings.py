@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from calib_guidance.report.runs import Run
-from calib_guidance.runs.identity import leaves
+from calib_guidance.runs.store import leaves
 
 _UNSET = "not set"
 _ELSEWHERE = {"trainer.default_root_dir"}  # the folder, by which the runs are listed

@@ -10,7 +10,7 @@ from calib_guidance.evaluation.output import uncertainty_sources
 from calib_guidance.evaluation.spec import MetricSpec
 from calib_guidance.report.runs import Run
 from calib_guidance.report.settings import as_text
-from calib_guidance.runs.identity import leaves
+from calib_guidance.runs.store import leaves
 
 _COUNTS = {
     "num_samples": "samples",

@@ -1,25 +1,19 @@
 """Claims of shards: leases that workers renew while they are alive, as files in a folder."""
 
-from __future__ import annotations
-
 import contextlib
-import json
 import logging
 import os
 import socket
-import stat
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from calib_guidance.backend.atomic import create, remove, temporary_path
-from calib_guidance.backend.workers import is_alive, is_worker, new_worker
+from calib_guidance.backend.atomic import create, is_alive, new_worker, remove, temporary_path
+from calib_guidance.runs.store import canonical_json, read_checked, with_checksum
 
 log = logging.getLogger(__name__)
-_FIELDS = {"worker": str, "host": str, "pid": int, "since": str}
 _UNREADABLE = {"worker": "", "host": "an unknown machine", "pid": 0, "since": "an unknown time"}  # stands for a claim
-_MOST_BYTES = 10_000
 
 
 class Claim(NamedTuple):
@@ -39,13 +33,13 @@ class Claim(NamedTuple):
 class Claims:
     """Claims of shards in one folder. Of several workers that claim a shard, one gets it.
 
-    A claim that was not renewed for ``lease`` seconds belongs to a dead worker. A dead process of the same machine is found at
+    A claim that was not renewed for ``lease`` seconds belongs to a dead worker; a dead process of the same machine is found at
     once. What no worker wrote in the place of a claim is replaced with a message.
     """
 
     def __init__(self, folder: Path, worker: str, lease: float):
         self.folder, self.worker, self.lease = folder, worker, lease
-        self._held: dict[int, range] = {}
+        self._held: set[range] = set()
         self._renewed = time.monotonic()
 
     def path(self, shard: range) -> Path:
@@ -67,20 +61,15 @@ class Claims:
     @staticmethod
     def _content(path: Path) -> dict[str, Any] | None:
         """Content of a claim; None for what no worker wrote."""
-        status = path.lstat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_BYTES:
-            return None
         try:
-            data = path.read_bytes()
-            if not data:  # without hard links not yet written
+            if path.is_file() and not path.stat().st_size:  # without hard links not yet written
                 return _UNREADABLE
-            content = json.loads(data)
+            content = read_checked(path)
         except PermissionError:  # another user's
             return _UNREADABLE
-        except (ValueError, RecursionError):
+        except ValueError:
             return None
-        types = {key: type(value) for key, value in content.items()} if isinstance(content, dict) else {}
-        return content if types == _FIELDS and is_worker(content["worker"]) else None
+        return {key: content[key] for key in _UNREADABLE}
 
     def of(self, shard: range) -> Claim | None:
         """The claim of a shard, None if nobody has claimed it."""
@@ -97,13 +86,12 @@ class Claims:
 
     def holds(self, shard: range) -> bool:
         """Whether this worker has claimed the shard."""
-        claim = self.of(shard) if shard.start in self._held else None
+        claim = self.of(shard) if shard in self._held else None
         return claim is not None and claim.worker == self.worker
 
     def acquire(self, shard: range) -> bool:
         """Claim a shard, or reclaim it from a dead worker; whether this worker has it now."""
-        path = self.path(shard)
-        claim = self.of(shard)
+        path, claim = self.path(shard), self.of(shard)
         if claim is not None and (claim.alive is not False or not self._remove_dead(path, claim)):
             return False
         content = {
@@ -112,9 +100,9 @@ class Claims:
             "pid": os.getpid(),
             "since": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        if not create(path, json.dumps(content).encode()):
+        if not create(path, canonical_json(with_checksum(content))):
             return False
-        self._held[shard.start] = shard
+        self._held.add(shard)
         return True
 
     def _remove_dead(self, path: Path, dead: Claim) -> bool:
@@ -144,19 +132,17 @@ class Claims:
         if time.monotonic() - self._renewed < self.lease / 20:
             return
         self._renewed = time.monotonic()
-        for shard in list(self._held.values()):
+        for shard in list(self._held):
             with contextlib.suppress(OSError):  # that the folder cannot be written is said where a shard is
                 if self.holds(shard):
                     os.utime(self.path(shard))
                 else:
-                    self._held.pop(shard.start, None)  # written meanwhile, or reclaimed by another worker
+                    self._held.discard(shard)  # written meanwhile, or reclaimed by another worker
 
     def release(self, shard: range | None = None) -> None:
         """Give up the claim of a shard, or all claims of this worker."""
-        for each in [shard] if shard is not None else list(self._held.values()):
-            with contextlib.suppress(
-                OSError
-            ):  # of a folder that is read only now; the process ends, and so does the claim
+        for each in [shard] if shard is not None else list(self._held):
+            with contextlib.suppress(OSError):  # of a read-only folder: the process ends, and so does the claim
                 if self.holds(each):
                     self.path(each).unlink(missing_ok=True)
-            self._held.pop(each.start, None)
+            self._held.discard(each)

@@ -1,7 +1,5 @@
 """Sampling context: one object that the task, the loader, the writer and the measurements of a sampling run share."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,45 +19,28 @@ class ShardPart:
 
     def __init__(self, shard: range, rows: range):
         self.shard, self.rows = shard, rows
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the batch is the last of its shard."""
-        return self.rows.stop == self.shard.stop
-
-    @property
-    def num_left(self) -> int:
-        """Samples of the shard from this batch on."""
-        return self.shard.stop - self.rows.start
+        self.num_left = shard.stop - rows.start  # samples of the shard from this batch on
+        self.is_last = rows.stop == shard.stop
 
 
 class SamplingContext:
-    """Run folder, shards, observers and failed samples of one sampling run.
+    """What task, loader, writer and measurements of one sampling run share. The task owns it.
 
-    The task owns the context. The command line gives it the configuration, the writer its run folder in ``setup``; observers and
-    measurements register in ``setup``; the loader takes shards from it.
-
-    Attributes:
-        configuration: resolved configuration of the run; None in a run that was not started from one.
-        store: run folder; None in a run that writes nothing.
-        shards: those that were not done when the run started; all in order where nothing is written.
-        observers: of the trajectory.
-        measurements: of the run, in the order of their registration.
-        indices: of the samples that the current attempt makes, row by row.
-        report: what was printed of the complete run; empty before.
+    The command line gives it the configuration, the writer its run folder in ``setup``; observers and measurements register in
+    ``setup``; the loader takes shards from it.
     """
 
     def __init__(self, shards: Sequence[range] = ()):
-        self.configuration: Mapping[str, Any] | None = None
-        self.store: RunFolder | None = None
-        self.shards = list(shards)
-        self.observers: list[Observer] = []
-        self.measurements: list[Any] = []
-        self.indices: list[int] = []
-        self.report = ""
+        self.configuration: Mapping[str, Any] | None = None  # resolved; None in a run that was not started from one
+        self.store: RunFolder | None = None  # None in a run that writes nothing
+        self.shards = list(shards)  # not done when the run started; all in order where nothing is written
+        self.observers: list[Observer] = []  # of every step
+        self.measurements: list[Any] = []  # of the run, in the order of their registration
+        self.indices: list[int] = []  # of the samples that the current attempt makes, row by row
+        self.report = ""  # what was printed of the complete run
 
     def observe(self, observer: Observer) -> None:
-        """Register an observer of every step. An observer that is registered already stays registered once."""
+        """Register an observer of every step, once."""
         if observer not in self.observers:
             self.observers.append(observer)
 

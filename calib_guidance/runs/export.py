@@ -1,7 +1,5 @@
 """``calib-guidance export DIR --to npz|png|hf``: samples of a run, for other programs."""
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import zipfile
@@ -36,10 +34,7 @@ def _images(batch: pa.RecordBatch) -> list[bytes]:
 
 
 def write_npz(path: Path, batches: Iterator[pa.RecordBatch], rows: int) -> None:
-    """Write ``arr_0``, uint8 ``(rows, H, W, C)``, and ``arr_1``, int64 classes, for the evaluator of guided-diffusion.
-
-    The same as ``numpy.savez(path, images, labels)``, without all images in memory.
-    """
+    """Write ``arr_0``, uint8 ``(rows, H, W, C)``, and ``arr_1``, int64 classes, as ``numpy.savez``, not all in memory."""
     labels = []
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
@@ -58,9 +53,8 @@ def write_png(path: Path, batches: Iterator[pa.RecordBatch], names: Sequence[str
     """Write ``CLASS/INDEX.png``; the class is its name in ``names``, or its number with four digits."""
     path.mkdir()
     for batch in batches:
-        for index, label, png in zip(
-            batch.column("index").to_pylist(), batch.column("label").to_pylist(), _images(batch), strict=True
-        ):
+        indices, labels = (batch.column(name).to_pylist() for name in ("index", "label"))
+        for index, label, png in zip(indices, labels, _images(batch), strict=True):
             if names is not None and label >= len(names):
                 raise ConfigurationError(f"sample {index} is of class {label}, and --names has {len(names)} names")
             folder = path / (f"{label:04d}" if names is None else names[label])
@@ -71,8 +65,7 @@ def write_png(path: Path, batches: Iterator[pa.RecordBatch], names: Sequence[str
 def write_hf(path: Path, batches: Iterator[pa.RecordBatch], fingerprint: str) -> None:
     """Write a folder for ``datasets.load_from_disk``: image, label, index, seed …, a row per sample.
 
-    ``save_to_disk`` maps everything that it copies into memory. Here it writes the folder of the first rows; its one file, an
-    Arrow stream, is then replaced by a stream of all rows.
+    ``save_to_disk`` would take all into memory. Here it writes the first rows, and a stream of all replaces its Arrow file.
     """
     import datasets  # only this format needs the seconds that it takes to import
 
@@ -153,13 +146,9 @@ def export(args: Sequence[str]) -> None:
         required=True,
         help="npz: arr_0 and arr_1 for guided-diffusion's evaluator; png: a folder per class; hf: datasets.load_from_disk",
     )
-    parser.add_argument(
-        "--output", type=Path, help="file or folder to write (in DIR: samples_NxHxWxC.npz, samples_png, samples_hf)"
-    )
+    parser.add_argument("--output", type=Path, help="default, in DIR: samples_NxHxWxC.npz, samples_png or samples_hf")
     parser.add_argument("--partial", action="store_true", help="export the samples that a run has so far")
-    parser.add_argument(
-        "--names", type=Path, help="png: file with a class name per line (default: those of the samples)"
-    )
+    parser.add_argument("--names", type=Path, help="png: file with a class name per line; default: the samples' own")
     options = parser.parse_args(list(args))
     if options.names is not None and options.to != "png":
         raise ConfigurationError("--names is for --to png, whose folders are named by class")

@@ -1,7 +1,5 @@
 """The folder of a sampling run, which any number of workers share."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import random
@@ -12,62 +10,44 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import save as save_arrays
 
-from calib_guidance.backend.atomic import create, link_or_copy, remove_abandoned, sync_folder
-from calib_guidance.backend.workers import new_worker
+from calib_guidance.backend.atomic import create, link_or_copy, new_worker, remove_abandoned, sync_folder
 from calib_guidance.errors import ConfigurationError
+from calib_guidance.runs import store
 from calib_guidance.runs.claims import Claim, Claims
-from calib_guidance.runs.identity import FORMAT, check_size, differences, read_run
-from calib_guidance.runs.store import (
-    REAL_IMAGES,
-    CorruptedShardError,
-    ShardStore,
-    canonical_json,
-    readable_json,
-    sha256,
-    with_checksum,
-)
+from calib_guidance.runs.store import CorruptedShardError, ShardStore, checked_json, read_run
 
 # What a run writes beside its shards, by folder; evaluation/ is that of `evaluate`.
 _PLOTS = ("samples", "trajectory", "ece_t", "reliability", "gradient_norm", "guidance_schedule", "clip_score")
-_REPORT = ("metrics.json", "predictions.npz", "trajectory.npz", REAL_IMAGES)
+_REPORT = ("metrics.json", "predictions.npz", "trajectory.npz", store.REAL_IMAGES)
 _REPORT += tuple(f"plots/{stem}{ending}" for stem in _PLOTS for ending in (".png", ".pdf"))
 _NAME = re.compile(r"(\d{8,})((?:\.\w+)?)")
+_MOST_SHARDS = 1_000_000
 _BESIDE = (
     *_REPORT,
     "config.yaml",
-    *(f"evaluation/{name}" for name in ("metrics.json", "metrics.md", "predictions.npz", REAL_IMAGES)),
+    *(f"evaluation/{name}" for name in ("metrics.json", "metrics.md", "predictions.npz", store.REAL_IMAGES)),
 )
 
 
 class ShardState(NamedTuple):
-    """State of a shard.
+    """State of a shard."""
 
-    Attributes:
-        name: ``done``, ``claimed`` (by a worker that may be alive), ``open`` or ``corrupted``.
-        reason: why it is not done; who has claimed it.
-    """
-
-    name: str
-    reason: str = ""
+    name: str  # "done", "claimed" (by a worker that may be alive), "open" or "corrupted"
+    reason: str = ""  # why it is not done; who has claimed it
 
 
 class RunFolder(ShardStore):
     """Shards that are complete or absent, and the claims of the workers that make them.
 
-    Workers may know nothing of each other: they claim shards through files in the same folder.
-
-    Args:
-        path: the folder; it is made when something is written.
-        shard_size: samples per shard.
-        num_requests: samples of the run.
-        lease: seconds after which a worker that did not renew its claim is dead.
+    Workers may know nothing of each other: they claim shards through files in the same folder, which is made when something is
+    written. A worker that did not renew its claim for ``lease`` seconds is dead.
     """
 
     def __init__(self, path: str | os.PathLike[str], shard_size: int, num_requests: int, lease: float = 600.0):
@@ -75,7 +55,7 @@ class RunFolder(ShardStore):
         self.claims = Claims(self.path / "claims", self.worker, lease)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], lease: float = 600.0) -> RunFolder:
+    def open(cls, path: str | os.PathLike[str], lease: float = 600.0) -> Self:
         """The folder of an existing run, with all samples that were ever requested."""
         run = read_run(path)
         if run is None:
@@ -84,9 +64,9 @@ class RunFolder(ShardStore):
         folder.fingerprint = run["fingerprint"]
         return folder
 
-    def extended(self) -> RunFolder:
+    def extended(self) -> Self:
         """The folder with all samples that were ever requested of it."""
-        return RunFolder.open(self.path, self.claims.lease)
+        return self.open(self.path, self.claims.lease)
 
     def _entries(self) -> Iterator[tuple[Path, int | None]]:
         """What is in the folders of shards, records first, with the index that its shard starts at; None for others' names."""
@@ -110,19 +90,20 @@ class RunFolder(ShardStore):
     def begin(self, identity: Mapping[str, Any], versions: Mapping[str, str]) -> None:
         """Start the run, resume it, or change its number of samples: to fewer only while no worker is alive.
 
-        Nothing is written if the folder holds another run, or samples without a run.json.
-
-        Args:
-            identity: everything that pixels and labels are a function of, flat, in JSON's types.
-            versions: of the software, for people.
+        Nothing is written if the folder holds another run, or samples without a run.json. ``identity`` is everything that pixels
+        and labels are a function of, flat, in JSON's types; ``versions`` of the software are for people.
         """
         self.check_readable()
-        check_size(self.num_requests, self.shard_size)
+        if self.num_requests > _MOST_SHARDS * self.shard_size:
+            raise ConfigurationError(
+                f"{self.num_requests:,} samples in shards of {self.shard_size:,} are more than {_MOST_SHARDS:,} files: raise "
+                "data.shard_size"
+            )
         file = self.path / "run.json"
         if not file.exists():
             content = {
-                "format": FORMAT,
-                "fingerprint": sha256(canonical_json(identity)),
+                "format": store.FORMAT,
+                "fingerprint": store.sha256(store.canonical_json(identity)),
                 "identity": identity,
                 "shard_size": self.shard_size,
                 "num_samples": self.num_requests,
@@ -131,10 +112,10 @@ class RunFolder(ShardStore):
             }
             self.path.mkdir(parents=True, exist_ok=True)
             # Of workers that start at the same time one creates it, and the others compare.
-            create(file, readable_json(with_checksum(content)))
+            create(file, checked_json(content))
             sync_folder(self.path)
         run = read_run(self.path)
-        if different := differences(run, identity, self.shard_size):
+        if different := store.differences(run, identity, self.shard_size):
             listed = "".join(f"\n  {line}" for line in different)
             raise ConfigurationError(
                 f"{self.path} holds the samples of another configuration:{listed}\nset trainer.default_root_dir to another "
@@ -144,7 +125,7 @@ class RunFolder(ShardStore):
         more = self.num_requests - run["num_samples"]
         if more > 0 or (more < 0 and self._live_claim() is None):
             self.remove_report()  # it is of other samples
-            self.put(file, readable_json(with_checksum(run | {"num_samples": self.num_requests})))
+            self.put(file, checked_json(run | {"num_samples": self.num_requests}))
         for folder in (self.samples, self.records, self.claims.folder):
             folder.mkdir(exist_ok=True)
         self._clean_up()
@@ -171,7 +152,7 @@ class RunFolder(ShardStore):
             return
         there, here = cls.open(other), cls(path, run["shard_size"], num_samples)
         here.path.mkdir(parents=True, exist_ok=True)
-        create(here.path / "run.json", readable_json(with_checksum(run | {"num_samples": num_samples})))
+        create(here.path / "run.json", checked_json(run | {"num_samples": num_samples}))
         if read_run(path)["fingerprint"] != run["fingerprint"]:
             return
         for folder in (here.samples, here.records):
@@ -199,9 +180,7 @@ class RunFolder(ShardStore):
         """Remove the run, its samples, and what was measured of them, unless a worker makes samples of it.
 
         Only files with names that a run writes, and nothing through a link. Without a run.json, only shards with a record.
-
-        Returns:
-            What was removed, for people; empty if there was nothing.
+        Returns what was removed, for people; empty if there was nothing.
         """
         if claim := self._live_claim():
             raise ConfigurationError(f"{self.path} cannot be restarted: {claim} works on it since {claim.since}")
@@ -213,18 +192,13 @@ class RunFolder(ShardStore):
             )
         known = os.path.lexists(self.path / "run.json")
         entries = [(path, first) for path, first in self._entries() if first is not None]
-        records = {first for _, first in entries if known or self._has_record(first)}
+        records = {first for _, first in entries if known or self.readable_record(range(first, first + 1))}
         # Records first: at no time does a record name samples that are gone.
         removed = self._unlink(path for path, first in entries if first in records)
         if removed or known:
             removed += self._unlink(self.path / name for name in (*_BESIDE, "run.json"))
         counts = Counter(path.relative_to(self.path).parts[0] for path in removed)
         return ", ".join(name if "." in name else f"{name} ({n})" for name, n in counts.items())
-
-    def _has_record(self, first: int) -> bool:
-        with contextlib.suppress(CorruptedShardError):
-            return self.record(range(first, first + 1)) is not None
-        return False
 
     def remove_report(self) -> None:
         """Remove the metrics and plots of an earlier report, which is of other samples."""
@@ -249,16 +223,14 @@ class RunFolder(ShardStore):
             problem = ShardState("corrupted", str(error))
         if record is not None and record["requested"] == len(shard):
             return ShardState("done")
-        claim = self.claims.of(shard)
+        claim, reason = self.claims.of(shard), "not made yet"
         if claim is not None and claim.alive is not False:
             return ShardState("claimed", f"{claim} since {claim.since}")
-        if problem is not None:
-            return problem
         if record is not None:
-            return ShardState("open", f"made with {record['requested']} samples, and {len(shard)} are requested now")
-        if claim is None:
-            return ShardState("open", "not made yet")
-        return ShardState("open", f"{claim} died" if claim.worker else "its claim is damaged")
+            reason = f"made with {record['requested']} samples, and {len(shard)} are requested now"
+        elif claim is not None:
+            reason = f"{claim} died" if claim.worker else "its claim is damaged"
+        return problem or ShardState("open", reason)
 
     def done(self, verify: bool = False) -> tuple[list[range], str]:
         """Shards that are done, and what there is to say of the others; empty for a complete run."""
@@ -278,14 +250,11 @@ class RunFolder(ShardStore):
 
     def surplus(self) -> list[range]:
         """Shards beyond the samples that are requested now, of a run that was larger: they are kept, and not counted."""
-        firsts = [
-            first for path, first in self._entries() if path.suffix == ".json" and (first or 0) >= self.num_requests
-        ]
         found: list[range] = []
-        for shard in (range(first, first + self.shard_size) for first in firsts):
-            with contextlib.suppress(CorruptedShardError):
-                record = self.record(shard)
-                found += [shard[: record["requested"]]] if record is not None else []
+        for path, first in self._entries():
+            if path.suffix == ".json" and first is not None and first >= self.num_requests:
+                record = self.readable_record(range(first, first + self.shard_size))
+                found += [range(first, first + record["requested"])] if record is not None else []
         return found
 
     def foreign(self) -> list[Path]:
@@ -304,18 +273,10 @@ class RunFolder(ShardStore):
         seconds: float = 0.0,
         device: str = "",
     ) -> bool:
-        """Write a shard that this worker has claimed, and give up the claim.
+        """Write a claimed shard, and give up the claim; False if another worker has reclaimed the shard, and writes it.
 
-        Args:
-            shard: one of :meth:`shards`; on a full file system it is not done, and the claim is kept.
-            table: its samples in order of ``index``.
-            sums: arrays that measurements keep of it.
-            failed: ``{index, step, reason}`` of samples that are not in the table.
-            seconds: that its samples took.
-            device: that made them.
-
-        Returns:
-            Whether it was written. False if another worker has reclaimed the shard: that worker writes it.
+        On a full file system it is not done, and the claim is kept. The samples of ``table`` are in order of ``index``; those
+        that are not in it are ``failed``, ``{index, step, reason}``. ``sums`` are arrays that measurements keep.
         """
         with self.stopping(self.claims.path(shard), 1):
             if not self.claims.holds(shard):
@@ -336,24 +297,23 @@ class RunFolder(ShardStore):
             "requested": len(shard),
             "rows": table.num_rows,
             "failed": list(failed),
-            "sha256": sha256(data),
+            "sha256": store.sha256(data),
             "bytes": len(data),
-            "sums_sha256": None if encoded is None else sha256(encoded),
+            "sums_sha256": None if encoded is None else store.sha256(encoded),
             "seconds": seconds,
             "device": device,
             "host": socket.gethostname(),
             "worker": self.worker,
             "written": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        self.put(self.file(shard, "json"), readable_json(with_checksum(record)))
+        self.put(self.file(shard, "json"), checked_json(record))
         self.claims.release(shard)
         return True
 
     def take(self, remaining: Sequence[range] | None = None) -> Iterator[range]:
         """Claimed shards for this worker, one after the other, until all are done or claimed by others.
 
-        A single worker takes them in order; after another worker's claim it continues at a random shard. ``remaining`` is the
-        result of :meth:`remaining`, if it is known already.
+        A single worker takes them in order; after another worker's claim it continues at a random shard.
         """
         todo = deque(self.remaining(verify=True) if remaining is None else remaining)
         while todo:

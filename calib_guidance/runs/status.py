@@ -1,7 +1,5 @@
 """``calib-guidance status DIR``: samples that are done and left, workers, and files that are corrupted."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Sequence
@@ -30,20 +28,6 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
-def _workers(records: Sequence[dict[str, Any]], active: set[str]) -> dict[str, dict[str, Any]]:
-    """What each worker has made, by its name."""
-    workers: dict[str, dict[str, Any]] = {}
-    for record in records:
-        new = {key: record[key] for key in ("worker", "host", "device")} | {"samples": 0, "seconds": 0.0}
-        worker = workers.setdefault(record["worker"], new)
-        worker["samples"] += record["rows"]
-        worker["seconds"] += record["seconds"]
-    for name, worker in workers.items():
-        worker["images_per_second"] = worker["samples"] / worker["seconds"] if worker["seconds"] else None
-        worker["active"] = name in active
-    return workers
-
-
 def survey(run: RunFolder, verify: bool = False) -> dict[str, Any]:
     """State of a run folder, as ``calib-guidance status --json`` prints it.
 
@@ -57,19 +41,29 @@ def survey(run: RunFolder, verify: bool = False) -> dict[str, Any]:
     by_name = {name: [shard for shard, state in states.items() if state.name == name] for name in _NAMES}
     records = [record for shard in by_name["done"] if (record := run.record(shard)) is not None]
     claims = {shard: claim for shard in states if (claim := run.claims.of(shard)) is not None}
-    active = {claim.worker for claim in claims.values() if claim.alive is not False}
-    workers, foreign = _workers(records, active), [str(path) for path in run.foreign()]
+    foreign = [str(path) for path in run.foreign()]
     written, seconds = (sum(record[key] for record in records) for key in ("rows", "seconds"))
     remaining = sum(len(shard) for shard, state in states.items() if state.name != "done")
     pace = written / seconds if seconds else None  # of one worker
+    workers: dict[str, dict[str, Any]] = {}
+    for record in records:
+        new = {key: record[key] for key in ("worker", "host", "device")} | {"samples": 0, "seconds": 0.0}
+        worker = workers.setdefault(record["worker"], new)
+        worker["samples"] += record["rows"]
+        worker["seconds"] += record["seconds"]
+    active = {claim.worker for claim in claims.values() if claim.alive is not False}
+    for name, worker in workers.items():
+        worker["images_per_second"] = worker["samples"] / worker["seconds"] if worker["seconds"] else None
+        worker["active"] = name in active
     # A worker without a shard so far is as fast as the others.
     known = [workers[name]["images_per_second"] if name in workers else pace for name in active]
     together = sum(known) if known and None not in known else None
     failed = [sample for record in records for sample in record["failed"]]
-    reasons = {
-        name: [{"first": s.start, "last": s[-1], "reason": states[s].reason} for s in by_name[name]]
-        for name in ("open", "corrupted")
-    }
+
+    def place(shard: range) -> dict[str, Any]:
+        return {"first": shard.start, "last": shard[-1]}
+
+    wrong = {name: [place(s) | {"reason": states[s].reason} for s in by_name[name]] for name in ("open", "corrupted")}
     return {
         "folder": str(run.path),
         "complete": not remaining,
@@ -77,11 +71,11 @@ def survey(run: RunFolder, verify: bool = False) -> dict[str, Any]:
         "verified": verify,
         "samples": {"requested": run.num_requests, "written": written, "failed": len(failed), "remaining": remaining},
         "shards": {"size": run.shard_size, "all": len(states)} | {name: len(each) for name, each in by_name.items()},
-        "open": reasons["open"],
-        "claims": [{"first": s.start, "last": s[-1]} | claim._asdict() for s, claim in claims.items()],
-        "corrupted": reasons["corrupted"],
+        "open": wrong["open"],
+        "claims": [place(shard) | claim._asdict() for shard, claim in claims.items()],
+        "corrupted": wrong["corrupted"],
         "foreign": foreign,
-        "surplus": [{"first": s.start, "last": s[-1]} for s in run.surplus()],
+        "surplus": [place(shard) for shard in run.surplus()],
         "failed": failed,
         "workers": sorted(workers.values(), key=lambda worker: -worker["samples"]),
         "images_per_second": {"one_worker": pace, "active_workers": together},
@@ -94,28 +88,25 @@ def _listed(title: str, lines: Sequence[str]) -> list[str]:
     return [title, *(f"  {line}" for line in (*lines[:_LISTED], *more))] if lines else []
 
 
-def _remaining(found: dict[str, Any]) -> str:
-    """Last line for a run that is not complete."""
-    left = f"{found['samples']['remaining']} samples are left"
-    if found["seconds_left"] is None:
-        return left
-    active = any(claim["alive"] is not False for claim in found["claims"])
-    how = "at the pace of the active workers" if active else "with one worker like these; none is active"
-    return f"{left}: {_duration(found['seconds_left'])} {how}"
-
-
 def status_lines(found: dict[str, Any]) -> list[str]:
     """Text of a :func:`survey`."""
-    samples, shards = found["samples"], found["shards"]
+    samples, shards, last = found["samples"], found["shards"], "complete"
+    if not found["complete"]:
+        last = f"{samples['remaining']} samples are left"
+        if found["seconds_left"] is not None:
+            active = any(claim["alive"] is not False for claim in found["claims"])
+            how = "at the pace of the active workers" if active else "with one worker like these; none is active"
+            last += f": {_duration(found['seconds_left'])} {how}"
+    elif not found["sound"]:
+        last += ", but not sound"
     alive = {True: "alive", None: "alive or dead, its lease has not run out", False: "dead"}
+    corrupted = [f"{d['first']}–{d['last']}: {d['reason']}" for d in found["corrupted"]]
     claims = [
         f"{c['first']}–{c['last']} by process {c['pid']} on {c['host']} since {c['since']}, {alive[c['alive']]}"
         for c in found["claims"]
     ]
-    failed = [
-        f"sample {s['index']}" + ("" if s["step"] is None else f", t = {s['step']:g}") + f": {s['reason']}"
-        for s in found["failed"]
-    ]
+    steps = ["" if s["step"] is None else f", t = {s['step']:g}" for s in found["failed"]]
+    failed = [f"sample {s['index']}{step}: {s['reason']}" for s, step in zip(found["failed"], steps, strict=True)]
     workers = [
         f"{w['worker']} on {w['host']}, {w['device']}: {w['samples']} samples"
         + (f", {w['images_per_second']:.3g} per second" if w["images_per_second"] else "")
@@ -128,15 +119,12 @@ def status_lines(found: dict[str, Any]) -> list[str]:
         + ("" if found["verified"] else " (by size; --verify reads every byte)"),
         *_listed("open:", _spans(found["open"])),
         *_listed("claimed:", claims),
-        *_listed(
-            "corrupted (the next run regenerates them):",
-            [f"{d['first']}–{d['last']}: {d['reason']}" for d in found["corrupted"]],
-        ),
+        *_listed("corrupted (the next run regenerates them):", corrupted),
         *_listed("foreign files, which belong to no shard and are not counted (remove them):", found["foreign"]),
         *_listed("kept from when more samples were requested, and not counted:", _spans(found["surplus"])),
         *_listed("failed samples:", failed),
         *_listed("made by:", workers),
-        ("complete" + ("" if found["sound"] else ", but not sound")) if found["complete"] else _remaining(found),
+        last,
     ]
 
 

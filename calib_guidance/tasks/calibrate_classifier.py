@@ -1,7 +1,5 @@
 """Fine-tuning a classifier so that its confidence is honest."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
@@ -16,8 +14,7 @@ from calib_guidance.data.base import listed
 from calib_guidance.data.imagenet import read_class_names, same_classes
 from calib_guidance.errors import ConfigurationError, check_choice
 from calib_guidance.metrics import ClassifierMetrics, Levels
-from calib_guidance.tasks.base import TrainingTask
-from calib_guidance.tasks.common import tell_smoothing
+from calib_guidance.tasks.base import TrainingTask, tell_smoothing
 from calib_guidance.training import binned_smooth_ece, smooth_ece
 from calib_guidance.training.inputs import CleanInput, InputTransform
 
@@ -75,11 +72,10 @@ class CalibrateClassifier(TrainingTask):
         check_choice("smooth_ece_form", smooth_ece_form, get_args(SmoothECEForm))
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
-        if smooth_ece_warmup_steps < 0 or num_levels < 1:
-            raise ValueError(
-                f"smooth_ece_warmup_steps must be at least 0 and num_levels at least 1, got {smooth_ece_warmup_steps} and "
-                f"{num_levels}"
-            )
+        if smooth_ece_warmup_steps < 0:
+            raise ValueError(f"smooth_ece_warmup_steps must be at least 0, got {smooth_ece_warmup_steps}")
+        if num_levels < 1:
+            raise ValueError(f"num_levels must be at least 1, got {num_levels}")
         self.classifier, self.input_transform = classifier, input_transform or CleanInput()
         self.smooth_ece_weight, self.smooth_ece_beta = smooth_ece_weight, smooth_ece_beta
         self.smooth_ece_form, self.smooth_ece_warmup_steps = smooth_ece_form, smooth_ece_warmup_steps
@@ -121,8 +117,8 @@ class CalibrateClassifier(TrainingTask):
             )
         self.input_transform.check_classes(self.classifier.num_classes)
         if (shape := getattr(data, "image_shape", None)) is not None:
-            self.input_transform.check_image(shape)
             try:
+                self.input_transform.check_image(shape)
                 self.classifier.check_image(shape)
             except ValueError as error:
                 raise ConfigurationError(str(error)) from error
@@ -150,13 +146,10 @@ class CalibrateClassifier(TrainingTask):
         loss = F.cross_entropy(logits.float(), y, label_smoothing=self.label_smoothing)
         if self.smooth_ece_weight:
             form = smooth_ece if self.smooth_ece_form == "per_sample" else binned_smooth_ece
-            loss = loss + self._smooth_ece_weight_now() * form(logits, y, self.smooth_ece_beta)
+            warmup = self.smooth_ece_warmup_steps
+            weight = self.smooth_ece_weight * (min(1.0, self.global_step / warmup) if warmup else 1.0)
+            loss = loss + weight * form(logits, y, self.smooth_ece_beta)
         return loss
-
-    def _smooth_ece_weight_now(self) -> float:
-        if not self.smooth_ece_warmup_steps:
-            return self.smooth_ece_weight
-        return self.smooth_ece_weight * min(1.0, self.global_step / self.smooth_ece_warmup_steps)
 
     def _logits(self, batch: dict[str, Tensor], seed: int | None = None) -> tuple[Tensor, Tensor | None]:
         x, t = self.input_transform(batch, seed)
@@ -183,12 +176,18 @@ class CalibrateClassifier(TrainingTask):
         self.metrics.reset()
 
     def on_validation_epoch_end(self) -> None:
-        self._log_measured("val")
+        values = {}
+        for name, (overall, by_level) in self.measured().items():
+            values[name] = overall
+            known = (~by_level.isnan()).nonzero().flatten().tolist()
+            if len(known) > 1:
+                values |= {f"{name}/t={self.level_range(k)}": by_level[k] for k in known}
+        stage = "test" if self.trainer.testing else "val"
+        for name, value in values.items():
+            self.log(f"{stage}/{name}", value, prog_bar=name in ("nll", "accuracy", "ece"), sync_dist=True)
 
-    def on_test_epoch_end(self) -> None:
-        self._log_measured("test")
-
-    test_step, on_test_epoch_start = validation_step, on_validation_epoch_start
+    test_step = validation_step
+    on_test_epoch_start, on_test_epoch_end = on_validation_epoch_start, on_validation_epoch_end
 
     def measured(self) -> dict[str, Levels]:
         """Every measure of the held-out data seen since the last validation or test began, over all ranks."""
@@ -197,16 +196,6 @@ class CalibrateClassifier(TrainingTask):
     def reliability(self) -> Tensor:
         """Bins ``(num_levels, num_bins, 3)`` of the same data, over all ranks: count, summed confidence, number correct."""
         return self.metrics.compute()["bins"].by_level
-
-    def _log_measured(self, stage: str) -> None:
-        values = {}
-        for name, (overall, by_level) in self.measured().items():
-            values[f"{stage}/{name}"] = overall
-            known = (~by_level.isnan()).nonzero().flatten().tolist()
-            if len(known) > 1:
-                values |= {f"{stage}/{name}/t={self.level_range(k)}": by_level[k] for k in known}
-        for name, value in values.items():
-            self.log(name, value, prog_bar=name.rpartition("/")[2] in ("nll", "accuracy", "ece"), sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         notes = getattr(self.classifier, "weights_metadata", {})

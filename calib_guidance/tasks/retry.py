@@ -1,14 +1,12 @@
 """Sampling that survives failures of single samples (values that are not finite) and a full device memory."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import logging
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -25,42 +23,11 @@ from calib_guidance.samplers.base import StepRecord
 log = logging.getLogger(__name__)
 
 
-class FailedSample(NamedTuple):
-    """A sample that is not finite, in float32 either.
-
-    Attributes:
-        index: of the sample.
-        step: t of the first step after which it was not finite; None if decoding made it so.
-        reason: in words.
-    """
-
-    index: int
-    step: float | None
-    reason: str
-
-
 class Samples(NamedTuple):
-    """Result of a predict step.
+    """Result of a predict step."""
 
-    Attributes:
-        columns: ``image`` ``(N, C, H, W)`` in [-1, 1] and further columns ``(N,)``, with rows for failed samples too.
-        failed: samples whose rows must not be used.
-    """
-
-    columns: dict[str, Tensor]
-    failed: list[FailedSample]
-
-
-class Attempt(NamedTuple):
-    """Result of sampling one batch.
-
-    Attributes:
-        columns: ``image`` ``(N, C, H, W)`` and further columns ``(N,)``.
-        first_wrong: ``(N,)`` float64 t of the first step that was not finite, NaN where all were.
-    """
-
-    columns: dict[str, Tensor]
-    first_wrong: Tensor
+    columns: dict[str, Tensor]  # image (N, C, H, W) in [-1, 1] and others (N,), with rows for failed samples too
+    failed: list[dict[str, Any]]  # {index, step, reason} of samples whose rows must not be used, see _retry
 
 
 class FirstNonFinite:
@@ -96,11 +63,7 @@ def in_float32(*modules: nn.Module) -> Iterator[None]:
             tensor.data = tensor.data.float()
         for part, name, _ in formats:
             setattr(part, name, torch.float32)
-        with (
-            torch.autocast("cpu", enabled=False),
-            torch.autocast("cuda", enabled=False),
-            eager(),
-        ):
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False), eager():
             yield
     finally:
         for tensor, dtype in tensors.values():
@@ -129,29 +92,37 @@ class FaultTolerant(L.LightningModule, ABC):
     repetitions of its own requests, whose samples are dropped.
 
     Each :class:`~calib_guidance.samplers.base.BufferedObserver` counts every sample once, as it was kept.
-
-    Attributes:
-        context: what this module shares with the loader, the writer and the measurements.
-        group_size: samples that depend on each other, neighbors by index; batches hold complete groups.
-        num_done: samples of the batches before, since ``started`` on the clock of time.monotonic.
     """
 
-    group_size: int = 1
+    group_size: int = 1  # samples that depend on each other, neighbors by index; batches hold complete groups
 
     def __init__(self) -> None:
         super().__init__()
-        self.context = SamplingContext()
+        self.context = SamplingContext()  # shared with the loader, the writer and the measurements
         self._fits: dict[bool, int] = {}  # samples at a time, by whether in float32; absent while any number does
         self._largest = 0  # batch so far
-        self.num_done, self.started = 0, 0.0
+        self.num_done, self.started = 0, 0.0  # samples of the batches before, since a time of time.monotonic
+
+    def setup(self, stage: str) -> None:
+        if stage == "predict":
+            self.check()
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise ConfigurationError where the parts of this run cannot go together. Nothing is sampled or written here."""
 
     @abstractmethod
     def networks(self) -> dict[str, nn.Module]:
-        """Networks that samples depend on, by name."""
+        """What samples are made with, by name."""
 
     @abstractmethod
-    def attempt(self, batch: dict[str, Tensor], float32: bool) -> Attempt:
-        """Sample requests ``{index, label, seed}``, ``(N,)`` each, on request with all networks in float32."""
+    def attempt(self, batch: dict[str, Tensor], float32: bool) -> tuple[dict[str, Tensor], Tensor]:
+        """Sample requests ``{index, label, seed}``, ``(N,)`` each, on request with all networks in float32.
+
+        Returns:
+            Columns, ``image`` ``(N, C, H, W)`` and others ``(N,)``; and ``(N,)`` float64 t of the first step that was not finite,
+            NaN where all were.
+        """
 
     def configure_run(self, configuration: Mapping[str, Any]) -> None:
         """Take the resolved configuration, from the command line."""
@@ -164,11 +135,7 @@ class FaultTolerant(L.LightningModule, ABC):
             self.context.configuration["data"].setdefault("init_args", {})["num_classes"] = requests.num_classes
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Samples:
-        """Sample requests ``{index, label, seed}``; ``shard`` is the :class:`~calib_guidance.runs.context.ShardPart`.
-
-        Raises:
-            OutOfMemoryError: not even one group of samples fits.
-        """
+        """Sample requests ``{index, label, seed}``; ``shard`` is the :class:`~calib_guidance.runs.context.ShardPart`."""
         requests = {name: column for name, column in batch.items() if name != "shard"}
         self._largest = max(self._largest, len(requests["index"]))
         if not self.num_done:
@@ -180,8 +147,8 @@ class FaultTolerant(L.LightningModule, ABC):
     def _retry(
         self, requests: dict[str, Tensor], columns: dict[str, Tensor], nonfinite: dict[int, float | None]
     ) -> Samples:
-        """Sample the groups of the ``nonfinite`` rows again in float32."""
-        indices, groups = requests["index"].tolist(), self._groups(nonfinite)
+        """Sample the groups of the ``nonfinite`` rows again in float32; their step is None if decoding made them so."""
+        indices, groups = requests["index"].tolist(), {row // self.group_size for row in nonfinite}
         rows = [row for row in range(len(indices)) if row // self.group_size in groups]
         log.warning(f"not finite, sampling again in float32: {', '.join(str(indices[row]) for row in rows)}")
         place, reason = torch.tensor(rows, device=self.device), "not finite, in float32 either"
@@ -193,34 +160,28 @@ class FaultTolerant(L.LightningModule, ABC):
         for name, column in again.items():
             dtype = torch.promote_types(columns[name].dtype, column.dtype)
             columns[name] = columns[name].to(dtype).index_copy(0, place, column.to(dtype))
-        failed = [FailedSample(indices[row], step, reason) for row, step in nonfinite.items()]
+        failed = [{"index": indices[row], "step": step, "reason": reason} for row, step in nonfinite.items()]
         if failed:
-            log.warning(f"failed samples, {reason}: {', '.join(str(sample.index) for sample in failed)}")
+            log.warning(f"failed samples, {reason}: {', '.join(str(sample['index']) for sample in failed)}")
         return Samples(columns, failed)
-
-    def _groups(self, rows: Iterable[int]) -> set[int]:
-        return {row // self.group_size for row in rows}
 
     def _in_parts(self, batch: dict[str, Tensor], float32: bool) -> tuple[dict[str, Tensor], dict[int, float | None]]:
         """All columns, made of as many rows at a time as fit, and the rows that are not finite with the step of it."""
         size, start, parts, nonfinite = len(batch["index"]), 0, [], {}
         before = self._fits.get(float32, size)
         while start < size:
-            stop = min(start + self._fits.get(float32, size), size)
-            count, rows = stop - start, {name: column[start:stop] for name, column in batch.items()}
-            filled = self._filled(rows, float32)
-            attempt = self._try(filled, float32)
-            if attempt is None:
-                self._halve(len(filled["index"]), float32)
+            count = min(self._fits.get(float32, size), size - start)
+            rows = self._filled({name: column[start : start + count] for name, column in batch.items()}, float32)
+            if (made := self._try(rows, float32)) is None:
                 continue
-            attempt = Attempt({k: v[:count] for k, v in attempt.columns.items()}, attempt.first_wrong[:count])
-            found = self._nonfinite_rows(attempt)
-            again = self._groups(found) if not float32 else set()
+            columns = {name: column[:count] for name, column in made[0].items()}
+            found = self._nonfinite_rows(columns["image"], made[1][:count])
+            again = set() if float32 else {row // self.group_size for row in found}
             kept = [r for r in range(count) if r not in found and r // self.group_size not in again]
             self.context.count(slice(count) if not found else torch.tensor(kept, dtype=torch.long, device=self.device))
             nonfinite |= {start + row: step for row, step in found.items()}
-            parts.append(attempt.columns)
-            start = stop
+            parts.append(columns)
+            start += count
         if (fits := self._fits.get(float32, size)) < before:
             log.warning(
                 f"out of memory with {before} samples at a time on {self.device}{' in float32' if float32 else ''}: "
@@ -237,18 +198,17 @@ class FaultTolerant(L.LightningModule, ABC):
         rows = torch.arange(size, device=batch["index"].device) % count  # groups stay complete
         return {name: column[rows] for name, column in batch.items()}
 
-    def _try(self, batch: dict[str, Tensor], float32: bool) -> Attempt | None:
-        """None if memory does not suffice; the frames of the error, and all that they hold, are gone then."""
+    def _try(self, batch: dict[str, Tensor], float32: bool) -> tuple[dict[str, Tensor], Tensor] | None:
+        """None if memory does not suffice, and half as many samples are to be tried."""
         self.context.indices = batch["index"].tolist()
         try:
             return self.attempt(batch, float32)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+        # The frames of the error, and all that they hold, are gone now.
         self.context.count(slice(0))
-        return None
-
-    def _halve(self, size: int, float32: bool) -> None:
+        size = len(batch["index"])
         groups = size // self.group_size
         if groups <= 1:
             smallest = "one sample" if size == 1 else f"one group of {size} samples, which the score tilts together,"
@@ -259,15 +219,15 @@ class FaultTolerant(L.LightningModule, ABC):
             )
         self._fits[float32] = (groups + 1) // 2 * self.group_size
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing where CUDA is not in use
+        return None
 
     @staticmethod
-    def _nonfinite_rows(attempt: Attempt) -> dict[int, float | None]:
+    def _nonfinite_rows(images: Tensor, first_wrong: Tensor) -> dict[int, float | None]:
         """Rows that are not finite and the step after which: the one time that the host waits for the device."""
-        finite = attempt.columns["image"].sum(dim=(1, 2, 3)).isfinite()
+        finite = images.sum(dim=(1, 2, 3)).isfinite()
         found: dict[int, float | None] = {}
-        for row, (is_finite, t) in enumerate(torch.stack([finite.double(), attempt.first_wrong]).t().tolist()):
+        for row, (is_finite, t) in enumerate(torch.stack([finite.double(), first_wrong]).t().tolist()):
             if not math.isnan(t):
                 found[row] = int(t) if t == int(t) else t
             elif not is_finite:

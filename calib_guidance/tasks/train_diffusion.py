@@ -1,7 +1,5 @@
 """Training a diffusion model."""
 
-from __future__ import annotations
-
 from typing import Any, Literal, get_args
 
 import torch
@@ -66,12 +64,11 @@ class TrainDiffusion(TrainingTask):
             self.weights_metadata = dict(objective.metadata)
         self.weights_metadata |= registry.nonstate_hparams(network)
         tables = NoiseSchedule(named_betas(noise_schedule, num_steps))
-        self.register_buffer("alphas_cumprod", torch.tensor(tables.alphas_cumprod).float(), persistent=False)
-        for name in ("betas", "log_variance_clipped", "mean_coef1", "mean_coef2"):
-            self.register_buffer(name, torch.tensor(getattr(tables.posterior, name)).float(), persistent=False)
-        from_x, from_output = x0_coefficients(prediction, tables.alphas_cumprod)
-        self.register_buffer("x0_from_x", torch.tensor(from_x).float(), persistent=False)
-        self.register_buffer("x0_from_output", torch.tensor(from_output).float(), persistent=False)
+        names = ("betas", "log_variance_clipped", "mean_coef1", "mean_coef2")
+        buffers = {name: getattr(tables.posterior, name) for name in names} | {"alphas_cumprod": tables.alphas_cumprod}
+        buffers["x0_from_x"], buffers["x0_from_output"] = x0_coefficients(prediction, tables.alphas_cumprod)
+        for name, table in buffers.items():
+            self.register_buffer(name, torch.tensor(table).float(), persistent=False)
         if compile:
             network.compile()
 
@@ -137,6 +134,5 @@ class TrainDiffusion(TrainingTask):
         self.log("val/loss_unconditional", sums[2] / sums[0], sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["weights_metadata"] = {
-            "network": {name: str(value) for name, value in self.weights_metadata.items()}
-        }
+        notes = {name: str(value) for name, value in self.weights_metadata.items()}
+        checkpoint["weights_metadata"] = {"network": notes}

@@ -1,10 +1,8 @@
 """What a classifier is trained on: clean images, noisy ones, or what a diffusion model makes of those."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -22,13 +20,9 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
 
 class InputTransform(nn.Module, ABC):
-    """``input_transform(batch, seed) -> (x, t)``.
+    """``input_transform(batch, seed) -> (x, t)``."""
 
-    Attributes:
-        num_steps: length of the diffusion process that t refers to.
-    """
-
-    num_steps: int
+    num_steps: int  # length of the diffusion process that t refers to
 
     @abstractmethod
     def forward(self, batch: dict[str, Tensor], seed: int | None = None) -> tuple[Tensor, Tensor | None]:
@@ -37,12 +31,11 @@ class InputTransform(nn.Module, ABC):
         Args:
             batch: ``image`` ``(N, C, H, W)`` in [-1, 1], ``label`` and ``index`` ``(N,)``, and ``t`` ``(N,)`` of images that
                 were denoised beforehand.
-            seed: None draws from torch's global generator at every call. With a number ≥ 0, step and noise of a sample
-                are functions of (seed, index) alone: the same at every batch size, on every device and on any number of them.
+            seed: ≥ 0, which with the index determines step and noise of a sample, whatever the batch and the device; None
+                draws from torch's global generator.
 
         Returns:
-            Images ``(N, C, H, W)`` in the type of ``image``, and their steps ``(N,)``, 0 … num_steps − 1; None for images
-            without.
+            Images ``(N, C, H, W)`` in the type of ``image``, and their steps ``(N,)``, 0 … num_steps − 1, or None.
         """
 
     def check_image(self, shape: Sequence[int]) -> None:
@@ -90,12 +83,12 @@ class _DiffusedInput(InputTransform):
         ends, edges = np.arange(1, size + 1) * sections, np.arange(sections + 1) * size
         cumulative = np.interp(ends, edges, np.append(0.0, share.cumsum()))
         self._cumulative = cumulative / cumulative[-1]
-        self.register_buffer("cumulative", torch.tensor(self._cumulative).float(), persistent=False)
-        alphas_cumprod = torch.tensor(self.schedule.alphas_cumprod).float()
-        self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
+        tables = {"cumulative": self._cumulative, "alphas_cumprod": self.schedule.alphas_cumprod}
+        for name, table in tables.items():
+            self.register_buffer(name, torch.tensor(table).float(), persistent=False)
         self.register_buffer("timesteps", torch.tensor(self.schedule.timesteps), persistent=False)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _DiffusedInput:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves to a device and stays float32: in half precision the tables would tell few steps apart."""
         return super()._apply(lambda buffer: buffer.to(fn(buffer).device), recurse)
 
@@ -135,20 +128,13 @@ class NoisyInput(_DiffusedInput):
         return x_t, self.timesteps[i]
 
 
-class _Frozen:
-    """Holds a module that is neither trained, nor saved, nor copied with its owner: PyTorch does not see it there."""
+class NoDeepcopy:
+    """Holds a value that a deep copy of the owner shares with it. PyTorch sees no module here: it is not saved, nor trained."""
 
-    def __init__(self, module: nn.Module):
-        self.module, self.device = module.eval().requires_grad_(False), None
+    def __init__(self, value: Any):
+        self.value = value
 
-    def on(self, device: torch.device) -> nn.Module:
-        """The module, moved to ``device`` when it is first used there."""
-        if device != self.device:
-            self.module.to(device)
-            self.device = device
-        return self.module
-
-    def __deepcopy__(self, memo: dict[int, object]) -> _Frozen:
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
         return self
 
 
@@ -172,10 +158,15 @@ class DenoisedInput(_DiffusedInput):
     ):
         check_choice("precision", precision, PRECISIONS)
         super().__init__(denoiser.schedule, steps, weights)
-        self.frozen, self.precision = _Frozen(denoiser), precision
+        self._frozen, self._device = NoDeepcopy(denoiser.eval().requires_grad_(False)), None
+        self.precision = precision
+
+    @property
+    def denoiser(self) -> Denoiser:
+        return self._frozen.value
 
     def check_image(self, shape: Sequence[int]) -> None:
-        expected = self.frozen.module.image_shape
+        expected = self.denoiser.image_shape
         if tuple(shape) != tuple(expected):
             found, wanted = ("×".join(map(str, s)) for s in (shape, expected))
             raise ConfigurationError(
@@ -184,7 +175,7 @@ class DenoisedInput(_DiffusedInput):
             )
 
     def check_classes(self, num_classes: int) -> None:
-        expected = self.frozen.module.num_classes
+        expected = self.denoiser.num_classes
         if expected not in (None, num_classes):
             raise ConfigurationError(
                 f"the data has {num_classes} classes, the denoiser {expected}: set data.num_classes to the "
@@ -197,10 +188,12 @@ class DenoisedInput(_DiffusedInput):
     ) -> tuple[Tensor, Tensor]:
         """As of :class:`InputTransform`; ``precision`` stands in for the configured one."""
         x_t, i = self.diffuse(batch, seed)
-        denoiser, dtype = self.frozen.on(x_t.device), PRECISIONS[precision or self.precision]
+        if x_t.device != self._device:
+            self.denoiser.to(x_t.device)
+            self._device = x_t.device
         # Off where it is not asked for, even inside the autocast of a trainer: embeddings and coefficients stay float32.
         with autocast(x_t.device, None):
-            predict = prepare_clipped(denoiser, self.schedule.levels, batch["label"])
-            with autocast(x_t.device, dtype):
-                x0 = denoiser.decode(predict(x_t, i).x0)
+            predict = prepare_clipped(self.denoiser, self.schedule.levels, batch["label"])
+            with autocast(x_t.device, PRECISIONS[precision or self.precision]):
+                x0 = self.denoiser.decode(predict(x_t, i).x0)
         return x0.to(x_t.dtype), self.timesteps[i]

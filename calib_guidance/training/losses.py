@@ -4,8 +4,6 @@ Smooth ECE pulls confidence towards accuracy (arXiv 2511.05844 Eq. 1); the bound
 2021 ("Improved DDPM").
 """
 
-from __future__ import annotations
-
 import functools
 import math
 
@@ -17,9 +15,9 @@ from torch import Tensor
 def smooth_ece(logits: Tensor, y: Tensor, beta: float = 1e-2) -> Tensor:
     """Mean of √((p̂ − a)² + β) over samples, a smooth form of |p̂ − a|.
 
-    An absolute value is least at the median, not at the mean: where a fraction q > ½ of predictions is right, the loss alone is
-    least at p̂ ≈ 1 − √β·(1 − q)/√(2q − 1) for small β (0.95 where q = 0.7 and β = 0.01), which is over-confident. Large β makes
-    it a square, least at p̂ ≈ q + q(1 − q)(2q − 1)/(2β). Beside cross-entropy it raises confidence above q too, by less.
+    It is not proper: an absolute value is least at the median, not at the mean. Where a fraction q > ½ of predictions is right,
+    the loss alone is least at p̂ ≈ 1 − √β·(1 − q)/√(2q − 1) for small β (0.95 where q = 0.7 and β = 0.01), which is
+    over-confident, and at p̂ ≈ q + q(1 − q)(2q − 1)/(2β) for large β. Beside cross-entropy it raises confidence above q, by less.
 
     Args:
         logits: ``(N, K)``; half precision is computed in float32.
@@ -27,8 +25,7 @@ def smooth_ece(logits: Tensor, y: Tensor, beta: float = 1e-2) -> Tensor:
         beta: smoothing, > 0; the loss lies in [√β, √(1 + β)].
 
     Returns:
-        Scalar. p̂ is the largest softmax probability; a, whether its class is the true one, is a constant to the
-        gradient.
+        Scalar. p̂ is the largest softmax probability; a, whether its class is the true one, is a constant to the gradient.
 
     Examples:
         >>> logits = torch.tensor([[0.8, 0.2], [0.8, 0.2]]).log()
@@ -56,15 +53,11 @@ def binned_smooth_ece(logits: Tensor, y: Tensor, beta: float = 1e-2, num_bins: i
     """Σ_b n_b/n·√((mean p̂ − mean a in bin b)² + β), which goes to the ECE of the batch as β → 0.
 
     Bin b is (b/B, (b+1)/B] of confidence. A bin of many samples pulls its mean confidence to its accuracy q. A bin of one is a
-    term of :func:`smooth_ece`, with the same pull past q, so batches should fill their bins.
-
-    Where torch.distributed is initialized the bins are those of the batches of all ranks, and every rank must call this
-    equally often.
+    term of :func:`smooth_ece`, with the same pull past q, so batches should fill their bins. Where torch.distributed is
+    initialized the bins are those of the batches of all ranks, and every rank must call this equally often.
 
     Args:
-        logits: ``(N, K)``; half precision is computed in float32. N may differ between ranks.
-        y: ``(N,)`` true classes.
-        beta: smoothing, > 0; the loss lies in [√β, √(1 + β)].
+        logits, y, beta: see :func:`smooth_ece`; N may differ between ranks.
         num_bins: number of bins B.
 
     Returns:
@@ -106,13 +99,8 @@ def _confidence(logits: Tensor, y: Tensor, beta: float) -> tuple[Tensor, Tensor]
 
 def gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
     """KL(N₁ ‖ N₂) of independent normals, elementwise, in nats."""
-    return 0.5 * (
-        log_variance2
-        - log_variance1
-        - 1.0
-        + torch.exp(log_variance1 - log_variance2)
-        + (mean1 - mean2).square() * torch.exp(-log_variance2)
-    )
+    ratio, distance = torch.exp(log_variance1 - log_variance2), (mean1 - mean2).square() * torch.exp(-log_variance2)
+    return 0.5 * (log_variance2 - log_variance1 - 1.0 + ratio + distance)
 
 
 def discretised_gaussian_nll(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -128,12 +116,7 @@ def discretised_gaussian_nll(x: Tensor, mean: Tensor, log_variance: Tensor) -> T
 
 
 def variational_bound_term(
-    x0: Tensor,
-    true_mean: Tensor,
-    true_log_variance: Tensor,
-    mean: Tensor,
-    log_variance: Tensor,
-    is_first_step: Tensor,
+    x0: Tensor, true_mean: Tensor, true_log_variance: Tensor, mean: Tensor, log_variance: Tensor, is_first_step: Tensor
 ) -> Tensor:
     """One term of the variational bound per sample, in bits per dimension.
 

@@ -1,7 +1,5 @@
 """Learning-rate schedules that know the length of the run."""
 
-from __future__ import annotations
-
 import math
 
 from torch.optim import Optimizer

@@ -13,8 +13,8 @@ from lightning.fabric.utilities import registry
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch.utils.data import Dataset
 
-from calib_guidance.callbacks import ExactResume, StepSeeds, StopBetweenSteps
-from calib_guidance.callbacks.checkpoint_io import AtomicCheckpointIO
+from calib_guidance.callbacks import ExactResume
+from calib_guidance.callbacks.exact_resume import AtomicCheckpointIO
 from calib_guidance.data import heldout_loader, train_loader
 from calib_guidance.errors import ConfigurationError, StoppedError
 
@@ -121,7 +121,7 @@ def fit(folder, pages, kill=None, *, every=STEPS, batch_size=BATCH, ckpt_path="l
     torch.manual_seed(0)
     # Without `every` it saves as Lightning does when nothing is asked for: the newest, at the end of epochs.
     kinds = {} if every is None else {"save_last": True, "save_top_k": 0, "every_n_train_steps": every}
-    callbacks = [EMAWeightAveraging(decay=0.5), StepSeeds(), ModelCheckpoint(folder / "checkpoints", **kinds)]
+    callbacks = [EMAWeightAveraging(decay=0.5), ModelCheckpoint(folder / "checkpoints", **kinds)]
     options = {"max_epochs": EPOCHS, "num_sanity_val_steps": 0} | options
     trainer = L.Trainer(
         accelerator="cpu",
@@ -133,9 +133,9 @@ def fit(folder, pages, kill=None, *, every=STEPS, batch_size=BATCH, ckpt_path="l
         plugins=[AtomicCheckpointIO()],
         **options,
     )
-    trainer.callbacks += [StopBetweenSteps(), ExactResume()]
+    trainer.callbacks.append(ExactResume())
     # A kill comes after what is written in its hook, a signal before it is answered.
-    trainer.callbacks.insert(-2 if kill and len(kill) == 3 else len(trainer.callbacks), Diary(pages, kill))
+    trainer.callbacks.insert(-1 if kill and len(kill) == 3 else len(trainer.callbacks), Diary(pages, kill))
     try:
         trainer.fit(Module(), datamodule=Data(batch_size), ckpt_path=ckpt_path)
     except Killed:

@@ -118,8 +118,7 @@ def test_a_resumed_run_continues_its_logs(in_root, tmp_path, resumed):
         (events,) = {path.parent for path in folder.rglob("events.out*")}
         board = EventAccumulator(str(events)).Reload()
         scalars = {tag: {e.step: e.value for e in board.Scalars(tag)} for tag in ("train/loss", "val/nll")}
-        (bins,) = folder.rglob("reliability.csv")
-        return rows, scalars, bins.read_text()
+        return rows, scalars, {path.name: path.read_text() for path in folder.glob("calibration/*.json")}
 
     run(tmp_path / "whole", 3)
     run(tmp_path / "run", 2)

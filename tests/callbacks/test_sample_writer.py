@@ -10,8 +10,8 @@ import pytest
 import torch
 import yaml
 
-from calib_guidance.callbacks import background as background_module
-from calib_guidance.callbacks.background import Background, to_host
+from calib_guidance.callbacks import sample_writer
+from calib_guidance.callbacks.sample_writer import Background, to_host
 from calib_guidance.cli.lightning import CalibGuidanceCLI, run_lightning
 from calib_guidance.errors import RunError, StoppedError
 from calib_guidance.runs import RunFolder
@@ -66,7 +66,7 @@ class TestBackground:
                 raise RuntimeError("can't start new thread")
             start(thread)
 
-        monkeypatch.setattr(background_module, "available_cores", lambda: 4)
+        monkeypatch.setattr(sample_writer, "available_cores", lambda: 4)
         monkeypatch.setattr(threading.Thread, "start", refuse)
         with pytest.raises(RunError, match="no thread could be started .*ulimit -u"):
             Background(2)

@@ -17,7 +17,7 @@ from calib_guidance.classifiers import NoiseAwareClassifier, OffTheShelfClassifi
 from calib_guidance.classifiers.smoothing import SmoothActivation, smooth_activations
 from calib_guidance.denoisers import ADMDenoiser
 from calib_guidance.networks import EncoderUNet, SmallResNet
-from calib_guidance.tasks.common import tell_smoothing
+from calib_guidance.tasks.base import tell_smoothing
 from calib_guidance.weights.io import CheckpointError, load_weights, read_weights, save_weights
 from tests.conftest import ROOT
 
@@ -181,7 +181,7 @@ def test_gross_smoothing_is_warned_of_and_slight_told(monkeypatch):
         tell_smoothing(gross, images)
     slight = OffTheShelfClassifier(Threshold(), 2, softplus_beta=50.0).freeze()
     told = []
-    monkeypatch.setattr("calib_guidance.tasks.common.rank_zero_info", told.append)
+    monkeypatch.setattr("calib_guidance.tasks.base.rank_zero_info", told.append)
     tell_smoothing(nn.Sequential(slight), images)
     assert "0% of the first 8 images, and its probabilities by 0.00" in told[0]
 

@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from calib_guidance.callbacks import StepSeeds
+from calib_guidance.callbacks import ExactResume
 from calib_guidance.classifiers import OffTheShelfClassifier
 from calib_guidance.data import DigitImages, Digits
 from calib_guidance.data.loading import collate
@@ -72,9 +72,9 @@ class Watched(L.Callback):
 
 
 def trainer(folder, *callbacks, **options):
-    return L.Trainer(
+    made = L.Trainer(
         accelerator="cpu",
-        callbacks=[StepSeeds(), *callbacks],
+        callbacks=list(callbacks),
         default_root_dir=folder,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -82,6 +82,8 @@ def trainer(folder, *callbacks, **options):
         limit_val_batches=0,
         **options,
     )
+    made.callbacks.append(ExactResume())
+    return made
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -175,7 +177,7 @@ def test_the_frozen_network_computes_in_bf16_unless_told_otherwise(in_root, prec
     def note(where):
         return lambda layer, inputs, output: seen[where].add(output.dtype)
 
-    for where, network in (("frozen", input_transform.frozen.module), ("trained", module.classifier)):
+    for where, network in (("frozen", input_transform.denoiser), ("trained", module.classifier)):
         for layer in network.modules():
             if isinstance(layer, nn.Conv2d):
                 layer.register_forward_hook(note(where))

@@ -1,6 +1,4 @@
-"""Exports a classifier as ``predict`` configurations name it."""
-
-from __future__ import annotations
+"""What was trained, in the format that ``predict`` configurations name."""
 
 import itertools
 import json
@@ -16,7 +14,6 @@ import yaml
 from torch import Tensor
 
 from calib_guidance.backend.atomic import write_text
-from calib_guidance.callbacks.export_weights import below_root
 from calib_guidance.classifiers.temperature import BOUNDS, fit_temperature
 from calib_guidance.errors import ConfigurationError, check_choice
 from calib_guidance.metrics import CalibrationError, NegativeLogLikelihood
@@ -26,6 +23,42 @@ log = logging.getLogger(__name__)
 Mode = Literal["min", "max"]
 FittedTemperature = Literal["none", "scalar", "by_level"]
 _WEIGHTS_OPTION = {"OffTheShelfClassifier": "weights", "NoiseAwareClassifier": "checkpoint"}
+
+
+def _below_root(path: str) -> str:
+    """A safetensors file below the trainer's default_root_dir, as an option names it."""
+    if not path.endswith(".safetensors"):
+        raise ConfigurationError(f"path: expected a .safetensors file, got {path!r}")
+    if Path(path).is_absolute() or ".." in Path(path).parts:
+        raise ConfigurationError(
+            f"path: exports go below trainer.default_root_dir, got {path!r}: set it to {Path(path).name}, and copy the file"
+        )
+    return path
+
+
+class ExportWeights(L.Callback):
+    """Writes the network's weights at the end of ``fit`` (the average, where one is kept) as safetensors.
+
+    The file keeps the module's ``weights_metadata``, what shapes do not tell. List this callback after the one that averages the
+    weights: callbacks run in the order of the list.
+
+    Args:
+        path: file to write, relative to the trainer's default_root_dir; an existing one is replaced atomically.
+        module: attribute path of what to write, e.g. ``network`` or ``classifier.network``.
+    """
+
+    def __init__(self, path: str = "network.safetensors", module: str = "network"):
+        self.path, self.module = _below_root(path), module
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            pl_module.get_submodule(self.module)  # a wrong name fails before training, not after
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            path = Path(trainer.default_root_dir, self.path)
+            save_weights(pl_module.get_submodule(self.module), path, **getattr(pl_module, "weights_metadata", {}))
+            print(f"wrote {path}")
 
 
 class ExportClassifier(L.Callback):
@@ -44,9 +77,6 @@ class ExportClassifier(L.Callback):
         mode: ``min`` or ``max``: what is best.
         temperature: ``none``; ``scalar`` or ``by_level`` (one for each of the module's noise levels), fitted on the
             validation data (Guo et al. 2017).
-
-    Raises:
-        ConfigurationError: unknown names, or a classifier that has a temperature already.
     """
 
     def __init__(
@@ -58,7 +88,8 @@ class ExportClassifier(L.Callback):
     ):
         check_choice("mode", mode, get_args(Mode))
         check_choice("temperature", temperature, get_args(FittedTemperature))
-        self.path, self.monitor, self.mode, self.temperature = below_root(path), monitor, mode, temperature
+        self.path = _below_root(path or "classifier.safetensors")
+        self.monitor, self.mode, self.temperature = monitor, mode, temperature
         self.best = math.inf
         self._seen: list[dict[str, Tensor]] = []
         self._weights: dict[str, Tensor] = {}
@@ -72,7 +103,7 @@ class ExportClassifier(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage not in ("fit", "validate"):
             return
-        self.target = Path(trainer.default_root_dir, self.path or "classifier.safetensors")
+        self.target = Path(trainer.default_root_dir, self.path)
         classifier = pl_module.classifier
         if type(classifier).__name__ not in _WEIGHTS_OPTION:
             raise ConfigurationError(
@@ -88,7 +119,7 @@ class ExportClassifier(L.Callback):
             )
 
     def on_validation_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         if batch_idx == 0:
             # While validation runs the module holds the average of the weights, where one is kept, and at its end it may
@@ -98,13 +129,7 @@ class ExportClassifier(L.Callback):
             self._seen = []
 
     def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: dict[str, Tensor],
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: dict[str, Tensor], *_: Any
     ) -> None:
         if self.temperature != "none" and not trainer.sanity_checking:
             self._seen.append({name: value.detach().cpu() for name, value in outputs.items()})
@@ -139,8 +164,10 @@ class ExportClassifier(L.Callback):
         if self.temperature == "none":
             return pl_module.classifier.temperature
         device = trainer.strategy.root_device
-        none = {"level": torch.zeros(0, dtype=torch.long), "label": torch.zeros(0, dtype=torch.long)}
-        none["logits"] = torch.zeros(0, pl_module.classifier.num_classes)  # of a rank without validation data
+        none = {
+            key: torch.zeros(0, dtype=torch.long) for key in ("level", "label")
+        }  # of a rank without validation data
+        none["logits"] = torch.zeros(0, pl_module.classifier.num_classes)
         level, y, logits = (torch.cat([none[key], *(seen[key] for seen in self._seen)]) for key in none)
         num_levels = pl_module.num_levels if self.temperature == "by_level" else 1
         level = level if num_levels > 1 else torch.zeros_like(level)
@@ -149,7 +176,7 @@ class ExportClassifier(L.Callback):
         )
         if not (finite := logits.isfinite().all(1)).all():
             log.warning(
-                f"{int((~finite).sum())} held-out samples of logits that are not finite do not count for the temperature"
+                f"{int((~finite).sum())} held-out samples whose logits are not finite do not count for the temperature"
             )
         logits, y, level = (each[finite].to(device) for each in (logits, y, level))
         metrics = NegativeLogLikelihood(num_levels), CalibrationError(num_levels=num_levels)
@@ -158,31 +185,25 @@ class ExportClassifier(L.Callback):
             metric.to(device).reset()
             metric.update(each, y, level)
             measured.append(metric.compute().by_level.tolist())
+        values = [round(value, 6) for value in fitted.tolist()]
         if trainer.is_global_zero:
             names = [f"t = {pl_module.level_range(k)}" for k in range(num_levels)] if num_levels > 1 else ["all t"]
-            self._report_temperature(names, fitted.tolist(), *measured)
-        values = [round(value, 6) for value in fitted.tolist()]
+            print(f"\n{'temperature':<16}{'T':>8}{'NLL':>8}{'→':>9}{'ECE':>8}{'→':>9}")
+            for row in zip(names, fitted.tolist(), *measured, strict=True):
+                print("{:<16}{:>8.3f}{:>8.4f}{:>9.4f}{:>8.4f}{:>9.4f}".format(*row))
+            if at_bound := [name for name, value in zip(names, fitted.tolist(), strict=True) if value in BOUNDS]:
+                log.warning(
+                    f"the temperature of {', '.join(at_bound)} is at a bound ({BOUNDS[0]:g} or {BOUNDS[1]:g}): the held-out data "
+                    "do not determine it. Use more of them, or fewer noise levels (num_levels)"
+                )
         return values[0] if len(values) == 1 else values
-
-    @staticmethod
-    def _report_temperature(names: list[str], fitted: list[float], *measured: list[float]) -> None:
-        """Print T, NLL and ECE before and after; name the levels at a bound."""
-        print(f"\n{'temperature':<16}{'T':>8}{'NLL':>8}{'→':>9}{'ECE':>8}{'→':>9}")
-        for row in zip(names, fitted, *measured, strict=True):
-            print("{:<16}{:>8.3f}{:>8.4f}{:>9.4f}{:>8.4f}{:>9.4f}".format(*row))
-        if at_bound := [name for name, value in zip(names, fitted, strict=True) if value in BOUNDS]:
-            log.warning(
-                f"the temperature of {', '.join(at_bound)} is at a bound ({BOUNDS[0]:g} or {BOUNDS[1]:g}): the held-out data do "
-                "not determine it. Use more of them, or fewer noise levels (num_levels)"
-            )
 
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, temperature: float | list[float]) -> None:
         classifier = pl_module.classifier
         tempered: dict[str, object] = {"temperature": temperature}
         if isinstance(temperature, list):
             tempered["num_steps"] = pl_module.input_transform.num_steps
-        notes = classifier.weights_metadata | tempered
-        save_weights(self._weights, self.target, **notes)
+        save_weights(self._weights, self.target, **classifier.weights_metadata | tempered)
         if self._configured is None:
             return
         replaced = {_WEIGHTS_OPTION[type(classifier).__name__]: self.target.name} | tempered
@@ -196,6 +217,4 @@ class ExportClassifier(L.Callback):
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = (
-            math.inf if math.isnan(state_dict["best"]) else state_dict["best"]
-        )  # older versions took NaN for the best
+        self.best = min(math.inf, state_dict["best"])  # inf for NaN, which older versions took for the best

@@ -1,10 +1,9 @@
-"""Guided sampling as a Lightning predict loop."""
-
-from __future__ import annotations
+"""The modules that predict: guided sampling, and denoising of a data set to train classifiers on."""
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from calib_guidance.backend.compilation import eager
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.classifiers.noise_aware import NoiseAwareClassifier
+from calib_guidance.data.requests import DenoiseRequests
 from calib_guidance.denoisers import Combination
 from calib_guidance.denoisers.base import Denoiser
 from calib_guidance.diffusion.rng import SampleStreams
@@ -22,8 +22,9 @@ from calib_guidance.errors import ConfigurationError
 from calib_guidance.guidance import Guidance
 from calib_guidance.samplers.base import Sampler
 from calib_guidance.scores.base import Score
-from calib_guidance.tasks.common import tell_smoothing
-from calib_guidance.tasks.retry import Attempt, FaultTolerant, FirstNonFinite, in_float32
+from calib_guidance.tasks.base import tell_smoothing
+from calib_guidance.tasks.retry import FaultTolerant, FirstNonFinite, Samples, in_float32
+from calib_guidance.training.inputs import DenoisedInput, Precision
 
 
 def _one_class_problems(score: Score) -> Iterator[str]:
@@ -42,12 +43,12 @@ def _one_class_problems(score: Score) -> Iterator[str]:
 class GuidedSampling(FaultTolerant):
     """Samples the requests of the data module, through faults as :class:`~calib_guidance.tasks.retry.FaultTolerant` says.
 
+    Callbacks that watch the trajectory register with ``context.observe`` in their ``setup``.
+
     Args:
         denoiser: the diffusion model, possibly under classifier-free guidance.
         sampler: the sampling loop.
         guidance: classifier guidance; None samples the model as it is.
-
-    Callbacks that watch the trajectory register with ``context.observe`` in their ``setup``.
     """
 
     def __init__(self, denoiser: Denoiser, sampler: Sampler, guidance: Guidance | None = None):
@@ -59,15 +60,14 @@ class GuidedSampling(FaultTolerant):
     @property
     def num_classes(self) -> int | None:
         """Classes of the denoiser, else of the first classifier; None where nothing has classes."""
-        parts = () if self.guidance is None else self.guidance.parts()
-        known = (
-            self.denoiser.num_classes,
-            *(part.classifier.num_classes for part in parts if hasattr(part, "classifier")),
-        )
+        classifiers = [part.classifier for part in self._parts() if hasattr(part, "classifier")]
+        known = (part.num_classes for part in (self.denoiser, *classifiers))
         return next((count for count in known if count is not None), None)
 
+    def _parts(self) -> Sequence[Guidance]:
+        return () if self.guidance is None else self.guidance.parts()
+
     def check(self) -> None:
-        """Raise ConfigurationError where the parts of this run cannot go together. Nothing is sampled or written here."""
         if self._checked:
             return
         # Nothing is compiled for the single images that are looked at here.
@@ -78,25 +78,19 @@ class GuidedSampling(FaultTolerant):
 
     def problems(self) -> Iterator[str]:
         """Why the parts of this run cannot go together, one reason after the other."""
+        try:
+            yield from self._problems()
+        except ValueError as error:  # without this part nothing else can be looked at
+            yield str(error)
+
+    def _problems(self) -> Iterator[str]:
         if self.guidance is not None and self.trainer.predict_loop.inference_mode:
             yield "guidance takes gradients, and PyTorch's inference mode turns them off: set trainer.inference_mode to false"
         requests = self.trainer.datamodule
-        try:
-            self.sampler.check(self.denoiser, self.guidance)
-        except ValueError as error:
-            yield str(error)
-            return  # without levels nothing else can be looked at
-        try:
-            with torch.no_grad():  # a corner is enough to see whether there is a decoder
-                self.denoiser.decode(torch.zeros(1, *self.denoiser.image_shape, device=self.device)[..., :4, :4])
-        except ValueError as error:
-            yield str(error)
-            return
-        try:
-            self.give_num_classes(requests, self.num_classes)
-        except ConfigurationError as error:
-            yield str(error)
-            return
+        self.sampler.check(self.denoiser, self.guidance)
+        with torch.no_grad():  # a corner is enough to see whether there is a decoder
+            self.denoiser.decode(torch.zeros(1, *self.denoiser.image_shape, device=self.device)[..., :4, :4])
+        self.give_num_classes(requests, self.num_classes)
         yield from self._class_problems(requests.num_classes)
         group = self.group_size
         for name in ("batch_size", "shard_size", "num_samples"):
@@ -114,14 +108,11 @@ class GuidedSampling(FaultTolerant):
             )
         levels = self.sampler.levels(self.denoiser)
         one = torch.zeros(1, dtype=torch.long, device=self.device)
-        for part in self.guidance.parts() if self.guidance is not None else ():
+        for part in self._parts():
             if not part.plan(levels).active.any():
                 continue  # switched off: its classifier is not run, not even to look at it
             if part.apply_to == "cfg_residual" and not isinstance(self.denoiser, Combination):
-                yield (
-                    "apply_to: cfg_residual needs classifier-free guidance: wrap the denoiser in Combination, or set apply_to to "
-                    "score"
-                )
+                yield "cfg_residual needs classifier-free guidance: wrap the denoiser in Combination, or set apply_to to score"
             image = torch.zeros(1, *self.denoiser.image_shape, device=self.device)
             if part.classifier_input == "x0":
                 with torch.no_grad():
@@ -150,16 +141,15 @@ class GuidedSampling(FaultTolerant):
 
     def _noise_problems(self, classifier: Classifier) -> Iterator[str]:
         """The t that a classifier is told must be of the noise that it was trained on."""
-        steps = {
-            m.num_steps for m in classifier.modules() if isinstance(m, Classifier) and isinstance(m.temperature, list)
-        }
+        parts = [module for module in classifier.modules() if isinstance(module, Classifier)]
+        steps = {part.num_steps for part in parts if isinstance(part.temperature, list)}
         for num_steps in sorted(steps - {len(self.denoiser.schedule)}):
             yield (
                 f"the classifier has a temperature for each range of t in a process of {num_steps} steps, and the denoiser's has "
                 f"{len(self.denoiser.schedule)}: fit the temperatures for this process, or set the classifier's temperature to "
                 "one number"
             )
-        known = {module.noise_schedule for module in classifier.modules() if isinstance(module, NoiseAwareClassifier)}
+        known = {part.noise_schedule for part in parts if isinstance(part, NoiseAwareClassifier)}
         for name in sorted(known - {None}):
             expected, found = named_betas(name), self.denoiser.schedule
             if len(found) != len(expected) or not np.allclose(found.alphas_cumprod, np.cumprod(1 - expected)):
@@ -170,25 +160,20 @@ class GuidedSampling(FaultTolerant):
                 )
 
     def networks(self) -> dict[str, nn.Module]:
-        """What samples are made with, by name."""
         return {"denoiser": self.denoiser} | ({} if self.guidance is None else {"guidance": self.guidance})
 
-    def setup(self, stage: str) -> None:
-        if stage == "predict":
-            self.check()
-
-    def attempt(self, batch: dict[str, Tensor], float32: bool) -> Attempt:
+    def attempt(self, batch: dict[str, Tensor], float32: bool) -> tuple[dict[str, Tensor], Tensor]:
         noise = SampleStreams(batch["seed"].tolist(), batch["index"].tolist(), self.denoiser.image_shape, self.device)
         watch = FirstNonFinite()
-        with in_float32(self.denoiser, *filter(None, [self.guidance])) if float32 else contextlib.nullcontext():
+        with in_float32(*self.networks().values()) if float32 else contextlib.nullcontext():
             observers = [watch, *self.context.observers]
             x0 = self.sampler(self.denoiser, noise, batch["label"], self.guidance, observers, self._show_progress)
             image = self.denoiser.decode(x0)
             if not self._told_smoothing:
                 self._told_smoothing = True
-                for part in self.guidance.parts() if self.guidance is not None else ():
+                for part in self._parts():
                     tell_smoothing(part, image if part.decoder is None else part.decoder(x0))
-            return Attempt({"image": image}, watch.t)
+            return {"image": image}, watch.t
 
     def _show_progress(self, step: int, num_steps: int) -> None:
         """Show step, images per second and time left in the progress bar, which itself counts batches."""
@@ -202,3 +187,56 @@ class GuidedSampling(FaultTolerant):
         left = tqdm.format_interval(max(total / trainer.world_size - done, 0) / rate)
         bar.set_postfix_str(f"step {step}/{num_steps}, {rate:.3g} images/s, {left} left", refresh=False)
         bar.update(0)
+
+
+class DenoiseImages(FaultTolerant):
+    """x̂0(x_t) of the images of :class:`~calib_guidance.data.DenoiseRequests`, with t, for SampleWriter to write.
+
+    What ``fit`` computes at every step with :class:`~calib_guidance.training.DenoisedInput` is computed once here. Written as
+    8-bit images, it is off by half a gray level at most (1/255 on the scale of [-1, 1]), and by nothing on average where the
+    writer's ``uint8_rule`` is ``round_up_half``.
+
+    Args:
+        denoiser: the diffusion model to be guided; a class-conditional one is given the labels.
+        steps, weights, precision: see :class:`~calib_guidance.training.DenoisedInput`.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        steps: str | int | None = None,
+        weights: Sequence[float] | None = None,
+        precision: Precision = "bf16",
+    ):
+        super().__init__()
+        self.input_transform = DenoisedInput(denoiser, steps, weights, precision)
+
+    def check(self) -> None:
+        requests = self.trainer.datamodule
+        if not isinstance(requests, DenoiseRequests):
+            raise ConfigurationError(
+                "DenoiseImages needs images: set data.class_path to calib_guidance.data.DenoiseRequests, got "
+                f"{type(requests).__name__}"
+            )
+        self.input_transform.check_image(requests.image_shape)
+        self.give_num_classes(requests, self.input_transform.denoiser.num_classes)
+        self.input_transform.check_classes(requests.num_classes)
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"denoiser": self.input_transform.denoiser}
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Samples:
+        if not len(batch["index"]):  # no image of it can be read
+            return Samples({"image": batch["image"], "t": batch["index"]}, [])
+        return super().predict_step(batch, batch_idx)
+
+    def attempt(self, batch: dict[str, Tensor], float32: bool) -> tuple[dict[str, Tensor], Tensor]:
+        """``image`` ``(N, C, H, W)`` in [-1, 1] and ``t`` ``(N,)`` for requests ``{index, source, label, seed, image}``."""
+        seed = int(batch["seed"][0])
+        if float32:
+            with in_float32(self.input_transform.denoiser):
+                images, t = self.input_transform(batch | {"image": batch["image"].float()}, seed, precision="fp32")
+        else:
+            images, t = self.input_transform(batch, seed)
+        first_wrong = t.double().masked_fill(images.sum(dim=(1, 2, 3)).isfinite(), torch.nan)
+        return {"image": images, "t": t}, first_wrong
