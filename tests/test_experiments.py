@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import json
 import shutil
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from calib_guidance.experiments.schema import Column, read_experiment
 from calib_guidance.experiments.settings import make_plan
 from calib_guidance.experiments.tables import Results, read_value
 from calib_guidance.runs import RunFolder
+from tests import processes
 from tests.conftest import ROOT
 
 SCALE = "model.guidance.scale"
@@ -85,8 +85,12 @@ def write(in_root, tmp_path, monkeypatch):
     return write
 
 
+def command(path, output):
+    return ["experiment", f"--config={path}", f"--output={output}", "--workers=1", "--devices="]
+
+
 def experiment(path, output, *more):
-    main(["experiment", f"--config={path}", f"--output={output}", "--workers=1", "--devices=", *more])
+    main([*command(path, output), *more])
 
 
 def rows(folder, name="runs.csv"):
@@ -188,10 +192,8 @@ def test_a_killed_run_goes_on(write, quick, tmp_path, capsys):
     kill = {"class_path": "tests.interruptions.KillOnce", "init_args": {"batches": 2, "marker": marker}}
     metrics = ["fd", "integral_ece"]
     path = write(configs=quick(kill), axes=SINGLE, columns=metrics, evaluate=evaluate | {"allow-few": True})
-    process = get_context("spawn").Process(target=experiment, args=(path, tmp_path / "out"))
-    process.start()
-    process.join()
-    assert process.exitcode == -9
+    done = processes.run(*command(path, tmp_path / "out"))
+    assert done.statuses == [-9], done.output
     before = records(tmp_path / "out")
     assert len(before) == 2
     experiment(path, tmp_path / "out")
@@ -421,10 +423,10 @@ ROWS = {
 
 
 @pytest.mark.slow
-def test_rows_are_run_once_and_put_into_a_table(write, tmp_path, capsys):
+def test_rows_are_run_once_and_put_into_a_table(write, quick, tmp_path, capsys):
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- comparison -->\nold\n<!-- /comparison -->\nafter\n")
-    path = write("rows", **ROWS)
+    path = write("rows", configs=quick(measured=("SampleQuality", "TrajectoryCalibration")), **ROWS)
     experiment(path, tmp_path / "out", f"--into={readme}")
     assert "4 runs in" in capsys.readouterr().out
     table = (tmp_path / "out/rows/comparison.md").read_text()
