@@ -45,6 +45,7 @@ PARAMETERS = {
     "lightningdit_xl_1_256": 675_293_600,
     "lightningdit_xl_1_256_64ep": 675_293_600,
     "lightningdit_ig_xl_1_256": 677_988_160,
+    "sit_ig_xl_2_256": 677_786_144,
     "rae_ditdh_xl_256": 838_778_196,
     "rae_ditdh_s_256": 196_554_068,
     "rae_ditdh_xl_512": 839_970_132,
@@ -137,7 +138,7 @@ def shrink(node, vae):
         arguments["vae"] = vae if arguments.get("vae") else None
     elif kind == "FlowDenoiser":
         name, small = arguments["network"], {"sample_size": 4, "hidden_size": 32, "depth": 1, "num_heads": 2}
-        if name.startswith("lightningdit"):
+        if name.startswith(("lightningdit", "sit_ig")):
             network = part("networks.LightningDiT", **small, in_channels=4)
             network["init_args"] |= {"mid_depth": 1, "internal_guidance": 1.4} if "_ig_" in name else {}
         elif name.startswith("rae"):
@@ -145,7 +146,7 @@ def shrink(node, vae):
             network = part("networks.DiTDH", **small | heads, in_channels=4)
         else:
             network = part("networks.DiT", **small, out_channels=8 if name.startswith("sit") else 4)
-        direction = "noise_to_data" if name.startswith(("sit", "lightningdit")) else "data_to_noise"
+        direction = "noise_to_data" if name.startswith(("sit_xl", "lightningdit")) else "data_to_noise"
         decoder = vae if arguments.get("vae") else None
         arguments |= {"network": network, "checkpoint": None, "vae": decoder, "time_direction": direction}
         arguments["latent_stats"] = None
@@ -179,7 +180,7 @@ def test_the_table_names_every_row_once():
     text = (ROOT / "lightning_configs" / "README.md").read_text()
     named = re.findall(r"^\|.*\| `(imagenet[\w/.]+(?:\.yaml| --row \w+=[\d.]+))` \|$", text, re.MULTILINE)
     assert sorted(named) == ROWS
-    assert len(ROWS) == 115
+    assert len(ROWS) == 116
 
 
 ADM_METRICS = ["fid", "sfid", "is", "is_adm", "pr", "pr_adm"]

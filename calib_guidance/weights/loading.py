@@ -65,8 +65,9 @@ def _read(checkpoint: str, kind: str) -> tuple[Weights, Mapping[str, Any]]:
     weights = read_weights(checkpoint)
     if kind in ("dit", "flow"):
         state = registry.bare(weights.state)
-        # LightningDiT and RAE, with rotary positions, run by their own names.
-        state = state if any("feat_rope." in name for name in state) else to_dit(state)
+        # LightningDiT and RAE, with rotary positions, and Internal Guidance, with two heads, run by their own names.
+        own = any("feat_rope." in name or name.startswith("final_layer_xr.") for name in state)
+        state = state if own else to_dit(state)
         # REPA's projectors, which its features were aligned with in training, and REPA-E's statistics do not enter the velocity.
         return weights._replace(state={n: v for n, v in state.items() if not n.startswith(("projectors.", "bn."))}), {}
     if not (kind == "edm" and is_edm(weights.state)) and not (kind == "edm2" and is_edm2(weights.state)):

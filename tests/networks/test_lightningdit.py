@@ -9,7 +9,7 @@ from calib_guidance.denoisers import Autoguidance, ClassifierFreeGuidance, Combi
 from calib_guidance.diffusion import Interval
 from calib_guidance.networks import DiTDH, LightningDiT
 from calib_guidance.networks.lightningdit import sine_positions
-from calib_guidance.samplers import FlowODE
+from calib_guidance.samplers import FlowODE, FlowSDE
 from tests.conftest import PARITY
 
 NAMES = {"input_size": "sample_size", "use_qknorm": "qk_norm", "use_swiglu": "swiglu", "use_rope": "rope"}
@@ -73,6 +73,46 @@ def test_internal_guidance(golden):
     torch.testing.assert_close(guided(fixture["x"], fixture["t"], y), mid + 1.4 * (v - mid), atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="needs the head of mid_depth"):
         LightningDiT(4, 7, 9, 32, 3, 2, internal_guidance=1.4)
+
+
+def sit(golden, **changes):
+    """SiT with the head of Internal Guidance: LightningDiT without its changes."""
+    name = "internal_guidance_sit_net"
+    config = golden(name).json["config"]
+    arguments = {NAMES.get(k, k): v for k, v in config.items() if k in ("input_size", "encoder_depth") or k in SAME}
+    network = LightningDiT(**arguments, swiglu=False, rope=False, rms=False, **changes).eval()
+    network.load_state_dict(golden(name).weights())
+    return network
+
+
+@torch.no_grad()
+def test_internal_guidance_of_sit(golden, tmp_path):
+    fixture, network = golden("internal_guidance_sit_net"), sit(golden)
+    y = labels(fixture, network)
+    v, mid = network.velocities(fixture["x"], network.embed_time(fixture["t"]) + network.embed_labels(y))
+    fixture.assert_close("output", v)
+    fixture.assert_close("output_mid", mid)
+    torch.save({"ema": fixture.weights(), "steps": 1}, tmp_path / "sit.pt")
+    read = FlowDenoiser(sit(golden, internal_guidance=1.4), str(tmp_path / "sit.pt"), "linear", "data_to_noise", 1)
+    torch.testing.assert_close(read.network(fixture["x"], fixture["t"], y), mid + 1.4 * (v - mid), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ig_cfg", "ig_alone"])
+def test_the_sde_under_internal_guidance(golden, name):
+    fixture = golden("internal_guidance_sit_sde")
+    run, records = fixture.json["hyperparameters"]["runs"][name], []
+    denoiser = FlowDenoiser(sit(golden, internal_guidance=run["ig_scale"]), time_direction="data_to_noise")
+    sampler = FlowSDE(run["num_steps"])
+    if run["cfg_scale"] > 1:
+        interval = Interval(flow_interval=[run["guidance_low"], run["guidance_high"]])
+        denoiser = Combination(denoiser, ClassifierFreeGuidance(run["cfg_scale"]), interval=interval)
+        assert interval.active(sampler.levels(denoiser))[::-1] == fixture[f"{name}.guided"].bool().tolist()
+    noise = iter([fixture[f"{name}.z"], *fixture[f"{name}.noise"]])
+    sampler(denoiser, lambda: next(noise).clone(), fixture[f"{name}.y"], None, [records.append])
+    tau = sampler.grid(denoiser)
+    for step, record in enumerate(records):
+        scale = np.hypot(tau[record.i], 1 - tau[record.i]) if record.i else 1.0
+        fixture.assert_close(f"{name}.x", record.x_next * scale, fixture[f"{name}.x"][step], step)
 
 
 @torch.no_grad()
@@ -186,6 +226,10 @@ def test_sampling_of_rae(golden, name):
 PUBLISHED = {
     "lightningdit_xl_1": (675_256_736, lambda: LightningDiT()),
     "internal_guidance_xl_1": (677_951_296, lambda: LightningDiT(mid_depth=8)),
+    "internal_guidance_sit_xl_2": (
+        677_786_144,
+        lambda: LightningDiT(32, 4, patch_size=2, swiglu=False, rope=False, rms=False, mid_depth=8),
+    ),
     "rae_ditdh_xl_256": (838_675_796, lambda: DiTDH()),
     "rae_decoder_vitxl": (415_352_704, lambda: RAEDecoder(None)),
     "rae_ditdh_s_256": (196_455_764, lambda: DiTDH(hidden_size=(384, 2048), depth=(12, 2), num_heads=(6, 16))),

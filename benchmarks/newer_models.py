@@ -1,0 +1,105 @@
+"""Operations and memory of the newer models at full width, and of ResNet-101 guiding them.
+
+    python benchmarks/newer_models.py
+
+Counted on the meta device, without weights: multiply and add each one, per image and evaluation. Guidance is the way through the
+decoder and the classifier, forward and backward to x̂0. Memory is that of the weights in float16, and of the activations of one
+guided image in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from calib_guidance.backend.counters import FlopCounter, PeakMemory
+from calib_guidance.denoisers import RAEDecoder, VAEDecoder
+from calib_guidance.weights.registry import CARDS, make_network
+
+SD = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "layers_per_block": 2}
+SD |= {"block_out_channels": [128, 256, 512, 512]}
+# VA-VAE's: 16 pixels to a latent's, 32 channels.
+VAVAE = {"down_block_types": ["DownEncoderBlock2D"] * 5, "layers_per_block": 2, "latent_channels": 32}
+VAVAE |= {
+    "up_block_types": ["AttnUpDecoderBlock2D", *["UpDecoderBlock2D"] * 4],
+    "block_out_channels": [128, 128, 256, 256, 512],
+}
+MODELS = {
+    "dit_xl_2_256": SD,
+    "sit_xl_2_256": SD,
+    "lightningdit_xl_1_256": VAVAE,
+    "rae_ditdh_xl_256": None,
+    "rae_ditdh_s_256": None,
+    "edm2_img64_s": {},
+    "edm2_img64_xl": {},
+    "edm2_img512_xs": SD,
+    "edm2_img512_s": SD,
+    "edm2_img512_xxl": SD,
+}
+
+
+def counted(function: nn.Module, *inputs: Tensor) -> float:
+    """Operations of a call, in 10⁹."""
+    with FlopCounter() as flops, sdpa_kernel(SDPBackend.MATH):
+        function(*inputs)
+    return flops.get_total_flops() / 1e9
+
+
+def decoder_of(name: str) -> nn.Module:
+    """From latents to images, or the identity."""
+    source = MODELS[name]
+    if source is None:
+        return RAEDecoder(None)
+    return VAEDecoder(source) if source else nn.Identity()
+
+
+def row(name: str) -> str:
+    """One line of the table."""
+    import torchvision
+
+    with torch.device("meta"):
+        network, decode = make_network(name, "float32").eval(), decoder_of(name).eval()
+        classifier = torchvision.models.resnet101().eval()
+        for part in (network, decode, classifier):
+            part.requires_grad_(False)
+        x = torch.zeros(1, network.in_channels, network.image_size, network.image_size)
+        t, y = torch.zeros(1), torch.zeros(1, dtype=torch.long)
+        emb = network.embed_time(t) + (0 if network.num_classes is None else network.embed_labels(y))
+        with torch.no_grad():
+            step = counted(network.decode, x, emb)
+            through = counted(decode, x)
+
+        def guide(x0: Tensor) -> None:
+            image = decode(x0.requires_grad_())
+            torch.autograd.grad(classifier(image).sum(), x0)
+
+        both = counted(guide, x)
+        with PeakMemory() as memory:
+            guide(x)
+    weights = sum(p.numel() for p in network.parameters())
+    numbers = (
+        f"{step:,.0f} | {through:,.0f} | {both:,.0f} | {both / (step + both):.2f} | {both / (2 * step + both):.2f}"
+    )
+    return f"| `{name}` | {2 * weights / 1e9:.2f} | {numbers} | {memory.peak / 1e9:.1f} |"
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=list(MODELS), help=f"of {', '.join(MODELS)}")
+    options = parser.parse_args()
+    if unknown := [name for name in options.names if name not in MODELS or name not in CARDS]:
+        parser.error(f"unknown {', '.join(unknown)}")
+    print(
+        "| model | weights, GB | an evaluation | decoder | guidance | of a guided step | with two evaluations | memory, GB |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for name in options.names:
+        print(row(name), flush=True)
+
+
+if __name__ == "__main__":
+    main()
