@@ -41,7 +41,7 @@ def modulate(x: Tensor, shift: Tensor | float, scale: Tensor) -> Tensor:
 class Rotary(nn.Module):
     """Rotary positions on a square grid: half of a head's channels turn with the row, the others with the column.
 
-    Neighbouring channels 2j and 2j + 1 are a pair, with the angle position·10000^(−2j/(head_dim/2)).
+    Neighboring channels 2j and 2j + 1 are a pair, with the angle position·10000^(−2j/(head_dim/2)).
     """
 
     def __init__(self, head_dim: int, grid: int):
