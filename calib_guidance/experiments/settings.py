@@ -14,6 +14,7 @@ from jsonargparse import Namespace
 
 from calib_guidance.cli.configs import find_configuration
 from calib_guidance.cli.lightning import subclasses_listed_once
+from calib_guidance.cli.parse_once import parts_parsed_once
 from calib_guidance.cli.parsed import without_network
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation.metrics import METRICS
@@ -177,7 +178,7 @@ def make_plan(path: Path) -> Plan:
     settings: list[Setting] = []
     numbers: dict[tuple[str, str], int] = {}
     resolver = Resolver()
-    with subclasses_listed_once(), without_network():
+    with subclasses_listed_once(), parts_parsed_once(), without_network():
         for (group, configs), (labels, row) in itertools.product((experiment.groups or {"": []}).items(), named):
             if row.groups is not None and group not in row.groups:
                 continue
