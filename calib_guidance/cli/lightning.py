@@ -42,6 +42,7 @@ from calib_guidance.callbacks.exact_resume import AtomicCheckpointIO, continue_l
 from calib_guidance.callbacks.reports import log_configuration
 from calib_guidance.cli.configs import expand_bases
 from calib_guidance.cli.help import plain_docstrings
+from calib_guidance.cli.parse_once import parts_parsed_once
 from calib_guidance.cli.trust import list_foreign
 from calib_guidance.errors import ConfigurationError, FailedSamplesError, closest
 from calib_guidance.tasks.retry import FaultTolerant
@@ -198,7 +199,7 @@ class CalibGuidanceCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: object) -> None:
         try:
-            with subclasses_listed_once():
+            with subclasses_listed_once(), parts_parsed_once():
                 super().parse_arguments(parser, args)
         except ArgumentError as error:
             if "Expected a dot import path string" in str(error) and "torchvision" not in sys.modules:
