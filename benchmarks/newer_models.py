@@ -21,12 +21,7 @@ from calib_guidance.weights.registry import CARDS, make_network
 
 SD = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "layers_per_block": 2}
 SD |= {"block_out_channels": [128, 256, 512, 512]}
-# VA-VAE's: 16 pixels to a latent's, 32 channels.
-VAVAE = {"down_block_types": ["DownEncoderBlock2D"] * 5, "layers_per_block": 2, "latent_channels": 32}
-VAVAE |= {
-    "up_block_types": ["AttnUpDecoderBlock2D", *["UpDecoderBlock2D"] * 4],
-    "block_out_channels": [128, 128, 256, 256, 512],
-}
+VAVAE = dict(CARDS["vavae_f16d32"].arguments)
 MODELS = {
     "dit_xl_2_256": SD,
     "sit_xl_2_256": SD,

@@ -18,6 +18,7 @@ from calib_guidance.denoisers import (
     EDM2Denoiser,
     EDMDenoiser,
     FlowDenoiser,
+    RAEDecoder,
     TinyDecoder,
     UnconditionalModel,
     VAEDecoder,
@@ -57,6 +58,8 @@ def load_pretrained(name: str, checkpoint: str | Path | None = None, **options: 
     card = registry.entry(name)
     if card.kind == "features":
         raise ValueError(f"{name} is for metrics alone: calib_guidance.evaluation.{card.used_by} takes it")
+    if card.kind == "statistics":
+        raise ValueError(f"{name} is not a model: {card.used_by} takes its file")
     weights = _weights(card, checkpoint)
     if card.kind in _BY_NAME:
         # Not of images, as some of EDM2's, nor of the latents of other autoencoders, which have to be stated.
@@ -64,7 +67,7 @@ def load_pretrained(name: str, checkpoint: str | Path | None = None, **options: 
             options["vae"] = _weights(registry.entry(_VAES[card.kind]), None)
         model = _BY_NAME[card.kind](name, weights, **options)
     elif card.kind == "vae":
-        model = (TinyDecoder if card.used_by == "TinyDecoder" else VAEDecoder)(weights, **options)
+        model = {"TinyDecoder": TinyDecoder, "RAEDecoder": RAEDecoder}.get(card.used_by, VAEDecoder)(weights, **options)
     else:
         of_kind = {"classifier": OffTheShelfClassifier, "clip": CLIPClassifier}[card.kind]
         model = of_kind(**{**card.arguments, **options, "weights": weights})

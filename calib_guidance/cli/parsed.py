@@ -173,5 +173,6 @@ def use_random_weights(option: Option) -> bool:
     if option.gives_architecture:
         known = entry is not None
         option.owner["network"] = entry and entry.name
-    option.owner[option.key] = copy.deepcopy(_RANDOM.get(option.key))
+    sizes = dict(entry.arguments) if option.key == "vae" and entry is not None else None
+    option.owner[option.key] = copy.deepcopy(sizes or _RANDOM.get(option.key))
     return known

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import calib_guidance
 from calib_guidance.backend.images import to_uint8
 from calib_guidance.classifiers import OffTheShelfClassifier
 from calib_guidance.denoisers import FlowDenoiser, RAEDecoder, VAEDecoder
@@ -12,6 +13,7 @@ from calib_guidance.diffusion.rng import SampleStreams
 from calib_guidance.guidance import ClassifierGuidance
 from calib_guidance.networks import DiT, DiTDH, LightningDiT
 from calib_guidance.samplers import FlowODE
+from calib_guidance.weights.cards import CARDS
 from calib_guidance.weights.io import CheckpointError
 from calib_guidance.weights.ldm_vae import latent_statistics, ldm_decoder
 
@@ -142,3 +144,19 @@ def test_lightningdit_by_its_file(golden, tmp_path):
     torch.save(state | {"pos_embed": state["pos_embed"] * torch.nan}, tmp_path / "nan.pt")
     with pytest.raises(CheckpointError, match="NaN"):
         FlowDenoiser(network, str(tmp_path / "nan.pt"), "linear", "noise_to_data", 1)
+
+
+def test_autoencoders_by_name(golden, tmp_path):
+    """Of the published files' names; those of VA-VAE's size count its parameters."""
+    fixture = golden("rae_latents")
+    torch.save(fixture.weights("weights.decoder."), tmp_path / "rae-decoder-256.pt")
+    decoder = calib_guidance.load_pretrained("rae_decoder_256", tmp_path / "rae-decoder-256.pt", num_heads=2)
+    assert isinstance(decoder, RAEDecoder)
+    torch.save(fixture.weights("weights.decoder."), tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"not a model: RAEDecoder \(statistics\) takes its file"):
+        calib_guidance.load_pretrained("rae_statistics_256", tmp_path / "other.pt")
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        vae = AutoencoderKL(**CARDS["vavae_f16d32"].arguments)
+    assert sum(p.numel() for p in vae.parameters()) == CARDS["vavae_f16d32"].parameters
