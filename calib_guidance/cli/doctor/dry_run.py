@@ -45,8 +45,8 @@ _KEPT += ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorit
 
 def _networks(module: L.LightningModule) -> dict[str, nn.Module]:
     """Networks by name, with the denoiser that an input transform hides from its module."""
-    frozen = getattr(getattr(module, "input_transform", None), "frozen", None)
-    return dict(module.named_children()) | ({} if frozen is None else {"input_transform.denoiser": frozen.module})
+    hidden = getattr(getattr(module, "input_transform", None), "denoiser", None)
+    return dict(module.named_children()) | ({} if hidden is None else {"input_transform.denoiser": hidden})
 
 
 def _random_image(shape: tuple[int, ...]) -> dict[str, Any]:
