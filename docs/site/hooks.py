@@ -60,7 +60,7 @@ def with_links(text: str, source: str, page: str) -> str:
             label = f"[{re.search('^# (.*)', (ROOT / target).read_text(), re.MULTILINE)[1]}]"
         return f"{label}({posixpath.relpath(_on_site(target), posixpath.dirname(page) or '.')}{match[3] or ''})"
 
-    text = re.sub(r"\[(\d)\](?=\s+\[)", r"\\[\1\\]", text)  # [2] [arXiv …](…) must not become a reference
+    text = re.sub(r"\[(\d+)\](?=\s+\[)", r"\\[\1\\]", text)  # [2] [arXiv …](…) must not become a reference
     blocks = re.split(r"(^```.*?^```)", text, flags=re.MULTILINE | re.DOTALL)
     return "".join(block if block.startswith("```") else _LINK.sub(moved, block) for block in blocks)
 
