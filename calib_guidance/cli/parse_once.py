@@ -40,7 +40,7 @@ def _copy(node: Any) -> Any:
 def parts_parsed_once() -> Iterator[None]:
     """While configurations are read, remembers what became of each class with its arguments.
 
-    jsonargparse parses a part again at every level around it, and for each of the settings of an experiment, most of which differ
+    jsonargparse parses a part again at every level around it, and for each of the settings of an experiment, which mostly differ
     in one option.
     """
     original, known = _typehints.adapt_class_type, {}
