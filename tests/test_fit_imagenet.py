@@ -1,5 +1,6 @@
 """Every ImageNet configuration of ``fit``, at full architecture, on a generated image folder."""
 
+import gc
 import itertools
 import json
 
@@ -44,6 +45,13 @@ CASES = [
     ),
     *({"fit": name} for name in sorted(p.stem for p in FIT.glob("imagenet*.yaml") if "resnet" not in p.stem)),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _memory_is_given_back():
+    """That of a trained network, most of a GB, which refers to itself."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module")
