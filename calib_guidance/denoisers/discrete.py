@@ -1,5 +1,6 @@
 """Denoisers around one network, and those of ADM / guided-diffusion among them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ class NetworkDenoiser(Denoiser):
     """
 
     kind: str
+    network: Any  # a UNet, a DiT or an EDM network
+    _decode: Callable[..., Tensor]
 
     def __init__(
         self,
@@ -42,16 +45,16 @@ class NetworkDenoiser(Denoiser):
         dtype: Dtype | None = None,
     ):
         super().__init__()
-        network, self.settings, self.provenance = load_network(network, self.kind, checkpoint, dtype, **stated)
-        size = network.image_size if image_size is None else image_size
-        self.image_shape = (network.in_channels, size, size)
-        network.check_image(self.image_shape)
-        if network.out_channels not in (network.in_channels, 2 * network.in_channels):
-            raise ValueError(f"out_channels must be in_channels or, with variance, twice; got {network.out_channels}")
-        self.network, self.is_compiled = network, compile
-        self.has_learned_variance = network.out_channels == 2 * network.in_channels
-        self.num_classes = network.num_classes if class_conditional else None
-        self._decode = Compiled(network.decode) if compile else network.decode
+        built, self.settings, self.provenance = load_network(network, self.kind, checkpoint, dtype, **stated)
+        size = built.image_size if image_size is None else image_size
+        self.image_shape = (built.in_channels, size, size)
+        built.check_image(self.image_shape)
+        if built.out_channels not in (built.in_channels, 2 * built.in_channels):
+            raise ValueError(f"out_channels must be in_channels or, with variance, twice; got {built.out_channels}")
+        self.network, self.is_compiled = built, compile
+        self.has_learned_variance = built.out_channels == 2 * built.in_channels
+        self.num_classes = built.num_classes if class_conditional else None
+        self._decode = Compiled(built.decode) if compile else built.decode
 
 
 class DiscreteDenoiser(NetworkDenoiser):

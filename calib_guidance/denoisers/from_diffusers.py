@@ -8,7 +8,7 @@ from calib_guidance.denoisers.module import ModuleDenoiser
 from calib_guidance.errors import check_choice
 from calib_guidance.weights.diffusers_folder import load_model, scheduler_config
 
-_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
+_PREDICTIONS: dict[str, Any] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
 
 
 class _Sample(nn.Module):
@@ -46,28 +46,29 @@ class DiffusersDenoiser(ModuleDenoiser):
         null_label: int | None = None,
         **options: Any,
     ):
-        from diffusers import DDPMScheduler  # seconds to import
+        from diffusers.schedulers.scheduling_ddpm import DDPMScheduler  # seconds to import
 
         if scheduler is None:
             if not isinstance(model, str):
                 raise ValueError("a model without a pipeline's folder needs scheduler, such as DDPMScheduler(...)")
             scheduler = scheduler_config(model)
         config = dict(getattr(scheduler, "config", scheduler))
-        model = load_model(model, "UNet2DModel", "unet") if isinstance(model, str) else model
-        size = model.config.sample_size
+        unet: Any = load_model(model, "UNet2DModel", "unet") if isinstance(model, str) else model
+        size = unet.config.sample_size
         if size is None:
             raise ValueError("the model's configuration has no sample_size: set it to the side of its images in pixels")
         height, width = (size, size) if isinstance(size, int) else size
-        channels = model.config.in_channels
+        channels = unet.config.in_channels
+        schedule: Any = DDPMScheduler.from_config(config)
         predicted = config.get("prediction_type", "epsilon")
         check_choice("prediction_type", predicted, _PREDICTIONS)
         super().__init__(
-            _Sample(model),
+            _Sample(unet),
             (channels, height, width),
-            noise_schedule=DDPMScheduler.from_config(config).betas.double().tolist(),
+            noise_schedule=schedule.betas.double().tolist(),
             prediction=_PREDICTIONS[predicted],
-            num_classes=model.config.num_class_embeds,
+            num_classes=unet.config.num_class_embeds,
             null_label=null_label,
-            learned_variance=model.config.out_channels == 2 * channels,
+            learned_variance=unet.config.out_channels == 2 * channels,
             **options,
         )

@@ -51,7 +51,8 @@ class ModuleDenoiser(Denoiser):
         self.schedule = NoiseSchedule(named_betas(noise_schedule, num_steps) if named else np.asarray(noise_schedule))
         x0_coefficients(prediction, self.schedule.alphas_cumprod)  # checks the name
         self.prediction = prediction
-        self.image_shape, self.num_classes, self.null_label = tuple(image_shape), num_classes, null_label
+        channels, height, width = image_shape
+        self.image_shape, self.num_classes, self.null_label = (channels, height, width), num_classes, null_label
         self.has_learned_variance, self.clip, self.is_compiled = learned_variance, clip, compile
         self.network = network.eval().requires_grad_(False)
         if dtype is not None:

@@ -20,6 +20,8 @@ class RemapClasses(DenoiserWrapper):
         classes: the denoiser's class of each label; one may stand for several labels.
     """
 
+    classes: Tensor
+
     def __init__(self, denoiser: Denoiser, classes: Sequence[int]):
         super().__init__(denoiser)
         if denoiser.num_classes is None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from calib_guidance.denoisers.base import Denoiser, Predict, Prediction
 from calib_guidance.diffusion.schedules import NoiseLevels
+from calib_guidance.guidance.schedules import GuidanceSchedule
 
 
 class Aux(NamedTuple):
@@ -29,6 +30,11 @@ class Guided(NamedTuple):
     score: Tensor | None = None  # (N, C, H, W) s·∇S in units of ∇log p
     aux: Aux = Aux()  # for observers
     move: Tensor | None = None  # (N, C, H, W) what the loop adds to x' = √ᾱ'·x0 + √(1−ᾱ')·ε of the step
+
+    def predicted(self) -> Prediction:
+        """The prediction, where guidance is not applied to the sample."""
+        assert self.prediction is not None
+        return self.prediction
 
 
 class Plan(NamedTuple):
@@ -57,6 +63,8 @@ class Guidance(nn.Module, ABC):
     every step.
     """
 
+    apply_to: str  # of parts: what the gradient is added to
+    schedule: GuidanceSchedule  # of parts with a sine factor
     group_size: int = 1  # number of consecutive samples that guidance looks at together
 
     @abstractmethod

@@ -146,10 +146,9 @@ class ClassifierGuidance(Guidance):
                 image = decode(image) if self.classifier_input == "x0" else image
                 logits = self.classifier(image.to(dtype or image.dtype), t[i])
                 gradient = input_gradient(lambda f: self.score(f, y, fractions[i]), logits, source)
-            gradient = self.stabilizer(gradient, source.detach(), state)
-            aux = Aux(logits.detach(), gradient.to(x_t.dtype))
+            gradient = self.stabilizer(gradient, source.detach(), state).to(x_t.dtype)
             prediction = prediction and prediction.detach()
-            return self._guided(prediction, aux, float(plan.sine[i]))
+            return self._guided(prediction, gradient, Aux(logits.detach(), gradient), float(plan.sine[i]))
 
         return guide
 
@@ -165,7 +164,7 @@ class ClassifierGuidance(Guidance):
         if self.classifier_input == "x0" or self.apply_to != "sample":
             with torch.no_grad():
                 prediction = predict(x_t, i)
-        if self.classifier_input == "x0":
+        if self.classifier_input == "x0" and prediction is not None:
             seen = self._seen(prediction)
         elif self.classifier_input == "x_t":
             seen = x_t
@@ -180,12 +179,12 @@ class ClassifierGuidance(Guidance):
         x0 = getattr(prediction, _SEEN[self.classifier_prediction])
         return prediction.x0 if x0 is None else x0
 
-    def _guided(self, prediction: Prediction | None, aux: Aux, sine: float) -> Guided:
-        if self.apply_to != "cfg_residual":
-            return Guided(None if self.apply_to == "sample" else prediction, self.scale * aux.gradient, aux)
+    def _guided(self, prediction: Prediction | None, gradient: Tensor, aux: Aux, sine: float) -> Guided:
+        if self.apply_to != "cfg_residual" or prediction is None:
+            return Guided(None if self.apply_to == "sample" else prediction, self.scale * gradient, aux)
         if prediction.residual is None:  # classifier-free guidance is off here
             return Guided(prediction, aux=aux)
-        shift = self.scale * (1 + sine) * match_norm(aux.gradient, prediction.residual)
+        shift = self.scale * (1 + sine) * match_norm(gradient, prediction.residual)
         return Guided(prediction.shifted(shift), aux=aux)
 
 
@@ -217,8 +216,8 @@ class SwitchedGuidance(Guidance):
 
     def plan(self, levels: NoiseLevels) -> Plan:
         early, late, is_early = self.early.plan(levels), self.late.plan(levels), self.is_early(levels)
-        by_level = (np.where(is_early, e, n) for e, n in zip(early[:4], late[:4], strict=True))
-        return Plan(*by_level, early.moves_sample or late.moves_sample)
+        active, scale, sine, at_x0 = (np.where(is_early, e, n) for e, n in zip(early[:4], late[:4], strict=True))
+        return Plan(active, scale, sine, at_x0, early.moves_sample or late.moves_sample)
 
     def prepare(self, levels: NoiseLevels, y: Tensor, decode: Decode = identity) -> Guide:
         early, late = (part.prepare(levels, y, decode) for part in (self.early, self.late))

@@ -1,7 +1,7 @@
 """Training-free guidance, TFG (Ye et al. 2024, arXiv 2409.15761)."""
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -91,7 +91,8 @@ class TrainingFreeGuidance(Guidance):
         to_x, to_x0 = np.sqrt(before / levels.alphas_cumprod).tolist(), np.sqrt(before).tolist()
         t = torch.tensor(np.rint(levels.times), device=y.device).long()[:, None].expand(-1, len(y) * self.samples)
         fractions = (levels.times / (levels.num_train_steps - 1)).tolist()
-        many, state = y.repeat(self.samples), {"calls": 0}
+        many = y.repeat(self.samples)
+        state: dict[str, Any] = {"calls": 0}
         decode = self.decoder or decode
 
         def smoothed(z: Tensor, noise: Tensor | None, i: int) -> tuple[Tensor, Tensor]:
@@ -109,13 +110,13 @@ class TrainingFreeGuidance(Guidance):
                 return Guided(predict(x_t, i))
             rho, mu, sigma = strengths[i]
             noise = sigma * self.draw(state["numbers"], state["calls"], x_t) if sigma else None
-            x, move = x_t.detach().requires_grad_(bool(rho)), 0.0
+            x, move, aux = x_t.detach().requires_grad_(bool(rho)), 0.0, Aux()
             with torch.set_grad_enabled(bool(rho)):
                 prediction = predict(x, i)
                 if rho:
                     f, logits = smoothed(prediction.x0, noise, i)
                     (gradient,) = torch.autograd.grad(f.sum(), x)
-                    move = rho * to_x[i] * gradient
+                    move, aux = rho * to_x[i] * gradient, Aux(logits.detach(), gradient)
             prediction = prediction.detach()
             z = prediction.x0
             for _ in range(self.iterations if mu else 0):
@@ -123,9 +124,9 @@ class TrainingFreeGuidance(Guidance):
                     z = z.detach().requires_grad_()
                     f, logits = smoothed(z, noise, i)
                     (gradient,) = torch.autograd.grad(f.sum(), z)
-                z = z.detach() + mu * gradient
+                z, aux = z.detach() + mu * gradient, Aux(logits.detach(), gradient)
             move = move + to_x0[i] * (z - prediction.x0)
-            return Guided(prediction, aux=Aux(logits.detach(), gradient), move=move)
+            return Guided(prediction, aux=aux, move=move)
 
         return guide
 

@@ -67,7 +67,7 @@ class DDPM(Sampler):
 
     def step(self, x: Tensor, i: int, evaluate: Evaluate, c: SimpleNamespace) -> Transition:
         guided = evaluate(x, i)
-        prediction, score = guided.prediction, guided.score
+        prediction, score = guided.predicted(), guided.score
         mean = torch.addcmul(c.from_x[i] * x, c.from_x0[i], prediction.x0)
         if prediction.variance is not None and self.variance in ("auto", "learned_range"):
             log_variance = torch.addcmul(c.small[i], prediction.variance, c.span[i])

@@ -55,7 +55,7 @@ class UniPC(Multistep):
         return super().coefficients(levels) | {"from_before": from_before, "from_after": from_after}
 
     def step(self, x: Tensor, i: int, evaluate: Evaluate, c: SimpleNamespace) -> Transition:
-        x0, last, difference = evaluate(x, i).prediction.x0, c.state.get("x0"), c.state.get("difference")
+        x0, last, difference = evaluate(x, i).predicted().x0, c.state.get("x0"), c.state.get("difference")
         if last is not None:
             k, here = i + 1, on_own_path(x0, i, evaluate, c)
             d = last if difference is None else last + c.from_before[k] * difference

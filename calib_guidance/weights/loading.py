@@ -19,7 +19,7 @@ _DEFAULTS |= {"path": "linear", "time_direction": "data_to_noise", "time_scale":
 
 def load_network(
     network: nn.Module | str | None, kind: str, checkpoint: str | None, dtype: str | None, **stated: Any
-) -> tuple[nn.Module, dict[str, Any], dict[str, object]]:
+) -> tuple[Any, dict[str, Any], dict[str, object]]:
     """The network of a diffusion model's configuration.
 
     Args:

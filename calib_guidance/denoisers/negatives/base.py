@@ -38,8 +38,8 @@ class Negative(nn.Module, ABC):
 
 def halves(prediction: Prediction) -> Pair:
     """The two predictions of a doubled batch."""
-    values = ((None, None) if value is None else value.chunk(2) for value in prediction)
-    return tuple(Prediction(*half) for half in zip(*values, strict=True))
+    first, second = zip(*((None, None) if value is None else value.chunk(2) for value in prediction), strict=True)
+    return Prediction(*first), Prediction(*second)
 
 
 def doubled(predict: Predict) -> PredictPair:

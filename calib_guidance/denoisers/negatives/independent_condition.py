@@ -19,7 +19,7 @@ class IndependentCondition(RandomNegative):
     needs_labels = True
 
     def pairs(self, denoiser: Denoiser, levels: NoiseLevels, y: Tensor, x: Tensor) -> list[PredictPair]:
-        labels = (KeyedNumbers(x).uniform(len(levels.times)) * denoiser.num_classes).long()
+        labels = (KeyedNumbers(x).uniform(len(levels.times)) * (denoiser.num_classes or 0)).long()
         labels = torch.where(y[:, None] < 0, -1, labels)
         pairs = [doubled(denoiser.prepare(levels.select([k]), torch.cat([y, own]))) for k, own in enumerate(labels.T)]
         return [lambda x_t, i, pair=pair: pair(x_t, 0) for pair in pairs]

@@ -43,8 +43,8 @@ class SlidingWindows(Negative):
         channels, height, width = denoiser.image_shape
         self.corners(height), self.corners(width)
         for module in denoiser.modules():
-            if hasattr(module, "check_image"):
-                module.check_image((channels, self.size, self.size))
+            if callable(check := getattr(module, "check_image", None)):
+                check((channels, self.size, self.size))
 
     def nfe(self, denoiser: Denoiser) -> int:
         return (1 + self.per_side**2) * denoiser.nfe

@@ -22,6 +22,8 @@ class SmoothedAttention(AttentionNegative):
         blur: b in tokens; None is infinite, all positions attend alike.
     """
 
+    weights: Tensor
+
     def __init__(self, layers: Sequence[str], blur: float | None = None):
         super().__init__(layers)
         check_numbers(above=0, null="an infinite one", blur=blur)

@@ -52,7 +52,8 @@ class ConvertedRule(Rule):
         super().__init__()
         check_numbers(weight=weight)
         check_choice("representation", representation, get_args(Representation))
-        self.weight, self.representation = weight, representation
+        self.weight = weight
+        self.representation: Representation = representation
 
     @abstractmethod
     def combine(self, cond: Tensor, uncond: Tensor, state: dict[str, Tensor]) -> Tensor:

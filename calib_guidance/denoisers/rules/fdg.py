@@ -21,6 +21,8 @@ class FDG(Rule):
             ``[10, 5]`` for Stable Diffusion XL.
     """
 
+    kernel: Tensor
+
     def __init__(self, weights: Sequence[float] = (10.0, 5.0)):
         super().__init__()
         if len(weights) < 2:
