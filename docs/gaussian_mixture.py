@@ -319,27 +319,29 @@ def report(
     paragraphs = [
         "# What guidance does to a known density",
         f"An unconditional model of {len(MEANS)} overlapping Gaussians in two dimensions is guided to class y = {Y} with "
-        "scale 1. Denoiser and classifier are closed forms and nothing is trained. So a difference between the samples and "
-        "the exact density of the class, p(x | y), is the method's own, up to the discretization that the second row shows. "
-        f"Each row is {n} samples of DDPM with {STEPS} steps, all from the same noise; where its name says nothing else, the "
-        f"classifier of clean samples sees x̂₀, τ₁ = τ₂ = 1, and ε = 0.1, a target q of {number(own, 3)} for the class. The "
-        "weights in the picture are larger than those of arXiv 2511.05844 (α = 0.05 … 0.15, t = −0.2), which makes their effect "
-        "visible; the last rows of the table are of that size. `python docs/gaussian_mixture.py` writes this page, the "
-        "sentences about its numbers too.",
+        "scale 1. Denoiser and classifier are closed forms and nothing is trained. A difference between the samples "
+        "and p(x | y), the exact density of the class, comes from the method alone, up to the discretization error in "
+        "the second row. "
+        f"Each row is {n} samples of DDPM with {STEPS} steps, all from the same noise. Unless its name says otherwise, "
+        f"the classifier of clean samples sees x̂₀, τ₁ = τ₂ = 1, and ε = 0.9, a target q of {number(own, 3)} for the "
+        f"class. The weights in the picture are larger than those of arXiv 2511.05844 (α = 0.05 … 0.15, t = −0.2), "
+        f"which makes their effect visible. The last rows of the table use weights of that size. `python "
+        f"docs/gaussian_mixture.py` writes this page and the sentences about its numbers.",
         "![Samples and densities of each method](images/gaussian_mixture.png)",
-        "The nominal target is p(x)·exp S(x) of clean samples. The first two columns are energy distances, unbiased and so "
-        f"sometimes below 0. Two exact sets of this size are {number(float(floor.mean()))} ± {number(float(floor.std()))} apart "
-        f"(mean and deviation of {len(floor)} pairs); {number(bound)}, five deviations above that, counts as a difference. "
-        f"Of p(x | y) itself the fraction is {number(share, 3)}, since the classes overlap.",
+        "The nominal target is p(x)·exp S(x) of clean samples. The first two columns are energy distances; their "
+        f"estimate is unbiased, so values below 0 occur. Two exact sets of this size are {number(float(floor.mean()))} "
+        f"± {number(float(floor.std()))} apart "
+        f"(mean and deviation of {len(floor)} pairs); {number(bound)}, five deviations above that, counts as a "
+        f"difference. Under p(x | y) itself the fraction is {number(share, 3)}, since the classes overlap.",
         table(ddpm),
         "\n".join(f"- {finding}" for finding in findings),
         "![Joint and conditional direction](images/direction_field.png)",
-        "Arrows of length ∝ √|∇|; those of the second color lead away from μ of the class. Black: p(x | y), 50 and 90 % of its "
-        "mass; gray: half of each other class.",
-        f"The same with DDIM, {STEPS} steps. Its path is deterministic: what guidance adds at high noise stays in the sample, "
-        "where the noise of DDPM's later steps can wash it out.",
+        "Arrows of length ∝ √|∇|; arrows in the second color lead away from μ of the class. Black contours hold 50 and "
+        "90 % of p(x | y), gray ones half of each other class.",
+        f"The same with DDIM, {STEPS} steps. Its path is deterministic: what guidance adds at high noise stays in the "
+        f"sample. In DDPM the noise of later steps can remove it.",
         table(ddim),
-        f"Off p(x | y) by a difference: {', '.join(far) or 'none'}.",
+        f"Different from p(x | y): {', '.join(far) or 'none'}.",
     ]
     return "\n\n".join(paragraphs) + "\n"
 

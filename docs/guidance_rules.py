@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 import gaussian_mixture as page
 import matplotlib.pyplot as plt
 import torch
-from gaussian_mixture import BLACK, BLUE, VERMILLION, Y
+from gaussian_mixture import BLACK, BLUE, VERMILION, Y
 from matplotlib.lines import Line2D
 from torch import Tensor
 
@@ -131,13 +131,13 @@ def draw_plot(rows: dict[Setting, list[tuple[Tensor, page.Measured]]], path: Pat
         axis.scatter(*x.flatten(1)[:1000].T, s=2.5, color=BLUE, alpha=0.45, lw=0, rasterized=True)
         page.contours(axis, own, colors=BLACK, linewidths=0.9)
         if setting.weight is not None:
-            page.contours(axis, tempered(setting.weight), colors=VERMILLION, linewidths=1.1, linestyles="--")
+            page.contours(axis, tempered(setting.weight), colors=VERMILION, linewidths=1.1, linestyles="--")
         title = setting.name.replace(", ", ",\n", 1)
         page.frame(axis, CONDITIONAL, title)
         axis.text(0.03, 0.03, f"{max(measured.energy, 0):.3f}", transform=axis.transAxes, fontsize=7.5)
     entries = [
         (Line2D([], [], color=BLACK, lw=0.9), "p(x | y): 50, 90 % of mass"),
-        (Line2D([], [], color=VERMILLION, lw=1.1, ls="--"), "p(x)·p(y | x)^w, w = 2"),
+        (Line2D([], [], color=VERMILION, lw=1.1, ls="--"), "p(x)·p(y | x)^w, w = 2"),
         (Line2D([], [], color="0.72", lw=0.8), "other classes: 50 % of mass"),
         (Line2D([], [], color=BLUE, marker="o", ms=3, ls=""), "samples, DDIM"),
         (Line2D([], [], ls=""), "lower left: energy distance to p(x | y)"),

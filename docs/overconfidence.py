@@ -369,39 +369,42 @@ def report(runs: Runs, exact: Measured, mixture: GaussianMixture) -> str:
     tuned = [mean(objective.name, long) for objective in OBJECTIVES]
     strongest = {key: found for key, found in runs.items() if key[1] == max(MEMORIZING)}
     findings = [
-        "**Over-confidence silences the guidance to the class that the classifier believes in, and only that.** There the "
-        f"early norm is {norm(START, 0, LIKELY)} where the exact posterior's is {early(exact.norms[LIKELY]):.2f}; to the other "
+        "**Over-confidence weakens guidance to the class that the classifier predicts, and only to that class.** There "
+        f"the early norm is {norm(START, 0, LIKELY)} where the exact posterior's is {early(exact.norms[LIKELY]):.2f}; "
+        "to the other "
         f"class it is {norm(START, 0, OTHER)} where {early(exact.norms[OTHER]):.2f} would be right. With two classes "
         "∇log p(y | x) = (1 − p(y | x))·∇(f_y − f_other), so at one point the norms to both classes add up to that of the "
         "logits' difference, whatever the confidence: steep logits cannot lower both.",
-        f"**Calibration brings both near the exact ones.** After {long} steps the ECE is between {min(tuned)} and {max(tuned)} "
+        f"**Calibration brings both norms near the exact ones.** After {long} steps the ECE is between {min(tuned)} and "
+        f"{max(tuned)} "
         f"instead of {mean(START, 0)}, whatever the objective; the early norms with cross-entropy are "
         f"{norm(plain, long, LIKELY)} and {norm(plain, long, OTHER)}. The norm to the likelier class rises in "
         f"{up(LIKELY, strongest)} pairs of before and after, that to the other class in {up(OTHER, strongest)}. "
         f"With the weaker over-confidence of fewer steps of memorizing "
         f"included it is {up(LIKELY, runs)} and {up(OTHER, runs)}, and the fall of the ECE correlates with the log of the "
         f"norm's ratio, r = {r(LIKELY)} and {r(OTHER)} (lower right). The ECE is a mean over all samples and the early norm "
-        "depends on one place, the mean of the samples; so one does not determine the other.",
-        "**Cross-entropy alone does it.** It is a proper scoring rule: on fresh samples its least value is at p(y | x) itself, "
-        f"which leaves nothing for a calibration term to correct. After {long} steps the ECE is {mean(plain, long)} with it and "
+        "depends on one place, the mean of the samples; so neither determines the other.",
+        "**Cross-entropy alone is enough.** It is a proper scoring rule: on fresh samples its minimum is at p(y | x) "
+        f"itself, so a calibration term has nothing left to correct. After {long} steps the ECE is {mean(plain, long)} "
+        "with it and "
         f"{mean(binned, long)} with binned Smooth ECE beside it, which is lower in {lower(binned, long, hardest)} seeds.",
-        f"**Where cross-entropy has not arrived,** after {short} steps, the ECE is {mean(binned, short)} with binned Smooth ECE "
+        f"**Before cross-entropy has converged,** after {short} steps, the ECE is {mean(binned, short)} with binned Smooth ECE "
         f"against {mean(plain, short)}, lower in {lower(binned, short, hardest)} seeds, at an accuracy of "
         f"{mean(binned, short, 'accuracy')} against {mean(plain, short, 'accuracy')}.",
         f"**Smooth ECE per sample with β = 0.01** takes the ECE to {mean(sharp, long)}, lower than cross-entropy alone in "
-        f"{lower(sharp, long, hardest)} seeds. Its least value is not at the accuracy (below): beside cross-entropy with λ = 1 "
-        f"it makes a classifier that reaches it over-confident by {expected_excess(mixture, OBJECTIVES[1]):.3f} on these "
+        f"{lower(sharp, long, hardest)} seeds. Its minimum is not at the accuracy (see below): with cross-entropy and λ "
+        f"= 1, a classifier at the minimum is over-confident by {expected_excess(mixture, OBJECTIVES[1]):.3f} on these "
         f"samples. With β = 1 and λ = 5 the ECE is {mean(wide, long)}.",
         f"**The integral ECE measures something else.** It goes from {integral[START, 0]:.3f} to {integral[plain, long]:.3f} "
-        f"with cross-entropy, and the exact posterior's is {float(exact.ece_t.mean()):.3f}: it compares confidence with the "
-        "class that is being sampled, and a classifier that pulls hard soon finds what it has put there. The lowest is not the "
-        "best calibrated.",
+        f"with cross-entropy, and the exact posterior's is {float(exact.ece_t.mean()):.3f}: it compares confidence with "
+        f"the class that is being sampled, and strong guidance soon makes that class likely. The lowest value does not "
+        f"mean the best calibration.",
     ]
     paragraphs = [
         "# What over-confidence does to the guidance gradient",
-        "A check that arXiv 2511.05844 leaves open: on a task with two classes, make a classifier over-confident on purpose, "
-        "fine-tune it with Smooth ECE, and see whether guidance changes with the ECE, with no part in it for a diffusion model's "
-        "own errors. Here the diffusion model is a closed form, and so is the posterior that the classifier should have.",
+        "Does guidance change with the ECE? arXiv 2511.05844 leaves this check open. On a task with two classes, a "
+        "classifier is made over-confident on purpose and fine-tuned with Smooth ECE. The diffusion model and the "
+        "exact posterior are closed forms, so errors of a diffusion model play no role.",
         f"Two normal classes in {DIMENSIONS} dimensions, two standard deviations apart, with {WEIGHTS[LIKELY]:.0%} and "
         f"{WEIGHTS[OTHER]:.0%} of the samples; the exact posterior is right for {exact.accuracy:.0%}. A small network (SiLU, two "
         f"hidden layers) is trained on {FEW} samples for {max(MEMORIZING)} steps, until it has memorized them, and fine-tuned "

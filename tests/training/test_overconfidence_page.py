@@ -82,3 +82,4 @@ def test_page_and_plots_are_written(page, exact, runs, tmp_path):
     assert set(re.findall(r"images/(\w+\.png)", text)) == {path.name for path in tmp_path.iterdir()}
     assert "nan" not in text
     assert (ROOT / "docs" / "overconfidence.md").read_text().splitlines()[0] == text.splitlines()[0]
+    assert "{" not in text
