@@ -34,7 +34,7 @@ class Interrupt(L.Callback):
 
 
 class KillRank(L.Callback):
-    """SIGKILL to one rank before a batch of sampling; not to one that torchrun has started anew."""
+    """SIGKILL to one rank before a batch of sampling; not to one that torchrun has started again."""
 
     def __init__(self, rank: int, batch: int):
         self.rank, self.batch = rank, batch

@@ -225,8 +225,8 @@ class TestRefusals:
         assert "set trainer.inference_mode to false" in refuse(capsys, out, "--trainer.inference_mode=true")
 
     def test_an_unknown_option_of_a_callback(self, out, capsys):
-        report = '--trainer.callbacks=[{"class_path": "RunReport", "init_args": {"figures": false}}]'
-        assert "RunReport has no option 'figures'; it has: plots" in refuse(capsys, out, report)
+        report = '--trainer.callbacks=[{"class_path": "RunReport", "init_args": {"pictures": false}}]'
+        assert "RunReport has no option 'pictures'; it has: plots" in refuse(capsys, out, report)
 
     def test_a_checkpoint_path(self, out, capsys):
         assert "predict takes no --ckpt_path" in refuse(capsys, out, "--ckpt_path=some.ckpt")

@@ -29,7 +29,7 @@ def part(name, **arguments):
 def weights(tmp_path_factory):
     torch.manual_seed(0)
     model = open_clip.CLIP(**ARCHITECTURE)
-    for parameter in model.parameters():  # as initialised, embeddings of all images are much alike
+    for parameter in model.parameters():  # as initialized, embeddings of all images are much alike
         parameter.data += 0.1 * torch.randn_like(parameter)
     path = tmp_path_factory.mktemp("weights") / "clip.safetensors"
     save_file(model.state_dict(), path)

@@ -93,7 +93,7 @@ def test_copies_and_files_hold_the_plain_weights():
     assert list(conv.state_dict()) == ["weight", "bias"]
 
 
-def test_weights_that_change_are_packed_anew():
+def test_weights_that_change_are_packed_again():
     conv, other = PackedConv2d.of(frozen(8, 12, 3)), frozen(8, 12, 3)
     x = torch.randn(2, 8, 9, 9)
     conv(x)
@@ -103,7 +103,7 @@ def test_weights_that_change_are_packed_anew():
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_another_number_format_and_back_is_packed_anew():
+def test_another_number_format_and_back_is_packed_again():
     conv = PackedConv2d.of(frozen(8, 12, 3))
     x = torch.randn(2, 8, 9, 9)
     conv(x)

@@ -114,18 +114,20 @@ def test_several_sets_give_mean_and_deviation(sets, tmp_path, capsys):
     (samples, reference), _ = sets
     other = write(tmp_path / "samples", "class folders", *pictures(120, seed=5))
     evaluate(samples, other, "--reference", reference, *PROJECTION, "--metrics=fid,pr", "--output", tmp_path / "out")
-    whole = metrics(tmp_path / "out")
+    complete = metrics(tmp_path / "out")
     names = [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()]
-    assert sorted(names) == sorted(whole["runs"])
+    assert sorted(names) == sorted(complete["runs"])
     assert all(name.endswith("samples-images") for name in names)
     runs = [metrics(tmp_path / "out" / name) for name in names]
     for key in ("fd", "precision", "recall"):
         values = [run[key] for run in runs]
-        assert whole[key] == pytest.approx(np.mean(values))
-        assert whole["uncertainty"][key]["std"] == pytest.approx(np.std(values, ddof=1))
-        assert whole["uncertainty"][key]["of"] == "2 runs"
-        sd = whole["uncertainty"][key]["std"]
-        assert f"{whole[key]:.3f} ± {sd:.3f}" in capsys.readouterr().out if key == "recall" else values[0] != values[1]
+        assert complete[key] == pytest.approx(np.mean(values))
+        assert complete["uncertainty"][key]["std"] == pytest.approx(np.std(values, ddof=1))
+        assert complete["uncertainty"][key]["of"] == "2 runs"
+        std = complete["uncertainty"][key]["std"]
+        assert (
+            f"{complete[key]:.3f} ± {std:.3f}" in capsys.readouterr().out if key == "recall" else values[0] != values[1]
+        )
 
 
 def test_statistics_of_others_measure_what_they_can(sets, tmp_path):
@@ -179,7 +181,7 @@ def test_inception_gives_torch_fidelitys_figures_from_files_on(tmp_path):
         torch.save({}, tmp_path / "inception.pth")
         network.__init__("inception-v3-compat", ["2048"], feature_extractor_weights_path=tmp_path / "inception.pth")
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):  # as initialised, what comes out at the end is 1e-8
+        if isinstance(module, nn.Conv2d):  # as initialized, what comes out at the end is 1e-8
             nn.init.kaiming_normal_(module.weight)
     network.fc.weight.data *= 0.3 / network.fc.weight.std()
     torch.save(network.state_dict(), tmp_path / "inception.pth")
@@ -199,7 +201,7 @@ def test_inception_gives_torch_fidelitys_figures_from_files_on(tmp_path):
         "cache_root": str(tmp_path / "cache"),
     }
     named = [{"path": str(path), "name": path.parent.name} for path in (samples, reference)]
-    kid = {"kid": True, "kid_subsets": 100, "kid_subset_size": 5}  # of which it draws those of the first set first
+    kid = {"kid": True, "kid_subsets": 100, "kid_subset_size": 5}  # it draws those of the first set first
     expected = {}
     for (first, second), asked in ((named, {"fid": True, "isc": True, "prc": True}), (named[::-1], kid)):
         inputs = {
@@ -229,7 +231,7 @@ def test_a_run_sampled_in_pieces_measures_as_one_sampled_at_once(in_root, tmp_pa
     np.savez(tmp_path / "heldout.npz", to_uint8(images).permute(0, 2, 3, 1).numpy(), labels.numpy())
     for samples in (10, 20, 30):
         predict(tmp_path / "pieces", samples=samples)
-    predict(tmp_path / "whole", samples=30)
+    predict(tmp_path / "complete", samples=30)
     content = yaml.safe_load((in_root / "lightning_configs/predict/digits.yaml").read_text())["trainer"]["callbacks"]
     (quality,) = [c["init_args"] for c in content if c["class_path"].endswith("SampleQuality")]
     (tmp_path / "eval_classifier.yaml").write_text(yaml.safe_dump(quality["features"]["init_args"]["classifier"]))
@@ -242,13 +244,13 @@ def test_a_run_sampled_in_pieces_measures_as_one_sampled_at_once(in_root, tmp_pa
     ]
     evaluate(tmp_path / "pieces", *words)
     alone = metrics(tmp_path / "pieces/evaluation")
-    evaluate(tmp_path / "pieces", tmp_path / "whole", *words, "--output", tmp_path / "both")
-    pieces, whole = (metrics(tmp_path / name / "evaluation") for name in ("pieces", "whole"))
+    evaluate(tmp_path / "pieces", tmp_path / "complete", *words, "--output", tmp_path / "both")
+    pieces, complete = (metrics(tmp_path / name / "evaluation") for name in ("pieces", "complete"))
     assert pieces == alone  # with each run, where report finds it, and not with the mean
     assert sorted(path.name for path in (tmp_path / "both").iterdir()) == ["metrics.json", "metrics.md"]
-    assert metrics(tmp_path / "both")["runs"] == {"pieces": pieces, "whole": whole}
+    assert metrics(tmp_path / "both")["runs"] == {"pieces": pieces, "complete": complete}
     assert "weights" in (tmp_path / "both/metrics.md").read_text()
-    during = metrics(tmp_path / "whole")
+    during = metrics(tmp_path / "complete")
     for name in (
         "fd",
         "kd",
@@ -258,12 +260,12 @@ def test_a_run_sampled_in_pieces_measures_as_one_sampled_at_once(in_root, tmp_pa
         "classifier_accuracy",
         "classifier_ece",
     ):
-        assert pieces[name] == whole[name] == pytest.approx(during.get(name, whole[name]), rel=1e-6), name
-    assert pieces["uncertainty"] == whole["uncertainty"]
-    assert pieces["provenance"]["samples"]["sha256"] == whole["provenance"]["samples"]["sha256"]
+        assert pieces[name] == complete[name] == pytest.approx(during.get(name, complete[name]), rel=1e-6), name
+    assert pieces["uncertainty"] == complete["uncertainty"]
+    assert pieces["provenance"]["samples"]["sha256"] == complete["provenance"]["samples"]["sha256"]
     evaluate(tmp_path / "pieces", *words, "--metrics=pr")
-    assert (tmp_path / "whole/evaluation/predictions.npz").exists()
-    assert not (tmp_path / "pieces/evaluation/predictions.npz").exists()  # of figures that are no longer there
+    assert (tmp_path / "complete/evaluation/predictions.npz").exists()
+    assert not (tmp_path / "pieces/evaluation/predictions.npz").exists()  # of metrics that are no longer there
 
 
 def test_two_processes_give_the_figures_of_one(sets, tmp_path):

@@ -91,11 +91,11 @@ class NextClass(Negative):
 from calib_guidance.evaluation import MetricSpec
 
 
-def spread(samples):
+def feature_std(samples):
     return samples.mean(samples.features.std(1), "samples")
 
 
-SPREAD = MetricSpec("feature_spread", "feature std", needs=("features",), compute=spread)
+FEATURE_STD = MetricSpec("feature_std", "feature std", needs=("features",), compute=feature_std)
 """,
 }
 GAMMA_0 = {"schedule": {"gamma": 0.0}}
@@ -116,7 +116,7 @@ def found(tmp_path_factory):
     folder, results = tmp_path_factory.mktemp("own"), {}
     callbacks = yaml.safe_load(Path("lightning_configs/predict/digits.yaml").read_text())["trainer"]["callbacks"]
     writer, quality, report = (callbacks[i] for i in (0, 1, -1))
-    quality["init_args"]["metrics"] = ["classifier", "own_metric.SPREAD"]
+    quality["init_args"]["metrics"] = ["classifier", "own_metric.FEATURE_STD"]
     report["init_args"] = {"plots": False}
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
@@ -142,9 +142,9 @@ def test_every_part_takes_less_than_40_lines():
 
 def test_parts_of_a_users_module_run_from_yaml(found):
     assert all(results["nfe"] == 8 for results in found.values())
-    assert all(0 < results["feature_spread"] < 10 for results in found.values())
+    assert all(0 < results["feature_std"] < 10 for results in found.values())
     # Each part changes the samples.
-    assert len({results["feature_spread"] for results in found.values()}) == len(CHANGES)
+    assert len({results["feature_std"] for results in found.values()}) == len(CHANGES)
 
 
 def test_eulers_method_is_ddim(found):

@@ -107,7 +107,7 @@ class TestNonFinite:
         assert "not finite, sampling again in float32: 13" in caplog.text
         assert_same(folder, sound)
         assert [record["failed"] for record in records(folder).values()] == [[], []]
-        # The figures are those of the samples as they are, each counted once at every step.
+        # The metrics are those of the samples as they are, each counted once at every step.
         found, expected = metrics(folder), metrics(sound)
         for name, column in (("gradient_norm_t", "mean"), ("gradient_norm_t", "std"), ("ece_t", "ece")):
             assert found[name][column] == pytest.approx(expected[name][column], rel=1e-5)
@@ -136,11 +136,11 @@ class TestNonFinite:
 
     def test_a_tilting_group_is_made_again_together(self, tmp_path, caplog):
         """Its samples depend on each other: a step of one that is not finite is one of all."""
-        whole, folder = tmp_path / "whole", tmp_path / "run"
-        assert predict(whole, score=TILTED) == 0
+        complete, folder = tmp_path / "complete", tmp_path / "run"
+        assert predict(complete, score=TILTED) == 0
         assert predict(folder, score=TILTED, fault={"label": 7, "step": 333, "fault": "overflow"}) == 0
         assert "not finite, sampling again in float32: 10, 11, 12, 13, 14" in caplog.text
-        assert_same(folder, whole)
+        assert_same(folder, complete)
 
     def test_float32_leaves_no_trace(self):
         """Inside all is float32, whatever autocast says; afterwards numbers, formats and sharing are what they were."""
@@ -171,7 +171,7 @@ class TestMemory:
         assert found["gradient_norm_t"]["std"] == pytest.approx(expected["gradient_norm_t"]["std"], rel=1e-4)
         assert found["ece_t"]["ece"] == pytest.approx(expected["ece_t"]["ece"], rel=1e-4)
 
-    def test_groups_stay_whole(self, tmp_path, caplog, capsys):
+    def test_groups_stay_complete(self, tmp_path, caplog, capsys):
         assert predict(tmp_path / "run", score=TILTED, fault={"largest": 9, "step": 333}) == 0
         assert "continuing with 5" in caplog.text
         assert predict(tmp_path / "none", score=TILTED, fault={"largest": 4, "step": 333}) == 1
@@ -397,7 +397,7 @@ class TestFullDisk:
         before = {name: data for name, data in tables(folder).items() if name.removesuffix(".parquet") in done}
         filler.unlink()
         assert predict(folder, configured=tmp_path / "run", batch_size=2) == 0
-        assert tables(folder).items() >= before.items()  # what was whole has not been made again
+        assert tables(folder).items() >= before.items()  # what was complete has not been made again
         assert_same(folder, sound)
 
     @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])

@@ -143,7 +143,7 @@ def parts(device):
             "classifier_free": Combination(learned, ClassifierFreeGuidance(1.5), interval=Interval((100, 900))),
             "autoguidance": Combination(learned, ClassifierFreeGuidance(1.5), negative=UnconditionalModel(learned)),
             "three_channels": Combination(dit, ClassifierFreeGuidance(1.5), channels=3),
-            "relabelled": RemapClasses(learned, [2, 0, 1]),
+            "remapped": RemapClasses(learned, [2, 0, 1]),
         }
         encoder = EncoderUNet(8, 1, 32, 3, 1, channel_mult=(1,), num_head_channels=32, resblock_updown=False)
         noise_aware = ClassifierGuidance(NoiseAwareClassifier(encoder, temperature=[1.0, 2.0]), classifier_input="x_t")
@@ -181,7 +181,7 @@ def test_no_option_of_a_sampler_waits(meta, sampler):
         loop(sampler, meta[0]["adm"], meta[1][name])
 
 
-@pytest.mark.parametrize("name", ["edm", "dit", "classifier_free", "autoguidance", "three_channels", "relabelled"])
+@pytest.mark.parametrize("name", ["edm", "dit", "classifier_free", "autoguidance", "three_channels", "remapped"])
 def test_no_denoiser_waits(meta, name):
     denoiser, guidances = meta[0][name], meta[1]
     for sampler, kind in ((DDPM(STEPS), "js"), (Heun(STEPS), "through_denoiser"), (DPMSolver(STEPS), "unguided")):

@@ -69,7 +69,7 @@ class TestLevels:
         assert levels.num_train_steps == 1000
         assert self.schedule.at([7, 3]).times.tolist() == [7, 3]
 
-    def test_at_the_sigmas_of_whole_steps_t_is_whole(self):
+    def test_at_the_sigmas_of_complete_steps_t_is_complete(self):
         steps = [0, 17, 500, 999]
         there = self.schedule.at(steps)
         found = self.schedule.at_sigmas(there.sigmas)

@@ -295,7 +295,7 @@ def test_real_images_beside_samples_and_names_of_classes(tmp_path):
 
 
 def test_an_evaluation_of_other_samples_is_not_shown(tmp_path):
-    """Measured; then a shard is written anew with other pixels, and then the run is extended."""
+    """Measured; then a shard is written again with other pixels, and then the run is extended."""
     folder = make(tmp_path / "run", METRICS | {"provenance": {"samples": {"shards_sha256": "0" * 64}}})
     (folder / "evaluation").mkdir()
     said = {"shards_sha256": RunFolder.open(folder).samples_sha256()}
@@ -337,7 +337,7 @@ def test_a_run_that_is_not_complete_and_damaged(tmp_path):
         "Not complete: 12 of 20 samples are made",
         "samples 4 to 7 are not shown on this page",
         "samples 8 to 11 are not shown on this page (00000008.parquet has 5 bytes",
-        "samples 12 to 15 are not shown on this page (00000012.parquet is no table of samples",
+        "samples 12 to 15 are not shown on this page (00000012.parquet is not a table of samples",
         "config.yaml is damaged",
         "ECE_t cannot be shown, what is kept of it is damaged: there is no 'ece'.",
         "The gradient norm cannot be shown",

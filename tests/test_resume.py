@@ -1,4 +1,4 @@
-"""Training that is killed and goes on: the same samples, the same weights."""
+"""Training that is killed and resumes: the same samples, the same weights."""
 
 import json
 import os
@@ -58,18 +58,18 @@ def weights(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def complete(tmp_path_factory):
     """A run that nothing interrupts."""
-    folder = tmp_path_factory.mktemp("whole")
+    folder = tmp_path_factory.mktemp("complete")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         main(["fit", "--config", str(configuration(folder))])
     return folder
 
 
-def assert_continued(folder, whole, first_step, rank=0):
+def assert_continued(folder, complete, first_step, rank=0):
     """What was seen before and after is what the uninterrupted run saw, with only the steps since the checkpoint twice."""
-    found, expected = seen(folder, rank), seen(whole, rank)
+    found, expected = seen(folder, rank), seen(complete, rank)
     assert len(expected) == EPOCHS * STEPS
     assert found[:KILLED] == expected[:KILLED]
     assert found[KILLED:] == expected[first_step:]
@@ -78,18 +78,18 @@ def assert_continued(folder, whole, first_step, rank=0):
         assert len(rows) == len(set(rows))  # each remaining sample once
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(whole, tmp_path):
-    status, output = fit(tmp_path, "--ckpt_path=last", killed=KILLED)  # nothing to go on from: it begins
+def test_a_killed_run_goes_on_to_the_same_weights(complete, tmp_path):
+    status, output = fit(tmp_path, "--ckpt_path=last", killed=KILLED)  # nothing to resume from: it begins
     assert status == -9, output[-3000:]
     assert len(seen(tmp_path)) == KILLED
     status, output = fit(tmp_path, "--ckpt_path=last")
     assert status == 0, output[-3000:]
-    assert_continued(tmp_path, whole, KILLED)
-    found, expected = weights(tmp_path), weights(whole)
+    assert_continued(tmp_path, complete, KILLED)
+    found, expected = weights(tmp_path), weights(complete)
     assert all(torch.equal(found[name], expected[name]) for name in expected)  # bit for bit
 
 
-def test_a_truncated_checkpoint_falls_back_to_the_one_before(whole, tmp_path):
+def test_a_truncated_checkpoint_falls_back_to_the_one_before(complete, tmp_path):
     status, _ = fit(tmp_path, killed=KILLED)
     assert status == -9
     last = tmp_path / "checkpoints/last.ckpt"
@@ -97,8 +97,8 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(whole, tmp_path):
     status, output = fit(tmp_path, "--ckpt_path=last")
     assert status == 0, output[-3000:]
     assert "last.ckpt is corrupted: resuming from the previous checkpoint" in output.replace("\n", " ")
-    assert_continued(tmp_path, whole, EVERY)
-    found, expected = weights(tmp_path), weights(whole)
+    assert_continued(tmp_path, complete, EVERY)
+    found, expected = weights(tmp_path), weights(complete)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert not list(tmp_path.rglob("*.tmp"))
 
@@ -113,9 +113,9 @@ def test_nothing_to_fall_back_to_is_an_error(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_go_on_too(tmp_path):
-    """Both processes killed; each goes on with its own samples."""
+    """Both processes killed; each resumes with its own samples."""
     ddp = ("--trainer.devices=2", "--trainer.strategy=ddp", "--data.init_args.batch_size=125")
-    status, output = fit(tmp_path / "whole", *ddp, ranks=2)
+    status, output = fit(tmp_path / "complete", *ddp, ranks=2)
     assert status == 0, output[-3000:]
     status, _ = fit(tmp_path / "killed", *ddp, ranks=2, killed=KILLED)
     assert status == -9
@@ -123,17 +123,17 @@ def test_two_processes_go_on_too(tmp_path):
     status, output = fit(tmp_path / "killed", *ddp, "--ckpt_path=last", ranks=2)
     assert status == 0, output[-3000:]
     for rank in (0, 1):
-        assert_continued(tmp_path / "killed", tmp_path / "whole", KILLED, rank)
-    mine, other = ({row for _, _, batch in seen(tmp_path / "whole", r)[:STEPS] for row in batch} for r in (0, 1))
+        assert_continued(tmp_path / "killed", tmp_path / "complete", KILLED, rank)
+    mine, other = ({row for _, _, batch in seen(tmp_path / "complete", r)[:STEPS] for row in batch} for r in (0, 1))
     assert not mine & other
-    found, expected = weights(tmp_path / "killed"), weights(tmp_path / "whole")
+    found, expected = weights(tmp_path / "killed"), weights(tmp_path / "complete")
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.slow
-def test_slurm_takes_the_nodes_away(whole, tmp_path):
-    """SIGUSR1 under SLURM: Lightning writes a checkpoint and queues the job again, and the same command goes on from it."""
+def test_slurm_takes_the_nodes_away(complete, tmp_path):
+    """SIGUSR1 under SLURM: Lightning writes a checkpoint and queues the job again, and the same command resumes from it."""
     (tmp_path / "bin").mkdir()
     scontrol = tmp_path / "bin/scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/requeued\nkill -9 $PPID\n')
@@ -156,6 +156,6 @@ def test_slurm_takes_the_nodes_away(whole, tmp_path):
     assert KILLED < stopped < EPOCHS * STEPS
     status, output = fit(out, "--ckpt_path=last", environment=slurm)
     assert status == 0, output[-3000:]
-    assert seen(out) == seen(whole)
-    found, expected = weights(out), weights(whole)
+    assert seen(out) == seen(complete)
+    found, expected = weights(out), weights(complete)
     assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -41,7 +41,7 @@ def indices(folder):
     return samples_of(folder)["index"].tolist()
 
 
-def is_whole(folder):
+def is_complete(folder):
     """What `status --verify` says, by its exit status 0."""
     main(["status", str(folder), "--verify"])
 
@@ -56,7 +56,7 @@ def test_as_few_samples_as_there_are(in_root, tmp_path):
     for name, samples in (("one", 1), ("seven", 7), ("seventeen", 17), ("grown", 8)):
         assert indices(tmp_path / name) == list(range(samples))
         assert metrics_without_time(tmp_path / name)["num_samples"] == samples
-        is_whole(tmp_path / name)
+        is_complete(tmp_path / name)
     makers = {json.loads(p.read_text())["worker"] for p in (tmp_path / "grown/shards").glob("*.json")}
     assert len(makers) > 3  # the ranks of three runs
     main(words(config, tmp_path / "alone", 17, 2, 4))
@@ -78,7 +78,7 @@ def test_a_rank_is_killed_under_torchrun(in_root, tmp_path):
     config = configuration(tmp_path / "killed.yaml", [kill])
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
     ddp = ["--trainer.devices=2", "--trainer.strategy=ddp"]
-    # Else the workers that are started anew may read the addresses of those before.
+    # Else the workers that are started again may read the addresses of those before.
     fresh = environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     done = subprocess.run(
         [sys.executable, *torchrun, "-m", "calib_guidance", *words(config, tmp_path / "two", 26, 2, 4), *ddp],
@@ -91,10 +91,10 @@ def test_a_rank_is_killed_under_torchrun(in_root, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "exitcode: -9" in done.stderr
     made = [json.loads(path.read_text())["worker"] for path in sorted((tmp_path / "two/shards").glob("*.json"))]
-    assert len(set(made)) >= 2  # those who were started anew went on with what there was
+    assert len(set(made)) >= 2  # those who were started again went on with what there was
     assert indices(tmp_path / "two") == list(range(26))
-    is_whole(tmp_path / "two")
-    main(words(configuration(tmp_path / "whole.yaml"), tmp_path / "one", 26, 2, 4))
+    is_complete(tmp_path / "two")
+    main(words(configuration(tmp_path / "complete.yaml"), tmp_path / "one", 26, 2, 4))
     assert tables(tmp_path / "two") == tables(tmp_path / "one")
     assert metrics_without_time(tmp_path / "two") == metrics_without_time(tmp_path / "one")
 
@@ -125,7 +125,7 @@ def test_slurm_scripts_run_what_there_is(in_root, tmp_path, script, capsys):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A complete run of 18 samples, of which others begin with copies."""
+    """A complete run of 18 samples, for others that begin with copies."""
     folder = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
@@ -144,7 +144,7 @@ def made(tmp_path_factory):
     ],
     ids=["flipped byte", "truncated", "missing samples", "missing shard", "foreign file"],
 )
-def test_damage_is_found_and_only_it_is_made_anew(made, in_root, tmp_path, capsys, caplog, spoil, found, status):
+def test_damage_is_found_and_only_it_is_made_again(made, in_root, tmp_path, capsys, caplog, spoil, found, status):
     shutil.copytree(made, tmp_path / "run")
     command = words(configuration(tmp_path / "run.yaml"), tmp_path / "run", 18, 4, 4)
     before, numbers = tables(tmp_path / "run"), metrics_without_time(tmp_path / "run")
@@ -152,25 +152,25 @@ def test_damage_is_found_and_only_it_is_made_anew(made, in_root, tmp_path, capsy
     spoil(tmp_path / "run")
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        is_whole(tmp_path / "run")
+        is_complete(tmp_path / "run")
     assert stop.value.code == status
     assert found in capsys.readouterr().out
     main(command)
     foreign = tmp_path / "run/samples/00000002.parquet"
-    if foreign.exists():  # told of, not counted, and not removed: it may be somebody's
+    if foreign.exists():  # named, not counted, and not removed: it may be somebody's
         assert "samples/00000002.parquet" in caplog.text
         foreign.unlink()
-    is_whole(tmp_path / "run")
+    is_complete(tmp_path / "run")
     assert tables(tmp_path / "run") == before
     assert metrics_without_time(tmp_path / "run") == numbers
     now = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run/samples").iterdir()}
-    anew = {name for name in now if now[name] != written[name]}
-    assert anew == (set() if "00000002" in found else {"00000008.parquet"})
+    again = {name for name in now if now[name] != written[name]}
+    assert again == (set() if "00000002" in found else {"00000008.parquet"})
 
 
 @pytest.mark.slow
 def test_no_rank_outlives_rank_0_under_lightnings_launcher(in_root, tmp_path):
-    """SIGKILL to it: the other one finishes its shard and ends, long before all samples are made, and a re-run goes on."""
+    """SIGKILL to it: the other one finishes its shard and ends, long before all samples are made, and a re-run resumes."""
     kill = {"class_path": "tests.interruptions.KillRank", "init_args": {"rank": 0, "batch": 2}}
     config = configuration(tmp_path / "killed.yaml", [kill])
     ddp = ["--trainer.devices=2", "--trainer.strategy=ddp"]
@@ -182,4 +182,4 @@ def test_no_rank_outlives_rank_0_under_lightnings_launcher(in_root, tmp_path):
     written = len(indices(tmp_path / "two"))
     assert 0 < written < 4000
     main(words(configuration(tmp_path / "again.yaml"), tmp_path / "two", 4, 2, 4))  # its own claims are not in the way
-    is_whole(tmp_path / "two")
+    is_complete(tmp_path / "two")

@@ -78,6 +78,6 @@ def test_the_environment_sets_the_switch(value, expected, monkeypatch):
     monkeypatch.delenv("CALIB_GUIDANCE_TUNED", raising=False)
     if value is not None:
         monkeypatch.setenv("CALIB_GUIDANCE_TUNED", value)
-    anew = {}
-    exec(Path(tuning.__file__).read_text(), anew)
-    assert anew["enabled"]() == expected
+    again = {}
+    exec(Path(tuning.__file__).read_text(), again)
+    assert again["enabled"]() == expected

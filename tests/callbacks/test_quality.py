@@ -89,7 +89,7 @@ def test_is_the_functions_of_the_features(tmp_path, more):
 
 
 def test_a_share_of_all_is_not_certain(tmp_path):
-    """Balls that hold all of the reference hold every sample; a bootstrap of that would have no spread."""
+    """Balls that hold all of the reference hold every sample; a bootstrap of that would have a std of 0."""
     _, _, trainer = run_and_trainer(tmp_path)
     found, _ = measured(trainer, metrics=("pr",), k=39)
     assert found["precision"] == 1

@@ -89,16 +89,16 @@ def test_spread_of_calibration_is_that_of_leaving_out_shards(in_root, tmp_path, 
     def ece_t(bins):
         return np.abs(bins[..., 1] - bins[..., 2]).sum(-1) / bins[..., 0].sum(-1)
 
-    whole = ece_t(sums.sum(0))
-    assert metrics["integral_ece"] == pytest.approx(np.nanmean(whole))
+    complete = ece_t(sums.sum(0))
+    assert metrics["integral_ece"] == pytest.approx(np.nanmean(complete))
     without = np.stack([ece_t(sums.sum(0) - one) for one in sums])
-    sd = [np.sqrt(19 / 20 * np.square(v - v.mean(0)).sum(0)) for v in (without, np.nanmean(without, 1))]
-    np.testing.assert_allclose(metrics["ece_t"]["std"], sd[0])
+    std = [np.sqrt(19 / 20 * np.square(v - v.mean(0)).sum(0)) for v in (without, np.nanmean(without, 1))]
+    np.testing.assert_allclose(metrics["ece_t"]["std"], std[0])
     found = metrics["uncertainty"]["integral_ece"]
-    assert found["std"] == pytest.approx(sd[1])
+    assert found["std"] == pytest.approx(std[1])
     assert found["of"] == metrics["ece_t"]["of"] == "jackknife over 20 blocks of samples"
     assert found["low"] < metrics["integral_ece"] < found["high"]
-    assert f"integral ECE          {metrics['integral_ece']:.3f}  ± {sd[1]:.3f}" in printed
+    assert f"integral ECE          {metrics['integral_ece']:.3f}  ± {std[1]:.3f}" in printed
     assert "±          integral ECE: jackknife over 20 blocks of samples" in printed
 
 

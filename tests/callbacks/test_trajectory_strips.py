@@ -26,7 +26,7 @@ def _root(in_root):
 
 
 def predict(folder, strips=True, **settings):
-    """A run of 20 samples in 4 steps, three of which are kept."""
+    """A run of 20 samples in 4 steps, with three samples kept."""
     path = configuration(folder, **settings)
     config = yaml.safe_load(path.read_text())
     callbacks = config["trainer"]["callbacks"]

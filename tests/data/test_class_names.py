@@ -72,7 +72,7 @@ def test_forms_of_names(tmp_path):
 
 
 def test_equal_numbers_must_be_equal_classes(tmp_path, capsys):
-    """A folder that lacks a class numbers the others anew: its labels are not those of the classifier."""
+    """A folder that lacks a class numbers the others again: its labels are not those of the classifier."""
     assert same_classes(["n01440764", "n01443537"], ["tench", "goldfish"])
     assert not same_classes(["n01440764", "n01443537"], ["goldfish", "tench"])
     assert same_classes(["0", "1", "2"], ["tench", "goldfish"])  # numbers say nothing

@@ -138,7 +138,7 @@ def test_names_of_the_validation_split(tmp_path, split):
 
 
 def test_parts_of_a_split(tmp_path):
-    """Of images that are sorted by class, every part has the same share of each."""
+    """Of images that are sorted by class, every part has the same fraction of each."""
     save(tmp_path / "train", *(f"{name}/{i}.png" for name in "abcd" for i in range(10)))
     first, rest = (both(tmp_path, split)[0] for split in ("train[:90%]", "train[90%:]"))
     assert both(tmp_path, "train[:90%]")[1] == first

@@ -149,7 +149,7 @@ CASES = {
         lambda root: npz(root / "x.npz", shape(1, 0, 8, 3)),
         ("x.npz", {}, r"x\.npz: arr_0.npy is not a numpy array: .*shape"),
     ),
-    "npz with a header that is no Python": (
+    "npz with a header that is not Python": (
         lambda root: npz(root / "x.npz", "{'descr': '|u1', __import__('os')"),
         ("x.npz", {}, r"x\.npz: arr_0.npy is not a numpy array"),
     ),
@@ -161,7 +161,7 @@ CASES = {
         lambda root: npz(root / "x.npz", shape(1, 8, 8, 3).replace("|u1", "|zz")),
         ("x.npz", {}, r"x\.npz: arr_0.npy is not a numpy array"),
     ),
-    "npz that is no archive": (
+    "npz that is not an archive": (
         lambda root: np.save(open(root / "x.npz", "wb"), np.zeros((1, 8, 8, 3), np.uint8)),  # noqa: SIM115
         ("x.npz", {}, r"x\.npz cannot be read as \.npz"),
     ),
@@ -178,7 +178,7 @@ CASES = {
         lambda root: folder(root, Image.fromarray(np.zeros((8, 8), np.float32)).save, "b.tiff"),
         ("train", {}, r"b\.tiff \(32 bits a channel, mode F: save it with 8 or 16 bits\)"),
     ),
-    "a name that is no UTF-8": (
+    "a name that is not UTF-8": (
         lambda root: folder(root, lambda path: path.touch(), os.fsdecode(b"\xff.png")),
         ("train", {}, r"\\udcff\.png \(not an image\)"),
     ),

@@ -170,9 +170,9 @@ def test_a_streamed_folder_is_that_folder(folder):
     train = epoch(streamed)
     assert len(set(joined(train, "index").tolist())) == 16
     assert len(set(train[0]["label"].tolist())) > 1
-    whole, stream = list(data.val_dataloader()), list(streamed.val_dataloader())
+    complete, stream = list(data.val_dataloader()), list(streamed.val_dataloader())
     images = joined(stream, "image")[data._data["val"].source.mixed().argsort()]  # any beginning has every class
-    assert torch.equal(joined(whole, "image"), images)
+    assert torch.equal(joined(complete, "image"), images)
     assert set(stream[0]["label"].tolist()) == {0, 1, 2}
     assert joined(stream, "index").min() >= 0
     # A hash of the file: the same in the next epoch.
@@ -236,8 +236,8 @@ def test_held_out_images_come_as_often_as_asked_with_indices_of_their_own(parque
 def test_a_killed_run_sees_the_rest_of_its_epoch_once_and_the_same(parquet, streaming, number, num_workers, tmp_path):
     options = {"streaming": True, "samples_per_epoch": 24, "shuffle_buffer": 5} if streaming else {}
     options |= {"index_column": "number", "batch_size": 3, "num_workers": num_workers}
-    whole = epoch(opened(parquet, **options), number)
-    assert sorted(joined(whole, "index").tolist()) == list(range(100, 124))
+    complete = epoch(opened(parquet, **options), number)
+    assert sorted(joined(complete, "index").tolist()) == list(range(100, 124))
     first = opened(parquet, **options).train_dataloader()
     first.sampler.set_epoch(number)
     iterator = iter(first)
@@ -247,14 +247,14 @@ def test_a_killed_run_sees_the_rest_of_its_epoch_once_and_the_same(parquet, stre
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     second.sampler.set_epoch(number)
     rest = list(second)
-    assert torch.equal(joined(taken + rest, "index"), joined(whole, "index"))
-    assert torch.equal(joined(taken + rest, "image"), joined(whole, "image"))
+    assert torch.equal(joined(taken + rest, "index"), joined(complete, "index"))
+    assert torch.equal(joined(taken + rest, "image"), joined(complete, "image"))
 
 
 def test_a_stream_goes_round_until_the_epoch_is_full_and_is_resumed_there(parquet):
     options = {"streaming": True, "samples_per_epoch": 40, "index_column": "number", "shuffle_buffer": 7}
-    whole = epoch(opened(parquet, **options))
-    numbers = joined(whole, "index").tolist()
+    complete = epoch(opened(parquet, **options))
+    numbers = joined(complete, "index").tolist()
     assert len(numbers) == 40
     assert sorted(numbers[:24]) == list(range(100, 124))
     first = opened(parquet, **options).train_dataloader()
@@ -262,7 +262,7 @@ def test_a_stream_goes_round_until_the_epoch_is_full_and_is_resumed_there(parque
     taken = [next(iterator) for _ in range(8)]
     second = opened(parquet, **options).train_dataloader()
     second.load_state_dict(first.state_dict())
-    assert torch.equal(joined(taken + list(second), "image"), joined(whole, "image"))
+    assert torch.equal(joined(taken + list(second), "image"), joined(complete, "image"))
 
 
 def test_devices_share_a_stream(parquet, monkeypatch):
@@ -344,7 +344,7 @@ def test_corrupt_images_are_skipped_and_named(folder, tmp_path, caplog, num_work
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batches_of_which_nothing_can_be_read(folder, tmp_path, caplog, num_workers, streaming):
-    """Two of three classes are corrupt: whole batches of them, while training and at every place of the validation."""
+    """Two of three classes are corrupt: complete batches of them, while training and at every place of the validation."""
     for split in ("train", "val"):
         for file in [*(folder / split / WNIDS[0]).iterdir(), *(folder / split / WNIDS[2]).iterdir()]:
             file.write_bytes(b"no image")
@@ -392,12 +392,12 @@ def test_lightning_resumes_in_mid_epoch(folder, tmp_path):
         return ImageData(str(folder), 8, batch_size=4, seed=0)
 
     checkpoints = {"enable_checkpointing": True, "max_epochs": 2, "limit_val_batches": 0}
-    whole = fit(data(), tmp_path, **checkpoints).trained
+    complete = fit(data(), tmp_path, **checkpoints).trained
     saver = ModelCheckpoint(tmp_path / "c", every_n_train_steps=1, save_top_k=-1)
     fit(data(), tmp_path, callbacks=[saver], **checkpoints)
     for step in (2, 4, 6):
         saved = next((tmp_path / "c").glob(f"*step={step}.ckpt"))
-        assert fit(data(), tmp_path, ckpt_path=saved, max_epochs=2, limit_val_batches=0).trained == whole[4 * step :]
+        assert fit(data(), tmp_path, ckpt_path=saved, max_epochs=2, limit_val_batches=0).trained == complete[4 * step :]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

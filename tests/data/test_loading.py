@@ -35,8 +35,8 @@ def indices(batches):
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("epoch", [0, 2])
 def test_a_killed_run_sees_the_rest_of_its_epoch_once_and_the_same(num_workers, epoch, tmp_path):
-    whole = batches(train_loader(Images(), 4, 3, num_workers=num_workers), epoch)
-    assert len(whole) == 5
+    complete = batches(train_loader(Images(), 4, 3, num_workers=num_workers), epoch)
+    assert len(complete) == 5
     first = train_loader(Images(), 4, 3, num_workers=num_workers)
     first.sampler.set_epoch(epoch)
     iterator = iter(first)
@@ -45,15 +45,15 @@ def test_a_killed_run_sees_the_rest_of_its_epoch_once_and_the_same(num_workers, 
     second = train_loader(Images(), 4, 3, num_workers=num_workers)
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     rest = batches(second, epoch)
-    assert indices(taken + rest) == indices(whole)
-    for resumed, uninterrupted in zip(rest, whole[2:], strict=True):
+    assert indices(taken + rest) == indices(complete)
+    for resumed, uninterrupted in zip(rest, complete[2:], strict=True):
         assert torch.equal(resumed["image"], uninterrupted["image"])
-    assert indices(batches(second, epoch + 1)) == indices(batches(first, epoch + 1)) != indices(whole)
+    assert indices(batches(second, epoch + 1)) == indices(batches(first, epoch + 1)) != indices(complete)
 
 
 def test_the_state_of_a_finished_or_of_another_epoch_is_not_gone_on_from():
     loader = train_loader(Images(), 4)
-    whole = batches(loader, 0)
+    complete = batches(loader, 0)
     resumed = train_loader(Images(), 4)
     resumed.load_state_dict(loader.state_dict())
     assert len(batches(resumed, 1)) == 5
@@ -61,7 +61,7 @@ def test_the_state_of_a_finished_or_of_another_epoch_is_not_gone_on_from():
     next(iterator)
     resumed.load_state_dict(loader.state_dict())
     assert len(batches(resumed, 1)) == 5
-    assert indices(batches(resumed, 0)) == indices(whole)
+    assert indices(batches(resumed, 0)) == indices(complete)
 
 
 def test_the_state_outlives_the_iterator():

@@ -67,7 +67,7 @@ class TestSteps:
 
     @pytest.mark.parametrize("seed", [None, 0])
     def test_respacing_and_weights(self, seed):
-        """Sections of 10 steps need not hold whole steps: 3, 0 and 1 of each 10/3 of them."""
+        """Sections of 10 steps need not hold complete steps: 3, 0 and 1 of each 10/3 of them."""
         torch.manual_seed(0)
         n = 6000
         _, t = NoisyInput(steps="10", weights=[3.0, 0.0, 1.0])(batch_of(n, (1, 1, 1)), seed)
@@ -94,7 +94,7 @@ class TestSteps:
         expected = abar.sqrt() * batch["image"] + (1 - abar).sqrt() * noise
         torch.testing.assert_close(x, expected.float(), atol=1e-6, rtol=1e-5)
 
-    def test_without_a_key_every_call_draws_anew_from_the_global_generator(self):
+    def test_without_a_key_every_call_draws_again_from_the_global_generator(self):
         input_transform, batch = NoisyInput(), batch_of(8)
         torch.manual_seed(1)
         first, second = input_transform(batch), input_transform(batch)

@@ -16,7 +16,7 @@ from tests.test_run_folder import table
 
 
 class Numbers(RequestData):
-    """Requests of which the third cannot be read."""
+    """Requests whose third cannot be read."""
 
     def __init__(self, count, batch_size, num_workers):
         super().__init__()

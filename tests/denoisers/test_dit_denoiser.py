@@ -304,15 +304,15 @@ class Linear(Classifier):
 
 
 class TestDecoding:
-    def test_parts_give_the_images_and_gradients_of_the_whole(self, network, vae, fixture):
+    def test_parts_give_the_images_and_gradients_of_the_full_decoder(self, network, vae, fixture):
         x = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         found = []
         for decode_batch in (None, 2):
             source = x.clone().requires_grad_()
             images = DiTDenoiser(network, vae=vae, decode_batch=decode_batch).decode(source)
             found.append((images, *torch.autograd.grad(images.square().sum(), source)))
-        for whole, parts in zip(*found, strict=True):
-            torch.testing.assert_close(parts, whole, atol=1e-5 * float(whole.detach().abs().max()), rtol=0)
+        for complete, parts in zip(*found, strict=True):
+            torch.testing.assert_close(parts, complete, atol=1e-5 * float(complete.detach().abs().max()), rtol=0)
         with torch.no_grad():
             expected = vae.decode(x / 0.18215).sample
         torch.testing.assert_close(found[0][0], expected, atol=1e-5, rtol=1e-5)
@@ -414,7 +414,7 @@ class TestLighterDecoders:
             )
 
     def test_of_any_other_decoder_it_is_the_nearest(self, vae):
-        """No other map is nearer, and the share that it explains is the one that its residuals say."""
+        """No other map is nearer, and the fraction that it explains is the one that its residuals say."""
         decode = VAEDecoder(vae)
         latents = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         found, explained = fit_linear_decoder(decode, [latents])

@@ -95,7 +95,7 @@ def check_normal(x, mean, covariance):
 
 
 class TestClosedForms:
-    """Against torch.distributions, linear solves, autograd and finite differences, none of which share code with it."""
+    """Against torch.distributions, linear solves, autograd and finite differences, which use none of its code."""
 
     @staticmethod
     def reference(abar):
@@ -382,7 +382,7 @@ class TestUnguided:
         ids=["ddpm_small", "ddpm_large", "ddim", "ddpm_recurrence", "ddim_recurrence"],
     )
     def test_moments_and_shares(self, mixture, sampler):
-        """The allowance is what discretisation takes off the variance of a single Gaussian that is as wide as the mixture."""
+        """The allowance is what discretization takes off the variance of a single Gaussian that is as wide as the mixture."""
         wide = float(torch.linalg.eigvalsh(self.covariance).max())
         self.check_moments(
             draw(sampler, mixture, n=10000),
@@ -487,7 +487,7 @@ class TestWhatTheClassifierSees:
     @pytest.mark.parametrize("score", scores, ids=lambda s: type(s).__name__)
     @pytest.mark.parametrize("at", ["x0", "x_t", "through_denoiser"])
     def test_gradients_are_those_of_finite_differences(self, mixture, score, at):
-        """At x̂0 the denoiser is left out; through it, S(f(x̂0(x_t))) is differentiated in x_t; all in float64."""
+        """At x̂0 the denoiser is not differentiated; through it, S(f(x̂0(x_t))) is differentiated in x_t; all in float64."""
         y, timesteps, scale = torch.tensor([0, 1, 2, 2, 1, 0]), [30, 400, 800], 1.7
         classifier = GaussianMixtureClassifier(mixture, noise_aware=at == "x_t")
         guide = ClassifierGuidance(classifier, score, scale=scale, **seeing(at)).prepare(

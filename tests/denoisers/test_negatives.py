@@ -34,7 +34,7 @@ Y = torch.tensor([0, 1, 2, 1, -1])
 
 
 def random_(module):
-    """No layer stays zero, as it is initialised, so that everything matters."""
+    """No layer stays zero, as it is initialized, so that everything matters."""
     for p in module.parameters():
         if not p.any():
             nn.init.normal_(p, std=0.05)

@@ -23,18 +23,18 @@ def predict(denoiser, y, x):
 
 def test_labels_ask_for_the_classes_they_stand_for(denoiser):
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    relabelled = RemapClasses(denoiser, [7, 2, 7])
-    found = predict(relabelled, torch.tensor([0, 1, 2, -1]), x)
+    remapped = RemapClasses(denoiser, [7, 2, 7])
+    found = predict(remapped, torch.tensor([0, 1, 2, -1]), x)
     expected = predict(denoiser, torch.tensor([7, 2, 7, -1]), x)
     torch.testing.assert_close(found, expected, atol=0, rtol=0)
     assert (found.x0 - predict(denoiser, torch.tensor([0, 1, 2, -1]), x).x0).abs().amax((1, 2, 3))[:3].min() > 1e-3
-    torch.testing.assert_close(predict(relabelled, None, x), predict(denoiser, None, x), atol=0, rtol=0)
-    assert relabelled.num_classes == 3
+    torch.testing.assert_close(predict(remapped, None, x), predict(denoiser, None, x), atol=0, rtol=0)
+    assert remapped.num_classes == 3
     for name in ("schedule", "image_shape", "clip", "has_learned_variance", "nfe"):
-        assert getattr(relabelled, name) == getattr(denoiser, name)
+        assert getattr(remapped, name) == getattr(denoiser, name)
     doubled = torch.ones(1, 3, 8, 8)
     denoiser.decode = lambda x0: 2 * x0
-    assert torch.equal(relabelled.decode(doubled), 2 * doubled)
+    assert torch.equal(remapped.decode(doubled), 2 * doubled)
     del denoiser.decode
 
 

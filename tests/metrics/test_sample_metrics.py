@@ -62,7 +62,7 @@ def small_sets(n=60, m=50, d=4):
     return torch.randn(m, d, generator=generator), 1.2 * torch.randn(n, d, generator=generator) + 0.3
 
 
-def test_kernel_distance_of_whole_sets(fixture, sets):
+def test_kernel_distance_of_complete_sets(fixture, sets):
     reference, generated = sets
     within(fixture, "kid_whole_sets", kernel_distance(reference, generated))
     equal = kernel_distance(reference[: len(generated)], generated)
@@ -102,19 +102,19 @@ def test_density_and_coverage(fixture, sets):
 
 def test_blocks_change_nothing(monkeypatch):
     reference, generated = small_sets()
-    whole = [kernel_distance(reference, generated), *density_coverage(reference, generated)]
-    whole += precision_recall(reference, generated)
+    complete = [kernel_distance(reference, generated), *density_coverage(reference, generated)]
+    complete += precision_recall(reference, generated)
     monkeypatch.setattr("calib_guidance.metrics.neighbors._ROWS", 7)
     monkeypatch.setattr("calib_guidance.metrics.neighbors._COLUMNS", 3)  # fewer than k + 1 at first
     monkeypatch.setitem(kernel_distance.__globals__, "_BLOCK", 9)
     blocks = [kernel_distance(reference, generated), *density_coverage(reference, generated)]
     blocks += precision_recall(reference, generated)
-    torch.testing.assert_close(blocks, whole, rtol=1e-12, atol=0)
+    torch.testing.assert_close(blocks, complete, rtol=1e-12, atol=0)
     # Every pair at once, with its true distance.
     near = (reference[:, None] - reference).double().norm(dim=2).sort(dim=1).values[:, 5]
     inside = (generated[:, None] - reference).double().norm(dim=2) <= near
-    assert float(whole[1]) == pytest.approx(float(inside.sum() / (5 * len(generated))))
-    assert float(whole[2]) == pytest.approx(float(inside.any(0).double().mean()))
+    assert float(complete[1]) == pytest.approx(float(inside.sum() / (5 * len(generated))))
+    assert float(complete[2]) == pytest.approx(float(inside.any(0).double().mean()))
 
 
 def in_order(logits):
@@ -234,9 +234,9 @@ def test_frechet_distance_of_infinitely_many_samples():
     assert found.sizes[0] == 400
     assert found.sizes[-1] == 4000
     assert len(found.distances) == 15
-    whole = frechet_distance(*reference, *mean_and_covariance(samples))
-    torch.testing.assert_close(found.distances[-1], whole)
-    assert abs(found.value) < 0.1 * whole
+    complete = frechet_distance(*reference, *mean_and_covariance(samples))
+    torch.testing.assert_close(found.distances[-1], complete)
+    assert abs(found.value) < 0.1 * complete
     # Of the mean D/N, and of the covariance Σ_ij (Σ̂ − I)²_ij/4, on average D(D + 1)/(4N).
     assert float(found.slope) == pytest.approx(d + d * (d + 1) / 4, rel=0.1)
     torch.testing.assert_close(found.distances, found.value + found.slope / found.sizes, rtol=0.25, atol=0)
@@ -301,6 +301,6 @@ def test_std_of_balanced_draws_is_what_varies_within_classes():
         generated = 1.3 * torch.randn(300, 4, generator=generator) + centres[labels] + torch.tensor([1.5, 0, 0, 0])
         distances.append(frechet_distance(*reference, *mean_and_covariance(generated), root))
         spreads.append([frechet_distance_std(reference, generated, root, strata) for strata in (labels, None)])
-    within, whole = torch.tensor(spreads, dtype=torch.float64).mean(0)
+    within, complete = torch.tensor(spreads, dtype=torch.float64).mean(0)
     assert float(within) == pytest.approx(float(torch.stack(distances).std()), rel=0.12)
-    assert whole > 1.1 * within
+    assert complete > 1.1 * within

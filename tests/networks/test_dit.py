@@ -118,9 +118,9 @@ def test_half_precision_stays_close_and_returns_float32(fixture, dtype, largest)
 
 @torch.no_grad()
 def test_the_network_is_one_graph_to_the_compiler(fixture, network):
-    whole = torch.compile(network.decode, fullgraph=True, backend="eager")  # a break in the graph is an error
+    complete = torch.compile(network.decode, fullgraph=True, backend="eager")  # a break in the graph is an error
     emb = network.embed_time(fixture["t"]) + network.embed_labels(null(fixture["y"]))
-    fixture.assert_close("output", whole(fixture["x"], emb))
+    fixture.assert_close("output", complete(fixture["x"], emb))
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def _in_full(plots_in_full):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Calls a function that draws; gives its figure, which was written in both formats and can be read."""
+    """Calls a function that draws; gives its plot, which was written in both formats and can be read."""
     written = []
     savefig = Figure.savefig
 

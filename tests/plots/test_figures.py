@@ -1,4 +1,4 @@
-"""Each figure shows the numbers that it was given, with names, in both formats."""
+"""Each plot shows the numbers that it was given, with names, in both formats."""
 
 import math
 
@@ -203,7 +203,7 @@ def test_ablation_has_a_panel_for_each_metric_with_error_bars(drawn, tmp_path):
     bars = [segment[:, 1] for segment in distance.containers[0][2][0].get_segments() if len(segment)]
     np.testing.assert_allclose(bars[:2], [[5.8, 6.2], [5.17, 5.37]])
     spreads = [np.diff(segment[:, 1]) for segment in precision.containers[0][2][0].get_segments() if len(segment)]
-    assert np.isnan(spreads[1]).all() or len(spreads) == 2  # of 0.5 no spread is known
+    assert np.isnan(spreads[1]).all() or len(spreads) == 2  # of 0.5 no std is known
     assert [axis.get_ylabel() for axis in figure.axes] == ["Fréchet distance ↓", "precision ↑", "recall ↑"]
     assert recall.get_xlabel() == r"$\tau_2$"
     bars = [segment[:, 1] for segment in recall.containers[0][2][0].get_segments()]

@@ -59,7 +59,7 @@ class Decoder(nn.Module):
 
 
 def random_(module):
-    """No layer stays zero, as it is initialised, so that everything matters."""
+    """No layer stays zero, as it is initialized, so that everything matters."""
     for p in module.parameters():
         if not p.any():
             nn.init.normal_(p, std=0.05)
@@ -82,7 +82,7 @@ def parts():
         "classifier_free": Combination(plain, ClassifierFreeGuidance(1.5)),
         "autoguidance": Combination(plain, ClassifierFreeGuidance(1.5), negative=Autoguidance(ADMDenoiser(weaker))),
         "dit_three_channels": Combination(DiTDenoiser(dit, vae=Decoder()), ClassifierFreeGuidance(1.5), channels=3),
-        "relabelled": RemapClasses(plain, [2, 0, 1]),
+        "remapped": RemapClasses(plain, [2, 0, 1]),
     }
     noise_aware = NoiseAwareClassifier(
         random_(EncoderUNet(8, 1, 32, 3, 1, channel_mult=(1,), num_head_channels=32, resblock_updown=False))

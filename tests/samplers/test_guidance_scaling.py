@@ -52,7 +52,7 @@ def test_the_closed_form_is_the_integral(data_std, exponent):
     for high, low, value in zip(sigma, sigma_next, found, strict=True):
         edges = np.append(0.0, np.geomspace(1e-7, high, 200_001)) if low == 0 else np.geomspace(low, high, 200_001)
         middle, width = (edges[1:] + edges[:-1]) / 2, np.diff(edges)
-        # 2·(1−ᾱ)/√ᾱ·k² dσ/σ, of which the sampler leaves k'^p.
+        # 2·(1−ᾱ)/√ᾱ·k² dσ/σ, the sampler leaves k'^p of it.
         abar, kept = 1 / (1 + middle**2), data_std**2 / (data_std**2 + middle**2)
         left = (2 * (1 - abar) / np.sqrt(abar) * kept / middle * width).sum()
         expected = left / (data_std**2 / (data_std**2 + low**2)) ** (exponent / 2)
@@ -94,10 +94,10 @@ def test_where_the_rule_is_the_default():
     torch.testing.assert_close(moved(DPMSolver, sde=True), moved(DPMSolver, sde=True, **rule, data_std=0.5))
     for ode in (DPMSolver, UniPC):
         torch.testing.assert_close(moved(ode), moved(ode, guidance_scaling="score"))
-        half, whole = (moved(ode, **rule, data_std=d) for d in (0.5, 2.0))
-        assert (whole / half).min() > 2
-    half, whole = (moved(DPMSolver, sde=True, **rule, data_std=d) for d in (0.5, 2.0))
-    assert (whole / half).max() < 1.2
+        half, complete = (moved(ode, **rule, data_std=d) for d in (0.5, 2.0))
+        assert (complete / half).min() > 2
+    half, complete = (moved(DPMSolver, sde=True, **rule, data_std=d) for d in (0.5, 2.0))
+    assert (complete / half).max() < 1.2
     torch.testing.assert_close(moved(DPMSolver, sde=True, **rule), half)
 
 

@@ -162,7 +162,7 @@ def test_guided_by_the_exact_classifier_it_samples_the_class():
         expected = sampler(own, streams(300, own), y)
         found = sampler(free, streams(300, free), y, guidance)
         errors.append(float((found - expected).abs().mean()))
-    assert errors[1] < 0.01  # t of the classifier is a whole step
+    assert errors[1] < 0.01  # t of the classifier is a complete step
     assert errors[1] < errors[0] / 3  # gradients at the start of each step only are of first order
     for k in range(3):
         torch.testing.assert_close(

@@ -133,7 +133,7 @@ def test_guided_by_the_exact_classifier_it_samples_the_class(kind):
     """x̂0 + (1−ᾱ)/√ᾱ·∇log p(y|x_t) is the conditional model's x̂0: the samples are its, one by one."""
     free, own, y = GaussianMixture(**MIXTURE), mixture(), torch.arange(300) % 3
     guidance = ClassifierGuidance(GaussianMixtureClassifier(free, noise_aware=True), classifier_input="x_t")
-    sampler = kind(30, spacing="timesteps")  # whole steps, which the classifier knows
+    sampler = kind(30, spacing="timesteps")  # complete steps, which the classifier knows
     expected = sampler(own, streams(300, own), y)
     found = sampler(free, streams(300, free), y, guidance)
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)

@@ -164,7 +164,7 @@ class TestRefusals:
         with pytest.raises(ConfigurationError, match="holds no images"):
             DenoiseRequests(TensorDataset(torch.zeros(0)))
 
-    def test_values_of_the_noising(self, refuse):
+    def test_values_of_the_noise_levels(self, refuse):
         assert "known: bf16, fp16, fp32" in refuse("--model.init_args.precision=half")
         assert "cannot take 2000 of the 1000 steps" in refuse("--model.init_args.steps=2000")
         assert "weights must be numbers of at least 0" in refuse("--model.init_args.weights=[0.0]")

@@ -20,7 +20,7 @@ def batch(n=200, classes=4, spread=2.0, dtype=torch.float64, seed=0):
 
 
 def numpy_bins(logits, y, bins=15):
-    """(share of samples, mean confidence − accuracy) of each bin that has samples, sample by sample."""
+    """(fraction of samples, mean confidence − accuracy) of each bin that has samples, sample by sample."""
     found = [[] for _ in range(bins)]
     for row, label in zip(logits.double().softmax(1).numpy(), y.tolist(), strict=True):
         confidence = row.max()
@@ -72,7 +72,7 @@ def test_gradient_lowers_confidence_where_it_is_wrong_and_raises_it_where_right(
     assert gradient[0, 0] < 0 < gradient[1, 0]  # descent raises the first and lowers the second
 
 
-def test_binned_moves_the_whole_bin_by_its_gap():
+def test_binned_moves_the_complete_bin_by_its_gap():
     """Right or wrong, samples of a bin go the same way; at a gap of zero they stay."""
     confident = torch.tensor([[math.log(3.0), 0.0]] * 4, dtype=torch.float64, requires_grad=True)  # p̂ = 3/4
     for right, sign in ((4, -1), (3, 0), (1, 1)):
@@ -108,7 +108,7 @@ def test_there_is_at_least_one_bin():
 
 
 def best_confidence(loss, accuracy, beta, n=1000):
-    """Confidence at which the loss of n equal samples, of which a share ``accuracy`` is right, is least."""
+    """Confidence at which the loss of n equal samples is least, a fraction ``accuracy`` of them right."""
     y = (torch.arange(n) >= round(accuracy * n)).long()
 
     def at(p):
