@@ -96,19 +96,19 @@ class TestFormats:
             expected = older[name].float() if name in older else torch.tensor(0)
             assert torch.equal(value, expected), name
 
-    def test_safetensors_whole_in_shards_and_in_folders(self, tmp_path, state):
+    def test_safetensors_complete_in_shards_and_in_folders(self, tmp_path, state):
         names = sorted(state)
-        whole, shards = tmp_path / "whole", tmp_path / "shards"
-        whole.mkdir()
+        complete, shards = tmp_path / "complete", tmp_path / "shards"
+        complete.mkdir()
         shards.mkdir()
-        save_file(state, whole / "diffusion_pytorch_model.safetensors")
-        save_file({k: v.half() for k, v in state.items()}, whole / "diffusion_pytorch_model.fp16.safetensors")
+        save_file(state, complete / "diffusion_pytorch_model.safetensors")
+        save_file({k: v.half() for k, v in state.items()}, complete / "diffusion_pytorch_model.fp16.safetensors")
         parts = {"m-00001-of-00002.safetensors": names[:5], "m-00002-of-00002.safetensors": names[5:]}
         for file, keys in parts.items():
             save_file({k: state[k] for k in keys}, shards / file)
         index = shards / "m.safetensors.index.json"
         index.write_text(json.dumps({"weight_map": {k: file for file, keys in parts.items() for k in keys}}))
-        for path in (whole, whole / "diffusion_pytorch_model.safetensors", shards, index):
+        for path in (complete, complete / "diffusion_pytorch_model.safetensors", shards, index):
             same(read_weights(path).state, state)
         (shards / "m-00002-of-00002.safetensors").rename(tmp_path / "away.safetensors")
         with pytest.raises(CheckpointError, match="1 of 2 shards are missing: m-00002"):
@@ -119,12 +119,12 @@ class TestFormats:
         index.write_text(json.dumps({"weight_map": {names[0]: "../away.safetensors"}}))
         with pytest.raises(CheckpointError, match="files outside of its folder"):
             read_weights(shards)
-        (whole / "diffusion_pytorch_model.safetensors").unlink()
-        save_file(state, whole / "other.safetensors")
+        (complete / "diffusion_pytorch_model.safetensors").unlink()
+        save_file(state, complete / "other.safetensors")
         with pytest.raises(
             CheckpointError, match="found diffusion_pytorch_model.fp16.safetensors, other.safetensors: name"
         ):
-            read_weights(whole)
+            read_weights(complete)
 
     @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
     def test_pickles_of_edm(self, tmp_path, golden, protocol):

@@ -63,9 +63,9 @@ def makers(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def complete(tmp_path_factory):
     """An uninterrupted run of 45 samples, in shards of 10; others begin from copies of it."""
-    folder, before = tmp_path_factory.mktemp("whole"), os.getcwd()
+    folder, before = tmp_path_factory.mktemp("complete"), os.getcwd()
     os.chdir(ROOT)
     try:
         predict(folder)
@@ -75,29 +75,29 @@ def whole(tmp_path_factory):
 
 
 @pytest.fixture
-def copy(whole, tmp_path, in_root):
-    return Path(shutil.copytree(whole, tmp_path / "run"))
+def copy(complete, tmp_path, in_root):
+    return Path(shutil.copytree(complete, tmp_path / "run"))
 
 
-def test_three_pieces_are_one_run(in_root, tmp_path, whole):
-    """The bytes of all files of samples, and every figure to the last digit."""
+def test_three_pieces_are_one_run(in_root, tmp_path, complete):
+    """The bytes of all files of samples, and every metric to the last digit."""
     stop(tmp_path, after=2)
     assert list(tables(tmp_path)) == ["00000000.parquet", "00000010.parquet"]
     stop(tmp_path, after=1)
     predict(tmp_path)
     assert len(set(makers(tmp_path).values())) == 3
-    assert tables(tmp_path) == tables(whole)
-    assert metrics_without_time(tmp_path) == metrics_without_time(whole)
-    assert metrics_without_time(whole)["num_samples"] == TAIL
-    assert {"fd", "classifier_accuracy", "integral_ece", "gradient_norm_t"} <= metrics_without_time(whole).keys()
+    assert tables(tmp_path) == tables(complete)
+    assert metrics_without_time(tmp_path) == metrics_without_time(complete)
+    assert metrics_without_time(complete)["num_samples"] == TAIL
+    assert {"fd", "classifier_accuracy", "integral_ece", "gradient_norm_t"} <= metrics_without_time(complete).keys()
 
 
 @pytest.mark.parametrize("batch", [1, 3, 16])
-def test_going_on_with_another_batch_size(copy, whole, batch):
+def test_going_on_with_another_batch_size(copy, complete, batch):
     for name in ("00000010", "00000040"):
         (copy / "shards" / f"{name}.json").unlink()
     predict(copy, batch=batch)
-    found, expected = samples_of(copy), samples_of(whole)
+    found, expected = samples_of(copy), samples_of(complete)
     for key in ("index", "label", "seed"):
         assert torch.equal(found[key], expected[key])
     assert found["index"].tolist() == list(range(TAIL))
@@ -106,26 +106,26 @@ def test_going_on_with_another_batch_size(copy, whole, batch):
     assert (difference > 0).float().mean() < 0.01
 
 
-def test_nothing_left_reports_the_same(copy, whole, capsys):
+def test_nothing_left_reports_the_same(copy, complete, capsys):
     predict(copy, batch=7)
-    assert (copy / "metrics.json").read_text() == (whole / "metrics.json").read_text()
+    assert (copy / "metrics.json").read_text() == (complete / "metrics.json").read_text()
     assert f"{TAIL} samples, 3 NFE each" in capsys.readouterr().out
-    assert makers(copy) == makers(whole)
+    assert makers(copy) == makers(complete)
 
 
-def test_more_samples_extend_it(copy, whole, tmp_path):
+def test_more_samples_extend_it(copy, complete, tmp_path):
     predict(copy, samples=57)
     predict(tmp_path / "once", samples=57)
     assert tables(copy) == tables(tmp_path / "once")
     assert metrics_without_time(copy) == metrics_without_time(tmp_path / "once")
-    kept = [first for first, worker in makers(copy).items() if worker == makers(whole).get(first)]
+    kept = [first for first, worker in makers(copy).items() if worker == makers(complete).get(first)]
     assert kept == [0, 10, 20, 30]  # the tail of 5 is regenerated as a shard of 10
 
 
-def test_fewer_samples_take_nothing_away(copy, whole, caplog):
+def test_fewer_samples_take_nothing_away(copy, complete, caplog):
     predict(copy, samples=10)
     assert f"holds {TAIL - 10} samples beyond those requested: kept, and not counted" in caplog.text
-    assert tables(copy) == tables(whole)
+    assert tables(copy) == tables(complete)
     assert metrics(copy)["num_samples"] == 10
     (copy / "shards/00000040.json").unlink()
     predict(copy, samples=10)
@@ -185,16 +185,16 @@ class TestIdentity:
 
 
 class TestDamage:
-    def test_only_corrupted_shards_are_regenerated(self, copy, whole, caplog):
+    def test_only_corrupted_shards_are_regenerated(self, copy, complete, caplog):
         flip(copy / "samples/00000010.parquet")
         os.truncate(copy / "samples/00000020.parquet", 100)
         (copy / "samples/00000030.parquet").unlink()
         (copy / "samples/mine.parquet").write_text("?")
         predict(copy)
         (copy / "samples/mine.parquet").unlink()
-        assert tables(copy) == tables(whole)
-        assert metrics_without_time(copy) == metrics_without_time(whole)
-        new, old = makers(copy), makers(whole)
+        assert tables(copy) == tables(complete)
+        assert metrics_without_time(copy) == metrics_without_time(complete)
+        new, old = makers(copy), makers(complete)
         assert [first for first in new if new[first] == old[first]] == [0, 40]
         for said in (
             "samples 10 … 19 are regenerated: 00000010.parquet is not what was written",
@@ -249,7 +249,7 @@ class Workers:
         return process
 
 
-def assert_whole(folder, samples):
+def assert_complete(folder, samples):
     run = RunFolder.open(folder)
     assert run.remaining(verify=True) == run.foreign() == []
     assert samples_of(folder)["index"].tolist() == list(range(samples))
@@ -275,7 +275,7 @@ def test_any_number_of_workers_at_any_time(in_root, tmp_path):
     for process in (alone, *others):
         process.join()
         assert process.exitcode == 0
-    assert_whole(tmp_path / "shared", 240)
+    assert_complete(tmp_path / "shared", 240)
     assert tables(tmp_path / "shared") == tables(tmp_path / "one")
     assert len(set(makers(tmp_path / "shared").values())) >= 2
 
@@ -310,5 +310,5 @@ def test_two_hundred_kills(in_root, tmp_path):
         assert process.exitcode == -signal.SIGKILL
     assert 100 < shards() < samples // 4
     killed()
-    assert_whole(tmp_path / "killed", samples)
+    assert_complete(tmp_path / "killed", samples)
     assert tables(tmp_path / "killed") == tables(tmp_path / "one")

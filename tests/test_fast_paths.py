@@ -87,7 +87,7 @@ class TestCompiled:
         for part in (compiled, copy.deepcopy(compiled), pickle.loads(pickle.dumps(compiled))):
             torch.testing.assert_close(run(part), expected, atol=1e-4, rtol=1e-4)
 
-    def test_short_batches_are_filled_up_and_compile_nothing_anew(self, in_root, tmp_path, monkeypatch):
+    def test_short_batches_are_filled_up_and_compile_nothing_again(self, in_root, tmp_path, monkeypatch):
         """10 digits in batches of 4, 4 and 2."""
         graphs, rows = [], []
 

@@ -69,7 +69,7 @@ def look(folder, capsys, *arguments, status=0):
 # status
 
 
-def test_a_whole_folder(tmp_path, capsys):
+def test_a_complete_folder(tmp_path, capsys):
     make(tmp_path)
     found, text = look(tmp_path, capsys, "--verify")
     assert found["complete"]

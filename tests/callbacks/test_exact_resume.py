@@ -151,8 +151,8 @@ HOOKS += ("on_train_epoch_start", "on_train_epoch_end", "on_train_end")
 def test_chains_of_kills_around_the_end_of_an_epoch(tmp_path, name, every):
     """Every position from the step before an epoch's end to the step after it, twice, then around the end of the run."""
     options = SETTINGS[name]
-    whole = {}
-    trainer = fit(tmp_path / "whole", whole, every=every, **options)
+    complete = {}
+    trainer = fit(tmp_path / "complete", complete, every=every, **options)
     first, end = STEPS // options.get("accumulate_grad_batches", 1), trainer.global_step
     kills = [(hook, first + shift) for shift in (-1, 0, 1) for hook in HOOKS[:-1]]
     chains = [(kill, kill, (kill[0], kill[1] + first)) for kill in kills]
@@ -161,7 +161,7 @@ def test_chains_of_kills_around_the_end_of_an_epoch(tmp_path, name, every):
         pages = {}
         stopped = [fit(tmp_path / "killed", pages, kill, every=every, **options) is None for kill in chain]
         assert fit(tmp_path / "killed", pages, every=every, **options).global_step == end
-        assert pages == whole, chain[: sum(stopped)]
+        assert pages == complete, chain[: sum(stopped)]
         shutil.rmtree(tmp_path / "killed")
 
 
@@ -199,21 +199,21 @@ def test_another_batch_size_in_mid_epoch_names_a_checkpoint_that_is_there(tmp_pa
 @pytest.mark.parametrize("options", [{"max_epochs": 1}, {"max_epochs": -1, "max_steps": 6}])
 def test_a_finished_run_can_be_extended(tmp_path, every, options):
     """Whatever every_n_train_steps is, to the same weights as a run that was long from the start."""
-    whole, pages = {}, {}
-    fit(tmp_path / "whole", whole, every=every)
+    complete, pages = {}, {}
+    fit(tmp_path / "complete", complete, every=every)
     fit(tmp_path / "part", pages, every=every, **options)
     assert fit(tmp_path / "part", pages, every=every).global_step == EPOCHS * STEPS
-    assert pages == whole
+    assert pages == complete
 
 
 @pytest.mark.parametrize("changed", [{}, {"every": 2}])
 def test_a_copied_folder_has_one_last_checkpoint(tmp_path, changed):
-    whole, pages = {}, {}
-    fit(tmp_path / "whole", whole)
+    complete, pages = {}, {}
+    fit(tmp_path / "complete", complete)
     assert fit(tmp_path / "run", pages, ("on_train_batch_start", STEPS + 1)) is None
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     fit(tmp_path / "copy", pages, **changed)
-    assert pages == whole
+    assert pages == complete
     names = sorted(path.name for path in (tmp_path / "copy/checkpoints").iterdir())
     assert names == ["last.ckpt", "last.ckpt.previous"]
     assert torch.load(tmp_path / "copy/checkpoints/last.ckpt", weights_only=True)["global_step"] == EPOCHS * STEPS
@@ -230,8 +230,8 @@ def test_a_new_run_in_the_folder_keeps_the_last_checkpoint_of_the_old_one(tmp_pa
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("hook", ["on_train_batch_start", "on_validation_start"])
 def test_control_c_saves_and_says_how_to_resume(tmp_path, hook, accumulate):
-    whole, pages, options = {}, {}, {"accumulate_grad_batches": accumulate, "every": 1000}
-    fit(tmp_path / "whole", whole, **options)
+    complete, pages, options = {}, {}, {"accumulate_grad_batches": accumulate, "every": 1000}
+    fit(tmp_path / "complete", complete, **options)
     handler, step = signal.getsignal(signal.SIGINT), STEPS // accumulate
     with pytest.raises(
         StoppedError, match=r"stopped by SIGINT, after step \d\. To resume, re-run with --ckpt_path (.*)"
@@ -240,4 +240,4 @@ def test_control_c_saves_and_says_how_to_resume(tmp_path, hook, accumulate):
     assert signal.getsignal(signal.SIGINT) == handler
     path = str(stop.value).rpartition(" ")[2]
     assert fit(tmp_path / "run", pages, ckpt_path=path, **options).global_step == EPOCHS * step
-    assert pages == whole
+    assert pages == complete

@@ -120,9 +120,9 @@ def test_a_resumed_run_continues_its_logs(in_root, tmp_path, resumed):
         scalars = {tag: {e.step: e.value for e in board.Scalars(tag)} for tag in ("train/loss", "val/nll")}
         return rows, scalars, {path.name: path.read_text() for path in folder.glob("calibration/*.json")}
 
-    run(tmp_path / "whole", 3)
+    run(tmp_path / "complete", 3)
     run(tmp_path / "run", 2)
     path = next((tmp_path / "run/checkpoints").glob(f"*step={resumed}.ckpt"))
     run(tmp_path / "run", 3, f"--ckpt_path={path}")
-    found, expected = logged(tmp_path / "run"), logged(tmp_path / "whole")
+    found, expected = logged(tmp_path / "run"), logged(tmp_path / "complete")
     assert found == expected

@@ -58,7 +58,7 @@ class TestBackground:
 
     @pytest.mark.parametrize("started", [0, 1, 2])
     def test_a_thread_that_cannot_start_is_said_before_any_work(self, monkeypatch, started):
-        """Nobody waits for a pool of which some threads run and others could not be started."""
+        """Nobody waits for a pool with some threads running and others that could not be started."""
         start, starts = threading.Thread.start, iter(range(99))
 
         def refuse(thread):
@@ -150,7 +150,7 @@ def test_a_shard_is_written_while_the_next_batch_is_made(sample, tmp_path):
     assert not list((tmp_path / "run/claims").iterdir())
 
 
-def test_a_signal_between_two_shards_leaves_what_is_being_written_whole(sample, tmp_path):
+def test_a_signal_between_two_shards_leaves_what_is_being_written_complete(sample, tmp_path):
     noted = threading.Event()
 
     def stop():

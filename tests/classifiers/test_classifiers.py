@@ -109,7 +109,7 @@ ACTIVATIONS = {
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("functional", [False, True])
 def test_smoothed_activations_keep_bounds_and_become_the_original(name, functional):
-    """Against the convolution of the original with the logistic density, of which Softplus(β) is that of ReLU."""
+    """Against the convolution of the original with the logistic density; that of ReLU is Softplus(β)."""
     module, function = ACTIVATIONS[name]
     calls = type("Calls", (nn.Module,), {"forward": function})
     x = torch.linspace(-12, 12, 97, dtype=torch.float64)
@@ -207,7 +207,7 @@ def test_freezing_folds_batch_norm_and_changes_no_output(name):
         assert not any(isinstance(m, nn.BatchNorm2d) for m in classifier.modules())
 
 
-def test_normalisation_and_resize_are_what_torchvision_does():
+def test_normalization_and_resize_are_what_torchvision_does():
     torch.manual_seed(0)
     image = torch.rand(2, 3, 48, 48)
     expected = v2.functional.resize(image, [32, 32], antialias=True)
@@ -268,9 +268,9 @@ class TestWeights:
             load_weights(SmallResNet(), tmp_path / "deep.safetensors")
 
     def test_truncated_and_malicious_files_are_refused(self, tmp_path):
-        whole = tmp_path / "whole.safetensors"
-        save_weights(SmallResNet(), whole)
-        (tmp_path / "cut.safetensors").write_bytes(whole.read_bytes()[:1000])
+        complete = tmp_path / "complete.safetensors"
+        save_weights(SmallResNet(), complete)
+        (tmp_path / "cut.safetensors").write_bytes(complete.read_bytes()[:1000])
         with pytest.raises(CheckpointError, match="not a readable safetensors file"):
             read_weights(tmp_path / "cut.safetensors")
 

@@ -110,7 +110,7 @@ def test_no_training_step_asks_for_data_that_is_not_there(in_root, name):
 
 
 class Deep(nn.Module):
-    """A classifier network with dropout, of which the compiled one draws its own numbers."""
+    """A classifier network with dropout; the compiled one draws its own numbers."""
 
     def __init__(self):
         super().__init__()
