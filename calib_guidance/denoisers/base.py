@@ -26,7 +26,8 @@ class Prediction(NamedTuple):
 
     def detach(self) -> Self:
         """The same values without a graph."""
-        return Prediction(*(None if value is None else value.detach() for value in self))
+        detached = {name: value.detach() for name, value in self._asdict().items() if value is not None}
+        return self._replace(**detached)
 
     def shifted(self, shift: Tensor) -> Self:
         """With ``shift`` added to x̂0, and to that of the noise, so that guidance is as strong under either."""
@@ -85,7 +86,7 @@ class Denoiser(nn.Module, ABC):
         return x0
 
 
-def x0_predictor(denoiser: Denoiser, network: Callable[..., Tensor], levels: NoiseLevels, device: Any) -> Predict:
+def x0_predictor(denoiser: Any, network: Callable[..., Tensor], levels: NoiseLevels, device: Any) -> Predict:
     """``predict(x_t, i)`` of ``network(x_t, i)``, whose output is ``denoiser.prediction`` and, where learned, a variance."""
     coefficients = x0_coefficients(denoiser.prediction, levels.alphas_cumprod)
     from_x, from_output = (torch.tensor(c, device=device).float() for c in coefficients)

@@ -32,6 +32,11 @@ class VAEDecoder(nn.Module):
         dtype: ``float32`` or ``bfloat16``. float16 is not offered: the classifier's gradients underflow in it.
     """
 
+    decoder: Any
+    post_quant_conv: nn.Module
+    scale: Tensor
+    mean: Tensor
+
     def __init__(
         self,
         vae: str | nn.Module | dict[str, Any],
@@ -43,14 +48,15 @@ class VAEDecoder(nn.Module):
         super().__init__()
         check_numbers(above=0, latent_scale=min(np.atleast_1d(latent_scale).tolist()))
         scale = torch.as_tensor(latent_scale, dtype=torch.float32).view(-1, 1, 1)
+        built: Any = vae
         if isinstance(vae, str) and Path(vae.split("@")[0]).suffix in FILES and not is_folder(vae):
-            vae = read_ldm_decoder(vae)
+            built = read_ldm_decoder(vae)
         elif not isinstance(vae, nn.Module):
-            vae = load_model(vae, "AutoencoderKL", "vae")
+            built = load_model(vae, "AutoencoderKL", "vae")
         # The encoder stays behind, 34 of 84 million parameters.
-        self.post_quant_conv, self.decoder = vae.post_quant_conv or nn.Identity(), vae.decoder
+        self.post_quant_conv, self.decoder = built.post_quant_conv or nn.Identity(), built.decoder
         self.latent_scale, self.unit_range = latent_scale, unit_range
-        self.to(dtype_of(dtype, get_args(DecoderDtype)), memory_format=torch.channels_last)
+        self.to(dtype_of(dtype, get_args(DecoderDtype))).to(memory_format=torch.channels_last)
         mean = torch.zeros(1) if latent_mean is None else torch.as_tensor(latent_mean, dtype=torch.float32)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("mean", mean.view(-1, 1, 1), persistent=False)
@@ -70,7 +76,7 @@ class TinyDecoder(nn.Module):
 
     def __init__(self, source: str | nn.Module | dict[str, Any] = "hf://madebyollin/taesd"):
         super().__init__()
-        model = source if isinstance(source, nn.Module) else load_model(source, "AutoencoderTiny", "vae")
+        model: Any = source if isinstance(source, nn.Module) else load_model(source, "AutoencoderTiny", "vae")
         self.decoder, self.latent_scale = model.decoder, model.config.scaling_factor
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -94,8 +100,8 @@ class LinearDecoder(nn.Module):
         check_choice("upsampling", upsampling, get_args(Upsampling))
         self.upsampling, self.factor = upsampling, factor
         self.map = nn.Conv2d(channels, 3, 1)
-        nn.init.zeros_(self.map.weight)
-        nn.init.zeros_(self.map.bias)
+        for parameter in self.map.parameters():
+            nn.init.zeros_(parameter)
         if checkpoint is not None:
             load_weights(self, checkpoint, upsampling=upsampling, factor=factor)
 
@@ -123,7 +129,8 @@ def fit_linear_decoder(
     Returns:
         The decoder, and the fraction of the images' variance about their mean color that it explains.
     """
-    linear, inner, cross, total, mean = None, 0.0, 0.0, 0.0, 0.0
+    linear, zero = None, torch.zeros((), dtype=torch.float64)
+    inner, cross, total, mean = zero, zero, zero, zero
     for latents in batches:
         images = decode(latents)
         if linear is None:
@@ -140,8 +147,7 @@ def fit_linear_decoder(
     if torch.linalg.matrix_rank(inner) < len(inner):
         raise ValueError("these latents leave the linear decoder undetermined: give more, or more varied ones")
     solution = torch.linalg.solve(inner, cross)
-    linear.map.weight.copy_(solution[:-1].T[..., None, None])
-    linear.map.bias.copy_(solution[-1])
+    linear.map.load_state_dict({"weight": solution[:-1].T[..., None, None], "bias": solution[-1]})
     residual = total - (solution * cross).sum()
     spread = total - (mean.square() / inner[-1, -1]).sum()
     return linear.eval(), float(1 - residual / spread)

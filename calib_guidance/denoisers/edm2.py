@@ -50,7 +50,8 @@ class EDM2Denoiser(DecodesLatents, EDMDenoiser):
         latent_std: Sequence[float] = LATENT_STD,
         **kwargs: Any,
     ):
-        super().__init__(network, checkpoint, sigma_data, **kwargs)
+        own: Any = network  # not a UNet, as EDMDenoiser's
+        super().__init__(own, checkpoint, sigma_data, **kwargs)
         self.network.fold(bool(self.provenance.get("published")) if half_gains is None else half_gains)
         self.clip = self.network.in_channels != len(latent_std)
         scale = [0.5 / std for std in latent_std]

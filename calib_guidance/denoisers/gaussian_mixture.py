@@ -29,7 +29,10 @@ class GaussianMixture(Denoiser):
     """
 
     clip = False
-    max_sigma = math.inf
+    means: Tensor
+    variances: Tensor
+    axes: Tensor
+    log_weights: Tensor
 
     def __init__(
         self,
@@ -60,6 +63,10 @@ class GaussianMixture(Denoiser):
         self.schedule = NoiseSchedule(named_betas(noise_schedule, num_steps))
         self.image_shape = (d, 1, 1)
         self.num_components, self.num_classes = k, k if class_conditional else None
+
+    @property
+    def max_sigma(self) -> float:
+        return math.inf
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves to a device and stays float64: a cast would round the closed forms."""

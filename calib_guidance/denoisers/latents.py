@@ -31,7 +31,7 @@ class DecodesLatents:
         """
         check_numbers(least=1, null="all at once", decode_batch=decode_batch)
         self.decode_batch = decode_batch
-        if isinstance(vae, str | dict) or hasattr(vae, "quant_conv"):
+        if isinstance(vae, str | dict) or (vae is not None and hasattr(vae, "quant_conv")):
             vae = VAEDecoder(vae, dtype=vae_dtype or "float32", **latents)
         elif vae_dtype is not None:
             raise ValueError("vae_dtype is for an autoencoder (vae); a decoder of your own has its own (init_args)")

@@ -19,6 +19,10 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class _Layer(nn.Module):
     """A layer of a vision transformer, by the names of transformers' ViT."""
 
+    attention: Any
+    intermediate: Any
+    output: Any
+
     def __init__(self, width: int, hidden: int, heads: int, eps: float):
         super().__init__()
         self.heads = heads
@@ -50,6 +54,12 @@ class RAEDecoder(nn.Module):
         eps: of the layer norms.
     """
 
+    latent_mean: Tensor
+    latent_std: Tensor
+    image_mean: Tensor
+    image_std: Tensor
+    decoder_pos_embed: Tensor
+
     def __init__(
         self,
         checkpoint: str | dict[str, Tensor] | None,
@@ -60,6 +70,7 @@ class RAEDecoder(nn.Module):
         eps: float = 1e-12,
     ):
         super().__init__()
+        state: dict[str, Tensor] = {}
         width, channels, depth, hidden, pixels, tokens = 1152, 768, 28, 4096, 3 * 16**2, 257
         if checkpoint is not None:
             read: Any = checkpoint if isinstance(checkpoint, dict) else read_weights(checkpoint).state

@@ -33,7 +33,7 @@ class PathCoefficients(NamedTuple):
         return np.hypot(self.alpha, self.sigma)
 
 
-def path_coefficients(path: PathName, tau: np.ndarray) -> PathCoefficients:
+def path_coefficients(path: PathName, tau: np.ndarray | float) -> PathCoefficients:
     """Coefficients of a path at ``tau`` in [0, 1]. σ' of the VP path is infinite at τ = 0."""
     check_choice("path", path, get_args(PathName))
     tau = np.asarray(tau, np.float64)
@@ -50,7 +50,7 @@ def path_coefficients(path: PathName, tau: np.ndarray) -> PathCoefficients:
         return PathCoefficients(alpha, sigma, d_alpha, -alpha * d_alpha / sigma)
 
 
-def path_time(path: PathName, alphas_cumprod: np.ndarray) -> np.ndarray:
+def path_time(path: PathName, alphas_cumprod: np.ndarray | float) -> np.ndarray:
     """τ where σ/α is that of ᾱ, at most 1; ᾱ = 0 is τ = 1."""
     check_choice("path", path, get_args(PathName))
     abar = np.asarray(alphas_cumprod, np.float64)

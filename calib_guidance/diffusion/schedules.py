@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Self, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -95,10 +95,10 @@ class NoiseLevels(NamedTuple):
         with np.errstate(divide="ignore"):  # infinite at pure noise
             return np.sqrt(1 / self.alphas_cumprod - 1)
 
-    def select(self, rows: Sequence[int]) -> Self:
+    def select(self, rows: Sequence[int]) -> "NoiseLevels":
         """Some of these levels, in the order given."""
-        tables = (np.asarray(table)[rows] for table in self[:4])
-        return NoiseLevels(*tables, np.arange(len(rows)), self.num_train_steps)
+        times, alphas_cumprod, progress, executed = (np.asarray(table)[rows] for table in self[:4])
+        return NoiseLevels(times, alphas_cumprod, progress, executed, np.arange(len(rows)), self.num_train_steps)
 
 
 def _levels(times: np.ndarray, alphas_cumprod: np.ndarray, num_train_steps: int) -> NoiseLevels:
@@ -171,7 +171,7 @@ class NoiseSchedule:
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    def respace(self, respacing: str | int) -> Self:
+    def respace(self, respacing: str | int) -> "NoiseSchedule":
         """The process that uses only the steps of ``respacing``, see :func:`respaced_timesteps`."""
         return NoiseSchedule(self.betas, respaced_timesteps(len(self), respacing))
 
@@ -180,16 +180,16 @@ class NoiseSchedule:
         """All steps of this process."""
         return _levels(self.timesteps, self.alphas_cumprod, self.num_train_steps)
 
-    def at(self, steps: Sequence[int]) -> NoiseLevels:
+    def at(self, steps: Sequence[int] | np.ndarray) -> NoiseLevels:
         """Some steps of a process that is not respaced, in the order given."""
         steps = np.asarray(steps)
         return _levels(self.timesteps[steps], self.alphas_cumprod[steps], self.num_train_steps)
 
-    def at_sigmas(self, sigmas: Sequence[float]) -> NoiseLevels:
+    def at_sigmas(self, sigmas: Sequence[float] | np.ndarray) -> NoiseLevels:
         """Levels of given σ > 0, in the order given.
 
         ᾱ = 1/(1 + σ²) is exact; t is interpolated in ln σ between the steps of this process, and stays within them.
         """
         sigmas = np.asarray(sigmas, np.float64)
         times = np.interp(np.log(sigmas), np.log(1 / self.alphas_cumprod - 1) / 2, self.timesteps)
-        return _levels(times, 1 / (1 + sigmas**2), self.num_train_steps)
+        return _levels(times, 1 / (1 + np.square(sigmas)), self.num_train_steps)

@@ -24,7 +24,7 @@ def _mean_within(features: Tensor) -> Tensor:
         for columns in blocks[i:]
     )
     diagonal = sum((rows.double().square().mean(1) + 1).pow(3).sum() for rows in blocks)
-    return (total - diagonal) / (n * (n - 1))
+    return torch.as_tensor(total - diagonal) / (n * (n - 1))
 
 
 def kernel_distance(reference: Tensor, generated: Tensor) -> Tensor:

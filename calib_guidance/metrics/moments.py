@@ -50,6 +50,7 @@ class StepMoments(Metric):
     """
 
     full_state_update = False
+    sums: Tensor
 
     def __init__(self, num_steps: int, **kwargs: object):
         super().__init__(**kwargs)

@@ -78,8 +78,8 @@ def precision_recall(reference: Tensor, generated: Tensor, k: int = 3, half: boo
         >>> float(precision), float(recall)  # the ball of 3 reaches to 4
         (1.0, 0.625)
     """
-    pairs = ((reference, generated), (generated, reference))
-    return tuple((count_in_balls(*pair, k, half)[0] > 0).double().mean() for pair in pairs)
+    inside, found = count_in_balls(reference, generated, k, half)[0], count_in_balls(generated, reference, k, half)[0]
+    return (inside > 0).double().mean(), (found > 0).double().mean()
 
 
 def density_coverage(reference: Tensor, generated: Tensor, k: int = 5) -> tuple[Tensor, Tensor]:

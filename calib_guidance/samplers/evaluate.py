@@ -1,7 +1,7 @@
 """Guided predictions along one trajectory."""
 
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -50,16 +50,16 @@ class Evaluate:
 
     def __init__(self, sampler: "Sampler", denoiser: Denoiser, guidance: Guidance | None, y: Tensor, x: Tensor):
         levels, scaling = sampler.evaluated(denoiser), sampler.scaling
-        self.predict = prepare_clipped(denoiser, levels, y, sampler.clip_denoised)
+        self.predict: Any = prepare_clipped(denoiser, levels, y, sampler.clip_denoised)
         getattr(self.predict, "start", lambda x: None)(x)
         self._guide = guidance and guidance.prepare(levels, y, denoiser.decode)
         plan = plan_of(guidance, levels)
         self._fold = not (sampler.takes_score or plan.moves_sample)
-        self._scaled = plan.at_x0.tolist() if scaling is not None else [False] * len(plan.at_x0)
+        self._scaled = [scaling is not None and bool(at_x0) for at_x0 in plan.at_x0]
         # 1 − ᾱ = (√ᾱ·σ)². At pure noise the true score of a class is 0, and a classifier's would be multiplied by infinity.
         sigma = np.where(levels.sigmas > PURE_NOISE / 2, 0, levels.sigmas)
         self._to_x0 = on_device(np.sqrt(levels.alphas_cumprod) * sigma**2, x)
-        self._added = None if scaling is None else on_device(scaling.added(levels), x)
+        self._added = self._to_x0 if scaling is None else on_device(scaling.added(levels), x)
         self.moved: Tensor | None = None
         self.seen: Guided | None = None
         self._move: Tensor | None = None
@@ -73,11 +73,11 @@ class Evaluate:
         if self._scaled[i]:
             self._move = self._added[i] * guided.score
             return guided._replace(score=None)
-        return guided._replace(prediction=guided.prediction.shifted(self._to_x0[i] * guided.score), score=None)
+        return guided._replace(prediction=guided.predicted().shifted(self._to_x0[i] * guided.score), score=None)
 
     def both(self, x: Tensor, i: int) -> tuple[Tensor, Tensor]:
         """The guided x̂0, and that whose ε is the noise of the step: the same unless CFG++ says otherwise."""
-        prediction = self(x, i).prediction
+        prediction = self(x, i).predicted()
         return prediction.x0, prediction.x0 if prediction.x0_renoise is None else prediction.x0_renoise
 
     def unguided(self, x: Tensor, i: int) -> Guided:
@@ -95,7 +95,7 @@ class Evaluate:
     def finish(self, mean: Tensor, i: int) -> tuple[Tensor, Guided]:
         """``mean`` of step ``i`` with what guidance adds to it, and what observers are told."""
         self.moved = self._move
-        seen, self.seen, self._move = self.seen, None, None
+        seen, self.seen, self._move = self.seen or Guided(None), None, None
         return (mean if self.moved is None else mean + self.moved), seen
 
 

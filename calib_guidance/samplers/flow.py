@@ -39,7 +39,8 @@ class FlowSampler(Sampler):
             raise ValueError(
                 f"the grid needs 0 ≤ end < start ≤ 1 and shift > 0, got end={end}, start={start}, shift={shift}"
             )
-        self.num_steps, self.path, self.shift, self.start_time, self.end = num_steps, path, shift, start, end
+        self.num_steps, self.shift, self.start_time, self.end = num_steps, shift, start, end
+        self.path: PathName = path
 
     def grid(self, denoiser: Denoiser) -> np.ndarray:
         """τ of the ends of the steps, ``(N + 1,)``, least noisy first."""
@@ -68,5 +69,5 @@ class FlowSampler(Sampler):
 
     def predict(self, x: Tensor, k: int, evaluate: Evaluate, c: SimpleNamespace) -> tuple[Tensor, Tensor]:
         """x̂0 and ε at level ``k``."""
-        x0 = evaluate(c.to_vp[k] * x, k).prediction.x0
+        x0 = evaluate(c.to_vp[k] * x, k).predicted().x0
         return x0, (x - c.alpha[k] * x0) / c.sigma[k]

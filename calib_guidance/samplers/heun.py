@@ -96,4 +96,4 @@ class Heun(Sampler):
     def _slope(self, x: Tensor, k: int, evaluate: Evaluate, c: SimpleNamespace, guided: bool) -> Tensor:
         """dX/dσ = ε at level ``k``."""
         predict = evaluate if guided else evaluate.unguided
-        return (x - predict(c.to_vp[k] * x, k).prediction.x0) / c.sigma[k]
+        return (x - predict(c.to_vp[k] * x, k).predicted().x0) / c.sigma[k]
