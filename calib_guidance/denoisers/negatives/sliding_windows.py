@@ -41,7 +41,8 @@ class SlidingWindows(Negative):
 
     def check(self, denoiser: Denoiser) -> None:
         channels, height, width = denoiser.image_shape
-        self.corners(height), self.corners(width)
+        for side in (height, width):
+            self.corners(side)
         for module in denoiser.modules():
             if callable(check := getattr(module, "check_image", None)):
                 check((channels, self.size, self.size))
