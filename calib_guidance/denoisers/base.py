@@ -35,6 +35,8 @@ class Prediction(NamedTuple):
         return self._replace(x0=self.x0 + shift, x0_renoise=renoise)
 
 
+_SIGMA_MAX = 80.0  # beyond it nothing is left of the image, and guidance is multiplied by σ
+
 Predict = Callable[[Tensor, int | Tensor], Prediction]
 
 
@@ -60,8 +62,8 @@ class Denoiser(nn.Module, ABC):
 
     @property
     def max_sigma(self) -> float:
-        """Largest σ that the model knows, where flow samplers start; infinite of models of pure noise."""
-        return float(self.schedule.levels.sigmas[-1])
+        """σ where flow samplers start: infinite of models of pure noise; else the largest of the schedule, at most 80."""
+        return min(float(self.schedule.levels.sigmas[-1]), _SIGMA_MAX)
 
     @abstractmethod
     def prepare(self, levels: NoiseLevels, y: Tensor | None) -> Predict:

@@ -290,7 +290,7 @@ def test_denoisers_of_one_law_give_the_same_samples_under_every_sampler(path, di
 
 
 def test_a_model_of_sigma_gives_the_same_samples(monkeypatch):
-    """EDM2's coordinates; it starts at the largest σ of its schedule, 157."""
+    """EDM2's coordinates; it starts at σ = 80."""
     mixture = GaussianMixture(MEANS, COVARIANCES, class_conditional=True)
     denoiser = EDMDenoiser(Preconditioned(mixture, "linear", "data_to_noise", 1.0).double())
     monkeypatch.setattr(GaussianMixture, "max_sigma", denoiser.max_sigma)
