@@ -19,11 +19,14 @@ import pytest
 from PIL import Image
 
 from calib_guidance.backend import atomic
-from calib_guidance.backend.atomic import temporary_path
+from calib_guidance.backend.atomic import new_worker, temporary_path
 from calib_guidance.errors import ConfigurationError, StoppedError
 from calib_guidance.runs import CorruptedShardError, RunFolder, read_run
+from calib_guidance.runs.store import canonical_json, checked_json, sha256, with_checksum
 from tests.runs import flip, tables
 
+# Of a process that runs for as long as the tests.
+CLAIM = {"worker": new_worker(), "host": "h", "pid": os.getpid(), "since": "2026-01-01T00:00:00+00:00"}
 IDENTITY = {"model.sampler.steps": "100", "data.seed": 0, "data.labels": "balanced"}
 FORK = get_context("fork")  # this module's imports are small, and a fork costs milliseconds
 
@@ -55,6 +58,12 @@ def work(path, size, count, pause=0.0, lease=600.0, together=None):
         for shard in shards:
             time.sleep(pause)
             make(folder, shard)
+
+
+def symlink_to_claim(path):
+    real = path.with_name("real")
+    real.write_bytes(checked_json(CLAIM))
+    path.symlink_to(real)
 
 
 def states(folder, verify=False):
@@ -233,6 +242,29 @@ class TestIdentity:
             with pytest.raises(ConfigurationError, match="not a regular file"):
                 look(tmp_path)
 
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            *(({"shard_size": n}, "num_samples and shard_size must be at least 1") for n in (-4, 0)),
+            *(({"num_samples": n}, "num_samples and shard_size must be at least 1") for n in (-10, 0)),
+            ({"num_samples": 10**30}, "are more than 1,000,000 files"),
+            *(({"shard_size": n}, "shard_size is") for n in (4.0, "4", None, True)),
+            *(({name: ...}, f"{name} is 'missing'") for name in ("identity", "num_samples", "versions", "created")),
+            ({"identity": ["a"]}, "identity is"),
+        ],
+    )
+    def test_every_field_is_checked(self, tmp_path, changes, said):
+        """Of a run.json with right checksums."""
+        begin(tmp_path)
+        content = json.loads((tmp_path / "run.json").read_text()) | changes
+        content = {key: value for key, value in content.items() if value is not ...}
+        if "identity" in content:
+            content["fingerprint"] = sha256(canonical_json(content["identity"]))
+        (tmp_path / "run.json").write_text(json.dumps(with_checksum(content)))
+        for look in (RunFolder.open, begin, read_run):
+            with pytest.raises(ConfigurationError, match=said):
+                look(tmp_path)
+
     def test_a_changed_number_is_found(self, tmp_path):
         begin(tmp_path)
         text = (tmp_path / "run.json").read_text()
@@ -307,6 +339,38 @@ class TestDamage:
         work(tmp_path, 4, 10)
         assert states(RunFolder.open(tmp_path), verify=True) == ["done"] * 3
 
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"rows": 3},
+            {"rows": 5, "failed": []},
+            {"rows": -1, "requested": -1},
+            {"requested": 0, "rows": 0},
+            {"requested": 40, "rows": 40},
+            {"rows": 3, "failed": [{"index": 99, "step": None, "reason": "?"}]},
+            {"rows": 3, "failed": ["?"]},
+            {"rows": 3, "failed": [{"index": 4, "step": "?", "reason": "?"}]},
+            {"bytes": -1},
+            {"seconds": float("nan")},
+            {"seconds": "1"},
+            {"sha256": None},
+            {"worker": ...},
+            {"run": 7},
+            {"rows": 2, "failed": [{"index": i, "step": None, "reason": "lost"} for i in (4, 5)]},  # not the table's
+        ],
+    )
+    def test_every_field_of_a_record_is_checked(self, tmp_path, changes):
+        """Of a record with the right checksum."""
+        work(tmp_path, 4, 10)
+        path = tmp_path / "shards/00000004.json"
+        record = {k: v for k, v in (json.loads(path.read_text()) | changes).items() if v is not ...}
+        path.write_text(json.dumps(with_checksum(record)))
+        folder = RunFolder.open(tmp_path)
+        assert states(folder, verify=True) == ["done", "corrupted", "done"]
+        assert folder.remaining(verify=True) == [range(4, 8)]
+        work(tmp_path, 4, 10)
+        assert states(folder, verify=True) == ["done"] * 3
+
     @pytest.mark.parametrize("put", [os.mkfifo, os.mkdir, lambda path: os.symlink("nowhere", path)])
     def test_what_is_no_file_is_no_record(self, tmp_path, put):
         work(tmp_path, 4, 10)
@@ -378,8 +442,13 @@ class TestClaims:
             lambda path: path.write_text("{}"),
             lambda path: path.write_text("[" * 9_000),
             lambda path: path.write_bytes(bytes(20_000)),
-            lambda path: path.write_text(json.dumps({"worker": "a-b-c-d", "host": "h", "pid": 1, "since": ""})),
-            lambda path: path.write_text(json.dumps({"worker": 1, "host": "h", "pid": "1", "since": ""})),
+            lambda path: path.write_text(json.dumps(CLAIM)),
+            lambda path: path.write_bytes(checked_json(CLAIM | {"worker": "a-b-c-d"})),
+            lambda path: path.write_bytes(checked_json(CLAIM | {"worker": 1})),
+            lambda path: path.write_bytes(checked_json(CLAIM | {"pid": "1"})),
+            lambda path: path.write_bytes(checked_json({"worker": CLAIM["worker"]})),
+            lambda path: path.write_bytes(checked_json(CLAIM | {"since": " " * 20_000})),
+            lambda path: symlink_to_claim(path),
             lambda path: path.symlink_to("nowhere"),
             lambda path: path.symlink_to(path.parent),
             lambda path: path.mkdir(),
@@ -395,6 +464,12 @@ class TestClaims:
         assert make(folder, range(4, 8))
         work(tmp_path, 4, 10)
         assert states(folder) == ["done"] * 3
+
+    def test_the_claim_above_is_one_but_for_its_faults(self, tmp_path):
+        folder = begin(tmp_path)
+        (tmp_path / "claims/00000004").write_bytes(checked_json(CLAIM))
+        assert folder.state(range(4, 8)).name == "claimed"
+        assert not folder.claims.acquire(range(4, 8))
 
     def test_a_claim_of_the_future_is_no_sign_of_life(self, tmp_path, monkeypatch):
         monkeypatch.setattr(atomic, "_machine", lambda: "elsewhere")

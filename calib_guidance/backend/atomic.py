@@ -48,6 +48,11 @@ def new_worker() -> str:
     return f"{_machine()}-{os.getpid()}-{_start_time(os.getpid())}-{uuid.uuid4().hex[:8]}"
 
 
+def is_worker(name: str) -> bool:
+    """Whether :func:`new_worker` gives such names."""
+    return _NAME.fullmatch(name) is not None
+
+
 def is_alive(worker: str) -> bool | None:
     """Whether the process of a worker runs; None if that cannot be seen from here."""
     if (match := _NAME.fullmatch(worker)) is None or match[1] != _machine() or match[3] == "None":
@@ -98,7 +103,7 @@ def remove_abandoned(folder: Path, now: float, lease: float) -> None:
     """
     for path in folder.glob(".*.tmp"):
         worker = path.name.rsplit(".", 2)[1]
-        if not _NAME.fullmatch(worker) or (alive := is_alive(worker)):
+        if not is_worker(worker) or (alive := is_alive(worker)):
             continue
         with contextlib.suppress(FileNotFoundError):  # another process removes it too, or has completed it
             if alive is False or now - max(each.lstat().st_mtime for each in (path, *path.rglob("*"))) > lease:

@@ -9,11 +9,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from calib_guidance.backend.atomic import create, is_alive, new_worker, remove, temporary_path
+from calib_guidance.backend.atomic import create, is_alive, is_worker, new_worker, remove, temporary_path
 from calib_guidance.runs.store import canonical_json, read_checked, with_checksum
 
 log = logging.getLogger(__name__)
 _UNREADABLE = {"worker": "", "host": "an unknown machine", "pid": 0, "since": "an unknown time"}  # stands for a claim
+_MOST_BYTES = 10_000
 
 
 class Claim(NamedTuple):
@@ -61,15 +62,18 @@ class Claims:
     @staticmethod
     def _content(path: Path) -> dict[str, Any] | None:
         """Content of a claim; None for what no worker wrote."""
+        size = path.lstat().st_size
+        if path.is_symlink() or size > _MOST_BYTES:
+            return None
         try:
-            if path.is_file() and not path.stat().st_size:  # without hard links not yet written
+            if not size and path.is_file():  # without hard links not yet written
                 return _UNREADABLE
-            content = read_checked(path)
+            content = read_checked(path, {key: type(value) for key, value in _UNREADABLE.items()})
         except PermissionError:  # another user's
             return _UNREADABLE
         except ValueError:
             return None
-        return {key: content[key] for key in _UNREADABLE}
+        return {key: content[key] for key in _UNREADABLE} if is_worker(content["worker"]) else None
 
     def of(self, shard: range) -> Claim | None:
         """The claim of a shard, None if nobody has claimed it."""

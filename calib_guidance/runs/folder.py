@@ -28,7 +28,6 @@ _PLOTS = ("samples", "trajectory", "ece_t", "reliability", "gradient_norm", "gui
 _REPORT = ("metrics.json", "predictions.npz", "trajectory.npz", store.REAL_IMAGES)
 _REPORT += tuple(f"plots/{stem}{ending}" for stem in _PLOTS for ending in (".png", ".pdf"))
 _NAME = re.compile(r"(\d{8,})((?:\.\w+)?)")
-_MOST_SHARDS = 1_000_000
 _BESIDE = (
     *_REPORT,
     "config.yaml",
@@ -94,11 +93,7 @@ class RunFolder(ShardStore):
         and labels are a function of, flat, in JSON's types; ``versions`` of the software are for people.
         """
         self.check_readable()
-        if self.num_requests > _MOST_SHARDS * self.shard_size:
-            raise ConfigurationError(
-                f"{self.num_requests:,} samples in shards of {self.shard_size:,} are more than {_MOST_SHARDS:,} files: raise "
-                "data.shard_size"
-            )
+        store.check_size(self.num_requests, self.shard_size)
         file = self.path / "run.json"
         if not file.exists():
             content = {

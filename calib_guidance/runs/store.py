@@ -21,9 +21,11 @@ import functools
 import hashlib
 import io
 import json
+import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -38,6 +40,15 @@ from calib_guidance.errors import ConfigurationError, RunError, StoppedError
 
 REAL_IMAGES = "reference_images.npz"  # a few reference images beside the metrics, for people
 FORMAT = 3
+# Types of the fields of run.json, of a record (see RunFolder.write) and of a failed sample in it.
+_RUN = {"fingerprint": str, "identity": dict, "versions": dict, "created": str, "shard_size": int, "num_samples": int}
+_RECORD = {
+    **dict.fromkeys(("run", "sha256", "device", "host", "worker", "written"), str),
+    **dict.fromkeys(("first", "requested", "rows", "bytes"), int),
+    **{"failed": list, "sums_sha256": (str, NoneType), "seconds": (int, float)},
+}
+_FAILED = {"index": int, "step": (int, float, NoneType), "reason": str}
+_MOST_SHARDS = 1_000_000
 _UNSET = "(not set)"
 # How much is done at a time, and by how many; up to rounding it changes nothing.
 _NOT_PIXELS = {
@@ -77,8 +88,14 @@ def checked_json(content: Mapping[str, Any]) -> bytes:
     return json.dumps(with_checksum(content), indent=1, ensure_ascii=False).encode() + b"\n"
 
 
-def read_checked(path: Path) -> dict[str, Any]:
-    """What :func:`checked_json` wrote; ValueError for anything else, FileNotFoundError without a file."""
+def _check_types(content: Mapping[str, Any], types: Mapping[str, Any]) -> None:
+    for name, kind in types.items():
+        if not isinstance(content.get(name, ...), kind) or isinstance(content[name], bool):
+            raise ValueError(f"{name} is {content.get(name, 'missing')!r:.80}")
+
+
+def read_checked(path: Path, types: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`checked_json` wrote, with fields of these types; else ValueError, and FileNotFoundError without a file."""
     if not path.is_file() and os.path.lexists(path):
         raise ValueError("it is not a regular file")
     try:
@@ -89,16 +106,31 @@ def read_checked(path: Path) -> dict[str, Any]:
         raise ValueError("it has no checksum: it is damaged, or of another version")
     if content["checksum"] != with_checksum(content)["checksum"]:
         raise ValueError("its checksum is wrong")
+    _check_types(content, types)
     return content
+
+
+def check_size(num_samples: int, shard_size: int) -> None:
+    """Raise ConfigurationError for a number of samples that cannot be cut into shards."""
+    if num_samples < 1 or shard_size < 1:
+        raise ConfigurationError(f"num_samples and shard_size must be at least 1, got {num_samples} and {shard_size}")
+    if num_samples > _MOST_SHARDS * shard_size:
+        raise ConfigurationError(
+            f"{num_samples:,} samples in shards of {shard_size:,} are more than {_MOST_SHARDS:,} files: raise data.shard_size"
+        )
 
 
 def read_run(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     """Content of a folder's run.json, see :meth:`~calib_guidance.runs.folder.RunFolder.begin`; None if there is none."""
     file = Path(folder) / "run.json"
     try:
-        run = read_checked(file)
-        if run.get("format") != FORMAT:
-            raise ValueError(f"format {run.get('format')}, this version of calib_guidance reads {FORMAT}")
+        run = read_checked(file, {"format": int})
+        if run["format"] != FORMAT:
+            raise ValueError(f"format {run['format']}, this version of calib_guidance reads {FORMAT}")
+        _check_types(run, _RUN)
+        check_size(run["num_samples"], run["shard_size"])
+        if run["fingerprint"] != sha256(canonical_json(run["identity"])):
+            raise ValueError("its fingerprint is not that of its identity")
     except FileNotFoundError:
         return None
     except ValueError as error:
@@ -245,7 +277,8 @@ class ShardStore:
         """Record of a shard, None if there is none; its fields are those of :meth:`RunFolder.write`."""
         path = self.file(shard, "json")
         try:
-            record = read_checked(path)
+            record = read_checked(path, _RECORD)
+            self._check_numbers(record)
         except FileNotFoundError:
             return None
         except ValueError as error:
@@ -256,6 +289,18 @@ class ShardStore:
         if self.fingerprint not in (None, record["run"]):
             raise CorruptedShardError(f"{path.name} is the record of another run")
         return record
+
+    @staticmethod
+    def _check_numbers(record: Mapping[str, Any]) -> None:
+        """Raise ValueError for a record whose fields contradict each other."""
+        first, requested, rows, failed = (record[key] for key in ("first", "requested", "rows", "failed"))
+        for sample in failed:
+            _check_types(sample if isinstance(sample, dict) else {}, _FAILED)
+        indices = {sample["index"] for sample in failed}
+        if not (rows + len(indices) == requested > 0 <= rows and indices <= set(range(first, first + requested))):
+            raise ValueError(f"{rows} samples and the failed ones are not the {requested} requested ones")
+        if record["bytes"] < 0 or not 0 <= record["seconds"] < math.inf:
+            raise ValueError(f"bytes is {record['bytes']}, seconds {record['seconds']}")
 
     def readable_record(self, shard: range) -> dict[str, Any] | None:
         """Record of a shard; None for a corrupted one, too."""
@@ -293,7 +338,7 @@ class ShardStore:
             if (size := path.stat().st_size) != record["bytes"]:
                 raise CorruptedShardError(f"{path.name} has {size} bytes, its record says {record['bytes']}")
             if verify:
-                self._read_verified(path, record["sha256"])
+                self._check_rows(path, self._read_verified(path, record["sha256"]), record["rows"])
             if record["sums_sha256"] is not None:
                 self._read_verified(self.file(shard, "safetensors"), record["sums_sha256"])
         except FileNotFoundError as error:
@@ -306,6 +351,15 @@ class ShardStore:
         if sha256(data) != checksum:
             raise CorruptedShardError(f"{path.name} is not what was written: its checksum is wrong")
         return data
+
+    @staticmethod
+    def _check_rows(path: Path, data: bytes, rows: int) -> None:
+        try:
+            found = pq.read_metadata(io.BytesIO(data)).num_rows
+        except pa.ArrowException as error:
+            raise CorruptedShardError(f"{path.name} is not a table: {error}") from error
+        if found != rows:
+            raise CorruptedShardError(f"{path.name} has {found} samples, its record says {rows}")
 
     def _done(self, shard: range) -> dict[str, Any]:
         record = self.check(shard)
