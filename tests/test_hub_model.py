@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from calib_guidance.cli import main
 from calib_guidance.errors import ConfigurationError
+from calib_guidance.evaluation import read_classifier
 from calib_guidance.evaluation.hub_model import HubModel
-from calib_guidance.evaluation.loading import read_classifier
 
 SHORT = ["--trainer.accelerator=cpu", "--trainer.logger=false"]
 

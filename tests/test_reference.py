@@ -56,7 +56,7 @@ def test_every_form_has_the_same_statistics(tmp_path):
     found = {}
     for kind in KINDS:
         images = ImageSet(write(tmp_path / kind, kind, pixels, labels))
-        found[kind] = ReferenceStatistics.from_images(images, Projection(), batch_size=7, keep_features=True)
+        found[kind] = ReferenceStatistics.open(images).measured(Projection(), batch_size=7, keep_features=True)
         for one, other in zip((found[kind].mean, found[kind].covariance), moments(pool), strict=True):
             close(one, other, 1e-6)  # the networks' own float32, by the size of batches
         first = found["run folder"]
@@ -83,8 +83,8 @@ def test_nothing_cancels(tmp_path):
 
     pixels, labels = pictures(60)
     images = ImageSet(write(tmp_path, "npz", pixels, labels))
-    found = ReferenceStatistics.from_images(images, Far(), batch_size=7)
-    near = ReferenceStatistics.from_images(images, Projection(), batch_size=7)
+    found = ReferenceStatistics.open(images).measured(Far(), batch_size=7)
+    near = ReferenceStatistics.open(images).measured(Projection(), batch_size=7)
     torch.testing.assert_close(found.mean, near.mean - 100 + 1e6, rtol=1e-12, atol=0)
     torch.testing.assert_close(found.covariance, near.covariance, rtol=1e-8, atol=1e-8)
 
@@ -92,7 +92,7 @@ def test_nothing_cancels(tmp_path):
 def test_statistics_are_read_as_they_were_written(tmp_path):
     pixels, labels = pictures(40)
     images = ImageSet(write(tmp_path, "npz", pixels, labels))
-    made = ReferenceStatistics.from_images(images, Projection(), keep_features=True)
+    made = ReferenceStatistics.open(images).measured(Projection(), keep_features=True)
     sha256 = made.save(tmp_path / "statistics.npz")
     assert made.save(tmp_path / "again.npz") == sha256
     found = ReferenceStatistics.read(tmp_path / "statistics.npz")
@@ -118,7 +118,7 @@ def test_reference_batches_of_adm(tmp_path):
     """Mean and covariance of all images, as the file says; features of those in it."""
     pixels, labels = pictures(90)
     path = adm_batch(tmp_path / "VIRTUAL_labeled.npz", pixels[:20], labels[:20], pixels)
-    found = ReferenceStatistics.of(path, Projection(), keep_features=True)
+    found = ReferenceStatistics.open(path).measured(Projection(), keep_features=True)
     pool, spatial = activations(pixels)
     close(found.mean, pool.mean(0))
     close(found.covariance, np.cov(pool, rowvar=False))
@@ -126,12 +126,12 @@ def test_reference_batches_of_adm(tmp_path):
     close(found.spatial_covariance, np.cov(spatial, rowvar=False))
     close(found.features.double(), pool[:20], 1e-6)
     assert found.labels.tolist() == labels[:20].tolist()
-    assert (found.num_images, found.image_shape, found.images) == (None, (3, 8, 8), str(path))
+    assert (found.num_images, found.image_shape, found.images.name) == (None, (3, 8, 8), str(path))
     assert found.provenance["format"] == "arr_0, arr_1, mu, mu_s, sigma, sigma_s in .npz"
     assert found.provenance["images"]["num_images"] == 20
     assert "does not say which features" in found.notes[0]
     assert "those of the 20 images in it" in found.notes[1]
-    assert ReferenceStatistics.of(path, Projection()).features is None
+    assert ReferenceStatistics.open(path).measured(Projection()).features is None
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -139,7 +139,7 @@ def test_mu_and_sigma_alone(tmp_path, dtype):
     """As EDM, clean-fid and pytorch-fid write them."""
     mu, sigma = moments(activations(pictures(90)[0])[0])
     np.savez(tmp_path / "edm.npz", mu=mu.astype(dtype), sigma=sigma.astype(dtype))
-    found = ReferenceStatistics.of(tmp_path / "edm.npz", Projection(), keep_features=True)
+    found = ReferenceStatistics.open(tmp_path / "edm.npz").measured(Projection(), keep_features=True)
     close(found.mean, mu, 1e-6)
     close(found.covariance, sigma, 1e-6)
     assert found.mean.dtype == found.covariance.dtype == torch.float64
@@ -208,7 +208,7 @@ def test_files_that_are_no_statistics(tmp_path):
     source = write(tmp_path, "npz", *pictures(5))
     assert not ReferenceStatistics.holds(source)
     assert ReferenceStatistics.holds(adm_batch(tmp_path / "adm.npz", *pictures(5)))
-    assert ReferenceStatistics.of(source, Projection()).num_images == 5  # images are summed up
+    assert ReferenceStatistics.open(source).measured(Projection()).num_images == 5  # images are summed up
 
 
 # What does not fit
@@ -230,7 +230,7 @@ class NewerLibrary(Projection):
 
 def test_statistics_that_do_not_fit_the_features(tmp_path):
     pixels, labels = pictures(40)
-    made = ReferenceStatistics.from_images(ImageSet(write(tmp_path, "npz", pixels, labels)), Projection())
+    made = ReferenceStatistics.open(ImageSet(write(tmp_path, "npz", pixels, labels))).measured(Projection())
     made.save(tmp_path / "statistics.npz")
     found = ReferenceStatistics.read(tmp_path / "statistics.npz")
     found.check(NewerLibrary())
@@ -248,7 +248,7 @@ def test_statistics_that_do_not_fit_the_features(tmp_path):
         with pytest.raises(ConfigurationError, match=message):
             found.check(extractor)
         with pytest.raises(ConfigurationError, match=message):
-            ReferenceStatistics.of(tmp_path / "statistics.npz", extractor)
+            ReferenceStatistics.open(tmp_path / "statistics.npz").measured(extractor)
 
 
 @pytest.mark.parametrize("kind", ["of ours", "of ADM", "images"])
@@ -257,7 +257,7 @@ def test_a_reference_of_another_size(in_root, tmp_path, capsys, kind):
     samples = write(tmp_path / "samples", "npz", *pictures(40, size=16))
     reference = write(tmp_path, "npz", pixels, labels)
     if kind == "of ours":
-        made = ReferenceStatistics.from_images(ImageSet(reference), Projection())
+        made = ReferenceStatistics.open(ImageSet(reference)).measured(Projection())
         made.save(reference := tmp_path / "statistics.npz")
     elif kind == "of ADM":
         reference = adm_batch(tmp_path / "adm.npz", pixels, labels)
@@ -270,12 +270,12 @@ def test_a_reference_of_another_size(in_root, tmp_path, capsys, kind):
 
 def test_too_few_images_and_features_that_are_none(tmp_path):
     with pytest.raises(ConfigurationError, match="statistics need two images or more, there are 1"):
-        ReferenceStatistics.from_images(ImageSet(write(tmp_path / "one", "npz", *pictures(1))), Projection())
+        ReferenceStatistics.open(ImageSet(write(tmp_path / "one", "npz", *pictures(1)))).measured(Projection())
     broken = Projection()
     broken.weight.data[0, 0] = torch.nan
     images = ImageSet(write(tmp_path / "two", "npz", *pictures(9)))
     with pytest.raises(ConfigurationError, match="random projection: features are not finite"):
-        ReferenceStatistics.from_images(images, broken, batch_size=4)
+        ReferenceStatistics.open(images).measured(broken, batch_size=4)
 
 
 # The command

@@ -17,9 +17,9 @@ from calib_guidance.data.base import ImageSource, Row
 from calib_guidance.data.image_sets import ImageSet
 from calib_guidance.evaluation import FeatureExtractor
 from calib_guidance.evaluation.metrics import select
-from calib_guidance.evaluation.output import write_arrays
-from calib_guidance.evaluation.quality import Quality
+from calib_guidance.evaluation.quality import Quality, write_arrays
 from calib_guidance.evaluation.spec import Measures
+from calib_guidance.evaluation.statistics import ReferenceStatistics
 from calib_guidance.runs import RunFolder
 from calib_guidance.runs.context import SamplingContext
 from calib_guidance.runs.store import settings_digest
@@ -178,13 +178,14 @@ class SampleQuality(Measurement):
 
     def begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         processes = DistributedContext(trainer.global_rank, trainer.world_size, trainer.strategy.root_device)
-        classifies = self.measures.extractor_classifies or self.measures.eval_classifier
+        classifies = self.measures.classifier is not None
         specs = select((name for name in self.metrics if classifies or name != "classifier"), self.features)
         source = self.reference
         if not isinstance(source, str):
             source = ImageSet(_DatasetImages(source, self.uint8_rule), max_corrupt=0.0)
-        shapes = {"the run": decoded_shape(pl_module)}
-        self.quality = Quality(specs, self.measures, source, self.batch_size, processes, shapes)
+        reference, shape = ReferenceStatistics.open(source), decoded_shape(pl_module)
+        reference.check_shape("the run", shape)
+        self.quality = Quality(specs, self.measures, reference, self.batch_size, processes, [shape])
 
     def results(self, trainer: L.Trainer) -> dict[str, Any]:
         folder = self.context.store.extended()

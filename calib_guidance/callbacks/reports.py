@@ -18,7 +18,7 @@ from calib_guidance import __version__
 from calib_guidance.backend.atomic import link_or_copy
 from calib_guidance.callbacks.measurement import kept_measurements, load_kept
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.evaluation.output import described, described_uncertainty, printed_table, write_json
+from calib_guidance.evaluation.quality import described, described_uncertainty, printed_table, write_json
 from calib_guidance.plots import reliability
 from calib_guidance.runs.status import status_lines, survey
 

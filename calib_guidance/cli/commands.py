@@ -35,7 +35,7 @@ _COMMANDS = {
     "evaluate": ("evaluation.evaluate", "measure samples: FID, precision, recall, accuracy and more"),
     "experiment": ("experiments.experiment", "many runs: rows, grids and seeds, as tables and plots"),
     "export": ("runs.export", "a run's samples as npz, PNG or a data set"),
-    "reference": ("evaluation.reference", "statistics of a reference set, for evaluate"),
+    "reference": ("evaluation.evaluate", "statistics of a reference set, for evaluate"),
     "report": ("report", "one HTML page of a run, or of several"),
     "status": ("runs.status", "what of a run is done, and how long the rest takes"),
 }

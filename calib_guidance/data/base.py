@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,52 +31,41 @@ def listed(names: Sequence[str]) -> str:
     return f"{', '.join(map(printable, names[:_LISTED]))}{', …' if len(names) > _LISTED else ''}"
 
 
-def flag(name: str) -> str:
-    """The option as ``evaluate`` and ``reference`` call it."""
-    return "SAMPLES or SOURCE" if name == "source" else f"--{name.replace('_', '-')}"
-
-
-def init_arg(name: str) -> str:
-    """The option as :class:`~calib_guidance.data.ImageData` calls it."""
-    return f"data.{'train_split, val_split or test_split' if name == 'split' else name}"
-
-
 @dataclass(frozen=True)
 class SourceOptions:
     """Which images to open.
 
-    Args:
-        source: a run folder (``run.json`` in it); an ``.npz`` with ``arr_0``; a folder of images, see
-            :class:`~calib_guidance.data.folders.FolderImages`; a folder or a pattern of parquet or arrow files; a folder that
-            ``save_to_disk`` of datasets wrote; or a hub id.
-        split: of folders and tables that have several, such as ``validation`` or ``train[:90%]``, see :func:`positions`.
-        subset, image_column, label_column, time_column, index_column: see :class:`~calib_guidance.data.ImageData`.
-        option: names options in messages.
+    ``source`` is a run folder (``run.json`` in it); an ``.npz`` with ``arr_0``; a folder of images, see
+    :class:`~calib_guidance.data.source.FolderImages`; a folder or a pattern of parquet or arrow files; a folder that
+    ``save_to_disk`` of datasets wrote; or a hub id. Of the columns see :class:`~calib_guidance.data.ImageData`.
     """
 
     source: str
-    split: str | None = None
-    subset: str | None = None
+    split: str | None = None  # such as validation or train[:90%], see positions
+    subset: str | None = None  # of a hub id
     image_column: str | None = None
     label_column: str | None = None
     time_column: str | None = None
     index_column: str | None = None
-    option: Callable[[str], str] = flag
+    of_data: bool = False  # of ImageData, whose names of options stand in messages
 
     @property
     def path(self) -> Path:
         return Path(self.source).expanduser()
 
+    def option(self, name: str) -> str:
+        """An option as ``ImageData`` calls it, or ``evaluate`` and ``reference``."""
+        if self.of_data:
+            return f"data.{'train_split, val_split or test_split' if name == 'split' else name}"
+        return "SAMPLES or SOURCE" if name == "source" else f"--{name.replace('_', '-')}"
+
     def no_split(self, split: str, splits: Iterable[object]) -> ConfigurationError:
-        return ConfigurationError(
-            f"{self.source} has no split {split!r}; it has: {', '.join(map(str, splits)) or 'none'}. Name a split with "
-            f"{self.option('split')}"
-        )
+        has, option = ", ".join(map(str, splits)) or "none", self.option("split")
+        return ConfigurationError(f"{self.source} has no split {split!r}; it has: {has}. Name a split with {option}")
 
     def several_splits(self, splits: Iterable[str]) -> ConfigurationError:
-        return ConfigurationError(
-            f"{self.source} has several splits, {', '.join(sorted(splits))}: name one with {self.option('split')}"
-        )
+        names = ", ".join(sorted(splits))
+        return ConfigurationError(f"{self.source} has several splits, {names}: name one with {self.option('split')}")
 
 
 def mixed(count: int, labels: np.ndarray | None) -> np.ndarray:
@@ -97,8 +86,7 @@ def mixed(count: int, labels: np.ndarray | None) -> np.ndarray:
 def positions(part: str, count: int, labels: np.ndarray | None) -> np.ndarray:
     """Positions of a part such as ``[:90%]`` of ``count`` images, ascending; all of them for an empty one.
 
-    Parts are cut from the images in the order of :func:`mixed`: data sets are ordered by class, and ``[90%:]`` of them
-    would hold the last classes alone. ``[:90%]`` and ``[90%:]`` share no image.
+    Parts are cut in the order of :func:`mixed`: ``[90%:]`` of a data set that is ordered by class would hold the last ones alone.
     """
     if not part:
         return np.arange(count)
@@ -107,50 +95,28 @@ def positions(part: str, count: int, labels: np.ndarray | None) -> np.ndarray:
     try:
         (found,) = datasets.ReadInstruction.from_spec(f"all{part}").to_absolute({"all": count})
     except (ValueError, AssertionError) as error:
-        raise ConfigurationError(
-            f"{part!r} is not a part of a split of {count:,} images; expected one such as [:90%] or [1000:]"
-        ) from error
+        message = f"{part!r} is not a part of a split of {count:,} images; expected one such as [:90%] or [1000:]"
+        raise ConfigurationError(message) from error
     return np.sort(mixed(count, labels)[found.from_ : found.to])
 
 
 class Row(NamedTuple):
-    """One image, not decoded yet.
-
-    Attributes:
-        name: file or row of a table, for messages.
-        image: encoded bytes, a file, the URL of one, or pixels (H, W, C).
-        label: class number, −1 where it is unknown.
-        index: number that the image keeps in every order, if any.
-        time: diffusion step t of a denoised image, if any.
-    """
+    """One image, not decoded yet; ``name`` is its file or row of a table, for messages."""
 
     name: str
-    image: bytes | Path | str | np.ndarray
-    label: int = -1
-    index: int | None = None
-    time: int | None = None
+    image: bytes | Path | str | np.ndarray  # encoded, its file, a URL, or pixels (H, W, C)
+    label: int = -1  # unknown
+    index: int | None = None  # that the image keeps in every order
+    time: int | None = None  # diffusion step t of a denoised image
 
 
 class ImageSource(ABC):
-    """Images in a fixed order, read in blocks.
+    """Images in a fixed order, read in blocks; ``num_images`` counts corrupt ones, None where a stream does not state it."""
 
-    Args:
-        name: path or id, as given.
-        num_images: number of images, corrupt ones included; None for a stream that does not state it.
-        split: that is read, where there are several.
-
-    Attributes:
-        kind: what it is, for messages and provenance.
-        labelled: whether the images have class numbers.
-        why_unlabelled: why not, for messages; empty where they have.
-        class_names: name of each class number; None where classes have no names.
-        where: name and split, for messages.
-    """
-
-    kind: str
-    labelled = False
-    why_unlabelled = ""
-    class_names: list[str] | None = None
+    kind: str  # for messages and provenance
+    labelled = False  # whether the images have class numbers
+    why_unlabelled = ""  # why not, for messages
+    class_names: list[str] | None = None  # of each class number; None where classes have no names
 
     def __init__(self, name: str, num_images: int | None, split: str | None = None):
         self.name, self.num_images, self.split = name, num_images, split
@@ -163,7 +129,7 @@ class ImageSource(ABC):
         """The rows of each block of positions. Blocks ascend and do not overlap."""
 
     def provenance(self) -> dict[str, Any]:
-        """What identifies the images beyond name and kind, in JSON's types."""
+        """What identifies the images beyond name and kind, as JSON."""
         return {}
 
     def summary(self) -> str:
@@ -191,17 +157,13 @@ class IndexedSource(ImageSource):
         return mixed(self.num_images, self.column("label"))
 
     def warn_of_empty_classes(self) -> None:
-        if self.class_names is not None:
-            empty = np.setdiff1d(np.arange(len(self.class_names)), self.column("label"))
-            if len(empty):
-                names = listed([self.class_names[number] for number in empty])
-                log.warning(f"{self.where}: {len(empty)} classes without images keep their numbers: {names}")
+        names = self.class_names or ()
+        if len(empty := np.setdiff1d(np.arange(len(names)), self.column("label") if names else ())):
+            empty = [names[number] for number in empty]
+            log.warning(f"{self.where}: {len(empty)} classes without images keep their numbers: {listed(empty)}")
 
     def stream(self, num_shards: int) -> datasets.IterableDataset:
-        """Items for :meth:`row` in the order of :meth:`mixed`, in at most ``num_shards`` shards.
-
-        A folder is ordered by class, and the shuffled blocks of a stream would not mix classes.
-        """
+        """Items for :meth:`row` in :meth:`mixed` order, as shuffled blocks of a folder in its order would not mix classes."""
         import datasets
 
         numbered = datasets.Dataset.from_dict({"position": self.mixed()})

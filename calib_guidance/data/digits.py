@@ -43,13 +43,10 @@ def _digits() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
 
 
 def digits(split: DigitSplit) -> tuple[Tensor, Tensor]:
-    """One part of the digits, the same on every machine.
+    """Images ``(N, 1, 8, 8)`` float32 in [-1, 1] (17 gray levels) and labels ``(N,)`` of a part, the same on every machine.
 
     ``train`` (1,297 images) and ``heldout`` (500, 50 of each class): networks are trained on the first only and evaluations
     refer to the second only. ``fitting`` (1,000) and ``validation`` (297) are the two parts of ``train``.
-
-    Returns:
-        Images ``(N, 1, 8, 8)`` float32 in [-1, 1] (17 gray levels) and labels ``(N,)``.
     """
     images, labels, rows = _digits()
     check_choice("split", split, rows)
@@ -57,12 +54,7 @@ def digits(split: DigitSplit) -> tuple[Tensor, Tensor]:
 
 
 class DigitImages(Dataset):
-    """One part of the digits as a data set of ``{image, label, index}``, see :func:`digits`.
-
-    Args:
-        split: ``train``, ``heldout``, ``fitting`` or ``validation``.
-        draws: times that each image occurs; each with an ``index`` of its own, and so with noise of its own.
-    """
+    """A part of :func:`digits`, items ``{image, label, index}``; each of ``draws`` has an index and noise of its own."""
 
     def __init__(self, split: DigitSplit = "heldout", draws: int = 1):
         self.images, self.labels = digits(split)
@@ -79,13 +71,9 @@ class DigitImages(Dataset):
 
 
 def affine(images: Tensor, draws: Tensor, degrees: float, shift: float) -> Tensor:
-    """Each image turned and moved on its own.
+    """Each image ``(N, C, H, W)`` in [-1, 1] turned and moved on its own; what comes in from outside is -1.
 
-    Args:
-        images: ``(N, C, H, W)`` in [-1, 1]; what comes in from outside is -1.
-        draws: ``(N, 3)`` in [0, 1): of angle and moves, from the most in one direction to the most in the other.
-        degrees: largest rotation.
-        shift: largest move, as a fraction of the side.
+    By at most ``degrees`` and the fraction ``shift`` of the side, as ``draws`` ``(N, 3)`` in [0, 1) say of angle and moves.
     """
     angle, dx, dy = (draws.t() * 2 - 1).contiguous()
     angle = angle * degrees * torch.pi / 180

@@ -10,19 +10,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.utils.data import DataLoader
 
-from calib_guidance.data.base import ImageSource, SourceOptions, init_arg, listed
+from calib_guidance.data import loading
+from calib_guidance.data.base import ImageSource, SourceOptions, listed
 from calib_guidance.data.image_datasets import ImageReader, ImageRows, ImageStream
 from calib_guidance.data.imagenet import imagenet_labels, imagenet_names
-from calib_guidance.data.loading import (
-    DataModule,
-    ResumableLoader,
-    SkippedImages,
-    check_at_least,
-    heldout_loader,
-    run_seed,
-    take_reports,
-    train_loader,
-)
+from calib_guidance.data.loading import check_at_least
 from calib_guidance.data.source import open_source
 from calib_guidance.errors import ConfigurationError
 
@@ -33,18 +25,17 @@ _STREAM_SHARDS = 8  # of local data, for each process that reads
 _ENOUGH_SEEN = 500  # images of a stream, before a fraction of them means anything
 
 
-class ImageData(DataModule):
+class ImageData(loading.DataModule):
     """Images in [-1, 1] with labels, as batches ``{"image", "label", "index"[, "t"]}``.
 
-    Training images go through ``train_transform``. Held-out ones are resized so that the shorter side is ``image_size`` (bicubic,
-    antialiased) and cropped in the middle, as the training images of ADM were. :mod:`calib_guidance.data.preprocess` states how
-    files are decoded. What an image is cropped to depends on (seed, epoch, index) alone, and a run that is killed and resumed
-    sees the rest of its epoch.
+    Held-out images are resized so that the shorter side is ``image_size`` (bicubic, antialiased) and cropped in the middle, as
+    ADM's training images. :mod:`calib_guidance.data.preprocess` states how files are decoded. What an image is cropped to depends
+    on (seed, epoch, index) alone, and a run that is killed and resumed sees the rest of its epoch.
 
     Args:
-        source: a hub id (``ILSVRC/imagenet-1k``); a folder with a folder for each split (train, validation or val, test) with a
-            folder of images for each class, see :class:`~calib_guidance.data.folders.FolderImages`; a folder or pattern of
-            parquet or arrow files (``data/{split}-*.parquet``); or a folder that ``save_to_disk`` of datasets wrote.
+        source: a hub id (``ILSVRC/imagenet-1k``); a folder with a folder for each split (train, validation or val, test) with one
+            of images for each class, see :class:`~calib_guidance.data.source.FolderImages`; a folder or pattern of parquet or
+            arrow files (``data/{split}-*.parquet``); or a folder that ``save_to_disk`` of datasets wrote.
         image_size: side of the square images.
         batch_size: images per step and device.
         num_workers: processes that read, per device.
@@ -57,8 +48,7 @@ class ImageData(DataModule):
         shuffle_buffer: images of a stream that are shuffled at a time, in each worker.
         samples_per_epoch: of a stream, over all devices; None takes the number that the data set states.
         train_transform: a module of ``torchvision.transforms.v2`` that makes 8-bit images ``(C, H, W)`` into 8-bit images of
-            ``image_size``; None is a random crop of a quarter of the area or more, resized (bicubic, antialiased), and a random
-            flip.
+            ``image_size``; None is a random flip and crop of a quarter of the area or more, resized (bicubic, antialiased).
         classes: ``imagenet`` renumbers labels by name into torchvision's order of ImageNet's 1,000 classes, which any number of
             them is enough for; None keeps the numbers of the training split.
         num_classes: for data sets whose labels have no names; None takes the model's.
@@ -113,21 +103,20 @@ class ImageData(DataModule):
         self.source, self.streaming = source, streaming
         self.splits = {"train": train_split, "val": val_split, "test": test_split or val_split}
         columns = (image_column, label_column, time_column, index_column)
-        self.options = SourceOptions(source, None, subset, *columns, option=init_arg)
+        self.options = SourceOptions(source, None, subset, *columns, of_data=True)
         self.image_shape = (channels, image_size, image_size)
         self.batch_size, self.num_workers, self.heldout_draws = batch_size, num_workers, heldout_draws
         self.shuffle_buffer, self.samples_per_epoch = shuffle_buffer, samples_per_epoch
         self.classes, self.num_classes, self.class_names = classes, num_classes, None
-        self.seed = run_seed(seed)
+        self.seed = loading.run_seed(seed)
         resize = {"interpolation": InterpolationMode.BICUBIC, "antialias": True}
-        self.train_transform = train_transform or v2.Compose(
-            [v2.RandomResizedCrop(image_size, scale=(0.25, 1.0), **resize), v2.RandomHorizontalFlip()]
-        )
+        usual = [v2.RandomResizedCrop(image_size, scale=(0.25, 1.0), **resize), v2.RandomHorizontalFlip()]
+        self.train_transform = train_transform or v2.Compose(usual)
         self.heldout_transform = v2.Compose([v2.Resize(image_size, **resize), v2.CenterCrop(image_size)])
         self._opened: dict[str, ImageSource] = {}
         self._data: dict[str, ImageRows | ImageStream] = {}
         self._seen = dict.fromkeys(self.splits, 0)
-        self._corrupt = {use: SkippedImages(self._where(use), max_corrupt) for use in self.splits}
+        self._corrupt = {use: loading.SkippedImages(self._where(use), max_corrupt) for use in self.splits}
 
     def prepare_data(self) -> None:
         """Fill the cache of datasets, once for all devices of a machine."""
@@ -165,13 +154,13 @@ class ImageData(DataModule):
                 self.num_classes = getattr(taught, "num_classes", None)
             if self.num_classes is None:
                 raise ConfigurationError(f"{self.source}: its labels are numbers without names; state data.num_classes")
-        elif self.num_classes in (None, len(self.class_names)):
-            self.num_classes = len(self.class_names)
-        else:
+        elif self.num_classes not in (None, len(self.class_names)):
             raise ConfigurationError(
                 f"data.num_classes is {self.num_classes}, but there are {len(self.class_names)} named classes; "
                 "leave it out, or set data.classes to imagenet where the classifier's classes are those"
             )
+        else:
+            self.num_classes = len(self.class_names)
 
     def _labels(self, use: str, names: list[str] | None, reference: list[str] | None) -> list[int] | None:
         """The number of each class of a split; None where labels are right already."""
@@ -184,16 +173,15 @@ class ImageData(DataModule):
             return imagenet_labels(names, self._where(use))
         if names is None or reference is None:
             return None
+        absent = [name for name in reference if name not in names]
         if unknown := [name for name in names if name not in reference]:
-            absent = [name for name in reference if name not in names]
             raise ConfigurationError(
                 f"{self._where(use)}: its class names do not match those of split {self.splits['train']!r}. Only here: "
                 f"{listed(unknown)}. Only there: {listed(absent) or 'none'}"
             )
-        if absent := [name for name in reference if name not in names]:
-            log.warning(
-                f"{self._where(use)} lacks {len(absent)} of the {len(reference)} classes to train on: {listed(absent)}"
-            )
+        if absent:
+            count = f"{len(absent)} of the {len(reference)} classes"
+            log.warning(f"{self._where(use)} lacks {count} to train on: {listed(absent)}")
         return [reference.index(name) for name in names]
 
     def _dataset(self, use: str, source: ImageSource, reference: list[str] | None) -> ImageRows | ImageStream:
@@ -229,26 +217,26 @@ class ImageData(DataModule):
         if isinstance(data, ImageStream) and data.rows.num_shards < workers:
             workers = data.rows.num_shards
             log.warning(
-                f"split {self.splits[use]!r} comes in {workers} file(s) for this device, so {workers} worker(s) read it"
+                f"split {self.splits[use]!r} has {workers} file(s) for this device, so {workers} worker(s) read it"
             )
         pin = bool(self.trainer) and self.trainer.strategy.root_device.type == "cuda"
         return {"rank": rank, "world_size": world, "num_workers": workers, "pin_memory": pin}
 
-    def train_dataloader(self) -> ResumableLoader:
-        return train_loader(self._data["train"], self.batch_size, self.seed, **self._reading("train"))
+    def train_dataloader(self) -> loading.ResumableLoader:
+        return loading.train_loader(self._data["train"], self.batch_size, self.seed, **self._reading("train"))
 
     def _heldout(self, use: str) -> DataLoader:
-        """In mixed order where only some of the batches are used: the first images may all be of the first classes."""
-        data, limit = self._data[use], getattr(self.trainer, f"limit_{use}_batches", 1.0)
-        world = self.place[1]
-        if isinstance(data, ImageRows) and len(data) < world:  # a device without a batch leaves the others waiting
-            raise ConfigurationError(
-                f"{self._where(use)}: {len(data)} images for {world} devices, and each needs one: set trainer.devices to at most "
-                f"{len(data)}, or name a larger split"
-            )
-        limited = isinstance(data, ImageRows) and (isinstance(limit, int) or limit < 1)
-        order = data.mixed() if limited else None
-        return heldout_loader(data, self.batch_size, **self._reading(use), order=order)
+        data, reading, order = self._data[use], self._reading(use), None
+        if isinstance(data, ImageRows):
+            if len(data) < reading["world_size"]:  # a device without a batch leaves the others waiting
+                raise ConfigurationError(
+                    f"{self._where(use)}: {len(data)} images for {reading['world_size']} devices, and each needs one: set "
+                    f"trainer.devices to at most {len(data)}, or name a larger split"
+                )
+            # Mixed where only some of the batches are used: the first images may all be of the first classes.
+            limit = getattr(self.trainer, f"limit_{use}_batches", 1.0)
+            order = data.mixed() if isinstance(limit, int) or limit < 1 else None
+        return loading.heldout_loader(data, self.batch_size, **reading, order=order)
 
     def val_dataloader(self) -> DataLoader:
         return self._heldout("val")
@@ -258,9 +246,8 @@ class ImageData(DataModule):
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         use = "train" if self.trainer.training else "test" if self.trainer.testing else "val"
-        (corrupt, notes), data, skipped = take_reports(batch), self._data[use], self._corrupt[use]
+        corrupt, data, skipped = self._corrupt[use].take(batch), self._data[use], self._corrupt[use]
         self._seen[use] += len(batch.get("image", ())) + len(corrupt)
-        skipped.note(notes)
         if isinstance(data, ImageRows):
             skipped.count(corrupt, data.source.num_images, data.source)
         else:
@@ -275,13 +262,9 @@ class ImageData(DataModule):
 
 
 class ImageSplit(ImageRows):
-    """One split of images as a map-style data set, resized and cropped as held-out ones, for :class:`DenoiseRequests`.
+    """One split of :class:`ImageData` as a map-style data set, cropped as held-out images, for :class:`DenoiseRequests`.
 
     Items are ``{"image", "label", "index"}``, or ``{"corrupt": path}`` for an image that cannot be read.
-
-    Args:
-        source, image_size, subset, classes, num_classes, image_column, label_column, channels: see :class:`ImageData`.
-        split: which.
     """
 
     def __init__(
@@ -296,9 +279,9 @@ class ImageSplit(ImageRows):
         label_column: str | None = None,
         channels: Literal[1, 3] = 3,
     ):
-        names = {"image_column": image_column, "label_column": label_column, "channels": channels}
-        classes_of = {"classes": classes, "num_classes": num_classes}
-        data = ImageData(source, image_size, train_split=split, val_split=split, subset=subset, **classes_of, **names)
+        names = {"subset": subset, "image_column": image_column, "label_column": label_column}
+        names |= {"classes": classes, "num_classes": num_classes, "channels": channels}
+        data = ImageData(source, image_size, train_split=split, val_split=split, **names)
         data.prepare_data()
         data.setup("validate")
         rows = data._data["val"]

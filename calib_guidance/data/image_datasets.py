@@ -30,23 +30,14 @@ _ATTEMPTS = 1000  # to find a readable image in place of a corrupt one
 
 @dataclass
 class ImageReader:
-    """Makes an item of a row of a source.
+    """Makes an item of a row of a source."""
 
-    Args:
-        mode: PIL's, ``RGB`` or ``L``.
-        transform: 8-bit image ``(C, H, W)`` to 8-bit image.
-        labels: the number of each class of the source; None where they are right already.
-        num_classes: number of classes.
-        shape: ``(C, H, W)`` that the transform has to make.
-        seed: of the transform's random numbers, which are a function of (seed, epoch, index); None for one that draws none.
-    """
-
-    mode: str
-    transform: nn.Module
-    labels: list[int] | None
+    mode: str  # PIL's, RGB or L
+    transform: nn.Module  # of 8-bit images
+    labels: list[int] | None  # the number of each class of the source; None where they are right already
     num_classes: int
-    shape: tuple[int, int, int]
-    seed: int | None
+    shape: tuple[int, int, int]  # (C, H, W) that the transform has to make
+    seed: int | None  # of its random numbers, a function of (seed, epoch, index); None where it draws none
 
     def __post_init__(self) -> None:
         self._transformed(torch.zeros(self.shape, dtype=torch.uint8), "")
@@ -69,11 +60,7 @@ class ImageReader:
     def __call__(self, row: Row, index: int | None, epoch: int, draw: int = 0) -> dict[str, Any]:
         """The item; of an image that cannot be read only reports, see :func:`~calib_guidance.data.loading.collate`.
 
-        Args:
-            row: of the source.
-            index: of the sample; None takes a hash of the file.
-            epoch: for random numbers.
-            draw: of several of the same image, which get different hashes.
+        Without an ``index`` it is a hash of the file, another one for each ``draw`` of the same image.
         """
         from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -101,13 +88,7 @@ class ImageReader:
 
 
 class ImageRows(Dataset):
-    """Images by position.
-
-    Args:
-        source: of the images.
-        reader: makes an item of a row.
-        draws: each image this many times: item i is row i mod n, its index is draw · (largest index + 1) + that of the row.
-    """
+    """Images by position, each ``draws`` times: row i mod n, with the index draw · (largest index + 1) + that of the row."""
 
     def __init__(self, source: IndexedSource, reader: ImageReader, draws: int = 1):
         self.source, self.reader, self.draws, self.epoch = source, reader, draws, 0
@@ -131,8 +112,7 @@ class ImageRows(Dataset):
     def _item(self, i: int) -> dict[str, Any]:
         draw, position = divmod(i, self.source.num_images)
         row = self.source[position]
-        index = position if row.index is None else row.index
-        return self.reader(row, draw * self.stride + index, self.epoch)
+        return self.reader(row, draw * self.stride + (position if row.index is None else row.index), self.epoch)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         item, corrupt = self._item(i), []
@@ -151,26 +131,17 @@ class ImageStream(IterableDataset):
 
     The state is the position in the stream: the pass, the start of the current block of rows, and how many of them are taken. A
     resumed stream reads that block again.
-
-    Args:
-        source: of the images.
-        rows: the part of this device of ``source.stream``.
-        reader: makes an item of a row.
-        draws: how many passes over held-out images; each one is another draw of them.
-        seed: of the order to train in; None for held-out images.
-        block_size: how many rows are shuffled at a time; each worker holds so many encoded images.
-        samples: of an epoch of training on this device.
     """
 
     def __init__(
         self,
         source: IndexedSource | StreamedImages,
-        rows: datasets.IterableDataset,
+        rows: datasets.IterableDataset,  # the part of this device of source.stream
         reader: ImageReader,
-        draws: int = 1,
-        seed: int | None = None,
-        block_size: int = 1,
-        samples: int | None = None,
+        draws: int = 1,  # passes over held-out images; each one is another draw of them
+        seed: int | None = None,  # of the order to train in; None for held-out images
+        block_size: int = 1,  # rows that are shuffled at a time; each worker holds so many encoded images
+        samples: int | None = None,  # of an epoch of training on this device
     ):
         self.source, self.rows, self.reader, self.draws, self.epoch = source, rows, reader, draws, 0
         self.seed, self.block_size, self.samples = seed, block_size, samples
@@ -178,9 +149,7 @@ class ImageStream(IterableDataset):
         self._resume: dict[str, Any] = {}
 
     def __len__(self) -> int:
-        if self.samples is None:
-            raise TypeError("a stream of held-out images has no length")
-        return self.samples
+        return self.samples  # TypeError for held-out images, whose stream has no length
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

@@ -16,37 +16,22 @@ import torch
 from torch import Tensor
 
 from calib_guidance.backend.distributed import DistributedContext, available_cores
+from calib_guidance.data import preprocess
 from calib_guidance.data.base import ImageSource, Row, SourceOptions
-from calib_guidance.data.folders import FolderImages
 from calib_guidance.data.loading import SkippedImages
-from calib_guidance.data.preprocess import (
-    CONVERSIONS,
-    MODES,
-    RESIZES,
-    UnreadableImageError,
-    contents,
-    crop,
-    decode,
-    image_size,
-)
-from calib_guidance.data.source import open_source
-from calib_guidance.errors import ConfigurationError
+from calib_guidance.data.preprocess import UnreadableImageError
+from calib_guidance.data.source import FolderImages, open_source
+from calib_guidance.errors import ConfigurationError, check_choice
 
 _NAMED = 10  # skipped images in a provenance
 
 
 class ImageBatch(NamedTuple):
-    """Images of a set.
+    """Images of a set, on the CPU."""
 
-    Attributes:
-        image: uint8 ``(N, C, H, W)``, C = 1 or 3, on the CPU.
-        label: int64 ``(N,)``, −1 where unknown.
-        index: int64 ``(N,)``, the place in the set's order; of a run, the sample's number.
-    """
-
-    image: Tensor
-    label: Tensor
-    index: Tensor
+    image: Tensor  # uint8 (N, C, H, W), C = 1 or 3
+    label: Tensor  # int64 (N,), −1 where unknown
+    index: Tensor  # int64 (N,), the place in the set's order; of a run, the sample's number
 
 
 class _Decoded(NamedTuple):
@@ -61,21 +46,14 @@ class _Decoded(NamedTuple):
 class ImageSet:
     """The images of a source in a fixed order, at one size and in one mode, to measure them.
 
-    Each is read when its batch is asked for. Images that cannot be read are skipped, named and counted.
+    Images that cannot be read are skipped, named and counted. ``image_shape`` is ``(C, H, W)`` of every image.
 
     Args:
-        source, options: see :class:`~calib_guidance.data.base.SourceOptions`: ``split``, ``subset``, ``image_column``,
-            ``label_column``. Or an :class:`~calib_guidance.data.base.ImageSource`, without options.
+        source, options: as of :class:`~calib_guidance.data.base.SourceOptions`, or an ImageSource without options.
         size: side to which all images are resized and cropped; None takes them as they are.
-        resize: how: ``adm`` (as its reference batches were made) or ``lanczos`` (EDM's), see
-            :data:`~calib_guidance.data.preprocess.RESIZES`.
+        resize: one of :data:`~calib_guidance.data.preprocess.RESIZES`.
         mode: ``RGB`` or ``L`` (gray) that all images are converted to.
         max_corrupt: fraction of images that may be unreadable, in [0, 1].
-
-    Attributes:
-        source: that is read.
-        name, num_images, labelled: of the source.
-        image_shape: ``(C, H, W)`` of every image, that of the first one that can be read.
     """
 
     def __init__(
@@ -88,10 +66,8 @@ class ImageSet:
         max_corrupt: float = 0.01,
         **options: str | None,
     ):
-        if resize not in RESIZES:
-            raise ConfigurationError(f"--resize: unknown {resize!r}; known: {', '.join(RESIZES)}")
-        if mode is not None and mode not in MODES:
-            raise ConfigurationError(f"--mode: unknown {mode!r}; known: {', '.join(MODES)}")
+        check_choice("--resize", resize, preprocess.RESIZES)
+        check_choice("--mode", mode or "RGB", preprocess.MODES)
         if size is not None and size < 1:
             raise ConfigurationError(f"--size must be 1 or more, got {size}")
         opened = source if isinstance(source, ImageSource) else None
@@ -103,42 +79,39 @@ class ImageSet:
         # By position: an image that is read twice, or by any process, counts once.
         self._digests = np.zeros((self.num_images, 32), np.uint8)
         self._done = np.zeros(self.num_images, np.int32)
-        first = self._first_readable()
+        reasons = []
+        for position, row in self._one_by_one(self.num_images):
+            first = self._decode(position, row)
+            if first.pixels is not None:
+                break
+            reasons.append(first.problem)
+            self._corrupt.count(reasons[-1:], self.num_images, self.source)
+        else:
+            raise ConfigurationError(f"{self.name}: no image can be read: {', '.join(reasons[:_NAMED])}")
         self.image_shape: tuple[int, int, int] = first.pixels.shape
         self._first = first.row.name
         if size is None and isinstance(self.source, FolderImages):
-            self._check_sizes()
+            # The heads of all files, which finds a different size before hours of work.
+            for _, row in self._one_by_one(self.num_images):
+                with contextlib.suppress(UnreadableImageError):  # counted when it is read
+                    self._check_shape((self.image_shape[0], *preprocess.image_size(row)), row.name)
 
-    def _first_readable(self) -> _Decoded:
-        reasons = []
-        for position, (row,) in enumerate(self.source.read(range(i, i + 1) for i in range(self.num_images))):
-            decoded = self._decode(position, row)
-            if decoded.pixels is not None:
-                return decoded
-            reasons.append(decoded.problem)
-            self._corrupt.count(reasons[-1:], self.num_images, self.source)
-        raise ConfigurationError(f"{self.name}: no image can be read: {', '.join(reasons[:_NAMED])}")
+    def _one_by_one(self, count: int) -> Iterator[tuple[int, Row]]:
+        """The first rows, by position."""
+        return enumerate(row for (row,) in self.source.read(range(i, i + 1) for i in range(count)))
 
     def _decode(self, position: int, row: Row) -> _Decoded:
         try:
-            picture, done = decode(contents(row), self.mode)
+            picture, done = preprocess.decode(preprocess.contents(row), self.mode)
         except UnreadableImageError as error:
             return _Decoded(position, row, None, b"", 0, f"{row.name} ({error})")
         if self.size is not None:
-            picture, enlarged = crop(picture, self.size, self.resize)
+            picture, enlarged = preprocess.crop(picture, self.size, self.resize)
             done |= enlarged
         pixels = np.asarray(picture)
         pixels = pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
         digest = hashlib.sha256(np.array(pixels.shape, "<i8").tobytes() + pixels.tobytes()).digest()
         return _Decoded(position, row, pixels, digest, done, "")
-
-    def _check_sizes(self) -> None:
-        """Read the heads of all files, which finds a different size before hours of work."""
-        for position in range(self.num_images):
-            row = self.source[position]
-            with contextlib.suppress(UnreadableImageError):  # counted when it is read
-                height, width = image_size(row)
-                self._check_shape((self.image_shape[0], height, width), row.name)
 
     def _check_shape(self, shape: tuple[int, ...], name: str) -> None:
         if shape == self.image_shape:
@@ -155,30 +128,8 @@ class ImageSet:
             "as ADM and torch-fidelity do; --mode L converts all to gray"
         )
 
-    def _take(self, decoded: Sequence[_Decoded]) -> ImageBatch | None:
-        """A batch of what can be read, None where nothing can; records all of it."""
-        good = [item for item in decoded if item.pixels is not None]
-        bad = {item.position: item.problem for item in decoded if item.pixels is None}
-        self._problems |= bad
-        self._corrupt.count(bad.values(), self.num_images, self.source)
-        for item in good:
-            self._check_shape(item.pixels.shape, item.row.name)
-            self._digests[item.position] = np.frombuffer(item.digest, np.uint8)
-            self._done[item.position] = item.conversions
-        if not good:
-            return None
-        return ImageBatch(
-            torch.from_numpy(np.stack([item.pixels for item in good])),
-            torch.tensor([item.row.label for item in good]),
-            torch.tensor([item.position if item.row.index is None else item.row.index for item in good]),
-        )
-
     def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[ImageBatch]:
-        """The batches of one process, in order.
-
-        Batch b holds the positions from b · ``batch_size`` on, whatever the number of processes. Process b mod ``world_size``
-        reads it.
-        """
+        """The batches of one process, in order: those b with b mod ``world_size`` = ``rank``, from b · ``batch_size`` on."""
         starts = range(rank * batch_size, self.num_images, world_size * batch_size)
         blocks = [range(start, min(start + batch_size, self.num_images)) for start in starts]
         # Decoders release Python's lock. One batch is read ahead while the last one is used.
@@ -187,15 +138,30 @@ class ImageSet:
             work = ([pool.submit(self._decode, i, row) for i, row in zip(*pair, strict=True)] for pair in rows)
             current: list[Future[_Decoded]] = []
             for following in itertools.chain(work, [[]]):
-                if (batch := self._take([future.result() for future in current])) is not None:
-                    yield batch
+                if good := self._recorded([future.result() for future in current]):
+                    yield ImageBatch(
+                        torch.from_numpy(np.stack([item.pixels for item in good])),
+                        torch.tensor([item.row.label for item in good]),
+                        torch.tensor([item.position if item.row.index is None else item.row.index for item in good]),
+                    )
                 current = following
+
+    def _recorded(self, decoded: Sequence[_Decoded]) -> list[_Decoded]:
+        """Those that can be read; records all of them."""
+        bad = {item.position: item.problem for item in decoded if item.pixels is None}
+        self._problems |= bad
+        self._corrupt.count(bad.values(), self.num_images, self.source)
+        good = [item for item in decoded if item.pixels is not None]
+        for item in good:
+            self._check_shape(item.pixels.shape, item.row.name)
+            self._digests[item.position] = np.frombuffer(item.digest, np.uint8)
+            self._done[item.position] = item.conversions
+        return good
 
     def examples(self, labels: Collection[int], count: int, among: int = 20_000) -> dict[int, list[np.ndarray]]:
         """The first ``count`` images ``(C, H, W)`` of each class among the first images of the set, for people."""
         found: dict[int, list[np.ndarray]] = {label: [] for label in labels}
-        few = min(self.num_images, among)
-        for position, (row,) in enumerate(self.source.read(range(i, i + 1) for i in range(few))):
+        for position, row in self._one_by_one(min(self.num_images, among)):
             images = found.get(row.label)
             if images is not None and len(images) < count:
                 if (pixels := self._decode(position, row).pixels) is not None:
@@ -230,15 +196,8 @@ class ImageSet:
         return hashlib.sha256(b"".join(sorted(map(bytes, self._digests[seen])))).hexdigest()
 
     def provenance(self) -> dict[str, Any]:
-        """What the images are and what was done to them, in JSON's types; complete when all have been read.
-
-        Returns:
-            ``source``, ``kind``, ``num_images``, ``num_skipped`` with the first of them as ``skipped``, ``image_shape``,
-            ``sha256`` (:attr:`sha256`), ``preprocessing`` (``size``, ``how``; None where images are as they were), ``mode``,
-            ``decoder`` (library and version, which also resizes), ``conversions`` (number of images for each), ``labelled``, and
-            what the kind adds, such as the ``uint8_rule`` of a run.
-        """
-        counts = {name: int(((self._done >> bit) & 1).sum()) for bit, name in enumerate(CONVERSIONS)}
+        """What the images are and what was done to them, as JSON; complete when all have been read."""
+        counts = {name: int(((self._done >> bit) & 1).sum()) for bit, name in enumerate(preprocess.CONVERSIONS)}
         return {
             "source": self.name,
             "kind": self.source.kind,
@@ -247,7 +206,7 @@ class ImageSet:
             "skipped": self.skipped[:_NAMED],
             "image_shape": list(self.image_shape),
             "sha256": self.sha256,
-            "preprocessing": None if self.size is None else {"size": self.size, "how": RESIZES[self.resize]},
+            "preprocessing": None if self.size is None else {"size": self.size, "how": preprocess.RESIZES[self.resize]},
             "mode": self.mode,
             "decoder": f"Pillow {PIL.__version__}",
             "conversions": {name: count for name, count in counts.items() if count},

@@ -25,9 +25,8 @@ def imagenet_names() -> tuple[list[str], dict[str, set[int]]]:
     info = ImageNetInfo("imagenet-1k")
     categories = ResNet50_Weights.IMAGENET1K_V2.meta["categories"]
     meanings: dict[str, set[int]] = defaultdict(set)
-    for number, (wnid, synset, category) in enumerate(
-        zip(info.label_names(), info.label_descriptions(), categories, strict=True)
-    ):
+    names = zip(info.label_names(), info.label_descriptions(), categories, strict=True)
+    for number, (wnid, synset, category) in enumerate(names):
         words = synset.split(", ")
         # Where two classes share their first word, torchvision adds another: "crane bird", "maillot tank suit".
         if category not in words and not category.startswith(f"{words[0]} "):
@@ -49,9 +48,8 @@ def read_class_names(names: str | Sequence[str] | None, num_classes: int) -> lis
     else:
         found = imagenet_names()[0] if names == "imagenet" else [str(name) for name in names]
     if len(set(found)) != num_classes or len(found) != num_classes:
-        raise ConfigurationError(
-            f"class_names: {len(found)} names, {len(set(found))} of them different, for {num_classes} classes: give each its own"
-        )
+        count = f"{len(found)} names, {len(set(found))} of them different, for {num_classes} classes"
+        raise ConfigurationError(f"class_names: {count}: give each its own")
     return found
 
 
@@ -66,12 +64,7 @@ def same_classes(names: Sequence[str] | None, others: Sequence[str] | None) -> b
 
 
 def imagenet_labels(names: Sequence[str], where: str) -> list[int]:
-    """torchvision's class number of each class of a data set.
-
-    Args:
-        names: of the classes in the order of the data set's own numbers; a subset of ImageNet's is enough.
-        where: the data set, for messages.
-    """
+    """torchvision's class number of each class of a data set, ``where`` in messages; a subset of ImageNet's is enough."""
     _, meanings = imagenet_names()
     if unknown := [(number, name) for number, name in enumerate(names) if name not in meanings]:
         first = ", ".join(f"{name!r} (class {number})" for number, name in unknown[:5])

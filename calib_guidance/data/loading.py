@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class DataModule(L.LightningDataModule):
-    """Data module that allows more devices than samples: some devices then get none."""
+    """Data module that allows more devices than samples: some then get none. ``place`` is rank and number of devices."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,6 @@ class DataModule(L.LightningDataModule):
 
     @property
     def place(self) -> tuple[int, int]:
-        """Rank of this device and number of devices."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
 
@@ -56,11 +55,8 @@ def run_seed(seed: int | None) -> int:
 
 @contextlib.contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Start torch's global CPU generator at a function of ``key``, and restore its state afterward.
-
-    torchvision's v2 transforms draw from that generator. torch.manual_seed would reset the generators of the GPUs as well.
-    """
-    with torch.random.fork_rng(devices=[]):
+    """Start torch's global CPU generator, which torchvision's v2 transforms use, at a function of ``key``; restore it after."""
+    with torch.random.fork_rng(devices=[]):  # torch.manual_seed would reset the generators of the GPUs as well
         torch.default_generator.manual_seed(hashed(*key))
         yield
 
@@ -71,8 +67,7 @@ _REPORTS = ("corrupt", "note", "wrong")
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """One batch of items; numbers become int64.
 
-    Items may report: ``corrupt`` images that were skipped, a ``note`` on an image, what is ``wrong``, lists of messages each. The
-    batch has the reports of all items, until :func:`take_reports` takes them out. An item without ``index`` only reports.
+    Items may report ``corrupt`` images, a ``note``, what is ``wrong``, as lists of messages; one without ``index`` only does.
     """
     reports = {key: [text for item in items for text in item.get(key, ())] for key in _REPORTS}
     good = [{key: value for key, value in item.items() if key not in _REPORTS} for item in items if "index" in item]
@@ -80,10 +75,7 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def take_reports(batch: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Take what :func:`collate` reports out of a batch, and return the names of corrupt images and the notes.
-
-    Errors are raised here rather than in a worker, which would replace them by the text of a traceback.
-    """
+    """Take names of corrupt images and notes out of a batch; raise what is wrong, of which a worker would make a traceback."""
     corrupt, notes, wrong = (batch.pop(key, []) for key in _REPORTS)
     if wrong:
         raise ConfigurationError(wrong[0])
@@ -91,55 +83,44 @@ def take_reports(batch: dict[str, Any]) -> tuple[list[str], list[str]]:
 
 
 class SkippedImages:
-    """The distinct corrupt images found so far.
-
-    Args:
-        where: the images, for messages.
-        max_fraction: largest fraction of them that may be corrupt, in [0, 1].
-        setting: the option that holds it, for messages.
-    """
+    """The distinct corrupt images found so far among those of ``where``; ``setting`` is the option that limits their fraction."""
 
     def __init__(self, where: str, max_fraction: float, setting: str = "data.max_corrupt"):
         if not 0 <= max_fraction <= 1:
             raise ConfigurationError(f"{setting} must be in [0, 1], got {max_fraction}")
         self.where, self.max_fraction, self.setting = where, max_fraction, setting
         self.names: set[str] = set()
-        self.notes: set[str] = set()
+        self._notes: set[str] = set()
 
     def count(self, names: Iterable[str], total: int, source: ImageSource | None = None) -> None:
-        """Warn of each new name, and raise ConfigurationError if too many of ``total`` images are corrupt.
-
-        All images of ``source`` are read before, so that one message counts every corrupt one.
-        """
-        self._warn(names)
+        """Warn of each new name; if too many of ``total`` are corrupt, read all of ``source`` and raise with all of them."""
+        _warn(names, self.names, "skipped a corrupt image: ")
         if len(self.names) <= self.max_fraction * total:
             return
         if source is not None:
-            log.warning(
-                f"{self.where}: too many corrupt images; reading all {total:,} images to name every corrupt one"
-            )
-            self._warn(corrupt_images(source))
+            log.warning(f"{self.where}: too many corrupt images; reading all {total:,} to name every corrupt one")
+            _warn(corrupt_images(source), self.names, "skipped a corrupt image: ")
         raise ConfigurationError(
             f"{self.where}: {len(self.names)} of {total} images are corrupt, more than {self.setting} "
             f"({self.max_fraction:g}) allows: {listed(sorted(self.names))}. Repair or remove them, or raise {self.setting}"
         )
 
-    def _warn(self, names: Iterable[str]) -> None:
-        for name in names:
-            if name not in self.names:
-                self.names.add(name)
-                log.warning(f"skipped a corrupt image: {name}")
-
-    def note(self, notes: Iterable[str]) -> None:
-        """Log each note once."""
-        for text in notes:
-            if text not in self.notes:
-                self.notes.add(text)
-                log.warning(text)
+    def take(self, batch: dict[str, Any]) -> list[str]:
+        """Take the reports out of a batch, log its notes, and return the names of corrupt images."""
+        corrupt, notes = take_reports(batch)
+        _warn(notes, self._notes)
+        return corrupt
 
     def summarize(self) -> None:
         if self.names:
             log.warning(f"{self.where}: {len(self.names)} corrupt images were skipped: {listed(sorted(self.names))}")
+
+
+def _warn(texts: Iterable[str], known: set[str], start: str = "") -> None:
+    for text in texts:
+        if text not in known:
+            known.add(text)
+            log.warning(start + text)
 
 
 def _world() -> tuple[int, int]:
@@ -157,22 +138,16 @@ class ResumableLoader(StatefulDataLoader):
     """
 
     _pending: dict[str, Any] | None = None  # where to resume, until iteration starts
-    _place: dict[str, Any] | None = (
-        None  # epoch, number of batches taken in it and, when iteration ends, torchdata's state
-    )
+    # Epoch, number of batches taken in it and, when iteration ends, torchdata's state.
+    _place: dict[str, Any] | None = None
 
     @property
     def _order(self) -> Any:
         return self.dataset if isinstance(self.dataset, IterableDataset) else self.sampler
 
     def _layout(self) -> dict[str, int | None]:
-        return {
-            "devices": _world()[1],
-            "batch_size": self.batch_size,
-            "num_workers": self.num_workers,
-            "batches per epoch": len(self),
-            "seed": getattr(self._order, "seed", None),
-        }
+        sizes = {"devices": _world()[1], "batch_size": self.batch_size, "num_workers": self.num_workers}
+        return sizes | {"batches per epoch": len(self), "seed": getattr(self._order, "seed", None)}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         pending, self._pending = self._pending, None
@@ -194,7 +169,7 @@ class ResumableLoader(StatefulDataLoader):
                 self._place["loader"] = super().state_dict()
 
     def state_dict(self) -> dict[str, Any]:
-        """The places of all devices; every device has to call it."""
+        """The places of all devices, which all have to call it."""
         place = self._pending or self._place
         if place is not None and "loader" not in place:
             place = {**place, "loader": super().state_dict()}
@@ -224,13 +199,7 @@ class _Shuffled(StatefulDistributedSampler):
 
 
 def train_loader(
-    dataset: Dataset,
-    batch_size: int,
-    seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    num_workers: int = 0,
-    pin_memory: bool = False,
+    dataset: Dataset, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1, **options: Any
 ) -> ResumableLoader:
     """Batches of one device for training: shuffled by (seed, epoch) alone, all of the same size, as many on every device.
 
@@ -240,23 +209,14 @@ def train_loader(
             ``load_state_dict``, and yields at least that many samples.
         batch_size: samples per batch and device.
         seed: of the order of map-style data.
-        rank, world_size: of this device; number of devices.
-        num_workers: processes that read. They restart in every epoch, because each is told the epoch when it starts.
-        pin_memory: see torch's DataLoader.
+        options: ``num_workers``, ``pin_memory`` of torch's DataLoader. Workers restart in every epoch, to be told it.
     """
     streamed = isinstance(dataset, IterableDataset)
     sampler = None if streamed else _Shuffled(dataset, world_size, rank, seed=seed, drop_last=True)
-    # By keyword: Lightning's overfit_batches rebuilds the loader from the arguments it was made with.
-    loader = ResumableLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        drop_last=True,
-        generator=torch.Generator(),  # the seed of its workers comes from here, not out of the run's generator
-    )
+    # By keyword: Lightning's overfit_batches rebuilds the loader from the arguments it was made with. The seed of workers comes
+    # from the generator, not out of the run's.
+    options |= {"batch_size": batch_size, "collate_fn": collate, "generator": torch.Generator()}
+    loader = ResumableLoader(dataset, sampler=sampler, drop_last=True, **options)
     if streamed:
         loader.sampler.set_epoch = dataset.set_epoch  # Lightning tells the epoch to samplers only
     if len(loader) == 0:
@@ -291,29 +251,17 @@ def heldout_loader(
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
-    num_workers: int = 0,
-    pin_memory: bool = False,
     order: Sequence[int] | None = None,
+    **options: Any,
 ) -> DataLoader:
     """Batches of one device for evaluation: over all devices every sample exactly once.
 
     Devices may differ by a sample, and have none where there are fewer samples than devices; the last batch may be smaller.
-
-    Args:
-        dataset: items as :func:`collate` takes them; an IterableDataset is one device's share already.
-        batch_size, rank, world_size, num_workers, pin_memory: see :func:`train_loader`.
-        order: of the samples of map-style data; None keeps theirs.
+    Arguments are as of :func:`train_loader`; ``order`` is that of the samples of map-style data, None keeps theirs.
     """
     sampler = None
     if not isinstance(dataset, IterableDataset):
         dataset = Subset(dataset, (range(len(dataset)) if order is None else order)[rank::world_size])
         sampler = DistributedSampler(dataset, 1, 0, shuffle=False)  # Lightning replaces samplers of other kinds
-    return _HeldoutLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),
-    )
+    options |= {"batch_size": batch_size, "collate_fn": collate, "generator": torch.Generator()}
+    return _HeldoutLoader(dataset, sampler=sampler, **options)

@@ -39,7 +39,7 @@ CONVERSIONS = (
     "orientation of EXIF ignored",
     "the first of several frames or pages",
 )
-_OPAQUE, _TRANSPARENT, _TO_RGB, _GREY_TO_RGB, _RGB_TO_GREY, _ENLARGED, _DEEP, _HIGH_BYTE, _TURNED, FIRST_FRAME = (
+_OPAQUE, _TRANSPARENT, _TO_RGB, _GRAY_TO_RGB, _RGB_TO_GRAY, _ENLARGED, _DEEP, _HIGH_BYTE, _TURNED, FIRST_FRAME = (
     1 << b for b in range(len(CONVERSIONS))
 )
 _LONGEST = 1000  # times the shorter side: resized by the shorter side, a longer image fills the memory
@@ -50,7 +50,7 @@ _DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zl
 
 
 class UnreadableImageError(Exception):
-    """The reason why an image cannot be read. It is the same each time that the image is read."""
+    """Why an image cannot be read; the same each time that it is read."""
 
 
 def contents(row: Row) -> bytes | np.ndarray:
@@ -83,15 +83,7 @@ def image_size(row: Row) -> tuple[int, int]:
 
 
 def decode(image: bytes | np.ndarray, mode: str | None = None) -> tuple[Image.Image, int]:
-    """An image as gray or RGB, and what was done to it (bits of :data:`CONVERSIONS`).
-
-    Args:
-        image: encoded, or pixels (H, W, C).
-        mode: ``RGB`` or ``L`` that it is converted to; None keeps gray images gray.
-
-    Raises:
-        UnreadableImageError: it is damaged, not an image, or of a kind without a rule.
-    """
+    """An encoded image, or pixels (H, W, C), as gray or RGB, in a ``mode`` if one is given; and bits of :data:`CONVERSIONS`."""
     try:
         picture, done = _read(image)
     except _DECODING_ERRORS as error:
@@ -100,7 +92,7 @@ def decode(image: bytes | np.ndarray, mode: str | None = None) -> tuple[Image.Im
         raise UnreadableImageError(why) from error
     picture, converted = _grey_or_rgb(picture)
     if mode is not None and picture.mode != mode:
-        converted |= _GREY_TO_RGB if mode == "RGB" else _RGB_TO_GREY
+        converted |= _GRAY_TO_RGB if mode == "RGB" else _RGB_TO_GRAY
         picture = picture.convert(mode)
     return picture, done | converted
 
@@ -120,8 +112,14 @@ def _read(image: bytes | np.ndarray) -> tuple[Image.Image, int]:
     picture = _opened(io.BytesIO(image))
     done = FIRST_FRAME if getattr(picture, "is_animated", False) else 0
     layout, orientation = str(picture.tile[0][3]) if picture.tile else "", _orientation(picture)
-    if ";16" in layout and picture.mode != "I;16" and picture.format == "PNG":
-        picture, done = Image.fromarray(_deep_png(image)), done | _DEEP
+    if ";16" in layout and picture.mode != "I;16" and picture.format == "PNG":  # of which Pillow reads the high byte
+        from torchvision.io import decode_png
+
+        try:
+            deep = decode_png(torch.frombuffer(bytearray(image), dtype=torch.uint8)).permute(1, 2, 0)
+        except RuntimeError as error:
+            raise UnreadableImageError("a damaged PNG") from error
+        picture, done = Image.fromarray(_to_8_bits(deep.int().numpy())), done | _DEEP
     else:
         picture.load()
         done |= _HIGH_BYTE if ";16" in layout and not picture.mode.startswith("I") else 0
@@ -135,17 +133,6 @@ def _orientation(picture: Image.Image) -> int:
     with contextlib.suppress(*_DECODING_ERRORS):
         return picture.getexif().get(ExifTags.Base.Orientation, 1)
     return 1
-
-
-def _deep_png(image: bytes) -> np.ndarray:
-    """Pixels of a PNG with 16 bits a channel, as 8 bits (H, W, C); Pillow itself reads the high byte."""
-    from torchvision.io import decode_png
-
-    try:
-        deep = decode_png(torch.frombuffer(bytearray(image), dtype=torch.uint8))
-    except RuntimeError as error:
-        raise UnreadableImageError("a damaged PNG") from error
-    return _to_8_bits(deep.permute(1, 2, 0).int().numpy())
 
 
 def _to_8_bits(deep: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from calib_guidance.backend.text import read_text
 from calib_guidance.data.base import printable
-from calib_guidance.data.loading import DataModule, SkippedImages, check_at_least, collate, take_reports
+from calib_guidance.data.loading import DataModule, SkippedImages, check_at_least, collate
 from calib_guidance.diffusion.rng import random_label
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.runs.context import SamplingContext, ShardPart
@@ -21,36 +22,15 @@ from calib_guidance.runs.store import cut
 POLICIES = ("balanced", "uniform")
 
 
-def check_seed(seed: int) -> None:
-    """Raise ConfigurationError for a seed that the column of seeds cannot hold."""
-    if not 0 <= seed < 2**63:
-        raise ConfigurationError(f"data.seed must be at least 0 and below 2**63, got {seed}")
-
-
 # A dict each, with its number as ``index``; or a report, see ``collate``.
 Requests = Sequence[dict[str, Any]]
-
-
-class _Batches(Dataset):
-    """One batch of requests for each part of a shard."""
-
-    def __init__(self, requests: Requests):
-        self.requests = requests
-
-    def __getitem__(self, part: ShardPart) -> dict[str, Any]:
-        return collate([self.requests[index] for index in part.rows]) | {"shard": part}
 
 
 class ShardLoader:
     """Batches of the shards that this worker takes, each cut from the shard's start.
 
-    The composition of a batch depends on the sizes of batches and shards alone, not on the worker or the time.
-
-    Args:
-        requests: all of them.
-        batch_size: requests per batch; the last batch of a shard may be smaller.
-        context: gives the shards; the next one when the batches of the last have been used, or are read by processes.
-        num_workers: processes that read requests.
+    What a batch holds depends on the sizes of batches and shards alone. The context gives the next shard when the batches of the
+    last have been used, or are read by processes.
     """
 
     def __init__(self, requests: Requests, batch_size: int, context: SamplingContext, num_workers: int = 0):
@@ -66,30 +46,30 @@ class ShardLoader:
         yield from self._batches(self.context.reclaim(), 0)
 
     def _batches(self, shards: Iterable[range], num_workers: int) -> Iterator[dict[str, Any]]:
-        parts = (ShardPart(shard, rows) for shard in shards for rows in cut(shard, self.batch_size))
-        # A batch is collated already: dict leaves it as it is.
-        options = {"num_workers": num_workers, "collate_fn": dict, "generator": torch.Generator()}
-        yield from DataLoader(_Batches(self.requests), sampler=parts, batch_size=None, **options)
+        cuts = (ShardPart(shard, rows) for shard in shards for rows in cut(shard, self.batch_size))
+        parts, read = itertools.tee(cuts)
+        options = {"num_workers": num_workers, "collate_fn": collate, "generator": torch.Generator()}
+        batches = DataLoader(self.requests, batch_sampler=(part.rows for part in read), **options)
+        for part, batch in zip(parts, batches, strict=True):
+            yield batch | {"shard": part}
 
 
 class RequestData(DataModule):
-    """Requests in shards, for a task that samples them.
+    """Requests in shards, for a task that samples them."""
 
-    Attributes:
-        requests: all of them.
-        batch_size: requests per batch and device.
-        shard_size: requests per shard; None takes the shard size of the run folder, for a new one the batch size.
-        num_classes: how many classes there are; None until the task gives the model's.
-        num_workers: processes per device that read requests.
-        class_names: see :func:`~calib_guidance.data.imagenet.read_class_names`.
-    """
+    class_names: str | Sequence[str] | None = None  # see read_class_names
+    requests: Requests  # all of them
+    batch_size: int  # requests per device
+    shard_size: int | None  # requests; None takes the shard size of the run folder, for a new one the batch size
+    num_classes: int | None = None  # None until the task gives the model's
+    num_workers: int = 0  # processes per device that read requests
 
-    class_names: str | Sequence[str] | None = None
-    requests: Requests
-    batch_size: int
-    shard_size: int | None
-    num_classes: int | None = None
-    num_workers: int = 0
+    def _take(self, num_classes: int | None, seed: int, batch_size: int, shard_size: int | None, **count: int) -> None:
+        """Check these options, and keep them but for ``count``."""
+        check_at_least(1, **count, num_classes=num_classes, batch_size=batch_size, shard_size=shard_size)
+        if not 0 <= seed < 2**63:  # what the column of seeds holds
+            raise ConfigurationError(f"data.seed must be at least 0 and below 2**63, got {seed}")
+        self.num_classes, self.seed, self.batch_size, self.shard_size = num_classes, seed, batch_size, shard_size
 
     def take_num_classes(self, num_classes: int | None) -> None:
         """Take the model's number of classes where none was stated. The task calls it before the first request."""
@@ -118,8 +98,8 @@ class SampleRequests(RequestData):
             number for all, or the path of a text file with one class number per line.
         seed: of every sample, ≥ 0; a sample is a function of (configuration, seed, index) alone.
         batch_size: samples per batch and device.
-        shard_size: samples that are written together; a run that stops loses the samples of unwritten shards. None takes that
-            of the folder, or the batch size.
+        shard_size: samples that are written together, all that a run loses which stops. None takes that of the folder, or the
+            batch size.
         class_names: written with the samples: a list, ``imagenet``, or a text file with a name per line; None takes those of the
             guiding classifier.
     """
@@ -135,13 +115,8 @@ class SampleRequests(RequestData):
         class_names: str | Sequence[str] | None = None,
     ):
         super().__init__()
-        check_at_least(
-            1, num_samples=num_samples, num_classes=num_classes, batch_size=batch_size, shard_size=shard_size
-        )
-        check_seed(seed)
-        self.num_samples, self.num_classes, self.batch_size, self.seed = num_samples, num_classes, batch_size, seed
-        self.labels, self.shard_size, self.requests = labels, shard_size, self
-        self.class_names = class_names
+        self._take(num_classes, seed, batch_size, shard_size, num_samples=num_samples)
+        self.num_samples, self.labels, self.class_names, self.requests = num_samples, labels, class_names, self
         self._fixed = None if num_classes is None else self._fixed_labels(labels)
 
     def take_num_classes(self, num_classes: int | None) -> None:
@@ -149,7 +124,7 @@ class SampleRequests(RequestData):
         super().take_num_classes(num_classes)
         if self.num_classes is None:
             raise ConfigurationError(
-                "data.num_classes: neither the denoiser nor a classifier has classes: state how many the labels are drawn from"
+                "data.num_classes: neither the denoiser nor a classifier has classes: state how many"
             )
         if stated is None:
             self._fixed = self._fixed_labels(self.labels)
@@ -164,21 +139,16 @@ class SampleRequests(RequestData):
             lines = read_text(path).splitlines()
             words = [(f"{path}, line {i}:", word) for i, line in enumerate(lines, 1) for word in line.split()]
         else:
-            raise ConfigurationError(
-                f"data.labels: {labels!r} is neither {' nor '.join(POLICIES)}, nor a class number, nor a file"
-            )
+            policies = " nor ".join(POLICIES)
+            raise ConfigurationError(f"data.labels: {labels!r} is neither {policies}, nor a class number, nor a file")
         if len(words) < self.num_samples:
-            raise ConfigurationError(
-                f"{path} has {len(words)} class numbers, data.num_samples is {self.num_samples}: write as many, one per line"
-            )
-        classes = []
+            count = f"{len(words)} class numbers, data.num_samples is {self.num_samples}"
+            raise ConfigurationError(f"{path} has {count}: write as many, one per line")
         for where, word in words[: self.num_samples]:
-            classes.append(int(word) if re.fullmatch("[0-9]{1,9}", word) else -1)
-            if not 0 <= classes[-1] < self.num_classes:
-                raise ConfigurationError(
-                    f"{where} {printable(word[:40])!r} is not a class number from 0 to {self.num_classes - 1}"
-                )
-        return classes
+            if not re.fullmatch("[0-9]{1,9}", word) or int(word) >= self.num_classes:
+                name, last = printable(word[:40]), self.num_classes - 1
+                raise ConfigurationError(f"{where} {name!r} is not a class number from 0 to {last}")
+        return [int(word) for _, word in words[: self.num_samples]]
 
     def __len__(self) -> int:
         return self.num_samples
@@ -207,12 +177,10 @@ class _DenoiseRequests(Dataset):
         item = self.images[row]
         if "image" not in item:
             return item
-        label = int(item["label"])
-        if label < 0 or (self.num_classes is not None and label >= self.num_classes):
-            message = (
-                f"data.images: image {row} has the label {label}, outside 0 … {self.num_classes - 1} (data.num_classes)"
-            )
-            return {"wrong": [message]}
+        label, last = int(item["label"]), (self.num_classes or 0) - 1
+        if label < 0 or (self.num_classes is not None and label > last):
+            wrong = f"data.images: image {row} has the label {label}, outside 0 … {last} (data.num_classes)"
+            return {"wrong": [wrong]}
         numbers = {"index": index, "source": int(item["index"]), "label": label, "seed": self.seed}
         return numbers | {key: item[key] for key in ("image", "note") if key in item}
 
@@ -230,8 +198,8 @@ class DenoiseRequests(RequestData):
         draws_per_image: how often every image is denoised.
         seed: of every request, ≥ 0; a denoised image is a function of (configuration, seed, index) alone.
         batch_size: images per batch and device.
-        shard_size: images that are written together; a run that stops loses the images of unwritten shards. None takes that of
-            the folder, or the batch size.
+        shard_size: images that are written together, all that a run loses which stops. None takes that of the folder, or the
+            batch size.
         num_workers: processes per device that read images; 0 reads in the main one.
         max_corrupt: fraction of the images that may be unreadable, in [0, 1]. They are skipped and named.
     """
@@ -248,16 +216,13 @@ class DenoiseRequests(RequestData):
         max_corrupt: float = 0.01,
     ):
         super().__init__()
-        numbers = {"num_classes": num_classes, "draws_per_image": draws_per_image}
-        check_at_least(1, **numbers, batch_size=batch_size, shard_size=shard_size)
+        self._take(num_classes, seed, batch_size, shard_size, draws_per_image=draws_per_image)
         check_at_least(0, num_workers=num_workers)
-        check_seed(seed)
         self.corrupt = SkippedImages("data.images", max_corrupt)
         if not len(images):
             raise ConfigurationError("data.images: the data set holds no images")
-        self.images, self.num_classes, self.draws_per_image, self.seed = images, num_classes, draws_per_image, seed
+        self.images, self.num_workers = images, num_workers
         self.class_names = getattr(images, "class_names", None)
-        self.batch_size, self.shard_size, self.num_workers = batch_size, shard_size, num_workers
         self.requests = _DenoiseRequests(images, draws_per_image, num_classes, seed)
 
     def take_num_classes(self, num_classes: int | None) -> None:
@@ -271,15 +236,12 @@ class DenoiseRequests(RequestData):
         item = next((item for item in items if "corrupt" not in item), None)
         if not (isinstance(item, dict) and {"image", "label", "index"} <= item.keys()):
             found = sorted(item) if isinstance(item, dict) else type(item).__name__
-            raise ConfigurationError(
-                f"data.images: expected a data set of dicts with image, label and index, got {found}"
-            )
+            expected = "a data set of dicts with image, label and index"
+            raise ConfigurationError(f"data.images: expected {expected}, got {found}")
         return tuple(item["image"].shape)
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        corrupt, notes = take_reports(batch)
-        self.corrupt.note(notes)
-        self.corrupt.count(corrupt, len(self.images), getattr(self.images, "source", None))
+        self.corrupt.count(self.corrupt.take(batch), len(self.images), getattr(self.images, "source", None))
         if "image" not in batch:  # the shard is written all the same
             batch |= dict.fromkeys(("index", "source", "label", "seed"), torch.zeros(0, dtype=torch.long))
             batch["image"] = torch.zeros(0, *self.image_shape)

@@ -27,10 +27,7 @@ _USUAL = {"image": ("image", "img", "png", "jpg"), "label": ("label", "labels", 
 def open_table(kind: str, options: SourceOptions, streaming: bool) -> DatasetImages | StreamedImages:
     """One split of a table; the only one, or ``train``, where none is named.
 
-    Args:
-        kind: ``parquet``, ``arrow``, ``disk`` (of ``save_to_disk``) or ``hub``.
-        options: of the source. What is streamed has no parts such as ``train[:90%]``.
-        streaming: without a copy in the cache; what ``save_to_disk`` wrote needs none.
+    ``streaming`` makes no copy in the cache, and knows no parts such as ``train[:90%]``; what ``save_to_disk`` wrote needs none.
     """
     split, bracket, part = (options.split or "").partition("[")
     count, files = None, []
@@ -111,41 +108,38 @@ def _unreadable(kind: str, options: SourceOptions, error: Exception) -> Configur
     page = f"https://huggingface.co/datasets/{source}"
     if kind != "hub":
         form = "what save_to_disk of datasets writes" if kind == "disk" else kind
-        text = f"{source} cannot be read as {form}: {why}. Copy or write it again"
-    elif isinstance(error, GatedRepoError) or "gated" in str(error):
-        text = (
+        return ConfigurationError(f"{source} cannot be read as {form}: {why}. Copy or write it again")
+    if isinstance(error, GatedRepoError) or "gated" in str(error):
+        return ConfigurationError(
             f"the hub data set {source} needs a login: accept its terms at {page}, then run `hf auth login` or set HF_TOKEN to a "
             "token of that account"
         )
-    elif isinstance(error, datasets.exceptions.DatasetNotFoundError):
-        text = (
+    if isinstance(error, datasets.exceptions.DatasetNotFoundError):
+        return ConfigurationError(
             f"{option('source')}: {source} is neither a path here nor a data set on the hub that this account may read. If "
             f"{page} is private, run `hf auth login` or set HF_TOKEN"
         )
-    elif isinstance(error, ValueError):
-        text = f"{option('subset')}: {' '.join(str(error).split())}"
-    else:
-        text = (
-            f"the hub data set {source} cannot be reached ({why}), and there is no path of that name here. Without a network, "
-            f"name a local copy with {option('source')}"
-        )
-    return ConfigurationError(text)
-
-
-def _holds(feature: Any, use: str) -> bool:
-    """Whether a column fits: encoded images for ``image``, integers for other uses."""
-    kind = getattr(feature, "dtype", "")
-    if use != "image":
-        return "int" in kind
-    encoded = isinstance(feature, Mapping) and "bytes" in feature
-    return encoded or isinstance(feature, datasets.Image) or kind in ("binary", "large_binary")
+    if isinstance(error, ValueError):
+        return ConfigurationError(f"{option('subset')}: {' '.join(str(error).split())}")
+    return ConfigurationError(
+        f"the hub data set {source} cannot be reached ({why}), and there is no path of that name here. Without a network, name a "
+        f"local copy with {option('source')}"
+    )
 
 
 def _find_columns(features: Mapping[str, Any], where: str, options: SourceOptions) -> dict[str, str]:
-    """The columns of ``image``, ``label``, ``time`` and ``index``, as far as there are any."""
-    columns = {}
+    """The columns of ``image`` (encoded), ``label``, ``time`` and ``index`` (integers), as far as there are any."""
+    columns, kinds = {}, {name: getattr(feature, "dtype", "") for name, feature in features.items()}
+    images = [
+        name
+        for name, feature in features.items()
+        if isinstance(feature, datasets.Image)
+        or (isinstance(feature, Mapping) and "bytes" in feature)
+        or kinds[name] in ("binary", "large_binary")
+    ]
+    integers = [name for name, kind in kinds.items() if "int" in kind]
     for use in ("image", "label", "time", "index"):
-        wanted, fits = getattr(options, f"{use}_column"), [name for name in features if _holds(features[name], use)]
+        wanted, fits = getattr(options, f"{use}_column"), images if use == "image" else integers
         if wanted is not None and wanted not in fits:
             state = f"holds {features[wanted]}" if wanted in features else "is not there"
             raise ConfigurationError(
@@ -174,14 +168,11 @@ class _Table(ImageSource):
         features, self.subset = rows.features or {}, options.subset
         self.columns = _find_columns(features, self.where, options)
         self.labelled = "label" in self.columns
-        if not self.labelled:
-            self.why_unlabelled = (
-                f"no column of labels is found; name one of integers with {options.option('label_column')}"
-            )
+        option = options.option("label_column")
+        self.why_unlabelled = f"no column of labels is found; name one of integers with {option}"
         self.class_names = getattr(features[self.columns["label"]], "names", None) if self.labelled else None
-        self.rows = rows.select_columns([*self.columns.values()]).cast_column(
-            self.columns["image"], datasets.Image(decode=False)
-        )
+        rows = rows.select_columns([*self.columns.values()])
+        self.rows = rows.cast_column(self.columns["image"], datasets.Image(decode=False))
 
     def to_row(self, values: Mapping[str, Any], name: str) -> Row:
         """The row of a dict of columns."""
@@ -222,7 +213,7 @@ class DatasetImages(_Table, IndexedSource):
 
 
 class StreamedImages(_Table):
-    """A split from beginning to end, without a copy in the cache of datasets; its shards are its files."""
+    """A split from beginning to end; its shards are its files."""
 
     def stream(self, num_shards: int) -> datasets.IterableDataset:
         return self.rows

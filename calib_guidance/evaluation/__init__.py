@@ -9,8 +9,8 @@ from calib_guidance.evaluation.features import (
     TimmFeatures,
     TorchvisionFeatures,
     features_from_name,
+    read_classifier,
 )
-from calib_guidance.evaluation.loading import read_classifier
 from calib_guidance.evaluation.metrics import METRICS
 from calib_guidance.evaluation.spec import Estimate, MetricSpec, SampleSet
 

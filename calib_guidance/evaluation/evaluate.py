@@ -1,38 +1,50 @@
-"""``calib-guidance evaluate SAMPLES … --reference REF``: how good anybody's samples are, and what exactly was measured."""
+"""The commands ``calib-guidance evaluate SAMPLES … --reference REF`` and ``calib-guidance reference SOURCE --output FILE``."""
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from calib_guidance.backend.atomic import check_writable
 from calib_guidance.backend.distributed import DistributedContext, distributed_context
-from calib_guidance.classifiers import Classifier, CLIPClassifier
+from calib_guidance.classifiers import CLIPClassifier
 from calib_guidance.data.base import listed
 from calib_guidance.data.image_sets import ImageSet
 from calib_guidance.data.imagenet import read_class_names, same_classes
-from calib_guidance.data.run_images import RunImages
+from calib_guidance.data.preprocess import MODES, RESIZES
+from calib_guidance.data.source import RunImages
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.evaluation.features import features_from_name
-from calib_guidance.evaluation.loading import read_classifier
-from calib_guidance.evaluation.metrics import OPTIONS, select, select_applicable, unmet
-from calib_guidance.evaluation.output import write_evaluation, write_summary
-from calib_guidance.evaluation.quality import Quality, check_shape
-from calib_guidance.evaluation.reference import (
-    KINDS,
-    add_measuring_options,
-    add_reading_options,
-    at_least_one,
-    reading_options,
-)
-from calib_guidance.evaluation.spec import NO_FEATURES, Measures, MetricSpec, ReferenceHolds
-from calib_guidance.evaluation.statistics import ReferenceStatistics, open_reference, versions
+from calib_guidance.evaluation.features import FORMS, features_from_name, read_classifier
+from calib_guidance.evaluation.metrics import OPTIONS, select, unmet
+from calib_guidance.evaluation.quality import Quality, described_statistics, write_evaluation, write_summary
+from calib_guidance.evaluation.spec import NO_FEATURES, Measures, MetricSpec
+from calib_guidance.evaluation.statistics import ReferenceStatistics, check_output, versions
 
 _OF_SAMPLES = ("split", "subset", "image_column", "label_column")  # which the two sets may have differently
+_READING = ("size", "resize", "mode", "max_corrupt", *_OF_SAMPLES)
+_KINDS = """\
+kinds of images (each is read in a fixed order, a batch at a time):
+  run folder      of calib-guidance predict; every file is checked against its record
+  FILE.npz        arr_0, uint8 (N, H, W, C), and arr_1, classes, where it is there; compressed or not
+  image folder    PNG, JPEG, WebP …, at any depth; a folder for each class makes labels
+  parquet         a file, a folder or a pattern ('data/train-*.parquet')
+  datasets        a folder of save_to_disk, arrow files, or a hub id (uoft-cs/cifar10)
+"""
+_OF_REFERENCE = """
+examples:
+  calib-guidance reference /data/imagenet/train --size 128 --mode RGB --features inception --output imagenet128.npz
+  calib-guidance reference uoft-cs/cifar10 --split train --features inception --keep-features --output cifar10.npz
+  torchrun --nproc-per-node 8 -m calib_guidance reference /data/imagenet/train --size 256 --mode RGB --features dinov2 \\
+    --output imagenet256_dinov2.npz
+
+The file holds mu, sigma (and mu_s, sigma_s, of Inception) in float64, features and labels where they were kept, and what they
+were made of and with; other programs read mu and sigma of it. Any number of processes gives the same statistics.
+"""
 _METRICS = "".join(f"  {option:<11}{words}\n" for option, words in OPTIONS.items())
-_EXAMPLES = f"""
+_OF_EVALUATE = f"""
 the reference may also be a file of statistics (.npz): of calib-guidance reference, of ADM's evaluator (mu, sigma, mu_s, sigma_s,
 arr_0), or mu and sigma alone (EDM, clean-fid, pytorch-fid).
 
@@ -48,47 +60,104 @@ examples:
 """
 
 
-def read_options(args: Sequence[str]) -> argparse.Namespace:
-    """Options of the command line after ``evaluate``; argparse's exit with status 2 where they are none."""
+def _at_least_one(text: str) -> int:
+    """An option's value that must be 1 or more, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def _parser(command: str, description: str, more: str, features: str | None = None) -> argparse.ArgumentParser:
+    """The options of how images are read and features extracted; ``--features`` is required where it has no default."""
     parser = argparse.ArgumentParser(
-        prog="calib-guidance evaluate",
-        description="How good samples are, against a reference: every metric with its uncertainty and its "
-        "provenance. Several sets of samples, such as the same run with several seeds, also give mean ± standard deviation.",
-        epilog=KINDS + _EXAMPLES,
+        prog=f"calib-guidance {command}",
+        description=description,
+        epilog=_KINDS + more,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    known = FORMS if features is None else f"{FORMS} (default: {features})"
+    parser.add_argument("--features", required=features is None, default=features, metavar="NAME", help=known)
+    words = "images at a time (default: 64)"
+    parser.add_argument("--batch-size", type=_at_least_one, default=64, metavar="N", help=words)
+    words = "cpu, cuda or cuda:NUMBER (default: a GPU for each process where there are enough)"
+    parser.add_argument("--device", help=words)
+    reading = parser.add_argument_group("reading images")
+    words = "resize and crop all images to N×N; without it all must be of one size"
+    reading.add_argument("--size", type=int, metavar="N", help=words)
+    words = "; ".join(f"{name}: {text}" for name, text in RESIZES.items())
+    reading.add_argument("--resize", choices=tuple(RESIZES), default="adm", help=f"how (default: adm). {words}")
+    words = "convert all images to RGB or grayscale; without it all must be of one kind"
+    reading.add_argument("--mode", choices=MODES, help=words)
+    reading.add_argument("--split", help="of a data set or folder that has several (data sets: train)")
+    reading.add_argument("--subset", help="of a hub data set that has several")
+    for name in ("--image-column", "--label-column"):
+        reading.add_argument(name, metavar="NAME", help="of a table, where it is not named as usual")
+    words = "fraction of images that may be unreadable; they are skipped, named and counted (default: 0.01)"
+    reading.add_argument("--max-corrupt", type=float, metavar="FRACTION", default=0.01, help=words)
+    return parser
+
+
+def _reading(options: argparse.Namespace, samples: bool = False) -> dict[str, Any]:
+    """Options of ``ImageSet``."""
+    names = {name: f"samples_{name}" if samples and name in _OF_SAMPLES else name for name in _READING}
+    return {name: getattr(options, option) for name, option in names.items()}
+
+
+def reference(args: Sequence[str]) -> None:
+    """``calib-guidance reference``, of the arguments after ``reference``: see its ``--help``."""
+    words = "Statistics of a data set's features (mean and covariance), which calib-guidance evaluate measures samples against."
+    parser = _parser("reference", words, _OF_REFERENCE)
+    parser.add_argument("source", metavar="SOURCE", help="the images, see below")
+    words = "to make; nothing is overwritten"
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.npz", help=words)
+    words = (
+        "keep the features of every image too, for precision and recall, density and coverage, KID and classes: four bytes each, "
+        "410 MB of 50,000 images with Inception"
+    )
+    parser.add_argument("--keep-features", action="store_true", help=words)
+    options = parser.parse_args(list(args))
+    check_output(options.output)
+    with distributed_context(options.device) as processes:
+        images = ImageSet(options.source, **_reading(options))
+        if processes.is_first:
+            print(images.source.summary())
+        extractor, started = features_from_name(options.features), time.perf_counter()
+        statistics = ReferenceStatistics.open(images)
+        statistics.measured(extractor, options.batch_size, options.keep_features, processes=processes)
+        if processes.is_first:
+            sha256 = statistics.save(options.output)
+            seconds = time.perf_counter() - started
+            workers = "1 process" if processes.world_size == 1 else f"{processes.world_size} processes"
+            print(f"wrote {options.output} in {seconds:.0f} s with {workers} on {processes.device.type}")
+            print(f"            sha256 {sha256}", *described_statistics(statistics), sep="\n")
+
+
+def read_options(args: Sequence[str]) -> argparse.Namespace:
+    """Options of the command line after ``evaluate``; argparse's exit with status 2 where they are none."""
+    words = (
+        "How good samples are, against a reference: every metric with its uncertainty and its provenance. Several sets of "
+        "samples, such as the same run with several seeds, also give mean ± standard deviation."
+    )
+    parser = _parser("evaluate", words, _OF_EVALUATE, "inception")
     parser.add_argument("samples", nargs="+", metavar="SAMPLES", help="the images, see below")
     parser.add_argument("--reference", required=True, metavar="REF", help="images, or statistics of them")
-    add_measuring_options(parser, default="inception")
-    parser.add_argument(
-        "--metrics",
-        metavar="NAME,…",
-        help=f"of {','.join(OPTIONS)} (default: all that can be computed, see below)",
-    )
-    parser.add_argument(
-        "--eval-classifier", metavar="CLASSIFIER.yaml", help="classifier that names the samples' classes"
-    )
+    words = f"of {','.join(OPTIONS)} (default: all that can be computed, see below)"
+    parser.add_argument("--metrics", metavar="NAME,…", help=words)
+    words = "classifier that names the samples' classes"
+    parser.add_argument("--eval-classifier", metavar="CLASSIFIER.yaml", help=words)
     parser.add_argument("--clip", metavar="CLIP.yaml", help="CLIPClassifier with a prompt for each class")
-    parser.add_argument(
-        "--extrapolate", action="store_true", help="also the Fréchet distance at infinitely many samples"
-    )
-    parser.add_argument(
-        "--allow-few",
-        action="store_true",
-        help="Fréchet distances of no more samples than features, which compare only at the same number",
-    )
-    parser.add_argument(
-        "--neighbors", type=at_least_one, default=3, metavar="K", help="of precision and recall (default: 3)"
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="folder for metrics.json, metrics.md and predictions.npz (default: RUN/evaluation of a run folder, else "
+    words = "also the Fréchet distance at infinitely many samples"
+    parser.add_argument("--extrapolate", action="store_true", help=words)
+    words = "Fréchet distances of no more samples than features, which compare only at the same number"
+    parser.add_argument("--allow-few", action="store_true", help=words)
+    words = "of precision and recall (default: 3)"
+    parser.add_argument("--neighbors", type=_at_least_one, default=3, metavar="K", help=words)
+    words = (
+        "folder for metrics.json, metrics.md and predictions.npz (default: RUN/evaluation of a run folder, else "
         "outputs/evaluation/NAME). Of several sets, for their mean and a folder of each that is not a run folder (default: "
-        "outputs/evaluation): what is measured of a run always stands in RUN/evaluation then, where report finds it",
+        "outputs/evaluation): what is measured of a run always stands in RUN/evaluation then, where report finds it"
     )
-    add_reading_options(parser)
+    parser.add_argument("--output", type=Path, metavar="DIR", help=words)
     own = parser.add_argument_group("reading samples, where they are tables that differ from the reference in this")
     for name in _OF_SAMPLES:
         own.add_argument(f"--samples-{name.replace('_', '-')}", metavar="NAME")
@@ -103,49 +172,58 @@ def evaluate(args: Sequence[str]) -> None:
 
 
 def _evaluate(options: argparse.Namespace, processes: DistributedContext) -> None:
-    shared = {name: value for name, value in reading_options(options).items() if name not in _OF_SAMPLES}
-    own = {name: getattr(options, f"samples_{name}") for name in _OF_SAMPLES}
-    sets = [ImageSet(source, **shared, **own) for source in options.samples]
-    names, folders = _names(sets), _folders(options, sets)
-    for folder in folders if len(sets) == 1 else (*folders, _output(options)):
+    sets = [ImageSet(source, **_reading(options, samples=True)) for source in options.samples]
+    together = options.output or Path("outputs/evaluation")
+    names = _names(sets)
+    folders = [options.output]
+    if len(sets) > 1 or options.output is None:
+        sources = [samples.source for samples in sets]
+        runs = (source.run.path / "evaluation" if isinstance(source, RunImages) else None for source in sources)
+        folders = [run or together / name for run, name in zip(runs, names, strict=True)]
+    for folder in folders if len(sets) == 1 else (*folders, together):
         check_writable(folder, "--output")
-    reference = open_reference(options.reference, **reading_options(options))
+    reference = ReferenceStatistics.open(options.reference, **_reading(options))
     if processes.is_first:
-        images = [part for part in (*sets, reference) if isinstance(part, ImageSet)]
-        print("\n".join(part.source.summary() for part in images))
+        opened = [*sets, reference.images] if reference.mean is None else sets
+        print("\n".join(images.source.summary() for images in opened))
     # All that can be refused is, before weights are downloaded and before the first image goes through a network.
     for samples in sets:
-        check_shape(samples.name, samples.image_shape, reference.name, reference.image_shape)
+        reference.check_shape(samples.name, samples.image_shape)
     extractor = features_from_name(options.features)
     eval_classifier = None if options.eval_classifier is None else read_classifier(options.eval_classifier)
     clip = None if options.clip is None else read_classifier(options.clip)
     if clip is not None and not isinstance(clip, CLIPClassifier):
         raise ConfigurationError(f"--clip: {options.clip} describes {type(clip).__name__}, not CLIPClassifier")
     measures = Measures(extractor, eval_classifier, clip, options.neighbors, not options.allow_few, options.extrapolate)
-    if isinstance(reference, ReferenceStatistics):
+    if reference.mean is not None:
         reference.check(extractor)
-    specs = _metrics(options.metrics, measures, ReferenceHolds.of(reference), sets)
-    classifying = measures.extractor.classifier if measures.extractor_classifies else eval_classifier
+    specs = _metrics(options.metrics, measures, reference, sets)
     for samples in sets:
-        _check_classes(samples, reference, classifying, {need for spec in specs for need in spec.needs})
-    shapes = {samples.name: samples.image_shape for samples in sets}
+        _check_classes(samples, reference, measures, {need for spec in specs for need in spec.needs})
+    shapes = [samples.image_shape for samples in sets]
     quality = Quality(specs, measures, reference, options.batch_size, processes, shapes)
     found = []
     for samples, folder in zip(sets, folders, strict=True):
-        found.append(_measure(samples, quality, options))
+        results = quality.measure(samples, progress=True)
+        if options.metrics is None and quality.reference.features is None:
+            results["notes"].append(f"kid, pr, dc and classwise skipped: {NO_FEATURES}")
+        results["notes"] += samples.notes
+        results["num_samples"] = results["num_measured"]
+        results["provenance"]["versions"] = versions()
+        found.append(results)
         if processes.is_first:
-            write_evaluation(folder, found[-1], quality)
+            write_evaluation(folder, results, quality)
     if processes.is_first and len(sets) > 1:
-        write_summary(_output(options), names, found)
+        write_summary(together, names, found)
 
 
 def _check_classes(
-    samples: ImageSet, reference: ImageSet | ReferenceStatistics, classifier: Classifier | None, needs: Collection[str]
+    samples: ImageSet, reference: ReferenceStatistics, measures: Measures, needs: Collection[str]
 ) -> None:
     """Raise ConfigurationError where metrics compare class numbers that mean other classes by their names."""
-    own, others = samples.source.class_names, {}
-    if "reference_labels" in needs and isinstance(reference, ImageSet):
-        others[f"the reference {reference.name}"] = reference.source.class_names
+    own, classifier, others = samples.source.class_names, measures.classifier, {}
+    if "reference_labels" in needs and reference.mean is None:
+        others[f"the reference {reference.name}"] = reference.images.source.class_names
     if "predictions" in needs and classifier is not None:
         others["the evaluation classifier"] = read_class_names(classifier.class_names, classifier.num_classes)
     for what, names in others.items():
@@ -157,35 +235,28 @@ def _check_classes(
 
 
 def _metrics(
-    asked: str | None, measures: Measures, holds: ReferenceHolds, sets: Sequence[ImageSet]
+    asked: str | None, measures: Measures, reference: ReferenceStatistics, sets: Sequence[ImageSet]
 ) -> tuple[MetricSpec, ...]:
-    """The metrics that are asked for, or all that apply to the sets."""
-    names = None if asked is None else [name.strip() for name in asked.split(",")]
-    specs = select_applicable(measures, holds) if names is None else select(names, measures.extractor)
-    reasons: dict[str, str] = {}
-    for samples in sets:
-        for name, reason in unmet(specs, measures, holds, samples.num_images, samples.labelled).items():
-            reasons[name] = f"{samples.name}: {reason}"
+    """The metrics that are asked for, or all whose needs are met: but for ADM's conventions, and the Inception score of an
+    evaluation classifier's classes, like no published one.
+    """
+    if asked is None:
+        own_classes = measures.eval_classifier is None and measures.classifier is not None
+        names = [name for name in OPTIONS if not name.endswith("_adm") and not (name == "is" and own_classes)]
+        missing = measures.missing(reference).keys()
+        specs = tuple(spec for spec in select(names, measures.extractor) if missing.isdisjoint(spec.needs))
+    else:
+        specs = select([name.strip() for name in asked.split(",")], measures.extractor)
     # What too few samples do to a Fréchet distance is not left to a note among the others: it is the metric that is looked for.
-    fatal = [f"{name} cannot be taken of {why}" for name, why in reasons.items() if names is not None or name == "fid"]
+    fatal = {
+        name: f"{name} cannot be taken of {samples.name}: {reason}"
+        for samples in sets
+        for name, reason in unmet(specs, measures, reference, samples).items()
+        if asked is not None or name == "fid"
+    }
     if fatal:
-        raise ConfigurationError("; ".join(fatal))
+        raise ConfigurationError("; ".join(fatal.values()))
     return specs
-
-
-def _measure(samples: ImageSet, quality: Quality, options: argparse.Namespace) -> dict[str, Any]:
-    """The metrics of one set, on every process."""
-    results = quality.measure(samples, progress=True)
-    if options.metrics is None and quality.reference.features is None:
-        results["notes"].append(f"kid, pr, dc and classwise skipped: {NO_FEATURES}")
-    results["notes"] += samples.notes
-    results["num_samples"] = results["num_measured"]
-    results["provenance"]["versions"] = versions()
-    return results
-
-
-def _output(options: argparse.Namespace) -> Path:
-    return options.output or Path("outputs/evaluation")
 
 
 def _names(sets: Sequence[ImageSet]) -> list[str]:
@@ -197,13 +268,3 @@ def _names(sets: Sequence[ImageSet]) -> list[str]:
     while len({path.parts[-words:] for path in paths}) != len(paths):
         words += 1
     return ["-".join(path.parts[-words:]) for path in paths]
-
-
-def _folders(options: argparse.Namespace, sets: Sequence[ImageSet]) -> list[Path]:
-    """Where what is found of each set goes."""
-    if len(sets) == 1 and options.output is not None:
-        return [options.output]
-    return [
-        samples.source.run.path / "evaluation" if isinstance(samples.source, RunImages) else _output(options) / name
-        for samples, name in zip(sets, _names(sets), strict=True)
-    ]

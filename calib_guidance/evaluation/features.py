@@ -1,9 +1,11 @@
-"""Feature extractors for distances between sets of images."""
+"""Feature extractors for distances between sets of images; objects and classifiers that users name."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import io
+import os
 import pickle
 import sys
 from abc import ABC, abstractmethod
@@ -16,14 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calib_guidance import classifiers, denoisers, networks
 from calib_guidance.backend.images import from_uint8
 from calib_guidance.backend.precision import exact_float32
+from calib_guidance.backend.text import read_yaml
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.classifiers.off_the_shelf import build_network
 from calib_guidance.errors import ConfigurationError, first_line
-from calib_guidance.evaluation.loading import load_object, read_classifier
 from calib_guidance.runs.store import hash_state
-from calib_guidance.weights.io import CheckpointError, read_weights, tensors_only
+from calib_guidance.weights.io import CheckpointError, WeightsFile, read_weights, tensors_only
 
 FORMS = (
     "inception[:WEIGHTS], dinov2[:WEIGHTS], timm:NAME[:WEIGHTS], torchvision:NAME[:WEIGHTS], classifier:CLASSIFIER.yaml or "
@@ -34,13 +37,7 @@ _TORCH = f"torch {torch.__version__.partition('+')[0]}"
 
 
 class Features(NamedTuple):
-    """Features of N images.
-
-    Attributes:
-        pool: ``(N, D)`` float32, one vector an image.
-        spatial: ``(N, D_s)`` float32, a layer before pooling, for sFID; None where none is defined.
-        logits: ``(N, K)`` float32, for the Inception score or a classifier's accuracy; None where there are none.
-    """
+    """Features of N images, float32: pooled ``(N, D)``, of a layer before pooling ``(N, D_s)`` for sFID, logits ``(N, K)``."""
 
     pool: Tensor
     spatial: Tensor | None = None
@@ -48,22 +45,13 @@ class Features(NamedTuple):
 
 
 class FeatureExtractor(nn.Module, ABC):
-    """Maps 8-bit images to features.
-
-    Attributes:
-        name: says in reports what the numbers were measured with.
-        kind: ``inception`` or ``dinov2``, whose distances have names in the field (FID, FD-DINOv2); empty for others.
-        width: D of the pooled features.
-        spatial_width: D_s of the spatial ones, None without.
-        num_logits: K of the logits, None without.
-        library, weights, resize, normalization: see :meth:`provenance`.
-    """
+    """Maps 8-bit images to features; of the attributes see :meth:`provenance`."""
 
     name: str
-    kind: str = ""
-    width: int
-    spatial_width: int | None = None
-    num_logits: int | None = None
+    kind: str = ""  # inception or dinov2, whose distances have names in the field (FID, FD-DINOv2)
+    width: int  # D of the pooled features
+    spatial_width: int | None = None  # D_s, None without
+    num_logits: int | None = None  # K, None without
     library: str = _TORCH
     weights: str | None = None
     resize: Mapping[str, Any] = MappingProxyType({"size": None, "how": "none", "library": None})
@@ -81,27 +69,30 @@ class FeatureExtractor(nn.Module, ABC):
     def forward(self, images: Tensor) -> Features:
         """Features of uint8 images ``(N, C, H, W)``, C = 1 or 3."""
 
+    def _watch_last_linear(self, network: nn.Module, whose: str) -> None:
+        """Set ``width``, and keep the input ``(N, D)`` of the network's last linear layer as ``seen`` in each forward pass."""
+        linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
+        if not linear:
+            raise ValueError(f"features: {whose} has no linear layer whose input could serve as features")
+        self.width = linear[-1].in_features
+        linear[-1].register_forward_pre_hook(self._see)
+
+    def _see(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.seen = inputs[0].flatten(1).float()
+
     def provenance(self) -> dict[str, Any]:
         """What the features are a function of: two sets whose values differ here do not compare."""
-        return {
-            "extractor": self.name,
-            "library": self.library,
-            "weights": self.weights,
-            "weights_sha256": hash_state(self),
-            "resize": dict(self.resize),
-            "normalization": self.normalization,
-        }
+        found = {"extractor": self.name, "library": self.library, "weights": self.weights}
+        found |= {"weights_sha256": hash_state(self), "resize": dict(self.resize)}
+        return found | {"normalization": self.normalization}
 
 
 class InceptionFeatures(FeatureExtractor):
     """The Inception-v3 that FID is defined with, through torch-fidelity, with its own resize (TensorFlow 1's bilinear).
 
     Pool features (2048), of FID, KID, precision and recall; the first 7 channels of ``mixed_6/conv`` (17×17×7 = 2023, in
-    that order), of ADM's sFID; and logits (1008) without bias, of the Inception score.
-
-    Args:
-        weights: ``weights-inception-2015-12-05-6726825d.pth`` on this machine, or ``hf://…``; None lets torch-fidelity
-            download it.
+    that order), of ADM's sFID; and logits (1008) without bias, of the Inception score. ``weights`` are
+    ``weights-inception-2015-12-05-6726825d.pth`` on this machine, or ``hf://…``; None lets torch-fidelity download it.
     """
 
     name = "Inception-v3 (2015-12-05), torch-fidelity"
@@ -113,9 +104,8 @@ class InceptionFeatures(FeatureExtractor):
             import torch_fidelity
             from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
         except ImportError as error:
-            raise ImportError(
-                "InceptionFeatures needs torch-fidelity: pip install 'calib_guidance[inception]'"
-            ) from error
+            message = "InceptionFeatures needs torch-fidelity: pip install 'calib_guidance[inception]'"
+            raise ImportError(message) from error
         self.weights, self.library = weights, f"torch-fidelity {torch_fidelity.__version__}"
         self.resize = {"size": 299, "how": "bilinear, not antialiased, as TensorFlow 1", "library": self.library}
         self.normalization = "(x − 128)/128"
@@ -131,10 +121,8 @@ class InceptionFeatures(FeatureExtractor):
                 )
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:
             if weights is not None:
-                raise CheckpointError(
-                    f"{weights} does not fit torch-fidelity's Inception-v3 ({first_line(error)}): name "
-                    f"{Path(URL_INCEPTION_V3).name}"
-                ) from error
+                message = f"{weights} does not fit torch-fidelity's Inception-v3 ({first_line(error)})"
+                raise CheckpointError(f"{message}: name {Path(URL_INCEPTION_V3).name}") from error
             raise CheckpointError(
                 f"Inception's weights could not be fetched ({type(error).__name__}: {error}): fetch {URL_INCEPTION_V3} "
                 "elsewhere and name the file, inception:FILE or InceptionFeatures' weights"
@@ -148,23 +136,6 @@ class InceptionFeatures(FeatureExtractor):
         pool, logits = self.network(images.expand(-1, 3, -1, -1))
         spatial = self._seen.pop()[:, :7].permute(0, 2, 3, 1)  # as TensorFlow lays it out, and statistics files with it
         return Features(pool.float(), spatial.flatten(1).float(), logits.float())
-
-
-class _LastLinear:
-    """The last linear layer of a network, ``whose`` in messages, and its input in the last forward pass."""
-
-    def __init__(self, network: nn.Module, whose: str):
-        linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
-        if not linear:
-            raise ValueError(f"features: {whose} has no linear layer whose input could serve as features")
-        self.width, self._seen = linear[-1].in_features, []
-        linear[-1].register_forward_pre_hook(lambda module, inputs: self._seen.append(inputs[0]))
-
-    def input(self) -> Tensor:
-        """``(N, D)`` float32."""
-        seen = self._seen.pop().flatten(1).float()
-        self._seen.clear()
-        return seen
 
 
 class _ResizedFeatures(FeatureExtractor):
@@ -188,13 +159,11 @@ class _ResizedFeatures(FeatureExtractor):
 class TimmFeatures(_ResizedFeatures):
     """Input of the head of a timm model, by default DINOv2's class token as Stein et al. (2023) measure FD_DINOv2.
 
-    The image size is the model's own. DINOv2's is 224, which the field measures with (https://arxiv.org/abs/2306.04675), not
-    the 518 of timm's settings, and the provenance says so; timm resamples the position embedding of transformers.
-
     Args:
         model: name that timm knows, with its tag.
         weights: ``pretrained``, a local file or ``hf://…`` with timm's names; None leaves random ones.
-        size: side in pixels to which images are resized.
+        size: side in pixels to which images are resized; None takes the model's own, but for DINOv2 the 224 which the field
+            measures with (https://arxiv.org/abs/2306.04675), not timm's 518. timm resamples the position embedding.
     """
 
     def __init__(self, model: str = _DINOV2, weights: str | None = "pretrained", size: int | None = None):
@@ -219,13 +188,11 @@ class TimmFeatures(_ResizedFeatures):
 
 
 class TorchvisionFeatures(_ResizedFeatures):
-    """Input of the last linear layer of a torchvision classifier.
+    """Input of the last linear layer of a torchvision classifier, of images of the size, mean and std that it names with weights.
 
     Args:
         model: name that torchvision knows.
         weights: one of the names that it has for the model's weights, a local file or ``hf://…``; None leaves random ones.
-
-    Images get the size, mean and standard deviation that torchvision names with the weights.
     """
 
     def __init__(self, model: str, weights: str | None = "DEFAULT"):
@@ -237,28 +204,26 @@ class TorchvisionFeatures(_ResizedFeatures):
         shown = (known[weights] if weights in known.__members__ else known.DEFAULT).transforms()
         self.name, self.library = f"torchvision {model}", f"torchvision {torchvision.__version__.partition('+')[0]}"
         self.weights = known[weights].name if weights in known.__members__ else weights  # DEFAULT moves
-        self._last = _LastLinear(self.network, self.name)
-        self.width = self._last.width
+        self._watch_last_linear(self.network, self.name)
         self._prepare(shown.crop_size[0], shown.interpolation.value, shown.mean, shown.std)
 
     def forward(self, images: Tensor) -> Features:
         self.network(self.shown(images))
-        return Features(self._last.input())
+        return Features(self.seen)
 
 
 class ClassifierFeatures(FeatureExtractor):
     """Input of a classifier's last linear layer, and its logits: features for data that Inception does not know.
 
-    Args:
-        classifier: the evaluation classifier; one that also guides makes the metrics look better than they are.
+    An evaluation classifier that also guides makes the metrics look better than they are.
     """
 
     def __init__(self, classifier: Classifier):
         super().__init__()
         self._sha256 = hash_state(classifier)  # freezing folds weights into others
         self.classifier = classifier.freeze()
-        self._last = _LastLinear(classifier, "the evaluation classifier")
-        self.width, self.num_logits = self._last.width, classifier.num_classes
+        self._watch_last_linear(classifier, "the evaluation classifier")
+        self.num_logits = classifier.num_classes
         self.name = f"input of the last linear layer ({self.width} wide) of {type(classifier).__name__}"
         self._known = known = getattr(classifier, "provenance", {})
         self.weights, size = known.get("file"), known.get("resize")
@@ -268,7 +233,7 @@ class ClassifierFeatures(FeatureExtractor):
 
     def forward(self, images: Tensor) -> Features:
         logits = self.classifier(from_uint8(images))
-        return Features(self._last.input(), None, logits.float())
+        return Features(self.seen, None, logits.float())
 
     def provenance(self) -> dict[str, Any]:
         architecture = self._known.get("architecture", type(self.classifier).__name__)
@@ -276,12 +241,7 @@ class ClassifierFeatures(FeatureExtractor):
 
 
 class ModuleFeatures(FeatureExtractor):
-    """A module of your own, which maps float32 images ``(N, C, H, W)`` in [-1, 1] to features ``(N, D)``.
-
-    Args:
-        module: with an attribute ``width``, D, where none is given here.
-        width: D.
-    """
+    """A module of your own, with ``width`` D, which maps float32 images ``(N, C, H, W)`` in [-1, 1] to features ``(N, D)``."""
 
     def __init__(self, module: nn.Module, width: int | None = None):
         super().__init__()
@@ -290,7 +250,7 @@ class ModuleFeatures(FeatureExtractor):
             raise ValueError(f"{type(module).__name__} does not say how wide its features are: set its attribute width")
         self.module, self.width = module.requires_grad_(False).eval(), width
         self.name = f"{type(module).__module__}.{type(module).__qualname__}"
-        # What the module does to images only its code tells, so the code counts as weights do.
+        # Only its code tells what the module does to images, so the code counts as weights do.
         file = getattr(sys.modules[type(module).__module__], "__file__", None)
         code = Path(file).read_bytes() if file else b""
         self.library = f"{_TORCH}, code {hashlib.sha256(code).hexdigest()[:12]}"
@@ -301,27 +261,12 @@ class ModuleFeatures(FeatureExtractor):
         return Features(self.module(from_uint8(images)).flatten(1).float())
 
 
-def _own(module: str, name: str) -> FeatureExtractor:
-    """What a name of a Python module is or makes."""
-    found = load_object(module, name, f"--features {module}:{name}", FORMS)
-    made = found if isinstance(found, nn.Module) else found() if callable(found) else found
-    if not isinstance(made, nn.Module):
-        raise ConfigurationError(
-            f"--features {module}:{name} is neither a torch module, nor a class or function without arguments that makes one"
-        )
-    return made if isinstance(made, FeatureExtractor) else ModuleFeatures(made)
-
-
 def features_from_name(text: str) -> FeatureExtractor:
-    """The extractor that ``--features`` names (:data:`FORMS`), in evaluation mode.
-
-    ``PYTHON.MODULE:NAME`` is a :class:`FeatureExtractor`, a torch module as :class:`ModuleFeatures` takes it, or a class or
-    function without arguments that makes one.
-    """
+    """The extractor that ``--features`` names (:data:`FORMS`), also a module of Python as :class:`ModuleFeatures` takes it."""
     kind, _, rest = text.partition(":")
     try:
         if kind == "inception":
-            made: FeatureExtractor = InceptionFeatures(rest or None)
+            made: nn.Module = InceptionFeatures(rest or None)
         elif kind == "dinov2":
             made = TimmFeatures(weights=rest or "pretrained")
         elif kind in ("timm", "torchvision") and rest:
@@ -331,7 +276,12 @@ def features_from_name(text: str) -> FeatureExtractor:
         elif kind == "classifier" and rest:
             made = ClassifierFeatures(read_classifier(rest))
         elif kind and rest:
-            made = _own(kind, rest)
+            found = load_object(kind, rest, f"--features {text}", FORMS)
+            made = found if isinstance(found, nn.Module) else found() if callable(found) else None
+            if not isinstance(made, nn.Module):
+                expected = "neither a torch module, nor a class or function without arguments that makes one"
+                raise ConfigurationError(f"--features {text} is {expected}")
+            made = made if isinstance(made, FeatureExtractor) else ModuleFeatures(made)
         else:
             raise ConfigurationError(f"--features {text!r}: expected {FORMS}")
     except (ImportError, ValueError) as error:
@@ -339,3 +289,48 @@ def features_from_name(text: str) -> FeatureExtractor:
             raise
         raise ConfigurationError(f"--features {text}: {error}") from error
     return made.eval()
+
+
+def load_object(module: str, name: str, where: str, expected: str) -> Any:
+    """Attribute of a module, which may lie in the working directory; errors start with ``where`` and say what is ``expected``."""
+    if os.getcwd() not in sys.path and "" not in sys.path:  # an installed command does not look there
+        sys.path.append(os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigurationError(f"{where}: {error}; expected {expected}") from error
+
+
+def build_described(description: object, folder: Path) -> object:
+    """What ``class_path`` and ``init_args`` describe, nested as in a configuration file of a folder."""
+    if isinstance(description, list):
+        return [build_described(value, folder) for value in description]
+    if not isinstance(description, dict):
+        return description
+    if "class_path" not in description:
+        return {
+            key: WeightsFile.beside(value, folder)
+            if key in ("weights", "checkpoint") and isinstance(value, str)
+            else build_described(value, folder)
+            for key, value in description.items()
+        }
+    module, _, name = description["class_path"].rpartition(".")
+    parts = [importlib.import_module(module)] if module else [classifiers, networks, denoisers]
+    owner = next((part for part in parts if hasattr(part, name)), parts[-1])
+    return getattr(owner, name)(**build_described(description.get("init_args") or {}, folder))
+
+
+def read_classifier(path: str | Path) -> Classifier:
+    """The classifier of a YAML file with ``class_path`` and ``init_args``, as ``calib-guidance fit`` exports it."""
+    try:
+        classifier = build_described(read_yaml(path), Path(path).parent)
+    except ConfigurationError:
+        raise
+    except (ImportError, AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise ConfigurationError(f"classifier: {path} does not describe a classifier: {error}") from error
+    if not isinstance(classifier, Classifier):
+        raise ConfigurationError(
+            f"classifier: {path} describes no classifier; expected class_path and init_args of one, as in the "
+            "classifier.yaml that calib-guidance fit writes"
+        )
+    return classifier

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -10,52 +11,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calib_guidance.data.image_sets import ImageSet
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.evaluation.features import ClassifierFeatures, FeatureExtractor
-from calib_guidance.evaluation.loading import load_object
-from calib_guidance.evaluation.spec import Estimate, Measures, MetricSpec, ReferenceHolds, SampleSet
+from calib_guidance.evaluation.features import ClassifierFeatures, FeatureExtractor, load_object
+from calib_guidance.evaluation.spec import Estimate, Measures, MetricSpec, SampleSet
 from calib_guidance.evaluation.statistics import ReferenceStatistics
-from calib_guidance.metrics.bootstrap import bootstrap_sums
+from calib_guidance.metrics import frechet
 from calib_guidance.metrics.calibration import bin_cells, calibration_error_from_bins
-from calib_guidance.metrics.frechet import (
-    extrapolated_frechet_distance,
-    frechet_distance,
-    frechet_distance_std,
-    mean_and_covariance,
-    sample_count_note,
-)
 from calib_guidance.metrics.inception_score import inception_score, inception_score_adm
 from calib_guidance.metrics.kernel_distance import kernel_distance, kernel_distance_subsets
+from calib_guidance.metrics.moments import bootstrap_sums
 from calib_guidance.metrics.neighbors import count_in_balls
 
 _SPLITS, _BLOCK, _SUBSETS, _SUBSET_SIZE, _NEIGHBORS, _BINS, _POINTS, _DRAWS = 10, 5000, 100, 1000, 5, 15, 15, 200
 _REFERENCE = "reference images, the samples fixed"
 
 
-def _strata(labels: Tensor) -> tuple[Tensor | None, str]:
-    """Classes within which samples are drawn, where they are as good as equally many, and what a std is over then."""
-    count = labels.unique(return_counts=True)[1]
-    if len(count) > 1 and int(count.max()) - int(count.min()) <= 1 and int(labels.min()) >= 0:
-        return labels, "samples within their classes, which are balanced; delta method, the reference fixed"
-    return None, "samples, delta method, the reference fixed"
-
-
-def _frechet(samples: SampleSet, column: str) -> Estimate:
+def _frechet(samples: SampleSet, column: str = "features") -> Estimate:
     mean, covariance, root = samples.reference.moments(column)
-    rows = samples.rows[column]
-    strata, of = _strata(samples.labels)
-    distance = frechet_distance(mean, covariance, *mean_and_covariance(rows), root)
-    return Estimate(distance, frechet_distance_std((mean, covariance), rows, root, strata), of)
-
-
-def _frechet_distance(samples: SampleSet) -> Estimate:
-    counts = [c for c in (samples.num_samples, samples.reference.num_images) if c is not None]
-    if note := sample_count_note(min(counts), samples.features.shape[1]):
+    rows, labels, of = samples.rows[column], samples.labels, "samples, delta method, the reference fixed"
+    images = min(filter(None, (samples.num_samples, samples.reference.num_images)))
+    if column == "features" and (note := frechet.sample_count_note(images, rows.shape[1])):
         samples.notes.append(f"{_FID[samples.measures.extractor.kind][1]}: {note}")
-    return _frechet(samples, "features")
+    count = labels.unique(return_counts=True)[1]
+    balanced = len(count) > 1 and int(count.max()) - int(count.min()) <= 1 and int(labels.min()) >= 0
+    if balanced:
+        of = "samples within their classes, which are balanced; delta method, the reference fixed"
+    distance = frechet.frechet_distance(mean, covariance, *frechet.mean_and_covariance(rows), root)
+    std = frechet.frechet_distance_std((mean, covariance), rows, root, labels if balanced else None)
+    return Estimate(distance, std, of)
 
 
-def _frechet_distance_infinite(samples: SampleSet) -> Estimate | None:
+def _frechet_infinite(samples: SampleSet) -> Estimate | None:
     if not samples.measures.extrapolate:
         return None
     n, width = samples.features.shape
@@ -64,22 +51,20 @@ def _frechet_distance_infinite(samples: SampleSet) -> Estimate | None:
     if smallest >= n:
         samples.notes.append(f"no extrapolation: subsets of {smallest} samples and more cannot be drawn from {n}")
         return None
-    mean, covariance, _ = samples.reference.moments("features")
-    line = extrapolated_frechet_distance((mean, covariance), samples.features, smallest, _POINTS)
+    moments = samples.reference.moments("features")[:2]
+    line = frechet.extrapolated_frechet_distance(moments, samples.features, smallest, _POINTS)
     if line.value < 0:
         label = _FID[samples.measures.extractor.kind][1]
         samples.notes.append(f"{label} at N → ∞: below 0, too few samples for a straight line")
-    return Estimate(
-        line.value, line.std, f"straight line in 1/N through {_POINTS} subsets of {smallest} to {n} samples"
-    )
+    of = f"straight line in 1/N through {_POINTS} subsets of {smallest} to {n} samples"
+    return Estimate(line.value, line.std, of)
 
 
 def _inception_score(samples: SampleSet) -> Estimate:
     splits = inception_score(samples.rows["logits"], _SPLITS)
     if isinstance(samples.measures.extractor, ClassifierFeatures):
-        samples.notes.append(
-            "Inception score: with the evaluation classifier's classes in place of Inception's, like no published one"
-        )
+        note = "with the evaluation classifier's classes in place of Inception's, like no published one"
+        samples.notes.append(f"Inception score: {note}")
     return Estimate(splits.mean(), splits.std(correction=0), f"one of {_SPLITS} splits")
 
 
@@ -89,50 +74,22 @@ def _inception_score_adm(samples: SampleSet) -> Estimate:
     return Estimate(blocks.mean(), std, f"one of {len(blocks)} blocks of {_BLOCK:,}")
 
 
-def _kernel_subsets(samples: SampleSet) -> tuple[Tensor, str]:
-    def draw() -> tuple[Tensor, str]:
-        reference, generated = samples.reference_features, samples.features
-        size = min(_SUBSET_SIZE, min(len(reference), len(generated)) // 2)
-        subsets = kernel_distance_subsets(reference, generated, _SUBSETS, size)
-        return subsets, f"one of {_SUBSETS} subsets of {size}"
-
-    return samples.once("kernel subsets", draw)
+def _kernel(samples: SampleSet, mean_of_subsets: bool = False) -> Estimate:
+    reference, generated = samples.reference_features, samples.features
+    size = min(_SUBSET_SIZE, min(len(reference), len(generated)) // 2)
+    subsets = samples.once("kernel subsets", lambda: kernel_distance_subsets(reference, generated, _SUBSETS, size))
+    value = subsets.mean() if mean_of_subsets else kernel_distance(reference, generated)
+    return Estimate(value, subsets.std(correction=0), f"one of {_SUBSETS} subsets of {size}")
 
 
-def _kernel_distance(samples: SampleSet) -> Estimate:
-    subsets, of = _kernel_subsets(samples)
-    return Estimate(kernel_distance(samples.reference_features, samples.features), subsets.std(correction=0), of)
-
-
-def _kernel_distance_mean(samples: SampleSet) -> Estimate:
-    subsets, of = _kernel_subsets(samples)
-    return Estimate(subsets.mean(), subsets.std(correction=0), of)
-
-
-def _precision(samples: SampleSet, half: bool = False) -> Estimate:
-    inside = count_in_balls(samples.reference_features, samples.features, samples.measures.k, half)[0] > 0
-    return samples.mean(inside, "samples", fraction=True)
-
-
-def _recall(samples: SampleSet, half: bool = False) -> Estimate:
-    inside = count_in_balls(samples.features, samples.reference_features, samples.measures.k, half)[0] > 0
-    return samples.mean(inside, _REFERENCE, fraction=True)
+def _in_balls(samples: SampleSet, half: bool, recall: bool) -> Estimate:
+    sets = samples.reference_features, samples.features
+    inside = count_in_balls(*(reversed(sets) if recall else sets), samples.measures.k, half)[0] > 0
+    return samples.mean(inside, _REFERENCE if recall else "samples", fraction=True)
 
 
 def _balls(samples: SampleSet) -> tuple[Tensor, Tensor]:
     return samples.once("balls", lambda: count_in_balls(samples.reference_features, samples.features, _NEIGHBORS))
-
-
-def _density(samples: SampleSet) -> Estimate:
-    return samples.mean(_balls(samples)[0], "samples", scale=1 / _NEIGHBORS)
-
-
-def _coverage(samples: SampleSet) -> Estimate:
-    return samples.mean(_balls(samples)[1] > 0, _REFERENCE, fraction=True)
-
-
-def _accuracy(samples: SampleSet) -> Estimate:
-    return samples.mean(samples.correct, "samples", fraction=True)
 
 
 def _classifier_ece(samples: SampleSet) -> Estimate:
@@ -146,46 +103,44 @@ def _of_class(samples: SampleSet, label: int) -> SampleSet:
     rows = {name: values[samples.labels == label] for name, values in samples.rows.items()}
     real = samples.reference_features[samples.reference.labels == label]
     enough = min(len(real), len(rows["index"])) > 2 * real.shape[1]
-    moments = mean_and_covariance(real) if enough else (torch.empty(0), torch.empty(0, 0))
+    moments = frechet.mean_and_covariance(real) if enough else (torch.empty(0), torch.empty(0, 0))
     return SampleSet(samples.measures, ReferenceStatistics(*moments, features=real, num_images=len(real)), rows)
 
 
 def _by_class(samples: SampleSet) -> dict[str, dict[str, Any]]:
-    """Metrics of each class with enough images, in the smaller set: a Fréchet distance is mostly bias below 2·D + 1, and the
-    radii of balls are mostly chance below 10 samples a neighbor.
+    """By class number as text: ``num_samples``, ``num_reference``, metrics, ``std`` of each, ``skipped``, why one is missing.
 
-    By class, its number as text: ``num_samples``, ``num_reference``, the metrics, ``std`` of each, and ``skipped``, why
-    one is missing.
+    With few images in the smaller set a Fréchet distance is mostly bias (below 2·D + 1), the radii of balls mostly chance.
     """
-    measures, found = samples.measures, {}
-    least = {
-        _FID[measures.extractor.kind][0]: (2 * samples.features.shape[1] + 1, f"{samples.features.shape[1]} features"),
-        **dict.fromkeys(("precision", "recall"), (10 * measures.k, f"k = {measures.k}")),
-        **dict.fromkeys(("density", "coverage"), (10 * _NEIGHBORS, f"k = {_NEIGHBORS}")),
-    }
+    measures, width = samples.measures, samples.features.shape[1]
+    groups = [
+        ((_FID[measures.extractor.kind][0],), 2 * width + 1, f"{width} features"),
+        (("precision", "recall"), 10 * measures.k, f"k = {measures.k}"),
+        (("density", "coverage"), 10 * _NEIGHBORS, f"k = {_NEIGHBORS}"),
+    ]
     if "predicted" in samples.rows:
-        least["classifier_accuracy"] = (0, "")
-    missing: dict[tuple[int, str], dict[str, list[str]]] = {}
-    for label in samples.labels[samples.labels >= 0].unique().tolist():
-        part = _of_class(samples, label)
-        few = min(part.num_samples, part.reference.num_images)
-        values: dict[str, Any] = {"num_samples": part.num_samples, "num_reference": part.reference.num_images}
-        std, skipped = {}, {}
-        for key, (fewest, why) in least.items():
-            if few < fewest:
-                skipped[key] = f"{few} images in the smaller set; {fewest} are needed for {why}"
-                missing.setdefault((fewest, why), {}).setdefault(METRICS[key].label, []).append(str(label))
-                continue
-            estimate = METRICS[key].compute(part)
-            values[key], std[key] = float(estimate.value), float(estimate.std)
-        found[str(label)] = values | {"std": std, "skipped": skipped}
-    for (fewest, why), classes_of in missing.items():
-        classes = next(iter(classes_of.values()))
-        which = f"classes {', '.join(classes[:10])}{' …' if len(classes) > 10 else ''} of {len(found)}"
-        if len(classes) == len(found):
-            which = f"all {len(found)} classes"
-        need = f"{fewest} images in both sets are needed for {why}"
-        samples.notes.append(f"{' and '.join(classes_of)} by class skipped for {which}: {need}")
+        groups.append((("classifier_accuracy",), 0, ""))
+    found, smaller = {}, {}
+    for label in map(str, samples.labels[samples.labels >= 0].unique().tolist()):
+        part = _of_class(samples, int(label))
+        values = found[label] = {"num_samples": part.num_samples, "num_reference": part.reference.num_images}
+        few = smaller[label] = min(values.values())
+        values |= {"std": {}, "skipped": {}}
+        for keys, fewest, why in groups:
+            for key in keys:
+                if few < fewest:
+                    values["skipped"][key] = f"{few} images in the smaller set; {fewest} are needed for {why}"
+                else:
+                    estimate = METRICS[key].compute(part)
+                    values[key], values["std"][key] = float(estimate.value), float(estimate.std)
+    for keys, fewest, why in groups:
+        if classes := [label for label, few in smaller.items() if few < fewest]:
+            which = f"classes {', '.join(classes[:10])}{' …' if len(classes) > 10 else ''} of {len(found)}"
+            samples.notes.append(
+                f"{' and '.join(METRICS[key].label for key in keys)} by class skipped for "
+                f"{f'all {len(found)} classes' if len(classes) == len(found) else which}: {fewest} images in both sets are "
+                f"needed for {why}"
+            )
     return found
 
 
@@ -209,80 +164,54 @@ def _distance(names: Mapping[str, tuple[str, str]], end: str, label_end: str, **
         yield MetricSpec(key + end, label + label_end, higher_is_better=False, extractor=kind, **options)
 
 
-def _full_rank(width: Callable[[FeatureExtractor], int]) -> Callable[[Measures], tuple[int, int]]:
-    """A Fréchet distance needs two samples, or more of them than features."""
-    return lambda measures: (width(measures.extractor) + 1 if measures.full_rank else 2,) * 2
+def _mean(
+    values: Callable[[SampleSet], Tensor], of: str = "samples", **options: Any
+) -> Callable[[SampleSet], Estimate]:
+    return lambda samples: samples.mean(values(samples), of, **options)
 
 
-_FD = {"option": "fid", "needs": ("features",), "fewest": _full_rank(lambda extractor: extractor.width)}
-_SFD = {"option": "sfid", "needs": ("spatial",), "fewest": _full_rank(lambda extractor: extractor.spatial_width)}
+def _precision_recall(end: str, label_end: str, half: bool) -> Iterator[MetricSpec]:
+    for name in ("precision", "recall"):
+        compute = functools.partial(_in_balls, half=half, recall=name == "recall")
+        yield MetricSpec(name + end, name + label_end, compute=compute, option=f"pr{end}", **_PR)
+
+
+# A Fréchet distance needs two samples, or more of them than features.
+_FD, _SFD = {"option": "fid", "needs": ("features",)}, {"option": "sfid", "needs": ("spatial",)}
+_FD |= {"fewest": lambda measures: (measures.extractor.width + 1 if measures.full_rank else 2,) * 2}
+_SFD |= {"fewest": lambda measures: (measures.extractor.spatial_width + 1 if measures.full_rank else 2,) * 2}
 _KD = {"option": "kid", "format": "{:.4f}", "limits": _ANY, "fewest": lambda measures: (4, 4), **_BOTH}
+_SCORE = {"fewest": lambda measures: (_SPLITS, 0), "option": "is", **_IS}
+_CLIP = {"option": "clip", "needs": ("similarity", "labels"), "limits": (-1.0, 1.0), **_HIGH}
+_CLIP |= {"measured_by": "TrajectoryCLIPScore"}
+_CLASSES = {"option": "classwise", "needs": ("features", "reference_features", "reference_labels", "labels")}
 
-METRICS: Mapping[str, MetricSpec] = {
-    spec.key: spec
-    for spec in (
-        *_distance(_FID, "", "", compute=_frechet_distance, **_FD),
-        *_distance(_FID, "_infinite", " at N → ∞", compute=_frechet_distance_infinite, limits=_ANY, **_FD),
-        *_distance(_SFID, "", "", compute=lambda samples: _frechet(samples, "spatial"), **_SFD),
-        MetricSpec(
-            "inception_score",
-            f"Inception score, {_SPLITS} shuffled splits",
-            compute=_inception_score,
-            option="is",
-            fewest=lambda measures: (_SPLITS, 0),
-            **_IS,
-        ),
-        MetricSpec(
-            "inception_score_adm",
-            f"Inception score, ADM's blocks of {_BLOCK:,}",
-            compute=_inception_score_adm,
-            option="is_adm",
-            **_IS,
-        ),
-        *_distance(_KID, "", "", compute=_kernel_distance, **_KD),
-        *_distance(_KID, "_mean", ", mean of subsets", compute=_kernel_distance_mean, **_KD),
-        MetricSpec("precision", "precision", compute=_precision, option="pr", **_PR),
-        MetricSpec("recall", "recall", compute=_recall, option="pr", **_PR),
-        MetricSpec(
-            "precision_adm",
-            "precision, ADM's float16",
-            compute=lambda samples: _precision(samples, half=True),
-            option="pr_adm",
-            **_PR,
-        ),
-        MetricSpec(
-            "recall_adm",
-            "recall, ADM's float16",
-            compute=lambda samples: _recall(samples, half=True),
-            option="pr_adm",
-            **_PR,
-        ),
-        MetricSpec("density", "density", compute=_density, **_DC),
-        MetricSpec("coverage", "coverage", compute=_coverage, **_DC | {"limits": _FRACTION}),
-        MetricSpec(
-            "by_class",
-            "metrics of each class",
-            needs=("features", "reference_features", "reference_labels", "labels"),
-            compute=_by_class,
-            option="classwise",
-        ),
-        MetricSpec("classifier_accuracy", "accuracy", compute=_accuracy, **_CLASSIFIER | _HIGH),
-        MetricSpec("classifier_ece", "classifier ECE", compute=_classifier_ece, **_CLASSIFIER | _LOW),
-        MetricSpec(
-            "clip_score",
-            "CLIP score",
-            "{:.4f}",
-            higher_is_better=True,
-            needs=("similarity", "labels"),
-            compute=lambda samples: samples.mean(samples.rows["similarity"], "samples"),
-            limits=(-1.0, 1.0),
-            option="clip",
-            measured_by="TrajectoryCLIPScore",
-        ),
-        MetricSpec("integral_ece", "integral ECE", limits=_FRACTION, measured_by="TrajectoryCalibration", **_LOW),
-        MetricSpec("seconds_per_image", "seconds per image", "{:.4f}", measured_by="SampleWriter", **_LOW),
-    )
-}
+
+def _specs() -> Iterator[MetricSpec]:
+    yield from _distance(_FID, "", "", compute=_frechet, **_FD)
+    yield from _distance(_FID, "_infinite", " at N → ∞", compute=_frechet_infinite, limits=_ANY, **_FD)
+    yield from _distance(_SFID, "", "", compute=lambda samples: _frechet(samples, "spatial"), **_SFD)
+    label = f"Inception score, {_SPLITS} shuffled splits"
+    yield MetricSpec("inception_score", label, compute=_inception_score, **_SCORE)
+    label = f"Inception score, ADM's blocks of {_BLOCK:,}"
+    yield MetricSpec("inception_score_adm", label, compute=_inception_score_adm, option="is_adm", **_IS)
+    yield from _distance(_KID, "", "", compute=_kernel, **_KD)
+    yield from _distance(_KID, "_mean", ", mean of subsets", compute=lambda samples: _kernel(samples, True), **_KD)
+    yield from _precision_recall("", "", half=False)
+    yield from _precision_recall("_adm", ", ADM's float16", half=True)
+    yield MetricSpec("density", "density", compute=_mean(lambda s: _balls(s)[0], scale=1 / _NEIGHBORS), **_DC)
+    coverage = _mean(lambda s: _balls(s)[1] > 0, _REFERENCE, fraction=True)
+    yield MetricSpec("coverage", "coverage", compute=coverage, limits=_FRACTION, **_DC)
+    yield MetricSpec("by_class", "metrics of each class", compute=_by_class, **_CLASSES)
+    accuracy = _mean(lambda s: s.correct, fraction=True)
+    yield MetricSpec("classifier_accuracy", "accuracy", compute=accuracy, **_CLASSIFIER, **_HIGH)
+    yield MetricSpec("classifier_ece", "classifier ECE", compute=_classifier_ece, **_CLASSIFIER, **_LOW)
+    yield MetricSpec("clip_score", "CLIP score", "{:.4f}", compute=_mean(lambda s: s.rows["similarity"]), **_CLIP)
+    yield MetricSpec("integral_ece", "integral ECE", limits=_FRACTION, measured_by="TrajectoryCalibration", **_LOW)
+    yield MetricSpec("seconds_per_image", "seconds per image", "{:.4f}", measured_by="SampleWriter", **_LOW)
+
+
+METRICS: Mapping[str, MetricSpec] = {spec.key: spec for spec in _specs()}
 
 OPTIONS: Mapping[str, str] = {
     "fid": "Fréchet distance of pooled features: FID with Inception, FD-DINOv2 with DINOv2",
@@ -300,7 +229,7 @@ OPTIONS: Mapping[str, str] = {
 
 
 def _load_metric(path: str) -> MetricSpec:
-    """The spec at a dotted path, ``MODULE.NAME``: a :class:`MetricSpec`, or what makes one without arguments."""
+    """The spec at a dotted path: a :class:`MetricSpec`, or what makes one without arguments."""
     module, _, name = path.rpartition(".")
     spec = load_object(module, name, f"metrics: {path}", "the dotted path of a MetricSpec")
     try:
@@ -318,39 +247,26 @@ def select(names: Iterable[str], extractor: FeatureExtractor) -> tuple[MetricSpe
     """The metrics of names, in the order of the table: names of :data:`OPTIONS`, or dotted paths of your own specs."""
     names = list(dict.fromkeys(names))
     if unknown := sorted(name for name in names if name not in OPTIONS and "." not in name):
-        raise ConfigurationError(
-            f"metrics: unknown {', '.join(unknown)}; known: {', '.join(OPTIONS)}, and the dotted path of a MetricSpec"
-        )
+        known = f"{', '.join(OPTIONS)}, and the dotted path of a MetricSpec"
+        raise ConfigurationError(f"metrics: unknown {', '.join(unknown)}; known: {known}")
     kinds = (None, extractor.kind)
     known = (spec for spec in METRICS.values() if spec.option in names and spec.compute and spec.extractor in kinds)
     return *known, *(_load_metric(name) for name in names if name not in OPTIONS)
 
 
-def select_applicable(measures: Measures, reference: ReferenceHolds) -> tuple[MetricSpec, ...]:
-    """All metrics of the table whose needs are met, whatever the number of samples.
-
-    But for ADM's conventions, and the Inception score of an evaluation classifier's classes, like no published one.
-    """
-    missing = measures.missing(reference)
-    options = [name for name in OPTIONS if not name.endswith("_adm")]
-    if measures.extractor_classifies:
-        options.remove("is")
-    return tuple(spec for spec in select(options, measures.extractor) if missing.keys().isdisjoint(spec.needs))
-
-
 def unmet(
-    specs: Iterable[MetricSpec], measures: Measures, reference: ReferenceHolds, num_samples: int, labels_known: bool
+    specs: Iterable[MetricSpec], measures: Measures, reference: ReferenceStatistics, images: ImageSet
 ) -> dict[str, str]:
-    """Options that cannot be computed of so many samples, whose classes are known or not, and why."""
-    missing, reasons = measures.missing(reference, labels_known), {}
+    """Options that cannot be computed of a set of images, and why."""
+    missing, reasons = measures.missing(reference, images.labelled), {}
     for spec in specs:
         reason = next((missing[need] for need in spec.needs if need in missing), None)
         if reason is None:
-            samples, images = spec.fewest(measures)
-            of_features = "reference_features" in spec.needs
-            held = reference.num_features if of_features else reference.num_images
-            if num_samples < samples or (held is not None and held < images):
-                reason = f"needs {samples} samples and {images} reference images or more, got {num_samples} and {held}"
+            samples, least = spec.fewest(measures)
+            held = reference.num_features if "reference_features" in spec.needs else reference.num_images
+            if images.num_images < samples or (held is not None and held < least):
+                reason = f"needs {samples} samples and {least} reference images or more, "
+                reason += f"got {images.num_images} and {held}"
                 if spec.option in ("fid", "sfid") and measures.full_rank:
                     reason += "; --allow-few takes Fréchet distances of fewer, which compare only at the same number"
         if reason:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,86 +13,43 @@ from torch import Tensor
 from calib_guidance.backend.images import from_uint8
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.classifiers.clip import CLIPClassifier
-from calib_guidance.data.image_sets import ImageSet
 from calib_guidance.errors import ConfigurationError, first_line
 from calib_guidance.evaluation.features import ClassifierFeatures, FeatureExtractor
 from calib_guidance.evaluation.statistics import ReferenceStatistics
-
-T = TypeVar("T")
 
 NO_FEATURES = (
     "the reference holds no features of single images, only their statistics: give images, or make it with calib-guidance "
     "reference --keep-features"
 )
+NO_CLASSIFIER = "there is no evaluation classifier (--eval-classifier CLASSIFIER.yaml)"
 NEEDS = ("features", "spatial", "logits", "predictions", "similarity", "labels")  # of samples
 NEEDS += ("reference_features", "reference_labels")
 _95 = 1.959964  # standard deviations
 
 
 class Estimate(NamedTuple):
-    """Value of a metric.
-
-    Attributes:
-        value: scalar.
-        std: standard deviation of the value; NaN where it is not known.
-        of: what that is over, such as "one of 10 splits".
-    """
+    """Value of a metric."""
 
     value: Tensor | float
-    std: Tensor | float = math.nan
-    of: str = ""
-
-
-class ReferenceHolds(NamedTuple):
-    """What there is of a reference, known before its features are.
-
-    Attributes:
-        num_images: that mean and covariance are of; None where that is not known.
-        num_features: images whose features are kept or can be extracted; None where none are.
-        spatial: whether there are statistics of spatial features.
-        labels: whether the classes of the images are known.
-    """
-
-    num_images: int | None
-    num_features: int | None
-    spatial: bool
-    labels: bool
-
-    @classmethod
-    def of(cls, reference: ReferenceStatistics | ImageSet) -> ReferenceHolds:
-        if isinstance(reference, ImageSet):
-            return cls(reference.num_images, reference.num_images, True, reference.labelled)
-        kept = None if reference.features is None else len(reference.features)
-        labels = reference.labels is not None
-        if kept is None and reference.images is not None:
-            batch = ImageSet(reference.images)
-            kept, labels = batch.num_images, batch.labelled
-        return cls(reference.num_images, kept, reference.spatial_mean is not None, labels)
+    std: Tensor | float = math.nan  # not known
+    of: str = ""  # what the standard deviation is over, such as "one of 10 splits"
 
 
 class Measures(NamedTuple):
-    """What metrics are computed with.
-
-    Attributes:
-        extractor: of the features.
-        eval_classifier: predicts the samples' classes; None takes that of the extractor where it is
-            :class:`ClassifierFeatures`.
-        clip: with one prompt for each class.
-        k: neighbors for precision and recall.
-        full_rank: Fréchet distances only of more samples than features.
-        extrapolate: also the Fréchet distance at infinitely many samples.
-    """
+    """What metrics are computed with."""
 
     extractor: FeatureExtractor
-    eval_classifier: Classifier | None = None
-    clip: CLIPClassifier | None = None
-    k: int = 3
-    full_rank: bool = False
-    extrapolate: bool = False
+    eval_classifier: Classifier | None = None  # None takes that of ClassifierFeatures
+    clip: CLIPClassifier | None = None  # with one prompt for each class
+    k: int = 3  # neighbors for precision and recall
+    full_rank: bool = False  # Fréchet distances only of more samples than features
+    extrapolate: bool = False  # also the Fréchet distance at infinitely many samples
 
     @property
-    def extractor_classifies(self) -> bool:
-        return self.eval_classifier is None and isinstance(self.extractor, ClassifierFeatures)
+    def classifier(self) -> Classifier | None:
+        """That predicts the samples' classes, if any does."""
+        own = self.extractor.classifier if isinstance(self.extractor, ClassifierFeatures) else None
+        return own if self.eval_classifier is None else self.eval_classifier
 
     def to(self, device: torch.device) -> Measures:
         """The same, frozen and on a device."""
@@ -106,63 +63,55 @@ class Measures(NamedTuple):
     def check(self, image_shape: tuple[int, int, int], device: torch.device) -> None:
         """Raise ConfigurationError where extractor, evaluation classifier or CLIP model cannot take images ``(C, H, W)``."""
         blank = torch.zeros(2, *image_shape, dtype=torch.uint8, device=device)
-        seen = {"the features": lambda: self.extractor(blank).pool}
-        if self.eval_classifier is not None:
-            seen["the evaluation classifier"] = lambda: self.eval_classifier(from_uint8(blank))
-        if self.clip is not None:
-            seen["the CLIP model"] = lambda: self.similarity(blank)
-        for whose, see in seen.items():
-            try:
-                shape = tuple(see().shape)
-            except (RuntimeError, ValueError) as error:
-                size = "×".join(map(str, image_shape))
-                raise ConfigurationError(
-                    f"{whose} cannot be taken of images {size} (channels, height, width): {first_line(error)}"
-                ) from error
-            if whose == "the features" and shape != (2, self.extractor.width):
-                raise ConfigurationError(
-                    f"{self.extractor.name} says that its features are {self.extractor.width} wide, and gives {shape[1:]}"
-                )
+        whose = "the features"
+        try:
+            shape = tuple(self.extractor(blank).pool.shape)
+            if self.eval_classifier is not None:
+                whose = "the evaluation classifier"
+                self.eval_classifier(from_uint8(blank))
+            if self.clip is not None:
+                whose = "the CLIP model"
+                self.similarity(blank)
+        except (RuntimeError, ValueError) as error:
+            images = f"images {'×'.join(map(str, image_shape))} (channels, height, width)"
+            raise ConfigurationError(f"{whose} cannot be taken of {images}: {first_line(error)}") from error
+        if shape != (2, width := self.extractor.width):
+            raise ConfigurationError(
+                f"{self.extractor.name}: its features are said to be {width} wide, not {shape[1:]}"
+            )
 
     def similarity(self, images: Tensor) -> Tensor:
         """Cosine between uint8 images ``(N, 3, H, W)`` and the CLIP model's prompts, ``(N, K)``."""
         self.clip.check_image(tuple(images.shape[1:]))
         return self.clip.similarity(from_uint8(images))
 
-    def missing(self, reference: ReferenceHolds, labels_known: bool = True) -> dict[str, str]:
+    def missing(self, reference: ReferenceStatistics, labels_known: bool = True) -> dict[str, str]:
         """Why needs of metrics cannot be met, by their name in :data:`NEEDS`."""
-        name, reasons = self.extractor.name, {}
+        name = self.extractor.name
+        reasons = {
+            "spatial": ""
+            if reference.has_spatial
+            else "the reference has no statistics of spatial features (mu_s, sigma_s)",
+            "logits": f"{name} names no classes; Inception does" if self.extractor.num_logits is None else "",
+            "reference_features": NO_FEATURES if reference.num_features is None else "",
+            "reference_labels": "" if reference.labelled else "the reference's images have no classes",
+            "predictions": NO_CLASSIFIER if self.classifier is None else "",
+            "similarity": "there is no CLIP model (--clip CLIP.yaml)" if self.clip is None else "",
+            "labels": "" if labels_known else "the samples' classes are not known",
+        }
         if self.extractor.spatial_width is None:
             reasons["spatial"] = f"{name} has no spatial features; Inception has"
-        elif not reference.spatial:
-            reasons["spatial"] = "the reference has no statistics of spatial features (mu_s, sigma_s)"
-        if self.extractor.num_logits is None:
-            reasons["logits"] = f"{name} names no classes; Inception does"
-        if reference.num_features is None:
-            reasons["reference_features"] = NO_FEATURES
-        if not reference.labels:
-            reasons["reference_labels"] = "the reference's images have no classes"
-        if self.eval_classifier is None and not self.extractor_classifies:
-            reasons["predictions"] = "there is no evaluation classifier (--eval-classifier CLASSIFIER.yaml)"
-        if self.clip is None:
-            reasons["similarity"] = "there is no CLIP model (--clip CLIP.yaml)"
-        if not labels_known:
-            reasons["labels"] = "the samples' classes are not known"
-        return reasons
+        return {need: reason for need, reason in reasons.items() if reason}
 
 
 @dataclass
 class SampleSet:
     """A complete set of samples, that metrics are computed from.
 
-    Attributes:
-        measures: the settings.
-        reference: statistics of the reference, on the device.
-        rows: by name, a value of each of the N samples in order of their index, on the device: ``index`` and ``label``
-            (−1 where not known) always, and as needed ``features`` ``(N, D)``, ``spatial`` ``(N, D_s)``, ``logits``
-            ``(N, K)`` of the extractor; ``predicted``, ``confidence`` and ``of_label`` (its probability of the label) of the
-            evaluation classifier; ``similarity`` to the prompt of the label.
-        notes: for readers of the metrics; metrics append to it.
+    ``rows`` are by name values of the N samples in order of their index, on the device: ``index`` and ``label`` (−1 where
+    not known), and as needed ``features`` ``(N, D)``, ``spatial`` ``(N, D_s)``, ``logits`` ``(N, K)`` of the extractor;
+    ``predicted``, ``confidence`` and ``of_label`` (its probability of the label) of the evaluation classifier; ``similarity`` to
+    the prompt of the label. Metrics append to ``notes``, which are for their readers.
     """
 
     measures: Measures
@@ -193,20 +142,16 @@ class SampleSet:
         """1 where the evaluation classifier predicts the label, else 0, ``(N,)`` float64."""
         return (self.rows["predicted"] == self.labels).double()
 
-    def once(self, name: str, make: Callable[[], T]) -> T:
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
         """What ``make`` returns, computed for the first of the metrics that share it."""
         if name not in self._cache:
             self._cache[name] = make()
         return self._cache[name]
 
     def mean(self, values: Tensor, of: str, fraction: bool = False, scale: float = 1) -> Estimate:
-        """Mean of values ``(N,)`` and its standard deviation, std/√N.
+        """Mean of ``scale`` times values ``(N,)`` of samples, or of what ``of`` says, and its standard deviation, std/√N.
 
-        Args:
-            values: of samples, or of reference images.
-            of: which of them.
-            fraction: values are 0 or 1. Where all are equal, there is no deviation; 1/N is reported.
-            scale: multiplies the values.
+        A ``fraction`` is of values 0 or 1. Where all are equal, there is no deviation; 1/N is reported.
         """
         values, n = values.double() * scale, len(values)
         if n and fraction and float(values.mean()) in (0, 1):
@@ -216,15 +161,11 @@ class SampleSet:
 
 @dataclass(frozen=True)
 class MetricSpec:
-    """A metric: its name, its format, what it needs, and how it is computed.
-
-    A spec of your own needs no registration: give its dotted path, such as ``my_module.NEAREST``, where the names of metrics
-    are listed (``metrics`` of :class:`~calib_guidance.callbacks.SampleQuality`, ``--metrics`` of ``calib-guidance evaluate``).
+    """A metric; for one of your own give its dotted path, such as ``my_module.NEAREST``, where the names of metrics are listed
+    (``metrics`` of :class:`~calib_guidance.callbacks.SampleQuality`, ``--metrics`` of ``calib-guidance evaluate``).
 
     Attributes:
-        key: of the value in ``metrics.json``.
-        label: in tables, plots and reports.
-        format: of the value in tables.
+        key, label, format: of the value in ``metrics.json``, and in tables, plots and reports.
         higher_is_better: None where neither is.
         needs: of :data:`NEEDS`: the columns of :class:`SampleSet` that ``compute`` reads, and what the reference holds.
         compute: the :class:`Estimate` of a :class:`SampleSet`, or a mapping of several values, or None where there is nothing to
@@ -262,7 +203,7 @@ class MetricSpec:
     @property
     def title(self) -> str:
         """The label with the direction that is better."""
-        return self.label if self.higher_is_better is None else f"{self.label} {'↑' if self.higher_is_better else '↓'}"
+        return self.label + {None: "", True: " ↑", False: " ↓"}[self.higher_is_better]
 
     def text(self, value: float) -> str:
         """A value as tables show it."""
@@ -270,7 +211,7 @@ class MetricSpec:
         return text.removeprefix("-") if float(text) == 0 else text  # rounding below zero
 
     def uncertainty(self, value: Tensor | float, std: Tensor | float, of: str) -> dict[str, Any]:
-        """Uncertainty of a value for ``metrics.json``: ``std``, ``low``, ``high`` (95 %, normal) and ``of``, what it is over."""
+        """For ``metrics.json``: ``std``, ``low``, ``high`` (95 %, normal) and ``of``, what it is over."""
         value, std = float(value), float(std)
         least, most = self.limits
         return {"std": std, "low": max(least, value - _95 * std), "high": min(most, value + _95 * std), "of": of}

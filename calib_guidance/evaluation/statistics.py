@@ -8,7 +8,7 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,96 +31,58 @@ from calib_guidance.runs.store import file_sha256, leaves
 _SYMMETRY = 1e-4  # of the largest entry: float32 statistics are symmetric to 1e-6
 _NOISE = 1e-5  # of the largest eigenvalue, within which one is 0: rounding to float32 moves them by 1e-7
 _MOST_IMAGES = 10**12
-_TENSORS = {
-    "mu": "mean",
-    "sigma": "covariance",
-    "mu_s": "spatial_mean",
-    "sigma_s": "spatial_covariance",
-    "features": "features",
-    "labels": "labels",
-}
+_TENSORS = {"mu": "mean", "sigma": "covariance", "mu_s": "spatial_mean", "sigma_s": "spatial_covariance"}
+_TENSORS |= {"features": "features", "labels": "labels"}
 
 
 @dataclass
 class ReferenceStatistics:
-    """Mean and covariance of a reference's features, and the features themselves where they were kept.
+    """Mean and covariance of a reference's features, and the features themselves where they were kept."""
 
-    Attributes:
-        mean, covariance: ``(D,)`` and ``(D, D)`` float64, divisor n − 1.
-        spatial_mean, spatial_covariance: those of the spatial features, for sFID; None where there are none.
-        features: ``(M, D)`` float32, for precision and recall, density and coverage, KID and classes; None where not kept.
-        labels: ``(M,)`` int64 of the features; None where not known.
-        num_images: that mean and covariance are of; None where the file does not say.
-        provenance: in JSON's types. Of our own: ``features`` (of the extractor), ``images`` (of the image set), ``versions``;
-            of any file: ``file``, ``format`` and its ``sha256``.
-        images: path of the file, where it also holds images (``arr_0`` of ADM's reference batches).
-        image_shape: ``(C, H, W)`` of the images; None where the file does not say.
-    """
-
-    mean: Tensor
-    covariance: Tensor
-    spatial_mean: Tensor | None = None
+    mean: Tensor | None  # (D,) float64; None until images are measured
+    covariance: Tensor | None  # (D, D) float64, divisor n − 1
+    spatial_mean: Tensor | None = None  # of the spatial features, for sFID
     spatial_covariance: Tensor | None = None
-    features: Tensor | None = None
-    labels: Tensor | None = None
-    num_images: int | None = None
+    features: Tensor | None = None  # (M, D) float32, for precision and recall, density and coverage, KID and classes
+    labels: Tensor | None = None  # (M,) int64 of the features
+    num_images: int | None = None  # that mean and covariance are of; None where a file does not say
+    # In JSON's types: features (of the extractor), images (of the image set), versions; of a file also file, format, sha256.
     provenance: dict[str, Any] = field(default_factory=dict)
-    images: str | None = None
-    image_shape: tuple[int, int, int] | None = None
+    images: ImageSet | None = None  # that it is made of, or that a file also holds (arr_0 of ADM's reference batches)
+    image_shape: tuple[int, int, int] | None = None  # (C, H, W); None where a file does not say
     _roots: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
-    def of(
-        cls,
-        source: str | os.PathLike[str] | ImageSet | ReferenceStatistics,
-        extractor: FeatureExtractor,
-        **options: Any,
-    ) -> ReferenceStatistics:
-        """The statistics of a reference, which is a file of statistics or images.
+    def open(cls, source: str | os.PathLike[str] | ImageSet, **options: Any) -> ReferenceStatistics:
+        """A reference by its path: a file of statistics, or images with ``options`` of ``ImageSet``."""
+        if not isinstance(source, ImageSet) and cls.holds(source):
+            return cls.read(source)
+        images = source if isinstance(source, ImageSet) else ImageSet(source, **options)
+        return cls(None, None, num_images=images.num_images, images=images, image_shape=images.image_shape)
 
-        Features that are asked for and not in the file are extracted from the images in it, where there are any; mean and
-        covariance stay those of the file, which are of more images in ADM's reference batches.
-
-        Args:
-            source: a path, or what :func:`open_reference` made of it.
-            extractor, options: see :meth:`from_images`.
-        """
-        opened = source if isinstance(source, ImageSet | ReferenceStatistics) else open_reference(source)
-        if isinstance(opened, ImageSet):
-            return cls.from_images(opened, extractor, **options)
-        opened.check(extractor)
-        if options.get("keep_features") and opened.features is None and opened.images is not None:
-            batch = cls.from_images(ImageSet(opened.images), extractor, **options | {"spatial": False})
-            opened.features, opened.labels = batch.features, batch.labels
-            opened.provenance["images"] = batch.provenance["images"]
-        return opened
-
-    @classmethod
-    def from_images(
-        cls,
-        images: ImageSet,
+    def measured(
+        self,
         extractor: FeatureExtractor,
         batch_size: int = 64,
         keep_features: bool = False,
         spatial: bool = True,
         processes: DistributedContext | None = None,
     ) -> ReferenceStatistics:
-        """Statistics of images, read once, in batches; of sums in float64, the same over any number of processes.
+        """Complete: with the statistics of images, read once, of sums in float64, the same over any number of processes.
 
-        Args:
-            images: at least two of them.
-            extractor: of the features; it is put on the device of the process.
-            batch_size: images at a time.
-            keep_features: keep the features too, 4·D bytes an image, in order of the images.
-            spatial: also those of spatial features, where the extractor has any.
-            processes: that share the images; None is this one alone.
+        Mean and covariance of a file stay, which are of more images than the file holds in ADM's reference batches. The extractor
+        is put on the device of the process. ``keep_features`` are 4·D bytes an image, in order of the images. ``spatial`` ones
+        have statistics where the extractor has any. ``processes`` share the images; None is this one alone.
         """
-        processes = processes or DistributedContext()
+        images, processes, widths = self.images, processes or DistributedContext(), {}
+        if self.mean is None:
+            widths = {"pool": extractor.width, "spatial": extractor.spatial_width if spatial else None}
+        else:
+            self.check(extractor)
+            if not keep_features or self.features is not None or images is None:
+                return self
         extractor.eval().to(processes.device)
-        widths = {"pool": extractor.width}
-        if spatial and extractor.spatial_width is not None:
-            widths["spatial"] = extractor.spatial_width
-        moments = {name: Moments(width, processes.device) for name, width in widths.items()}
+        moments = {name: Moments(width, processes.device) for name, width in widths.items() if width is not None}
         kept: list[dict[str, Tensor]] = []
         for batch in images.batches(batch_size, processes.rank, processes.world_size):
             with torch.no_grad():
@@ -130,21 +92,21 @@ class ReferenceStatistics:
             if keep_features:
                 kept.append({"index": batch.index, "label": batch.label, "features": found.pool.float()})
         images.gather(processes)
-        count = int(processes.sum(moments["pool"].count))
-        if count < 2:
-            raise ConfigurationError(f"{images.name}: statistics need two images or more, there are {count}")
-        statistics = cls(*(value for each in moments.values() for value in each.gather(processes)))
+        if moments:
+            self.num_images = int(processes.sum(moments["pool"].count))
+            if self.num_images < 2:
+                raise ConfigurationError(
+                    f"{self.name}: statistics need two images or more, there are {self.num_images}"
+                )
+            self.mean, self.covariance = moments["pool"].gather(processes)
+            if "spatial" in moments:
+                self.spatial_mean, self.spatial_covariance = moments["spatial"].gather(processes)
+            self.provenance |= {"features": extractor.provenance(), "images": None, "versions": versions()}
+        self.provenance["images"] = images.provenance()
         if keep_features:
             rows = gather_in_order(kept, processes)
-            statistics.features = rows["features"]
-            statistics.labels = rows["label"] if images.labelled else None
-        statistics.num_images, statistics.image_shape = count, images.image_shape
-        statistics.provenance = {
-            "features": extractor.provenance(),
-            "images": images.provenance(),
-            "versions": versions(),
-        }
-        return statistics
+            self.features, self.labels = rows["features"], rows["label"] if images.labelled else None
+        return self
 
     def to(self, device: torch.device) -> ReferenceStatistics:
         """The same on a device."""
@@ -161,7 +123,7 @@ class ReferenceStatistics:
 
     @staticmethod
     def holds(path: str | os.PathLike[str]) -> bool:
-        """Whether a path is a file of statistics, an ``.npz`` with ``mu``, and not one of images alone."""
+        """Whether a path is a file of statistics, and not one of images alone."""
         path = Path(path).expanduser()
         if path.suffix in (".pkl", ".pt", ".pth"):
             return True  # which read refuses, and says what to do
@@ -173,9 +135,7 @@ class ReferenceStatistics:
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> ReferenceStatistics:
         """Statistics of a file: our own, ADM's reference batches (``mu``, ``sigma``, ``mu_s``, ``sigma_s``, ``arr_0``), or
-        ``mu`` and ``sigma`` alone, as EDM, clean-fid, pytorch-fid and torch-fidelity's users write them.
-
-        Nothing pickled in it is executed. Images in it are not read.
+        ``mu`` and ``sigma`` alone (EDM, clean-fid, pytorch-fid). Nothing pickled in it is executed.
         """
         path = Path(path).expanduser()
         if path.suffix != ".npz":
@@ -186,19 +146,17 @@ class ReferenceStatistics:
         try:
             with np.load(path, allow_pickle=False) as file:
                 names = set(file.files)
-                if missing := {"mu", "sigma"} - names:
-                    raise ConfigurationError(
-                        f"{path} has no {' and no '.join(sorted(missing))}, it has: {', '.join(sorted(names)) or 'nothing'}. "
-                        "Statistics are mu (D,) and sigma (D, D); calib-guidance reference makes them of images"
-                    )
                 arrays = {name: file[name] for name in (*_TENSORS, "num_images", "provenance") if name in names}
         except FileNotFoundError as error:
             raise ConfigurationError(f"there is no file {path}") from error
         except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-            if isinstance(error, ConfigurationError):
-                raise
             why = "it holds pickled objects, which are not loaded" if "allow_pickle" in str(error) else error
             raise ConfigurationError(f"{path} cannot be read: {why}") from error
+        if missing := {"mu", "sigma"} - names:
+            raise ConfigurationError(
+                f"{path} has no {' and no '.join(sorted(missing))}, it has: {', '.join(sorted(names)) or 'nothing'}. "
+                "Statistics are mu (D,) and sigma (D, D); calib-guidance reference makes them of images"
+            )
         try:
             moments, rank = _read_moments(arrays, "mu", "sigma")
             spatial = _read_moments(arrays, "mu_s", "sigma_s")[0] if {"mu_s", "sigma_s"} & names else ()
@@ -207,7 +165,8 @@ class ReferenceStatistics:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigurationError(f"{path}: {error}") from error
         if "arr_0" in names:
-            statistics.images, statistics.image_shape = str(path), ImageSet(path).image_shape
+            statistics.images = ImageSet(path)
+            statistics.image_shape = statistics.images.image_shape
         statistics.provenance |= {
             "file": str(path),
             "format": "calib-guidance" if "provenance" in arrays else f"{', '.join(sorted(names))} in .npz",
@@ -244,14 +203,7 @@ class ReferenceStatistics:
             self.labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
 
     def save(self, path: str | os.PathLike[str]) -> str:
-        """Write an ``.npz`` atomically; an existing file is not overwritten.
-
-        ``mu``, ``sigma``, ``mu_s``, ``sigma_s`` as others read them; ``features``, ``labels``, ``num_images``, and ``provenance``
-        as JSON text. The same statistics make the same bytes.
-
-        Returns:
-            SHA-256 of the file.
-        """
+        """Write an ``.npz`` atomically, never over an existing file, and return its SHA-256, which the statistics determine."""
         path = Path(path).expanduser()
         check_output(path)
         tensors = {name: getattr(self, attribute) for name, attribute in _TENSORS.items()}
@@ -268,10 +220,8 @@ class ReferenceStatistics:
         return file_sha256(path)
 
     def check(self, extractor: FeatureExtractor) -> None:
-        """Refuse to be compared with features of another kind.
-
-        Widths are compared, and, where the file says what its features are of, all that the extractor says of itself (weights'
-        hash, resize, normalization …) but versions of libraries and where the weights lie.
+        """Refuse to be compared with features of another kind: of another width or, where the file says what its features are
+        of, of another provenance but for versions of libraries and where the weights lie.
         """
         pairs = [("features", len(self.mean), extractor.width)]
         if self.spatial_mean is not None and extractor.spatial_width is not None:
@@ -285,32 +235,59 @@ class ReferenceStatistics:
         if "features" in self.provenance:
             said = self.provenance["features"], json.loads(json.dumps(extractor.provenance()))
             saved, now = (dict(leaves(each)) for each in said)
-            different = [
-                f"{key}: {saved.get(key)} in the reference, {now.get(key)} now"
+            listed = "".join(
+                f"\n  {key}: {saved.get(key)} in the reference, {now.get(key)} now"
                 for key in sorted((saved.keys() | now.keys()) - {"weights"})  # their hash counts, not where they lie
                 if _unversioned(saved.get(key)) != _unversioned(now.get(key))
-            ]
-            if different:
-                listed = "".join(f"\n  {line}" for line in different)
+            )
+            if listed:
                 raise ConfigurationError(
                     f"{self.name} has statistics of other features than {extractor.name}:{listed}\ntake the extractor that "
                     "they were made with (--features), or make new ones with calib-guidance reference"
                 )
 
+    def check_shape(self, name: str, shape: Sequence[int]) -> None:
+        """Refuse samples ``(C, H, W)`` of another size or mode than the reference's images, where those are known."""
+        if self.image_shape is None or tuple(self.image_shape) == tuple(shape):
+            return
+        words = [f"{'×'.join(map(str, s))} {'gray' if c == 1 else 'RGB'}" for c, *s in (shape, self.image_shape)]
+        resize = tuple(shape[1:]) != tuple(self.image_shape[1:])
+        cure = "--size N resizes and crops both" if resize else "--mode RGB or --mode L makes both alike"
+        raise ConfigurationError(
+            f"{name} has images {words[0]}, the reference {self.name} {words[1]}: they cannot be compared. Take a reference "
+            f"like the samples; in evaluate {cure}, where they are images"
+        )
+
     @property
     def name(self) -> str:
-        return self.provenance.get("file", "the reference")
+        return self.provenance.get("file") or (self.images.name if self.images else "the reference")
+
+    @property
+    def num_features(self) -> int | None:
+        """Images whose features are kept or can be extracted; None where none are."""
+        if self.features is not None:
+            return len(self.features)
+        return self.images and self.images.num_images
+
+    @property
+    def has_spatial(self) -> bool:
+        """Whether there are statistics of spatial features, or will be."""
+        return self.mean is None or self.spatial_mean is not None
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the classes of the images are known whose features are kept or can be extracted."""
+        return self.labels is not None or bool(self.features is None and self.images and self.images.labelled)
 
     @property
     def notes(self) -> list[str]:
-        """What a reader of the metrics should know of the reference, a sentence each."""
+        """What the metrics depend on, a sentence each."""
         notes = []
         if "features" not in self.provenance:
             notes.append("the reference's file does not say which features, resize and images its statistics are of")
         if self.features is not None and self.num_images is None:
-            notes.append(
-                f"mean and covariance are those of the reference's file, features those of the {len(self.features)} images in it"
-            )
+            features = f"features those of the {len(self.features)} images in it"
+            notes.append(f"mean and covariance are those of the reference's file, {features}")
         return notes
 
 
@@ -319,12 +296,8 @@ def _read_moments(arrays: Mapping[str, np.ndarray], mu: str, sigma: str) -> tupl
     if missing := {mu, sigma} - arrays.keys():
         raise ValueError(f"it has one of {mu} and {sigma}, and no {missing.pop()}")
     mean, covariance = arrays[mu], arrays[sigma]
-    if (
-        mean.ndim != 1
-        or not len(mean)
-        or covariance.shape != (len(mean), len(mean))
-        or {mean.dtype.kind, covariance.dtype.kind} != {"f"}
-    ):
+    floats = {mean.dtype.kind, covariance.dtype.kind} == {"f"}
+    if not floats or mean.ndim != 1 or not len(mean) or covariance.shape != (len(mean), len(mean)):
         shapes = f"{mu} is {mean.dtype} {mean.shape}, {sigma} {covariance.dtype} {covariance.shape}"
         raise ValueError(f"{shapes}: (D,) and (D, D) of floats belong together")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
@@ -335,15 +308,9 @@ def _read_moments(arrays: Mapping[str, np.ndarray], mu: str, sigma: str) -> tupl
     covariance = (covariance + covariance.T) / 2
     values = torch.linalg.eigvalsh(covariance)
     if values[0] < -_NOISE * values.abs().max():
-        raise ValueError(
-            f"{sigma} is not a covariance: eigenvalues from {values[0]:.3g} to {values[-1]:.3g}, none may be below 0"
-        )
+        found = f"eigenvalues from {values[0]:.3g} to {values[-1]:.3g}, none may be below 0"
+        raise ValueError(f"{sigma} is not a covariance: {found}")
     return (mean, covariance), int((values > _NOISE * values[-1]).sum())
-
-
-def open_reference(source: str | os.PathLike[str], **options: Any) -> ReferenceStatistics | ImageSet:
-    """A reference by its path: a file of statistics, or images with ``options`` of ``ImageSet``."""
-    return ReferenceStatistics.read(source) if ReferenceStatistics.holds(source) else ImageSet(source, **options)
 
 
 def gather_in_order(batches: list[dict[str, Tensor]], processes: DistributedContext) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """Metrics of classifiers, as torchmetrics classes, and of sets of features, as functions."""
 
-from calib_guidance.metrics.bootstrap import bootstrap_sums, jackknife_std
 from calib_guidance.metrics.calibration import (
     AdaptiveCalibrationError,
     CalibrationError,
@@ -22,6 +21,7 @@ from calib_guidance.metrics.frechet import (
 )
 from calib_guidance.metrics.inception_score import inception_score, inception_score_adm
 from calib_guidance.metrics.kernel_distance import kernel_distance, kernel_distance_subsets
+from calib_guidance.metrics.moments import bootstrap_sums, jackknife_std
 from calib_guidance.metrics.neighbors import density_coverage, precision_recall
 
 __all__ = [

@@ -12,12 +12,7 @@ from torchmetrics import Metric
 
 
 class Levels(NamedTuple("Levels", [("overall", Tensor), ("by_level", Tensor)])):
-    """A metric over all samples and over those of each noise level, float64, NaN where there were none.
-
-    Attributes:
-        overall: scalar.
-        by_level: ``(num_levels,)``.
-    """
+    """A metric over all samples, scalar, and over those of each noise level, ``(num_levels,)``; float64, NaN where none were."""
 
     def __new__(cls, overall: Tensor, by_level: Tensor) -> Levels:
         # torchmetrics squeezes what a metric computes, and one level would lose its axis.
@@ -36,13 +31,8 @@ def add_up(cell: Tensor, values: tuple[Tensor, ...], num_cells: int) -> Tensor:
 class LevelMetric(Metric):
     """A function of sums, by noise level and overall. Sums over ranks are exact, also where a rank has no data.
 
-    A subclass says what a batch adds (:meth:`terms`) and what the sums mean (:meth:`value`). ``metric(logits, y)`` of
-    torchmetrics counts a batch too; :meth:`of` is the pure function.
-
-    Args:
-        shape: of the cells of one level.
-        num_values: sums kept in each cell.
-        num_levels: noise levels, ≥ 1.
+    A subclass says what a batch adds (:meth:`terms`) and what the sums mean (:meth:`value`). :meth:`of` is the pure function.
+    One level has cells of a ``shape``, with ``num_values`` sums in each.
 
     Example:
         >>> float(Accuracy().of(torch.eye(3), torch.tensor([0, 1, 1])))
@@ -82,24 +72,16 @@ class LevelMetric(Metric):
         return self.value(add_up(cell, tuple(values), self.num_cells).view(*self.shape, -1))
 
     def update(self, logits: Tensor, y: Tensor, level: Tensor | int = 0) -> None:
-        """Count a batch.
-
-        Args:
-            logits: ``(N, K)``, of any floating type.
-            y: ``(N,)`` true classes in [0, K).
-            level: noise level in [0, num_levels), ``(N,)`` or one for all. Levels on a GPU are not checked, which would wait
-                for it.
-        """
+        """Count logits ``(N, K)`` and true classes ``(N,)`` at noise levels in [0, num_levels), ``(N,)`` or one for all."""
         name = type(self).__name__
         if logits.ndim != 2 or y.shape != logits.shape[:1]:
-            raise ValueError(
-                f"{name} needs logits (N, K) and classes (N,), got {tuple(logits.shape)} and {tuple(y.shape)}"
-            )
+            shapes = f"{tuple(logits.shape)} and {tuple(y.shape)}"
+            raise ValueError(f"{name} needs logits (N, K) and classes (N,), got {shapes}")
         if isinstance(level, int):
             level = torch.full(y.shape, level)
         if level.shape != y.shape:
             raise ValueError(f"{name} needs one level or one for each of {len(y)} samples, got {tuple(level.shape)}")
-        if level.device.type == "cpu" and len(level):
+        if level.device.type == "cpu" and len(level):  # to check levels on a GPU would wait for it
             lowest, highest = int(level.min()), int(level.max())
             if lowest < 0 or highest >= self.num_levels:
                 raise ValueError(
@@ -139,11 +121,7 @@ class _Mean(LevelMetric):
 
 
 class Accuracy(_Mean):
-    """Fraction of samples whose true class is among the ``top_k`` with the largest logits.
-
-    Args:
-        top_k: in [1, K].
-        num_levels: noise levels.
+    """Fraction of samples whose true class is among the ``top_k`` with the largest logits, in [1, K].
 
     Examples:
         >>> metric = Accuracy()

@@ -28,15 +28,8 @@ def frechet_distance(
 ) -> Tensor:
     """‖μ₁ − μ₂‖² + tr Σ₁ + tr Σ₂ − 2·tr (Σ₁Σ₂)^{1/2}, by eigenvalues of the symmetric Rᵀ·Σ₂·R, where R·Rᵀ = Σ₁.
 
-    Those are the eigenvalues of Σ₁Σ₂, whatever the root R.
-
-    Args:
-        mean1, mean2: ``(D,)``.
-        covariance1, covariance2: ``(D, D)``, symmetric.
-        root1: :func:`covariance_root` of ``covariance1`` where it is known, which is half of the work.
-
-    Returns:
-        Scalar float64, ≥ 0 up to rounding.
+    Those are the eigenvalues of Σ₁Σ₂, whatever the root R. Scalar float64, ≥ 0 up to rounding, of means ``(D,)`` and symmetric
+    covariances ``(D, D)``. ``root1`` is :func:`covariance_root` of ``covariance1``, half of the work, where it is known.
 
     Examples:
         >>> eye, zero = torch.eye(2), torch.zeros(2)
@@ -59,15 +52,9 @@ def frechet_distance_std(
     and R·Rᵀ = Σ₁ (its influence function). The reference is taken as fixed, and what few samples add to the distance (its
     bias) is not in it. It costs one eigendecomposition, where a bootstrap costs one for each draw and adds a bias of its own.
 
-    Args:
-        reference: mean ``(D,)`` and covariance ``(D, D)``.
-        generated: ``(N, D)`` features.
-        root1: :func:`covariance_root` of the reference's covariance where it is known.
-        strata: ``(N,)`` classes, where each draw has the same number of each class, so that only what varies within classes
-            counts; None for draws in which the numbers vary too.
-
-    Returns:
-        Scalar float64; NaN with D samples or fewer, where the distance has no derivative.
+    Scalar float64 of the mean ``(D,)`` and covariance ``(D, D)`` of the reference and features ``(N, D)``; NaN with D samples or
+    fewer, where the distance has no derivative. ``root1`` is as of :func:`frechet_distance`. ``strata`` are classes ``(N,)`` of
+    which each draw has the same number, so that only what varies within classes counts; None for draws in which they vary too.
     """
     n, d = generated.shape
     if n <= d:
@@ -94,10 +81,7 @@ def frechet_distance_std(
 
 
 def sample_count_note(num_samples: int, width: int) -> str | None:
-    """What the number of samples (of the smaller set) does to a Fréchet distance of D = ``width`` features, in words.
-
-    None from 10,000 samples, where the covariance has full rank too.
-    """
+    """What so few samples (of the smaller set) do to a Fréchet distance of ``width`` features; None from 10,000 on."""
     if num_samples <= width:
         return (
             f"{num_samples} samples of {width} features: covariance without full rank, distance far above that of many "
@@ -109,20 +93,13 @@ def sample_count_note(num_samples: int, width: int) -> str | None:
 
 
 class Extrapolation(NamedTuple):
-    """A Fréchet distance over the number of samples, and where it tends.
+    """A Fréchet distance over the number of samples, and where it tends; float64."""
 
-    Attributes:
-        value, std: scalars float64, the distance at infinitely many samples and its standard error.
-        slope: scalar float64, its fall with 1/N.
-        sizes: ``(points,)`` float64, numbers of samples N.
-        distances: ``(points,)`` float64, the distance of N samples.
-    """
-
-    value: Tensor
+    value: Tensor  # scalar, the distance at infinitely many samples, and its standard error
     std: Tensor
-    slope: Tensor
-    sizes: Tensor
-    distances: Tensor
+    slope: Tensor  # scalar, its fall with 1/N
+    sizes: Tensor  # (points,) numbers of samples N
+    distances: Tensor  # (points,) of N samples
 
 
 def extrapolated_frechet_distance(
@@ -130,15 +107,9 @@ def extrapolated_frechet_distance(
 ) -> Extrapolation:
     """Fréchet distance at infinitely many generated samples (Chong & Forsyth 2020, https://arxiv.org/abs/1911.07023).
 
-    The distance of N samples falls as FID∞ + slope/N; a straight line in 1/N through random subsets is read off at 0. What
-    the finite reference adds stays.
-
-    Args:
-        reference: mean ``(D,)`` and covariance ``(D, D)``.
-        generated: ``(N, D)`` features.
-        smallest: samples of the smallest subset, more than D and fewer than N; 5,000 of 50,000 in the paper.
-        points: subsets, of sizes at equal distances up to N; at least 2.
-        seed: of the subsets.
+    The distance of N samples falls as FID∞ + slope/N; a straight line in 1/N through ``points`` random subsets is read off at 0.
+    What the finite reference adds stays. The subsets are of sizes at equal distances from ``smallest``, more than D and fewer
+    than N (5,000 of 50,000 in the paper), to N. The reference is a mean ``(D,)`` and covariance ``(D, D)``.
     """
     n, d = generated.shape
     if points < 2 or not d < smallest < n:

@@ -16,15 +16,8 @@ def _score(logits: Tensor) -> Tensor:
 def inception_score(logits: Tensor, splits: int = 10, seed: int = 2020) -> Tensor:
     """Score of each of ``splits`` parts of the shuffled samples; reported as their mean ± standard deviation.
 
-    Samples are shuffled as by torch-fidelity with the same seed; split i holds the places ⌊i·N/splits⌋ … ⌊(i+1)·N/splits⌋ − 1.
-
-    Args:
-        logits: ``(N, K)``, for the field's numbers those of the Inception of 2015 without its bias.
-        splits: how many, in [1, N].
-        seed: of the shuffle.
-
-    Returns:
-        ``(splits,)`` float64 in [1, K].
+    Of logits ``(N, K)``, for the field's numbers those of the Inception of 2015 without its bias; ``(splits,)`` float64 in
+    [1, K]. Samples are shuffled as by torch-fidelity with the same seed; split i holds the places from ⌊i·N/splits⌋ on.
     """
     n = len(logits)
     if not 1 <= splits <= n:
@@ -35,13 +28,8 @@ def inception_score(logits: Tensor, splits: int = 10, seed: int = 2020) -> Tenso
 
 
 def inception_score_adm(logits: Tensor, block: int = 5000) -> Tensor:
-    """Score of each block of samples in their order, as ADM's evaluator cuts them; reported as the mean.
+    """Score of each block of logits ``(N, K)`` in their order, as ADM's evaluator cuts them; reported as the mean.
 
-    Args:
-        logits: ``(N, K)``, N ≥ 1.
-        block: samples in each; the last may have fewer.
-
-    Returns:
-        ``(blocks,)`` float64 in [1, K].
+    ``(blocks,)`` float64 in [1, K]; the last block may have fewer samples.
     """
     return torch.stack([_score(rows) for rows in logits.split(block)])

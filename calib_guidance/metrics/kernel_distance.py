@@ -18,11 +18,8 @@ def _mean_within(features: Tensor) -> Tensor:
     """Mean of k over pairs of different rows."""
     n, blocks = len(features), features.split(_BLOCK)
     # k is symmetric: a block beside the diagonal counts for its mirror image too.
-    total = sum(
-        (1 if columns is rows else 2) * _kernel_sum(rows, columns)
-        for i, rows in enumerate(blocks)
-        for columns in blocks[i:]
-    )
+    pairs = ((rows, columns) for i, rows in enumerate(blocks) for columns in blocks[i:])
+    total = sum((1 if columns is rows else 2) * _kernel_sum(rows, columns) for rows, columns in pairs)
     diagonal = sum((rows.double().square().mean(1) + 1).pow(3).sum() for rows in blocks)
     return torch.as_tensor(total - diagonal) / (n * (n - 1))
 
@@ -30,14 +27,7 @@ def _mean_within(features: Tensor) -> Tensor:
 def kernel_distance(reference: Tensor, generated: Tensor) -> Tensor:
     """Squared maximum mean discrepancy with the kernel (x·y/D + 1)³, estimated without bias from complete sets.
 
-    E k(x, x′) + E k(y, y′) − 2·E k(x, y), over pairs of different samples; the sets may differ in size.
-
-    Args:
-        reference: ``(M, D)`` features.
-        generated: ``(N, D)`` features.
-
-    Returns:
-        Scalar float64, below zero now and then where the sets follow one distribution.
+    E k(x, x′) + E k(y, y′) − 2·E k(x, y), over pairs of different samples. Scalar float64, which may be below zero.
     """
     m, n = len(reference), len(generated)
     if min(m, n) < 2:
@@ -51,17 +41,8 @@ def kernel_distance_subsets(
 ) -> Tensor:
     """:func:`kernel_distance` of random subsets: how the field reports it, as their mean ± standard deviation.
 
-    That is the deviation of one subset, above that of the complete sets. The same seed draws torch-fidelity's subsets.
-
-    Args:
-        reference: ``(M, D)`` features.
-        generated: ``(N, D)`` features.
-        subsets: how many.
-        subset_size: samples of each set in each, from 2 to min(M, N).
-        seed: of the draw.
-
-    Returns:
-        ``(subsets,)`` float64.
+    ``(subsets,)`` float64. That deviation is of one subset, above that of the complete sets. ``subset_size`` is from 2 to
+    min(M, N). The same seed draws torch-fidelity's subsets.
     """
     if min(len(reference), len(generated)) < subset_size:
         raise ValueError(
@@ -70,9 +51,7 @@ def kernel_distance_subsets(
         )
     rng, values = np.random.RandomState(seed), []
     for _ in range(subsets):
-        rows = [
-            torch.from_numpy(rng.choice(len(features), subset_size, replace=False)).to(features.device)
-            for features in (reference, generated)
-        ]
-        values.append(kernel_distance(reference[rows[0]], generated[rows[1]]))
+        rows = [torch.from_numpy(rng.choice(len(x), subset_size, replace=False)) for x in (reference, generated)]
+        subset = (x[each.to(x.device)] for x, each in zip((reference, generated), rows, strict=True))
+        values.append(kernel_distance(*subset))
     return torch.stack(values)

@@ -1,7 +1,8 @@
-"""Running means and deviations of values that come in batches."""
+"""Running means and deviations of values that come in batches; standard errors by bootstrap and jackknife (Efron 1979)."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -10,13 +11,9 @@ from calib_guidance.backend.distributed import DistributedContext
 
 
 class Moments:
-    """Mean and covariance of rows that come in batches, in float64.
+    """Mean and covariance of rows ``(N, width)`` that come in batches, in float64.
 
     Batches and processes are merged about their own means (Chan, Golub & LeVeque 1983), so that nothing cancels.
-
-    Args:
-        width: D.
-        device: that computes.
     """
 
     def __init__(self, width: int, device: torch.device):
@@ -43,11 +40,7 @@ class Moments:
 
 
 class StepMoments(Metric):
-    """Mean and standard deviation of a quantity at each step, from its count, sum and sum of squares.
-
-    Args:
-        num_steps: N.
-    """
+    """Mean and standard deviation of a quantity at each step, from its count, sum and sum of squares."""
 
     full_state_update = False
     sums: Tensor
@@ -67,3 +60,25 @@ class StepMoments(Metric):
         mean = total / count
         # One tensor: torchmetrics squeezes those of a single number, and one step would lose its axis.
         return torch.stack([mean, (squares / count - mean.square()).clamp(min=0).sqrt()])
+
+
+def bootstrap_sums(terms: Tensor, resamples: int = 200, seed: int = 0) -> Tensor:
+    """Sums ``(resamples, C)`` float64 over N samples drawn with replacement, of what each adds, ``(N, C)``, N ≥ 1.
+
+    Means, accuracies and binned errors are functions of them, whose standard deviation over the resamples is the standard error.
+    """
+    n = len(terms)
+    if not n:
+        raise ValueError("bootstrap_sums needs at least one sample, got none")
+    rng, terms = np.random.RandomState(seed), terms.double()
+    times = (torch.from_numpy(np.bincount(rng.randint(n, size=n), minlength=n)) for _ in range(resamples))
+    return torch.stack([t.to(terms) @ terms for t in times])
+
+
+def jackknife_std(without: Tensor) -> Tensor:
+    """Standard error ``(…)`` float64 of a value over G ≥ 2 blocks of samples, from the values ``(G, …)`` of all but block g.
+
+    For values of which only sums over blocks of about equal size are kept. It is known to about 1/√(2·(G − 1)) of its value.
+    """
+    without = without.double()
+    return (len(without) - 1) ** 0.5 * without.std(0, correction=0)

@@ -1,7 +1,6 @@
 """Metrics of k-nearest-neighbor balls, in blocks: memory does not grow with the product of the sets.
 
-Improved precision and recall (Kynkäänniemi et al. 2019, https://arxiv.org/abs/1904.06991), density and coverage (Naeem et al.
-2020, https://arxiv.org/abs/2002.09797).
+Improved precision and recall (https://arxiv.org/abs/1904.06991), density and coverage (https://arxiv.org/abs/2002.09797).
 """
 
 from __future__ import annotations
@@ -38,21 +37,12 @@ def _radii(features: Tensor, k: int, half: bool) -> Tensor:
 def count_in_balls(reference: Tensor, generated: Tensor, k: int = 5, half: bool = False) -> tuple[Tensor, Tensor]:
     """How many of the reference's k-NN balls hold each generated point, and how many of the points each ball holds.
 
-    The surface of a ball belongs to it.
-
-    Args:
-        reference: ``(M, D)`` features, M > k.
-        generated: ``(N, D)`` features, N ≥ 1.
-        k: neighbors that set the radius of a ball.
-        half: features and squared distances in float16, as in ADM's evaluator; float64 otherwise.
-
-    Returns:
-        ``(N,)`` and ``(M,)`` int64.
+    ``(N,)`` and ``(M,)`` int64 of features ``(M, D)``, M > k, and ``(N, D)``, N ≥ 1. A ball has its surface. ``half``
+    computes features and squared distances in float16, as ADM's evaluator; float64 otherwise.
     """
     if not len(generated) or len(reference) <= k:
-        raise ValueError(
-            f"balls of {k} neighbors need more than {k} points and a point to look for, got {len(reference)} and {len(generated)}"
-        )
+        counts = f"{len(reference)} and {len(generated)}"
+        raise ValueError(f"balls of {k} neighbors need more than {k} points and a point to look for, got {counts}")
     radii = _radii(reference, k, half)
     of_points = torch.zeros(len(generated), dtype=torch.long, device=generated.device)
     of_balls = torch.zeros(len(reference), dtype=torch.long, device=generated.device)
@@ -69,8 +59,7 @@ def count_in_balls(reference: Tensor, generated: Tensor, k: int = 5, half: bool 
 def precision_recall(reference: Tensor, generated: Tensor, k: int = 3, half: bool = False) -> tuple[Tensor, Tensor]:
     """Precision: fraction of generated points in the reference's k-NN balls. Recall: the reverse.
 
-    Of features ``(M, D)`` and ``(N, D)``, M and N above k; scalars float64 in [0, 1]. k is 3 in the field. ``half``: see
-    :func:`count_in_balls`.
+    Of features ``(M, D)`` and ``(N, D)`` as of :func:`count_in_balls`; scalars float64 in [0, 1]. k is 3 in the field.
 
     Examples:
         >>> reference, generated = torch.arange(8.0)[:, None], torch.arange(4.0)[:, None]
@@ -85,8 +74,7 @@ def precision_recall(reference: Tensor, generated: Tensor, k: int = 3, half: boo
 def density_coverage(reference: Tensor, generated: Tensor, k: int = 5) -> tuple[Tensor, Tensor]:
     """Density: how many of the reference's k-NN balls hold a generated point, over k. Coverage: fraction of balls that hold any.
 
-    Of features ``(M, D)``, M > k, and ``(N, D)``; scalars float64. Density is about 1 where both sets follow one distribution,
-    coverage lies in [0, 1]. k is 5 in the paper.
+    Scalars float64. Density is about 1 where both sets follow one distribution, coverage in [0, 1]. k is 5 in the paper.
     """
     of_balls = count_in_balls(reference, generated, k)[1]
     return of_balls.double().sum() / (k * len(generated)), (of_balls > 0).double().mean()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from calib_guidance.evaluation.metrics import specs_of
-from calib_guidance.evaluation.output import uncertainty_sources
+from calib_guidance.evaluation.quality import uncertainty_sources
 from calib_guidance.evaluation.spec import MetricSpec
 from calib_guidance.report.runs import Run
 from calib_guidance.report.settings import as_text

@@ -504,5 +504,5 @@ def test_splits_of_parquet(tmp_path):
     ],
 )
 def test_options_without_meaning(tmp_path, options, message):
-    with pytest.raises(ConfigurationError, match=message):
+    with pytest.raises(ValueError, match=message):
         ImageSet(write(tmp_path, "npz", *pictures(3)), **options)

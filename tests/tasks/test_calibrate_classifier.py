@@ -14,7 +14,7 @@ from torch import nn
 
 from calib_guidance.classifiers import OffTheShelfClassifier, fit_temperature
 from calib_guidance.cli import main
-from calib_guidance.evaluation.loading import read_classifier
+from calib_guidance.evaluation import read_classifier
 from calib_guidance.networks import SmallResNet
 from calib_guidance.tasks import CalibrateClassifier
 from calib_guidance.training.lr_schedules import WarmupCosine

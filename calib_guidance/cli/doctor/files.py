@@ -18,7 +18,7 @@ from calib_guidance.backend.shipped import find_file
 from calib_guidance.callbacks import SampleWriter
 from calib_guidance.cli.doctor.report import Report, amount
 from calib_guidance.cli.parsed import Option, all_options, published
-from calib_guidance.data.base import SourceOptions, init_arg
+from calib_guidance.data.base import SourceOptions
 from calib_guidance.data.requests import POLICIES
 from calib_guidance.data.source import source_kind
 from calib_guidance.errors import ConfigurationError
@@ -85,7 +85,7 @@ def _find_images(source: str) -> tuple[str, ...]:
     import datasets
 
     try:
-        kind = source_kind(SourceOptions(source, option=init_arg))
+        kind = source_kind(SourceOptions(source, of_data=True))
     except ConfigurationError as error:
         return "wrong", str(error)
     cached = Path(datasets.config.HF_DATASETS_CACHE, source.replace("/", "___").lower())
