@@ -183,7 +183,9 @@ class CLIPClassifier(Classifier):
         for prompt in self.prompts:
             needed = len(tokenizer.encode(prompt)) + 2  # with a beginning and an end
             if needed > context_length:
-                raise ValueError(f"prompts: {prompt!r} has {needed} tokens, the model reads {context_length}: shorten")
+                raise ValueError(
+                    f"prompts: shorten {prompt!r}: of its {needed} tokens the model reads {context_length}"
+                )
         return tokenizer(list(self.prompts))
 
     def check_image(self, shape: Sequence[int]) -> None:

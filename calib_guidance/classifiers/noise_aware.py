@@ -53,6 +53,8 @@ class NoiseAwareClassifier(Classifier):
 
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         if t is None:
-            raise ValueError("a noise-aware classifier needs the step t: guide it with classifier_input: x_t")
+            raise ValueError(
+                "a noise-aware classifier needs the step t: train it with NoisyInput and guide with classifier_input: x_t"
+            )
         network = self._compiled or self.network
         return self.temper(network(x, t), t)

@@ -68,9 +68,13 @@ def build_network(
         known, file = ["pretrained"], "model.safetensors"
         make = partial(timm.create_model, model, pretrained=weights == "pretrained")
     else:
-        raise ValueError(f"network: unknown {name!r}; expected torchvision/NAME or timm/NAME of their list_models()")
+        raise ValueError(
+            f"network: unknown {name!r}; expected torchvision/NAME or timm/NAME with a NAME of "
+            "torchvision.models.list_models() or timm.list_models()"
+        )
     if not local and weights is not None and weights not in known:
-        raise ValueError(f"weights: {name} has no {weights!r}; known: {', '.join(known)}, or a local file")
+        tag = "; a tag goes into the name: timm/NAME.TAG" if library == "timm" else ""
+        raise ValueError(f"weights: {name} has no {weights!r}; known: {', '.join(known)}, or a local file{tag}")
     width = {} if num_classes is None else {"num_classes": num_classes}
     if local:
         read = read_weights(weights)

@@ -86,7 +86,10 @@ class _Trajectory:
         x0 = self.rule(cond.x0[:, :k], uncond.x0[:, :k], level, self.state)
         x0 = x0 if k == x_t.shape[1] else torch.cat([x0, cond.x0[:, k:]], dim=1)
         if isinstance(i, Tensor) and self.state:
-            raise ValueError(f"{type(self.rule).__name__} carries a state: take a rule without one for steps by sample")
+            raise ValueError(
+                f"{type(self.rule).__name__} carries a state from step to step, and here samples are at different steps: take a "
+                "rule without state, such as ClassifierFreeGuidance"
+            )
         on = at_step(self.actives, i) & self.combined
         x0, residual = torch.where(on, x0, cond.x0), (x0 - uncond.x0) * on
         renoise = torch.where(on, uncond.x0, x0) if self.rule.renoises_with_negative else None

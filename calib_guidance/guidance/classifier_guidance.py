@@ -109,7 +109,9 @@ class ClassifierGuidance(Guidance):
         check_choice("classifier_prediction", classifier_prediction, _SEEN)
         check_numbers(scale=scale)
         if backprop_through_denoiser and classifier_input != "x0":
-            raise ValueError(f"backprop_through_denoiser needs classifier_input: x0, got {classifier_input}")
+            raise ValueError(
+                f"backprop_through_denoiser needs classifier_input: x0, got {classifier_input}: change one"
+            )
         if apply_to == "sample" and scale < 0:
             raise ValueError(f"with apply_to: sample, scale must be at least 0, got {scale}; 0 is off")
         self.classifier, self.score = classifier.freeze(), score or TemperedLogProb()

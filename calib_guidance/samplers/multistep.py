@@ -55,7 +55,9 @@ class Multistep(Sampler):
         self.scaling = choose_guidance_scaling(guidance_scaling, data_std, 2.0 if self.sde else 1.0)
         check_choice("spacing", spacing, get_args(Spacing))
         if spacing == "timesteps" and (sigma_min is not None or sigma_max is not None):
-            raise ValueError("spacing: timesteps has the noise levels of the model: remove sigma_min and sigma_max")
+            raise ValueError(
+                "spacing: timesteps has the model's levels: remove sigma_min and sigma_max, or set karras or logsnr"
+            )
         if spacing != "timesteps" and not (str(steps).isdecimal() and int(steps) >= 1):
             raise ValueError(f"steps: spacing: {spacing} needs a number of at least 1, got {steps!r}")
         check_choice("order", order, (1, 2))

@@ -38,7 +38,8 @@ class Tilted(Score):
     def forward(self, logits: Tensor, y: Tensor, time: float = 1.0) -> Tensor:
         if len(logits) % self.group_size:
             raise ValueError(
-                f"{len(logits)} samples are not complete groups of {self.group_size}: change data.batch_size"
+                f"{len(logits)} samples are not complete groups of {self.group_size}: set data.batch_size and num_samples to "
+                "multiples of it"
             )
         groups = self.score(logits, y, time).view(-1, self.group_size)
         value = (torch.logsumexp(self.tilt * groups, dim=1) - math.log(self.group_size)) / self.tilt

@@ -61,7 +61,9 @@ def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif match[1] == "0":
             found[_EMBEDDERS.get(match[2], name)] = value
         elif not torch.equal(value, state.get(f"transformer_blocks.0.norm1.emb.{match[2]}", value.new_empty(0))):
-            raise CheckpointError(f"{name} differs from that of block 0: in DiT all blocks share one embedder")
+            raise CheckpointError(
+                f"{name} differs from that of block 0: in DiT all blocks share one embedder: not a DiT file"
+            )
     return found
 
 

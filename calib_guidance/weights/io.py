@@ -164,13 +164,17 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
         return bool(((value.float() if value.element_size() == 1 else value) < math.inf).all())
 
     if broken := [name for name, v in weights.state.items() if v.is_floating_point() and not below_inf(v)]:
-        raise CheckpointError(f"{weights.path} holds NaN or infinity: {_some(broken)}. It is damaged: name another")
+        raise CheckpointError(
+            f"{weights.path} holds NaN or infinity: {_some(broken)}. Its training diverged, or it is damaged: name another"
+        )
     return weights
 
 
 def _read(path: str | os.PathLike[str]) -> Weights:
     if Path(path).name == "None":
-        raise CheckpointError("a weights file named 'None': on the command line null is text; write it in a YAML file")
+        raise CheckpointError(
+            "a weights file named 'None': on the command line null is text. Write it in a YAML file and add --config FILE"
+        )
     path = fetch(path)
     if path.is_dir():
         return _read_folder(path)
@@ -268,7 +272,10 @@ def load_weights(
     if any(problems.values()):
         wrong = "; ".join(f"{what}: {_some(sorted(which))}" for what, which in problems.items() if which)
         known = f" (the file has the names and shapes of {' or '.join(names)})" if names else ""
-        raise CheckpointError(f"{weights.path} does not fit {type(module).__name__}; {wrong}{known}: name its network")
+        raise CheckpointError(
+            f"{weights.path} does not fit {type(module).__name__}; {wrong}{known}. Name the file of this architecture, or the "
+            "architecture of this file (network)"
+        )
     if integer := [n for n, v in state.items() if expected[n].is_floating_point() and not v.is_floating_point()]:
         raise CheckpointError(
             f"{weights.path} holds {state[integer[0]].dtype} where {type(module).__name__} has {expected[integer[0]].dtype}: "

@@ -44,7 +44,7 @@ def load_network(
         for name, value in network.architecture.items():
             if described.get(name, value) != value:
                 found = f"{checkpoint} has {name}: {described[name]}, the configuration's has {value}"
-                raise CheckpointError(f"{found}: name its network, or null")
+                raise CheckpointError(f"{found}: set network to that, or to null to read it from the file")
     weights = weights and part_of(weights, network)
     settings = {name: _setting(name, value, weights, card) for name, value in stated.items()}
     if published is not None and card is not None:

@@ -27,7 +27,7 @@ PATH = (
     ("cli/configs.py", "finds files by name, puts the files named by base: before them"),
     ("cli/lightning.py", "checks options, builds denoiser, sampler, guidance, data and callbacks"),
     ("data/requests.py", "claims a shard, gives batches of index, label and seed"),
-    ("tasks/guided_sampling.py", "makes the noise of each (seed, index), runs the sampler"),
+    ("tasks/predict.py", "makes the noise of each (seed, index), runs the sampler"),
     ("samplers/base.py", "the loop over noise levels, from pure noise to the image:"),
     ("callbacks/sample_writer.py", "rounds to uint8, writes samples/00000000.parquet, then the record of the shard"),
     ("callbacks/, report/", "metrics, plots and report.html of the complete run"),

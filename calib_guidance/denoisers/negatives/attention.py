@@ -58,7 +58,10 @@ class _Changed(nn.Module):
         with _Intercept(self.attend, calls):
             result = self.module(*args, **kwargs)
         if not calls:
-            raise ValueError(f"layers: {type(self.module).__name__} without self-attention to change: name others")
+            raise ValueError(
+                f"layers: a {type(self.module).__name__} without self-attention (scaled_dot_product_attention): name blocks that "
+                "have it"
+            )
         return result
 
 

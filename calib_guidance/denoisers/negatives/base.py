@@ -67,5 +67,5 @@ class _ByLevel:
 
     def __call__(self, x_t: Tensor, i: int | Tensor) -> Pair:
         if isinstance(i, Tensor):
-            raise ValueError("a random negative needs all samples at the same step: take one that is not random")
+            raise ValueError("a random negative needs all samples at the same step: take Unconditional")
         return self._pairs[i](x_t, i)

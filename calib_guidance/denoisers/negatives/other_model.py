@@ -21,7 +21,8 @@ class UnconditionalModel(Negative):
 
     def check(self, denoiser: Denoiser) -> None:
         if self.denoiser.image_shape != denoiser.image_shape:
-            raise ValueError(f"the negative samples {self.denoiser.image_shape}, the denoiser {denoiser.image_shape}")
+            shapes = f"the negative samples {self.denoiser.image_shape}, the denoiser {denoiser.image_shape}"
+            raise ValueError(f"{shapes}: name a negative of the same image shape")
 
     def nfe(self, denoiser: Denoiser) -> int:
         return denoiser.nfe + self.denoiser.nfe
@@ -45,7 +46,9 @@ class Autoguidance(UnconditionalModel):
     def check(self, denoiser: Denoiser) -> None:
         super().check(denoiser)
         if (own := self.denoiser.num_classes) != (others := denoiser.num_classes):
-            raise ValueError(f"the negative has {own} classes, the denoiser {others}: take UnconditionalModel instead")
+            raise ValueError(
+                f"the negative has {own} classes, the denoiser {others}: take UnconditionalModel, which gives no label"
+            )
 
     def labels(self, y: Tensor) -> Tensor:
         return y

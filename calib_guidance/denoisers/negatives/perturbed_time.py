@@ -49,5 +49,5 @@ class PerturbedTime(RandomNegative):
                 predict = denoiser.prepare(levels.select([k] * 2 * n), both)
             pairs.append(lambda x_t, i, predict=predict: halves(predict(torch.cat([x_t, x_t]), own)))
         if len(calls) != len(pairs):
-            raise ValueError(f"{type(denoiser).__name__} does not embed t before sampling: take another negative")
+            raise ValueError(f"{type(denoiser).__name__} does not embed t before sampling: take Unconditional")
         return pairs

@@ -39,7 +39,9 @@ class SmoothedAttention(AttentionNegative):
             n, heads, tokens, channels = query.shape
             side = math.isqrt(tokens)
             if side**2 != tokens:
-                raise ValueError(f"SmoothedAttention needs square layers, one has {tokens} tokens: name others")
+                raise ValueError(
+                    f"layers: SmoothedAttention needs square images, and one has {tokens} tokens: name others"
+                )
             image = query.transpose(2, 3).reshape(n, heads * channels, side, side)
             query = self.smooth(image).reshape(n, heads, channels, tokens).transpose(2, 3)
         return F.scaled_dot_product_attention(query.contiguous(), key.contiguous(), value.contiguous())
