@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import unittest.mock
 from collections.abc import Hashable, Iterator
 from typing import Any
 
-from jsonargparse import Namespace, _typehints
-from jsonargparse._common import lenient_check
+from jsonargparse import Namespace
+
+try:  # not public: where a version differs, parts are parsed as often as it does
+    from jsonargparse import _typehints
+    from jsonargparse._common import lenient_check
+
+    _KNOWN = [*inspect.signature(_typehints.adapt_class_type).parameters][:5] == [
+        *("value", "serialize", "instantiate_classes", "sub_add_kwargs", "prev_val")
+    ] and hasattr(_typehints, "sub_defaults")
+except (ImportError, AttributeError):
+    _KNOWN = False
 
 _PLAIN = (str, int, float, bool, type(None))
 
@@ -43,6 +53,9 @@ def parts_parsed_once() -> Iterator[None]:
     jsonargparse parses a part again at every level around it, and for each of the settings of an experiment, which mostly differ
     in one option.
     """
+    if not _KNOWN:
+        yield
+        return
     original, known = _typehints.adapt_class_type, {}
 
     def adapt(
