@@ -37,7 +37,7 @@ from calib_guidance.denoisers.rules import (
     Scheduled,
 )
 from calib_guidance.diffusion.interval import Interval
-from calib_guidance.experiments.tables import insert
+from calib_guidance.experiments.experiment import insert
 from calib_guidance.samplers import DDIM, DDPM
 
 WEIGHTS = (1.5, 2.0, 4.0)

@@ -20,9 +20,8 @@ from calib_guidance.backend.images import to_uint8
 from calib_guidance.cli.lightning import run_lightning
 from calib_guidance.cli.parsed import ParsedCLI
 from calib_guidance.evaluation.metrics import METRICS
-from calib_guidance.experiments.experiment import Experimenter, halve
+from calib_guidance.experiments.experiment import Experimenter, halve, insert, read_value
 from calib_guidance.experiments.settings import Plan, make_plan
-from calib_guidance.experiments.tables import insert, read_value
 from calib_guidance.metrics import CalibrationError, frechet_distance, mean_and_covariance
 from calib_guidance.plots import COLORS, COLUMN, paper, save
 from calib_guidance.runs import RunFolder

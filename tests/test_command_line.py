@@ -11,9 +11,9 @@ import pytest
 import yaml
 from lightning.pytorch.accelerators import MPSAccelerator
 
-from calib_guidance.cli import main, trust
+from calib_guidance.cli import configs, main
 from calib_guidance.cli.configs import configuration_names
-from calib_guidance.cli.help import plain
+from calib_guidance.cli.lightning import plain
 from calib_guidance.cli.parsed import read_configuration
 from calib_guidance.data.base import SourceOptions
 from calib_guidance.data.source import source_kind
@@ -84,7 +84,7 @@ class TestForeignCode:
 
     @pytest.fixture(autouse=True)
     def module(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(trust, "_listed", set())
+        monkeypatch.setattr(configs, "_listed", set())
         text = "import sys\nprint('imported', file=sys.stderr)\nfrom calib_guidance.samplers import DDIM\n"
         (tmp_path / "foreign_part.py").write_text(text + "class Own(DDIM):\n    '''A sampler.'''\n")
         monkeypatch.syspath_prepend(tmp_path)
@@ -116,14 +116,12 @@ class TestForeignCode:
     def test_names_in_lists_and_mappings(self):
         node = {"metrics": ["fid", "foreign_part.NEAREST"], "file": "classes.txt", "weights": "a/b.safetensors"}
         node["network"] = {"class_path": "foreign_part.Own", "init_args": {"head": {"class_path": "torch.nn.Linear"}}}
-        assert list(trust.foreign_names(node)) == ["foreign_part.NEAREST", "foreign_part.Own"] * 1 + [
-            "foreign_part.Own"
-        ]
+        assert list(configs.foreign_names(node)) == ["foreign_part.NEAREST", "foreign_part.Own"]
 
     def test_no_configuration_of_this_package_is_listed(self):
         for name in configuration_names():
             node = yaml.safe_load((ROOT / f"lightning_configs/{name}.yaml").read_text())
-            assert not list(trust.foreign_names(node)), name
+            assert not list(configs.foreign_names(node)), name
 
 
 class TestPlatforms:

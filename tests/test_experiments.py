@@ -17,11 +17,10 @@ from calib_guidance.data import digits
 from calib_guidance.errors import ConfigurationError, FailedSamplesError
 from calib_guidance.experiments import experiment as module
 from calib_guidance.experiments import runner
-from calib_guidance.experiments.experiment import Experimenter, halve
+from calib_guidance.experiments.experiment import Experimenter, halve, read_value
 from calib_guidance.experiments.runner import Run
 from calib_guidance.experiments.schema import Column, read_experiment
 from calib_guidance.experiments.settings import make_plan
-from calib_guidance.experiments.tables import Results, read_value
 from calib_guidance.runs import RunFolder
 from tests import processes
 from tests.conftest import ROOT
@@ -252,8 +251,9 @@ def test_the_table_has_mean_and_deviation_over_seeds(write, tmp_path):
     plan = make_plan(write(axes=ONE, seeds=[0, 1], columns=["fd", "precision"]))
     found = {(0, 0): (1.0, 0.5), (0, 1): (2.0, 0.5), (1, 0): (3.0, None), (1, 1): (3.0, None)}
     metrics = {(*key, 30): dict(zip(("fd", "precision"), pair, strict=True)) for key, pair in found.items()}
-    results = Results(plan, {0: 30, 1: 30}, measured(plan, tmp_path, metrics))
-    lines = results.markdown("table").splitlines()
+    experimenter = Experimenter(plan, tmp_path)
+    experimenter.samples, experimenter.runs = {0: 30, 1: 30}, measured(plan, tmp_path, metrics)
+    lines = experimenter.markdown("table").splitlines()
     assert lines[2:] == ["| 1 | 1.500 ± 0.707 | 0.500 ± 0.000 |", "| 4 | 3.000 ± 0.000 | – |"]
 
 

@@ -9,7 +9,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from calib_guidance.cli import main
-from calib_guidance.cli.remembered import RunAnswer
+from calib_guidance.cli.commands import Answer
 from calib_guidance.data import digits
 
 # Each takes a tenth of a second or more.
@@ -135,12 +135,12 @@ class TestRemembered:
         config = tmp_path / "run.yaml"
         config.write_text(f"model: {{classifier: {{weights: {tmp_path}/weights.pt}}}}")
         argv = ["predict", "--config", str(config), f"--trainer.default_root_dir={tmp_path}/run"]
-        RunAnswer(argv).write("a table", tmp_path / "run")
+        Answer(argv, "run").write("a table", tmp_path / "run")
         return argv
 
     def test_the_same_command_gets_the_same_report(self, run):
-        assert RunAnswer(run).read() == "a table"
-        assert RunAnswer([*run, "--data.seed=1"]).read() is None
+        assert Answer(run, "run").read() == "a table"
+        assert Answer([*run, "--data.seed=1"], "run").read() is None
 
     @pytest.mark.parametrize("name", ["weights.pt", "run.yaml", "run/samples/0.parquet"])
     @pytest.mark.parametrize("change", ["touch", "remove"])
@@ -150,14 +150,14 @@ class TestRemembered:
             os.utime(path, (1, 1))
         else:
             path.unlink()
-        assert RunAnswer(run).read() is None
+        assert Answer(run, "run").read() is None
 
     def test_not_where_there_is_a_new_file(self, run, tmp_path):
         (tmp_path / "run/samples/1.parquet").touch()
-        assert RunAnswer(run).read() is None
+        assert Answer(run, "run").read() is None
 
     def test_not_where_a_file_changes_during_the_run(self, run, tmp_path):
-        answer = RunAnswer([*run, "--data.seed=2"])
+        answer = Answer([*run, "--data.seed=2"], "run")
         (tmp_path / "weights.pt").write_text("other weights")
         answer.write("a table", tmp_path / "run")
         assert answer.read() is None

@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import importlib
 import io
+import itertools
+import json
 import os
 import platform
 import select
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 import calib_guidance
+from calib_guidance.backend.atomic import write_text
 from calib_guidance.backend.light_imports import defer_imports
-from calib_guidance.cli.configs import check_names, check_weights, expand_bases
-from calib_guidance.cli.trust import list_foreign
+from calib_guidance.backend.shipped import find_file
+from calib_guidance.cli.configs import check_weights, expand_bases, list_foreign, named_texts
 from calib_guidance.errors import CheckpointError, ConfigurationError, RunError, StoppedError, closest
 
-_LIGHTNING = {
-    "fit": "train a classifier or a diffusion model, calibrate it",
-    "validate": "measure a classifier on held-out data",
-    "test": "the same on test data",
-    "predict": "make guided samples, or denoised images to train on",
-}
 # For each command the module with a function of its name, and what it does. Imported on demand: only those in _HEAVY need torch,
 # whose import takes longer than the others do.
 _COMMANDS = {
+    "fit": ("cli.lightning", "train a classifier or a diffusion model, calibrate it"),
+    "validate": ("cli.lightning", "measure a classifier on held-out data"),
+    "test": ("cli.lightning", "the same on test data"),
+    "predict": ("cli.lightning", "make guided samples, or denoised images to train on"),
     "configs": ("cli.configs", "list the named configurations"),
     "doctor": ("cli.doctor", "check files, shapes, memory and time of a run before it"),
     "ema": ("training.ema", "average a training's weights over a length chosen afterwards"),
@@ -39,39 +47,97 @@ _COMMANDS = {
     "report": ("report", "one HTML page of a run, or of several"),
     "status": ("runs.status", "what of a run is done, and how long the rest takes"),
 }
-_HEAVY = {"doctor", "ema", "evaluate", "experiment", "reference"}
+_LIGHTNING = {"fit", "validate", "test", "predict"}
+_HEAVY = _LIGHTNING | {"doctor", "ema", "evaluate", "experiment", "reference"}
+_LINES = "\n".join(f"  {name:10} {text}" for name, (_, text) in _COMMANDS.items())
+_END = "calib-guidance COMMAND --help lists the options of a command, calib-guidance --version the versions."
+_OVERVIEW = f"usage: calib-guidance COMMAND …\n\n{_LINES}\n\n{_END}"
 
 
-def _overview() -> str:
-    commands = _LIGHTNING | {name: text for name, (_, text) in _COMMANDS.items()}
-    lines = "\n".join(f"  {name:10} {text}" for name, text in commands.items())
-    end = "calib-guidance COMMAND --help lists the options of a command, calib-guidance --version the versions."
-    return f"usage: calib-guidance COMMAND …\n\n{lines}\n\n{end}"
-
-
-def _version() -> str:
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning"))
-    return f"calib-guidance {calib_guidance.__version__} ({libraries}, Python {platform.python_version()})"
-
-
-def _start(argv: Sequence[str]) -> None:
+def _start(argv: Sequence[str]) -> Any:
     """Run a command."""
     if argv[0] in _HEAVY:
         defer_imports()
-    if argv[0] in _COMMANDS:
-        list_foreign(argv[1:])
-        module = importlib.import_module(f"calib_guidance.{_COMMANDS[argv[0]][0]}")
-        getattr(module, argv[0])(argv[1:])
-        return
-    from calib_guidance.cli.lightning import run_lightning
+    module = importlib.import_module(f"calib_guidance.{_COMMANDS.get(argv[0], _COMMANDS['fit'])[0]}")
+    if argv[0] not in _COMMANDS or argv[0] in _LIGHTNING:
+        return module.run_lightning(argv)
+    list_foreign(argv[1:])
+    return getattr(module, argv[0])(argv[1:])
 
-    run_lightning(argv)
+
+# What a command answers again without any import: help pages, and the report of a run that is complete and unchanged. Answers
+# lie in the user's cache folder.
+_PACKAGE = Path(__file__).parents[1]
+_LIBRARIES = ("jsonargparse", "lightning", "numpy", "torch")
+_MOST = 10_000  # files of a folder; more take as long to look at as the run takes to start
+
+
+def _stamps(path: Path) -> list[list[Any]] | None:
+    """Name, size and time of change of a file, or of all files in a folder; None where they are too many."""
+    try:
+        found = [path] if path.is_file() else (file for file in path.rglob("*") if file.is_file())
+        files = sorted(itertools.islice(found, _MOST + 1))
+        states = [file.stat() for file in files]
+    except OSError:
+        return None
+    stamps = [[str(file), state.st_size, state.st_mtime_ns] for file, state in zip(files, states, strict=True)]
+    return stamps if len(stamps) <= _MOST else None
+
+
+def _read_files(argv: Sequence[str]) -> set[Path]:
+    """Files and folders that the arguments and configurations of a command name."""
+    values = (argument.partition("=")[2] or argument for argument in argv)
+    nodes = [yaml.safe_load(value) if "\n" in value else value for value in values]
+    found = set()
+    for _, text in named_texts(nodes):
+        with contextlib.suppress(OSError, RuntimeError):  # too long for a name; ~ of nobody
+            if text and "\n" not in text and (path := find_file(Path(text).expanduser())).exists():
+                found.add(path.absolute())
+    return found
+
+
+class Answer:
+    """What was printed for a command line, if it still holds.
+
+    It is of one state of the package and, of the kind ``run``, of every file that the command read or wrote; where anything
+    differs the command runs as if there were none.
+    """
+
+    def __init__(self, argv: Sequence[str], kind: str):
+        libraries = [find_spec(name) for name in _LIBRARIES]
+        code = [*(Path(spec.origin) for spec in libraries if spec), *sorted(_PACKAGE.rglob("*.py"))]
+        columns = shutil.get_terminal_size().columns
+        key = [kind, list(argv), os.getcwd(), columns if kind == "help" else 0, [_stamps(path) for path in code]]
+        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        self.path = Path(root, "calib_guidance", f"{kind}-{name}.json")
+        self._before = {path: _stamps(path) for path in (_read_files(argv) if kind == "run" else ())}
+
+    def read(self) -> str | None:
+        """The text; None where there is none, or where a file has changed since."""
+        try:
+            answer = json.loads(self.path.read_text())
+            same = all(_stamps(Path(root)) == stamps for root, stamps in answer["roots"].items())
+            return answer["text"] if same else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def write(self, text: str, folder: Path | None = None) -> None:
+        """Keep a text for as long as what the command read, and the folder that it wrote, stay as they are."""
+        written = {} if folder is None else {folder.absolute(): _stamps(folder.absolute())}
+        read = {path: before for path, before in self._before.items() if path not in written}
+        roots = {str(path): stamps for path, stamps in (read | written).items()}
+        if None in roots.values() or any(_stamps(path) != before for path, before in read.items()):
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.path, json.dumps({"text": text, "roots": roots}))
+        except OSError:  # no home or no space: the next call takes as long as this one
+            return
 
 
 def _show_help(argv: Sequence[str]) -> None:
     """The help page of a command, remembered from the last time."""
-    from calib_guidance.cli.remembered import Answer
-
     answer = Answer(argv, "help")
     if (page := answer.read()) is None:
         printed = io.StringIO()
@@ -88,16 +154,12 @@ def _show_help(argv: Sequence[str]) -> None:
 
 def _predict(argv: Sequence[str]) -> None:
     """Sample; or print the report where this command has finished and no file of it has changed since."""
-    from calib_guidance.cli.remembered import RunAnswer
-
-    answer = RunAnswer(argv)
+    answer = Answer(argv, "run")
     if (report := answer.read()) is not None:
         print("complete, and no file of the run has changed since: nothing to do", file=sys.stderr)
         print(report)
         return
-    from calib_guidance.cli.lightning import run_lightning
-
-    cli = run_lightning(argv)
+    cli = _start(argv)
     report = cli.model.context.report if hasattr(cli.model, "context") else ""
     if report and not any(getattr(callback, "restart", False) for callback in cli.trainer.callbacks):
         answer.write(report, cli.model.context.store.path)
@@ -109,27 +171,26 @@ def _run(argv: Sequence[str], from_shell: bool) -> None:
             "Windows is not supported: run folders need POSIX signals and atomic links between files. Use WSL 2, Linux or macOS"
         )
     if not argv:
-        raise ConfigurationError(f"which command?\n{_overview()}")
+        raise ConfigurationError(f"which command?\n{_OVERVIEW}")
     command = argv[0]
     if command in ("-h", "--help"):
-        print(_overview())
+        print(_OVERVIEW)
     elif command == "--version":
-        print(_version())
-    elif command not in (*_COMMANDS, *_LIGHTNING) and not command.startswith("-"):
-        hint = closest(command, [*_LIGHTNING, *_COMMANDS])
-        raise ConfigurationError(f"unknown command {command!r}{hint}\n{_overview()}")
+        libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning"))
+        print(f"calib-guidance {calib_guidance.__version__} ({libraries}, Python {platform.python_version()})")
+    elif command not in _COMMANDS and not command.startswith("-"):
+        raise ConfigurationError(f"unknown command {command!r}{closest(command, _COMMANDS)}\n{_OVERVIEW}")
     elif command in _COMMANDS and command not in _HEAVY:
         _start(argv)
     elif from_shell and argv[1:] in (["-h"], ["--help"]):
         _show_help(argv)
-    elif command in _COMMANDS:
-        check_names(argv)
-        _start(argv)
     else:
-        argv = expand_bases(argv)  # before torch is imported: a name may be misspelled, a file missing
-        check_weights(argv)
+        expanded = expand_bases(argv)  # before torch is imported: a name may be misspelled, a file missing
+        if command in _HEAVY - _LIGHTNING:
+            return _start(argv)
+        check_weights(expanded)
         alone = not {"RANK", "SLURM_PROCID"} & os.environ.keys()  # else all processes would have to agree
-        (_predict if command == "predict" and from_shell and alone else _start)(argv)
+        (_predict if command == "predict" and from_shell and alone else _start)(expanded)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,13 +1,16 @@
-"""Named configurations, and configuration files that are based on others."""
+"""Named configurations, files that are based on others, and the weights and foreign code that they name. Needs no torch."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
-import itertools
+import importlib.util
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import yaml
 
@@ -16,10 +19,11 @@ from calib_guidance.backend.text import read_yaml
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.weights.cards import no_such_file
 
+TRUSTED = ("calib_guidance", "torch", "lightning", "torchmetrics", "torchvision", "timm")
 _OPTIONS = ("--config", "-c")
 _ROOT = "lightning_configs"
 # Folder of a command's configurations, where it is not the command's own name.
-_FOLDER = {"validate": "fit", "test": "fit", "experiment": "experiments"}
+_FOLDER = {"validate": "fit", "test": "fit", "experiment": "experiments", "doctor": "predict"}
 
 
 def configuration_names() -> list[str]:
@@ -28,19 +32,11 @@ def configuration_names() -> list[str]:
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
 
 
-def find_configuration(
-    value: str, command: str | None = None, folder: Path = Path(), said_by: str = "--config"
-) -> Path:
-    """The file that ``--config`` or ``base:`` names.
+def find_configuration(value: str, command: str | None = None, folder: Path = Path(), by: str = "--config") -> Path:
+    """The file that an option or a key (``by``, for messages) names, with or without ``.yaml``.
 
-    An existing path wins. Then a name: below ``lightning_configs/COMMAND``, below ``lightning_configs``, or the end of exactly
-    one name there (``resnet101_js`` for ``predict/imagenet128/resnet101_js``).
-
-    Args:
-        value: path or name, with or without ``.yaml``.
-        command: for which a name is looked up first.
-        folder: that relative paths start from.
-        said_by: option or file that names it, for the message.
+    An existing path, relative to ``folder``, wins. Then a name: below ``lightning_configs/COMMAND``, below ``lightning_configs``,
+    or the end of exactly one name there (``resnet101_js`` for ``predict/imagenet128/resnet101_js``).
     """
     if (folder / value).is_file():
         return folder / value
@@ -51,25 +47,31 @@ def find_configuration(
     if len(found) == 1:
         return shipped(f"{_ROOT}/{found[0]}.yaml")
     if found:
-        raise ConfigurationError(
-            f"{said_by}: several configurations are named {value!r}: give one of {', '.join(found)}"
-        )
+        raise ConfigurationError(f"{by}: several configurations are named {value!r}: give one of {', '.join(found)}")
     ours_last = sorted(names, key=lambda each: each.startswith(f"{command_folder}/"))
     known = {each.rpartition("/")[2]: each for each in ours_last} | {each: each for each in names}
     near = dict.fromkeys(known[each] for each in difflib.get_close_matches(name, known, 3, 0.7))
     hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-    no_file = f"{said_by}: {value!r} is neither a file{f' in {folder}' if folder != Path() else ''}"
-    raise ConfigurationError(
-        f"{no_file} nor the name of a configuration{hint}; `calib-guidance configs` lists the names"
-    )
+    file = f"a file in {folder}" if folder != Path() else "a file"
+    what = f"{value!r} is neither {file} nor the name of a configuration{hint}"
+    raise ConfigurationError(f"{by}: {what}; `calib-guidance configs` lists the names")
 
 
-def _check_files(value: object) -> None:
-    """Raise ConfigurationError for files that a configuration names, such as a classifier's, and that are not valid YAML."""
-    if isinstance(value, str) and value.endswith((".yaml", ".yml")) and Path(value).is_file():
-        read_yaml(value)
-    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _check_files(each)
+def named_texts(node: object, key: str = "", inside: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+    """Key and text of every string below a node of a configuration, also in the YAML files that it names.
+
+    Raises ConfigurationError for such a file, of a classifier for example, that is not valid YAML.
+    """
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from named_texts(value, name, inside)
+    elif isinstance(node, list):
+        for value in node:
+            yield from named_texts(value, "", inside)
+    elif isinstance(node, str):
+        yield key, node
+        if node.endswith((".yaml", ".yml")) and node not in inside and (path := find_file(node)).is_file():
+            yield from named_texts(read_yaml(path), "", (*inside, node))
 
 
 def with_bases(path: Path, command: str | None, above: tuple[Path, ...] = ()) -> list[str]:
@@ -77,7 +79,7 @@ def with_bases(path: Path, command: str | None, above: tuple[Path, ...] = ()) ->
     if path.resolve() in above:
         raise ConfigurationError(f"{path} is based on itself, by way of {', '.join(map(str, above))}")
     content = read_yaml(path)  # its errors name the file that a base leads to
-    _check_files(content)
+    list(named_texts(content))  # and so for the files that it names
     if not isinstance(content, dict) or "base" not in content:
         return [str(path)]
     bases = content.pop("base")
@@ -90,16 +92,6 @@ def with_bases(path: Path, command: str | None, above: tuple[Path, ...] = ()) ->
     return [*files, yaml.safe_dump(content, allow_unicode=True, sort_keys=False)] if content else files
 
 
-def check_names(argv: Sequence[str]) -> None:
-    """Raise ConfigurationError for the first ``--config`` of ``doctor`` or ``experiment`` that names nothing."""
-    command = "predict" if argv[0] == "doctor" else argv[0]
-    for before, argument in itertools.pairwise((*argv, "")):
-        option, equals, value = before.partition("=")
-        value = value if equals else argument
-        if option in _OPTIONS and value and not _is_text(value):
-            find_configuration(value, command)
-
-
 def _is_text(value: str) -> bool:
     """Whether the value of ``--config`` is YAML itself."""
     return any(mark in value for mark in ("\n", "{", ": "))
@@ -110,16 +102,13 @@ def expand_bases(argv: Sequence[str]) -> list[str]:
 
     A file may say ``base: FILE`` or ``base: [FILE, …]``: paths relative to itself, or names. It overrides them, as a later
     ``--config`` would.
-
-    Args:
-        argv: command and options, such as ``["predict", "--config", "digits"]``.
     """
     expanded, rest, command = [], list(argv), next(iter(argv), None)
     while rest:
         argument = rest.pop(0)
         option, equals, value = argument.partition("=")
         if option not in _OPTIONS or not (equals or rest):
-            _check_files(value if equals else argument)
+            list(named_texts(value if equals else argument))  # files that are not valid YAML are named at once
             expanded.append(argument)
             continue
         value = value if equals else rest.pop(0)
@@ -128,63 +117,91 @@ def expand_bases(argv: Sequence[str]) -> list[str]:
     return expanded
 
 
-# Parts whose weights are files, unless their names have neither folder nor ending.
-_WITH_WEIGHTS = {
-    *("ADMDenoiser", "EDMDenoiser", "EDM2Denoiser", "DiTDenoiser", "FlowDenoiser", "NoiseAwareClassifier"),
-    *("OffTheShelfClassifier", "CLIPClassifier"),
-}
+_DOTTED = re.compile(r"([A-Za-z_]\w*)(?:\.[A-Za-z_]\w*)+")
+_listed: set[str] = set()
 
 
-def _flat(node: object, name: str) -> Iterator[tuple[str, object]]:
-    """Dotted names and values below a node of a configuration, without the levels ``init_args``."""
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for key, value in items:
-        yield from _flat(value, name if key == "init_args" else f"{name}.{key}".removeprefix("."))
-    if not items:
-        yield name, node
-
-
-def _options(argv: Sequence[str]) -> Iterator[tuple[str, object]]:
-    """Names and values that arguments set, in order: a name that comes again replaces what is below it."""
-    rest = list(argv)
-    while rest:
-        option, _, value = rest.pop(0).partition("=")
-        if option.startswith("-"):
-            value = value or (rest.pop(0) if rest and not rest[0].startswith("--") else "")
-            name = "" if option in _OPTIONS else option.lstrip("-").replace(".init_args", "")
-            try:
-                node = yaml.safe_load(value if name or "\n" in value else Path(value).read_text())
-            except (OSError, ValueError, yaml.YAMLError):  # the parser says what is wrong
+def foreign_names(node: object) -> Iterator[str]:
+    """Dotted names from outside TRUSTED that a value names, in YAML files that it names as well."""
+    for key, text in named_texts(node):
+        for part in text.split(","):
+            found = _DOTTED.fullmatch(part)
+            if found is None or (name := found[1]) in TRUSTED:
                 continue
-            yield from _flat(node, name)
+            here = Path(f"{name}.py").exists() or Path(name, "__init__.py").exists()
+            is_module = here or importlib.util.find_spec(name) is not None
+            if key == "class_path" or (is_module and not Path(part).is_file()):
+                yield part
+
+
+def list_foreign(argv: Sequence[str]) -> None:
+    """Print the names that the arguments of a command, and the files they name, have from outside TRUSTED; each once."""
+    parsed: list[object] = []
+    for value in (re.sub(r"^--?[\w.+-]*=?", "", argument) for argument in argv):
+        with contextlib.suppress(yaml.YAMLError, RecursionError):  # the parser of the command says what is wrong
+            parsed.append(yaml.safe_load(value) if re.search(r"[{[\n]|: ", value) else value)
+    if names := dict.fromkeys(name for name in foreign_names(parsed) if name not in _listed):
+        _listed.update(names)
+        print(f"calib-guidance: this runs code from outside {', '.join(TRUSTED)}: {', '.join(names)}", file=sys.stderr)
+
+
+# Parts whose weights are files, unless their names have neither folder nor ending.
+_WITH_WEIGHTS = {"ADMDenoiser", "EDMDenoiser", "EDM2Denoiser", "DiTDenoiser", "FlowDenoiser"}
+_WITH_WEIGHTS |= {"NoiseAwareClassifier", "OffTheShelfClassifier", "CLIPClassifier"}
+
+
+def _merged(old: Any, new: Any) -> Any:
+    """One configuration over another; the options of another class are dropped."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return new
+    if "class_path" in new and new["class_path"] != old.get("class_path"):
+        old = {}
+    return old | {key: _merged(old.get(key), value) for key, value in new.items()}
+
+
+def _nested(node: Any) -> Any:
+    """A configuration without the levels ``init_args``, and with dotted keys as mappings."""
+    if isinstance(node, list):
+        return [_nested(each) for each in node]
+    found: Any = {}
+    for key, value in node.items() if isinstance(node, dict) else ():
+        value = _nested(value)
+        for part in reversed(str(key).split(".")):
+            value = value if part == "init_args" else {part: value}
+        found = _merged(found, value or {})
+    return found if isinstance(node, dict) else node
+
+
+def _parts(node: Any) -> Iterator[dict[str, Any]]:
+    """All mappings of a configuration."""
+    if isinstance(node, dict):
+        yield node
+    for each in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from _parts(each)
 
 
 def check_weights(argv: Sequence[str]) -> None:
-    """Raise CheckpointError for a weights file of a configuration that is not there, before anything is imported.
+    """Raise CheckpointError for a weights file that the arguments of :func:`expand_bases` name and that is not there.
 
-    Only where it is certain: building the parts finds all.
-
-    Args:
-        argv: of :func:`expand_bases`.
+    Before anything is imported, and only where it is certain: building the parts finds all.
     """
     if any(re.match(r"--print_config|-h$|--([\w.]+\.)?help", argument) for argument in argv):
         return
-    final: dict[str, object] = {}
-    for name, value in _options(argv):
-        final = {
-            key: kept
-            for key, kept in final.items()
-            if not key.startswith(f"{name}.") and not name.startswith(f"{key}.")
-        }
-        if name.endswith(".class_path") and final.get(name) != value:  # options of another class
-            part = name.removesuffix("class_path")
-            final = {key: kept for key, kept in final.items() if not key.startswith(part)}
-        final[name] = value
-    for name, value in final.items():
-        part, _, option = name.rpartition(".")
-        kind = str(final.get(f"{part}.class_path")).rpartition(".")[2]
-        if option in ("checkpoint", "weights") and kind in _WITH_WEIGHTS and isinstance(value, str):
-            is_file = option == "checkpoint" or "/" in value or "." in value
+    final, rest = {}, list(argv)
+    while rest:
+        option, _, value = rest.pop(0).partition("=")
+        if not option.startswith("-"):
+            continue
+        value = value or (rest.pop(0) if rest and not rest[0].startswith("--") else "")
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # the parser says what is wrong
+            is_config = option in _OPTIONS
+            node = yaml.safe_load(Path(value).read_text() if is_config and not _is_text(value) else value)
+            final = _merged(final, _nested(node if is_config else {option.lstrip("-"): node}))
+    for part in _parts(final):
+        loads = str(part.get("class_path")).rpartition(".")[2] in _WITH_WEIGHTS
+        for option in ("checkpoint", "weights") if loads else ():
+            value = part.get(option)
+            is_file = isinstance(value, str) and (option == "checkpoint" or "/" in value or "." in value)
             if is_file and value != "None" and not value.startswith("hf://") and not find_file(value).exists():
                 raise no_such_file(find_file(value))
 

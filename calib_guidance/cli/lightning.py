@@ -15,8 +15,9 @@ import sys
 import unittest.mock
 import warnings
 from argparse import ArgumentError
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from calib_guidance.backend.light_imports import defer_imports, hold
 
@@ -40,26 +41,25 @@ from calib_guidance.callbacks import ExactResume, RunReport, SampleWriter
 from calib_guidance.callbacks.clean_stop import restored_signals
 from calib_guidance.callbacks.exact_resume import AtomicCheckpointIO, continue_logs
 from calib_guidance.callbacks.reports import log_configuration
-from calib_guidance.cli.configs import expand_bases
-from calib_guidance.cli.help import plain_docstrings
+from calib_guidance.cli.configs import expand_bases, list_foreign
 from calib_guidance.cli.parse_once import parts_parsed_once
-from calib_guidance.cli.trust import list_foreign
 from calib_guidance.errors import ConfigurationError, FailedSamplesError, closest
 from calib_guidance.tasks.retry import FaultTolerant
 from calib_guidance.weights.io import CheckpointError, WeightsFile
 
 # Imported so that configurations can name their classes without a module: `sampler: DDIM`.
-_PARTS = [
-    importlib.import_module(f"calib_guidance.{folder}")
-    for folder in (
-        *("callbacks", "classifiers", "data", "denoisers", "diffusion", "evaluation"),
-        *("guidance", "networks", "samplers", "scores", "tasks", "training"),
-    )
-]
+_FOLDERS = ("callbacks", "classifiers", "data", "denoisers", "diffusion", "evaluation")
+_FOLDERS += ("guidance", "networks", "samplers", "scores", "tasks", "training")
+_PARTS = [importlib.import_module(f"calib_guidance.{folder}") for folder in _FOLDERS]
 _PRECISIONS = (None, "32-true", "32", 32, "bf16-mixed", "bf16", "16-mixed", "16", 16)
-_PREDICT_CKPT = (
-    "predict takes no --ckpt_path: Lightning would put the training module of that checkpoint in place of the sampling "
-    "one. Name the weights in the YAML instead: the `checkpoint` of the denoiser or the `weights` of the classifier"
+
+# Of reStructuredText, and what a terminal shows instead.
+_MARKS = (
+    (r":\w+:`(?:[^`<]*<)?~[\w.]*?(\w+)>?`", r"\1"),  # :class:`~package.module.Name`
+    (r":\w+:`([^`<]+?)(?:\s*<[^`>]*>)?`", r"\1"),
+    (r"`([^`<]+?)\s*<([^`>]+)>`__?", r"\1 (\2)"),
+    (r"``(.+?)``", r"\1"),
+    (r"::(?=\s|$)", ":"),
 )
 
 
@@ -86,12 +86,16 @@ def innermost(error: BaseException) -> BaseException:
     return error
 
 
+def _known_classes() -> dict[str, str]:
+    """Paths of the classes that configurations name without a module, by name."""
+    return {n: f"{part.__name__}.{n}" for part in _PARTS for n, kind in vars(part).items() if isinstance(kind, type)}
+
+
 def _unknown_class(class_path: str) -> str:
     """What is wrong with a class path or class name that names nothing."""
-    module, _, name = class_path.rpartition(".")
+    (module, _, name), known = class_path.rpartition("."), _known_classes()
     if name in ("yaml", "yml") or "/" in class_path:
         return f"there is no file {class_path}"
-    known = {n: f"{part.__name__}.{n}" for part in _PARTS for n, kind in vars(part).items() if isinstance(kind, type)}
     if not module and name in known:
         return f"{known[name]} cannot be used here"
     try:
@@ -106,30 +110,29 @@ def _wrong_file(path: str) -> str:
     class_path = content.get("class_path") if isinstance(content, dict) else None
     if not isinstance(class_path, str):
         return f"{path} has no class_path"
-    module = next((part.__name__ for part in _PARTS if isinstance(vars(part).get(class_path), type)), None)
     try:
-        kind = pkgutil.resolve_name(f"{module}.{class_path}" if module else class_path)
+        kind = pkgutil.resolve_name(_known_classes().get(class_path, class_path))
     except (ImportError, AttributeError, ValueError):
         return f"{path}: {_unknown_class(class_path)}"
-    accepted = jsonargparse.ArgumentParser().add_class_arguments(kind, fail_untyped=False)
-    unknown = next((option for option in content.get("init_args") or {} if option not in accepted), None)
-    if unknown is None:
-        return f"{path} describes {kind.__name__}, which cannot be used here, or a value of its init_args is wrong"
-    return f"{path}: {_unknown_option(kind, unknown)}"
+    if unknown := _unknown_option(kind, content.get("init_args") or {}):
+        return f"{path}: {unknown}"
+    return f"{path} describes {kind.__name__}, which cannot be used here, or a value of its init_args is wrong"
 
 
-def _unknown_option(kind: type, option: str) -> str:
+def _unknown_option(kind: type, options: Iterable[str]) -> str | None:
+    """What is wrong with the first option that a class does not have; None where it has all."""
     accepted = jsonargparse.ArgumentParser().add_class_arguments(kind, fail_untyped=False)
-    return f"{kind.__name__} has no option {option!r}{closest(option, accepted)}; it has: {', '.join(accepted)}"
+    for option in options:
+        if option not in accepted:
+            return f"{kind.__name__} has no option {option!r}{closest(option, accepted)}; it has: {', '.join(accepted)}"
+    return None
 
 
 def shorten(message: str) -> str:
     """What a parse error is about, without the pages of union types around it."""
     where = ".".join(re.findall(r'Parser key "([^"]+)"', message))
     classes = re.findall(r"Problem with given class_path '([\w.]+)'", message)
-    values = re.findall(
-        r"Expected an? <class '\w+'>\. Got value: .*|Import path \S+ does not correspond to .*", message
-    )
+    values = re.findall(r"Expected an? <class '\w+'>\. Got value: .*|Import path \S+ does not correspond .*", message)
     if choices := re.search(r"Expected a typing\.Literal\[(.*?)\]", message):
         got = re.search(r"(?:Got|Given) value: (.*)", message[choices.start() :])
         found = f"unknown {got[1]!r}; known: {choices[1].replace(chr(39), '')}"
@@ -142,7 +145,7 @@ def shorten(message: str) -> str:
     elif classes and re.search(r"module '[\w.]+' has no attribute '\w+'|No module named '[\w.]+'", message):
         found = _unknown_class(classes[-1])
     elif classes and (option := re.search(r"Option '([\w.]+)' is not accepted", message)):
-        found = _unknown_option(pkgutil.resolve_name(classes[-1]), option[1])
+        found = _unknown_option(pkgutil.resolve_name(classes[-1]), [option[1]])
     elif "Expected an instantiatable class, but" in message or "a dict without class_path but with" in message:
         found = (
             "options are given, but no class_path names the class. An overlay that only sets options goes after one "
@@ -153,12 +156,6 @@ def shorten(message: str) -> str:
     else:
         return message
     return f"{where}: {found}"
-
-
-def _prefer_ours(paths: Sequence[str]) -> list[str]:
-    """Class paths in which a name that this package and another library share is this package's."""
-    ours = {path: path.rpartition(".")[2] for path in paths if path.startswith("calib_guidance.")}
-    return [path for path in paths if path in ours or path.rpartition(".")[2] not in ours.values()]
 
 
 @contextlib.contextmanager
@@ -174,7 +171,9 @@ def subclasses_listed_once() -> Iterator[None]:
     @functools.cache
     def listed(num_modules: int, *args: object, **kwargs: object) -> list[str]:
         with hold():  # a class's shortest path is looked for in the packages around it
-            return _prefer_ours(original(*args, **kwargs))
+            paths = original(*args, **kwargs)
+        ours = {path: path.rpartition(".")[2] for path in paths if path.startswith("calib_guidance.")}
+        return [path for path in paths if path in ours or path.rpartition(".")[2] not in ours.values()]
 
     def patched(*args: object, **kwargs: object) -> list[str]:
         return listed(len(sys.modules), *args, **kwargs)
@@ -199,7 +198,7 @@ class CalibGuidanceCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: object) -> None:
         try:
-            with subclasses_listed_once(), parts_parsed_once():
+            with parts_parsed_once():
                 super().parse_arguments(parser, args)
         except ArgumentError as error:
             if "Expected a dot import path string" in str(error) and "torchvision" not in sys.modules:
@@ -207,55 +206,53 @@ class CalibGuidanceCLI(LightningCLI):
                 importlib.import_module("timm")
                 return self.parse_arguments(parser, args)
             raise ConfigurationError(shorten(str(error))) from error
-        if (command := self.config.get("subcommand")) and MPSAccelerator.is_available():
-            self._avoid_mps(self.config[command].trainer)
-
-    def _avoid_mps(self, trainer: jsonargparse.Namespace) -> None:
-        """Metrics, noise levels and temperatures need float64, which Apple's GPUs lack."""
-        if trainer.accelerator == "auto":
+        if not (command := self.config.get("subcommand")) or not MPSAccelerator.is_available():
+            return
+        # Metrics, noise levels and temperatures need float64, which Apple's GPUs lack.
+        if (trainer := self.config[command].trainer).accelerator == "auto":
             trainer.accelerator = "cpu"
             rank_zero.rank_zero_info("the CPU is used: Apple's GPUs (MPS) have no float64, which is needed here")
         elif trainer.accelerator in ("mps", "gpu"):
-            raise ConfigurationError(
-                f"trainer.accelerator: {trainer.accelerator} is MPS here, which has no float64: set it to cpu"
-            )
+            name = trainer.accelerator
+            raise ConfigurationError(f"trainer.accelerator: {name} is MPS here, which has no float64: set it to cpu")
 
     def before_instantiate_classes(self) -> None:
+        """Refuse what would fail late: above all a run whose samples would not be written, or written twice."""
         config = self.config[self.subcommand]
-        root = config.trainer.default_root_dir
+        trainer, root = config.trainer, config.trainer.default_root_dir
         if isinstance(root, str) and (not root.strip() or "://" in root):
             raise ConfigurationError(f"trainer.default_root_dir must be a folder of this machine, got {root!r}")
-        if self.subcommand == "predict":
-            if config.ckpt_path is not None:
-                raise ConfigurationError(_PREDICT_CKPT)
-            if config.get("model") and issubclass(pkgutil.resolve_name(config.model.class_path), FaultTolerant):
-                self._check_writes(config.trainer)
-            config.return_predictions = False  # the writer has them; in memory they would grow with the run
-
-    @staticmethod
-    def _check_writes(trainer: jsonargparse.Namespace) -> None:
-        """Raise ConfigurationError for a run whose samples would not be written, or written twice."""
-        if trainer.fast_dev_run:
+        if self.subcommand != "predict":
+            return
+        if config.ckpt_path is not None:
+            raise ConfigurationError(
+                "predict takes no --ckpt_path: Lightning would put the training module of that checkpoint in place of the "
+                "sampling one. Name the weights in the YAML: the denoiser's `checkpoint` or the classifier's `weights`"
+            )
+        config.return_predictions = False  # the writer has them; in memory they would grow with the run
+        samples = config.get("model") and issubclass(pkgutil.resolve_name(config.model.class_path), FaultTolerant)
+        if not samples or trainer.fast_dev_run:
             return
         callbacks = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
         classes = [pkgutil.resolve_name(callback.class_path) for callback in callbacks if callback is not None]
-        writers = [kind for kind in classes if isinstance(kind, type) and issubclass(kind, SampleWriter)]
-        if len(writers) > 1:
-            raise ConfigurationError(
-                "trainer.callbacks has several SampleWriters, and a run has one: remove the others"
-            )
-        if not writers:
-            raise ConfigurationError(
+        writers = sum(isinstance(kind, type) and issubclass(kind, SampleWriter) for kind in classes)
+        problem = None
+        if writers > 1:
+            problem = "trainer.callbacks has several SampleWriters, and a run has one: remove the others"
+        elif not writers:
+            problem = (
                 "trainer.callbacks has no SampleWriter, and samples that nothing writes are lost: add SampleWriter. An overlay "
                 "with `callbacks:` replaces the callbacks of the files before it; with `callbacks+:` it adds to them"
             )
-        if trainer.precision not in _PRECISIONS:
-            raise ConfigurationError(
+        elif trainer.precision not in _PRECISIONS:
+            problem = (
                 f"trainer.precision of predict is 32-true, bf16-mixed or 16-mixed, got {trainer.precision}: for a network in "
                 "half precision set its dtype"
             )
-        if trainer.default_root_dir is None:
-            raise ConfigurationError("trainer.default_root_dir is not set: set it to the folder for the samples")
+        elif root is None:
+            problem = "trainer.default_root_dir is not set: set it to the folder for the samples"
+        if problem:
+            raise ConfigurationError(problem)
 
     def _parse_ckpt_path(self) -> None:
         """Keeps Lightning from merging a checkpoint's hyper-parameters over the configuration: the YAML says what is run."""
@@ -291,9 +288,7 @@ class CalibGuidanceCLI(LightningCLI):
             kwargs["ckpt_path"] = "last" if newest is None else str(newest)
         path = kwargs.get("ckpt_path")
         if path == "best":
-            raise ConfigurationError(
-                "--ckpt_path: only the process that trains knows which is best: name a file, or last"
-            )
+            raise ConfigurationError("--ckpt_path: only the training process knows which is best: name a file, or last")
         if path not in (None, "last", "hpc") and ":" not in str(path) and not Path(path).exists():
             raise ConfigurationError(f"--ckpt_path: there is no file {path}; expected a checkpoint, or last")
         if subcommand == "fit" and path not in (None, "last", "hpc"):
@@ -318,8 +313,7 @@ class CalibGuidanceCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build all parts, and give the resolved configuration to those that store it, which have ``configure_run``."""
         try:
-            with subclasses_listed_once():
-                super().instantiate_classes()
+            super().instantiate_classes()
         except (ValueError, RuntimeError, ImportError, OSError) as error:
             raise ConfigurationError(str(innermost(error))) from error
         configuration = self.config.get(str(self.subcommand), self.config).as_dict()
@@ -328,22 +322,28 @@ class CalibGuidanceCLI(LightningCLI):
                 part.configure_run(configuration)
 
 
+def plain(text: str | None) -> str | None:
+    """A docstring's text as a terminal shows it."""
+    for pattern, replacement in _MARKS if text else ():
+        text = re.sub(pattern, replacement, text, flags=re.DOTALL)
+    return text
+
+
 @contextlib.contextmanager
-def _options_of_the_trainer() -> Iterator[None]:
-    """Errors of Lightning about options of its trainer as ConfigurationError."""
-    try:
+def plain_docstrings() -> Iterator[None]:
+    """Lets jsonargparse take plain texts from docstrings, for ``--help`` and for comments of ``--print_config``."""
+    original = jsonargparse._optionals.parse_docstring
+
+    def parse(*args: Any, **kwargs: Any) -> Any:
+        docstring = original(*args, **kwargs)
+        if docstring is not None:
+            docstring.short_description = plain(docstring.short_description)
+            for each in docstring.params:
+                each.description = plain(each.description)
+        return docstring
+
+    with unittest.mock.patch("jsonargparse._optionals.parse_docstring", parse):
         yield
-    except MisconfigurationException as error:
-        raise ConfigurationError(
-            f"trainer: {error} Expected accelerator: auto, cpu or gpu; devices: auto, a number from 1, or a list of devices"
-        ) from error
-
-
-def _beside_yaml(value: object, started: Path) -> WeightsFile:
-    """A weights file, relative to the YAML that names it where it lies there: jsonargparse reads a YAML in its folder."""
-    if not isinstance(value, str):
-        raise TypeError(f"not a path: {value!r}")
-    return WeightsFile(value) if Path.cwd() == started else WeightsFile.beside(value, Path.cwd())
 
 
 @restored_signals()
@@ -365,16 +365,28 @@ def run_lightning(argv: Sequence[str], cli: type[CalibGuidanceCLI] = CalibGuidan
     # Lightning has options of classes read as configuration files where they are addresses: hf://… would ask the hub.
     set_config_read_mode(fsspec_enabled=False)
     args, started = expand_bases(argv), Path.cwd()
-    register_type(WeightsFile, str, lambda value: _beside_yaml(value, started))
+
+    def weights_file(value: object) -> WeightsFile:
+        """Relative to the YAML that names it where it lies there: jsonargparse reads a YAML in its folder."""
+        if not isinstance(value, str):
+            raise TypeError(f"not a path: {value!r}")
+        return WeightsFile(value) if Path.cwd() == started else WeightsFile.beside(value, Path.cwd())
+
+    register_type(WeightsFile, str, weights_file)
     list_foreign(args)
-    with plain_docstrings(), _options_of_the_trainer():
-        return cli(
-            save_config_callback=SaveResolvedConfig,
-            save_config_kwargs={"overwrite": True},
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            # Predict runs under inference mode unless told not to, and guidance takes gradients inside it.
-            trainer_defaults={"inference_mode": False},
-            args=args,
-        )
+    try:
+        with plain_docstrings(), subclasses_listed_once():
+            return cli(
+                save_config_callback=SaveResolvedConfig,
+                save_config_kwargs={"overwrite": True},
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                # Predict runs under inference mode unless told not to, and guidance takes gradients inside it.
+                trainer_defaults={"inference_mode": False},
+                args=args,
+            )
+    except MisconfigurationException as error:
+        raise ConfigurationError(
+            f"trainer: {error} Expected accelerator: auto, cpu or gpu; devices: auto, a number from 1, or a list of devices"
+        ) from error

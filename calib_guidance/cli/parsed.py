@@ -141,11 +141,6 @@ class Option(NamedTuple):
         decoder = self.key == "source" and "image_size" not in self.owner
         return self.key in _WEIGHTS or decoder or self.value.startswith("hf://")
 
-    @property
-    def gives_architecture(self) -> bool:
-        """Whether the architecture of the network is read from these weights."""
-        return self.key == "checkpoint" and "network" in self.owner and self.owner["network"] is None
-
 
 def all_options(node: object, name: str) -> Iterator[Option]:
     """Every option below a node that is neither a mapping nor a list of them."""
@@ -169,10 +164,9 @@ def published(value: str) -> registry.Card | None:
 
 def use_random_weights(option: Option) -> bool:
     """Replace an option's weights by random ones of the same architecture; False where only the file knows which."""
-    entry, known = published(option.value), True
-    if option.gives_architecture:
-        known = entry is not None
-        option.owner["network"] = entry and entry.name
-    sizes = dict(entry.arguments) if option.key == "vae" and entry is not None else None
+    card, from_file = published(option.value), option.key == "checkpoint" and option.owner.get("network", "") is None
+    if from_file:
+        option.owner["network"] = card and card.name
+    sizes = dict(card.arguments) if option.key == "vae" and card is not None else None
     option.owner[option.key] = copy.deepcopy(sizes or _RANDOM.get(option.key))
-    return known
+    return card is not None or not from_file

@@ -63,11 +63,7 @@ def _output_in(path: Path) -> Iterator[None]:
 
 
 def work(run: Run, threads: int) -> list[str]:
-    """Do one run, its output in a file beside what it writes. One that was interrupted resumes where it can.
-
-    Returns:
-        What to say of the run although it is done.
-    """
+    """Do one run, or resume it, with its output in a log file; returns remarks on a run that is done all the same."""
     remarks = []
     torch.set_num_threads(threads)
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +91,7 @@ class _Here(Executor):
     """One run at a time in this process, which has loaded already what a worker would have to load."""
 
     def submit(self, do: Callable[..., Any], /, *args: object) -> Future:
-        job: Future = Future()
+        job = Future()
         try:
             job.set_result(do(*args))
         except Exception as error:
@@ -117,22 +113,17 @@ def _workers(number: int, threads: int, devices: Sequence[str]) -> Executor:
 
 
 def do_runs(runs: Sequence[Run], workers: int, devices: Sequence[str] = (), before: str = "") -> list[Run]:
-    """Do runs by worker processes and show how far they are.
+    """Do runs by worker processes, show how far they are, and return those that failed, whose errors are printed and logged.
 
     Args:
         runs: those that are to be done.
         workers: runs at a time; the cores are shared among them.
         devices: for CUDA_VISIBLE_DEVICES; each worker sees one of them, in turn. Empty leaves what the process sees.
         before: said beside the bar.
-
-    Returns:
-        Those that failed. Their logs say why; an error is printed as it comes.
     """
     workers = max(1, min(workers, len(runs)))
     threads, usual = max(1, available_cores() // workers), torch.get_num_threads()
-    failed: list[Run] = []
-    waiting = {run.folder: run for run in runs}
-    jobs: dict[Future, Run] = {}
+    failed, waiting, jobs = [], {run.folder: run for run in runs}, {}
     with _workers(workers, threads, devices) as pool, tqdm(total=len(runs), desc=before, unit="run") as bar:
         while waiting or jobs:
             undone = waiting.keys() | {run.folder for run in jobs.values()}

@@ -17,7 +17,7 @@ from calib_guidance.errors import ConfigurationError, closest
 from calib_guidance.evaluation.metrics import METRICS
 
 # Keys of the configuration that an experiment sets from another place of its file or of the command line.
-OWN_KEYS = {"data.num_samples": "num_samples", "data.seed": "seeds", "trainer.default_root_dir": "--output"}
+_OWN_KEYS = {"data.num_samples": "num_samples", "data.seed": "seeds", "trainer.default_root_dir": "--output"}
 Command = Literal["fit", "validate", "test", "predict"]
 
 
@@ -27,9 +27,7 @@ class Column:
 
     key: str  # with dots into mappings and lists, e.g. ``ece.by_level.3``
     title: str | None = None  # None for that of the metric in METRICS; an arrow ↑ says that higher is better
-    file: str | None = (
-        None  # in the run's folder; None for ``metrics.json``, of ``evaluate`` before that of ``predict``
-    )
+    file: str | None = None  # in the run's folder; None for metrics.json, of ``evaluate`` before that of ``predict``
     digits: int | None = None  # after the decimal point; None for the format of the metric, or 3
 
     @property
@@ -150,13 +148,12 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
 
 
 def _parse_fields(kind: type, content: dict[str, Any], where: str) -> Any:
-    known, hints = dataclasses.fields(kind), typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind)
     for key in content:
         if key not in hints:
-            raise ConfigurationError(
-                f"{where}: unknown key {key!r}{closest(str(key), hints)}; allowed: {', '.join(hints)}"
-            )
-    for each in known:
+            unknown = f"unknown key {key!r}{closest(str(key), hints)}"
+            raise ConfigurationError(f"{where}: {unknown}; allowed: {', '.join(hints)}")
+    for each in dataclasses.fields(kind):
         if each.default is each.default_factory is dataclasses.MISSING and each.name not in content:
             raise ConfigurationError(f"{where}: missing key {each.name!r}")
     return kind(**{key: _parse(hints[key], value, f"{where}, {key}") for key, value in content.items()})
@@ -172,8 +169,8 @@ def read_experiment(path: Path) -> Experiment:
     if bool(experiment.columns) == bool(experiment.tables):
         raise ConfigurationError(f"{where}: expected columns (of one table), or tables (each with its columns)")
     tables = experiment.tables or {"table": Table(experiment.columns, experiment.title)}
-    complete = {mark: Table([_complete(c, where) for c in t.columns], t.title) for mark, t in tables.items()}
-    experiment = dataclasses.replace(experiment, tables=complete)
+    tables = {mark: Table([_complete(c, where) for c in table.columns], table.title) for mark, table in tables.items()}
+    experiment = dataclasses.replace(experiment, tables=tables)
     _check(experiment, where)
     return experiment
 
@@ -204,7 +201,7 @@ def _check(experiment: Experiment, where: str) -> None:
             )
     keys = [key for settings in (experiment, *experiment.stages.values(), *experiment.rows) for key in settings.set]
     for key in [*keys, *(axis.key for axis in experiment.axes.values() if axis.key)]:
-        if own := OWN_KEYS.get(key.replace("init_args.", "")):
+        if own := _OWN_KEYS.get(key.replace("init_args.", "")):
             raise ConfigurationError(f"{where}: an experiment sets {key} itself: use {own}")
     for group in [group for row in experiment.rows for group in row.groups or []]:
         if group not in experiment.groups:
@@ -212,12 +209,9 @@ def _check(experiment: Experiment, where: str) -> None:
     samples_once = experiment.num_samples and not experiment.stages
     if not samples_once and (experiment.evaluate is not None or experiment.halving is not None):
         raise ConfigurationError(f"{where}: evaluate and halving need num_samples, and no stages but one predict")
-    if experiment.halving is not None:
-        _check_halving(experiment, f"{where}, halving")
-
-
-def _check_halving(experiment: Experiment, where: str) -> None:
-    halving = experiment.halving
+    if (halving := experiment.halving) is None:
+        return
+    where = f"{where}, halving"
     measured = [column.key for table in experiment.tables.values() for column in table.columns]
     if unknown := [key for key in halving.metrics or [""] if key not in measured]:
         raise ConfigurationError(f"{where}: by must name columns ({', '.join(measured)}), got {unknown[0]!r}")

@@ -1,4 +1,7 @@
-"""Plots from saved data, as PNG and PDF, sized for one column of a paper."""
+"""Plots from saved data, as PNG and PDF, sized for one column of a paper.
+
+Every plot takes a ``path``, see :func:`save`, and returns the files that it wrote.
+"""
 
 from calib_guidance.plots.ablation import ablation, precision_recall
 from calib_guidance.plots.curves import Series, curves, guidance_schedule, strength

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,46 +11,33 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.plots.style import COLORS, blank, panel, paper, save
+from calib_guidance.plots.style import COLORS, PathLike, blank, panel, paper, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Value = float | str
-Point = tuple[Value, Mapping[str, tuple[float | None, float | None]]]
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
+Point = tuple[float | str, Mapping[str, tuple[float | None, float | None]]]
 
 
 def _measured(points: Sequence[Point], metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of a metric at each point; a deviation that is not known is 0, which draws no bar."""
-    found = [metrics.get(metric, (None, None)) for _, metrics in points]
-    mean, std = (np.array([_number(pair[k]) for pair in found]) for k in (0, 1))
-    return mean, np.nan_to_num(std)
+    """Mean of a metric at each point, and half the length of its error bar; NaN where there is none."""
+    mean, std = np.array([metrics.get(metric, (None, None)) for _, metrics in points], np.float64).T
+    return mean, np.where(std > 0, std, np.nan)
 
 
-def _text(value: Value) -> str:
-    return value if isinstance(value, str) else f"{value:g}"
-
-
-def _sorted(points: Sequence[Point], name: str) -> tuple[list[Point], bool]:
-    """The points in order, and whether their values are numbers."""
+def _sorted(points: Sequence[Point], name: str) -> tuple[list[Point], list[str], bool]:
+    """The points in order, their values as texts, and whether these are numbers."""
     if not points:
         raise ConfigurationError(f"there is nothing to draw over {name}: no value of it has been measured")
     numeric = not any(isinstance(value, str) for value, _ in points)
-    return (sorted(points, key=lambda point: point[0]) if numeric else list(points)), numeric
+    ordered = sorted(points, key=lambda point: point[0]) if numeric else list(points)
+    return ordered, [f"{value:g}" if numeric else str(value) for value, _ in ordered], numeric
 
 
 @paper
 def ablation(
-    points: Sequence[Point],
-    name: str,
-    path: str | os.PathLike[str],
-    held: str = "",
-    labels: Mapping[str, str] = MappingProxyType({}),
+    points: Sequence[Point], name: str, path: PathLike, held: str = "", labels: Mapping[str, str] = MappingProxyType({})
 ) -> list[Path]:
     """A panel for each metric over the values of a setting, with error bars.
 
@@ -60,25 +45,22 @@ def ablation(
         points: the value, and of each metric mean and standard deviation (None where there is none). Numbers are drawn in
             order, at their distance and joined by a line, words one after the other.
         name: of the setting: α, scale, τ2, γ …
-        path: see :func:`~calib_guidance.plots.style.save`.
         held: what other settings are, said above the plot.
         labels: of the metrics, by key; a key without one is its own label.
     """
-    points, numeric = _sorted(points, name)
+    points, texts, numeric = _sorted(points, name)
     metrics = list(dict.fromkeys(m for _, measured in points for m in measured))
     metrics = [metric for metric in metrics if np.isfinite(_measured(points, metric)[0]).any()]
     if not metrics:
         raise ConfigurationError(f"there is nothing to draw over {name}: no metric has a number")
     x = np.array([value for value, _ in points], float) if numeric else np.arange(len(points), dtype=float)
-    texts = [_text(value) for value, _ in points]
-    slanted = (not numeric) and max(map(len, texts)) * len(texts) > 40
+    slanted = not numeric and max(map(len, texts)) * len(texts) > 40
     figure = blank(0.45 + 0.3 * slanted + 1.1 * len(metrics))
     axes = figure.subplots(len(metrics), 1, sharex=True, squeeze=False)[:, 0]
     for number, (axis, metric) in enumerate(zip(axes, metrics, strict=True)):
-        mean, std = _measured(points, metric)
         style = {"color": COLORS[number % 7], "marker": "os^Dv<>"[number % 7], "ms": 3.5, "lw": 1}
         style |= {} if numeric else {"ls": "none"}  # nothing lies between two words
-        axis.errorbar(x, mean, np.where(std > 0, std, np.nan), capsize=2, elinewidth=0.8, **style)
+        axis.errorbar(x, *_measured(points, metric), capsize=2, elinewidth=0.8, **style)
         axis.set_ylabel(textwrap.fill(labels.get(metric, metric.replace("_", " ")), 20), fontsize=7)
         axis.margins(y=0.12)
     axes[0].set_title(held, loc="left", fontsize=7)
@@ -116,28 +98,25 @@ def _annotate(figure: Figure, axis: Axes, x: np.ndarray, y: np.ndarray, texts: S
 
 
 @paper
-def precision_recall(points: Sequence[Point], name: str, path: str | os.PathLike[str], held: str = "") -> list[Path]:
+def precision_recall(points: Sequence[Point], name: str, path: PathLike, held: str = "") -> list[Path]:
     """Precision over recall as a setting changes, each point with its value, mean and standard deviation in both directions.
 
     Args:
         points: see :func:`ablation`; of the metrics ``precision`` and ``recall`` are drawn. Points without both are skipped.
-        name: of the setting: α, scale, τ2, γ …
-        path: see :func:`~calib_guidance.plots.style.save`.
-        held: what other settings are, said above the plot.
+        name, held: see :func:`ablation`.
     """
-    points, numeric = _sorted(points, name)
+    points, texts, numeric = _sorted(points, name)
     (precision, p_std), (recall, r_std) = (_measured(points, metric) for metric in ("precision", "recall"))
     there = np.isfinite(precision) & np.isfinite(recall)
     if not there.any():
         raise ConfigurationError(f"there is nothing to draw over {name}: no value has both precision and recall")
     figure, axis = panel(2.5)
     x, y = recall[there], precision[there]
-    bars = {"xerr": np.where(r_std > 0, r_std, np.nan)[there], "yerr": np.where(p_std > 0, p_std, np.nan)[there]}
     style = {"marker": "o", "ms": 3.5, "lw": 0.8, "ls": "-" if numeric else "none"}
-    axis.errorbar(x, y, **bars, color=COLORS[0], ecolor="0.75", elinewidth=0.8, **style)
+    axis.errorbar(x, y, p_std[there], r_std[there], color=COLORS[0], ecolor="0.75", elinewidth=0.8, **style)
     axis.margins(0.1)
     axis.set(xlabel="recall ↑", ylabel="precision ↑")
     named = f"numbers: {name}" if numeric else name
     axis.set_title(f"{named} (at {held})" if held else named, loc="left", fontsize=7)
-    _annotate(figure, axis, x, y, [_text(value) for (value, _), kept in zip(points, there, strict=True) if kept])
+    _annotate(figure, axis, x, y, np.array(texts)[there])
     return save(figure, path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,14 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from calib_guidance.diffusion.schedules import NoiseLevels
-from calib_guidance.errors import ConfigurationError
+from calib_guidance.errors import ConfigurationError, check_choice
 from calib_guidance.guidance.schedules import GuidanceSchedule
-from calib_guidance.plots.style import COLORS, LINE_STYLES, panel, paper, save
+from calib_guidance.plots.style import COLORS, LINE_STYLES, PathLike, panel, paper, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_LINES = COLORS[:7]
 _UNITS = {
     "variance": r"weight of $\nabla S$ / $\max_t\,\Sigma_t$",
     "noise": r"weight of $\nabla S$ in $\epsilon$",
@@ -27,13 +25,9 @@ _UNITS = {
 
 
 class Series(NamedTuple):
-    """One line.
+    """One line: its name in the legend, and at each of ``(N,)`` steps t of the full process the quantity and its std.
 
-    Attributes:
-        name: for the legend.
-        t: ``(N,)`` step of the full process at each point.
-        mean: ``(N,)`` the quantity; None or NaN where it was not measured.
-        std: ``(N,)`` half-width of a band around it; None for none.
+    ``std`` is the half-width of a band, None for no band. Values that were not measured are None or NaN.
     """
 
     name: str
@@ -42,28 +36,8 @@ class Series(NamedTuple):
     std: Sequence[float | None] | None = None
 
 
-def numbers(values: Sequence[float | None]) -> np.ndarray:
-    """float64, None as NaN: how JSON says it."""
-    return np.array([np.nan if value is None else value for value in values], np.float64)
-
-
-def _style(number: int) -> dict[str, Any]:
-    """Color and dashes of a line among others; no two alike up to 28."""
-    return {"color": _LINES[number % 7], "ls": LINE_STYLES[number % 4]}
-
-
-def _trajectory_axis(axis: Axes, t: np.ndarray) -> None:
-    """t from noise on the left to the image on the right."""
-    low, high = (t.min(), t.max()) if len(t) else (0, 1)
-    room = 0.02 * (high - low) or 1
-    axis.set_xlim(high + room, low - room)
-    axis.set_xlabel("diffusion step $t$  (noise → image)")
-
-
 def _line(axis: Axes, t: np.ndarray, values: np.ndarray, **style: Any) -> None:
-    """A line that shows points without neighbors too."""
-    order = np.argsort(t)
-    t, values = t[order], values[order]
+    """A line over ascending t that shows points without neighbors too."""
     axis.plot(t, values, **style)
     there = np.isfinite(values)
     alone = there & ~np.append(False, there[:-1]) & ~np.append(there[1:], False)
@@ -73,44 +47,40 @@ def _line(axis: Axes, t: np.ndarray, values: np.ndarray, **style: Any) -> None:
 
 @paper
 def curves(
-    series: Sequence[Series],
-    path: str | os.PathLike[str],
-    label: str,
-    averages: bool = False,
-    least: float | None = 0.0,
+    series: Sequence[Series], path: PathLike, label: str, averages: bool = False, least: float | None = 0.0
 ) -> list[Path]:
     """Quantities over the trajectory, from noise on the left to the image on the right.
 
     Args:
         series: one line each, in the legend where there are several.
-        path: see :func:`~calib_guidance.plots.style.save`.
         label: of the quantity, for the axis.
         averages: also the mean over the points of each line, of ECE_t the integral ECE: in the legend, and of a line that is
             alone a horizontal one.
         least: that the quantity can be, where the axis begins; None begins it where the data do.
     """
-    series = [Series(*each) for each in series]
-    means = [numbers(each.mean) for each in series]
-    if not any(np.isfinite(mean).any() for mean in means):
+    series, several = [Series(*each) for each in series], len(series) > 1
+    if not any(np.isfinite(np.array(each.mean, np.float64)).any() for each in series):
         raise ConfigurationError(f"there is nothing to draw: {label} has not been measured at any step")
-    several = len(series) > 1
     figure, axis = panel(2.1 + 0.14 * (len(series) if several else 0))
-    for number, (each, mean) in enumerate(zip(series, means, strict=True)):
-        t, style, name = numbers(each.t), _style(number), each.name
+    for number, (name, *columns) in enumerate(series):
+        order = np.argsort(columns[0])
+        t, mean, std = (None if c is None else np.array(c, np.float64)[order] for c in columns)
+        # No two lines are alike up to 28.
+        style = {"color": COLORS[number % 7], "ls": LINE_STYLES[number % 4]}
         average = np.nanmean(mean) if averages and np.isfinite(mean).any() else None
         if average is not None:
             name = f"{name} (mean {average:.3f})" if several else f"mean {average:.3f}"
         _line(axis, t, mean, **style, label=name if several else "_")
-        if each.std is not None:
-            order, std = np.argsort(t), numbers(each.std)
-            low, high = np.maximum(mean - std, -np.inf if least is None else least), mean + std
-            axis.fill_between(t[order], low[order], high[order], color=style["color"], alpha=0.18, lw=0)
+        if std is not None:
+            low = np.maximum(mean - std, -np.inf if least is None else least)
+            axis.fill_between(t, low, mean + std, color=style["color"], alpha=0.18, lw=0)
         if average is not None and not several:
-            axis.axhline(average, color=_LINES[1], lw=1, ls="--", label=name)
+            axis.axhline(average, color=COLORS[1], lw=1, ls="--", label=name)
     if least is not None:
         axis.set_ylim(bottom=least)
-    _trajectory_axis(axis, np.concatenate([numbers(each.t) for each in series]))
-    axis.set_ylabel(label)
+    steps = np.concatenate([each.t for each in series])
+    room = 0.02 * np.ptp(steps) or 1
+    axis.set(xlim=(steps.max() + room, steps.min() - room), ylabel=label, xlabel="diffusion step $t$  (noise → image)")
     if several:
         longest = max(len(text) for text in axis.get_legend_handles_labels()[1])
         columns = 3 if longest < 11 else 2 if longest < 25 else 1
@@ -121,7 +91,7 @@ def curves(
 
 
 def strength(schedule: GuidanceSchedule, levels: NoiseLevels, unit: str = "variance", scale: float = 1.0) -> np.ndarray:
-    """What ∇S is multiplied by at each level; 0 where guidance is off.
+    """What ∇S is multiplied by at each level, ``(N,)`` float64; 0 where guidance is off.
 
     Args:
         schedule: sine factor and intervals.
@@ -131,14 +101,11 @@ def strength(schedule: GuidanceSchedule, levels: NoiseLevels, unit: str = "varia
             Algorithm 2, (N + 1 − j)/(N + 1) + γ·sin(π·progress) at executed step j; ``difference``, Algorithm 3,
             1 + γ·sin(π·progress).
         scale: s, which multiplies all of it.
-
-    Returns:
-        ``(N,)`` float64.
     """
+    check_choice("unit", unit, _UNITS)
     sine = np.array([schedule.sine(progress) for progress in levels.progress])
     if unit == "variance":
-        before = np.append(1.0, levels.alphas_cumprod[:-1])
-        variance = 1 - levels.alphas_cumprod / before
+        variance = 1 - levels.alphas_cumprod / np.append(1.0, levels.alphas_cumprod[:-1])
         largest = np.maximum.accumulate(variance[::-1])[::-1]  # so far, from the noise on
         weight = (variance + sine * largest) / variance.max()
     elif unit == "noise":
@@ -146,23 +113,13 @@ def strength(schedule: GuidanceSchedule, levels: NoiseLevels, unit: str = "varia
     elif unit == "shift":
         count = len(levels.times) + 1
         weight = (count - levels.executed) / count + sine
-    elif unit == "difference":
-        weight = 1 + sine
     else:
-        raise ValueError(f"unit: unknown {unit!r}; known: {', '.join(_UNITS)}")
+        weight = 1 + sine
     return scale * np.where(schedule.active(levels), weight, 0.0)
 
 
-@paper
 def guidance_schedule(
-    t: Sequence[float], strengths: Mapping[str, Sequence[float]], path: str | os.PathLike[str], unit: str = "variance"
+    t: Sequence[float], strengths: Mapping[str, Sequence[float]], path: PathLike, unit: str = "variance"
 ) -> list[Path]:
-    """Strength of guidance over the trajectory, from noise on the left to the image on the right.
-
-    Args:
-        t: ``(N,)`` step of the full process at each level.
-        strengths: by name, what :func:`strength` says of each level, ``(N,)``.
-        path: see :func:`~calib_guidance.plots.style.save`.
-        unit: of the strengths, see :func:`strength`.
-    """
+    """Curves of the ``(N,)`` strengths of guidance, by name, in a unit of :func:`strength`, over ``(N,)`` steps t."""
     return curves([Series(name, t, values) for name, values in strengths.items()], path, _UNITS[unit])

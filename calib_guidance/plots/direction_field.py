@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from calib_guidance.plots.style import COLORS, COLUMN, blank, paper, save
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from calib_guidance.plots.style import COLORS, COLUMN, PathLike, blank, paper, save
 
 _TOWARDS, _AWAY = COLORS[0], COLORS[1]
 
 
 class Contours(NamedTuple):
-    """Lines of a density in the plane.
+    """Lines of a density in the plane."""
 
-    Attributes:
-        x, y: ``(W,)`` and ``(H,)`` coordinates.
-        density: ``(H, W)``.
-        levels: of the lines, ascending.
-    """
-
-    x: Sequence[float]
-    y: Sequence[float]
-    density: np.ndarray
-    levels: Sequence[float]
+    x: Sequence[float]  # (W,)
+    y: Sequence[float]  # (H,)
+    density: np.ndarray  # (H, W)
+    levels: Sequence[float]  # of the lines, ascending
 
 
 @paper
@@ -37,7 +27,7 @@ def direction_field(
     points: Sequence,
     gradients: Mapping[str, Sequence],
     mode: Sequence[float],
-    path: str | os.PathLike[str],
+    path: PathLike,
     own: Contours | None = None,
     others: Sequence[Contours] = (),
     names: Mapping[str, Sequence[float]] | None = None,
@@ -51,12 +41,12 @@ def direction_field(
         points: ``(n, 2)``.
         gradients: by title, ``(n, 2)`` each; where one is not finite there is no arrow.
         mode: μ of the class, ``(2,)``, a star.
-        path: see :func:`~calib_guidance.plots.style.save`.
         own: density of the class, drawn black.
         others: of the other classes, drawn gray.
         names: what to write at which place, ``(2,)`` each.
         limits: of both axes, left, right, bottom, top; those of the points by default.
     """
+    from matplotlib.lines import Line2D
     from matplotlib.patheffects import withStroke
 
     points, mode = np.asarray(points, np.float64), np.asarray(mode, np.float64)
@@ -75,38 +65,21 @@ def direction_field(
         spacing = (right - left) / max(2, round(np.sqrt(len(points))))
         if own is not None:
             axis.contour(own.x, own.y, own.density, levels=own.levels, colors="black", linewidths=0.8)
-        for other in others:
-            axis.contour(other.x, other.y, other.density, levels=other.levels, colors="0.6", linewidths=0.9)
-        axis.quiver(
-            *at.T,
-            *g.T,
-            color=np.where(away, _AWAY, _TOWARDS),
-            angles="xy",
-            scale_units="xy",
-            scale=longest / (1.6 * spacing),
-            width=0.009,
-            headwidth=3.5,
-            zorder=3,
-        )
+        for x, y, density, levels in others:
+            axis.contour(x, y, density, levels=levels, colors="0.6", linewidths=0.9)
+        scaled = {"angles": "xy", "scale_units": "xy", "scale": longest / (1.6 * spacing)}
+        color = np.where(away, _AWAY, _TOWARDS)
+        axis.quiver(*at.T, *g.T, color=color, width=0.009, headwidth=3.5, zorder=3, **scaled)
         axis.plot(*mode, marker="*", color="white", mec="black", mew=0.7, ms=9, ls="", zorder=5)
         for name, (x, y) in (names or {}).items():
             halo = [withStroke(linewidth=2, foreground="white")]
             axis.text(x, y, name, fontsize=7, color="0.25", ha="center", va="center", zorder=4, path_effects=halo)
         axis.set(xlim=(left, right), ylim=(bottom, top), aspect="equal", xticks=[], yticks=[])
         axis.set_xlabel("$x_1$", labelpad=2)
-        if number == 0:
-            axis.set_ylabel("$x_2$", labelpad=2)
+        axis.set_ylabel("$x_2$" if number == 0 else "", labelpad=2)
         axis.set_title(title, pad=3)
         axis.spines[:].set_visible(True)
         axis.spines[:].set_color("0.7")
-    _add_legend(figure)
-    return save(figure, path)
-
-
-def _add_legend(figure: Figure) -> None:
-    """Both directions and the mode, below the panels."""
-    from matplotlib.lines import Line2D
-
     arrow = {"marker": r"$\rightarrow$", "ms": 8, "ls": "", "mew": 0}
     entries = {
         "towards μ": Line2D([], [], color=_TOWARDS, **arrow),
@@ -115,3 +88,4 @@ def _add_legend(figure: Figure) -> None:
     }
     columns = {"ncols": 3, "columnspacing": 1.0, "handletextpad": 0.4}
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", **columns)
+    return save(figure, path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.plots.style import COLUMN, panel, paper, save
+from calib_guidance.plots.style import COLUMN, PathLike, panel, paper, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,10 +44,7 @@ def _centers(count: int) -> np.ndarray:
 
 
 def _named_rows(
-    rows: Sequence[tuple[str, Sequence[np.ndarray]]],
-    path: str | os.PathLike[str],
-    top: Sequence[str] = (),
-    **labels: str,
+    rows: Sequence[tuple[str, Sequence[np.ndarray]]], path: PathLike, top: Sequence[str] = (), **labels: str
 ) -> list[Path]:
     """Images ``(C, H, W)`` of one size, in rows that begin on the left, with the names of rows and, at the top, of columns."""
     names = [textwrap.fill(name, 14, max_lines=2, placeholder=" …") for name, _ in rows]
@@ -67,24 +63,10 @@ def _named_rows(
     return save(figure, path)
 
 
-def _first_by_class(batches: Iterable[Mapping[str, Any]], rows: int, columns: int) -> dict[int, list[np.ndarray]]:
-    """The first ``columns`` images of the first ``rows`` classes that occur, by class; see :func:`sample_grid`."""
-    chosen: dict[int, list[np.ndarray]] = {}
-    for batch in batches:
-        for label, image in zip(batch["label"].tolist(), np.asarray(batch["image"]), strict=True):
-            if label in chosen or len(chosen) < rows:
-                images = chosen.setdefault(label, [])
-                if len(images) < columns:
-                    images.append(image)
-        if len(chosen) == rows and all(len(images) == columns for images in chosen.values()):
-            break
-    return dict(sorted(chosen.items()))
-
-
 @paper
 def sample_grid(
     batches: Iterable[Mapping[str, Any]],
-    path: str | os.PathLike[str],
+    path: PathLike,
     rows: int = 10,
     columns: int = 10,
     names: Mapping[int, str] = MappingProxyType({}),
@@ -93,27 +75,29 @@ def sample_grid(
 
     Args:
         batches: ``label`` ``(N,)`` and uint8 ``image`` ``(N, C, H, W)``, read until the grid is full.
-        path: see :func:`~calib_guidance.plots.style.save`.
         rows: classes, the first ones that occur in order of their number.
         columns: samples per class.
         names: of classes, by number.
     """
-    chosen = _first_by_class(batches, rows, columns)
+    chosen: dict[int, list[np.ndarray]] = {}
+    for batch in batches:
+        for label, image in zip(batch["label"].tolist(), np.asarray(batch["image"]), strict=True):
+            if (label in chosen or len(chosen) < rows) and len(images := chosen.setdefault(label, [])) < columns:
+                images.append(image)
+        if len(chosen) == rows and all(len(images) == columns for images in chosen.values()):
+            break
     if not chosen:
         raise ConfigurationError("there are no samples to draw: the run has none, or all failed")
-    return _named_rows([(names.get(c, str(c)), images) for c, images in chosen.items()], path, ylabel="class")
+    return _named_rows([(names.get(c, str(c)), chosen[c]) for c in sorted(chosen)], path, ylabel="class")
 
 
 @paper
-def side_by_side(
-    runs: Mapping[str, Sequence[np.ndarray]], classes: Sequence[str], path: str | os.PathLike[str]
-) -> list[Path]:
+def side_by_side(runs: Mapping[str, Sequence[np.ndarray]], classes: Sequence[str], path: PathLike) -> list[Path]:
     """What several runs make of the same noise: a row for each run, a column for each sample, with its class above.
 
     Args:
         runs: by name, uint8 ``(N, C, H, W)`` samples of the same indices, seeds and labels.
         classes: ``(N,)`` of the samples.
-        path: see :func:`~calib_guidance.plots.style.save`.
     """
     shapes = {name: np.shape(images) for name, images in runs.items()}
     if len(set(shapes.values())) != 1 or not len(classes):
@@ -122,18 +106,8 @@ def side_by_side(
     return _named_rows([*runs.items()], path, top, xlabel="class, the same noise in a column")
 
 
-def _magnitude(value: float) -> str:
-    return f"±{value:.2g}" if 0.01 <= value < 100 else f"±{value:.0e}".replace("e-0", "e−").replace("e+0", "e")
-
-
 @paper
-def strips(
-    x0: Sequence,
-    gradient: Sequence,
-    t: Sequence[float],
-    names: Sequence[str],
-    path: str | os.PathLike[str],
-) -> list[Path]:
+def strips(x0: Sequence, gradient: Sequence, t: Sequence[float], names: Sequence[str], path: PathLike) -> list[Path]:
     """Two rows for each sample: x̂0 and, below it, the gradient that it is given, mean over channels, red up and blue down.
 
     One scale for all steps of a sample, written on the right, so that a gradient that fades can be seen to; pixels are shown as
@@ -145,7 +119,6 @@ def strips(
             rows are not drawn.
         t: ``(steps,)`` of the full process.
         names: ``(samples,)``, e.g. of the classes.
-        path: see :func:`~calib_guidance.plots.style.save`.
     """
     x0, means = np.asarray(x0), np.asarray(gradient, np.float64).mean(axis=2)
     if 0 in x0.shape[:2]:
@@ -154,31 +127,28 @@ def strips(
 
     samples, steps, _, h, w = x0.shape
     guided = bool(np.isfinite(means).any())
-    rows = 1 + guided  # of a sample
-    block = rows + 0.15  # with the room below it
-    right = 0.36 if guided else 0.04
-    cell = (COLUMN - 0.62 - right) / steps
+    block = 1 + guided + 0.15  # rows of a sample, with the room below them
+    cell = (COLUMN - 0.62 - (0.36 if guided else 0.04)) / steps
     figure, axis = panel(cell * h / w * samples * block + 0.36)
-    ticks, tick_names = [], []
+    ticks = {}
     for k, (images, maps, name) in enumerate(zip(x0, means, names, strict=True)):
         top = k * block
-        ticks.append(top + (1 - _GAP) / 2)
-        tick_names.append(f"{name}\n" + r"$\hat{x}_0$")
+        ticks[top + (1 - _GAP) / 2] = f"{name}\n" + r"$\hat{x}_0$"
         for j, image in enumerate(images):
             _sample(axis, image, j, top)
         if not guided:
             continue
-        ticks.append(top + 1 + (1 - _GAP) / 2)
-        tick_names.append(r"$\nabla S$")
+        ticks[top + 1 + (1 - _GAP) / 2] = r"$\nabla S$"
         there = np.isfinite(maps).all(axis=(1, 2))
         bound = np.abs(maps[there]).max(initial=0)
         for j in np.flatnonzero(there):
             _tile(axis, maps[j], j, top + 1, vmin=-(bound or 1), vmax=bound or 1, cmap="RdBu_r")
             axis.add_patch(Rectangle((j, top + 1), 1 - _GAP, 1 - _GAP, fill=False, ec="0.8", lw=0.4))
         if there.any():
-            axis.text(steps, top + 1.47, _magnitude(bound), fontsize=6, ha="left", va="center")
+            text = f"±{bound:.2g}" if 0.01 <= bound < 100 else f"±{bound:.0e}".replace("e-0", "e−").replace("e+0", "e")
+            axis.text(steps, top + 1.47, text, fontsize=6, ha="left", va="center")
     _finish(axis, steps, samples * block - 0.15, h / w)
-    axis.set_yticks(ticks, tick_names)
+    axis.set_yticks([*ticks], [*ticks.values()])
     axis.set_xticks(_centers(steps), [f"{value:.0f}" for value in t])
     axis.set_xlabel("diffusion step $t$  (noise → image)")
     return save(figure, path)

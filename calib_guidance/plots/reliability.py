@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.plots.style import COLORS, COLUMN, blank, paper, save
+from calib_guidance.plots.style import COLORS, COLUMN, PathLike, blank, paper, save
 
 _COLUMNS = 2
 _FEW = 10  # samples: the accuracy of so many is known to 0.16 at best
@@ -19,7 +18,7 @@ _NEARLY_EMPTY = {"facecolor": "none", "edgecolor": "0.5", "hatch": "", "ls": ":"
 
 
 @paper
-def reliability(bins: Sequence, titles: Sequence[str], path: str | os.PathLike[str]) -> list[Path]:
+def reliability(bins: Sequence, titles: Sequence[str], path: PathLike) -> list[Path]:
     """Reliability diagrams with their confidence histograms, one panel each, of a noise level or a classifier.
 
     Bars are the accuracy of each bin of confidence, the hatched part the gap to its mean confidence; a calibrated classifier's
@@ -29,7 +28,6 @@ def reliability(bins: Sequence, titles: Sequence[str], path: str | os.PathLike[s
     Args:
         bins: ``(panels, num_bins, 3)`` count, summed confidence and number correct of equal-width bins.
         titles: of the panels; a panel without samples is skipped.
-        path: see :func:`~calib_guidance.plots.style.save`.
     """
     bins = np.asarray(bins, np.float64)
     panels = [(title, sums) for title, sums in zip(titles, bins, strict=True) if sums[:, 0].sum()]

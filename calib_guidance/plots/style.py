@@ -21,6 +21,7 @@ COLUMN = 3.3  # inch, of a page with two columns
 DOTS_PER_INCH = 300
 
 P, R = ParamSpec("P"), TypeVar("R")
+PathLike = str | os.PathLike[str]
 
 _RC = {
     "font.size": 8,
@@ -70,7 +71,7 @@ def panel(height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def save(figure: Figure, path: str | os.PathLike[str]) -> list[Path]:
+def save(figure: Figure, path: PathLike) -> list[Path]:
     """Write a plot as PNG and PDF, whose bytes depend on nothing but what is drawn: there is no date in them.
 
     Args:

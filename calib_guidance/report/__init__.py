@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,18 +23,12 @@ def report(args: Sequence[str]) -> None:
         description="One HTML page of one or several sampling runs: settings, metrics, samples. It needs no network; missing "
         "or damaged parts are skipped and listed.",
     )
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        type=Path,
-        metavar="RUN",
-        help="folder of a run (trainer.default_root_dir); several are compared with the first",
-    )
-    parser.add_argument(
-        "--output", type=Path, help="file to write (report.html, in the run's folder where there is one run)"
-    )
-    parser.add_argument("--names", type=Path, metavar="FILE", help="names of the classes, one per line, in order")
-    parser.add_argument("--plots", type=Path, help="folder to keep the page's plots in, each as PNG and PDF")
+    runs = "folder of a run (trainer.default_root_dir); several are compared with the first"
+    add = functools.partial(parser.add_argument, type=Path)
+    add("runs", nargs="+", metavar="RUN", help=runs)
+    add("--output", help="file to write (report.html, in the run's folder where there is one run)")
+    add("--names", metavar="FILE", help="names of the classes, one per line, in order")
+    add("--plots", help="folder to keep the page's plots in, each as PNG and PDF")
     options = parser.parse_args(list(args))
     folder = options.runs[0] if len(options.runs) == 1 else Path()
     output: Path = options.output or folder / "report.html"

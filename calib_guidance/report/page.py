@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,9 +10,8 @@ import jinja2
 from markupsafe import Markup, escape
 
 from calib_guidance import __version__
-from calib_guidance.report import pictures, samples, tables
+from calib_guidance.report import pictures, tables
 from calib_guidance.report.runs import Run
-from calib_guidance.report.settings import differences, parts
 
 T = TypeVar("T")
 
@@ -26,24 +25,18 @@ def _breakable(key: str) -> Markup:
 
 
 def _of_each(runs: Sequence[Run], what: str, make: Callable[..., T | None], *arguments: Any) -> list[T]:
-    made = [run.attempt(what, lambda run=run: make(run, *arguments)) for run in runs]
+    made = [run.attempt(what, make, *arguments) for run in runs]
     return [each for each in made if each is not None]
 
 
-def _measurements(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def _measurements(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
     """Tables of what predict and of what evaluate measured."""
-    ways = [
-        ("predict", "What predict measured", [run.metrics for run in runs]),
-        ("evaluate", "What evaluate measured", [run.evaluation for run in runs]),
-    ]
-    found = []
-    for name, title, measured in ways:
-        pairs = list(zip(runs, measured, strict=True))
-        tried = [run.attempt(title, lambda run=run, each=each: tables.table([run], [each])) for run, each in pairs]
-        sound = [each if table else {} for each, table in zip(measured, tried, strict=True)]
+    for name, measured in (("predict", [run.metrics for run in runs]), ("evaluate", [run.evaluation for run in runs])):
+        title, sound = f"What {name} measured", []
+        for run, each in zip(runs, measured, strict=True):
+            sound.append(each if run.attempt(title, lambda run, of: tables.table([run], [of]), each) else {})
         if (table := tables.table(runs, sound)) is not None:
-            found.append({"id": name, "title": title, "table": table})
-    return found
+            yield {"id": name, "title": title, "table": table}
 
 
 def render(runs: Sequence[Run], folder: Path) -> str:
@@ -60,7 +53,7 @@ def render(runs: Sequence[Run], folder: Path) -> str:
     )
     environment.filters["breakable"] = _breakable
     several = len(runs) > 1
-    of_samples, others = differences(runs)
+    of_samples, others = tables.differences(runs)
     return environment.get_template("page.html").render(
         version=__version__,
         title=f"Guided samples: {', '.join(run.name for run in runs)}",
@@ -68,16 +61,16 @@ def render(runs: Sequence[Run], folder: Path) -> str:
         runs=runs,
         of_samples=of_samples,
         others=others,
-        parts=[parts(run) for run in runs],
-        ways=_measurements(runs),
+        parts=[tables.parts(run) for run in runs],
+        ways=list(_measurements(runs)),
         grids=[grid for each in _of_each(runs, "The grid of samples", pictures.grids, folder) for grid in each],
-        side_by_side=samples.side_by_side(runs, folder) if several else None,
+        side_by_side=pictures.side_by_side(runs, folder) if several else None,
         trajectory=[
             *pictures.over_steps(runs, folder),
             *_of_each(runs, "The reliability diagrams", pictures.reliability_by_level, folder),
             *_of_each(runs, "The strips over the trajectory", pictures.trajectory_strips, folder),
         ],
-        verdicts=_of_each(runs, "What the evaluation classifier says", samples.classified_samples),
+        verdicts=_of_each(runs, "What the evaluation classifier says", pictures.classified_samples),
         provenance=tables.provenance(runs),
         largest=pictures.LARGEST,
         command=f"calib-guidance report {' '.join(str(run.path) for run in runs)}",

@@ -22,8 +22,6 @@ from calib_guidance.runs.store import REAL_IMAGES, label_names
 
 T = TypeVar("T")
 
-_COLUMNS = ("index", "label", "seed")
-_PREDICTIONS = ("index", "label", "predicted", "confidence")
 _LISTED = 5  # shards or samples in a remark
 _STALE: Mapping[str, Any] = MappingProxyType({})
 
@@ -53,68 +51,18 @@ def _listed(things: Sequence[str]) -> str:
 
 
 class Run:
-    """One run of a report.
+    """One run of a report; ConfigurationError where the folder holds none, or it cannot be read.
 
-    Args:
-        path: its folder.
-        name: for people, unique in the report.
-        class_names: by number; where they are missing, those of the reference, then those of the samples.
-
-    Attributes:
-        folder: its samples.
-        about: run.json: identity, versions, when it was begun.
-        identity: all that its samples are a function of, by dotted key.
-        status: see :func:`calib_guidance.runs.status.survey`.
-        settings, config_text: config.yaml; empty where it cannot be read.
-        metrics, evaluation: metrics.json and evaluation/metrics.json, what predict and evaluate measured of the samples that
-            are there now; empty where there is none.
-        predictions: ``index``, ``label``, ``predicted`` and ``confidence``, the evaluation classifier's probability of the
-            sample's class, ``(N,)`` each; None where there are none.
-        verdicts: its predicted class and confidence, by index.
-        real: ``label`` and ``image`` of some reference images; None where none were kept.
-        columns: ``index``, ``label`` and ``seed`` ``(N,)`` int64 of the samples that can be read, by index.
-        requests: seed and label of those, by index.
-        remarks: what is missing or damaged, and what to do about it.
-
-    Raises:
-        ConfigurationError: there is no run in the folder, or it cannot be read.
+    ``class_names`` come before those of the reference, and these before those of the samples.
     """
 
     def __init__(self, path: Path, name: str, class_names: Mapping[int, str] = MappingProxyType({})):
         if not path.is_dir():
             raise ConfigurationError(f"{path}: no such folder; report takes those of calib-guidance predict")
         self.path, self.name = path, name
-        self.remarks: list[str] = []
+        self.remarks: list[str] = []  # what is missing or damaged, and what to do about it
         try:
-            self.about = read_run(path)
-            if self.about is None:
-                raise ConfigurationError(
-                    f"{path} holds no run: there is no run.json in it; report takes folders of calib-guidance predict"
-                )
-            self.identity = self.about["identity"]
-            self.folder = RunFolder.open(path)
-            self.status = survey(self.folder)
-            self._damaged: set[int] = set()
-            self._remark_on_status()
-            self.columns = self._read_columns()
-            index, label, seed = (column.tolist() for column in self.columns.values())
-            self.requests = dict(zip(index, zip(seed, label, strict=True), strict=True))
-            self.seeds: list[int] = sorted(set(seed))
-            self.config_text, self.settings = self._read_config()
-            self.metrics = self._measured("metrics.json", "Re-run predict")
-            self.evaluation = self._measured("evaluation/metrics.json", f"calib-guidance evaluate {path} measures them")
-            # What evaluate wrote, else what predict did; of measurements that are not of these samples, nothing.
-            folders = [name for name, of in (("evaluation/", self.evaluation), ("", self.metrics)) if of is not _STALE]
-            self.predictions = self._first(folders, "predictions.npz", self._predictions)
-            columns = (self.predictions or dict.fromkeys(_PREDICTIONS, np.zeros(0))).values()
-            index, _, predicted, confidence = (column.tolist() for column in columns)
-            self.verdicts = dict(zip(index, zip(predicted, confidence, strict=True), strict=True))
-            self.real = self._first(folders, REAL_IMAGES, lambda path: read_arrays(path, ("label", "image", "name")))
-            named = (
-                {} if self.real is None else dict(zip(*(self.real[k].tolist() for k in ("label", "name")), strict=True))
-            )
-            stated = {label: name for label, name in named.items() if name} | dict(class_names)
-            self._class_names = dict(enumerate(self._sampled_names or ())) | stated
+            self._read_all(class_names)
         except OSError as error:
             raise ConfigurationError(f"{error.filename or path} cannot be read: {error.strerror or error}") from error
         if self.status["complete"] and not self.metrics and not self.evaluation:
@@ -123,9 +71,50 @@ class Run:
                 f"measures what is there, or calib-guidance evaluate {path}."
             )
 
+    def _read_all(self, class_names: Mapping[int, str]) -> None:
+        self.about = read_run(self.path)  # run.json
+        if self.about is None:
+            raise ConfigurationError(
+                f"{self.path} holds no run: there is no run.json in it; report takes folders of calib-guidance predict"
+            )
+        self.identity = self.about["identity"]  # all that its samples are a function of, by dotted key
+        self.folder = RunFolder.open(self.path)
+        self.status = survey(self.folder)
+        self._damaged: set[int] = set()
+        self._remark_on_status()
+        self.requests = self._read_requests()  # seed and label of the samples that can be read, by index
+        self.seeds = sorted({seed for seed, _ in self.requests.values()})
+        self.config_text, self.settings = self._read_config()  # config.yaml; empty where it cannot be read
+        # What was measured of the samples that are there now; empty where nothing was.
+        self.metrics = self._measured("metrics.json", "Re-run predict")
+        evaluate = f"calib-guidance evaluate {self.path} measures them"
+        self.evaluation = self._measured("evaluation/metrics.json", evaluate)
+        # What evaluate wrote, else what predict did; of measurements that are not of these samples, nothing.
+        folders = [name for name, of in (("evaluation/", self.evaluation), ("", self.metrics)) if of is not _STALE]
+        # By index the class that the evaluation classifier predicts, and its confidence in that of the sample.
+        self.verdicts = self._first(folders, "predictions.npz", self._read_verdicts) or {}
+        # Some reference images; None where none were kept.
+        self.real = self._first(folders, REAL_IMAGES, lambda path: read_arrays(path, ("label", "image", "name")))
+        real = () if self.real is None else zip(self.real["label"].tolist(), self.real["name"].tolist(), strict=True)
+        stated = {label: name for label, name in real if name} | dict(class_names)
+        self._class_names = dict(enumerate(self._sampled_names or ())) | stated
+
     def class_name(self, label: int) -> str:
         """Name of a class, or its number."""
         return self._class_names.get(label, str(label))
+
+    def _read(self, name: str, load: Callable[[Path], T]) -> T | None:
+        try:
+            return load(self.path / name)
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            self.remarks.append(f"{name} is damaged ({error}) and skipped: re-run what wrote it.")
+            return None
+
+    def _first(self, folders: Sequence[str], name: str, load: Callable[[Path], T]) -> T | None:
+        found = (self._read(folder + name, load) for folder in folders)
+        return next((each for each in found if each is not None), None)
 
     def _measured(self, name: str, cure: str) -> Mapping[str, Any]:
         """A file of metrics; empty where there is none, or where it is not of the samples that are there now."""
@@ -135,14 +124,30 @@ class Run:
             return _STALE
         return found
 
-    def _first(self, folders: Sequence[str], name: str, load: Callable[[Path], T]) -> T | None:
-        found = (self._read(folder + name, load) for folder in folders)
-        return next((each for each in found if each is not None), None)
+    def _read_verdicts(self, path: Path) -> dict[int, tuple[int, float]]:
+        index, *said = read_arrays(path, ("index", "predicted", "confidence")).values()
+        if index.ndim != 1 or any(column.shape != index.shape for column in said):
+            raise ValueError("its columns differ in length")
+        pairs = zip(*(column.tolist() for column in said), strict=True)
+        return {i: pair for i, pair in zip(index.tolist(), pairs, strict=True) if i in self.requests}
 
-    def attempt(self, what: str, make: Callable[[], T]) -> T | None:
-        """A part of the page; None and a remark where what is kept of it is not what it should be."""
+    def _read_config(self) -> tuple[str, dict[str, Any]]:
         try:
-            return make()
+            text = (self.path / "config.yaml").read_text()
+            if isinstance(content := yaml.safe_load(text), dict):
+                return text, content
+            problem = "config.yaml is damaged (it holds no settings)"
+        except FileNotFoundError:
+            problem = "There is no config.yaml"
+        except (ValueError, yaml.YAMLError) as error:
+            problem = f"config.yaml is damaged ({first_line(error)})"
+        self.remarks.append(f"{problem}: settings are those of run.json, which has all that samples are a function of.")
+        return "", {}
+
+    def attempt(self, what: str, make: Callable[..., T], *arguments: Any) -> T | None:
+        """A part of the page, made of this run; None and a remark where what is kept of it is not what it should be."""
+        try:
+            return make(self, *arguments)
         except (AttributeError, KeyError, IndexError, TypeError, ValueError, OSError) as error:
             why = f"there is no {error}" if isinstance(error, KeyError) else str(error)
             self.remarks.append(f"{what} cannot be shown, what is kept of it is damaged: {why}.")
@@ -173,22 +178,22 @@ class Run:
             "regenerate them."
         )
 
-    def _read_columns(self) -> dict[str, np.ndarray]:
+    def _read_requests(self) -> dict[int, tuple[int, int]]:
         """Without reading the images."""
-        found: list[dict[str, np.ndarray]] = []
+        found: dict[int, tuple[int, int]] = {}
         self._sampled_names = None
         for shard in self.folder.shards():
             if shard.start in self._damaged or self.folder.state(shard).name != "done":
                 continue
             path = self.folder.file(shard, "parquet")
             try:
-                table = pq.read_table(path, columns=list(_COLUMNS))
+                table = pq.read_table(path, columns=["index", "seed", "label"])
+                index, *request = (table[name].to_pylist() for name in ("index", "seed", "label"))
+                found |= dict(zip(index, zip(*request, strict=True), strict=True))
                 self._sampled_names = self._sampled_names or label_names(table.schema)
-                found.append({name: table[name].to_numpy().astype(np.int64) for name in _COLUMNS})
             except (pa.ArrowException, KeyError, OSError) as error:
                 self._leave_out(shard, f"{path.name} is not a table of samples: {error}")
-        empty = [np.zeros(0, np.int64)]
-        return {name: np.concatenate([each[name] for each in found] or empty) for name in _COLUMNS}
+        return found
 
     def images(self, indices: Collection[int]) -> dict[int, np.ndarray]:
         """Images uint8 ``(C, H, W)`` of the samples with such an index that are there.
@@ -202,42 +207,10 @@ class Run:
                 continue
             try:
                 rows = self.folder.read(shard, inside.tolist())
+                found |= dict(zip(rows["index"].tolist(), rows["image"], strict=True))
             except (CorruptedShardError, OSError, pa.ArrowException) as error:
                 self._leave_out(shard, str(error))
-                continue
-            found |= dict(zip(rows["index"].tolist(), rows["image"], strict=True))
         return found
-
-    def _read(self, name: str, load: Callable[[Path], T]) -> T | None:
-        try:
-            return load(self.path / name)
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            self.remarks.append(f"{name} is damaged ({error}) and skipped: re-run what wrote it.")
-            return None
-
-    def _read_config(self) -> tuple[str, dict[str, Any]]:
-        try:
-            text = (self.path / "config.yaml").read_text()
-            content = yaml.safe_load(text)
-            if not isinstance(content, dict):
-                raise ValueError("it holds no settings")
-        except FileNotFoundError:
-            problem = "There is no config.yaml"
-        except (ValueError, yaml.YAMLError) as error:
-            problem = f"config.yaml is damaged ({first_line(error)})"
-        else:
-            return text, content
-        self.remarks.append(f"{problem}: settings are those of run.json, which has all that samples are a function of.")
-        return "", {}
-
-    def _predictions(self, path: Path) -> dict[str, np.ndarray]:
-        predictions = read_arrays(path, _PREDICTIONS)
-        if len({column.shape for column in predictions.values()}) != 1 or predictions["index"].ndim != 1:
-            raise ValueError("its columns differ in length")
-        there = np.isin(predictions["index"], self.columns["index"])
-        return {key: column[there] for key, column in predictions.items()}
 
 
 def open_runs(paths: Sequence[Path], class_names: Mapping[int, str]) -> list[Run]:

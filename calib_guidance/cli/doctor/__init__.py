@@ -7,7 +7,6 @@ import logging
 from collections.abc import Sequence
 
 from calib_guidance.cli.doctor.dry_run import DryRun
-from calib_guidance.cli.doctor.report import Report
 from calib_guidance.cli.parsed import quietly, read_configuration, without_network
 
 __all__ = ["doctor"]
@@ -26,15 +25,14 @@ def doctor(argv: Sequence[str]) -> None:
     )
     parser.add_argument("-c", "--config", action="append", required=True, help="YAML file; several are merged")
     parser.parse_known_args(list(argv))
-    report = Report()
     with quietly(logging.WARNING), without_network():
         cli = read_configuration(argv)
         print(f"calib-guidance {cli.subcommand} with {cli.options.model.class_path.rpartition('.')[2]}")
-        dry_run = DryRun(cli, report)
+        dry_run = DryRun(cli)
         for title, stage in (("files", dry_run.check_files), ("parts", dry_run.build), ("run", dry_run.run)):
             print(f"\n{title}")
             stage()
-    counts = report.counts
+    counts = dry_run.counts
     problems = [f"{counts[mark]} {mark}" for mark in ("missing", "wrong") if counts[mark]]
     notes = f" ({counts['note']} {'note' if counts['note'] == 1 else 'notes'})" if counts["note"] else ""
     if problems:

@@ -31,36 +31,19 @@ def free_memory(device: torch.device) -> float:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), math.inf)
 
 
-def device_clock(device: torch.device) -> float:
-    """Seconds, once the device has done its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 class EnoughError(Exception):
     """Every kind of step is measured: the rest of the batch need not be sampled."""
 
 
 class Meter(L.Callback):
-    """Increments of a clock by kind of work, while Lightning runs a batch: a callback, and an observer of samplers.
+    """Increments of a clock (seconds, or FLOPs) by kind of work, while Lightning runs a batch: a callback and an observer."""
 
-    Args:
-        module: what Lightning runs.
-        clock: seconds, or FLOPs, so far.
-
-    Attributes:
-        laps: increments by kind of work.
-        times: how often a batch of the run does each kind, 1 where not named.
-        values: tensors to check, by name.
-        batch_size: of the samples, which the task halves until they fit into memory.
-    """
-
-    def __init__(self, module: L.LightningModule, clock: Callable[[], float]):
-        self.module, self.clock, self.batch_size = module, clock, 0
-        self.values: dict[str, Tensor] = {}
+    def __init__(self, module: L.LightningModule, clock: Callable[[], float] | None = None):
+        self.module, self.clock = module, clock or self._seconds
+        self.batch_size = 0  # of the samples, which the task halves until they fit into memory
+        self.values: dict[str, Tensor] = {}  # to check
         self.laps: dict[str, list[float]] = defaultdict(list)
-        self.times: dict[str, int] = {"validation batch": 0}
+        self.times = {"validation batch": 0}  # that a batch of the run does each kind, 1 where not named
         if isinstance(module, GuidedSampling):
             levels = module.sampler.levels(module.denoiser)
             guided = 0 if module.guidance is None else int(module.guidance.plan(levels).active.sum())
@@ -69,6 +52,12 @@ class Meter(L.Callback):
             module.context.observers = [self]
         self._deadline = time.perf_counter() + PATIENCE
         self.start()
+
+    def _seconds(self) -> float:
+        """Seconds, once the device has done its work."""
+        if self.module.device.type == "cuda":
+            torch.cuda.synchronize(self.module.device)
+        return time.perf_counter()
 
     def start(self, *args: object) -> None:
         self._last = self.clock()
@@ -94,8 +83,8 @@ class Meter(L.Callback):
 
     def total(self) -> tuple[float, float]:
         """Least and most that a batch of the run takes."""
-        known = [(self.times.get(kind, 1), self.range(kind)) for kind in self.laps]
-        return sum(times * low for times, (low, _) in known), sum(times * high for times, (_, high) in known)
+        low, high = (sum(self.times.get(kind, 1) * self.range(kind)[end] for kind in self.laps) for end in (0, 1))
+        return low, high
 
     def __call__(self, record: StepRecord) -> None:
         guided, self.batch_size = record.guided, len(record.y)
@@ -104,25 +93,21 @@ class Meter(L.Callback):
         self.values |= {name: value for name, value in named.items() if value is not None}
         measured = (len(self.laps.get(kind, ())) >= min(_LAPS, self.times[kind]) for kind in ("guided step", "step"))
         if all(measured) or self.late:
-            self.start()
             self.values["image"] = self.module.denoiser.decode(guided.prediction.x0)
             self.lap("decoding")
             raise EnoughError
-        self.start()
 
     on_predict_batch_start = on_train_batch_start = on_validation_batch_start = start
 
-    def on_predict_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: object
-    ) -> None:
+    def on_predict_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *args: object) -> None:
         self.lap("decoding" if isinstance(self.module, GuidedSampling) else "denoised batch")
         self.values["image"] = outputs.columns["image"]
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
-        norms = [p.grad.detach().norm() for p in pl_module.parameters() if p.grad is not None]
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, *args: object) -> None:
+        norms = [p.grad.detach().norm() for p in module.parameters() if p.grad is not None]
         self.values["gradient norms"] = torch.stack(norms)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: object) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *args: object) -> None:
         self.lap("training step")
         self.values["loss"] = outputs["loss"]
         trainer.should_stop = self.late
@@ -132,14 +117,10 @@ class Meter(L.Callback):
 
 
 def extrapolate(measured: Mapping[int, tuple[float, float]], size: int) -> tuple[float, float]:
-    """Least and most that a batch of ``size`` takes, from what smaller ones took.
+    """Least and most that a batch of ``size`` takes, from those of one or two smaller batches, by their size.
 
-    At most its images cost what each of the largest measured batch costs. At least they cost the slope between the two measured
-    batches; of one batch alone nothing is known but that a larger one takes no less.
-
-    Args:
-        measured: least and most by batch size, of one size or two.
-        size: at least the largest of these.
+    At most its images cost what each of the largest measured batch costs. At least they cost the slope between the two batches;
+    of one batch alone nothing is known but that a larger one takes no less.
     """
     (least, (first, _)), (most, (low, high)) = min(measured.items()), max(measured.items())
     slope = max(low - first, 0.0) / (most - least) if most > least else 0.0
@@ -147,13 +128,7 @@ def extrapolate(measured: Mapping[int, tuple[float, float]], size: int) -> tuple
 
 
 def count_batch(module: L.LightningModule, batch: dict[str, Tensor], trainer: L.Trainer) -> tuple[float, int]:
-    """FLOPs of a batch, all steps together, and peak bytes beside the weights, without computing anything.
-
-    Args:
-        module: on the meta device.
-        batch: on the CPU.
-        trainer: has the precision of the run.
-    """
+    """FLOPs of a batch, all steps together, and peak bytes beside the weights, of a module on the meta device."""
     module.trainer, plugin, trains = trainer, trainer.precision_plugin, not isinstance(module, FaultTolerant)
     batch = {k: v.to("meta") if k in ("image", "label", "t") else v for k, v in batch.items()}
     context = plugin.train_step_context() if trains else plugin.predict_step_context()
