@@ -75,7 +75,7 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def take_reports(batch: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Take names of corrupt images and notes out of a batch; raise what is wrong, of which a worker would make a traceback."""
+    """Take names of corrupt images and notes out of a batch; raise what is wrong: a worker would make it a traceback."""
     corrupt, notes, wrong = (batch.pop(key, []) for key in _REPORTS)
     if wrong:
         raise ConfigurationError(wrong[0])

@@ -112,7 +112,7 @@ def _read(image: bytes | np.ndarray) -> tuple[Image.Image, int]:
     picture = _opened(io.BytesIO(image))
     done = FIRST_FRAME if getattr(picture, "is_animated", False) else 0
     layout, orientation = str(picture.tile[0][3]) if picture.tile else "", _orientation(picture)
-    if ";16" in layout and picture.mode != "I;16" and picture.format == "PNG":  # of which Pillow reads the high byte
+    if ";16" in layout and picture.mode != "I;16" and picture.format == "PNG":  # Pillow reads the high byte
         from torchvision.io import decode_png
 
         try:

@@ -27,7 +27,7 @@ from calib_guidance.runs.store import REAL_IMAGES, hash_state
 
 
 class Quality:
-    """Measures sets of samples against one reference, of which it measures what the metrics need.
+    """Measures sets of samples against one reference.
 
     ``measures`` are moved to the device of the process; their networks must be able to take the ``shapes`` ``(C, H, W)``.
     """
@@ -58,7 +58,7 @@ class Quality:
 
     @torch.no_grad()
     def measure(self, images: ImageSet, progress: bool = False) -> dict[str, Any]:
-        """The content of ``metrics.json``; the same on all processes, all of which must call it. The first shows ``progress``.
+        """The content of ``metrics.json``; the same on all processes. All must call it. The first shows ``progress``.
 
         Values and ``uncertainty`` by key (see :meth:`MetricSpec.uncertainty`), ``by_class``, ``notes``, ``provenance``, counts,
         and ``own_metrics`` that are not in the table.

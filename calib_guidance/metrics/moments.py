@@ -78,7 +78,7 @@ def bootstrap_sums(terms: Tensor, resamples: int = 200, seed: int = 0) -> Tensor
 def jackknife_std(without: Tensor) -> Tensor:
     """Standard error ``(…)`` float64 of a value over G ≥ 2 blocks of samples, from the values ``(G, …)`` of all but block g.
 
-    For values of which only sums over blocks of about equal size are kept. It is known to about 1/√(2·(G − 1)) of its value.
+    For values that are kept as sums over blocks of about equal size. It is known to about 1/√(2·(G − 1)) of its value.
     """
     without = without.double()
     return (len(without) - 1) ** 0.5 * without.std(0, correction=0)
