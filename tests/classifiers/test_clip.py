@@ -199,7 +199,10 @@ class TestRefused:
         [
             ({"prompts": "a fox"}, "a list of texts"),
             ({"prompts": []}, "a list of texts"),
-            ({"prompts": ["one two three four five six seven eight nine ten eleven"]}, "of its 13 tokens the model reads 12"),
+            (
+                {"prompts": ["one two three four five six seven eight nine ten eleven"]},
+                "of its 13 tokens the model reads 12",
+            ),
             ({"model": "ViT-L-14-335-quickgelu"}, "did you mean ViT-L-14-336-quickgelu"),
             ({"model": "nothing.json"}, r"nothing\.json is not a readable JSON file"),
             ({"model": ARCHITECTURE | {"depth": 3}}, "open_clip's format .*depth"),
