@@ -162,7 +162,7 @@ def test_halving_spends_samples_on_the_best_and_reuses_them(write, quick, tmp_pa
     small, large = (RunFolder.open(found[best, count]["folder"]) for count in ("10", "30"))
     assert large.num_requests == 30
     first = small.shards()[0]
-    assert small.record(first)["worker"] == large.record(first)["worker"]  # not sampled anew
+    assert small.record(first)["worker"] == large.record(first)["worker"]  # not sampled again
     assert small.file(first, "parquet").read_bytes() == large.file(first, "parquet").read_bytes()
     assert len(large.shards()) == 3
 
@@ -583,7 +583,7 @@ def test_a_file_of_another_kind_says_so(tmp_path, capsys, text, message):
 
 
 def test_an_experiment_is_based_on_another(tmp_path):
-    """Keys of the file replace those of its base; everything else is taken over."""
+    """Keys of the file replace those of its base; everything else is kept."""
     (tmp_path / "own.yaml").write_text(
         "base: digits_scale\nseeds: [5]\naxes: {b: {key: data.batch_size, values: [1]}}\n"
     )

@@ -74,7 +74,7 @@ def test_every_form_has_the_same_statistics(tmp_path):
 
 
 def test_nothing_cancels(tmp_path):
-    """Features at 1e6 with a spread of 1, for which sums of squares in float64 keep 4 digits."""
+    """Features at 1e6 with a std of 1, for which sums of squares in float64 keep 4 digits."""
 
     class Far(Projection):
         def forward(self, images):
@@ -163,7 +163,7 @@ WRONG = {
     "empty": ({"mu": MU[:0], "sigma": SIGMA[:0, :0]}, "belong together"),
     "features that are NaN": (KEPT | {"features": FEATURES * np.nan}, "features must be finite"),
     "features of integers": (KEPT | {"features": FEATURES.astype(int)}, "features must be finite floats"),
-    "labels that are no classes": (KEPT | {"labels": np.full(20, -7)}, "labels must be integers of at least 0"),
+    "labels below 0": (KEPT | {"labels": np.full(20, -7)}, "labels must be integers of at least 0"),
     "labels with fractions": (KEPT | {"labels": np.full(20, 0.5)}, "labels must be integers"),
     "a negative count": ({"mu": MU, "sigma": SIGMA, "num_images": np.array(-3)}, "num_images is -3"),
     "a count below the rank": ({"mu": MU, "sigma": SIGMA, "num_images": np.array(16)}, "of rank 16 needs 17 images"),

@@ -49,7 +49,7 @@ ALLOWED = [
 NAMES = re.compile(
     r"judge|anew|\bwhole|_whole|landmark|nomemory|revisable|relabelled|\bnoising\b|\bkick", re.IGNORECASE
 )
-FOLDERS = ("calib_guidance", "benchmarks", "docs", "lightning_configs", "checkpoints", ".github")
+FOLDERS = ("calib_guidance", "tests", "benchmarks", "docs", "lightning_configs", "checkpoints", ".github")
 
 
 def files():

@@ -59,13 +59,13 @@ def test_every_form_gives_the_same_batches(tmp_path, channels):
 def test_processes_share_them_without_overlap_or_loss(tmp_path, kind):
     pixels, labels = pictures(25)
     source = write(tmp_path, kind, pixels, labels)
-    whole = list(ImageSet(source).batches(4))
+    complete = list(ImageSet(source).batches(4))
     for world_size in (2, 3, 9):
         shares = [list(ImageSet(source).batches(4, rank, world_size)) for rank in range(world_size)]
-        for number, batch in enumerate(whole):  # batches are made of the same images, whoever makes them
+        for number, batch in enumerate(complete):  # batches are made of the same images, whoever makes them
             mine = shares[number % world_size][number // world_size]
             assert all(torch.equal(one, other) for one, other in zip(batch, mine, strict=True))
-        assert sum(map(len, shares)) == len(whole)
+        assert sum(map(len, shares)) == len(complete)
 
 
 def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
@@ -405,15 +405,15 @@ def test_npz_of_something_else(tmp_path, wrong):
 def test_damaged_npz(tmp_path, compressed):
     pixels, labels = pictures(25, size=16)
     path = write(tmp_path, "compressed npz" if compressed else "npz", pixels, labels)
-    whole = path.read_bytes()
-    data = bytearray(whole)
+    complete = path.read_bytes()
+    data = bytearray(complete)
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     with pytest.raises(ConfigurationError, match="images.npz is damaged"):
         read(ImageSet(path))
     with pytest.raises(ConfigurationError, match="images.npz is damaged"):  # by the one who reads the end
         read(ImageSet(path), world_size=3)
-    path.write_bytes(whole[:-100])
+    path.write_bytes(complete[:-100])
     with pytest.raises(ConfigurationError, match="cannot be read as .npz"):
         ImageSet(path)
 

@@ -262,7 +262,7 @@ class TestMeasuring:
 
 class TestExport:
     def test_predict_names_the_yaml(self, in_root, tmp_path):
-        """The whole way: fit, export, guide."""
+        """The complete way: fit, export, guide."""
         fit(tmp_path, trainer={"max_epochs": 2}, export={"temperature": "scalar"})
         main(
             [
