@@ -43,7 +43,7 @@ RUNS = {
             "--data.num_samples=200",
             "--data.batch_size=25",
         ),
-        "--model.sampler.steps=25",
+        *("--model.sampler.steps=25", "--model.guidance.schedule.gamma=0"),
     ],
     "digits, trains a classifier": [
         *("fit", "--config=digits_classifier", "--trainer.max_epochs=20", "--trainer.limit_val_batches=0"),
@@ -56,11 +56,18 @@ RUNS = {
 }
 
 
+def start(command: list[str]) -> str:
+    """What a command prints; ends this program where it fails."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.stdout
+
+
 def estimate(argv: list[str]) -> tuple[float, float]:
     """Seconds that the doctor expects: low and high."""
     command = [sys.executable, "-m", "calib_guidance", "doctor", *argv[1:]]
-    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    low, high, unit = re.findall(r"total time: ([\d.,]+)(?: to ([\d.,]+))? (\w+) for", text)[0]
+    low, high, unit = re.findall(r"total time: ([\d.,]+)(?: to ([\d.,]+))? (\w+) for", start(command))[0]
     low, high = (float(number.replace(",", "")) * _UNITS[unit] for number in (low, high or low))
     return low, high
 
@@ -68,11 +75,9 @@ def estimate(argv: list[str]) -> tuple[float, float]:
 def measure(argv: list[str], folder: Path) -> float:
     """Seconds that the run takes."""
     command = [sys.executable, "-c", _TIMED, *argv]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(argv)} failed:\n{done.stderr[-2000:]}")
+    text = start(command)
     if argv[0] == "fit":
-        return float(re.findall(r"trained for ([\d.]+)", done.stdout)[0])
+        return float(re.findall(r"trained for ([\d.]+)", text)[0])
     found = json.loads((folder / "metrics.json").read_text())
     return found["seconds_per_image"] * found["num_samples"]
 

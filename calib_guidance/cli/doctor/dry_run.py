@@ -33,6 +33,7 @@ from calib_guidance.data.requests import POLICIES, DenoiseRequests
 from calib_guidance.tasks import DenoiseImages, GuidedSampling
 
 _COLORS = {"ok": "32", "note": "33", "missing": "31", "wrong": "31"}
+_MARGIN = 0.7, 1.5  # what runs took of their estimate on a shared CPU, see benchmarks/doctor_estimate.py
 _LARGE = 5e8  # bytes of weights that make a CPU slow
 _CHECKPOINTS = 3  # on disk at a time: the last one, the one before, and one that is being written
 # Options of the trainer that memory and time depend on, beside devices and strategy.
@@ -382,7 +383,8 @@ class DryRun:
             images += [] if options.max_steps == -1 else [options.max_steps * size * options.accumulate_grad_batches]
         each = f"{duration(low, high)} for each"
         if images:
-            total = f"{duration(min(images) * low, min(images) * high)} for {min(images):,.0f} images"
+            least, most = min(images) * low * _MARGIN[0], min(images) * high * _MARGIN[1]
+            total = f"{duration(least, most)} for {min(images):,.0f} images"
             self.add("ok", f"total time: {total}{' per device' * (world > 1)}, {each}, without metrics and plots")
         else:
             self.add("note", f"total time: {each} image; the number of images is not known")
