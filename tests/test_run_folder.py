@@ -22,7 +22,7 @@ from calib_guidance.backend import atomic
 from calib_guidance.backend.atomic import new_worker, temporary_path
 from calib_guidance.errors import ConfigurationError, StoppedError
 from calib_guidance.runs import CorruptedShardError, RunFolder, read_run
-from calib_guidance.runs.store import canonical_json, checked_json, sha256, with_checksum
+from calib_guidance.runs.integrity import canonical_json, checked_json, sha256, with_checksum
 from tests.runs import flip, tables
 
 # Of a process that runs for as long as the tests.
@@ -347,6 +347,7 @@ class TestDamage:
             {"rows": -1, "requested": -1},
             {"requested": 0, "rows": 0},
             {"requested": 40, "rows": 40},
+            {"requested": 10**15, "rows": 10**15},
             {"rows": 3, "failed": [{"index": 99, "step": None, "reason": "?"}]},
             {"rows": 3, "failed": ["?"]},
             {"rows": 3, "failed": [{"index": 4, "step": "?", "reason": "?"}]},

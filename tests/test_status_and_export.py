@@ -16,7 +16,7 @@ from PIL import Image
 
 from calib_guidance.cli import main
 from calib_guidance.runs import RunFolder
-from calib_guidance.runs.store import checked_json
+from calib_guidance.runs.integrity import checked_json
 from tests.conftest import ROOT
 from tests.runs import flip, refused
 

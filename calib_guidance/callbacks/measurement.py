@@ -22,7 +22,7 @@ from calib_guidance.evaluation.spec import Measures
 from calib_guidance.evaluation.statistics import ReferenceStatistics
 from calib_guidance.runs import RunFolder
 from calib_guidance.runs.context import SamplingContext
-from calib_guidance.runs.store import settings_digest
+from calib_guidance.runs.identity import settings_digest
 
 _FEWEST_BLOCKS, _MOST_BLOCKS = 5, 50  # of shards, for standard deviations; so many are in memory
 

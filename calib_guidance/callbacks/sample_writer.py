@@ -32,7 +32,7 @@ from calib_guidance.errors import ConfigurationError, RunError, check_choice
 from calib_guidance.plots import sample_grid
 from calib_guidance.runs import RunFolder, read_run
 from calib_guidance.runs.context import UNREADABLE
-from calib_guidance.runs.store import run_identity
+from calib_guidance.runs.identity import run_identity
 from calib_guidance.samplers import StepRecord
 from calib_guidance.tasks.retry import Samples
 

@@ -25,7 +25,7 @@ from calib_guidance.backend.text import read_yaml
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.classifiers.off_the_shelf import build_network
 from calib_guidance.errors import ConfigurationError, first_line
-from calib_guidance.runs.store import hash_state
+from calib_guidance.runs.identity import hash_state
 from calib_guidance.weights.io import CheckpointError, WeightsFile, read_weights, tensors_only
 
 FORMS = (

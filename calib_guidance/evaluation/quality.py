@@ -23,7 +23,8 @@ from calib_guidance.evaluation.metrics import METRICS, specs_of, unmet
 from calib_guidance.evaluation.spec import Estimate, Measures, MetricSpec, SampleSet
 from calib_guidance.evaluation.statistics import ReferenceStatistics, gather_in_order
 from calib_guidance.metrics.frechet import sample_count_note
-from calib_guidance.runs.store import REAL_IMAGES, hash_state
+from calib_guidance.runs.identity import hash_state
+from calib_guidance.runs.store import REAL_IMAGES
 
 
 class Quality:

@@ -26,7 +26,8 @@ from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation.features import FeatureExtractor
 from calib_guidance.metrics.frechet import covariance_root
 from calib_guidance.metrics.moments import Moments
-from calib_guidance.runs.store import file_sha256, leaves
+from calib_guidance.runs.identity import leaves
+from calib_guidance.runs.integrity import file_sha256
 
 _SYMMETRY = 1e-4  # of the largest entry: float32 statistics are symmetric to 1e-6
 _NOISE = 1e-5  # of the largest eigenvalue, within which one is 0: rounding to float32 moves them by 1e-7

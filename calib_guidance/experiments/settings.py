@@ -27,7 +27,8 @@ from calib_guidance.evaluation.evaluate import read_options
 from calib_guidance.evaluation.metrics import METRICS
 from calib_guidance.experiments.runner import Run
 from calib_guidance.experiments.schema import Axis, Column, Experiment, Row, Stage, read_experiment
-from calib_guidance.runs.store import file_hash, settings, sha256
+from calib_guidance.runs.identity import file_hash, settings
+from calib_guidance.runs.integrity import sha256
 
 _QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
 _PLACES = re.compile(r"\{\w+\}")  # in values, filled in for each run

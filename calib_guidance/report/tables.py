@@ -9,7 +9,7 @@ from calib_guidance.evaluation.metrics import specs_of
 from calib_guidance.evaluation.quality import uncertainty_sources
 from calib_guidance.evaluation.spec import MetricSpec
 from calib_guidance.report.runs import Run
-from calib_guidance.runs.store import leaves
+from calib_guidance.runs.identity import leaves
 
 _COUNTS = {
     "num_samples": "samples",

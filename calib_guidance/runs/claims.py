@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from calib_guidance.backend.atomic import create, is_alive, is_worker, new_worker, remove, temporary_path
-from calib_guidance.runs.store import canonical_json, read_checked, with_checksum
+from calib_guidance.runs.integrity import canonical_json, read_checked, with_checksum
 
 log = logging.getLogger(__name__)
 _UNREADABLE = {"worker": "", "host": "an unknown machine", "pid": 0, "since": "an unknown time"}  # stands for a claim

@@ -14,7 +14,8 @@ from calib_guidance.backend.atomic import atomic_path
 from calib_guidance.backend.text import read_text
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.runs.folder import RunFolder
-from calib_guidance.runs.store import CorruptedShardError, label_names, pixels, sha256
+from calib_guidance.runs.integrity import sha256
+from calib_guidance.runs.store import CorruptedShardError, label_names, pixels
 
 _ROWS = 64  # images in memory at a time, beside the bytes of one shard
 

@@ -19,19 +19,21 @@ from safetensors.numpy import save as save_arrays
 
 from calib_guidance.backend.atomic import create, link_or_copy, new_worker, remove_abandoned, sync_folder
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.runs import store
+from calib_guidance.runs import identity as identities
 from calib_guidance.runs.claims import Claim, Claims
-from calib_guidance.runs.store import CorruptedShardError, ShardStore, checked_json, read_run
+from calib_guidance.runs.identity import read_run
+from calib_guidance.runs.integrity import canonical_json, checked_json, sha256
+from calib_guidance.runs.store import REAL_IMAGES, CorruptedShardError, ShardStore
 
 # What a run writes beside its shards, by folder; evaluation/ is that of `evaluate`.
 _PLOTS = ("samples", "trajectory", "ece_t", "reliability", "gradient_norm", "guidance_schedule", "clip_score")
-_REPORT = ("metrics.json", "predictions.npz", "trajectory.npz", store.REAL_IMAGES)
+_REPORT = ("metrics.json", "predictions.npz", "trajectory.npz", REAL_IMAGES)
 _REPORT += tuple(f"plots/{stem}{ending}" for stem in _PLOTS for ending in (".png", ".pdf"))
 _NAME = re.compile(r"(\d{8,})((?:\.\w+)?)")
 _BESIDE = (
     *_REPORT,
     "config.yaml",
-    *(f"evaluation/{name}" for name in ("metrics.json", "metrics.md", "predictions.npz", store.REAL_IMAGES)),
+    *(f"evaluation/{name}" for name in ("metrics.json", "metrics.md", "predictions.npz", REAL_IMAGES)),
 )
 
 
@@ -93,12 +95,12 @@ class RunFolder(ShardStore):
         and labels are a function of, flat, in JSON's types; ``versions`` of the software are for people.
         """
         self.check_readable()
-        store.check_size(self.num_requests, self.shard_size)
+        identities.check_size(self.num_requests, self.shard_size)
         file = self.path / "run.json"
         if not file.exists():
             content = {
-                "format": store.FORMAT,
-                "fingerprint": store.sha256(store.canonical_json(identity)),
+                "format": identities.FORMAT,
+                "fingerprint": sha256(canonical_json(identity)),
                 "identity": identity,
                 "shard_size": self.shard_size,
                 "num_samples": self.num_requests,
@@ -110,7 +112,7 @@ class RunFolder(ShardStore):
             create(file, checked_json(content))
             sync_folder(self.path)
         run = read_run(self.path)
-        if different := store.differences(run, identity, self.shard_size):
+        if different := identities.differences(run, identity, self.shard_size):
             listed = "".join(f"\n  {line}" for line in different)
             raise ConfigurationError(
                 f"{self.path} holds the samples of another configuration:{listed}\nset trainer.default_root_dir to another "
@@ -292,9 +294,9 @@ class RunFolder(ShardStore):
             "requested": len(shard),
             "rows": table.num_rows,
             "failed": list(failed),
-            "sha256": store.sha256(data),
+            "sha256": sha256(data),
             "bytes": len(data),
-            "sums_sha256": None if encoded is None else store.sha256(encoded),
+            "sums_sha256": None if encoded is None else sha256(encoded),
             "seconds": seconds,
             "device": device,
             "host": socket.gethostname(),
