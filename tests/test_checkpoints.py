@@ -29,6 +29,7 @@ from calib_guidance.weights.io import (
     CheckpointError,
     load_weights,
     read_weights,
+    save_weights,
     tensors_only,
 )
 from tests.edm_files import edm_bytes, edm_modules
@@ -475,3 +476,11 @@ class TestHub:
             monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
             with pytest.raises(CheckpointError, match=message):
                 read_weights("hf://owner/repo/a.pt@main")
+
+
+def test_weights_can_be_read_by_those_who_may_read_other_files(tmp_path):
+    other, path = tmp_path / "other", tmp_path / "w.safetensors"
+    other.write_text("")
+    save_weights(nn.Linear(2, 2), path, kind="test")
+    assert path.stat().st_mode == other.stat().st_mode
+    assert read_weights(path).metadata["kind"] == "test"

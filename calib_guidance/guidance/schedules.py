@@ -13,7 +13,7 @@ class GuidanceSchedule(Interval):
 
     Args:
         gamma: γ ≥ 0, the sine factor (0.3 in arXiv 2310.11311, Table 6): adds γ·sin(π·progress) to the strength, in the units
-            of the sampler (DDPM: times the largest variance so far, guided or not). Progress is i/N at spaced step i of N of DDPM.
+            of the sampler (DDPM: times the largest variance so far, guided or not). Progress is i/N at step i of N of DDPM.
         interval, sigma_interval, step_interval, flow_interval: see :class:`~calib_guidance.diffusion.interval.Interval`.
         every: guide the first step and every so many-th after it. Between them nothing stands in for the gradient, so that
             the total strength falls with it.

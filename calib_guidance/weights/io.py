@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from calib_guidance.backend.atomic import atomic_write
@@ -295,4 +295,5 @@ def save_weights(
     tensors = weights.state_dict() if isinstance(weights, nn.Module) else weights
     state = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with atomic_write(path) as file:
-        save_file(state, file.name, metadata={name: str(value) for name, value in metadata.items()})
+        # save_file would make a file that only its owner can read
+        file.write(save(state, metadata={name: str(value) for name, value in metadata.items()}))
