@@ -5,7 +5,7 @@
 Floating-point operations, multiply and add each one, are counted at full width, on the meta device. Time is measured on this
 CPU at a reduced width whose parts have about the same fractions of operations (printed), over complete
 trajectories that take turns, so a drift of the machine's speed meets all of them. The unit is the step without
-classifier guidance: two evaluations of the transformer, for classifier-free guidance.
+classifier guidance: NFE 2, for classifier-free guidance.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def main() -> None:
     if unknown := [name for name in options.names if name not in MODELS or name not in CARDS]:
         parser.error(f"unknown {', '.join(unknown)}")
     print(
-        "| model | weights, GB | an evaluation | decoder | guidance | of a guided step | with two evaluations | memory, GB |"
+        "| model | weights, GB | one NFE | decoder | guidance | fraction of a guided step | with two NFE | memory, GB |"
     )
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for name in options.names:

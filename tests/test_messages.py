@@ -150,7 +150,7 @@ PREDICT_REFUSES = {
 def test_predict_refuses(run, tmp_path, case):
     argv, files, message = PREDICT_REFUSES[case]
     if "GPU" in case and torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("this machine has a GPU, and the case is of one without")
     root = () if any("default_root_dir" in word for word in argv) else ("--trainer.default_root_dir={tmp}/out",)
     few = () if "callbacks" in str((argv, files)) else ("--config={few_yaml}",)
     status, said = run(*PREDICT, *root, *QUICK, *few, *argv, **({"few_yaml": FEW} | files))

@@ -37,7 +37,7 @@ def available_cores(quota_file: str | os.PathLike[str] = "/sys/fs/cgroup/cpu.max
 def sensible_threads(processes: int, cores: int, environment: Mapping[str, str]) -> Threads | None:
     """Threads for each of so many processes on this machine; None where OMP_NUM_THREADS says it.
 
-    torchrun sets OMP_NUM_THREADS to 1 where nobody has set it, so that under torchrun a 1 is nobody's wish.
+    torchrun sets OMP_NUM_THREADS to 1 where it is not set. Under torchrun a 1 is therefore ignored.
     """
     stated = environment.get("OMP_NUM_THREADS")
     if stated and not (stated == "1" and "TORCHELASTIC_RUN_ID" in environment):

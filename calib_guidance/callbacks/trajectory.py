@@ -208,9 +208,9 @@ class GradientNorm(TrajectoryMeasurement):
 class TrajectoryCLIPScore(TrajectoryMeasurement):
     """CLIP score of x̂0 at every step, and of the finished samples (arXiv 2310.11311, Figure 7).
 
-    It is the cosine between the image and the prompt that was asked for. The CLIP model is its own, whatever guides, so that
-    runs with other schedules or without guidance compare. Each measured step costs a decoding of x̂0, in latent models, and a
-    forward pass of CLIP, which the seconds per image include.
+    It is the cosine between the image and the requested prompt. This CLIP model is not the one that guides, and runs with other
+    schedules or without guidance can be compared. Each measured step costs a forward pass of CLIP and, in latent models, a
+    decoding of x̂0. The seconds per image include both.
 
     Args:
         clip: with one prompt for each class of the requests; frozen here.

@@ -44,6 +44,6 @@ class DecodesLatents:
         *parts, last = x0.split(self.decode_batch or len(x0))
         if not (torch.is_grad_enabled() and x0.requires_grad):
             return torch.cat([*map(self.vae, parts), self.vae(last)])
-        # The way back begins with the part that was decoded last, so that its activations may stay.
+        # The backward pass starts with the part that was decoded last. Its activations are kept.
         images = [recomputed(self.vae, part, use_reentrant=False, preserve_rng_state=False) for part in parts]
         return torch.cat([*images, self.vae(last)])
