@@ -62,6 +62,16 @@ def in_root(monkeypatch):
     return ROOT
 
 
+@pytest.fixture(scope="module")
+def parts_read_once():
+    """Configurations that share most of their parts are read as an experiment reads its settings: in half of the time."""
+    from calib_guidance.cli.lightning import subclasses_listed_once
+    from calib_guidance.cli.parse_once import parts_parsed_once
+
+    with subclasses_listed_once(), parts_parsed_once():
+        yield
+
+
 @pytest.fixture
 def plots_in_full(monkeypatch):
     """Plots are written as users get them."""

@@ -21,6 +21,8 @@ from tests.conftest import ROOT
 from tests.runs import QUICK, metrics, samples_of, tables
 from tests.sketches import REDUCTION
 
+pytestmark = pytest.mark.usefixtures("parts_read_once")
+
 PREDICT = ["predict", "--config", "lightning_configs/predict/digits.yaml"]
 OVERLAYS = sorted(
     str(p.relative_to(ROOT))

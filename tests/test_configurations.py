@@ -15,6 +15,8 @@ from calib_guidance.errors import ConfigurationError
 from calib_guidance.samplers import DDIM
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.usefixtures("parts_read_once")
+
 
 class Own(DDIM):
     """A sampler that is not of this package."""

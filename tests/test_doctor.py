@@ -16,6 +16,8 @@ from calib_guidance.runs import RunFolder
 from calib_guidance.weights.io import save_weights
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.usefixtures("parts_read_once")
+
 DIGITS = "--config=lightning_configs/predict/digits.yaml"
 IMAGENET = "--config=lightning_configs/predict/imagenet128/resnet101_js.yaml"
 CPU = "--trainer.accelerator=cpu"

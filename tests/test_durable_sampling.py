@@ -21,6 +21,8 @@ from calib_guidance.weights.io import read_weights, save_weights
 from tests.conftest import ROOT
 from tests.runs import QUICK, flip, metrics, metrics_without_time, samples_of, tables
 
+pytestmark = pytest.mark.usefixtures("parts_read_once")
+
 CONFIG = "lightning_configs/predict/digits.yaml"
 UNDRAWN = yaml.safe_load((ROOT / CONFIG).read_text())["trainer"]["callbacks"]
 UNDRAWN[-1]["init_args"] = {"plots": False}

@@ -34,6 +34,8 @@ from tests.image_files import Projection, pictures, write
 from tests.runs import metrics, refused
 from tests.test_durable_sampling import predict
 
+pytestmark = pytest.mark.usefixtures("parts_read_once")
+
 PROJECTION = ("--features", "tests.image_files:Projection")
 
 

@@ -12,7 +12,6 @@ import yaml
 
 from calib_guidance.backend.images import to_uint8
 from calib_guidance.cli import main
-from calib_guidance.cli.lightning import subclasses_listed_once
 from calib_guidance.data import digits
 from calib_guidance.errors import ConfigurationError, FailedSamplesError
 from calib_guidance.experiments import experiment as module
@@ -24,6 +23,8 @@ from calib_guidance.experiments.settings import make_plan
 from calib_guidance.runs import RunFolder
 from tests import processes
 from tests.conftest import ROOT
+
+pytestmark = pytest.mark.usefixtures("parts_read_once")
 
 SCALE = "model.guidance.scale"
 TAU2 = "model.guidance.score.tau2"
@@ -45,13 +46,6 @@ FILE = {
 ONE = {"scale": {"key": SCALE, "values": [1, 4.0]}}
 SINGLE = {"scale": {"key": SCALE, "values": [1]}}
 HALVING = {"by": "integral_ece", "samples": 10, "factor": 2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def classes_listed_once():
-    """What takes longest in reading a configuration, once for all that are read here."""
-    with subclasses_listed_once():
-        yield
 
 
 @pytest.fixture

@@ -23,6 +23,8 @@ from calib_guidance.tasks.retry import in_float32, is_out_of_memory
 from tests.conftest import ROOT
 from tests.runs import QUICK, metrics, samples_of, tables
 
+pytestmark = pytest.mark.usefixtures("parts_read_once")
+
 SAMPLES, BATCH, STEPS = 20, 10, 4
 FAILING = 13  # the one sample of class 7
 

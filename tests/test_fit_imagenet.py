@@ -13,6 +13,8 @@ from calib_guidance.cli import main
 from calib_guidance.cli.parsed import read_configuration
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.usefixtures("parts_read_once")
+
 WNIDS = ("n01440764", "n02123045", "n07753592")  # tench, tabby, banana
 FIT = ROOT / "lightning_configs/fit"
 NOISINGS, OBJECTIVES = ("clean", "noisy", "denoised_imagenet128"), ("cross_entropy", "smooth_ece")

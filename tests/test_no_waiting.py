@@ -39,6 +39,8 @@ from calib_guidance.samplers import DDIM, DDPM, DPMSolver, Heun, UniPC
 from calib_guidance.scores import DivergenceRegularized, EntropyRegularized, Tilted
 from calib_guidance.tasks.retry import FirstNonFinite
 
+pytestmark = pytest.mark.usefixtures("parts_read_once")
+
 SIZE, STEPS = 4, 3
 # What Python asks for by shape: the same at every step, and so to be made before the loop. (Zeros are of backward passes.)
 MAKES = {"ones", "full", "arange", "linspace", "eye"}

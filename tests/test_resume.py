@@ -12,6 +12,8 @@ from calib_guidance.weights.io import read_weights
 from tests import processes
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.usefixtures("parts_read_once")
+
 EPOCHS, STEPS, EVERY = 3, 4, 3  # steps an epoch, and steps between checkpoints
 KILLED = 6  # in the second epoch; the last checkpoint is of step 6, in its middle, the one before it of step 3
 

@@ -10,6 +10,8 @@ from calib_guidance.denoisers import Negative, Rule
 from tests.conftest import ROOT
 from tests.runs import read_samples
 
+pytestmark = pytest.mark.usefixtures("parts_read_once")
+
 FILES = sorted(p for folder in ("rule", "negative") for p in (ROOT / "lightning_configs" / folder).glob("*.yaml"))
 STEADY = ["--model.guidance.stabilizer={ema: 0.9, max_norm: 5.0, parallel: 0.5}"]
 

@@ -14,6 +14,8 @@ from calib_guidance.metrics.moments import StepMoments
 from calib_guidance.runs import RunFolder
 from tests.test_faults import QUICK, configuration
 
+pytestmark = pytest.mark.usefixtures("parts_read_once")
+
 
 def test_moments_of_each_step_over_batches():
     values = torch.randn(2, 7, generator=torch.Generator().manual_seed(0)) + 3

@@ -23,6 +23,8 @@ from tests import processes
 from tests.conftest import ROOT
 from tests.sketches import REDUCTION
 
+pytestmark = pytest.mark.usefixtures("parts_read_once")
+
 CONFIG = ROOT / "lightning_configs/fit/digits_calibration.yaml"
 
 
