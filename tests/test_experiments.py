@@ -101,7 +101,7 @@ def records(folder):
 
 
 @pytest.mark.slow
-def test_a_grid_is_run_once_and_shared(write, quick, tmp_path, capsys):
+def test_a_grid_is_run_once_and_shared(write, quick, tmp_path, capsys, plots_in_full):
     """Two by two settings; a second file with the same resolved settings, written otherwise, samples nothing."""
     configs = quick(measured=("SampleQuality", "TrajectoryCalibration"))
     experiment(write(configs=configs), tmp_path / "out")

@@ -41,10 +41,8 @@ SMALL_ADM = {
     },
 }
 CASES = [
-    *(
-        {"fit": f, "input_transform": n, "objective": o}
-        for f, n, o in itertools.product(("50", "101"), NOISINGS, OBJECTIVES)
-    ),
+    *({"fit": "50", "input_transform": n, "objective": o} for n, o in itertools.product(NOISINGS, OBJECTIVES)),
+    *({"fit": "101", "input_transform": n, "objective": o} for n, o in zip(NOISINGS, itertools.cycle(OBJECTIVES))),
     *({"fit": name} for name in sorted(p.stem for p in FIT.glob("imagenet*.yaml") if "resnet" not in p.stem)),
 ]
 

@@ -421,10 +421,10 @@ class TestExactGuidance:
     @pytest.mark.parametrize(
         ("kind", "steps"),
         [
-            (lambda n: DDIM(n), (10, 25, 50, 100, 250)),
-            (lambda n: DDPM(n, "fixed_large"), (10, 25, 50, 100, 250)),
+            (lambda n: DDIM(n), (10, 50, 250)),
+            (lambda n: DDPM(n, "fixed_large"), (10, 50, 250)),
             # Σ of the posterior is shorter than the exact step, β/√α, most of all where ᾱ is near 1: slower to converge.
-            (lambda n: DDPM(n, "fixed_small"), (10, 25, 50, 100, 250, 1000)),
+            (lambda n: DDPM(n, "fixed_small"), (10, 50, 250, 1000)),
         ],
         ids=["ddim", "ddpm_large", "ddpm_small"],
     )
@@ -689,17 +689,17 @@ class TestStreams:
     @pytest.mark.parametrize(("at", "noise_aware"), [("x0", False), ("x_t", True), ("through_denoiser", False)])
     def test_samples_do_not_depend_on_their_batch(self, mixture, sampler, at, noise_aware):
         guidance = ClassifierGuidance(GaussianMixtureClassifier(mixture, noise_aware), **seeing(at), scale=0.7)
-        indices = list(range(21))
+        indices = list(range(12))
         together, noise = self.run(sampler, mixture, guidance, [indices])
-        for size in (1, 7):
-            batches = [indices[i : i + size] for i in range(0, 21, size)]
+        for size in (1, 4):
+            batches = [indices[i : i + size] for i in range(0, 12, size)]
             images, numbers = self.run(sampler, mixture, guidance, batches)
             assert torch.equal(numbers, noise)
             torch.testing.assert_close(images, together, atol=1e-4, rtol=0)
         backwards, numbers = self.run(sampler, mixture, guidance, [indices[::-1]])
         assert torch.equal(numbers.flip(0), noise)
         torch.testing.assert_close(backwards.flip(0), together, atol=1e-4, rtol=0)
-        assert len(together.flatten(1).unique(dim=0)) == 21  # no two samples share a stream
+        assert len(together.flatten(1).unique(dim=0)) == 12  # no two samples share a stream
 
     def test_groups_of_a_tilted_score_do_not_depend_on_their_batch(self, mixture):
         guidance = ClassifierGuidance(GaussianMixtureClassifier(mixture), Tilted(-2.0, 3))
