@@ -25,9 +25,14 @@ class RunError(RuntimeError):
 
 
 class StoppedError(RunError):
-    """A run that stopped early and cleanly; re-run to resume."""
+    """A run that stopped early and cleanly; re-run to resume.
+
+    Attributes:
+        by_signal: whether a signal asked for it.
+    """
 
     status = 4
+    by_signal = False
 
 
 class FailedSamplesError(RunError):

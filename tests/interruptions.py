@@ -71,3 +71,16 @@ class KillOnce(L.Callback):
                 time.sleep(0.01)
             self.marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class ByWorker(L.Callback):
+    """In a batch of one of the processes that a command has forked: a signal to it, or an error."""
+
+    def __init__(self, worker: int, batch: int, name: str = "SIGKILL"):
+        self.worker, self.batch, self.name = worker, batch, name
+
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if (pl_module.context.workers.number, batch_idx) == (self.worker, self.batch):
+            if self.name == "error":
+                raise KeyError("made by the test")
+            os.kill(os.getpid(), signal.Signals[self.name])

@@ -60,9 +60,9 @@ def is_alive(worker: str) -> bool | None:
     return _start_time(int(match[2])) == match[3]
 
 
-def end_with_parent(within: float = 600.0) -> None:
-    """End this process when the one that started it dies: with SIGTERM, and after ``within`` seconds at once."""
-    parent = os.getppid()
+def end_with_parent(within: float = 600.0, parent: int | None = None) -> None:
+    """End this process when the one that started it (``parent``) dies: with SIGTERM, and after ``within`` seconds at once."""
+    parent = os.getppid() if parent is None else parent
 
     def watch() -> None:
         while os.getppid() == parent:

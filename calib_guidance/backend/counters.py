@@ -1,14 +1,38 @@
-"""FLOPs and memory, counted while code runs; on the meta device, too."""
+"""FLOPs and memory, counted while code runs, on the meta device, too; and the memory that is free."""
 
 import contextlib
+import math
+import os
 import weakref
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
+
+
+def _free_in_container(folder: str | os.PathLike[str] = "/sys/fs/cgroup") -> float:
+    """Bytes that this process's container may still allocate; infinite where it has no limit."""
+    try:
+        limit, used = (int(Path(folder, name).read_text()) for name in ("memory.max", "memory.current"))
+        lines = Path(folder, "memory.stat").read_text().splitlines()
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return math.inf
+    cached = next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
+    return max(limit - used + cached, 0)
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that can be allocated on a device now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else []
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), math.inf)
+    return min(free, _free_in_container())
 
 
 class FlopCounter(FlopCounterMode):

@@ -34,6 +34,18 @@ def available_cores(quota_file: str | os.PathLike[str] = "/sys/fs/cgroup/cpu.max
         return bound
 
 
+def physical_cores() -> int:
+    """Cores that this process may keep busy, where hyper-threads of one core count once."""
+    bound = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    cores = set()
+    for number in bound:
+        try:
+            cores.add(Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list").read_text())
+        except OSError:  # not told
+            cores.add(str(number))
+    return min(len(cores), available_cores())
+
+
 def sensible_threads(processes: int, cores: int, environment: Mapping[str, str]) -> Threads | None:
     """Threads for each of so many processes on this machine; None where OMP_NUM_THREADS says it.
 
@@ -52,6 +64,8 @@ def set_threads(processes: int) -> Threads:
     """Let PyTorch compute with as many threads as are sensible for each of ``processes`` on this machine."""
     chosen = sensible_threads(processes, available_cores(), os.environ)
     if chosen is None:
+        with contextlib.suppress(ValueError):  # a list for nested regions, of which OpenMP has taken the first
+            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         return Threads(torch.get_num_threads(), "OMP_NUM_THREADS")
     torch.set_num_threads(chosen.count)
     return chosen

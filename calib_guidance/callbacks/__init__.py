@@ -4,6 +4,7 @@ from calib_guidance.callbacks.exact_resume import ExactResume
 from calib_guidance.callbacks.exports import ExportClassifier, ExportWeights
 from calib_guidance.callbacks.measurement import Measurement, SampleQuality
 from calib_guidance.callbacks.post_hoc_ema import PostHocEMA
+from calib_guidance.callbacks.progress import SamplingProgress
 from calib_guidance.callbacks.reports import CalibrationReport, RunReport
 from calib_guidance.callbacks.sample_writer import SampleWriter
 from calib_guidance.callbacks.trajectory import (
@@ -24,6 +25,7 @@ __all__ = [
     "RunReport",
     "SampleQuality",
     "SampleWriter",
+    "SamplingProgress",
     "TrajectoryCLIPScore",
     "TrajectoryCalibration",
     "TrajectoryStrips",

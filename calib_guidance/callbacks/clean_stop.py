@@ -48,6 +48,7 @@ class StopSignals:
         self._noted = 0.0
         self._trainer: L.Trainer | None = None
         self._process = self._parent = 0
+        self.forward: Callable[[int], object] = lambda signum: None  # to processes that share the work
 
     def install(self, trainer: L.Trainer) -> None:
         """Handle the signals."""
@@ -75,6 +76,7 @@ class StopSignals:
         self.signal, self._noted = signal.Signals(signum), now
         if (launcher := self._trainer.strategy.launcher) is not None:
             launcher.kill(signum)  # processes of Lightning, which a signal to this one does not reach
+        self.forward(signum)
         self.noted()
 
     def noted(self) -> None:
@@ -87,6 +89,7 @@ class StopSignals:
     def stopped(self, how: str) -> StoppedError:
         """The error that ends the run."""
         error = StoppedError(f"stopped by {self.signal.name}, {how}. {self.cure()}")
+        error.by_signal = True
         environment = getattr(self._trainer.strategy, "cluster_environment", None)
         if isinstance(environment, LightningEnvironment) and self._trainer.local_rank > 0:
             error.status = 0  # Lightning kills the processes beside one that it started and that fails

@@ -23,10 +23,11 @@ from torch import Tensor
 
 from calib_guidance import __version__
 from calib_guidance.backend.atomic import check_writable
-from calib_guidance.backend.distributed import available_cores
+from calib_guidance.backend.distributed import available_cores, set_threads
 from calib_guidance.backend.images import UINT8_RULES, Uint8Rule, to_uint8
 from calib_guidance.callbacks.clean_stop import CleanStop
 from calib_guidance.callbacks.measurement import Measurement, kept_measurements
+from calib_guidance.callbacks.processes import share_work
 from calib_guidance.data.imagenet import read_class_names
 from calib_guidance.errors import ConfigurationError, RunError, check_choice
 from calib_guidance.plots import sample_grid
@@ -38,6 +39,7 @@ from calib_guidance.tasks.retry import Samples
 
 log = logging.getLogger(__name__)
 _WAITING = 2  # batches that are made and not in their shard yet
+_WRITING = 30.0  # seconds that a worker process has for writing what it has made
 
 
 def _started(threads: int) -> ThreadPoolExecutor:
@@ -61,10 +63,10 @@ class Background:
     After a job has failed the later ones are skipped, and the main thread gets the error at its next call.
     """
 
-    def __init__(self, waiting: int):
+    def __init__(self, waiting: int, threads: int | None = None):
         self.waiting = waiting
         self.error: BaseException | None = None  # of the first job that failed
-        self._thread, self.pool = _started(1), _started(available_cores())  # the pool is for jobs to use
+        self._thread, self.pool = _started(1), _started(threads or available_cores())  # the pool is for jobs to use
         self._jobs: deque[Future[None]] = deque()
 
     def give(self, job: Callable[[], object]) -> None:
@@ -226,11 +228,11 @@ class SampleWriter(Measurement):
         self.run = self.context.store = run
         self.context.shards = run.remaining(verify=True)
         self._log_state(self.context.shards)
-        self._background = Background(_WAITING)  # before the first claim, as there may be no threads
         self.context.observe(self._observe)
 
     def _observe(self, record: StepRecord) -> None:
         self.run.claims.renew()  # a batch may take longer than the lease
+        self._workers.check()
         self.stop(record)
 
     @staticmethod
@@ -263,7 +265,16 @@ class SampleWriter(Measurement):
             log.warning(f"{path}: {len(foreign)} files belong to no shard, and are not counted: {names}")
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._workers = workers = self.context.workers
+        if self.context.num_processes != 1:
+            share_work(trainer, pl_module, self.context)
+        if workers.is_first:
+            self.stop.forward = workers.send
+        else:
+            self.run.rename_worker()
         self.stop.install(trainer)
+        # Before the first claim, as there may be no threads.
+        self._background = Background(_WAITING, max(1, available_cores() // workers.count))
         self.kept = kept_measurements(self.context)  # not in setup, before others have registered
         for measurement in self.kept.values():
             measurement.reset()
@@ -273,6 +284,7 @@ class SampleWriter(Measurement):
 
     def on_predict_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
         self._background.check()
+        self._workers.check()
         self.run.claims.renew()
         self.stop.begin(batch["shard"].num_left)
         self._started = time.perf_counter()
@@ -324,9 +336,15 @@ class SampleWriter(Measurement):
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._background.finish()
+        if not self._workers.is_first:
+            self._release()
+            self._workers.leave()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._release()
+        if not self.context.workers.is_first:
+            self.context.workers.leave(exception)
+        self.context.workers.stop(self.stop.within + _WRITING)
         if (error := self._background and self._background.error) not in (None, exception):
             log.error(f"the last samples are not written: {error}")
         self.stop.requeue()
@@ -335,6 +353,8 @@ class SampleWriter(Measurement):
         self._release()
         if stage == "predict":
             self.stop.install(trainer)  # if nothing was left to sample, and a report follows
+            if self.context.num_processes != 1:
+                set_threads(trainer.num_devices)  # for the report, all
 
     def _release(self) -> None:
         """Release unfinished shards, after those that are made have been written."""

@@ -54,13 +54,13 @@ _END = "calib-guidance COMMAND --help lists the options of a command, calib-guid
 _OVERVIEW = f"usage: calib-guidance COMMAND …\n\n{_LINES}\n\n{_END}"
 
 
-def _start(argv: Sequence[str]) -> Any:
-    """Run a command."""
+def _start(argv: Sequence[str], own_process: bool = False) -> Any:
+    """Run a command; ``own_process`` says that a shell started it."""
     if argv[0] in _HEAVY:
         defer_imports()
     module = importlib.import_module(f"calib_guidance.{_COMMANDS.get(argv[0], _COMMANDS['fit'])[0]}")
     if argv[0] not in _COMMANDS or argv[0] in _LIGHTNING:
-        return module.run_lightning(argv)
+        return module.run_lightning(argv, own_process=own_process)
     list_foreign(argv[1:])
     return getattr(module, argv[0])(argv[1:])
 
@@ -159,7 +159,7 @@ def _predict(argv: Sequence[str]) -> None:
         print("complete, and no file of the run has changed since: nothing to do", file=sys.stderr)
         print(report)
         return
-    cli = _start(argv)
+    cli = _start(argv, own_process=True)
     report = cli.model.context.report if hasattr(cli.model, "context") else ""
     if report and not any(getattr(callback, "restart", False) for callback in cli.trainer.callbacks):
         answer.write(report, cli.model.context.store.path)

@@ -17,7 +17,7 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from calib_guidance.backend.light_imports import defer_imports, hold
 
@@ -25,11 +25,12 @@ defer_imports()
 
 import jsonargparse
 import lightning as L
+import torch
 from jsonargparse import set_config_read_mode
-from jsonargparse.typing import register_type
+from jsonargparse.typing import PositiveInt, register_type
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.accelerators import MPSAccelerator
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -37,11 +38,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from calib_guidance.backend.atomic import atomic_path, end_with_parent
 from calib_guidance.backend.distributed import set_threads
 from calib_guidance.backend.text import read_yaml
-from calib_guidance.callbacks import ExactResume, RunReport, SampleWriter
+from calib_guidance.callbacks import ExactResume, RunReport, SampleWriter, SamplingProgress
 from calib_guidance.callbacks.clean_stop import restored_signals
 from calib_guidance.callbacks.exact_resume import AtomicCheckpointIO, continue_logs
 from calib_guidance.callbacks.reports import log_configuration
 from calib_guidance.cli.configs import expand_bases, list_foreign
+from calib_guidance.cli.docstrings import plain_docstrings
 from calib_guidance.cli.parse_once import parts_parsed_once
 from calib_guidance.errors import ConfigurationError, FailedSamplesError, closest
 from calib_guidance.tasks.retry import FaultTolerant
@@ -52,15 +54,6 @@ _FOLDERS = ("callbacks", "classifiers", "data", "denoisers", "diffusion", "evalu
 _FOLDERS += ("guidance", "networks", "samplers", "scores", "tasks", "training")
 _PARTS = [importlib.import_module(f"calib_guidance.{folder}") for folder in _FOLDERS]
 _PRECISIONS = (None, "32-true", "32", 32, "bf16-mixed", "bf16", "16-mixed", "16", 16)
-
-# Of reStructuredText, and what a terminal shows instead.
-_MARKS = (
-    (r":\w+:`(?:[^`<]*<)?~[\w.]*?(\w+)>?`", r"\1"),  # :class:`~package.module.Name`
-    (r":\w+:`([^`<]+?)(?:\s*<[^`>]*>)?`", r"\1"),
-    (r"`([^`<]+?)\s*<([^`>]+)>`__?", r"\1 (\2)"),
-    (r"``(.+?)``", r"\1"),
-    (r"::(?=\s|$)", ":"),
-)
 
 
 class SaveResolvedConfig(SaveConfigCallback):
@@ -185,8 +178,10 @@ def subclasses_listed_once() -> Iterator[None]:
 class CalibGuidanceCLI(LightningCLI):
     """LightningCLI with what sampling needs set: any module and data class, gradients inside predict."""
 
-    def __init__(self, *args: object, **kwargs: object):
-        self._asked = next(iter(kwargs["args"]), None)
+    def __init__(self, *args: object, own_process: bool = False, **kwargs: object):
+        self._asked, self._own_process = next(iter(kwargs["args"]), None), own_process
+        if own_process and self._asked == "predict":
+            torch.set_num_threads(1)  # until it is known how many processes sample: a fork ends what threads there are
         each = {name: {"exit_on_error": False} for name in self.subcommands()}
         # Errors as exceptions, not as pages of usage.
         super().__init__(*args, parser_kwargs={"exit_on_error": False, **each}, **kwargs)
@@ -195,6 +190,20 @@ class CalibGuidanceCLI(LightningCLI):
         """The subcommand of this call alone: a parser takes as long to make as Lightning to import."""
         known = LightningCLI.subcommands()
         return {self._asked: known[self._asked]} if self._asked in known else known
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        if self._asked == "predict":
+            help = (
+                "processes that sample on the CPU, which changes no sample: a number, or auto for one per physical core as far "
+                "as memory allows (1 if OMP_NUM_THREADS is set, under a launcher, and for main([...]) in Python)"
+            )
+            parser.add_argument("--workers", type=Literal["auto"] | PositiveInt, default="auto", help=help)
+
+    @property
+    def _num_processes(self) -> int | None:
+        """Processes that sample; None leaves the number to the run."""
+        asked = self.config[self.subcommand].get("workers", 1)
+        return asked if asked != "auto" else None if self._own_process else 1
 
     def parse_arguments(self, parser: LightningArgumentParser, args: object) -> None:
         try:
@@ -263,16 +272,22 @@ class CalibGuidanceCLI(LightningCLI):
         plugins = list(plugins) if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+        named = self._get(self.config_init, "trainer").callbacks or []
+        own_bar = any(isinstance(callback, ProgressBar) for callback in named)  # the trainer adds its own to the list
         trainer = super().instantiate_trainer(**kwargs)
         if trainer.fast_dev_run:  # writes nothing
             writing = (ModelCheckpoint, SampleWriter, RunReport)
             trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, writing)]
-        threads = set_threads(trainer.num_devices)
-        rank_zero.rank_zero_info(f"{threads.count} CPU threads for each process ({threads.reason})")
+        if self._num_processes == 1 or not any(isinstance(callback, SampleWriter) for callback in trainer.callbacks):
+            threads = set_threads(trainer.num_devices)
+            rank_zero.rank_zero_info(f"{threads.count} CPU threads for each process ({threads.reason})")
         for callback in trainer.checkpoint_callbacks:
             # Lightning's default is in the logger's folder, a new one for every run, where `--ckpt_path last` finds nothing.
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(Path(trainer.default_root_dir, "checkpoints"))
+        if self.subcommand == "predict" and trainer.progress_bar_callback and not own_bar:
+            others = [callback for callback in trainer.callbacks if not isinstance(callback, ProgressBar)]
+            trainer.callbacks = [*others, SamplingProgress()]
         if self.subcommand == "fit":
             trainer.callbacks.append(ExactResume())  # after ModelCheckpoint, which Lightning puts last
         return trainer
@@ -317,38 +332,18 @@ class CalibGuidanceCLI(LightningCLI):
         except (ValueError, RuntimeError, ImportError, OSError) as error:
             raise ConfigurationError(str(innermost(error))) from error
         configuration = self.config.get(str(self.subcommand), self.config).as_dict()
+        if isinstance(self.model, FaultTolerant):
+            self.model.context.num_processes = self._num_processes
         for part in (self.model, *self.trainer.callbacks):
             if hasattr(part, "configure_run"):
                 part.configure_run(configuration)
 
 
-def plain(text: str | None) -> str | None:
-    """A docstring's text as a terminal shows it."""
-    for pattern, replacement in _MARKS if text else ():
-        text = re.sub(pattern, replacement, text, flags=re.DOTALL)
-    return text
-
-
-@contextlib.contextmanager
-def plain_docstrings() -> Iterator[None]:
-    """Lets jsonargparse take plain texts from docstrings, for ``--help`` and for comments of ``--print_config``."""
-    original = jsonargparse._optionals.parse_docstring
-
-    def parse(*args: Any, **kwargs: Any) -> Any:
-        docstring = original(*args, **kwargs)
-        if docstring is not None:
-            docstring.short_description = plain(docstring.short_description)
-            for each in docstring.params:
-                each.description = plain(each.description)
-        return docstring
-
-    with unittest.mock.patch("jsonargparse._optionals.parse_docstring", parse):
-        yield
-
-
 @restored_signals()
-def run_lightning(argv: Sequence[str], cli: type[CalibGuidanceCLI] = CalibGuidanceCLI) -> CalibGuidanceCLI:
-    """Run one Lightning subcommand with its options."""
+def run_lightning(
+    argv: Sequence[str], cli: type[CalibGuidanceCLI] = CalibGuidanceCLI, own_process: bool = False
+) -> CalibGuidanceCLI:
+    """Run one Lightning subcommand with its options; in a process that does nothing else, ``predict`` may fork others."""
     if os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ:
         end_with_parent()  # started by the process of rank 0, which may be killed
     for message in (
@@ -385,6 +380,7 @@ def run_lightning(argv: Sequence[str], cli: type[CalibGuidanceCLI] = CalibGuidan
                 # Predict runs under inference mode unless told not to, and guidance takes gradients inside it.
                 trainer_defaults={"inference_mode": False},
                 args=args,
+                own_process=own_process,
             )
     except MisconfigurationException as error:
         raise ConfigurationError(

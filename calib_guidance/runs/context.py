@@ -1,10 +1,11 @@
 """Sampling context: one object that the task, the loader, the writer and the measurements of a sampling run share."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from calib_guidance.backend.workers import Workers
 from calib_guidance.runs.folder import RunFolder
 from calib_guidance.samplers.base import BufferedObserver, Observer
 
@@ -38,6 +39,9 @@ class SamplingContext:
         self.measurements: list[Any] = []  # of the run, in the order of their registration
         self.indices: list[int] = []  # of the samples that the current attempt makes, row by row
         self.report = ""  # what was printed of the complete run
+        self.workers = Workers()
+        self.num_processes: int | None = 1  # asked for; None leaves the choice to the writer
+        self._displays: list[Callable[[float, str], Any]] = []
 
     def observe(self, observer: Observer) -> None:
         """Register an observer of every step, once."""
@@ -49,13 +53,32 @@ class SamplingContext:
         if measurement not in self.measurements:
             self.measurements.append(measurement)
 
+    def display(self, show: Callable[[float, str], Any]) -> None:
+        """Register what shows progress: called with the number of samples that all processes have made, and a text; once."""
+        if show not in self._displays:
+            self._displays.append(show)
+
+    def progress(self, done: float, text: str = "") -> None:
+        """Tell how many samples this process has made; the first process shows the sum."""
+        total = self.workers.share(done)
+        for show in self._displays if self.workers.is_first else ():
+            show(total, text)
+
     def take(self) -> Iterator[range]:
         """Shards for this worker, claimed if there is a run folder."""
         yield from self.shards if self.store is None else self.store.take(self.shards)
 
     def reclaim(self) -> Iterator[range]:
         """Shards that dead workers left, claimed; for the time after :meth:`take`."""
-        yield from () if self.store is None else self.store.reclaim()
+        if self.store is None:
+            return
+        yield from self.store.reclaim()
+        while self.workers.wait(self._show):  # the shard of one that was killed
+            yield from self.store.reclaim()
+
+    def _show(self) -> None:
+        for show in self._displays:
+            show(self.workers.total(), "waiting for the other processes")
 
     def count(self, rows: slice | Tensor) -> None:
         """Tell observers that wait for it which rows of the current attempt are kept."""

@@ -65,6 +65,11 @@ class RunFolder(ShardStore):
         folder.fingerprint = run["fingerprint"]
         return folder
 
+    def rename_worker(self) -> None:
+        """Take a new name, in a process that was forked. Its claims are those that it makes from now on."""
+        self.worker = new_worker()
+        self.claims = Claims(self.claims.folder, self.worker, self.claims.lease)
+
     def extended(self) -> Self:
         """The folder with all samples that were ever requested of it."""
         return self.open(self.path, self.claims.lease)

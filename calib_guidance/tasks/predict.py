@@ -1,14 +1,12 @@
 """The modules that predict: guided sampling, and denoising of a data set to train classifiers on."""
 
 import contextlib
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from calib_guidance.backend.compilation import eager
 from calib_guidance.classifiers.base import Classifier
@@ -21,6 +19,7 @@ from calib_guidance.diffusion.schedules import named_betas
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.guidance import Guidance
 from calib_guidance.samplers.base import Sampler
+from calib_guidance.samplers.evaluate import Evaluate, plan_of
 from calib_guidance.scores.base import Score
 from calib_guidance.tasks.base import tell_smoothing
 from calib_guidance.tasks.retry import FaultTolerant, FirstNonFinite, Samples, in_float32
@@ -176,17 +175,19 @@ class GuidedSampling(FaultTolerant):
             return {"image": image}, watch.t
 
     def _show_progress(self, step: int, num_steps: int) -> None:
-        """Show step, images per second and time left in the progress bar, which itself counts batches."""
-        trainer = self._trainer  # None where a batch is tried outside of a loop
-        bar = trainer and getattr(trainer.progress_bar_callback, "predict_progress_bar", None)
-        if bar is None:
-            return
+        """A batch that is half done counts half."""
         done = self.num_done + len(self.context.indices) * step / num_steps
-        total = sum(map(len, self.context.shards)) or len(trainer.datamodule)
-        rate = done / max(time.monotonic() - self.started, 1e-9)  # of this device, which does a part of the shards
-        left = tqdm.format_interval(max(total / trainer.world_size - done, 0) / rate)
-        bar.set_postfix_str(f"step {step}/{num_steps}, {rate:.3g} images/s, {left} left", refresh=False)
-        bar.update(0)
+        self.context.progress(done, f"step {step}/{num_steps}")
+
+    def evaluate_once(self) -> None:
+        levels, device = self.sampler.evaluated(self.denoiser), self.device
+        noise = SampleStreams([0] * self.group_size, range(self.group_size), self.denoiser.image_shape, device)
+        y = torch.zeros(self.group_size, dtype=torch.long, device=device)
+        x = self.sampler.start(noise, levels)
+        (guided,) = np.nonzero(plan_of(self.guidance, levels).active)
+        level = int(guided[-1]) if len(guided) else len(levels.times) - 1
+        Evaluate(self.sampler, self.denoiser, self.guidance, y, x)(x, level)
+        self.denoiser.decode(x.float())
 
 
 class DenoiseImages(FaultTolerant):
@@ -224,6 +225,11 @@ class DenoiseImages(FaultTolerant):
 
     def networks(self) -> dict[str, nn.Module]:
         return {"denoiser": self.input_transform.denoiser}
+
+    def evaluate_once(self) -> None:
+        image = torch.zeros(1, *self.trainer.datamodule.image_shape, device=self.device)
+        zero = torch.zeros(1, dtype=torch.long, device=self.device)
+        self.input_transform({"index": zero, "source": zero, "label": zero, "seed": zero, "image": image}, 0)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Samples:
         if not len(batch["index"]):  # no image of it can be read

@@ -4,7 +4,6 @@ import contextlib
 import gc
 import logging
 import math
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -101,7 +100,7 @@ class FaultTolerant(L.LightningModule, ABC):
         self.context = SamplingContext()  # shared with the loader, the writer and the measurements
         self._fits: dict[bool, int] = {}  # samples at a time, by whether in float32; absent while any number does
         self._largest = 0  # batch so far
-        self.num_done, self.started = 0, 0.0  # samples of the batches before, since a time of time.monotonic
+        self.num_done = 0  # samples of the batches before
 
     def setup(self, stage: str) -> None:
         if stage == "predict":
@@ -124,6 +123,9 @@ class FaultTolerant(L.LightningModule, ABC):
             NaN where all were.
         """
 
+    def evaluate_once(self) -> None:
+        """Do once, for the fewest samples that can be made, what a batch repeats: the memory that this takes is measured."""
+
     def configure_run(self, configuration: Mapping[str, Any]) -> None:
         """Take the resolved configuration, from the command line."""
         self.context.configuration = configuration
@@ -138,10 +140,9 @@ class FaultTolerant(L.LightningModule, ABC):
         """Sample requests ``{index, label, seed}``; ``shard`` is the :class:`~calib_guidance.runs.context.ShardPart`."""
         requests = {name: column for name, column in batch.items() if name != "shard"}
         self._largest = max(self._largest, len(requests["index"]))
-        if not self.num_done:
-            self.started = time.monotonic()
         columns, nonfinite = self._in_parts(requests, float32=False)
         self.num_done += len(requests["index"])
+        self.context.progress(self.num_done)
         return self._retry(requests, columns, nonfinite) if nonfinite else Samples(columns, [])
 
     def _retry(

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 from calib_guidance.backend.atomic import check_writable
+from calib_guidance.backend.counters import free_memory
 from calib_guidance.backend.images import to_uint8
 from calib_guidance.callbacks import ExportClassifier, SampleQuality, SampleWriter
 from calib_guidance.cli.doctor.files import amount, duration, find_files
-from calib_guidance.cli.doctor.measure import PATIENCE, EnoughError, Meter, count_batch, extrapolate, free_memory
+from calib_guidance.cli.doctor.measure import PATIENCE, EnoughError, Meter, count_batch, extrapolate
 from calib_guidance.cli.lightning import innermost
 from calib_guidance.cli.parsed import NoDownloadError, Option, ParsedCLI, all_options, use_random_weights
 from calib_guidance.data.loading import take_reports

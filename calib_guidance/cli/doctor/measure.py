@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -21,14 +19,6 @@ from calib_guidance.tasks.retry import FaultTolerant
 
 PATIENCE = 20.0  # seconds that one step of each kind may take, and after which nothing is measured twice
 _LAPS = 3  # steps of a kind that are measured; the first is a warm-up
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that can be allocated on a device now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), math.inf)
 
 
 class EnoughError(Exception):
