@@ -13,7 +13,7 @@ from lightning.pytorch.accelerators import MPSAccelerator
 
 from calib_guidance.cli import configs, main
 from calib_guidance.cli.configs import configuration_names
-from calib_guidance.cli.lightning import plain
+from calib_guidance.cli.docstrings import plain
 from calib_guidance.cli.parsed import read_configuration
 from calib_guidance.data.base import SourceOptions
 from calib_guidance.data.source import source_kind
