@@ -92,7 +92,7 @@ def test_a_stop_and_an_error_are_told_once(tmp_path, worker, name, status, said)
         is_complete(tmp_path / "run")
         assert "was stopped (status 4); the others continue" in done.output
     elif name == "error":  # with the traceback of the process that it was raised in
-        assert done.output.count(said) == 1 + worker
+        assert done.output.count(f"KeyError: '{said}'") == 1 + worker
         assert done.output.count("in worker process") == worker
     else:
         assert done.output.count(said) == 1
