@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from calib_guidance.backend import tuning
@@ -106,6 +105,5 @@ def share_work(trainer: L.Trainer, module: FaultTolerant, context: SamplingConte
         return
     rank_zero_only.rank = context.workers.number
     trainer.loggers = []
-    for bar in (callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)):
-        bar.disable()
-    trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, ProgressBar)]
+    if trainer.progress_bar_callback:
+        trainer.progress_bar_callback.disable()
