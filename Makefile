@@ -24,6 +24,7 @@ demo: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 test: lint
@@ -65,8 +66,11 @@ sweep-ranking: $(INSTALLED)
 
 # The report of the demo and the pictures of the README and of docs/.
 plots: demo few-steps
-	cp outputs/digits/plots/*.png docs/images/
+	cp outputs/digits/plots/*.png outputs/digits/plots/*.gif docs/images/
 	$(BIN)/calib-guidance report outputs/digits
+	$(BIN)/calib-guidance predict --config digits --config run/guidance_grid --data.num_samples 20 \
+	  --trainer.default_root_dir outputs/guidance_grid
+	cp outputs/guidance_grid/plots/guidance_grid.png docs/images/
 	$(BIN)/python docs/first_picture.py
 	$(BIN)/python docs/gaussian_mixture.py
 	$(BIN)/python docs/guidance_rules.py

@@ -29,12 +29,14 @@ def load_pretrained(name: str, checkpoint: str | PathLike[str] | None = None, **
 
     ::
 
+        denoiser = calib_guidance.load_pretrained("digits", class_conditional=False)  # comes with the package
         denoiser = calib_guidance.load_pretrained("adm_imagenet128", dtype="float32")
         classifier = calib_guidance.load_pretrained("adm_classifier128")
 
     Args:
         name: of a model in ``checkpoints/README.md``: a denoiser (``adm_imagenet128``, ``edm_imagenet64``, ``dit_xl_2_256``), a
             classifier (``adm_classifier128``, ``resnet101_v2``, ``clip_vit_l_14_336``) or a decoder of latents (``taesd``).
+            ``digits`` and ``digits_classifier`` come with the package.
             Or EDM2 under its published guidance: ``edm2_img64_s_autoguided``, ``edm2_img512_{s,xxl}_{autoguided,guided}``; then
             ``checkpoint`` is the folder of both files.
         checkpoint: its file or folder, or ``hf://OWNER/REPO/PATH``; None takes the published file name in ``checkpoints/`` below

@@ -7,6 +7,7 @@ import os
 import select
 import shutil
 import subprocess
+import time
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _PATIENCE = 120  # seconds for an answer, on a machine that has other things to do
@@ -85,7 +86,7 @@ class Browser:
         return answer["result"]
 
     def open(self, path, width, height=900, dark=False):
-        """Load a file at a width of the window, and wait until all of it is there."""
+        """Load a file or an address at a width of the window, and wait until all of it is there."""
         self.messages.clear()
         self.requests.clear()
         self._events.clear()
@@ -93,9 +94,17 @@ class Browser:
         self.call("Emulation.setDeviceMetricsOverride", **metrics)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.call("Page.navigate", url=path.resolve().as_uri())
+        self.call("Page.navigate", url=path if isinstance(path, str) else path.resolve().as_uri())
         while not self._events:
             self._read()
+
+    def wait_for(self, expression):
+        """Wait until a JavaScript expression is true."""
+        end = time.monotonic() + _PATIENCE
+        while not self.evaluate(expression):
+            if time.monotonic() > end:
+                raise RuntimeError(f"after {_PATIENCE} seconds not true in the browser: {expression}")
+            time.sleep(0.1)
 
     def evaluate(self, expression):
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)

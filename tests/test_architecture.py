@@ -14,7 +14,7 @@ ROOT = Path(calib_guidance.__file__).parent
 # Lowest floor first. No two folders share a floor.
 FLOORS = """
     diffusion scores backend networks weights denoisers classifiers guidance samplers training metrics runs data plots
-    evaluation tasks callbacks report cli experiments
+    evaluation tasks callbacks report cli experiments app
 """.split()  # noqa: SIM905, one name after the other reads best
 AT_THE_ROOT = {"__init__", "__main__", "errors"}
 KNOW_LIGHTNING = {"tasks", "callbacks", "data", "cli", "experiments"}

@@ -2,6 +2,7 @@
 
 from calib_guidance.callbacks.exact_resume import ExactResume
 from calib_guidance.callbacks.exports import ExportClassifier, ExportWeights
+from calib_guidance.callbacks.guidance_grid import GuidanceGrid
 from calib_guidance.callbacks.measurement import Measurement, SampleQuality
 from calib_guidance.callbacks.post_hoc_ema import PostHocEMA
 from calib_guidance.callbacks.progress import SamplingProgress
@@ -20,6 +21,7 @@ __all__ = [
     "ExportClassifier",
     "ExportWeights",
     "GradientNorm",
+    "GuidanceGrid",
     "Measurement",
     "PostHocEMA",
     "RunReport",

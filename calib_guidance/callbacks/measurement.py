@@ -15,6 +15,7 @@ from calib_guidance.backend.images import Uint8Rule, to_uint8
 from calib_guidance.classifiers import Classifier
 from calib_guidance.data.base import ImageSource, Row
 from calib_guidance.data.image_sets import ImageSet
+from calib_guidance.data.imagenet import read_class_names
 from calib_guidance.evaluation import FeatureExtractor
 from calib_guidance.evaluation.metrics import select
 from calib_guidance.evaluation.quality import Quality, write_arrays
@@ -81,6 +82,25 @@ def decoded_shape(pl_module: L.LightningModule) -> tuple[int, ...]:
     """``(C, H, W)`` of the images of a run."""
     latent = torch.zeros(1, *pl_module.denoiser.image_shape, device=pl_module.device)
     return tuple(pl_module.denoiser.decode(latent).shape[1:])
+
+
+def find_class_names(requests: Any, pl_module: L.LightningModule) -> list[str] | None:
+    """Class names of the requests, else of the guiding classifier, or CLIP's prompts; else the numbers."""
+    if (count := getattr(requests, "num_classes", None)) is None:
+        return None
+    guidance = getattr(pl_module, "guidance", None)
+    parts = () if guidance is None else guidance.parts()
+    guiding = [part.classifier for part in parts if hasattr(part, "classifier")]
+    stated = [getattr(requests, "class_names", None), *(each.class_names for each in guiding)]
+    prompts = next((each.prompts for each in guiding if hasattr(each, "prompts")), [])
+    names = next(filter(None, stated), prompts if len(set(prompts)) == count else None)
+    return read_class_names(names, count) or [str(number) for number in range(count)]
+
+
+def title_of(label: int, names: Sequence[str] | None) -> str:
+    """A class in a plot: its name, in which matplotlib sees no formula, or ``class 3``."""
+    name = str(label) if names is None else names[label]
+    return f"class {name}" if name == str(label) else name.replace("$", r"\$")
 
 
 def kept_measurements(context: SamplingContext) -> dict[str, Measurement]:

@@ -27,18 +27,33 @@ _LISTED = 10  # samples in a message
 
 
 def _log_plots(trainer: L.Trainer, plots: Mapping[str, Path], step: int) -> None:
-    """Log PNG files by name: as images where the logger takes them (TensorBoard, W&B), else as files in its folder (CSV)."""
+    """Log PNG and GIF files by name: as images and videos where the logger takes them, else as files in its folder (CSV)."""
     for logger in trainer.loggers:
         for name, path in plots.items():
-            if isinstance(logger, TensorBoardLogger):
+            moves = path.suffix == ".gif"
+            if isinstance(logger, TensorBoardLogger) and moves:
+                _add_gif(logger, name, path, step)
+            elif hasattr(logger, "log_video") and moves:
+                logger.log_video(name, [str(path)], step, format=["gif"])
+            elif isinstance(logger, TensorBoardLogger):
                 pixels = np.asarray(Image.open(path).convert("RGB"))
                 logger.experiment.add_image(name, pixels, step, dataformats="HWC")
-            elif hasattr(logger, "log_image"):
+            elif hasattr(logger, "log_image") and not moves:
                 logger.log_image(name, [str(path)], step)
             elif logger.log_dir:
-                target = Path(logger.log_dir, f"{name.replace('/', '_')}-step{step:08d}.png")
+                target = Path(logger.log_dir, f"{name.replace('/', '_')}-step{step:08d}{path.suffix}")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 link_or_copy(path, target)
+
+
+def _add_gif(logger: TensorBoardLogger, name: str, path: Path, step: int) -> None:
+    """TensorBoard shows a GIF among its images, but its writer takes pixels alone."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    with Image.open(path) as image:
+        width, height = image.size
+    content = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=path.read_bytes())
+    logger.experiment.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=content)]), step)
 
 
 def log_configuration(trainer: L.Trainer, configuration: Mapping[str, Any]) -> None:
@@ -104,7 +119,7 @@ class RunReport(L.Callback):
         numbers = {key: float(value) for key, value in results.items() if isinstance(value, int | float)}
         for logger in trainer.loggers:
             logger.log_metrics(numbers, results["num_samples"])
-        pictures = {f"plots/{path.stem}": path for path in plots if path.suffix == ".png"}
+        pictures = {f"plots/{path.stem}": path for path in plots if path.suffix in (".png", ".gif")}
         _log_plots(trainer, pictures, results["num_samples"])
         names = ["predictions.npz"] if "classifier_accuracy" in results else []
         names = [

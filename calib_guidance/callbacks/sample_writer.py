@@ -26,9 +26,8 @@ from calib_guidance.backend.atomic import check_writable
 from calib_guidance.backend.distributed import available_cores, set_threads
 from calib_guidance.backend.images import UINT8_RULES, Uint8Rule, to_uint8
 from calib_guidance.callbacks.clean_stop import CleanStop
-from calib_guidance.callbacks.measurement import Measurement, kept_measurements
+from calib_guidance.callbacks.measurement import Measurement, find_class_names, kept_measurements
 from calib_guidance.callbacks.processes import share_work
-from calib_guidance.data.imagenet import read_class_names
 from calib_guidance.errors import ConfigurationError, RunError, check_choice
 from calib_guidance.plots import sample_grid
 from calib_guidance.runs import RunFolder, read_run
@@ -206,7 +205,7 @@ class SampleWriter(Measurement):
 
     def begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         path, requests, configuration = Path(trainer.default_root_dir), trainer.datamodule, self.context.configuration
-        self._class_names = self._find_class_names(requests, pl_module)
+        self._class_names = find_class_names(requests, pl_module)
         check_writable(path, "trainer.default_root_dir")
         if configuration is None or trainer.fast_dev_run:
             raise ConfigurationError(
@@ -234,19 +233,6 @@ class SampleWriter(Measurement):
         self.run.claims.renew()  # a batch may take longer than the lease
         self._workers.check()
         self.stop(record)
-
-    @staticmethod
-    def _find_class_names(requests: Any, pl_module: L.LightningModule) -> list[str] | None:
-        """Of the requests, else of the guiding classifier, or CLIP's prompts; else the numbers."""
-        if (count := getattr(requests, "num_classes", None)) is None:
-            return None
-        guidance = getattr(pl_module, "guidance", None)
-        parts = () if guidance is None else guidance.parts()
-        guiding = [part.classifier for part in parts if hasattr(part, "classifier")]
-        stated = [getattr(requests, "class_names", None), *(each.class_names for each in guiding)]
-        prompts = next((each.prompts for each in guiding if hasattr(each, "prompts")), [])
-        names = next(filter(None, stated), prompts if len(set(prompts)) == count else None)
-        return read_class_names(names, count) or [str(number) for number in range(count)]
 
     def _log_state(self, remaining: list[range]) -> None:
         """Log what is in the folder, if anything is."""

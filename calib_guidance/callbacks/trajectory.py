@@ -15,7 +15,7 @@ from torchmetrics import Metric
 
 from calib_guidance.backend.atomic import atomic_write
 from calib_guidance.backend.images import to_uint8
-from calib_guidance.callbacks.measurement import Measurement, decoded_shape
+from calib_guidance.callbacks.measurement import Measurement, decoded_shape, find_class_names, title_of
 from calib_guidance.classifiers.clip import CLIPClassifier
 from calib_guidance.diffusion.schedules import NoiseLevels
 from calib_guidance.errors import ConfigurationError
@@ -23,12 +23,22 @@ from calib_guidance.evaluation.metrics import METRICS
 from calib_guidance.guidance import Guidance, GuidanceSchedule
 from calib_guidance.metrics import CalibrationError, calibration_error_from_bins, jackknife_std
 from calib_guidance.metrics.moments import StepMoments
-from calib_guidance.plots import Series, curves, guidance_schedule, reliability, strength, strips
+from calib_guidance.plots import (
+    Series,
+    animation,
+    curves,
+    guidance_schedule,
+    real_of_classes,
+    reliability,
+    strength,
+    strips,
+)
+from calib_guidance.runs.store import REAL_IMAGES
 from calib_guidance.samplers import DDPM, BufferedObserver, Sampler, StepRecord
 
 _RANGES = 5  # of t, for reliability diagrams
 # Of each sample in TrajectoryStrips. Of no sample, a column of the type alone.
-_COLUMNS = {"index": torch.long, "label": torch.long, "x0": torch.uint8, "gradient": torch.float32}
+_COLUMNS = {"index": torch.long, "label": torch.long, "frames": torch.uint8, "gradient": torch.float32}
 
 
 class TrajectoryMeasurement(Measurement, BufferedObserver):
@@ -275,23 +285,36 @@ class TrajectoryStrips(Measurement, BufferedObserver):
     sampler is given it, NaN at steps where no classifier ran. Failed samples are not in it. It does not depend on batches,
     workers or restarts. Each sample takes 5 bytes for each number of each step.
 
+    It is drawn as ``plots/trajectory``, and as the animation ``plots/animation.gif``, whose x̂0 are ``frames`` at ``frames_t``
+    in the file. Where :class:`SampleQuality` has kept images of its reference, real ones of the same classes are beside them.
+
     Args:
         samples: indices of them; those beyond the samples of the run are not there.
         steps: how many steps are kept at most, evenly from the first to the last.
+        frames: how many steps are animated at most, with those of ``steps``; 0 animates none.
     """
 
-    def __init__(self, samples: Sequence[int] = (0, 1, 2, 3), steps: int = 8):
+    def __init__(self, samples: Sequence[int] = (0, 1, 2, 3), steps: int = 8, frames: int = 25):
         if not samples or min(samples) < 0 or len(set(samples)) < len(samples):
             raise ConfigurationError(f"samples must be different indices of at least 0, at least one, got {samples}")
         if steps < 1:
             raise ConfigurationError(f"steps must be at least 1, got {steps}")
-        self.samples, self.steps = frozenset(samples), steps
+        if frames < 0:
+            raise ConfigurationError(f"frames must be at least 0, got {frames}")
+        self.samples, self.steps, self.frames = frozenset(samples), steps, frames
         self.reset()
 
     def begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         times = pl_module.sampler.levels(pl_module.denoiser).times
-        kept = np.unique(np.linspace(len(times) - 1, 0, min(self.steps, len(times))).round().astype(int))[::-1]
-        self.t, self.places = times[kept], {int(i): place for place, i in enumerate(kept)}
+
+        def evenly(count: int) -> list[int]:
+            return np.linspace(len(times) - 1, 0, min(count, len(times))).round().astype(int).tolist()
+
+        in_strip = set(evenly(self.steps))
+        kept = sorted(in_strip | set(evenly(self.frames) if self.frames else ()), reverse=True)
+        self.t, self.places = times[kept], {i: place for place, i in enumerate(kept)}
+        self.in_strip = [place for place, i in enumerate(kept) if i in in_strip]
+        self.names = find_class_names(trainer.datamodule, pl_module)
         self.decode = pl_module.denoiser.decode
         self.noted: dict[int, tuple[list[int], Tensor, Tensor, Tensor]] = {}  # by place: rows, labels, x̂0, gradients
         self.context.observe(self)
@@ -308,10 +331,10 @@ class TrajectoryStrips(Measurement, BufferedObserver):
 
         with torch.no_grad():
             x0 = to_uint8(self.decode(chosen(record.guided.prediction.x0)))
-        gradient = record.guided.aux.gradient
+        gradient, place = record.guided.aux.gradient, self.places[record.i]
         gradient = torch.full_like(chosen(record.x_t), torch.nan) if gradient is None else chosen(gradient)
         # Of a step that is repeated, the last time.
-        self.noted[self.places[record.i]] = rows, chosen(record.y), x0, gradient.float()
+        self.noted[place] = rows, chosen(record.y), x0, gradient.float()
 
     def count(self, rows: slice | Tensor) -> None:
         if len(self.noted) == len(self.places):  # else memory ran out on the way
@@ -320,8 +343,9 @@ class TrajectoryStrips(Measurement, BufferedObserver):
             chosen, labels, _, _ = steps[0]
             for k, row in enumerate(chosen):
                 if row in kept:
-                    x0, gradient = (torch.stack([step[column][k] for step in steps]) for column in (2, 3))
-                    values = torch.tensor(self.context.indices[row]), labels[k], x0, gradient
+                    frames = torch.stack([x0[k] for _, _, x0, _ in steps])
+                    gradient = torch.stack([steps[place][3][k] for place in self.in_strip])
+                    values = torch.tensor(self.context.indices[row]), labels[k], frames, gradient
                     for column, value in zip(self.columns.values(), values, strict=True):
                         column.append(value.cpu())
         self.noted.clear()
@@ -342,13 +366,24 @@ class TrajectoryStrips(Measurement, BufferedObserver):
             path.unlink(missing_ok=True)  # an earlier report's
             if self.columns["index"]:
                 columns = {name: column.numpy() for name, column in self.rows().items()}
+                columns |= {"t": self.t[self.in_strip], "x0": columns["frames"][:, self.in_strip]}
+                if self.frames:
+                    columns["frames_t"] = self.t
+                else:
+                    del columns["frames"]
                 with atomic_write(path) as file:
-                    np.savez_compressed(file, t=self.t, **columns)
+                    np.savez_compressed(file, **columns)
         return {}
 
     def draw(self, results: Mapping[str, Any], folder: Path) -> list[Path]:
         if not self.columns["index"]:
             return []
-        columns = self.rows()
-        names = [f"class {label}" for label in columns["label"].tolist()]
-        return strips(columns["x0"], columns["gradient"], self.t, names, folder / "trajectory")
+        columns, path = self.rows(), self.context.store.path / REAL_IMAGES
+        labels, frames = columns["label"].tolist(), columns["frames"].numpy()
+        names = [title_of(label, self.names) for label in labels]
+        kept = np.load(path) if path.is_file() else None
+        real = real_of_classes(labels, frames.shape[2:], kept)
+        places = self.in_strip
+        drawn = strips(frames[:, places], columns["gradient"], self.t[places], names, folder / "trajectory", real)
+        plain = [name.replace(r"\$", "$") for name in names]
+        return drawn + (animation(frames, self.t, plain, folder / "animation", real) if self.frames else [])

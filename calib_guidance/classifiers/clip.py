@@ -25,7 +25,9 @@ def _import_open_clip() -> ModuleType:
     try:
         import open_clip
     except ImportError as error:
-        raise ImportError("CLIP comes from open_clip, which is not installed: pip install open_clip_torch") from error
+        raise ImportError(
+            "CLIP comes from open_clip, which is not installed: pip install 'calib-guidance[clip]'"
+        ) from error
     return open_clip
 
 

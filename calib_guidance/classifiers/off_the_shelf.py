@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from calib_guidance.backend.convolutions import pack_convolutions
 from calib_guidance.backend.precision import Dtype, dtype_of
 from calib_guidance.classifiers.base import Classifier, Standardize
-from calib_guidance.classifiers.smoothing import Unsmoothed, smooth_activations
+from calib_guidance.classifiers.smoothing import Resmoothed, smooth_activations
 from calib_guidance.errors import CheckpointError, check_choice
 from calib_guidance.weights import registry
 from calib_guidance.weights.io import Weights, WeightsFile, load_weights, read_weights, tensors_only
@@ -173,7 +173,7 @@ class OffTheShelfClassifier(Classifier):
         """
         with torch.no_grad():
             smoothed = self._logits(images, self.network).softmax(1)
-            with Unsmoothed(self.softplus_beta):
+            with Resmoothed(self.softplus_beta, None):
                 plain = self._logits(images, self.network).softmax(1)
         changed = smoothed.argmax(1) != plain.argmax(1)
         return float(changed.float().mean()), float((smoothed - plain).abs().sum(1).mean() / 2)

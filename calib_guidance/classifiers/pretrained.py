@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from calib_guidance.backend.shipped import find_file
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.classifiers.clip import CLIPClassifier
 from calib_guidance.classifiers.noise_aware import NoiseAwareClassifier
@@ -24,6 +25,7 @@ from calib_guidance.denoisers import (
     VAEDecoder,
 )
 from calib_guidance.errors import CheckpointError
+from calib_guidance.networks import SmallResNet, UNet
 from calib_guidance.weights import registry
 from calib_guidance.weights.hub import PREFIX
 
@@ -41,6 +43,32 @@ _GUIDED = {
 _BY_NAME |= {"adm_classifier": NoiseAwareClassifier}
 
 
+def _digits(**options: Any) -> ADMDenoiser:
+    network = UNet(
+        image_size=8,
+        in_channels=1,
+        model_channels=32,
+        out_channels=2,
+        num_res_blocks=1,
+        attention_resolutions=(2,),
+        channel_mult=(1, 2),
+        num_classes=10,
+        num_head_channels=32,
+        use_scale_shift_norm=True,
+        resblock_updown=True,
+    )
+    weights = find_file("checkpoints/digits/diffusion.safetensors")
+    return ADMDenoiser(network, str(weights), **{"noise_schedule": "cosine", "prediction": "v"} | options)
+
+
+def _digits_classifier(**options: Any) -> OffTheShelfClassifier:
+    weights = find_file("checkpoints/digits/classifier.safetensors")
+    return OffTheShelfClassifier(SmallResNet(), **{"num_classes": 10, "weights": str(weights)} | options)
+
+
+_SHIPPED = {"digits": _digits, "digits_classifier": _digits_classifier}  # with the package
+
+
 def _weights(card: registry.Card, checkpoint: str | Path | None) -> str:
     """The stated file; otherwise the one in ``checkpoints/``, or on the Hugging Face hub."""
     path = Path("checkpoints", card.file) if checkpoint is None else checkpoint
@@ -53,6 +81,9 @@ def _weights(card: registry.Card, checkpoint: str | Path | None) -> str:
 
 def load_pretrained(name: str, checkpoint: str | Path | None = None, **options: Any) -> nn.Module:
     """A published model with its weights, frozen: see :func:`calib_guidance.load_pretrained`."""
+    if name in _SHIPPED and checkpoint is None:
+        model = _SHIPPED[name](**options)
+        return model.freeze() if isinstance(model, Classifier) else model
     if name in _GUIDED:
         return _load_guided(name, checkpoint, **options)
     card = registry.entry(name)

@@ -84,16 +84,16 @@ class _SmoothFunctions(TorchFunctionMode):
         return self.smooth[func](x, self.beta, *options, **kwargs)
 
 
-class Unsmoothed(TorchFunctionMode):
-    """Inside it, a smoothed network computes what it did before: its Softplus(β) are ReLUs again."""
+class Resmoothed(TorchFunctionMode):
+    """Inside it, a network smoothed at one β computes as at another; None is what it did before: its Softplus(β) are ReLUs."""
 
-    def __init__(self, beta: float):
+    def __init__(self, beta: float, other: float | None):
         super().__init__()
-        self.beta = beta
+        self.beta, self.other = beta, other
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is F.softplus and self.beta in (*args[1:], *(kwargs or {}).values()):
-            return F.relu(args[0])
+            return F.relu(args[0]) if self.other is None else F.softplus(args[0], self.other)
         return func(*args, **(kwargs or {}))
 
 

@@ -37,6 +37,7 @@ _COMMANDS = {
     "validate": ("cli.lightning", "measure a classifier on held-out data"),
     "test": ("cli.lightning", "the same on test data"),
     "predict": ("cli.lightning", "make guided samples, or denoised images to train on"),
+    "app": ("app", "a page in the browser to try out guidance"),
     "configs": ("cli.configs", "list the named configurations"),
     "doctor": ("cli.doctor", "check files, shapes, memory and time of a run before it"),
     "ema": ("training.ema", "average a training's weights over a length chosen afterwards"),
@@ -48,7 +49,7 @@ _COMMANDS = {
     "status": ("runs.status", "what of a run is done, and how long the rest takes"),
 }
 _LIGHTNING = {"fit", "validate", "test", "predict"}
-_HEAVY = _LIGHTNING | {"doctor", "ema", "evaluate", "experiment", "reference"}
+_HEAVY = _LIGHTNING | {"app", "doctor", "ema", "evaluate", "experiment", "reference"}
 _LINES = "\n".join(f"  {name:10} {text}" for name, (_, text) in _COMMANDS.items())
 _END = "calib-guidance COMMAND --help lists the options of a command, calib-guidance --version the versions."
 _OVERVIEW = f"usage: calib-guidance COMMAND …\n\n{_LINES}\n\n{_END}"

@@ -21,9 +21,10 @@ from calib_guidance.weights.cards import no_such_file
 
 TRUSTED = ("calib_guidance", "torch", "lightning", "torchmetrics", "torchvision", "timm")
 _OPTIONS = ("--config", "-c")
+_INNER = re.compile(r"--(model|data)(\.\w+){2,}")
 _ROOT = "lightning_configs"
 # Folder of a command's configurations, where it is not the command's own name.
-_FOLDER = {"validate": "fit", "test": "fit", "experiment": "experiments", "doctor": "predict"}
+_FOLDER = {"validate": "fit", "test": "fit", "experiment": "experiments", "doctor": "predict", "app": "predict"}
 
 
 def configuration_names() -> list[str]:
@@ -107,6 +108,14 @@ def expand_bases(argv: Sequence[str]) -> list[str]:
     while rest:
         argument = rest.pop(0)
         option, equals, value = argument.partition("=")
+        if _INNER.fullmatch(option) and (value if equals else next(iter(rest), None)) == "null":
+            del rest[: not equals]
+            node: object = None
+            for part in reversed(option[2:].split(".")):
+                node = {part: node}
+            # As a configuration: of an option within two parts, jsonargparse takes null for a text.
+            expanded += ["--config", yaml.safe_dump(node)]
+            continue
         if option not in _OPTIONS or not (equals or rest):
             list(named_texts(value if equals else argument))  # files that are not valid YAML are named at once
             expanded.append(argument)

@@ -30,7 +30,7 @@ from jsonargparse import set_config_read_mode
 from jsonargparse.typing import PositiveInt, register_type
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.accelerators import MPSAccelerator
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -275,6 +275,9 @@ class CalibGuidanceCLI(LightningCLI):
         named = self._get(self.config_init, "trainer").callbacks or []
         own_bar = any(isinstance(callback, ProgressBar) for callback in named)  # the trainer adds its own to the list
         trainer = super().instantiate_trainer(**kwargs)
+        # Lightning takes rich's bar where rich is installed, by gradio for example; it has no room for images per second.
+        if not own_bar:
+            trainer.callbacks = [TQDMProgressBar() if type(c) is RichProgressBar else c for c in trainer.callbacks]
         if trainer.fast_dev_run:  # writes nothing
             writing = (ModelCheckpoint, SampleWriter, RunReport)
             trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, writing)]

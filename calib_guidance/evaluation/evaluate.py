@@ -17,7 +17,7 @@ from calib_guidance.data.imagenet import read_class_names, same_classes
 from calib_guidance.data.preprocess import MODES, RESIZES
 from calib_guidance.data.source import RunImages
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.evaluation.features import FORMS, features_from_name, read_classifier
+from calib_guidance.evaluation.features import FORMS, ClassifierFeatures, features_from_name, read_classifier
 from calib_guidance.evaluation.metrics import OPTIONS, select, unmet
 from calib_guidance.evaluation.quality import Quality, described_statistics, write_evaluation, write_summary
 from calib_guidance.evaluation.spec import NO_FEATURES, Measures, MetricSpec
@@ -237,11 +237,11 @@ def _check_classes(
 def _metrics(
     asked: str | None, measures: Measures, reference: ReferenceStatistics, sets: Sequence[ImageSet]
 ) -> tuple[MetricSpec, ...]:
-    """The metrics that are asked for, or all whose needs are met: but for ADM's conventions, and the Inception score of an
-    evaluation classifier's classes, like no published one.
+    """The metrics that are asked for, or all whose needs are met: but for ADM's conventions, and the Inception score of the
+    classes of ClassifierFeatures, like no published one.
     """
     if asked is None:
-        own_classes = measures.eval_classifier is None and measures.classifier is not None
+        own_classes = isinstance(measures.extractor, ClassifierFeatures)
         names = [name for name in OPTIONS if not name.endswith("_adm") and not (name == "is" and own_classes)]
         missing = measures.missing(reference).keys()
         specs = tuple(spec for spec in select(names, measures.extractor) if missing.isdisjoint(spec.needs))

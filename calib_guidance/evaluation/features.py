@@ -104,7 +104,7 @@ class InceptionFeatures(FeatureExtractor):
             import torch_fidelity
             from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
         except ImportError as error:
-            message = "InceptionFeatures needs torch-fidelity: pip install 'calib_guidance[inception]'"
+            message = "InceptionFeatures needs torch-fidelity: pip install 'calib-guidance[eval]'"
             raise ImportError(message) from error
         self.weights, self.library = weights, f"torch-fidelity {torch_fidelity.__version__}"
         self.resize = {"size": 299, "how": "bilinear, not antialiased, as TensorFlow 1", "library": self.library}

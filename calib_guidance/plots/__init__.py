@@ -4,9 +4,10 @@ Every plot takes a ``path``, see :func:`save`, and returns the files that it wro
 """
 
 from calib_guidance.plots.ablation import ablation, precision_recall
+from calib_guidance.plots.animation import animation
 from calib_guidance.plots.curves import Series, curves, guidance_schedule, strength
 from calib_guidance.plots.direction_field import Contours, direction_field
-from calib_guidance.plots.grids import sample_grid, side_by_side, strips
+from calib_guidance.plots.grids import guidance_grid, real_of_classes, sample_grid, side_by_side, strips
 from calib_guidance.plots.reliability import reliability
 from calib_guidance.plots.style import COLORS, COLUMN, paper, save
 
@@ -16,11 +17,14 @@ __all__ = [
     "Contours",
     "Series",
     "ablation",
+    "animation",
     "curves",
     "direction_field",
+    "guidance_grid",
     "guidance_schedule",
     "paper",
     "precision_recall",
+    "real_of_classes",
     "reliability",
     "sample_grid",
     "save",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _GAP = 0.06  # between images, of their size
+_APART = 0.3  # between the strip and the real image beside it, of an image
 _LETTER = 0.062  # inch, of the names of rows
 
 
@@ -44,11 +45,15 @@ def _centers(count: int) -> np.ndarray:
 
 
 def _named_rows(
-    rows: Sequence[tuple[str, Sequence[np.ndarray]]], path: PathLike, top: Sequence[str] = (), **labels: str
+    rows: Sequence[tuple[str, Sequence[np.ndarray]]],
+    path: PathLike,
+    top: Sequence[str] = (),
+    turn: bool = True,
+    **labels: str,
 ) -> list[Path]:
     """Images ``(C, H, W)`` of one size, in rows that begin on the left, with the names of rows and, at the top, of columns."""
     names = [textwrap.fill(name, 14, max_lines=2, placeholder=" …") for name, _ in rows]
-    columns, turned = max(len(images) for _, images in rows), max(map(len, top), default=0) > 2
+    columns, turned = max(len(images) for _, images in rows), turn and max(map(len, top), default=0) > 2
     longest = max(len(line) for name in names for line in name.splitlines())
     _, h, w = rows[0][1][0].shape
     above = 0.08 if not top else 0.36 + turned * _LETTER * max(map(len, top))
@@ -106,8 +111,47 @@ def side_by_side(runs: Mapping[str, Sequence[np.ndarray]], classes: Sequence[str
     return _named_rows([*runs.items()], path, top, xlabel="class, the same noise in a column")
 
 
+def real_of_classes(
+    labels: Sequence[int], shape: Sequence[int], real: Mapping[str, np.ndarray] | None
+) -> list[np.ndarray | None]:
+    """A real image for each label, of ``label`` ``(N,)`` and ``image`` ``(N, C, H, W)``, each once; None where there is none."""
+    found: list[np.ndarray | None] = []
+    of_class = {} if real is None else {label: iter(real["image"][real["label"] == label]) for label in set(labels)}
+    for label in labels:
+        image = next(of_class.get(label, iter(())), None)
+        found.append(image if image is not None and image.shape[1:] == tuple(shape)[1:] else None)
+    return found
+
+
 @paper
-def strips(x0: Sequence, gradient: Sequence, t: Sequence[float], names: Sequence[str], path: PathLike) -> list[Path]:
+def guidance_grid(
+    images: Sequence, scores: Sequence[str], scales: Sequence[float], path: PathLike, title: str = ""
+) -> list[Path]:
+    """What each score makes of one noise at each scale: a row for each score, a column for each scale.
+
+    Args:
+        images: uint8 ``(scores, scales, C, H, W)``.
+        scores: names of the rows.
+        scales: s of the columns.
+        title: said below the scale, such as the class.
+    """
+    images = np.asarray(images)
+    if images.shape[:2] != (len(scores), len(scales)) or 0 in images.shape[:2]:
+        raise ConfigurationError(f"a grid of scores and scales needs an image for each, got {images.shape[:2]}")
+    label = "scale $s$" + (f"  ({title})" if title else "")
+    rows = list(zip(scores, images, strict=True))
+    return _named_rows(rows, path, [f"{scale:g}" for scale in scales], xlabel=label, turn=False)
+
+
+@paper
+def strips(
+    x0: Sequence,
+    gradient: Sequence,
+    t: Sequence[float],
+    names: Sequence[str],
+    path: PathLike,
+    real: Sequence[np.ndarray | None] = (),
+) -> list[Path]:
     """Two rows for each sample: x̂0 and, below it, the gradient that it is given, mean over channels, red up and blue down.
 
     One scale for all steps of a sample, written on the right, so that a gradient that fades can be seen to; pixels are shown as
@@ -119,6 +163,7 @@ def strips(x0: Sequence, gradient: Sequence, t: Sequence[float], names: Sequence
             rows are not drawn.
         t: ``(steps,)`` of the full process.
         names: ``(samples,)``, e.g. of the classes.
+        real: for each sample a real image of its class, uint8 ``(C, H, W)``, to show beside it, or None.
     """
     x0, means = np.asarray(x0), np.asarray(gradient, np.float64).mean(axis=2)
     if 0 in x0.shape[:2]:
@@ -128,7 +173,8 @@ def strips(x0: Sequence, gradient: Sequence, t: Sequence[float], names: Sequence
     samples, steps, _, h, w = x0.shape
     guided = bool(np.isfinite(means).any())
     block = 1 + guided + 0.15  # rows of a sample, with the room below them
-    cell = (COLUMN - 0.62 - (0.36 if guided else 0.04)) / steps
+    beside = any(image is not None for image in real)
+    cell = (COLUMN - 0.62 - (0.36 if guided and not beside else 0.04)) / (steps + beside * (1 + _APART))
     figure, axis = panel(cell * h / w * samples * block + 0.36)
     ticks = {}
     for k, (images, maps, name) in enumerate(zip(x0, means, names, strict=True)):
@@ -136,6 +182,8 @@ def strips(x0: Sequence, gradient: Sequence, t: Sequence[float], names: Sequence
         ticks[top + (1 - _GAP) / 2] = f"{name}\n" + r"$\hat{x}_0$"
         for j, image in enumerate(images):
             _sample(axis, image, j, top)
+        if beside and real[k] is not None:
+            _sample(axis, real[k], steps + _APART, top)
         if not guided:
             continue
         ticks[top + 1 + (1 - _GAP) / 2] = r"$\nabla S$"
@@ -147,8 +195,11 @@ def strips(x0: Sequence, gradient: Sequence, t: Sequence[float], names: Sequence
         if there.any():
             text = f"±{bound:.2g}" if 0.01 <= bound < 100 else f"±{bound:.0e}".replace("e-0", "e−").replace("e+0", "e")
             axis.text(steps, top + 1.47, text, fontsize=6, ha="left", va="center")
-    _finish(axis, steps, samples * block - 0.15, h / w)
+    _finish(axis, steps + beside * (1 + _APART), samples * block - 0.15, h / w)
     axis.set_yticks([*ticks], [*ticks.values()])
-    axis.set_xticks(_centers(steps), [f"{value:.0f}" for value in t])
+    places, labels = [*_centers(steps)], [f"{value:.0f}" for value in t]
+    if beside:
+        places, labels = [*places, places[-1] + 1 + _APART], [*labels, "real"]
+    axis.set_xticks(places, labels)
     axis.set_xlabel("diffusion step $t$  (noise → image)")
     return save(figure, path)

@@ -36,7 +36,10 @@ def reliability(bins: Sequence, titles: Sequence[str], path: PathLike) -> list[P
     columns = min(_COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     side = (COLUMN - 0.45) / _COLUMNS
-    figure = blank(0.4 + (0.5 + 1.3 * side) * rows, COLUMN if columns == _COLUMNS else 0.5 + 1.3 * columns)
+    is_room = len(panels) % columns > 0  # for the legend, in the last cell
+    figure = blank(
+        0.4 * (not is_room) + (0.5 + 1.3 * side) * rows, COLUMN if columns == _COLUMNS else 0.5 + 1.3 * columns
+    )
     grid = figure.add_gridspec(2 * rows, columns, height_ratios=(3, 1) * rows)
     figure.get_layout_engine().set(h_pad=0.01, hspace=0.02, w_pad=0.02, wspace=0.02)
     edges = np.linspace(0, 1, bins.shape[1] + 1)
@@ -75,5 +78,10 @@ def reliability(bins: Sequence, titles: Sequence[str], path: PathLike) -> list[P
     if any(((sums[:, 0] > 0) & (sums[:, 0] < _FEW)).any() for _, sums in panels):
         entries.append(Patch(label=f"below {_FEW} samples", **_NEARLY_EMPTY))
     short = {"handlelength": 1.4, "columnspacing": 1, "handletextpad": 0.5}
-    figure.legend(handles=entries, loc="outside upper center", ncols=3 if columns > 1 else 1, **short)
+    if is_room:
+        cell = figure.add_subplot(grid[2 * rows - 2 :, columns - 1])
+        cell.set_axis_off()
+        cell.legend(handles=entries, loc="center", **short)
+    else:
+        figure.legend(handles=entries, loc="outside upper center", ncols=3 if columns > 1 else 1, **short)
     return save(figure, path)

@@ -69,6 +69,8 @@ def render(runs: Sequence[Run], folder: Path) -> str:
             *pictures.over_steps(runs, folder),
             *_of_each(runs, "The reliability diagrams", pictures.reliability_by_level, folder),
             *_of_each(runs, "The strips over the trajectory", pictures.trajectory_strips, folder),
+            *_of_each(runs, "The animation", pictures.animated, folder),
+            *_of_each(runs, "The grid of scores and scales", pictures.guidance_grid, folder),
         ],
         verdicts=_of_each(runs, "What the evaluation classifier says", pictures.classified_samples),
         provenance=tables.provenance(runs),

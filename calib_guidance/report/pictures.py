@@ -24,7 +24,7 @@ _MOST_DIFFERENT = 8
 
 
 class Picture(NamedTuple):
-    """A PNG as ``data:`` address, its size in pixels, what it shows, and what is said below it."""
+    """A PNG or GIF as ``data:`` address, its size in pixels, what it shows, and what is said below it."""
 
     uri: str
     width: int
@@ -33,10 +33,10 @@ class Picture(NamedTuple):
     caption: str = ""
 
 
-def _picture(png: bytes, alt: str, caption: str = "") -> Picture:
-    with Image.open(io.BytesIO(png)) as image:
+def _picture(content: bytes, alt: str, caption: str = "", kind: str = "png") -> Picture:
+    with Image.open(io.BytesIO(content)) as image:
         width, height = image.size
-    return Picture(f"data:image/png;base64,{base64.b64encode(png).decode()}", width, height, alt, caption)
+    return Picture(f"data:image/{kind};base64,{base64.b64encode(content).decode()}", width, height, alt, caption)
 
 
 def sample(image: np.ndarray, alt: str) -> Picture:
@@ -52,8 +52,8 @@ def _drawn(
     folder: Path, name: str, alt: str, caption: str, draw: Callable[..., list[Path]], *data: Any, **options: Any
 ) -> Picture:
     """What one of the functions of calib_guidance.plots draws."""
-    png, _ = draw(*data, path=folder / re.sub(r"[^\w.-]+", "_", name), **options)
-    return _picture(png.read_bytes(), alt, caption)
+    drawn = draw(*data, path=folder / re.sub(r"[^\w.-]+", "_", name), **options)[0]
+    return _picture(drawn.read_bytes(), alt, caption, drawn.suffix[1:])
 
 
 def _plain(name: str) -> str:
@@ -146,7 +146,40 @@ def trajectory_strips(run: Run, folder: Path) -> Picture | None:
     caption = f"{run.name}: what the denoiser predicts, and below it the gradient that guides it, red up and blue down."
     alt = f"{caption} Samples {', '.join(map(str, kept['index'].tolist()))} at {len(kept['t'])} steps."
     data = kept["x0"], kept["gradient"], kept["t"], classes
-    return _drawn(folder, f"trajectory_{run.name}", alt, caption, plots.strips, *data)
+    beside = plots.real_of_classes(kept["label"].tolist(), kept["x0"].shape[2:], run.real)
+    if any(image is not None for image in beside):
+        caption = f"{caption.removesuffix('.')}; on the right a real image of the class."
+    return _drawn(folder, f"trajectory_{run.name}", alt, caption, plots.strips, *data, real=beside)
+
+
+def animated(run: Run, folder: Path) -> Picture | None:
+    """x̂0 of a few samples as a moving picture, where its frames were kept."""
+    path = run.path / "trajectory.npz"
+    if not path.is_file():
+        return None
+    try:
+        kept = read_arrays(path, ("label", "frames", "frames_t"))
+    except ValueError:  # without frames; what is damaged is said of the strips
+        return None
+    names = [run.class_name(label) for label in kept["label"].tolist()]
+    beside = plots.real_of_classes(kept["label"].tolist(), kept["frames"].shape[2:], run.real)
+    caption = f"{run.name}: what the denoiser predicts, from noise to image."
+    alt = f"{caption} An animation of {len(kept['frames_t'])} steps, of the classes {', '.join(names)}."
+    data = kept["frames"], kept["frames_t"], names
+    return _drawn(folder, f"animation_{run.name}", alt, caption, plots.animation, *data, real=beside)
+
+
+def guidance_grid(run: Run, folder: Path) -> Picture | None:
+    """One noise under several scores and scales, where it was sampled."""
+    path = run.path / "guidance_grid.npz"
+    if not path.is_file():
+        return None
+    kept = read_arrays(path, ("score", "scale", "image", "index", "label"))
+    name, scores = run.class_name(int(kept["label"])), [str(score) for score in kept["score"]]
+    caption = f"{run.name}: sample {int(kept['index'])}, of class {name}, under each score (rows) and scale (columns)."
+    alt = f"{caption} Scores {', '.join(scores)}; scales {', '.join(f'{scale:g}' for scale in kept['scale'])}."
+    data = kept["image"], list(map(_plain, scores)), kept["scale"].tolist()
+    return _drawn(folder, f"guidance_grid_{run.name}", alt, caption, plots.guidance_grid, *data)
 
 
 def _by_class(requests: dict[int, tuple[int, int]]) -> dict[int, list[int]]:

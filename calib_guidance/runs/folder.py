@@ -26,9 +26,19 @@ from calib_guidance.runs.integrity import canonical_json, checked_json, sha256
 from calib_guidance.runs.store import REAL_IMAGES, CorruptedShardError, ShardStore
 
 # What a run writes beside its shards, by folder; evaluation/ is that of `evaluate`.
-_PLOTS = ("samples", "trajectory", "ece_t", "reliability", "gradient_norm", "guidance_schedule", "clip_score")
-_REPORT = ("metrics.json", "predictions.npz", "trajectory.npz", REAL_IMAGES)
+_PLOTS = (
+    "samples",
+    "trajectory",
+    "ece_t",
+    "reliability",
+    "gradient_norm",
+    "guidance_schedule",
+    "guidance_grid",
+    "clip_score",
+)
+_REPORT = ("metrics.json", "predictions.npz", "trajectory.npz", "guidance_grid.npz", REAL_IMAGES)
 _REPORT += tuple(f"plots/{stem}{ending}" for stem in _PLOTS for ending in (".png", ".pdf"))
+_REPORT += ("plots/animation.gif",)
 _NAME = re.compile(r"(\d{8,})((?:\.\w+)?)")
 _BESIDE = (
     *_REPORT,

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 WIDTH, LINE, PAD = 430, 17, 9
 # Top floor first.
 GROUPS = {
-    "commands": ("experiments", "cli", "report"),
+    "commands": ("app", "experiments", "cli", "report"),
     "Lightning": ("callbacks", "tasks"),
     "measurement, data, files": ("evaluation", "plots", "data", "runs"),
     "metrics and losses": ("metrics", "training"),

@@ -39,6 +39,11 @@ class Images(Logger):
         assert all(Path(image).read_bytes().startswith(b"\x89PNG") for image in images)
         self._write("image", key, step)
 
+    def log_video(self, key, videos, step=None, format=None):
+        assert format == ["gif"]
+        assert all(Path(video).read_bytes().startswith(b"GIF") for video in videos)
+        self._write("video", key, step)
+
 
 def loggers(folder):
     names = ("lightning.pytorch.loggers.CSVLogger", "lightning.pytorch.loggers.TensorBoardLogger", f"{__name__}.Images")
@@ -58,6 +63,7 @@ class Logged:
         assert yaml.safe_load((events / "hparams.yaml").read_text()) == self.hparams
         lines = [json.loads(line) for line in (folder / "Images/log.jsonl").read_text().splitlines()]
         self.images = {tuple(rest) for kind, *rest in lines if kind == "image"}
+        self.videos = [rest for kind, *rest in lines if kind == "video"]
         self.metrics = {key: value for kind, *rest in lines if kind == "metrics" for key, value in rest[0].items()}
         assert next(rest[0] for kind, *rest in lines if kind == "hyper-parameters") == self.hparams
 
@@ -80,6 +86,7 @@ def test_predict(in_root, tmp_path):
         [
             "predict",
             "--config=lightning_configs/predict/digits.yaml",
+            "--config=run/guidance_grid",
             "--model.init_args.sampler.init_args.steps=3",
             "--data.init_args.num_samples=20",
             "--data.init_args.batch_size=10",
@@ -97,10 +104,14 @@ def test_predict(in_root, tmp_path):
         assert float(row[name]) == pytest.approx(expected[name])
         assert found.metrics[name] == pytest.approx(expected[name])
         assert found.board.Scalars(name)[0].value == pytest.approx(expected[name], rel=1e-6)
-    drawn = {"samples", "reliability", "ece_t", "gradient_norm"}
+    drawn = {"samples", "reliability", "ece_t", "gradient_norm", "trajectory", "guidance_grid"}
     assert {f"plots/{name}" for name in drawn} <= {name for name, _ in found.images}
     assert {f"plots/{name}" for name in drawn} <= set(found.board.Tags()["images"])
     assert {f"plots_{name}-step00000020.png" for name in drawn} <= found.files
+    assert found.videos == [["plots/animation", 20]]
+    assert "plots_animation-step00000020.gif" in found.files
+    (moving,) = found.board.Images("plots/animation")
+    assert moving.encoded_image_string == (folder / "plots/animation.gif").read_bytes()
 
 
 @pytest.mark.parametrize("resumed", [8, 12])

@@ -86,7 +86,10 @@ def test_file_holds_what_the_sampler_showed(sound):
     assert found["label"].tolist() == [2, 7, 1]
     assert found["t"].tolist() == [999, 666, 0]  # of 0, 333, 666, 999
     assert (found["x0"].dtype, found["gradient"].dtype) == (np.uint8, np.float32)
+    assert found["frames_t"].tolist() == [999, 666, 333, 0]
     for row, index in enumerate(found["index"]):
+        for place, level in enumerate((3, 2, 1, 0)):
+            np.testing.assert_array_equal(found["frames"][row, place], seen[index][level][0])
         for place, level in enumerate((3, 2, 0)):
             x0, gradient = seen[index][level]
             np.testing.assert_array_equal(found["x0"][row, place], x0)
@@ -139,7 +142,12 @@ def test_without_guidance_there_is_no_gradient(tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"samples": []}, "at least one"), ({"samples": [1, 1]}, "different"), ({"steps": 0}, "steps")],
+    [
+        ({"samples": []}, "at least one"),
+        ({"samples": [1, 1]}, "different"),
+        ({"steps": 0}, "steps"),
+        ({"frames": -1}, "frames"),
+    ],
 )
 def test_bad_settings(settings, words):
     with pytest.raises(ConfigurationError, match=words):

@@ -246,5 +246,5 @@ class TestRefused:
 
     def test_without_open_clip(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "open_clip", None)
-        with pytest.raises(ImportError, match="pip install open_clip_torch"):
+        with pytest.raises(ImportError, match=r"calib-guidance\[clip\]"):
             CLIPClassifier(PROMPTS, ARCHITECTURE)

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgba
+from PIL import Image
 
 from calib_guidance.diffusion.schedules import NoiseSchedule, named_betas
 from calib_guidance.errors import ConfigurationError
@@ -15,10 +16,13 @@ from calib_guidance.plots import (
     Contours,
     Series,
     ablation,
+    animation,
     curves,
     direction_field,
+    guidance_grid,
     guidance_schedule,
     precision_recall,
+    real_of_classes,
     reliability,
     sample_grid,
     side_by_side,
@@ -114,7 +118,11 @@ def test_reliability_bars_are_accuracy_and_gap(drawn, tmp_path):
     assert [bar.get_height() for bar in second.containers[0]] == [0.75, 0.5]
     assert first_share.get_xlabel() == "confidence"
     assert (first.get_ylabel(), first_share.get_ylabel()) == ("accuracy", "fraction")
-    drawn(reliability, np.tile(bins[2], (5, 1, 1)), [f"t = {k}" for k in range(5)], tmp_path / "five")
+    figure = drawn(reliability, np.tile(bins[2], (5, 1, 1)), [f"t = {k}" for k in range(5)], tmp_path / "five")
+    *panels, sixth = figure.axes
+    assert len(panels) == 10
+    assert not figure.legends
+    assert len(sixth.get_legend().get_texts()) == 3  # in the cell that has no panel
     with pytest.raises(ConfigurationError, match="seen no samples"):
         reliability(bins[1:2], ["empty"], tmp_path / "none")
 
@@ -182,6 +190,73 @@ def test_strips_show_one_scale_for_each_sample(drawn, tmp_path):
     assert len(figure.axes[0].get_images()) == 6
     with pytest.raises(ConfigurationError, match="no trajectory"):
         strips(x0[:0], gradient[:0], [999, 500, 0], [], tmp_path / "none")
+
+
+def real_images():
+    """Two of class 3 and one of class 5, of one gray level each."""
+    image = np.stack([np.full((3, 4, 4), level, np.uint8) for level in (30, 31, 50)])
+    return {"label": np.array([3, 3, 5]), "image": image}
+
+
+def test_a_real_image_for_each_sample_while_there_are_some():
+    found = real_of_classes([5, 3, 3, 3, 7], (3, 4, 4), real_images())
+    assert [None if image is None else int(image.flat[0]) for image in found] == [50, 30, 31, None, None]
+    assert real_of_classes([3], (3, 8, 8), real_images()) == [None]  # of another size
+    assert real_of_classes([3], (3, 4, 4), None) == [None]
+
+
+def test_strips_have_real_images_beside_them(drawn, tmp_path):
+    x0 = np.zeros((2, 3, 3, 4, 4), np.uint8)
+    gradient, t, names = np.ones((2, 3, 3, 4, 4)), [999, 500, 0], ["red fox", "class 7"]
+    real = real_of_classes([3, 7], (3, 4, 4), real_images())
+    (axis,) = drawn(strips, x0, gradient, t, names, tmp_path / "s", real=real).axes
+    pictures = [im for im in axis.get_images() if im.get_array().ndim == 3]
+    assert [int(im.get_array().max()) for im in pictures] == [0, 0, 0, 30, 0, 0, 0]  # of class 7 there is none
+    assert pictures[3].get_extent()[0] > pictures[2].get_extent()[1]
+    assert pictures[3].get_extent()[2:] == pictures[2].get_extent()[2:]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["999", "500", "0", "real"]
+
+
+def test_grid_of_scores_and_scales(drawn, tmp_path):
+    levels = np.arange(6, dtype=np.uint8).reshape(2, 3, 1, 1, 1)
+    cells = np.broadcast_to(levels, (2, 3, 1, 4, 4))
+    (axis,) = drawn(guidance_grid, cells, ["plain", "forward KL"], [0, 0.5, 12.5], tmp_path / "g", title="red fox").axes
+    assert shown(axis) == {(c, float(r)): 3 * r + c for r in range(2) for c in range(3)}
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["0", "0.5", "12.5"]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["plain", "forward KL"]
+    assert axis.get_xlabel() == "scale $s$  (red fox)"
+    with pytest.raises(ConfigurationError, match="an image for each"):
+        guidance_grid(cells, ["plain"], [0, 0.5, 12.5], tmp_path / "none")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_animation_has_a_frame_for_each_step(tmp_path, channels):
+    levels = np.array([[0, 100, 200], [250, 150, 50]], np.uint8)
+    x0 = np.broadcast_to(levels[:, :, None, None, None], (2, 3, channels, 8, 8))
+    real = [np.full((channels, 8, 8), 77, np.uint8), None]
+    names = ["red fox", "a class of very many words"]
+    (path,) = animation(x0, [999.0, 500.0, 0.0], names, tmp_path / "moving", real)
+    assert path == tmp_path / "moving.gif"
+    with Image.open(path) as image:
+        assert (image.n_frames, image.info["loop"]) == (3, 0)
+        shown = []
+        for frame in range(3):
+            image.seek(frame)
+            pixels = np.asarray(image.convert("RGB")).astype(int)
+            shown.append([pixels[68, 56].mean(), pixels[68, 160].mean()])
+            assert abs(pixels[68 + 96 + 28, 56].mean() - 77) < 4  # the real image, below
+            assert pixels[68 + 96 + 28, 160].min() > 250  # there is none
+        durations = [image.seek(frame) or image.info["duration"] for frame in range(3)]
+    assert np.abs(np.array(shown).T - levels).max() < 4  # a palette of 256 colors
+    assert durations[0] == durations[1] < durations[2]
+    (path,) = animation(x0, [999.0, 500.0, 0.0], names, tmp_path / "alone.gif")
+    with Image.open(path) as image:
+        assert image.height < 200
+    large = np.zeros((1, 2, channels, 400, 200), np.uint8)
+    with Image.open(animation(large, [1, 0], ["a"], tmp_path / "large")[0]) as image:
+        assert image.width < 110  # reduced
+    with pytest.raises(ConfigurationError, match="no trajectory"):
+        animation(x0[:0], [], [], tmp_path / "none")
 
 
 # Ablations
