@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-PACKAGES = ("scores", "diffusion", "samplers", "guidance", "training", "metrics")
+PACKAGES = ("scores", "diffusion", "denoisers", "classifiers", "samplers", "guidance", "training", "metrics")
 
 
 def modules():

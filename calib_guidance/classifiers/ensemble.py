@@ -17,6 +17,13 @@ class Ensemble(Classifier):
 
     Args:
         classifiers: two or more, of the same classes; frozen with the ensemble.
+
+    Examples:
+        >>> from calib_guidance.classifiers import OffTheShelfClassifier
+        >>> one = OffTheShelfClassifier(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2)))
+        >>> images = torch.ones(1, 1, 2, 2)
+        >>> torch.allclose(Ensemble([one, one])(images).softmax(1), one(images).softmax(1))
+        True
     """
 
     def __init__(self, classifiers: Sequence[Classifier]):

@@ -117,6 +117,12 @@ class OffTheShelfClassifier(Classifier):
         softplus_beta: β of the Softplus that replaces every ReLU (3 for DDPM, 5 for EDM in the paper); None keeps ReLU.
         activations: what is smoothed, see :func:`~calib_guidance.classifiers.smoothing.smooth_activations`.
         dtype: of the network once it is frozen to guide. Images, logits and gradients are float32 whatever it is.
+
+    Examples:
+        >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+        >>> classifier = OffTheShelfClassifier(network, softplus_beta=3.0)
+        >>> classifier.num_classes, classifier(torch.zeros(2, 3, 2, 2)).shape
+        (3, torch.Size([2, 3]))
     """
 
     def __init__(

@@ -26,6 +26,12 @@ class GaussianMixture(Denoiser):
         class_conditional: false makes an unconditional model, which ignores labels.
 
     Samples have the shape ``(D, 1, 1)``.
+
+    Examples:
+        >>> model = GaussianMixture(means=[[-1.0], [3.0]], covariances=[0.01, 0.01])
+        >>> prediction = model(torch.zeros(1, 1, 1, 1), 999, torch.tensor([0]))
+        >>> round(float(prediction.x0), 1)  # of pure noise, the mean of all
+        1.0
     """
 
     clip = False

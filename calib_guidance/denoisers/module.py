@@ -30,6 +30,14 @@ class ModuleDenoiser(Denoiser):
         clip: whether x̂0 may be clipped to [-1, 1]; false for latents.
         compile: compile the network, see :class:`~calib_guidance.backend.compilation.Compiled`.
         dtype: of the network; None leaves it as it is. x̂0 is float32.
+
+    Examples:
+        >>> class Half(torch.nn.Module):
+        ...     def forward(self, x_t, t):
+        ...         return x_t / 2
+        >>> denoiser = ModuleDenoiser(Half(), (1, 1, 2), "cosine", prediction="x0")
+        >>> denoiser(torch.ones(1, 1, 1, 2), 500, torch.tensor([0])).x0.flatten()
+        tensor([0.5000, 0.5000])
     """
 
     def __init__(

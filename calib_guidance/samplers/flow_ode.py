@@ -32,6 +32,14 @@ class FlowODE(FlowSampler):
             own τ (LightningDiT).
 
     See :class:`FlowSampler` for the others.
+
+    Examples:
+        >>> from calib_guidance.denoisers import GaussianMixture
+        >>> from calib_guidance.diffusion import SampleStreams
+        >>> model = GaussianMixture(means=[[3.0]], covariances=[0.01])
+        >>> noise = SampleStreams(seeds=[0], indices=[0], shape=model.image_shape)
+        >>> round(float(FlowODE(num_steps=20)(model, noise, torch.tensor([0]))))
+        3
     """
 
     def __init__(
