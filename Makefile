@@ -68,7 +68,7 @@ sweep-ranking: $(INSTALLED)
 plots: demo few-steps
 	cp outputs/digits/plots/*.png outputs/digits/plots/*.gif docs/images/
 	$(BIN)/calib-guidance report outputs/digits
-	$(BIN)/calib-guidance predict --config digits --config run/guidance_grid --data.num_samples 20 \
+	$(BIN)/calib-guidance predict --config digits --config run/guidance_grid --trainer.callbacks.index 3 --data.num_samples 20 \
 	  --trainer.default_root_dir outputs/guidance_grid
 	cp outputs/guidance_grid/plots/guidance_grid.png docs/images/
 	$(BIN)/python docs/first_picture.py

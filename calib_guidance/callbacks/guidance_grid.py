@@ -26,7 +26,7 @@ from calib_guidance.scores import DivergenceRegularized, EntropyRegularized, Sco
 
 def _usual() -> dict[str, Score]:
     """Plain and tempered log-probability, and the regularized scores, as the named configurations have them."""
-    divergences = {name: DivergenceRegularized(name, tau2=0.8) for name in ("fkl", "js")}
+    divergences = {name: DivergenceRegularized(name, tau2=0.8) for name in ("js", "fkl")}
     entropy = EntropyRegularized(0.1, "confidence", tau2=0.8)
     return {"plain": TemperedLogProb(), "tempered": TemperedLogProb(tau2=0.8), "entropy": entropy, **divergences}
 
@@ -71,7 +71,7 @@ def sample_grid_of(
     index: int,
     label_of: Callable[[int], int],
     seed: int,
-    device: torch.device | None = None,
+    device: torch.device = torch.device("cpu"),  # noqa: B008, which is a constant
 ) -> Tensor:
     """Sample ``index`` under each score and scale, uint8 ``(scores, scales, C, H, W)``; all scores of a scale in one batch.
 
@@ -99,7 +99,7 @@ class GuidanceGrid(Measurement):
     ``(scores, scales, C, H, W)``, ``score``, ``scale``, ``index`` and ``label``.
 
     Args:
-        scores: rows by name; None takes plain, tempered, entropy, fkl and js, as the named configurations have them.
+        scores: rows by name; None takes plain, tempered, entropy, js and fkl, as the named configurations have them.
         scales: columns; 0 is unguided.
         index: sample of the run whose noise and class are taken.
     """

@@ -25,7 +25,14 @@ def _tile(image: np.ndarray, size: tuple[int, int]) -> Image.Image:
     return pixels.resize(size, Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS)
 
 
-def _fitting(text: str, width: int, draw: ImageDraw.ImageDraw, font: ImageFont.ImageFont) -> str:
+def _font() -> ImageFont.FreeTypeFont:
+    """Matplotlib's, which has more letters than that of Pillow."""
+    import matplotlib
+
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), 12)
+
+
+def _fitting(text: str, width: int, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont) -> str:
     """A text, shortened to a width in pixels."""
     while len(text) > 1 and draw.textlength(text, font) > width:
         text = text.removesuffix("…")[:-1] + "…"
@@ -57,7 +64,7 @@ def animation(
     beside = any(image is not None for image in real)
     width, row = samples * (size[0] + _GAP) + _GAP, size[1] + _GAP
     still = Image.new("RGB", (width, _LINE + row + (_LINE + row if beside else 0) + _LINE + _GAP), "white")
-    draw, font = ImageDraw.Draw(still), ImageFont.load_default(13)
+    draw, font = ImageDraw.Draw(still), _font()
     lefts = [_GAP + k * (size[0] + _GAP) for k in range(samples)]
     for left, name in zip(lefts, names, strict=True):
         text = _fitting(name, size[0], draw, font)
@@ -73,12 +80,12 @@ def animation(
         for left, images in zip(lefts, x0, strict=True):
             frame.paste(_tile(images[j], size), (left, _LINE))
         draw, below = ImageDraw.Draw(frame), still.height - _LINE - _GAP
-        draw.text((_GAP, below + 2), f"x̂0 at t = {t[j]:.0f}", "black", font)
+        draw.text((_GAP, below + 2), f"prediction at t = {t[j]:.0f}", "black", font)
         done = (width - 2 * _GAP) * (j + 1) / steps
         draw.rectangle((_GAP, still.height - 5, _GAP + done, still.height - 3), fill="#0072B2")
-        frames.append(
-            frame.quantize(256, dither=Image.Dither.NONE if len(x0[0, 0]) == 1 else Image.Dither.FLOYDSTEINBERG)
-        )
+        gray = len(x0[0, 0]) == 1
+        dither = Image.Dither.NONE if gray else Image.Dither.FLOYDSTEINBERG
+        frames.append(frame.quantize(128 if gray else 256, dither=dither))
     target = Path(path).with_name(Path(path).name.removesuffix(".gif") + ".gif")
     durations = [_MILLISECONDS] * (steps - 1) + [_LAST]
     with atomic_path(target) as temporary:
