@@ -144,7 +144,7 @@ def build(session: Session) -> gr.Blocks:
             with gr.Column(scale=1, min_width=280, elem_classes="cg-controls"):
                 score = gr.Dropdown(_choices([*session.scores]), value=first.score, label="Score")
                 scale = gr.Slider(0, max(5.0, 2 * first.scale), first.scale, step=0.05, label="Scale", elem_id="scale")
-                tau2 = gr.Slider(0, 1.5, first.tau2, step=0.05, label="Marginal temperature τ2")
+                tau2 = gr.Slider(0, 1.5, first.tau2, step=0.05, label="Temperature τ2")
                 with gr.Row(visible=session.smooths):
                     smooth = gr.Checkbox(
                         first.softplus_beta is not None, label="Softplus for ReLU", min_width=100, scale=1
