@@ -45,6 +45,15 @@ def pointwise(conv: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
     return conv(x.movedim(-1, 1)).movedim(1, -1)
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of contiguous ``(N, heads, T, C)``; tuned, CPUs train it in float32, whose gradient is three times as fast."""
+    reduced = q.device.type == "cpu" and (q.dtype != torch.float32 or torch.is_autocast_enabled("cpu"))
+    if not (_on and reduced and torch.is_grad_enabled()):
+        return F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+
+
 def group_norm(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
     """Group normalization in float32, returned in the type of ``x`` ``(N, C, H, W)``.
 

@@ -140,7 +140,7 @@ def _attend(qkv: Tensor, heads: int, new_order: bool) -> Tensor:
     else:
         q, k, v = qkv.view(n, tokens, heads, 3, channels).permute(3, 0, 2, 1, 4)
     # Strided inputs make scaled_dot_product_attention fall back to its slow path.
-    out = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())
+    out = tuning.attention(q.contiguous(), k.contiguous(), v.contiguous())
     return out.transpose(1, 2).reshape(n, tokens, heads * channels)
 
 
