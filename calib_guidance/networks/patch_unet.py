@@ -11,8 +11,8 @@ from calib_guidance.networks.adm import UNet
 class PatchUNet(UNet):
     """A :class:`UNet` whose pixels are blocks of ``patch_size`` × ``patch_size`` pixels of the image.
 
-    The image ``(N, C, H, W)`` is rearranged to ``(N, C·p², H/p, W/p)`` (``pixel_unshuffle``), the output back. The full resolution,
-    where convolutions of few channels are slow on CPUs, is left out: two to three times as many images a second for small images.
+    The image ``(N, C, H, W)`` is rearranged to ``(N, C·p², H/p, W/p)`` (``pixel_unshuffle``), the output back. It trains faster on
+    CPUs: convolutions of few channels at full resolution use little of their arithmetic.
 
     Args:
         image_size: height (= width) of the images, in pixels.
