@@ -45,7 +45,7 @@ def png(pixels):
     return buffer.getvalue()
 
 
-def write(folder, kind, images, labels):
+def write(folder, kind, images, labels, **identity):
     """The images in a form; gives what is to be read."""
     folder.mkdir(exist_ok=True, parents=True)
     encoded = [{"bytes": png(image), "path": None} for image in images]
@@ -54,7 +54,7 @@ def write(folder, kind, images, labels):
     rows = datasets.Dataset.from_dict({"image": encoded, "label": labels.tolist()}, features)
     if kind == "run folder":
         run = RunFolder(folder / "run", 7, len(images))
-        run.begin({"seed": 0, "uint8_rule": "truncate"}, {})
+        run.begin({"seed": 0, "uint8_rule": "truncate"} | identity, {})
         for shard in run.shards():
             assert run.claims.acquire(shard)
             columns = {"index": list(shard), "label": labels[shard.start : shard.stop].tolist()}

@@ -38,6 +38,7 @@ _COMMANDS = {
     "test": ("cli.lightning", "the same on test data"),
     "predict": ("cli.lightning", "make guided samples, or denoised images to train on"),
     "app": ("app", "a page in the browser to try out guidance"),
+    "compare-runs": ("evaluation.compare", "is one run better than another, or is it the noise"),
     "configs": ("cli.configs", "list the named configurations"),
     "doctor": ("cli.doctor", "check files, shapes, memory and time of a run before it"),
     "ema": ("training.ema", "average a training's weights over a length chosen afterwards"),
@@ -49,8 +50,8 @@ _COMMANDS = {
     "status": ("runs.status", "what of a run is done, and how long the rest takes"),
 }
 _LIGHTNING = {"fit", "validate", "test", "predict"}
-_HEAVY = _LIGHTNING | {"app", "doctor", "ema", "evaluate", "experiment", "reference"}
-_LINES = "\n".join(f"  {name:10} {text}" for name, (_, text) in _COMMANDS.items())
+_HEAVY = _LIGHTNING | {"app", "compare-runs", "doctor", "ema", "evaluate", "experiment", "reference"}
+_LINES = "\n".join(f"  {name:12} {text}" for name, (_, text) in _COMMANDS.items())
 _END = "calib-guidance COMMAND --help lists the options of a command, calib-guidance --version the versions."
 _OVERVIEW = f"usage: calib-guidance COMMAND …\n\n{_LINES}\n\n{_END}"
 
@@ -63,7 +64,7 @@ def _start(argv: Sequence[str], own_process: bool = False) -> Any:
     if argv[0] not in _COMMANDS or argv[0] in _LIGHTNING:
         return module.run_lightning(argv, own_process=own_process)
     list_foreign(argv[1:])
-    return getattr(module, argv[0])(argv[1:])
+    return getattr(module, argv[0].replace("-", "_"))(argv[1:])
 
 
 # What a command answers again without any import: help pages, and the report of a run that is complete and unchanged. Answers

@@ -67,7 +67,7 @@ def _at_least_one(text: str) -> int:
     return int(text)
 
 
-def _parser(command: str, description: str, more: str, features: str | None = None) -> argparse.ArgumentParser:
+def images_parser(command: str, description: str, more: str, features: str | None = None) -> argparse.ArgumentParser:
     """The options of how images are read and features extracted; ``--features`` is required where it has no default."""
     parser = argparse.ArgumentParser(
         prog=f"calib-guidance {command}",
@@ -97,7 +97,7 @@ def _parser(command: str, description: str, more: str, features: str | None = No
     return parser
 
 
-def _reading(options: argparse.Namespace, samples: bool = False) -> dict[str, Any]:
+def reading(options: argparse.Namespace, samples: bool = False) -> dict[str, Any]:
     """Options of ``ImageSet``."""
     names = {name: f"samples_{name}" if samples and name in _OF_SAMPLES else name for name in _READING}
     return {name: getattr(options, option) for name, option in names.items()}
@@ -106,7 +106,7 @@ def _reading(options: argparse.Namespace, samples: bool = False) -> dict[str, An
 def reference(args: Sequence[str]) -> None:
     """``calib-guidance reference``, of the arguments after ``reference``: see its ``--help``."""
     words = "Statistics of a data set's features (mean and covariance), which calib-guidance evaluate measures samples against."
-    parser = _parser("reference", words, _OF_REFERENCE)
+    parser = images_parser("reference", words, _OF_REFERENCE)
     parser.add_argument("source", metavar="SOURCE", help="the images, see below")
     words = "to make; nothing is overwritten"
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.npz", help=words)
@@ -118,7 +118,7 @@ def reference(args: Sequence[str]) -> None:
     options = parser.parse_args(list(args))
     check_output(options.output)
     with distributed_context(options.device) as processes:
-        images = ImageSet(options.source, **_reading(options))
+        images = ImageSet(options.source, **reading(options))
         if processes.is_first:
             print(images.source.summary())
         extractor, started = features_from_name(options.features), time.perf_counter()
@@ -132,35 +132,45 @@ def reference(args: Sequence[str]) -> None:
             print(f"            sha256 {sha256}", *described_statistics(statistics), sep="\n")
 
 
-def read_options(args: Sequence[str]) -> argparse.Namespace:
-    """Options of the command line after ``evaluate``; argparse's exit with status 2 where they are none."""
-    words = (
-        "How good samples are, against a reference: every metric with its uncertainty and its provenance. Several sets of "
-        "samples, such as the same run with several seeds, also give mean ± standard deviation."
-    )
-    parser = _parser("evaluate", words, _OF_EVALUATE, "inception")
-    parser.add_argument("samples", nargs="+", metavar="SAMPLES", help="the images, see below")
+def add_samples_reading(parser: argparse.ArgumentParser) -> None:
+    """The options of reading samples otherwise than the reference."""
+    own = parser.add_argument_group("reading samples, where they are tables that differ from the reference in this")
+    for name in _OF_SAMPLES:
+        own.add_argument(f"--samples-{name.replace('_', '-')}", metavar="NAME")
+
+
+def add_measures(parser: argparse.ArgumentParser) -> None:
+    """The options of what samples are measured against and with."""
     parser.add_argument("--reference", required=True, metavar="REF", help="images, or statistics of them")
     words = f"of {','.join(OPTIONS)} (default: all that can be computed, see below)"
     parser.add_argument("--metrics", metavar="NAME,…", help=words)
     words = "classifier that names the samples' classes"
     parser.add_argument("--eval-classifier", metavar="CLASSIFIER.yaml", help=words)
     parser.add_argument("--clip", metavar="CLIP.yaml", help="CLIPClassifier with a prompt for each class")
-    words = "also the Fréchet distance at infinitely many samples"
-    parser.add_argument("--extrapolate", action="store_true", help=words)
     words = "Fréchet distances of no more samples than features, which compare only at the same number"
     parser.add_argument("--allow-few", action="store_true", help=words)
     words = "of precision and recall (default: 3)"
     parser.add_argument("--neighbors", type=_at_least_one, default=3, metavar="K", help=words)
+
+
+def read_options(args: Sequence[str]) -> argparse.Namespace:
+    """Options of the command line after ``evaluate``; argparse's exit with status 2 where they are none."""
+    words = (
+        "How good samples are, against a reference: every metric with its uncertainty and its provenance. Several sets of "
+        "samples, such as the same run with several seeds, also give mean ± standard deviation."
+    )
+    parser = images_parser("evaluate", words, _OF_EVALUATE, "inception")
+    parser.add_argument("samples", nargs="+", metavar="SAMPLES", help="the images, see below")
+    add_measures(parser)
+    words = "also the Fréchet distance at infinitely many samples"
+    parser.add_argument("--extrapolate", action="store_true", help=words)
     words = (
         "folder for metrics.json, metrics.md and predictions.npz (default: RUN/evaluation of a run folder, else "
         "outputs/evaluation/NAME). Of several sets, for their mean and a folder of each that is not a run folder (default: "
         "outputs/evaluation): what is measured of a run always stands in RUN/evaluation then, where report finds it"
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help=words)
-    own = parser.add_argument_group("reading samples, where they are tables that differ from the reference in this")
-    for name in _OF_SAMPLES:
-        own.add_argument(f"--samples-{name.replace('_', '-')}", metavar="NAME")
+    add_samples_reading(parser)
     return parser.parse_args(list(args))
 
 
@@ -172,7 +182,7 @@ def evaluate(args: Sequence[str]) -> None:
 
 
 def _evaluate(options: argparse.Namespace, processes: DistributedContext) -> None:
-    sets = [ImageSet(source, **_reading(options, samples=True)) for source in options.samples]
+    sets = [ImageSet(source, **reading(options, samples=True)) for source in options.samples]
     together = options.output or Path("outputs/evaluation")
     names = _names(sets)
     folders = [options.output]
@@ -182,26 +192,7 @@ def _evaluate(options: argparse.Namespace, processes: DistributedContext) -> Non
         folders = [run or together / name for run, name in zip(runs, names, strict=True)]
     for folder in folders if len(sets) == 1 else (*folders, together):
         check_writable(folder, "--output")
-    reference = ReferenceStatistics.open(options.reference, **_reading(options))
-    if processes.is_first:
-        opened = [*sets, reference.images] if reference.mean is None else sets
-        print("\n".join(images.source.summary() for images in opened))
-    # All that can be refused is, before weights are downloaded and before the first image goes through a network.
-    for samples in sets:
-        reference.check_shape(samples.name, samples.image_shape)
-    extractor = features_from_name(options.features)
-    eval_classifier = None if options.eval_classifier is None else read_classifier(options.eval_classifier)
-    clip = None if options.clip is None else read_classifier(options.clip)
-    if clip is not None and not isinstance(clip, CLIPClassifier):
-        raise ConfigurationError(f"--clip: {options.clip} describes {type(clip).__name__}, not CLIPClassifier")
-    measures = Measures(extractor, eval_classifier, clip, options.neighbors, not options.allow_few, options.extrapolate)
-    if reference.mean is not None:
-        reference.check(extractor)
-    specs = _metrics(options.metrics, measures, reference, sets)
-    for samples in sets:
-        _check_classes(samples, reference, measures, {need for spec in specs for need in spec.needs})
-    shapes = [samples.image_shape for samples in sets]
-    quality = Quality(specs, measures, reference, options.batch_size, processes, shapes)
+    quality = open_quality(options, sets, processes, options.extrapolate)
     found = []
     for samples, folder in zip(sets, folders, strict=True):
         results = quality.measure(samples, progress=True)
@@ -215,6 +206,32 @@ def _evaluate(options: argparse.Namespace, processes: DistributedContext) -> Non
             write_evaluation(folder, results, quality)
     if processes.is_first and len(sets) > 1:
         write_summary(together, names, found)
+
+
+def open_quality(
+    options: argparse.Namespace, sets: Sequence[ImageSet], processes: DistributedContext, extrapolate: bool = False
+) -> Quality:
+    """What measures the sets, checked against them before the first image goes through a network."""
+    reference = ReferenceStatistics.open(options.reference, **reading(options))
+    if processes.is_first:
+        opened = [*sets, reference.images] if reference.mean is None else sets
+        print("\n".join(images.source.summary() for images in opened))
+    # All that can be refused is, before weights are downloaded and before the first image goes through a network.
+    for samples in sets:
+        reference.check_shape(samples.name, samples.image_shape)
+    extractor = features_from_name(options.features)
+    eval_classifier = None if options.eval_classifier is None else read_classifier(options.eval_classifier)
+    clip = None if options.clip is None else read_classifier(options.clip)
+    if clip is not None and not isinstance(clip, CLIPClassifier):
+        raise ConfigurationError(f"--clip: {options.clip} describes {type(clip).__name__}, not CLIPClassifier")
+    measures = Measures(extractor, eval_classifier, clip, options.neighbors, not options.allow_few, extrapolate)
+    if reference.mean is not None:
+        reference.check(extractor)
+    specs = _metrics(options.metrics, measures, reference, sets)
+    for samples in sets:
+        _check_classes(samples, reference, measures, {need for spec in specs for need in spec.needs})
+    shapes = [samples.image_shape for samples in sets]
+    return Quality(specs, measures, reference, options.batch_size, processes, shapes)
 
 
 def _check_classes(

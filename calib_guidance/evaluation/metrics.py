@@ -38,6 +38,8 @@ def _frechet(samples: SampleSet, column: str = "features") -> Estimate:
     if balanced:
         of = "samples within their classes, which are balanced; delta method, the reference fixed"
     distance = frechet.frechet_distance(mean, covariance, *frechet.mean_and_covariance(rows), root)
+    if samples.values_only:
+        return Estimate(distance)
     std = frechet.frechet_distance_std((mean, covariance), rows, root, labels if balanced else None)
     return Estimate(distance, std, of)
 
@@ -76,6 +78,8 @@ def _inception_score_adm(samples: SampleSet) -> Estimate:
 
 def _kernel(samples: SampleSet, mean_of_subsets: bool = False) -> Estimate:
     reference, generated = samples.reference_features, samples.features
+    if samples.values_only:
+        return Estimate(kernel_distance(reference, generated))
     size = min(_SUBSET_SIZE, min(len(reference), len(generated)) // 2)
     subsets = samples.once("kernel subsets", lambda: kernel_distance_subsets(reference, generated, _SUBSETS, size))
     value = subsets.mean() if mean_of_subsets else kernel_distance(reference, generated)
@@ -94,6 +98,8 @@ def _balls(samples: SampleSet) -> tuple[Tensor, Tensor]:
 
 def _classifier_ece(samples: SampleSet) -> Estimate:
     cells = bin_cells(samples.rows["confidence"], samples.correct, _BINS)
+    if samples.values_only:
+        return Estimate(calibration_error_from_bins(cells.sum(0)))
     draws = calibration_error_from_bins(bootstrap_sums(cells.flatten(1), _DRAWS).view(-1, _BINS, 3))
     return Estimate(calibration_error_from_bins(cells.sum(0)), draws.std(), f"bootstrap over samples, {_DRAWS} draws")
 
@@ -149,7 +155,7 @@ _LOW, _HIGH = {"higher_is_better": False}, {"higher_is_better": True}
 _BOTH = {"needs": ("features", "reference_features")}
 _PR = {"limits": _FRACTION, "fewest": lambda measures: (measures.k + 1, measures.k + 1), **_BOTH, **_HIGH}
 _DC = {"option": "dc", "fewest": lambda measures: (1, _NEIGHBORS + 1), **_BOTH, **_HIGH}
-_IS = {"needs": ("logits",), "limits": (1.0, math.inf), **_HIGH}
+_IS = {"needs": ("logits",), "limits": (1.0, math.inf), "jackknife": False, **_HIGH}
 _CLASSIFIER = {"option": "classifier", "needs": ("predictions", "labels"), "limits": _FRACTION}
 
 # Key and label of a distance by the kind of features: the field's names are those of Inception's (and DINOv2's) only.
@@ -189,14 +195,16 @@ _CLASSES = {"option": "classwise", "needs": ("features", "reference_features", "
 
 def _specs() -> Iterator[MetricSpec]:
     yield from _distance(_FID, "", "", compute=_frechet, **_FD)
-    yield from _distance(_FID, "_infinite", " at N → ∞", compute=_frechet_infinite, limits=_ANY, **_FD)
+    yield from _distance(_FID, "_infinite", " at N → ∞", compute=_frechet_infinite, limits=_ANY, jackknife=False, **_FD)
     yield from _distance(_SFID, "", "", compute=lambda samples: _frechet(samples, "spatial"), **_SFD)
     label = f"Inception score, {_SPLITS} shuffled splits"
     yield MetricSpec("inception_score", label, compute=_inception_score, **_SCORE)
     label = f"Inception score, ADM's blocks of {_BLOCK:,}"
     yield MetricSpec("inception_score_adm", label, compute=_inception_score_adm, option="is_adm", **_IS)
     yield from _distance(_KID, "", "", compute=_kernel, **_KD)
-    yield from _distance(_KID, "_mean", ", mean of subsets", compute=lambda samples: _kernel(samples, True), **_KD)
+    yield from _distance(
+        _KID, "_mean", ", mean of subsets", compute=lambda samples: _kernel(samples, True), jackknife=False, **_KD
+    )
     yield from _precision_recall("", "", half=False)
     yield from _precision_recall("_adm", ", ADM's float16", half=True)
     yield MetricSpec("density", "density", compute=_mean(lambda s: _balls(s)[0], scale=1 / _NEIGHBORS), **_DC)

@@ -118,6 +118,7 @@ class SampleSet:
     reference: ReferenceStatistics
     rows: dict[str, Tensor]
     notes: list[str] = field(default_factory=list)
+    values_only: bool = False  # whether standard deviations, which take longer, may be left out
     _cache: dict[str, object] = field(default_factory=dict)
 
     @property
@@ -175,6 +176,7 @@ class MetricSpec:
         extractor: kind of the features that it is of (``FeatureExtractor.kind``), None for any.
         fewest: samples and reference images that it needs.
         measured_by: callback that writes it into ``metrics.json`` during ``predict``.
+        jackknife: whether ``compare-runs`` may take its error from values without some samples; false for random subsets.
 
     Example:
         >>> from calib_guidance.evaluation import METRICS
@@ -193,6 +195,7 @@ class MetricSpec:
     extractor: str | None = None
     fewest: Callable[[Measures], tuple[int, int]] = lambda measures: (1, 0)
     measured_by: str = "SampleQuality"
+    jackknife: bool = True
 
     def __post_init__(self):
         if unknown := set(self.needs) - set(NEEDS):

@@ -3,14 +3,17 @@
 from calib_guidance.metrics.calibration import (
     AdaptiveCalibrationError,
     CalibrationError,
-    ClassifierMetrics,
     ClasswiseCalibrationError,
     MaximumCalibrationError,
+    OverconfidenceError,
     ReliabilityBins,
+    SignedCalibrationError,
     SmoothCalibrationError,
     calibration_error_from_bins,
 )
 from calib_guidance.metrics.classification import Accuracy, BrierScore, Levels, NegativeLogLikelihood
+from calib_guidance.metrics.collection import ClassifierMetrics
+from calib_guidance.metrics.decomposition import split_brier, split_nll
 from calib_guidance.metrics.frechet import (
     covariance_root,
     extrapolated_frechet_distance,
@@ -20,13 +23,23 @@ from calib_guidance.metrics.frechet import (
     sample_count_note,
 )
 from calib_guidance.metrics.inception_score import inception_score, inception_score_adm
-from calib_guidance.metrics.kernel_distance import kernel_distance, kernel_distance_subsets
+from calib_guidance.metrics.kernel_distance import clip_mmd, kernel_distance, kernel_distance_subsets
 from calib_guidance.metrics.moments import bootstrap_sums, jackknife_std
 from calib_guidance.metrics.neighbors import density_coverage, precision_recall
+from calib_guidance.metrics.paired import (
+    PairedDifference,
+    jackknife_blocks,
+    mean_difference,
+    paired_difference,
+    sign_test,
+)
+from calib_guidance.metrics.selective import AreaUnderRiskCoverage, aurc, risk_coverage
+from calib_guidance.metrics.sliced import mind
 
 __all__ = [
     "Accuracy",
     "AdaptiveCalibrationError",
+    "AreaUnderRiskCoverage",
     "BrierScore",
     "CalibrationError",
     "ClassifierMetrics",
@@ -34,10 +47,15 @@ __all__ = [
     "Levels",
     "MaximumCalibrationError",
     "NegativeLogLikelihood",
+    "OverconfidenceError",
+    "PairedDifference",
     "ReliabilityBins",
+    "SignedCalibrationError",
     "SmoothCalibrationError",
+    "aurc",
     "bootstrap_sums",
     "calibration_error_from_bins",
+    "clip_mmd",
     "covariance_root",
     "density_coverage",
     "extrapolated_frechet_distance",
@@ -45,10 +63,18 @@ __all__ = [
     "frechet_distance_std",
     "inception_score",
     "inception_score_adm",
+    "jackknife_blocks",
     "jackknife_std",
     "kernel_distance",
     "kernel_distance_subsets",
     "mean_and_covariance",
+    "mean_difference",
+    "mind",
+    "paired_difference",
     "precision_recall",
+    "risk_coverage",
     "sample_count_note",
+    "sign_test",
+    "split_brier",
+    "split_nll",
 ]

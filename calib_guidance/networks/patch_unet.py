@@ -11,7 +11,7 @@ from calib_guidance.networks.adm import UNet
 class PatchUNet(UNet):
     """A :class:`UNet` whose pixels are blocks of ``patch_size`` × ``patch_size`` pixels of the image.
 
-    The image ``(N, C, H, W)`` is rearranged to ``(N, C·p², H/p, W/p)`` (``pixel_unshuffle``), the output back. It trains faster on
+    The image ``(N, C, H, W)`` is rearranged to ``(N, C·p², H/p, W/p)`` and the output back. It trains faster on
     CPUs: convolutions of few channels at full resolution use little of their arithmetic.
 
     Args:

@@ -21,6 +21,10 @@ NAMES = {
     "maximum_ece",
     "classwise_ece",
     "smooth_ece",
+    "signed_ece",
+    "overconfidence",
+    "aurc",
+    "excess_aurc",
     "bins",
 }
 
