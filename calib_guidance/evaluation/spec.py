@@ -118,7 +118,7 @@ class SampleSet:
     reference: ReferenceStatistics
     rows: dict[str, Tensor]
     notes: list[str] = field(default_factory=list)
-    values_only: bool = False  # whether standard deviations, which take longer, may be left out
+    values_only: bool = False  # whether standard deviations, which take longer, are not needed
     _cache: dict[str, object] = field(default_factory=dict)
 
     @property
