@@ -47,10 +47,11 @@ _COMMANDS = {
     "export": ("runs.export", "a run's samples as npz, PNG or a data set"),
     "reference": ("evaluation.evaluate", "statistics of a reference set, for evaluate"),
     "report": ("report", "one HTML page of a run, or of several"),
+    "tune": ("experiments.tune", "the best scale and parameters of every method, under an equal budget"),
     "status": ("runs.status", "what of a run is done, and how long the rest takes"),
 }
 _LIGHTNING = {"fit", "validate", "test", "predict"}
-_HEAVY = _LIGHTNING | {"app", "compare-runs", "doctor", "ema", "evaluate", "experiment", "reference"}
+_HEAVY = _LIGHTNING | {"app", "compare-runs", "doctor", "ema", "evaluate", "experiment", "reference", "tune"}
 _LINES = "\n".join(f"  {name:12} {text}" for name, (_, text) in _COMMANDS.items())
 _END = "calib-guidance COMMAND --help lists the options of a command, calib-guidance --version the versions."
 _OVERVIEW = f"usage: calib-guidance COMMAND …\n\n{_LINES}\n\n{_END}"

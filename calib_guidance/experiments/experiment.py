@@ -23,6 +23,7 @@ from calib_guidance.backend.text import read_text
 from calib_guidance.cli.configs import find_configuration
 from calib_guidance.cli.parsed import quietly, without_network
 from calib_guidance.errors import ConfigurationError
+from calib_guidance.experiments.objectives import parse_objective
 from calib_guidance.experiments.runner import Run, do_runs
 from calib_guidance.experiments.schema import Column
 from calib_guidance.experiments.settings import Plan, label_of, make_plan, slug
@@ -65,13 +66,18 @@ def insert(text: str, mark: str, path: Path) -> None:
 
 
 def halve(
-    settings: Sequence[int], rungs: Sequence[int], factor: int, measure: Callable[[Sequence[int], int], Sequence[float]]
+    settings: Sequence[int],
+    rungs: Sequence[int],
+    factor: int,
+    measure: Callable[[Sequence[int], int], Sequence[float]],
+    group_of: Callable[[int], str] = lambda setting: "",
 ) -> dict[int, int]:
     """Successive halving (Jamieson & Talwalkar 2016): measure all settings on few samples, and the best on more.
 
     One in ``factor`` settings is promoted to the next of the ascending ``rungs``, and at least one; ties are promoted together.
     All settings of a rung are measured before any is dropped, so the result does not depend on which run ends first.
-    ``measure`` says what the settings of a rung are ranked by with its samples, lowest is best.
+    ``measure`` says what the settings of a rung are ranked by with its samples, lowest is best. Settings compete within their
+    group, so that every group gets the same samples.
 
     Returns:
         The number of samples that each setting got.
@@ -80,8 +86,11 @@ def halve(
     for rung in rungs:
         values = dict(zip(alive, measure(alive, rung), strict=True))
         samples |= dict.fromkeys(alive, rung)
-        last = sorted(values.values())[max(1, len(alive) // factor) - 1]
-        alive = [number for number in alive if values[number] <= last]
+        groups = {
+            group_of(number): [other for other in alive if group_of(other) == group_of(number)] for number in alive
+        }
+        last = {name: sorted(map(values.get, each))[max(1, len(each) // factor) - 1] for name, each in groups.items()}
+        alive = [number for number in alive if values[number] <= last[group_of(number)]]
     return samples
 
 
@@ -113,14 +122,17 @@ class Experimenter:
     def rank(self, settings: Sequence[int], num_samples: int) -> list[float]:
         """Mean over seeds of what settings are ranked by, negative where higher is better."""
         halving = self.plan.experiment.halving
-        key = halving.rank_by(num_samples, self.plan.experiment.num_samples)
-        column = next(column for column in self.plan.columns if column.key == key)
+        text = halving.rank_by(num_samples, self.plan.experiment.num_samples)
+        objective = parse_objective(text, self.plan.name)
+        columns = {column.key: column for column in self.plan.columns if column.key in objective.keys}
+        sign = columns[objective.key].sign if objective.key in columns else None
         ranked = []
         for number in settings:
-            if None in (values := self.values(number, column, num_samples)):
+            means = {key: mean_and_std(self.values(number, column, num_samples)) for key, column in columns.items()}
+            if any(None in self.values(number, column, num_samples) for column in columns.values()):
                 name = self.plan.settings[number].name
-                raise ConfigurationError(f"{name}: settings cannot be ranked by {key}: a run has no such value")
-            ranked.append(column.sign * mean_and_std(values)[0])
+                raise ConfigurationError(f"{name}: settings cannot be ranked by {text}: a run has no such value")
+            ranked.append(objective.of({key: mean for key, (mean, _) in means.items()}, sign))
         return ranked
 
     def run(self, rows: Sequence[int] = ()) -> None:
@@ -136,7 +148,9 @@ class Experimenter:
             self.make(settings, num_samples)
             self.samples = dict.fromkeys(settings, num_samples)
         else:
-            self.samples = halve(settings, halving.rungs(num_samples), halving.factor, measure)
+            methods = self.plan.experiment.tune is not None  # compete among themselves first
+            group_of = (lambda number: self.plan.settings[number].group) if methods else (lambda number: "")
+            self.samples = halve(settings, halving.rungs(num_samples), halving.factor, measure, group_of)
 
     def values(self, setting: int, column: Column, num_samples: int | None = None) -> list[float | None]:
         """A value of a setting, by seed."""
@@ -253,7 +267,7 @@ class Experimenter:
         return paths
 
 
-def _devices(text: str | None) -> list[str]:
+def devices_of(text: str | None) -> list[str]:
     """What CUDA_VISIBLE_DEVICES is to be, one after the other: what was asked for, or every visible device."""
     if text is not None:
         return [name for name in text.split(",") if name]
@@ -289,7 +303,9 @@ def experiment(argv: Sequence[str]) -> None:
     options = _options(argv)
     started = time.monotonic()
     with quietly():
-        plan = make_plan(find_configuration(options.config, "experiment"))
+        plan = make_plan(path := find_configuration(options.config, "experiment"))
+    if plan.experiment.tune is not None:
+        raise ConfigurationError(f"{path} is a search: calib-guidance tune --config {options.config}")
     rows = plan.select(options.row)
     if options.dry_run:
         for run in plan.runs(rows or range(len(plan.settings)), plan.experiment.num_samples, options.output):
@@ -301,7 +317,7 @@ def experiment(argv: Sequence[str]) -> None:
         place_of(mark, options.into)  # before the runs
     with without_network():
         plan.check_files()
-    devices = _devices(options.devices)
+    devices = devices_of(options.devices)
     workers = options.workers or len(devices) or min(available_cores(), 4)
     experimenter = Experimenter(plan, options.output, workers, devices)
     experimenter.run(rows)

@@ -15,6 +15,7 @@ from calib_guidance.backend.text import read_yaml
 from calib_guidance.cli.configs import with_bases
 from calib_guidance.errors import ConfigurationError, closest
 from calib_guidance.evaluation.metrics import METRICS
+from calib_guidance.experiments.objectives import parse_objective
 
 # Keys of the configuration that an experiment sets from another place of its file or of the command line.
 _OWN_KEYS = {"data.num_samples": "num_samples", "data.seed": "seeds", "trainer.default_root_dir": "--output"}
@@ -107,6 +108,34 @@ class Halving:
 
 
 @dataclass(frozen=True)
+class Parameter:
+    """What ``tune`` varies of a method: a number between bounds, or one of several values."""
+
+    key: str
+    low: float | int | None = None
+    high: float | int | None = None
+    log: bool = False  # equally likely factors in place of differences
+    values: list[Any] = field(default_factory=list)
+
+    def at(self, u: float) -> Any:
+        """The value at ``u`` in [0, 1], to three digits."""
+        if self.values:
+            return self.values[min(int(u * len(self.values)), len(self.values) - 1)]
+        value = self.low * (self.high / self.low) ** u if self.log else self.low + (self.high - self.low) * u
+        return float(f"{value:.3g}")
+
+
+@dataclass(frozen=True)
+class Tune:
+    """What ``calib-guidance tune`` searches: the same number of candidates of every method, which are the groups."""
+
+    candidates: int  # of each method
+    confirm: list[int]  # seeds that the search never sees, for the best of each method
+    parameters: dict[str, Parameter] = field(default_factory=dict)  # of every method
+    own: dict[str, dict[str, Parameter]] = field(default_factory=dict)  # more of some methods
+
+
+@dataclass(frozen=True)
 class Experiment:
     """An experiment file. Its settings are the rows, then the grid of the axes, in each group; docs/experiments.md."""
 
@@ -123,6 +152,7 @@ class Experiment:
     tables: dict[str, Table] = field(default_factory=dict)  # by mark: ``MARK.md``, ``<!-- MARK -->`` in Markdown
     evaluate: dict[str, Any] | None = None  # options of ``calib-guidance evaluate``, which then measures every run
     halving: Halving | None = None
+    tune: Tune | None = None  # in place of rows and axes, for ``calib-guidance tune``
 
 
 _NAMES = {str: "text", int: "an integer", list: "a list", type(None): "null"}
@@ -186,11 +216,37 @@ def _complete(column: str | Column, where: str) -> Column:
     raise ConfigurationError(f"{where}: there is no metric {column.key!r}{closest(column.key, METRICS)}; {allowed}")
 
 
+def _check_tune(experiment: Experiment, where: str) -> None:
+    """Raise ConfigurationError for a search that cannot be made."""
+    tune, where = experiment.tune, f"{where}, tune"
+    if experiment.rows or experiment.axes or experiment.halving is None or not experiment.groups:
+        raise ConfigurationError(f"{where}: expected groups (the methods) and halving, and neither rows nor axes")
+    if tune.candidates < 2:
+        raise ConfigurationError(f"{where}: candidates must be at least 2, got {tune.candidates}")
+    if not tune.confirm or {*tune.confirm} & {*experiment.seeds}:
+        raise ConfigurationError(f"{where}: confirm must be seeds that the search does not see, got {tune.confirm}")
+    if unknown := tune.own.keys() - experiment.groups.keys():
+        raise ConfigurationError(f"{where}, own: no group {min(unknown)!r}; groups: {', '.join(experiment.groups)}")
+    for method in experiment.groups:
+        found = tune.parameters | tune.own.get(method, {})
+        if not found:
+            raise ConfigurationError(f"{where}: {method} has nothing to vary: add parameters")
+        for name, each in found.items():
+            bounds = None not in (each.low, each.high) and each.low < each.high and (each.low > 0 or not each.log)
+            if bounds == bool(each.values):
+                raise ConfigurationError(
+                    f"{where}, {name}: expected values, or low below high (above 0 with log), got low {each.low}, "
+                    f"high {each.high} and values {each.values}"
+                )
+
+
 def _check(experiment: Experiment, where: str) -> None:
     """Raise ConfigurationError for what types do not say."""
     if not experiment.seeds or len(set(experiment.seeds)) < len(experiment.seeds):
         raise ConfigurationError(f"{where}: seeds must be different integers, at least one, got {experiment.seeds}")
-    if not experiment.rows and not experiment.axes:
+    if experiment.tune is not None:
+        _check_tune(experiment, where)
+    elif not experiment.rows and not experiment.axes:
         raise ConfigurationError(f"{where}: expected rows, axes or both: there is nothing to run")
     if experiment.num_samples < 0:
         raise ConfigurationError(f"{where}: num_samples must be at least 1, got {experiment.num_samples}")
@@ -213,8 +269,9 @@ def _check(experiment: Experiment, where: str) -> None:
         return
     where = f"{where}, halving"
     measured = [column.key for table in experiment.tables.values() for column in table.columns]
-    if unknown := [key for key in halving.metrics or [""] if key not in measured]:
-        raise ConfigurationError(f"{where}: by must name columns ({', '.join(measured)}), got {unknown[0]!r}")
+    for text in halving.metrics or [""]:
+        if unknown := [key for key in parse_objective(text, where).keys if key not in measured]:
+            raise ConfigurationError(f"{where}: by must name columns ({', '.join(measured)}), got {unknown[0]!r}")
     if not 0 < halving.samples < experiment.num_samples:
         allowed = f"from 1 to {experiment.num_samples - 1}"
         raise ConfigurationError(f"{where}: samples must be {allowed}, got {halving.samples}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import io
 import itertools
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import Namespace
 
@@ -25,6 +27,7 @@ from calib_guidance.cli.parsed import ParsedCLI, all_options, without_network
 from calib_guidance.errors import CheckpointError, ConfigurationError
 from calib_guidance.evaluation.evaluate import read_options
 from calib_guidance.evaluation.metrics import METRICS
+from calib_guidance.experiments.objectives import parse_objective
 from calib_guidance.experiments.runner import Run
 from calib_guidance.experiments.schema import Axis, Column, Experiment, Row, Stage, read_experiment
 from calib_guidance.runs.identity import file_hash, settings
@@ -215,8 +218,10 @@ class Plan:
     def _evaluates(self, num_samples: int) -> bool:
         """Whether a run is evaluated: with all samples, and where the ranking needs it."""
         halving, total = self.experiment.halving, self.experiment.num_samples
-        ranked = halving and METRICS.get(halving.rank_by(num_samples, total))
-        return num_samples == total or bool(ranked and ranked.measured_by == "SampleQuality")
+        keys = parse_objective(halving.rank_by(num_samples, total), self.name).keys if halving else ()
+        return num_samples == total or any(
+            key in METRICS and METRICS[key].measured_by == "SampleQuality" for key in keys
+        )
 
 
 def _evaluation(options: Mapping[str, Any] | None, where: str) -> list[str]:
@@ -274,12 +279,36 @@ def _commands(experiment: Experiment, group: object, row: Row, where: str) -> It
         yield Command(name, command, files, values)
 
 
+def candidates(experiment: Experiment) -> list[Row]:
+    """The rows that ``tune`` tries: points of a Sobol sequence between the bounds, evenly spaced for one parameter."""
+    rows = []
+    for method in experiment.groups:
+        parameters = experiment.tune.parameters | experiment.tune.own.get(method, {})
+        count = experiment.tune.candidates
+        if len(parameters) == 1:
+            points = torch.linspace(0, 1, count, dtype=torch.float64)[:, None]
+        else:
+            points = torch.quasirandom.SobolEngine(len(parameters), scramble=True, seed=0).draw(
+                count, dtype=torch.float64
+            )
+        found = {}
+        for point in points.tolist():
+            values = {name: each.at(u) for (name, each), u in zip(parameters.items(), point, strict=True)}
+            label = ", ".join(f"{name}={label_of(value)}" for name, value in values.items())
+            keys = {parameters[name].key: value for name, value in values.items()}
+            found[label] = Row(label, set=keys, groups=[method])
+        rows += found.values()
+    return rows
+
+
 def make_plan(path: Path) -> Plan:
     """Read an experiment file, resolve and check every setting, whether its weights are here or not.
 
     Whatever would end a run later raises ConfigurationError: keys, values, metrics that nothing measures.
     """
     where, experiment = str(path), read_experiment(path)
+    if experiment.tune is not None:
+        experiment = dataclasses.replace(experiment, rows=candidates(experiment))
     evaluation = _evaluation(experiment.evaluate, where)
     first = next(iter(experiment.axes), "name")
     named = [*(({first: row.name}, row) for row in experiment.rows), *_grid(experiment.axes)]
@@ -306,7 +335,8 @@ def make_plan(path: Path) -> Plan:
 
 def _check_measured(plan: Plan, where: str) -> None:
     """Raise ConfigurationError for columns that no setting has, or that not all have and the ranking needs."""
-    ranked = plan.experiment.halving.metrics if plan.experiment.halving else []
+    halving = plan.experiment.halving
+    ranked = [key for text in (halving.metrics if halving else []) for key in parse_objective(text, where).keys]
     for column in plan.columns:
         reasons = [_unmeasured(s.options[-1], column, plan.experiment.evaluate is not None) for s in plan.settings]
         if all(reasons) or (column.key in ranked and any(reasons)):

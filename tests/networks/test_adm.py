@@ -1,10 +1,15 @@
 """ADM's networks against guided-diffusion with the same weights."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.functional import log_softmax
 
-from calib_guidance.networks import EncoderUNet, UNet
+from calib_guidance.backend import tuning
+from calib_guidance.backend.tuning import plain
+from calib_guidance.networks import EncoderUNet, PatchUNet, UNet
 from calib_guidance.networks.adm import AttentionBlock, ResBlock, timestep_embedding
 
 IGNORED = {"dims", "use_checkpoint", "use_fp16", "pool", "num_classes", "num_heads_upsample"}
@@ -103,3 +108,40 @@ def test_impossible_widths_name_the_cause():
         AttentionBlock(64, num_head_channels=48)
     with pytest.raises(ValueError, match="multiples of 4"):
         UNet(8, model_channels=32, channel_mult=(1, 1, 1)).check_image((3, 10, 8))
+
+
+def test_the_patch_unet_is_the_unet_of_blocks_of_pixels():
+    sizes = {"model_channels": 32, "num_res_blocks": 1, "channel_mult": (1, 2), "num_head_channels": 32}
+    sizes |= {"attention_resolutions": (2,), "num_classes": 3}
+    patched = PatchUNet(16, 3, out_channels=6, patch_size=2, **sizes)
+    blocks = UNet(8, 12, out_channels=24, **sizes)
+    with torch.no_grad():
+        for parameter in patched.parameters():
+            parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
+    blocks.load_state_dict(patched.state_dict())
+    x, t, y = torch.randn(2, 3, 16, 16), torch.tensor([5.0, 700.0]), torch.tensor([0, -1])
+    expected = F.pixel_shuffle(blocks(F.pixel_unshuffle(x, 2), t, y), 2)
+    torch.testing.assert_close(patched(x, t, y), expected)
+    assert (patched.in_channels, patched.out_channels, patched.image_size) == (3, 6, 16)
+    patched.check_image((3, 16, 16))
+    with pytest.raises(ValueError, match=r"images of \(3, 18, 18\) do not fit the network: \(3, multiples of 4\)"):
+        patched.check_image((3, 18, 18))
+    with pytest.raises(ValueError, match="image_size must be a multiple of patch_size, got 15 and 2"):
+        PatchUNet(15, **sizes)
+
+
+def test_attention_is_trained_in_float32_under_autocast():
+    q, k, v = torch.randn(3, 2, 2, 16, 8, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for dtype, tuned in ((torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)):
+        inputs = [each.to(dtype).requires_grad_() for each in (q, k, v)]
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
+            nullcontext() if tuned else plain(),
+        ):
+            out = tuning.attention(*inputs)
+        assert out.dtype == dtype
+        gradients.append(torch.cat([g.float() for g in torch.autograd.grad(out.float().square().sum(), inputs)]))
+    exact, fast, theirs = gradients
+    torch.testing.assert_close(fast, exact, atol=0.03, rtol=0.03)
+    assert (fast - exact).norm() <= 1.01 * (theirs - exact).norm()
