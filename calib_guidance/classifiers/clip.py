@@ -18,7 +18,7 @@ from calib_guidance.scores.base import as_float
 from calib_guidance.weights.io import WeightsFile, load_weights
 
 _BOUND = 1 + 1e-4  # of pixels; above 1: saturated areas keep their gradient despite rounding
-_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def _import_open_clip() -> ModuleType:
@@ -146,8 +146,8 @@ class CLIPClassifier(Classifier):
         weights: WeightsFile | str | None = None,
         cutouts: int = 0,
         cutout_scale: Sequence[float] = (0.5, 0.9),
-        mean: Sequence[float] = _MEAN,
-        std: Sequence[float] = _STD,
+        mean: Sequence[float] = CLIP_MEAN,
+        std: Sequence[float] = CLIP_STD,
         dtype: Dtype = "float32",
         **kwargs: Any,
     ):

@@ -2,6 +2,7 @@
 
 from calib_guidance.evaluation.features import (
     ClassifierFeatures,
+    CLIPFeatures,
     FeatureExtractor,
     Features,
     InceptionFeatures,
@@ -16,6 +17,7 @@ from calib_guidance.evaluation.spec import Estimate, MetricSpec, SampleSet
 
 __all__ = [
     "METRICS",
+    "CLIPFeatures",
     "ClassifierFeatures",
     "Estimate",
     "FeatureExtractor",

@@ -24,6 +24,7 @@ from calib_guidance.evaluation.spec import NO_FEATURES, Measures, MetricSpec
 from calib_guidance.evaluation.statistics import ReferenceStatistics, check_output, versions
 
 _OF_SAMPLES = ("split", "subset", "image_column", "label_column")  # which the two sets may have differently
+_ASKED = ("is_adm", "pr_adm", "mind")  # conventions of others, which are measured where they are named
 _READING = ("size", "resize", "mode", "max_corrupt", *_OF_SAMPLES)
 _KINDS = """\
 kinds of images (each is read in a fixed order, a batch at a time):
@@ -50,7 +51,7 @@ arr_0), or mu and sigma alone (EDM, clean-fid, pytorch-fid).
 
 metrics:
 {_METRICS}  MODULE.NAME a MetricSpec of your own
-By default all that the features, the reference and the options allow, but is_adm and pr_adm.
+By default all that the features, the reference and the options allow, but is_adm, pr_adm and mind.
 
 examples:
   calib-guidance evaluate outputs/imagenet128/resnet101_js --reference VIRTUAL_imagenet128.npz --features inception
@@ -164,6 +165,8 @@ def read_options(args: Sequence[str]) -> argparse.Namespace:
     add_measures(parser)
     words = "also the Fréchet distance at infinitely many samples"
     parser.add_argument("--extrapolate", action="store_true", help=words)
+    words = "real images, or statistics of them: also FDr, the Fréchet distance over theirs (as REF: read like the reference)"
+    parser.add_argument("--validation", metavar="VAL", help=words)
     words = (
         "folder for metrics.json, metrics.md and predictions.npz (default: RUN/evaluation of a run folder, else "
         "outputs/evaluation/NAME). Of several sets, for their mean and a folder of each that is not a run folder (default: "
@@ -192,7 +195,7 @@ def _evaluate(options: argparse.Namespace, processes: DistributedContext) -> Non
         folders = [run or together / name for run, name in zip(runs, names, strict=True)]
     for folder in folders if len(sets) == 1 else (*folders, together):
         check_writable(folder, "--output")
-    quality = open_quality(options, sets, processes, options.extrapolate)
+    quality = open_quality(options, sets, processes, options.extrapolate, options.validation)
     found = []
     for samples, folder in zip(sets, folders, strict=True):
         results = quality.measure(samples, progress=True)
@@ -209,7 +212,11 @@ def _evaluate(options: argparse.Namespace, processes: DistributedContext) -> Non
 
 
 def open_quality(
-    options: argparse.Namespace, sets: Sequence[ImageSet], processes: DistributedContext, extrapolate: bool = False
+    options: argparse.Namespace,
+    sets: Sequence[ImageSet],
+    processes: DistributedContext,
+    extrapolate: bool = False,
+    validation: str | None = None,
 ) -> Quality:
     """What measures the sets, checked against them before the first image goes through a network."""
     reference = ReferenceStatistics.open(options.reference, **reading(options))
@@ -227,6 +234,11 @@ def open_quality(
     measures = Measures(extractor, eval_classifier, clip, options.neighbors, not options.allow_few, extrapolate)
     if reference.mean is not None:
         reference.check(extractor)
+    if validation is not None:
+        held = ReferenceStatistics.open(validation, **reading(options))
+        held.check_shape(f"--validation {held.name}", sets[0].image_shape)
+        held.measured(extractor, options.batch_size, spatial=False, processes=processes)
+        measures = measures._replace(validation=held)
     specs = _metrics(options.metrics, measures, reference, sets)
     for samples in sets:
         _check_classes(samples, reference, measures, {need for spec in specs for need in spec.needs})
@@ -259,7 +271,7 @@ def _metrics(
     """
     if asked is None:
         own_classes = isinstance(measures.extractor, ClassifierFeatures)
-        names = [name for name in OPTIONS if not name.endswith("_adm") and not (name == "is" and own_classes)]
+        names = [name for name in OPTIONS if name not in _ASKED and not (name == "is" and own_classes)]
         missing = measures.missing(reference).keys()
         specs = tuple(spec for spec in select(names, measures.extractor) if missing.isdisjoint(spec.needs))
     else:

@@ -23,14 +23,19 @@ from calib_guidance.backend.images import from_uint8
 from calib_guidance.backend.precision import exact_float32
 from calib_guidance.backend.text import read_yaml
 from calib_guidance.classifiers.base import Classifier
+from calib_guidance.classifiers.clip import CLIP_MEAN, CLIP_STD, build_clip
 from calib_guidance.classifiers.off_the_shelf import build_network
 from calib_guidance.errors import ConfigurationError, first_line
 from calib_guidance.runs.identity import hash_state
-from calib_guidance.weights.io import CheckpointError, WeightsFile, read_weights, tensors_only
+from calib_guidance.weights.io import CheckpointError, WeightsFile, load_weights, read_weights, tensors_only
 
 FORMS = (
-    "inception[:WEIGHTS], dinov2[:WEIGHTS], timm:NAME[:WEIGHTS], torchvision:NAME[:WEIGHTS], classifier:CLASSIFIER.yaml or "
-    "PYTHON.MODULE:NAME"
+    "inception[:WEIGHTS], dinov2[:WEIGHTS], clip[:WEIGHTS], timm:NAME[:WEIGHTS], torchvision:NAME[:WEIGHTS], "
+    "classifier:CLASSIFIER.yaml or PYTHON.MODULE:NAME"
+)
+_CLIP, _CLIP_WEIGHTS = (
+    "ViT-L-14-336-quickgelu",
+    "hf://timm/vit_large_patch14_clip_336.openai/open_clip_model.safetensors",
 )
 _DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 _TORCH = f"torch {torch.__version__.partition('+')[0]}"
@@ -48,7 +53,7 @@ class FeatureExtractor(nn.Module, ABC):
     """Maps 8-bit images to features; of the attributes see :meth:`provenance`."""
 
     name: str
-    kind: str = ""  # inception or dinov2, whose distances have names in the field (FID, FD-DINOv2)
+    kind: str = ""  # inception, dinov2 or clip, whose distances have names in the field (FID, FD-DINOv2)
     width: int  # D of the pooled features
     spatial_width: int | None = None  # D_s, None without
     num_logits: int | None = None  # K, None without
@@ -141,9 +146,12 @@ class InceptionFeatures(FeatureExtractor):
 class _ResizedFeatures(FeatureExtractor):
     """Base class: RGB images resized without cropping and normalized by channel."""
 
-    def _prepare(self, size: int, how: str, mean: Sequence[float], std: Sequence[float], note: str = "") -> None:
-        self.size, self.how, self.mean, self.std = size, how, tuple(mean), tuple(std)
-        self.resize = {"size": size, "how": f"{how}, antialiased, full image, in float32{note}", "library": _TORCH}
+    def _prepare(
+        self, size: int, how: str, mean: Sequence[float], std: Sequence[float], note: str = "", antialias: bool = True
+    ) -> None:
+        self.size, self.how, self.mean, self.std, self.antialias = size, how, tuple(mean), tuple(std), antialias
+        smooth = "antialiased" if antialias else "not antialiased, overshoot kept"
+        self.resize = {"size": size, "how": f"{how}, {smooth}, full image, in float32{note}", "library": _TORCH}
         self.normalization = f"mean {list(mean)}, standard deviation {list(std)} of [0, 1]"
         self.requires_grad_(False).eval()
 
@@ -151,9 +159,10 @@ class _ResizedFeatures(FeatureExtractor):
         """``(N, 3, size, size)`` as the network was trained with, of uint8 ``(N, C, H, W)``."""
         x = images.expand(-1, 3, -1, -1).float()
         if x.shape[-2:] != (self.size, self.size):
-            x = F.interpolate(x, (self.size, self.size), mode=self.how, antialias=True, align_corners=False)
+            x = F.interpolate(x, (self.size, self.size), mode=self.how, antialias=self.antialias, align_corners=False)
         mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
-        return (x.clamp(0, 255) / 255 - mean) / std  # bicubic overshoots, which 8-bit images cannot
+        x = x.clamp(0, 255) if self.antialias else x  # bicubic overshoots, which 8-bit images cannot
+        return (x / 255 - mean) / std
 
 
 class TimmFeatures(_ResizedFeatures):
@@ -185,6 +194,31 @@ class TimmFeatures(_ResizedFeatures):
     def forward(self, images: Tensor) -> Features:
         features = self.network.forward_features(self.shown(images))
         return Features(self.network.forward_head(features, pre_logits=True).flatten(1).float())
+
+
+class CLIPFeatures(_ResizedFeatures):
+    """Projected image embeddings of CLIP ViT-L/14 at 336 pixels, as CMMD is defined with (arXiv 2401.09603), not normalized.
+
+    Args:
+        weights: a local file or ``hf://…`` in open_clip's names; None leaves random ones.
+        model: a name of open_clip, or the architecture in its format. Distances have CMMD's name with the default alone.
+    """
+
+    def __init__(self, weights: str | None = _CLIP_WEIGHTS, model: str | dict[str, Any] = _CLIP):
+        super().__init__()
+        clip = build_clip(model)
+        if weights is not None:
+            load_weights(clip, weights)
+        self.network, self.weights, self.width = clip.visual, weights, clip.visual.output_dim
+        self.kind, self.name = (
+            "clip" if model == _CLIP else "",
+            f"open_clip {model if isinstance(model, str) else 'model'}",
+        )
+        size = clip.visual.image_size
+        self._prepare(size if isinstance(size, int) else size[0], "bicubic", CLIP_MEAN, CLIP_STD, antialias=False)
+
+    def forward(self, images: Tensor) -> Features:
+        return Features(self.network(self.shown(images)).float())
 
 
 class TorchvisionFeatures(_ResizedFeatures):
@@ -269,6 +303,8 @@ def features_from_name(text: str) -> FeatureExtractor:
             made: nn.Module = InceptionFeatures(rest or None)
         elif kind == "dinov2":
             made = TimmFeatures(weights=rest or "pretrained")
+        elif kind == "clip":
+            made = CLIPFeatures(rest) if rest else CLIPFeatures()
         elif kind in ("timm", "torchvision") and rest:
             name, _, weights = rest.partition(":")
             make = TimmFeatures if kind == "timm" else TorchvisionFeatures

@@ -19,9 +19,10 @@ from calib_guidance.evaluation.statistics import ReferenceStatistics
 from calib_guidance.metrics import frechet
 from calib_guidance.metrics.calibration import bin_cells, calibration_error_from_bins
 from calib_guidance.metrics.inception_score import inception_score, inception_score_adm
-from calib_guidance.metrics.kernel_distance import kernel_distance, kernel_distance_subsets
+from calib_guidance.metrics.kernel_distance import clip_mmd, kernel_distance, kernel_distance_subsets
 from calib_guidance.metrics.moments import bootstrap_sums
 from calib_guidance.metrics.neighbors import count_in_balls
+from calib_guidance.metrics.sliced import mind
 
 _SPLITS, _BLOCK, _SUBSETS, _SUBSET_SIZE, _NEIGHBORS, _BINS, _POINTS, _DRAWS = 10, 5000, 100, 1000, 5, 15, 15, 200
 _REFERENCE = "reference images, the samples fixed"
@@ -60,6 +61,33 @@ def _frechet_infinite(samples: SampleSet) -> Estimate | None:
         samples.notes.append(f"{label} at N → ∞: below 0, too few samples for a straight line")
     of = f"straight line in 1/N through {_POINTS} subsets of {smallest} to {n} samples"
     return Estimate(line.value, line.std, of)
+
+
+# Denominator of FDr in FD-loss (arXiv 2604.28190): 50,000 ImageNet validation images against training statistics at 256.
+_PUBLISHED_FDR = {"inception": 1.68}
+
+
+def _frechet_ratio(samples: SampleSet) -> Estimate | None:
+    """FDr: the distance in units of that of real validation images to the same reference."""
+    held = samples.measures.validation
+    if held is None:
+        return None
+    mean, covariance, root = samples.reference.moments("features")
+    moments = (value.to(mean.device) for value in (held.mean, held.covariance))
+    unit = frechet.frechet_distance(mean, covariance, *moments, root)
+    found, kind = _frechet(dataclasses.replace(samples, notes=[])), samples.measures.extractor.kind
+    if not samples.values_only:
+        published = f"; FD-loss divides by {_PUBLISHED_FDR[kind]:g} at ImageNet 256" if kind in _PUBLISHED_FDR else ""
+        count = "an unknown number of" if held.num_images is None else f"{held.num_images:,}"
+        samples.notes.append(f"FDr: divided by {float(unit):.4g}, the distance of {count} validation images{published}")
+    return Estimate(found.value / unit, found.std / unit, f"{found.of}, and the validation images fixed")
+
+
+def _mind(samples: SampleSet) -> Estimate:
+    reference, generated = samples.reference_features, samples.features
+    count = min(len(reference), len(generated))
+    samples.notes.append(f"MIND: {count:,} images of both sets; biased upwards, comparable only at the same number")
+    return Estimate(mind(reference, generated))
 
 
 def _inception_score(samples: SampleSet) -> Estimate:
@@ -162,6 +190,11 @@ _CLASSIFIER = {"option": "classifier", "needs": ("predictions", "labels"), "limi
 _FID = {"inception": ("fid", "FID"), "dinov2": ("fd_dinov2", "FD-DINOv2"), "": ("fd", "Fréchet distance")}
 _SFID = {"inception": ("sfid", "sFID"), "": ("sfd", "spatial Fréchet distance")}
 _KID = {"inception": ("kid", "KID"), "dinov2": ("kd_dinov2", "KD-DINOv2"), "": ("kd", "kernel distance")}
+_MIND = {"inception": ("mind", "MIND"), "dinov2": ("mind_dinov2", "MIND-DINOv2"), "": ("sliced", "sliced distance")}
+for _names, _start in ((_FID, "FD"), (_KID, "KD"), (_MIND, "MIND")):
+    _names["clip"] = (f"{_start.lower()}_clip", f"{_start}-CLIP")
+_FDR = {"inception": ("fdr", "FDr"), "dinov2": ("fdr_dinov2", "FDr-DINOv2"), "clip": ("fdr_clip", "FDr-CLIP")}
+_FDR[""] = ("fd_ratio", "Fréchet distance over validation's")
 
 
 def _distance(names: Mapping[str, tuple[str, str]], end: str, label_end: str, **options: Any) -> Iterator[MetricSpec]:
@@ -174,6 +207,10 @@ def _mean(
     values: Callable[[SampleSet], Tensor], of: str = "samples", **options: Any
 ) -> Callable[[SampleSet], Estimate]:
     return lambda samples: samples.mean(values(samples), of, **options)
+
+
+def _without_error(value: Callable[[SampleSet], Tensor]) -> Callable[[SampleSet], Estimate]:
+    return lambda samples: Estimate(value(samples))
 
 
 def _precision_recall(end: str, label_end: str, half: bool) -> Iterator[MetricSpec]:
@@ -196,6 +233,7 @@ _CLASSES = {"option": "classwise", "needs": ("features", "reference_features", "
 def _specs() -> Iterator[MetricSpec]:
     yield from _distance(_FID, "", "", compute=_frechet, **_FD)
     yield from _distance(_FID, "_infinite", " at N → ∞", compute=_frechet_infinite, limits=_ANY, jackknife=False, **_FD)
+    yield from _distance(_FDR, "", "", compute=_frechet_ratio, **_FD | {"option": "fdr"})
     yield from _distance(_SFID, "", "", compute=lambda samples: _frechet(samples, "spatial"), **_SFD)
     label = f"Inception score, {_SPLITS} shuffled splits"
     yield MetricSpec("inception_score", label, compute=_inception_score, **_SCORE)
@@ -205,6 +243,9 @@ def _specs() -> Iterator[MetricSpec]:
     yield from _distance(
         _KID, "_mean", ", mean of subsets", compute=lambda samples: _kernel(samples, True), jackknife=False, **_KD
     )
+    yield from _distance(_MIND, "", "", compute=_mind, jackknife=False, option="mind", **_BOTH)
+    cmmd = _without_error(lambda s: clip_mmd(s.reference_features, s.features))
+    yield MetricSpec("cmmd", "CMMD", compute=cmmd, option="cmmd", extractor="clip", **_BOTH, **_LOW)
     yield from _precision_recall("", "", half=False)
     yield from _precision_recall("_adm", ", ADM's float16", half=True)
     yield MetricSpec("density", "density", compute=_mean(lambda s: _balls(s)[0], scale=1 / _NEIGHBORS), **_DC)
@@ -227,6 +268,9 @@ OPTIONS: Mapping[str, str] = {
     "is": f"Inception score, mean of {_SPLITS} shuffled splits (as torch-fidelity)",
     "is_adm": f"Inception score as ADM's evaluator: mean of blocks of {_BLOCK:,}, not shuffled",
     "kid": f"kernel distance (KID with Inception), {_SUBSETS} subsets",
+    "fdr": "Fréchet distance over that of real validation images (--validation)",
+    "mind": "sliced distance of 1,000 directions (MIND with Inception)",
+    "cmmd": "CMMD, with CLIP features",
     "pr": "improved precision and recall, distances in float64",
     "pr_adm": "improved precision and recall as ADM's evaluator: distances in float16",
     "dc": f"density and coverage, k = {_NEIGHBORS}",

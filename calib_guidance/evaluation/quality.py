@@ -18,13 +18,17 @@ from calib_guidance.backend.atomic import atomic_write, write_text
 from calib_guidance.backend.distributed import DistributedContext
 from calib_guidance.backend.images import from_uint8
 from calib_guidance.data.image_sets import ImageBatch, ImageSet
+from calib_guidance.data.source import RunImages
 from calib_guidance.errors import ConfigurationError, RunError
 from calib_guidance.evaluation.metrics import METRICS, specs_of, unmet
 from calib_guidance.evaluation.spec import Estimate, Measures, MetricSpec, SampleSet
 from calib_guidance.evaluation.statistics import ReferenceStatistics, gather_in_order
 from calib_guidance.metrics.frechet import sample_count_note
+from calib_guidance.runs import read_run
 from calib_guidance.runs.identity import hash_state
 from calib_guidance.runs.store import REAL_IMAGES
+
+_BEST_OF = ("fid", "fd_dinov2", "fd_clip", "fd", "sfid")  # papers publish the best of several seeds
 
 
 class Quality:
@@ -96,6 +100,7 @@ class Quality:
             "features": self.measures.extractor.name,
             "num_measured": samples.num_samples,
             "num_reference": self.reference.num_images,
+            "protocol": _protocol(images, samples.labels),
             "provenance": self._provenance | {"samples": images.provenance()},
         }
 
@@ -116,6 +121,20 @@ class Quality:
         if "similarity" in self._needs:
             rows["similarity"] = _of_label(self.measures.similarity(images).float(), labels, "the CLIP model")
         return rows
+
+
+def _protocol(images: ImageSet, labels: Tensor) -> str:
+    """How labels and noise of the samples were drawn, as far as that is known."""
+    counts = labels[labels >= 0].unique(return_counts=True)[1].tolist()
+    if not counts:
+        drawn = "labels not known"
+    else:
+        low, high = min(counts), max(counts)
+        drawn = f"labels balanced ({low:,}" if high - low <= 1 else f"labels not balanced ({low:,} to {high:,}"
+        drawn += f" of each of {len(counts):,} classes)"
+    run = read_run(images.source.run.path) if isinstance(images.source, RunImages) else None
+    seed = run["identity"].get("data.seed") if run else None
+    return f"{drawn}; seed {'not known' if seed is None else seed}, one set of samples"
 
 
 def _of_label(values: Tensor, labels: Tensor, whose: str) -> Tensor:
@@ -153,6 +172,8 @@ def described(results: Mapping[str, Any]) -> list[str]:
     ]
     if "file" in provenance["reference"]:
         lines[-1] += f"; from {provenance['reference']['file']} ({provenance['reference']['sha256'][:12]})"
+    if "protocol" in results:
+        lines.append(f"protocol   {results['protocol']}")
     for name, key in (("classifier", "eval_classifier"), ("clip", "clip")):
         if key in provenance:
             lines.append(f"{name:<10} {provenance[key]['class']}; weights {provenance[key]['weights_sha256'][:12]}")
@@ -250,6 +271,7 @@ def write_evaluation(folder: Path, results: Mapping[str, Any], quality: Quality)
 
 def write_summary(folder: Path, names: Sequence[str], found: Sequence[Mapping[str, Any]]) -> None:
     """Print and write mean and standard deviation over sets, with a line for each set."""
+    best: dict[str, float] = {}
     unlimited, rows = MetricSpec("", "", limits=(-math.inf, math.inf)), [["samples", "---", *names, "**mean ± std**"]]
     content: dict[str, Any] = {"uncertainty": {}}
     for key, spec in specs_of(*found).items():
@@ -258,18 +280,25 @@ def write_summary(folder: Path, names: Sequence[str], found: Sequence[Mapping[st
             mean, std = statistics.mean(values), statistics.stdev(values)
             cells = [*map(spec.format.format, values), f"{spec.format.format(mean)} ± {spec.format.format(std)}"]
             rows.append([spec.label, "---:", *cells])
+            if spec.higher_is_better is not None:
+                best[key] = (max if spec.higher_is_better else min)(values)
             content[key], content["uncertainty"][key] = mean, unlimited.uncertainty(mean, std, f"{len(found)} runs")
     table = [f"| {' | '.join(row)} |" for row in zip(*rows, strict=True)]
+    specs = specs_of(*found)
+    named = ", ".join(f"{specs[key].label} {specs[key].text(value)}" for key, value in best.items() if key in _BEST_OF)
     counts = sorted({results["num_measured"] for results in found})
     notes = [f"± is the standard deviation over {len(found)} runs"]
+    if named:
+        words = "the convention of EDM and EDM2, with three, which lies below a mean"
+        notes.append(f"best of {len(found)} seeds ({words}): {named}")
     if len(counts) > 1:
         listed = ", ".join(f"{count:,}" for count in counts)
         notes.append(f"{listed} samples: Fréchet distances of different numbers of samples do not compare")
     # What all have in common; their own uncertainties and what they say of their own samples stand with each.
     shared = [line for line in described(found[0]) if all(line in described(results) for results in found[1:])]
-    notes += [line for line in shared if not line.startswith(("samples ", "±", "by class"))]
+    notes += [line for line in shared if not line.startswith(("samples ", "protocol ", "±", "by class"))]
     print("", *table, *notes, sep="\n")
-    content |= {"notes": notes, "runs": dict(zip(names, found, strict=True))}
+    content |= {"best": best, "notes": notes, "runs": dict(zip(names, found, strict=True))}
     _write(folder, content, table, notes, None)
 
 

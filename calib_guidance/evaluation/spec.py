@@ -44,6 +44,7 @@ class Measures(NamedTuple):
     k: int = 3  # neighbors for precision and recall
     full_rank: bool = False  # Fréchet distances only of more samples than features
     extrapolate: bool = False  # also the Fréchet distance at infinitely many samples
+    validation: ReferenceStatistics | None = None  # real images whose own distance is the unit of FDr
 
     @property
     def classifier(self) -> Classifier | None:

@@ -1,0 +1,81 @@
+"""Ratios to validation images, sliced and CLIP distances, and what `evaluate` says of how samples were drawn."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from calib_guidance.cli import main
+from calib_guidance.evaluation import CLIPFeatures
+from calib_guidance.evaluation.metrics import METRICS
+from calib_guidance.evaluation.spec import Measures, SampleSet
+from calib_guidance.evaluation.statistics import ReferenceStatistics
+from calib_guidance.metrics import clip_mmd, frechet_distance, mean_and_covariance, mind
+from tests.image_files import Projection, pictures, write
+from tests.runs import metrics
+
+FEATURES = ("--features", "tests.image_files:Projection", "--device=cpu")
+
+
+def features(images):
+    with torch.no_grad():
+        return Projection()(torch.from_numpy(images).permute(0, 3, 1, 2)).pool
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sets")
+    made = {name: pictures(120 + 10 * seed, seed=seed) for seed, name in enumerate(("samples", "reference", "held"))}
+    runs = {seed: {"data.seed": seed, "data.labels": "balanced"} for seed in (3, 4)}
+    paths = {
+        f"run{seed}": write(folder / f"run{seed}", "run folder", *made["samples"], **run) for seed, run in runs.items()
+    }
+    return paths | {name: write(folder / name, "npz", *made[name]) for name in ("reference", "held")}, made
+
+
+def test_the_distance_in_units_of_that_of_validation_images(sets, tmp_path, capsys):
+    paths, made = sets
+    options = ["--reference", paths["reference"], "--validation", paths["held"], "--metrics=fid,fdr,mind", *FEATURES]
+    main([str(word) for word in ("evaluate", paths["run3"], *options, "--output", tmp_path)])
+    found, printed = metrics(tmp_path), capsys.readouterr().out
+    reference, samples, held = (features(made[name][0]) for name in ("reference", "samples", "held"))
+    statistics = mean_and_covariance(reference)
+    distances = [frechet_distance(*statistics, *mean_and_covariance(each)) for each in (samples, held)]
+    assert found["fd_ratio"] == pytest.approx(float(distances[0] / distances[1]), rel=1e-6)
+    ratio, plain = (found["uncertainty"][key]["std"] for key in ("fd_ratio", "fd"))
+    assert ratio == pytest.approx(plain / float(distances[1]), rel=1e-6)
+    assert f"FDr: divided by {float(distances[1]):.4g}, the distance of 140 validation images" in printed
+    assert found["sliced"] == pytest.approx(float(mind(reference, samples)), rel=1e-6)
+    assert "MIND: 120 images of both sets; biased upwards" in printed
+    assert "protocol   labels balanced (40 of each of 3 classes); seed 3, one set of samples" in printed
+
+
+def test_the_best_of_several_seeds_is_named_as_such(sets, tmp_path, capsys):
+    paths, _ = sets
+    runs = [paths["run3"], paths["run4"]]
+    options = ["--reference", paths["reference"], "--metrics=fid", *FEATURES, "--output", tmp_path]
+    main([str(word) for word in ("evaluate", *runs, *options)])
+    found = metrics(tmp_path)
+    assert found["best"]["fd"] == min(each["fd"] for each in found["runs"].values())
+    assert (
+        "best of 2 seeds (the convention of EDM and EDM2, with three, which lies below a mean)"
+        in capsys.readouterr().out
+    )
+
+
+def test_clip_features_are_those_of_cmmd():
+    tower = {"image_size": 20, "layers": 1, "width": 32, "head_width": 16, "patch_size": 10}
+    text = {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 2, "layers": 1}
+    torch.manual_seed(0)
+    extractor = CLIPFeatures(None, {"embed_dim": 12, "vision_cfg": tower, "text_cfg": text})
+    images = torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8)
+    shown = F.interpolate(images / 255, (20, 20), mode="bicubic", align_corners=False)
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
+    torch.testing.assert_close(extractor.shown(images), (shown - mean) / std)
+    found = extractor(images).pool
+    torch.testing.assert_close(found, extractor.network((shown - mean) / std))
+    assert (found.shape, extractor.width, extractor.kind) == ((5, 12), 12, "")  # not the network of published numbers
+    reference = ReferenceStatistics(None, None, features=found[:3])
+    samples = SampleSet(Measures(extractor), reference, {"index": torch.arange(2), "features": found[3:]})
+    assert float(METRICS["cmmd"].compute(samples).value) == pytest.approx(float(clip_mmd(found[:3], found[3:])))
+    assert METRICS["cmmd"].extractor == METRICS["fd_clip"].extractor == "clip"
