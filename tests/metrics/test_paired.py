@@ -1,17 +1,20 @@
 """Differences of paired samples against the paired t-test, the binomial law, and simulated pairs of a known difference."""
 
+import importlib
+import sys
+
 import numpy as np
 import pytest
 import scipy.stats
 import torch
 
 from calib_guidance.metrics import (
-    frechet_distance,
     jackknife_blocks,
     mean_difference,
     paired_difference,
     sign_test,
 )
+from tests.conftest import ROOT
 
 
 def without_each(values):
@@ -65,37 +68,10 @@ def test_blocks_hold_the_classes_in_proportion():
             jackknife_blocks(labels, wrong)
 
 
-def simulated_pair(generator, n, d, groups):
-    """Fréchet distances of two sets of common noise to N(0, 1), complete and without each block; their true difference."""
-    eye, zero = torch.eye(d, dtype=torch.float64), torch.zeros(d, dtype=torch.float64)
-
-    def distance(count, total, square):
-        return frechet_distance(
-            zero, eye, total / count, (square - torch.outer(total, total) / count) / (count - 1), eye
-        )
-
-    z = torch.randn(n, d, generator=generator, dtype=torch.float64)
-    other = (z + 0.15 * torch.randn(n, d, generator=generator, dtype=torch.float64)) / 1.0225**0.5
-    values, without, true = [], [], []
-    for noise, std, shift in ((z, 1.0, 0.1), (other, 1.05, 0.13)):
-        blocks = (std * noise + shift).view(groups, -1, d)
-        total, square = blocks.sum(1), torch.einsum("bni,bnj->bij", blocks, blocks)
-        values.append(float(distance(n, total.sum(0), square.sum(0))))
-        left = [
-            distance(n - n // groups, total.sum(0) - t, square.sum(0) - s) for t, s in zip(total, square, strict=True)
-        ]
-        without.append(torch.stack(left))
-        true.append(d * ((std - 1) ** 2 + shift**2))
-    return values, without, true[0] - true[1]
-
-
-def test_intervals_cover_a_known_difference():
-    """A small form of docs/cost_of_a_number.py, which draws 200 pairs."""
-    generator, covered, ratio = torch.Generator().manual_seed(0), [], []
-    for _ in range(60):
-        values, without, true = simulated_pair(generator, 400, 6, 20)
-        found = paired_difference(tuple(values), tuple(without), unbias=True)
-        covered.append(found.low <= true <= found.high)
-        ratio.append(found.unpaired_std / found.std)
-    assert 0.88 <= np.mean(covered) <= 1  # 95 % of 60: a binomial deviation of 3 %
-    assert np.median(ratio) > 3
+def test_intervals_cover_a_known_difference(monkeypatch):
+    """A small form of benchmarks/paired_coverage.py, which draws 200 pairs."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    found = importlib.import_module("paired_coverage").coverage(60, 400, 6, 20)
+    sys.modules.pop("paired_coverage")
+    assert 0.88 <= found.unbiased <= 1  # 95 % of 60: a binomial deviation of 3 %
+    assert found.shorter > 3
