@@ -2,8 +2,8 @@
 
     python benchmarks/paired_coverage.py
 
-Two sets of normal features, whose Fréchet distances to N(0, 1) are known exactly, are made from noise that correlates by 0.99, as the
-samples of two guidance rules do. Pairs with independent noise have the same marginals.
+Two sets of normal features, whose Fréchet distances to N(0, 1) are known exactly, are made from noise that correlates by 0.99, as
+the samples of two guidance rules do. Pairs with independent noise have the same marginals.
 """
 
 from __future__ import annotations
