@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 
 from calib_guidance.cli import main
 from calib_guidance.evaluation import CLIPFeatures
@@ -47,6 +48,28 @@ def test_the_distance_in_units_of_that_of_validation_images(sets, tmp_path, caps
     assert found["sliced"] == pytest.approx(float(mind(reference, samples)), rel=1e-6)
     assert "MIND: 120 images of both sets; biased upwards" in printed
     assert "protocol   labels balanced (40 of each of 3 classes); seed 3, one set of samples" in printed
+
+
+def test_another_reference_than_the_published_one_is_named(sets, tmp_path):
+    paths, _ = sets
+    run = write(tmp_path / "run", "run folder", *pictures(120), **{"data.seed": 0})
+    quality = {"class_path": "SampleQuality", "init_args": {"reference": "checkpoints/VIRTUAL_imagenet128_labeled.npz"}}
+    (run / "config.yaml").write_text(
+        yaml.safe_dump({"trainer": {"callbacks": [{"class_path": "SampleWriter"}, quality]}})
+    )
+    words = [
+        "evaluate",
+        run,
+        "--reference",
+        paths["reference"],
+        "--metrics=fid",
+        *FEATURES,
+        "--output",
+        tmp_path / "out",
+    ]
+    main([str(word) for word in words])
+    (note,) = (note for note in metrics(tmp_path / "out")["notes"] if "published" in note)
+    assert note.startswith("the run's configuration names the reference VIRTUAL_imagenet128_labeled.npz")
 
 
 def test_the_best_of_several_seeds_is_named_as_such(sets, tmp_path, capsys):

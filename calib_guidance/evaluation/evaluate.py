@@ -10,6 +10,7 @@ from typing import Any
 
 from calib_guidance.backend.atomic import check_writable
 from calib_guidance.backend.distributed import DistributedContext, distributed_context
+from calib_guidance.backend.text import read_yaml
 from calib_guidance.classifiers import CLIPClassifier
 from calib_guidance.data.base import listed
 from calib_guidance.data.image_sets import ImageSet
@@ -201,7 +202,7 @@ def _evaluate(options: argparse.Namespace, processes: DistributedContext) -> Non
         results = quality.measure(samples, progress=True)
         if options.metrics is None and quality.reference.features is None:
             results["notes"].append(f"kid, pr, dc and classwise skipped: {NO_FEATURES}")
-        results["notes"] += samples.notes
+        results["notes"] += [*samples.notes, *_other_reference(samples, quality.reference)]
         results["num_samples"] = results["num_measured"]
         results["provenance"]["versions"] = versions()
         found.append(results)
@@ -209,6 +210,22 @@ def _evaluate(options: argparse.Namespace, processes: DistributedContext) -> Non
             write_evaluation(folder, results, quality)
     if processes.is_first and len(sets) > 1:
         write_summary(together, names, found)
+
+
+def _other_reference(samples: ImageSet, reference: ReferenceStatistics) -> list[str]:
+    """A note where a run's own configuration, such as that of a published row, names another file of statistics."""
+    path = samples.source.run.path / "config.yaml" if isinstance(samples.source, RunImages) else None
+    if path is None or not path.is_file():
+        return []
+    callbacks = (read_yaml(path).get("trainer") or {}).get("callbacks") or []
+    named = [(callback.get("init_args") or {}).get("reference") for callback in callbacks]
+    files = [Path(name).name for name in named if isinstance(name, str) and name.endswith((".npz", ".pkl"))]
+    if not files or Path(reference.name).name in files:
+        return []
+    return [
+        f"the run's configuration names the reference {files[0]}, that of its published values; values against "
+        f"{reference.name} do not compare with these"
+    ]
 
 
 def open_quality(
