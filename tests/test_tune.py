@@ -8,12 +8,13 @@ import pytest
 import yaml
 
 from calib_guidance.cli import main
+from calib_guidance.cli.configs import find_configuration
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.experiments import experiment as module
+from calib_guidance.experiments import experiment, tune
 from calib_guidance.experiments.experiment import halve
 from calib_guidance.experiments.objectives import parse_objective
 from calib_guidance.experiments.schema import read_experiment
-from calib_guidance.experiments.settings import candidates
+from calib_guidance.experiments.settings import candidates, make_plan
 from calib_guidance.plots.fronts import front
 from tests.conftest import ROOT
 from tests.runs import refused
@@ -54,7 +55,7 @@ def settings_of(run):
     return found[SCALE], found.get(TAU2)
 
 
-def toy(runs, made):
+def toy(made):
     """In place of sampling: Fréchet distance with a known least, and noise of the seed that is common to all settings."""
 
     def do_runs(todo, *_):
@@ -75,18 +76,20 @@ def toy(runs, made):
 
 
 def test_the_known_optimum_of_a_toy_is_found_and_confirmed(write, tmp_path, monkeypatch, capsys):
-    made = []
-    monkeypatch.setattr(module, "do_runs", toy([], made))
-    argv = ["tune", f"--config={write()}", f"--output={tmp_path / 'out'}", "--workers=1", "--devices="]
+    made, path = [], write(tune=FILE["tune"] | {"candidates": 5})
+    plan = make_plan(path, "tune")  # once: reading takes longest
+    monkeypatch.setattr(tune, "make_plan", lambda *_: plan)
+    monkeypatch.setattr(experiment, "do_runs", toy(made))
+    argv = ["tune", f"--config={path}", f"--output={tmp_path / 'out'}", "--workers=1", "--devices="]
     main(argv)
     found = json.loads((tmp_path / "out/toy/tune.json").read_text())
     plain, tempered = (found["methods"][name] for name in ("plain", "tempered"))
-    assert plain["best"] == "scale=2"  # one of nine from 0.25 to 4, of the least at 2
+    assert plain["best"] == "scale=2"  # one of five from 0.25 to 4, of the least at 2
     # Of two parameters the candidate that is nearest to the least, by the toy's own distance.
     scales = [dict(part.split("=") for part in each["setting"].split(", ")) for each in tempered["tried"]]
     distances = [math.log(float(s["scale"])) ** 2 + (float(s["tau2"]) - 0.6) ** 2 for s in scales]
     assert tempered["best"] == tempered["tried"][int(np.argmin(distances))]["setting"]
-    assert plain["samples"] == tempered["samples"] == 2 * (6 * 10 + 2 * 30 + 90)  # an equal budget
+    assert plain["samples"] == tempered["samples"] == 2 * (4 * 10 + 90)  # an equal budget
     assert {seed for _, seed, count in made if count < 90} == {0, 1}
     confirmed = {(setting, seed) for setting, seed, count in made if count == 90 and seed > 1}
     assert len(confirmed) == 2 * 3  # of the best alone, on fresh seeds
@@ -100,7 +103,7 @@ def test_the_known_optimum_of_a_toy_is_found_and_confirmed(write, tmp_path, monk
     main(argv)  # all is done
     assert len(made) == count
     assert json.loads((tmp_path / "out/toy/tune.json").read_text()) == found
-    assert "is a search: calib-guidance tune" in refused(capsys, "experiment", *argv[1:])
+    assert "is a search (tune). Run calib-guidance tune --config" in refused(capsys, "experiment", *argv[1:])
 
 
 def test_methods_compete_with_themselves_only():
@@ -158,7 +161,9 @@ def test_searches_that_cannot_be_made_are_refused(write, changes, message):
 
 
 def test_the_search_of_digits_costs_a_quarter_of_its_grid():
-    found = read_experiment(ROOT / "lightning_configs/experiments/digits_tune.yaml")
+    found = read_experiment(ROOT / "lightning_configs/tune/digits.yaml")
     samples = halve(range(found.tune.candidates), found.halving.rungs(found.num_samples), 3, lambda s, _: list(s))
     assert sum(samples.values()) <= found.num_samples * found.tune.candidates / 3
     assert found.halving.samples % found.set["data.batch_size"] == 0
+    for config in (config for configs in found.groups.values() for config in configs):
+        assert find_configuration(config).is_file()

@@ -24,7 +24,7 @@ _OPTIONS = ("--config", "-c")
 _INNER = re.compile(r"--(model|data)(\.\w+){2,}")
 _ROOT = "lightning_configs"
 # Folder of a command's configurations, where it is not the command's own name.
-_FOLDER = {"validate": "fit", "test": "fit", "experiment": "experiments", "tune": "experiments", "doctor": "predict", "app": "predict"}
+_FOLDER = {"validate": "fit", "test": "fit", "experiment": "experiments", "doctor": "predict", "app": "predict"}
 
 
 def configuration_names() -> list[str]:

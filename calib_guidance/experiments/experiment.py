@@ -303,9 +303,7 @@ def experiment(argv: Sequence[str]) -> None:
     options = _options(argv)
     started = time.monotonic()
     with quietly():
-        plan = make_plan(path := find_configuration(options.config, "experiment"))
-    if plan.experiment.tune is not None:
-        raise ConfigurationError(f"{path} is a search: calib-guidance tune --config {options.config}")
+        plan = make_plan(find_configuration(options.config, "experiment"))
     rows = plan.select(options.row)
     if options.dry_run:
         for run in plan.runs(rows or range(len(plan.settings)), plan.experiment.num_samples, options.output):

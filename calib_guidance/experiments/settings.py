@@ -301,12 +301,16 @@ def candidates(experiment: Experiment) -> list[Row]:
     return rows
 
 
-def make_plan(path: Path) -> Plan:
-    """Read an experiment file, resolve and check every setting, whether its weights are here or not.
+def make_plan(path: Path, command: str = "experiment") -> Plan:
+    """Read the file of an ``experiment`` or of ``tune``, resolve and check every setting, whether its weights are here or not.
 
     Whatever would end a run later raises ConfigurationError: keys, values, metrics that nothing measures.
     """
     where, experiment = str(path), read_experiment(path)
+    if (experiment.tune is None) != (command == "experiment"):
+        other = "tune" if command == "experiment" else "experiment"
+        has = "a search (tune)" if other == "tune" else "not a search: it has no tune"
+        raise ConfigurationError(f"{where} is {has}. Run calib-guidance {other} --config {where}, or change the file")
     if experiment.tune is not None:
         experiment = dataclasses.replace(experiment, rows=candidates(experiment))
     evaluation = _evaluation(experiment.evaluate, where)

@@ -15,7 +15,6 @@ from calib_guidance.backend.atomic import write_text
 from calib_guidance.backend.distributed import available_cores
 from calib_guidance.cli.configs import find_configuration
 from calib_guidance.cli.parsed import quietly, without_network
-from calib_guidance.errors import ConfigurationError
 from calib_guidance.experiments.experiment import Experimenter, devices_of, insert, mean_and_std, place_of
 from calib_guidance.experiments.settings import Plan, make_plan
 from calib_guidance.plots import fronts
@@ -123,7 +122,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
         "on common noise, then a confirmation on seeds that the search never sees. Re-running skips completed runs.",
     )
     add = parser.add_argument
-    add("--config", required=True, help="experiment file with tune, or its name, e.g. digits_tune")
+    add("--config", required=True, help="experiment file with tune, or its name, e.g. digits")
     add("--output", type=Path, default=Path("outputs/experiments"), help="folder of all experiments (%(default)s)")
     add("--into", type=Path, help="Markdown file to put the table into, between <!-- tune --> and <!-- /tune -->")
     add("--workers", type=int, help="runs at a time (one per GPU; on a CPU one per core, at most 4)")
@@ -140,9 +139,7 @@ def tune(argv: Sequence[str]) -> None:
     """
     options, started = _options(argv), time.monotonic()
     with quietly():
-        plan = make_plan(path := find_configuration(options.config, "tune"))
-    if plan.experiment.tune is None:
-        raise ConfigurationError(f"{path} has no tune: add it, or calib-guidance experiment --config {options.config}")
+        plan = make_plan(find_configuration(options.config, "tune"), "tune")
     if options.into:
         place_of(_MARK, options.into)  # before the runs
     if options.dry_run:
