@@ -88,6 +88,6 @@ def test_what_is_not_paired_is_refused(runs, tmp_path, capsys):
     assert "needs the same noise and labels" in text
     fewer = write(tmp_path / "fewer", "run folder", images[:90], labels[:90], **RUN)
     assert "has 120 samples" in refused(capsys, "compare-runs", paths["a"], fewer, *words)
-    relabelled = write(tmp_path / "labels", "npz", images, labels[::-1].copy())
-    assert "different label" in refused(capsys, "compare-runs", paths["a"], relabelled, *words)
+    other_labels = write(tmp_path / "labels", "npz", images, labels[::-1].copy())
+    assert "different label" in refused(capsys, "compare-runs", paths["a"], other_labels, *words)
     assert "--blocks: blocks must be" in refused(capsys, "compare-runs", paths["a"], paths["b"], *words, "--blocks=121")

@@ -125,7 +125,7 @@ def test_bad_names_of_metrics_are_refused(own):
     for name, message in (
         (
             "fdd",
-            "unknown fdd; known: fid, sfid, is, is_adm, kid, pr, pr_adm, dc, classwise, classifier, clip, and the dotted path",
+            "unknown fdd; known: fid, sfid, is, is_adm, kid, fdr, mind, cmmd, pr, pr_adm, dc, classwise, classifier, clip",
         ),
         ("own_metrics.MISSING", "has no attribute 'MISSING'; expected the dotted path of a MetricSpec"),
         ("no_such_module.SPEC", "No module named 'no_such_module'"),
@@ -147,6 +147,9 @@ def test_every_metric_is_described_once():
         "is",
         "is_adm",
         "kid",
+        "fdr",
+        "mind",
+        "cmmd",
         "pr",
         "pr_adm",
         "dc",
