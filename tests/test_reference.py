@@ -1,6 +1,8 @@
 """`calib-guidance reference`, the statistics it makes, and those of other programs."""
 
 import json
+import os
+import pickle
 
 import numpy as np
 import pytest
@@ -196,8 +198,8 @@ def test_statistics_that_are_none(tmp_path, wrong):
 
 def test_files_that_are_no_statistics(tmp_path):
     for name, message in (
-        ("edm2.pkl", "What is pickled"),
-        ("fidelity.pt", "What is pickled"),
+        ("edm2.pkl", "there is no file"),
+        ("fidelity.pt", "A .pt is not loaded"),
         ("none.npz", "there is no file"),
     ):
         with pytest.raises(ConfigurationError, match=message):
@@ -399,3 +401,57 @@ def test_an_environment_of_no_launcher(in_root, tmp_path, monkeypatch, capsys):
     message = refused(capsys, "reference", source, "--output", tmp_path / "x.npz", "--features", PROJECTION)
     assert "WORLD_SIZE is 2, and LOCAL_RANK, LOCAL_WORLD_SIZE" in message
     assert "torchrun" in message
+
+
+# EDM2's pickles
+
+
+def edm2_pickle(path, protocol, **changes):
+    """As its calculate_metrics.py writes it: statistics by metric, of two extractors."""
+    rows = np.random.default_rng(0).normal(size=(60, 5)), np.random.default_rng(1).normal(size=(60, 3))
+    moments = [{"mu": each.mean(0), "sigma": np.cov(each, rowvar=False)} for each in rows]
+    content = {"num_images": 60, "fid": moments[0], "fd_dinov2": moments[1]} | changes
+    path.write_bytes(pickle.dumps(content, protocol=protocol))
+    return moments
+
+
+class OfKind(Projection):
+    def __init__(self, kind, width):
+        super().__init__()
+        self.kind, self.width = kind, width
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_edm2_statistics_are_those_of_the_extractor(tmp_path, protocol):
+    moments = edm2_pickle(tmp_path / "img512.pkl", protocol)
+    statistics = ReferenceStatistics.open(tmp_path / "img512.pkl")
+    for kind, width, expected in (("dinov2", 3, moments[1]), ("inception", 5, moments[0])):
+        statistics.check(OfKind(kind, width))
+        np.testing.assert_array_equal(statistics.mean, expected["mu"])
+        np.testing.assert_allclose(statistics.covariance, expected["sigma"], rtol=1e-15)
+    assert statistics.num_images == 60
+    assert statistics.provenance["format"] == "EDM2's statistics of dinov2 and inception features"
+    with pytest.raises(ConfigurationError, match="has statistics of 5 features"):
+        statistics.check(OfKind("", 4))
+
+
+class Harm:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"extra": Harm()}, "it asks for posix.mkdir, which no statistics need"),
+        ({"fid": 3}, "fid of it is a int where mu and sigma belong"),
+        ({"fid": {"mu": np.zeros(2)}}, "it has one of mu and sigma, and no sigma"),
+        ({"fid": {"mu": np.array([None]), "sigma": np.eye(1)}}, "has the type O"),
+    ],
+)
+def test_a_pickle_that_is_something_else_is_refused_and_runs_nothing(tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    edm2_pickle(tmp_path / "img.pkl", 4, **changes)
+    with pytest.raises(ConfigurationError, match=message):
+        ReferenceStatistics.read(tmp_path / "img.pkl")
+    assert not (tmp_path / "harm").exists()

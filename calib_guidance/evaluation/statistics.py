@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pickle
 import re
 import zipfile
 import zlib
@@ -28,6 +29,7 @@ from calib_guidance.metrics.frechet import covariance_root
 from calib_guidance.metrics.moments import Moments
 from calib_guidance.runs.identity import leaves
 from calib_guidance.runs.integrity import file_sha256
+from calib_guidance.weights.pickles import read_edm2_statistics
 
 _SYMMETRY = 1e-4  # of the largest entry: float32 statistics are symmetric to 1e-6
 _NOISE = 1e-5  # of the largest eigenvalue, within which one is 0: rounding to float32 moves them by 1e-7
@@ -51,6 +53,8 @@ class ReferenceStatistics:
     provenance: dict[str, Any] = field(default_factory=dict)
     images: ImageSet | None = None  # that it is made of, or that a file also holds (arr_0 of ADM's reference batches)
     image_shape: tuple[int, int, int] | None = None  # (C, H, W); None where a file does not say
+    # Of a file with statistics of several extractors, EDM2's: mean and covariance by FeatureExtractor.kind.
+    by_kind: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     _roots: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
@@ -127,7 +131,7 @@ class ReferenceStatistics:
         """Whether a path is a file of statistics, and not one of images alone."""
         path = Path(path).expanduser()
         if path.suffix in (".pkl", ".pt", ".pth"):
-            return True  # which read refuses, and says what to do
+            return True  # EDM2's; what else there is read refuses, and says what to do
         if path.suffix != ".npz" or not zipfile.is_zipfile(path):
             return False
         with zipfile.ZipFile(path) as archive:
@@ -135,14 +139,16 @@ class ReferenceStatistics:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> ReferenceStatistics:
-        """Statistics of a file: our own, ADM's reference batches (``mu``, ``sigma``, ``mu_s``, ``sigma_s``, ``arr_0``), or
-        ``mu`` and ``sigma`` alone (EDM, clean-fid, pytorch-fid). Nothing pickled in it is executed.
+        """Statistics of a file: our own, ADM's reference batches (``mu``, ``sigma``, ``mu_s``, ``sigma_s``, ``arr_0``), EDM2's
+        ``.pkl``, or ``mu`` and ``sigma`` alone (EDM, clean-fid, pytorch-fid). Nothing pickled in it is executed.
         """
         path = Path(path).expanduser()
+        if path.suffix == ".pkl":
+            return cls._of_edm2(path)
         if path.suffix != ".npz":
             raise ConfigurationError(
-                f"{path}: statistics are read of .npz files with mu and sigma. What is pickled (.pkl of EDM2, .pt) is not "
-                "loaded: save mu and sigma of it with numpy.savez, or make them with calib-guidance reference"
+                f"{path}: statistics are read of .npz files with mu and sigma, and of EDM2's .pkl. A .pt is not loaded: save mu "
+                "and sigma of it with numpy.savez, or make them with calib-guidance reference"
             )
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -173,6 +179,24 @@ class ReferenceStatistics:
             "format": "calib-guidance" if "provenance" in arrays else f"{', '.join(sorted(names))} in .npz",
             "sha256": file_sha256(path),
         }
+        return statistics
+
+    @classmethod
+    def _of_edm2(cls, path: Path) -> ReferenceStatistics:
+        try:
+            with open(path, "rb") as file:
+                found = read_edm2_statistics(file)
+            count = found.pop("num_images", {}).get("num_images")
+            names = {"fid": "inception", "fd_dinov2": "dinov2"}
+            kinds = {names[metric]: _read_moments(moments, "mu", "sigma")[0] for metric, moments in found.items()}
+        except FileNotFoundError as error:
+            raise ConfigurationError(f"there is no file {path}") from error
+        except (OSError, EOFError, ValueError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+            raise ConfigurationError(f"{path} cannot be read: {error}") from error
+        first = kinds.get("inception") or kinds["dinov2"]
+        statistics = cls(*first, num_images=None if count is None else int(count), by_kind=kinds)
+        words = f"EDM2's statistics of {' and '.join(sorted(kinds))} features"
+        statistics.provenance |= {"file": str(path), "format": words, "sha256": file_sha256(path)}
         return statistics
 
     def _take_own(self, arrays: Mapping[str, np.ndarray], rank: int) -> None:
@@ -224,6 +248,8 @@ class ReferenceStatistics:
         """Refuse to be compared with features of another kind: of another width or, where the file says what its features are
         of, of another provenance but for versions of libraries and where the weights lie.
         """
+        if extractor.kind in self.by_kind:
+            self.mean, self.covariance = self.by_kind[extractor.kind]
         pairs = [("features", len(self.mean), extractor.width)]
         if self.spatial_mean is not None and extractor.spatial_width is not None:
             pairs.append(("spatial features", len(self.spatial_mean), extractor.spatial_width))

@@ -35,6 +35,14 @@ class _NumpyArray(_Record):
         """Shape, type and numbers."""
 
 
+class _KeptArray(_Record):
+    """An array of numbers, kept."""
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, kind, columns_first, data = state
+        self.array = _array(data, kind, shape, "F" if columns_first else "C")
+
+
 class _NumpyType(_Record):
     """Type of a numpy scalar: a number type, little-endian."""
 
@@ -74,7 +82,7 @@ class _Restricted(pickle.Unpickler):
             ("numpy", "ndarray"): lambda: type("ndarray", (_NumpyArray,), {}),
             ("numpy.core.multiarray", "scalar"): lambda: self._numpy_scalar,
             ("numpy._core.multiarray", "scalar"): lambda: self._numpy_scalar,
-            ("_codecs", "encode"): lambda: self._encode,
+            ("_codecs", "encode"): lambda: _encode,
         }
         if (module, name) not in known:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no network needs")
@@ -102,10 +110,52 @@ class _Restricted(pickle.Unpickler):
     def _numpy_scalar(self, kind: _NumpyType, data: bytes) -> object:
         return np.frombuffer(data, dtype=kind.name, count=1)[0].item()
 
-    def _encode(self, text: str, encoding: str) -> bytes:
-        if encoding != "latin1":
-            raise pickle.UnpicklingError(f"text of it is encoded as {encoding}")
-        return codecs.latin_1_encode(text)[0]
+
+def _encode(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"text of it is encoded as {encoding}")
+    return codecs.latin_1_encode(text)[0]
+
+
+def _array(data: object, kind: object, shape: tuple, order: str) -> np.ndarray:
+    """Numbers in the layout of numpy's pickles."""
+    if not isinstance(kind, _NumpyType) or not isinstance(data, (bytes, bytearray)):
+        raise pickle.UnpicklingError("an array of it does not hold numbers")
+    return np.frombuffer(data, kind.name).reshape(shape, order=order)
+
+
+class _Statistics(pickle.Unpickler):
+    """Makes numbers, arrays of numbers and plain containers, and refuses every other name."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        core = module.replace("numpy._core", "numpy.core")
+        known: dict[tuple[str, str], Callable[[], Any]] = {
+            ("numpy", "dtype"): lambda: type("dtype", (_NumpyType,), {}),
+            ("numpy", "ndarray"): lambda: type("ndarray", (_KeptArray,), {}),
+            ("numpy.core.multiarray", "_reconstruct"): lambda: lambda *_: _KeptArray(),
+            ("numpy.core.numeric", "_frombuffer"): lambda: _array,  # protocol 5
+            ("_codecs", "encode"): lambda: _encode,  # protocol 2
+        }
+        if (core, name) not in known:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no statistics need")
+        return known[core, name]()
+
+
+def read_edm2_statistics(file: BinaryIO) -> dict[str, dict[str, np.ndarray]]:
+    """``mu`` and ``sigma`` by metric (``fid``, ``fd_dinov2``) of EDM2's reference pickles, and ``num_images`` beside them."""
+    content = _Statistics(file).load()
+    if not isinstance(content, dict) or not {"fid", "fd_dinov2"} & content.keys():
+        raise pickle.UnpicklingError("expected a pickle of EDM2's statistics, with fid or fd_dinov2")
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for metric in {"fid", "fd_dinov2"} & content.keys():
+        moments = content[metric]
+        if not isinstance(moments, dict):
+            raise pickle.UnpicklingError(f"{metric} of it is a {type(moments).__name__} where mu and sigma belong")
+        arrays = {name: getattr(value, "array", value) for name, value in moments.items()}
+        found[metric] = {name: value for name, value in arrays.items() if isinstance(value, np.ndarray)}
+    if isinstance(count := content.get("num_images"), int):
+        found["num_images"] = {"num_images": np.array(count)}
+    return found
 
 
 def _tensors(record: object, prefix: str, visits: Iterator[int]) -> Iterator[tuple[str, Tensor]]:
