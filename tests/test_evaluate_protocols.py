@@ -10,7 +10,7 @@ from calib_guidance.evaluation import CLIPFeatures
 from calib_guidance.evaluation.metrics import METRICS
 from calib_guidance.evaluation.spec import Measures, SampleSet
 from calib_guidance.evaluation.statistics import ReferenceStatistics
-from calib_guidance.metrics import clip_mmd, frechet_distance, mean_and_covariance, mind
+from calib_guidance.metrics import clip_mmd, frechet_distance, mean_and_covariance, mind, samples_to_resolve
 from tests.image_files import Projection, pictures, write
 from tests.runs import metrics
 
@@ -45,6 +45,8 @@ def test_the_distance_in_units_of_that_of_validation_images(sets, tmp_path, caps
     ratio, plain = (found["uncertainty"][key]["std"] for key in ("fd_ratio", "fd"))
     assert ratio == pytest.approx(plain / float(distances[1]), rel=1e-6)
     assert f"FDr: divided by {float(distances[1]):.4g}, the distance of 140 validation images" in printed
+    needed = samples_to_resolve(found["fd"], plain, 120)
+    assert f"need about {float(f'{needed:.2g}'):,.0f} samples each to tell a difference of 5 % from noise" in printed
     assert found["sliced"] == pytest.approx(float(mind(reference, samples)), rel=1e-6)
     assert "MIND: 120 images of both sets; biased upwards" in printed
     assert "protocol   labels balanced (40 of each of 3 classes); seed 3, one set of samples" in printed

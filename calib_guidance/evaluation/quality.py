@@ -24,6 +24,7 @@ from calib_guidance.evaluation.metrics import METRICS, specs_of, unmet
 from calib_guidance.evaluation.spec import Estimate, Measures, MetricSpec, SampleSet
 from calib_guidance.evaluation.statistics import ReferenceStatistics, gather_in_order
 from calib_guidance.metrics.frechet import sample_count_note
+from calib_guidance.metrics.paired import samples_to_resolve
 from calib_guidance.runs import read_run
 from calib_guidance.runs.identity import hash_state
 from calib_guidance.runs.store import REAL_IMAGES
@@ -183,7 +184,20 @@ def described(results: Mapping[str, Any]) -> list[str]:
             (least, worst), (most, best) = min(values), max(values)
             named = f"{least:.3f} (class {worst}) … {most:.3f} (class {best}), {len(values)} classes"
             lines.append(f"by class   {spec.label} {named}")
-    return lines + described_uncertainty(results) + [f"note       {note}" for note in results["notes"]]
+    return lines + described_uncertainty(results) + _cost(results) + [f"note       {note}" for note in results["notes"]]
+
+
+def _cost(results: Mapping[str, Any]) -> list[str]:
+    """How many samples a difference of 5 % takes, of the first distance that has a standard error."""
+    for key in _BEST_OF:
+        value, std = results.get(key), results.get("uncertainty", {}).get(key, {}).get("std")
+        if isinstance(value, float) and value > 0 and std:
+            count = samples_to_resolve(value, std, results["num_measured"])
+            return [
+                f"cost       {METRICS[key].label}: two independent runs need about {float(f'{count:.2g}'):,.0f} samples each to tell a "
+                "difference of 5 % from noise; runs of common noise need fewer (calib-guidance compare-runs)"
+            ]
+    return []
 
 
 def described_uncertainty(results: Mapping[str, Any]) -> list[str]:

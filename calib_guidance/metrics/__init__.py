@@ -31,6 +31,7 @@ from calib_guidance.metrics.paired import (
     jackknife_blocks,
     mean_difference,
     paired_difference,
+    samples_to_resolve,
     sign_test,
 )
 from calib_guidance.metrics.selective import AreaUnderRiskCoverage, aurc, risk_coverage
@@ -74,6 +75,7 @@ __all__ = [
     "precision_recall",
     "risk_coverage",
     "sample_count_note",
+    "samples_to_resolve",
     "sign_test",
     "split_brier",
     "split_nll",

@@ -12,6 +12,7 @@ from calib_guidance.metrics import (
     jackknife_blocks,
     mean_difference,
     paired_difference,
+    samples_to_resolve,
     sign_test,
 )
 from tests.conftest import ROOT
@@ -75,3 +76,12 @@ def test_intervals_cover_a_known_difference(monkeypatch):
     sys.modules.pop("paired_coverage")
     assert 0.88 <= found.unbiased <= 1  # 95 % of 60: a binomial deviation of 3 %
     assert found.shorter > 3
+
+
+def test_so_many_samples_resolve_a_difference():
+    """The power of a two-sided z-test of two means with that many samples, whose errors fall as 1/√N."""
+    value, std, count = 3.0, 0.4, 500
+    needed = samples_to_resolve(value, std, count, 0.1)
+    error = std * np.sqrt(2 * count / needed)
+    power = scipy.stats.norm.sf(scipy.stats.norm.ppf(0.975) - 0.1 * value / error)
+    assert power == pytest.approx(0.8, abs=1e-4)
