@@ -193,10 +193,9 @@ def _cost(results: Mapping[str, Any]) -> list[str]:
         value, std = results.get(key), results.get("uncertainty", {}).get(key, {}).get("std")
         if isinstance(value, float) and value > 0 and std:
             count = samples_to_resolve(value, std, results["num_measured"])
-            return [
-                f"cost       {METRICS[key].label}: two independent runs need about {float(f'{count:.2g}'):,.0f} samples each to tell a "
-                "difference of 5 % from noise; runs of common noise need fewer (calib-guidance compare-runs)"
-            ]
+            about = f"about {float(f'{count:.2g}'):,.0f} samples each to tell a difference of 5 % from noise"
+            label, fewer = METRICS[key].label, "runs of common noise need fewer (calib-guidance compare-runs)"
+            return [f"cost       {label}: two independent runs need {about}; {fewer}"]
     return []
 
 
