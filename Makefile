@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH_BACKEND ?=
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test lint docs checkpoints compare calibrate-table calibrate-sweep few-steps sweep-ranking benchmarks plots clean
+.PHONY: install demo test lint docs checkpoints compare calibrate-table calibrate-sweep few-steps sweep-ranking guidance-cost benchmarks plots clean
 
 install: $(INSTALLED)
 
@@ -63,6 +63,10 @@ few-steps: $(INSTALLED)
 # How often few samples find the best setting: docs/experiments.md.
 sweep-ranking: $(INSTALLED)
 	$(BIN)/python docs/sweep_ranking.py
+
+# Quality against the number of gradients: docs/guidance_cost.md.
+guidance-cost: $(INSTALLED)
+	$(BIN)/python docs/guidance_cost.py
 
 # The report of the demo and the pictures of the README and of docs/.
 plots: demo few-steps

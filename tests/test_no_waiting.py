@@ -32,7 +32,14 @@ from calib_guidance.denoisers import (
     UnconditionalModel,
 )
 from calib_guidance.diffusion import Interval
-from calib_guidance.guidance import ClassifierGuidance, GradientStabilizer, GuidanceSchedule, SwitchedGuidance
+from calib_guidance.guidance import (
+    ClassifierGuidance,
+    ClassifierResolution,
+    GradientReuse,
+    GradientStabilizer,
+    GuidanceSchedule,
+    SwitchedGuidance,
+)
 from calib_guidance.networks import DiT, EncoderUNet, SmallResNet, UNet
 from calib_guidance.runs.context import SamplingContext
 from calib_guidance.samplers import DDIM, DDPM, DPMSolver, Heun, UniPC
@@ -229,6 +236,13 @@ def test_no_negative_waits(meta, negative):
 def test_no_stabilizer_waits(meta):
     steady = GradientStabilizer(ema=0.9, max_norm=1.0, parallel=0.5)
     loop(DDIM(STEPS), meta[0]["adm"], ClassifierGuidance(off_the_shelf().to("meta"), stabilizer=steady))
+
+
+@pytest.mark.parametrize("reuse", [GradientReuse(2), GradientReuse(1, skip_below=0.5)], ids=["every", "skipping"])
+def test_no_reuse_waits(meta, reuse):
+    options = {"reuse": reuse, "resolution": ClassifierResolution(4)}
+    for sampler in (DDPM(STEPS), Heun(STEPS)):
+        loop(sampler, meta[0]["adm"], ClassifierGuidance(off_the_shelf().to("meta"), **options))
 
 
 def test_neither_does_guidance_that_moves_the_sample(meta):

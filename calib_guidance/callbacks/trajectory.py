@@ -123,7 +123,10 @@ class TrajectoryCalibration(TrajectoryMeasurement):
     def terms(self, record: StepRecord) -> list[Tensor] | None:
         if record.guided.aux.logits is None:
             return None
-        return list(self.metric.terms(record.guided.aux.logits, record.y))
+        cell, *values = self.metric.terms(record.guided.aux.logits, record.y)
+        if (fresh := record.guided.aux.fresh) is not None:  # what a batch computes beyond that is of no sample
+            values = [value * fresh[:, None] for value in values]
+        return [cell, *values]
 
     def add(self, i: int, terms: list[Tensor]) -> None:
         self.metric.add(tuple(terms), i)
@@ -188,7 +191,8 @@ def _strengths(guidance: Guidance | None, sampler: Sampler, levels: NoiseLevels)
 class GradientNorm(TrajectoryMeasurement):
     """‖∇S‖ over the trajectory, mean and standard deviation over samples: the vanishing that the papers argue from.
 
-    Also what it is multiplied by, the guidance schedule (arXiv 2310.11311, Figure 5), which follows from the configuration.
+    Also ``gradients_per_sample``, at how many steps a sample's gradient was taken and not reused, on average, and what ∇S is
+    multiplied by, the guidance schedule (arXiv 2310.11311, Figure 5), which follows from the configuration.
     """
 
     def begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -196,13 +200,18 @@ class GradientNorm(TrajectoryMeasurement):
         self.schedule = _strengths(pl_module.guidance, pl_module.sampler, self.levels)
 
     def terms(self, record: StepRecord) -> list[Tensor] | None:
-        gradient = record.guided.aux.gradient
-        return None if gradient is None else [gradient.flatten(1).norm(dim=1).double()]
+        _, gradient, fresh = record.guided.aux
+        if gradient is None:
+            return None
+        norm = gradient.flatten(1).norm(dim=1).double()
+        return [norm, torch.ones_like(norm) if fresh is None else fresh.double()]
 
     def results(self, trainer: L.Trainer) -> dict[str, Any]:
         if (norm := self.moments()) is None:
             return {}
-        return {"gradient_norm_t": norm} | ({"guidance_schedule": self.schedule} if self.schedule else {})
+        counts = self.metric.sums[:, 0]
+        found = {"gradient_norm_t": norm, "gradients_per_sample": float(counts.sum() / counts.max())}
+        return found | ({"guidance_schedule": self.schedule} if self.schedule else {})
 
     def draw(self, results: Mapping[str, Any], folder: Path) -> list[Path]:
         paths: list[Path] = []
@@ -331,8 +340,10 @@ class TrajectoryStrips(Measurement, BufferedObserver):
 
         with torch.no_grad():
             x0 = to_uint8(self.decode(chosen(record.guided.prediction.x0)))
-        gradient, place = record.guided.aux.gradient, self.places[record.i]
+        (_, gradient, fresh), place = record.guided.aux, self.places[record.i]
         gradient = torch.full_like(chosen(record.x_t), torch.nan) if gradient is None else chosen(gradient)
+        if fresh is not None:
+            gradient = gradient.where(chosen(fresh).view(-1, 1, 1, 1), torch.nan)
         # Of a step that is repeated, the last time.
         self.noted[place] = rows, chosen(record.y), x0, gradient.float()
 

@@ -17,6 +17,7 @@ class Aux(NamedTuple):
 
     logits: Tensor | None = None  # (N, K)
     gradient: Tensor | None = None  # (N, C, H, W) ∇S, without scale
+    fresh: Tensor | None = None  # (N,) bool, the samples whose gradient is new here; None where all are
 
 
 class Guided(NamedTuple):
@@ -40,11 +41,12 @@ class Guided(NamedTuple):
 class Plan(NamedTuple):
     """What is known of guidance before a trajectory starts, by noise level, ``(T,)`` each."""
 
-    active: np.ndarray  # bool, whether a classifier is run
+    active: np.ndarray  # bool, whether guidance is on
     scale: np.ndarray  # s
     sine: np.ndarray  # γ·sin(π·progress)
     at_x0: np.ndarray  # bool, whether the score is a gradient taken at x̂0, not one with respect to x_t
     moves_sample: bool = False  # whether guidance is applied to the sample
+    runs: np.ndarray | None = None  # bool, where a classifier may run; None where guidance is on
 
 
 Guide = Callable[[Predict, Tensor, int], Guided]
@@ -79,6 +81,10 @@ class Guidance(nn.Module, ABC):
     @abstractmethod
     def plan(self, levels: NoiseLevels) -> Plan:
         """What is known before a trajectory through these levels starts."""
+
+    def seen(self, image: Tensor) -> Tensor:
+        """What the classifier sees of images ``(N, C, H, W)``."""
+        return image
 
     def parts(self) -> Sequence["Guidance"]:
         """The single guidances that this one is made of, for checks."""

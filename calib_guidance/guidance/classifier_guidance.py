@@ -15,6 +15,9 @@ from calib_guidance.diffusion.interval import Interval
 from calib_guidance.diffusion.schedules import NoiseLevels
 from calib_guidance.errors import check_choice, check_numbers
 from calib_guidance.guidance.base import Aux, Decode, Guidance, Guide, Guided, Plan, identity
+from calib_guidance.guidance.norms import match_norm, rms
+from calib_guidance.guidance.resolution import ClassifierResolution
+from calib_guidance.guidance.reuse import GradientReuse
 from calib_guidance.guidance.schedules import GuidanceSchedule
 from calib_guidance.guidance.stabilizer import GradientStabilizer
 from calib_guidance.scores.base import Score, TemperedLogProb, as_float
@@ -23,23 +26,6 @@ ClassifierInput = Literal["x0", "x_t", "x_t_normalized"]
 ApplyTo = Literal["score", "cfg_residual", "sample"]
 _ROOM = 256.0  # where gradients start: far from the least number of float16 and from its largest, 65504
 _SEEN = {"combined": "x0", "conditional": "x0_cond", "unconditional": "x0_uncond"}
-
-
-def rms(x: Tensor) -> Tensor:
-    """Root mean square of each sample, ``(N, C, H, W)`` to ``(N, 1, 1, 1)``; squares of tiny numbers do not underflow."""
-    unit = power_of_two(x.abs().amax(dim=(1, 2, 3), keepdim=True))
-    return unit * (x / unit).square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
-
-
-def match_norm(gradient: Tensor, reference: Tensor) -> Tensor:
-    """``gradient`` with the norm of ``reference``, ``(N, C, H, W)`` each, sample by sample; zero where the gradient is zero.
-
-    Examples:
-        >>> match_norm(torch.full((1, 1, 2, 2), 3.0), torch.full((1, 1, 2, 2), 0.5)).flatten()
-        tensor([0.5000, 0.5000, 0.5000, 0.5000])
-    """
-    size = rms(gradient)
-    return rms(reference) * (gradient / torch.where(size > 0, size, 1.0))
 
 
 def input_gradient(score: Callable[[Tensor], Tensor], logits: Tensor, source: Tensor) -> Tensor:
@@ -76,6 +62,8 @@ class ClassifierGuidance(Guidance):
         stabilizer: moving average, clipping and projection of the gradient; none by default.
         classifier_prediction: which x̂0 the classifier sees where the denoiser combines two: ``combined``, ``conditional`` or
             ``unconditional`` (the negative). The gradient is added to the combined one.
+        reuse: steps for which a gradient serves; a new one at every guided step by default.
+        resolution: smaller images for the classifier, with ``classifier_input: x0``; full size by default.
 
     Examples:
         >>> from calib_guidance.classifiers import GaussianMixtureClassifier
@@ -102,6 +90,8 @@ class ClassifierGuidance(Guidance):
         decoder: nn.Module | None = None,
         stabilizer: GradientStabilizer | None = None,
         classifier_prediction: Literal["combined", "conditional", "unconditional"] = "combined",
+        reuse: GradientReuse | None = None,
+        resolution: ClassifierResolution | None = None,
     ):
         super().__init__()
         check_choice("classifier_input", classifier_input, get_args(ClassifierInput))
@@ -112,6 +102,11 @@ class ClassifierGuidance(Guidance):
             raise ValueError(
                 f"backprop_through_denoiser needs classifier_input: x0, got {classifier_input}: change one"
             )
+        if resolution is not None and classifier_input != "x0":
+            raise ValueError(
+                f"resolution needs classifier_input: x0, got {classifier_input}: averages of pixels have less noise than "
+                "the classifier is told"
+            )
         if apply_to == "sample" and scale < 0:
             raise ValueError(f"with apply_to: sample, scale must be at least 0, got {scale}; 0 is off")
         self.classifier, self.score = classifier.freeze(), score or TemperedLogProb()
@@ -120,13 +115,15 @@ class ClassifierGuidance(Guidance):
         self.schedule = schedule or GuidanceSchedule()
         self.decoder = decoder and decoder.eval().requires_grad_(False)
         self.classifier_prediction = classifier_prediction
+        self.reuse, self.resolution = reuse or GradientReuse(), resolution
         self.group_size, self.stabilizer = self.score.group_size, stabilizer or GradientStabilizer()
 
     def plan(self, levels: NoiseLevels) -> Plan:
         active = np.array(self.schedule.active(levels)) & (self.scale != 0)
         sine = np.array([self.schedule.sine(progress) for progress in levels.progress])
         at_x0 = np.full(len(active), self.classifier_input == "x0" and not self.backprop_through_denoiser)
-        return Plan(active, np.full(len(active), self.scale), sine, at_x0, self.apply_to == "sample")
+        runs = self.reuse.runs(levels, active)
+        return Plan(active, np.full(len(active), self.scale), sine, at_x0, self.apply_to == "sample", runs)
 
     def prepare(self, levels: NoiseLevels, y: Tensor, decode: Decode = identity) -> Guide:
         plan = self.plan(levels)
@@ -134,7 +131,7 @@ class ClassifierGuidance(Guidance):
         t = torch.tensor(np.rint(levels.times), device=y.device).long()[:, None].expand(-1, len(y))
         fractions = (levels.times / (levels.num_train_steps - 1)).tolist()
         to_ve = (1 / np.sqrt(levels.alphas_cumprod)).tolist()
-        decode = self.decoder or decode
+        decode, executed, held = self.decoder or decode, levels.executed.tolist(), self.reuse.start(self.group_size)
         # A classifier in half precision takes float32 all the same, in which its gradient then is.
         dtype = next((p.dtype for p in self.classifier.parameters() if p.is_floating_point()), None)
         dtype = dtype and torch.promote_types(dtype, torch.float32)
@@ -143,16 +140,28 @@ class ClassifierGuidance(Guidance):
         def guide(predict: Predict, x_t: Tensor, i: int) -> Guided:
             if not plan.active[i]:
                 return Guided(None if plan.moves_sample else predict(x_t, i))
-            with torch.enable_grad():
+            # Asked only once the network is queued, unless its graph depends on it: a GPU has work while the host waits.
+            run = not self.backprop_through_denoiser or held.is_due(executed[i])
+            with torch.set_grad_enabled(run):
                 prediction, source, image = self._look(predict, x_t, i, to_ve[i], dtype)
-                image = decode(image) if self.classifier_input == "x0" else image
-                logits = self.classifier(image.to(dtype or image.dtype), t[i])
-                gradient = input_gradient(lambda f: self.score(f, y, fractions[i]), logits, source)
-            gradient = self.stabilizer(gradient, source.detach(), state).to(x_t.dtype)
+            logits = fresh = None
+            if held.is_due(executed[i]):
+                with torch.enable_grad():
+                    image = self.seen(decode(image)) if self.classifier_input == "x0" else image
+                    logits = self.classifier(image.to(dtype or image.dtype), t[i])
+                    gradient = input_gradient(lambda f: self.score(f, y, fractions[i]), logits, source)
+                if self.resolution is not None and self.resolution.gain != 1:
+                    gradient = self.resolution.gain * gradient
+                fresh = held.take(gradient)
+            gradient = self.stabilizer(held.applied, source.detach(), state).to(x_t.dtype)
+            aux = Aux() if logits is None else Aux(logits.detach(), gradient, fresh)
             prediction = prediction and prediction.detach()
-            return self._guided(prediction, gradient, Aux(logits.detach(), gradient), float(plan.sine[i]))
+            return self._guided(prediction, gradient, aux, float(plan.sine[i]))
 
         return guide
+
+    def seen(self, image: Tensor) -> Tensor:
+        return image if self.resolution is None else self.resolution(image)
 
     def _look(
         self, predict: Predict, x_t: Tensor, i: int, to_ve: float, dtype: torch.dtype | None
@@ -219,7 +228,10 @@ class SwitchedGuidance(Guidance):
     def plan(self, levels: NoiseLevels) -> Plan:
         early, late, is_early = self.early.plan(levels), self.late.plan(levels), self.is_early(levels)
         active, scale, sine, at_x0 = (np.where(is_early, e, n) for e, n in zip(early[:4], late[:4], strict=True))
-        return Plan(active, scale, sine, at_x0, early.moves_sample or late.moves_sample)
+        runs = self.early.reuse.runs(levels, early.active & is_early) | self.late.reuse.runs(
+            levels, late.active & ~is_early
+        )
+        return Plan(active, scale, sine, at_x0, early.moves_sample or late.moves_sample, runs)
 
     def prepare(self, levels: NoiseLevels, y: Tensor, decode: Decode = identity) -> Guide:
         early, late = (part.prepare(levels, y, decode) for part in (self.early, self.late))

@@ -26,7 +26,9 @@ class Moments:
         rows = rows.to(self.mean)
         mean = rows.mean(0)
         centred, shift, count = rows - mean, mean - self.mean, self.count + len(rows)
-        self.scatter += centred.T @ centred + torch.outer(shift, shift) * (self.count * len(rows) / count)
+        # What the means are apart is one row more: a product of matrices, without (D, D) beside the sums.
+        centred = torch.cat([centred, (shift * (self.count * len(rows) / count).sqrt())[None]])
+        self.scatter.addmm_(centred.T, centred)
         self.mean += shift * (len(rows) / count)
         self.count = count
 
@@ -49,10 +51,11 @@ class StepMoments(Metric):
         super().__init__(**kwargs)
         self.add_state("sums", torch.zeros(num_steps, 3, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, step: int, values: Tensor) -> None:
-        """Count the values ``(N,)`` of a batch at one step."""
+    def update(self, step: int, values: Tensor, counts: Tensor | None = None) -> None:
+        """Count the values ``(N,)`` of a batch at one step, where ``counts`` ``(N,)`` is 1 and not 0; None counts all."""
         values = values.double()
-        self.sums[step] += torch.stack([torch.ones_like(values), values, values.square()]).sum(1)
+        counts = torch.ones_like(values) if counts is None else counts.double()
+        self.sums[step] += torch.stack([counts, counts * values, counts * values.square()]).sum(1)
 
     def compute(self) -> Tensor:
         """Mean and standard deviation at each step, ``(2, num_steps)``; NaN where nothing was counted."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from calib_guidance.denoisers.base import Denoiser, prepare_clipped
 from calib_guidance.diffusion.schedules import NoiseLevels
 from calib_guidance.guidance.base import Guidance, Guided, Plan
-from calib_guidance.guidance.classifier_guidance import match_norm
+from calib_guidance.guidance.norms import match_norm
 
 if TYPE_CHECKING:
     from calib_guidance.samplers.base import Sampler

@@ -115,7 +115,7 @@ class GuidedSampling(FaultTolerant):
             image = torch.zeros(1, *self.denoiser.image_shape, device=self.device)
             if part.classifier_input == "x0":
                 with torch.no_grad():
-                    image = (part.decoder or self.denoiser.decode)(image)
+                    image = part.seen((part.decoder or self.denoiser.decode)(image))
             yield from self._classifier_problems(part.classifier, image, num_classes, one)
             yield from self._noise_problems(part.classifier)
             if num_classes == 1:
@@ -171,7 +171,7 @@ class GuidedSampling(FaultTolerant):
             if not self._told_smoothing:
                 self._told_smoothing = True
                 for part in self._parts():
-                    tell_smoothing(part, image if part.decoder is None else part.decoder(x0))
+                    tell_smoothing(part, part.seen(image if part.decoder is None else part.decoder(x0)))
             return {"image": image}, watch.t
 
     def _show_progress(self, step: int, num_steps: int) -> None:
