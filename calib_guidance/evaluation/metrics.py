@@ -21,7 +21,7 @@ from calib_guidance.metrics.calibration import bin_cells, calibration_error_from
 from calib_guidance.metrics.inception_score import inception_score, inception_score_adm
 from calib_guidance.metrics.kernel_distance import clip_mmd, kernel_distance, kernel_distance_subsets
 from calib_guidance.metrics.moments import bootstrap_sums
-from calib_guidance.metrics.neighbors import count_in_balls
+from calib_guidance.metrics.neighbors import count_in_balls, in_balls
 from calib_guidance.metrics.sliced import mind
 
 _SPLITS, _BLOCK, _SUBSETS, _SUBSET_SIZE, _NEIGHBORS, _BINS, _POINTS, _DRAWS = 10, 5000, 100, 1000, 5, 15, 15, 200
@@ -38,10 +38,11 @@ def _frechet(samples: SampleSet, column: str = "features") -> Estimate:
     balanced = len(count) > 1 and int(count.max()) - int(count.min()) <= 1 and int(labels.min()) >= 0
     if balanced:
         of = "samples within their classes, which are balanced; delta method, the reference fixed"
-    distance = frechet.frechet_distance(mean, covariance, *frechet.mean_and_covariance(rows), root)
+    moments = frechet.mean_and_covariance(rows)
+    distance = frechet.frechet_distance(mean, covariance, *moments, root)
     if samples.values_only:
         return Estimate(distance)
-    std = frechet.frechet_distance_std((mean, covariance), rows, root, labels if balanced else None)
+    std = frechet.frechet_distance_std((mean, covariance), rows, root, labels if balanced else None, moments)
     return Estimate(distance, std, of)
 
 
@@ -115,9 +116,10 @@ def _kernel(samples: SampleSet, mean_of_subsets: bool = False) -> Estimate:
 
 
 def _in_balls(samples: SampleSet, half: bool, recall: bool) -> Estimate:
+    k = samples.measures.k
     sets = samples.reference_features, samples.features
-    inside = count_in_balls(*(reversed(sets) if recall else sets), samples.measures.k, half)[0] > 0
-    return samples.mean(inside, _REFERENCE if recall else "samples", fraction=True)
+    both = samples.once(f"in balls {half}", lambda: in_balls(*sets, k, half, samples.processes))
+    return samples.mean(both[recall], _REFERENCE if recall else "samples", fraction=True)
 
 
 def _balls(samples: SampleSet) -> tuple[Tensor, Tensor]:

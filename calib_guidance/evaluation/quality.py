@@ -81,7 +81,7 @@ class Quality:
         images.gather(processes)
         rows = {name: value.to(processes.device) for name, value in gather_in_order(rows, processes).items()}
         notes = [f"{option} skipped: {reason}" for option, reason in reasons.items()]
-        self.samples = samples = SampleSet(self.measures, self.reference, rows, notes=notes)
+        self.samples = samples = SampleSet(self.measures, self.reference, rows, notes, processes=processes)
         found: dict[str, Any] = {"uncertainty": {}}
         for spec in specs:
             value = spec.compute(samples)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from calib_guidance.backend.distributed import DistributedContext
 from calib_guidance.backend.images import from_uint8
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.classifiers.clip import CLIPClassifier
@@ -120,6 +121,7 @@ class SampleSet:
     rows: dict[str, Tensor]
     notes: list[str] = field(default_factory=list)
     values_only: bool = False  # whether standard deviations, which take longer, are not needed
+    processes: DistributedContext = field(default_factory=DistributedContext)  # which all have these rows
     _cache: dict[str, object] = field(default_factory=dict)
 
     @property

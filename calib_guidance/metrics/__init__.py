@@ -25,7 +25,7 @@ from calib_guidance.metrics.frechet import (
 from calib_guidance.metrics.inception_score import inception_score, inception_score_adm
 from calib_guidance.metrics.kernel_distance import clip_mmd, kernel_distance, kernel_distance_subsets
 from calib_guidance.metrics.moments import bootstrap_sums, jackknife_std
-from calib_guidance.metrics.neighbors import density_coverage, precision_recall
+from calib_guidance.metrics.neighbors import density_coverage, in_balls, precision_recall
 from calib_guidance.metrics.paired import (
     PairedDifference,
     jackknife_blocks,
@@ -62,6 +62,7 @@ __all__ = [
     "extrapolated_frechet_distance",
     "frechet_distance",
     "frechet_distance_std",
+    "in_balls",
     "inception_score",
     "inception_score_adm",
     "jackknife_blocks",

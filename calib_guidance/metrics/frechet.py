@@ -12,9 +12,17 @@ _ROWS = 4096  # in float64 at a time
 
 
 def mean_and_covariance(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean ``(D,)`` and covariance ``(D, D)``, divisor n − 1, in float64 of features ``(N, D)``."""
-    features = features.double()
-    return features.mean(0), torch.cov(features.T).reshape(features.shape[1], features.shape[1])
+    """Mean ``(D,)`` and covariance ``(D, D)``, divisor n − 1, in float64 of features ``(N, D)``.
+
+    By blocks: beside the features, memory does not grow with N.
+    """
+    n, d = features.shape
+    mean = features.mean(0, dtype=torch.float64)
+    covariance = torch.zeros(d, d, dtype=torch.float64, device=features.device)
+    for rows in features.split(_ROWS):
+        centered = rows.double() - mean
+        covariance.addmm_(centered.T, centered)
+    return mean, covariance.div_(n - 1) if n > 1 else covariance.fill_(torch.nan)
 
 
 def covariance_root(covariance: Tensor) -> Tensor:
@@ -44,7 +52,11 @@ def frechet_distance(
 
 
 def frechet_distance_std(
-    reference: tuple[Tensor, Tensor], generated: Tensor, root1: Tensor | None = None, strata: Tensor | None = None
+    reference: tuple[Tensor, Tensor],
+    generated: Tensor,
+    root1: Tensor | None = None,
+    strata: Tensor | None = None,
+    moments: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Standard deviation of a Fréchet distance over draws of the generated samples, to first order (delta method).
 
@@ -55,13 +67,14 @@ def frechet_distance_std(
     Scalar float64 of the mean ``(D,)`` and covariance ``(D, D)`` of the reference and features ``(N, D)``; NaN with D samples or
     fewer, where the distance has no derivative. ``root1`` is as of :func:`frechet_distance`. ``strata`` are classes ``(N,)`` of
     which each draw has the same number, so that only what varies within classes counts; None for draws in which they vary too.
+    ``moments`` are :func:`mean_and_covariance` of ``generated``, where they are known.
     """
     n, d = generated.shape
     if n <= d:
         return torch.full((), torch.nan, dtype=torch.float64, device=generated.device)
     mean1, covariance1 = (value.double() for value in reference)
     root = covariance_root(covariance1) if root1 is None else root1
-    mean, covariance = mean_and_covariance(generated)
+    mean, covariance = mean_and_covariance(generated) if moments is None else moments
     values, vectors = torch.linalg.eigh(root.T @ covariance @ root)
     # Directions that the reference does not have take no part.
     inverse = values.clamp(min=0).rsqrt().where(values > values[-1] * d * torch.finfo(values.dtype).eps, 0)

@@ -1,6 +1,8 @@
 """Metrics of sets of samples against golden data, torch-fidelity, torchmetrics and closed forms."""
 
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
@@ -11,6 +13,7 @@ from torch_fidelity.metric_kid import kernel_mmd, kid_features_to_metric
 from torchmetrics.image import InceptionScore as TheirInceptionScore
 from torchmetrics.image.kid import poly_mmd
 
+from calib_guidance.backend.distributed import DistributedContext
 from calib_guidance.metrics import (
     bootstrap_sums,
     covariance_root,
@@ -18,6 +21,7 @@ from calib_guidance.metrics import (
     extrapolated_frechet_distance,
     frechet_distance,
     frechet_distance_std,
+    in_balls,
     inception_score,
     inception_score_adm,
     kernel_distance,
@@ -26,6 +30,7 @@ from calib_guidance.metrics import (
     precision_recall,
     sample_count_note,
 )
+from calib_guidance.metrics.neighbors import count_in_balls
 
 POLYNOMIAL = {
     "kid_kernel": "poly",
@@ -115,6 +120,59 @@ def test_blocks_change_nothing(monkeypatch):
     inside = (generated[:, None] - reference).double().norm(dim=2) <= near
     assert float(complete[1]) == pytest.approx(float(inside.sum() / (5 * len(generated))))
     assert float(complete[2]) == pytest.approx(float(inside.any(0).double().mean()))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_distances_that_float32_cannot_tell_apart(offset):
+    """Neighbors at equal distances, duplicates, and points that lie on surfaces of balls: as in float64, pair by pair."""
+    generator = torch.Generator().manual_seed(0)
+    grid = torch.cartesian_prod(*[torch.arange(4.0)] * 3)
+    reference = torch.cat([grid, grid[:20], torch.randn(40, 3, generator=generator) * 2]) + offset
+    generated = torch.cat([grid[::2] + 1e-7, grid[5:9], torch.randn(50, 3, generator=generator) * 3]).double() + offset
+    true = (generated[:, None] - reference.double()).square().sum(2)
+    radii = [
+        (x[:, None].double() - x.double()).square().sum(2).fill_diagonal_(torch.inf).sort(dim=1).values[:, 2]
+        for x in (reference, generated)
+    ]
+    precise, recalled = in_balls(reference, generated, k=3)
+    assert torch.equal(precise, (true <= radii[0]).any(1))
+    assert torch.equal(recalled, (true <= radii[1][:, None]).any(0))
+    of_points, of_balls = count_in_balls(reference, generated, k=3)
+    assert torch.equal(of_points, (true <= radii[0]).sum(1))
+    assert torch.equal(of_balls, (true <= radii[0]).sum(0))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_share_the_distances(monkeypatch, world_size):
+    """Each has blocks of rows of its own; threads stand for processes."""
+    monkeypatch.setattr("calib_guidance.metrics.neighbors._ROWS", 7)
+    reference, generated = small_sets()
+    parts, barrier, computed = [None] * world_size, threading.Barrier(world_size, timeout=60), []
+
+    class Thread(DistributedContext):
+        def sum(self, tensor):
+            parts[self.rank] = tensor.clone()
+            barrier.wait()
+            total = sum(parts)
+            barrier.wait()
+            computed.append(int((parts[self.rank] != 0).sum()))
+            return total
+
+    with ThreadPoolExecutor(world_size) as pool:
+        ranks = [Thread(rank, world_size) for rank in range(world_size)]
+        found = list(pool.map(lambda rank: in_balls(reference, generated, 3, processes=rank), ranks))
+    for each in found:
+        for mine, alone in zip(each, in_balls(reference, generated, 3), strict=True):
+            assert torch.equal(mine, alone)
+    assert max(computed) < len(reference)
+
+
+def test_moments_in_blocks_are_those_of_numpy(monkeypatch):
+    features = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)) + 1000
+    monkeypatch.setattr("calib_guidance.metrics.frechet._ROWS", 7)
+    mean, covariance = mean_and_covariance(features)
+    np.testing.assert_allclose(mean, features.double().numpy().mean(0), rtol=1e-14)
+    np.testing.assert_allclose(covariance, np.cov(features.double().numpy().T), rtol=1e-12)
 
 
 def in_order(logits):
