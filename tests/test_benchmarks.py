@@ -6,6 +6,9 @@ import sys
 
 import pytest
 
+from calib_guidance.backend.cost import GPUS
+from calib_guidance.classifiers import OffTheShelfClassifier
+from calib_guidance.networks import SmallResNet
 from tests.conftest import ROOT
 
 FOLDER = ROOT / "benchmarks"
@@ -66,3 +69,23 @@ def test_what_got_slower_is_named(benchmark, monkeypatch, capsys, tmp_path, now,
     assert "| new | – | 3 (3 … 3) | new |" in out
     assert "| gone | 1 (1 … 1) | – | gone |" in out
     assert ("nothing got slower" in out) is not is_slower
+
+
+def test_systems_run_small(benchmark, monkeypatch, capsys):
+    """Every complete system, with every guidance, as on a GPU; how fast is not asked."""
+    monkeypatch.setattr(sys, "argv", ["systems.py", "--tiny", "--rounds=1", "--steps=2"])
+    module = benchmark("systems")
+    monkeypatch.setattr(module, "model_of", lambda device: GPUS["H100"])  # in place of a second of measuring
+    module.main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert {row[0].removeprefix("| ") for row in rows} == set(module.SYSTEMS)
+    assert len(rows) == 2 + 4 + 4 + 4 + 2
+    assert all(float(row[3]) > 0 for row in rows)
+
+
+def test_predicted_memory_is_what_is_allocated(benchmark):
+    """Of a gradient, whose activations are kept: without weights on the meta device, and by PyTorch's allocator on the CPU."""
+    module = benchmark("gpu_path")
+    part = module.Part(lambda: OffTheShelfClassifier(SmallResNet(10, 1, (16,), 2), 10), (16, 1, 16, 16), gradient=True)
+    _, predicted = module.operators(part)
+    assert 0.75 < module.allocated(part) / predicted < 1.25

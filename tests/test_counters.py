@@ -26,3 +26,12 @@ def test_gradient_of_a_modules_input():
     with FlopCounter() as flops:
         torch.autograd.grad(layer(x).sum(), x)
     assert flops.get_total_flops() == 2 * 2 * 2 * 3 * 5
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_weights_that_were_there_before_are_not_counted(device):
+    weight, x = torch.ones(20, 10, device=device), torch.ones(4, 10, device=device)
+    with PeakMemory() as memory, torch.no_grad():
+        nn.functional.linear(x, weight)
+        weight.flatten().view(2, -1)
+    assert memory.peak == 4 * 4 * 20

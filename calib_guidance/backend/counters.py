@@ -48,7 +48,10 @@ class FlopCounter(FlopCounterMode):
 
 
 class PeakMemory(TorchDispatchMode):
-    """Bytes in tensors that are alive at once, ``peak`` the most so far. Memory inside kernels is not counted."""
+    """Bytes in tensors that are alive at once, ``peak`` the most so far.
+
+    Counted are those that are made while it is on: neither weights and their views, nor memory inside kernels.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,6 +62,9 @@ class PeakMemory(TorchDispatchMode):
         self.now -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor) and not tensor.is_mkldnn:
+                self._known.setdefault(tensor.untyped_storage(), None)
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if not isinstance(tensor, Tensor) or tensor.is_mkldnn:  # packed weights show no storage

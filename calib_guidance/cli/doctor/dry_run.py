@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 from calib_guidance.backend.atomic import check_writable
+from calib_guidance.backend.cost import GPUS
 from calib_guidance.backend.counters import free_memory
 from calib_guidance.backend.images import to_uint8
 from calib_guidance.callbacks import ExportClassifier, SampleQuality, SampleWriter
@@ -305,9 +306,10 @@ class DryRun:
         weights, cure = self.weights_bytes, []
         free = free_memory(self.device) + (weights if self.module else 0)  # what was built is in memory already
         try:
-            flops, full = count_batch(self.twin, self._rows(size), self.trial())
+            counted = count_batch(self.twin, self._rows(size), self.trial())
+            flops, full = counted.flops, counted.peak
             if weights + full > free:
-                _, small = count_batch(self.twin, self._rows(least), self.trial())
+                small = count_batch(self.twin, self._rows(least), self.trial()).peak
                 slope = (full - small) / max(size - least, 1)
                 most = least + int((free - weights - small) / slope) // least * least if slope else 0
                 cure = [f"set data.batch_size to {most} or less" if most >= least else "use a device with more memory"]
@@ -323,6 +325,10 @@ class DryRun:
         operations = amount(flops / size, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"))
         each = "image and training step" if self.trains else "image, all steps together"
         self.add("ok", f"operations: {operations} per {each}")
+        if not self.trains:
+            rates = ", ".join(f"{name} {size / counted.seconds(gpu):.2g}" for name, gpu in GPUS.items())
+            how = "from public peak rates, in the networks' own dtype; not measured"
+            self.add("ok", f"expected images per second on one GPU: {rates}", how)
         return not cure
 
     def _run_batch(self, count: int) -> Meter:

@@ -6,14 +6,16 @@ import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 from torch import Tensor
 
+from calib_guidance.backend.cost import Machine, Work, WorkCounter
 from calib_guidance.backend.counters import FlopCounter, PeakMemory
 from calib_guidance.samplers.base import StepRecord
+from calib_guidance.samplers.evaluate import plan_of
 from calib_guidance.tasks import GuidedSampling
 from calib_guidance.tasks.retry import FaultTolerant
 
@@ -36,11 +38,14 @@ class Meter(L.Callback):
         self.times = {"validation batch": 0}  # that a batch of the run does each kind, 1 where not named
         if isinstance(module, GuidedSampling):
             levels = module.sampler.levels(module.denoiser)
-            guided = 0 if module.guidance is None else int(module.guidance.plan(levels).active.sum())
+            plan = plan_of(module.guidance, levels)
+            guided = int((plan.active if plan.runs is None else plan.runs).sum())
             steps = {"guided step": guided, "step": len(levels.times) - guided}
             self.times |= {kind: count * module.sampler.recurrence for kind, count in steps.items()}
             module.context.observers = [self]
         self._deadline = time.perf_counter() + PATIENCE
+        self.noted: dict[str, Any] = {}  # by kind, what ``note`` returned at the end of its last lap
+        self.note: Callable[[], Any] | None = None
         self.start()
 
     def _seconds(self) -> float:
@@ -55,6 +60,8 @@ class Meter(L.Callback):
     def lap(self, kind: str) -> None:
         """Attribute the increment since the last call to a kind of work."""
         self.laps[kind].append(self.clock() - self._last)
+        if self.note is not None:
+            self.noted[kind] = self.note()
         self.start()
 
     @property
@@ -117,13 +124,27 @@ def extrapolate(measured: Mapping[int, tuple[float, float]], size: int) -> tuple
     return low + slope * (size - most), high * size / most
 
 
-def count_batch(module: L.LightningModule, batch: dict[str, Tensor], trainer: L.Trainer) -> tuple[float, int]:
-    """FLOPs of a batch, all steps together, and peak bytes beside the weights, of a module on the meta device."""
+class Count(NamedTuple):
+    """What a batch takes, all steps together."""
+
+    flops: float
+    peak: int  # bytes beside the weights
+    works: list[tuple[int, list[Work]]]  # how often a batch does operators, and which
+
+    def seconds(self, machine: Machine) -> float:
+        """The time that the cost model expects of a device."""
+        return sum(times * machine.seconds(works) for times, works in self.works)
+
+
+def count_batch(module: L.LightningModule, batch: dict[str, Tensor], trainer: L.Trainer) -> Count:
+    """FLOPs, memory and operators of a batch, of a module on the meta device."""
     module.trainer, plugin, trains = trainer, trainer.precision_plugin, not isinstance(module, FaultTolerant)
     batch = {k: v.to("meta") if k in ("image", "label", "t") else v for k, v in batch.items()}
     context = plugin.train_step_context() if trains else plugin.predict_step_context()
-    with FlopCounter() as flops, PeakMemory() as memory, context, contextlib.suppress(EnoughError):
+    counting = FlopCounter(), PeakMemory(), WorkCounter()
+    with counting[0] as flops, counting[1] as memory, counting[2] as works, context, contextlib.suppress(EnoughError):
         meter = Meter(module, flops.get_total_flops)
+        meter.note = works.take
         if trains:
             module.train()
             module.on_fit_start()
@@ -133,4 +154,5 @@ def count_batch(module: L.LightningModule, batch: dict[str, Tensor], trainer: L.
         else:
             module.attempt(batch, float32=False)
         meter.lap("batch")
-    return meter.total()[1], memory.peak
+    found = [(meter.times.get(kind, 1), works) for kind, works in meter.noted.items()]
+    return Count(meter.total()[1], memory.peak, found)
