@@ -145,8 +145,8 @@ def test_nothing_is_compiled_again(compiled, sampler):
 def test_guidance_that_doubles_batches_or_runs_backward_compiles_once_more(compiled):
     denoisers, _, graphs = compiled
     for make in (
-        lambda: (Combination(denoisers["adm"], ClassifierFreeGuidance(1.5)), None),
-        lambda: (denoisers["adm"], ClassifierGuidance(off_the_shelf(), backprop_through_denoiser=True)),
+        lambda: (Combination(denoisers["dit"], ClassifierFreeGuidance(1.5)), None),
+        lambda: (denoisers["dit"], ClassifierGuidance(off_the_shelf(), backprop_through_denoiser=True)),
     ):
         before = len(graphs.graphs)
         with torch._dynamo.config.patch(error_on_recompile=False):

@@ -92,7 +92,8 @@ class DiscreteDenoiser(NetworkDenoiser):
         label = 0.0 if network.num_classes is None else network.embed_labels(y)
 
         def output(x_t: Tensor, i: int | Tensor) -> Tensor:
-            return self._decode(x_t, (time[i] + label).expand(len(x_t), -1))
+            emb = (time[i] + label).expand(len(x_t), -1)
+            return self._decode(x_t.to(emb.dtype), emb)  # one type for all samplers: one graph
 
         return x0_predictor(self, output, levels, device)
 
