@@ -1,5 +1,7 @@
 """The doctor finds what is wrong before a run, all of it, and touches nothing."""
 
+import re
+
 import pytest
 import torch
 import yaml
@@ -58,6 +60,8 @@ class TestGo:
         assert "denoiser: ADMDenoiser, 0.83 M parameters, samples 1×8×8" in report
         assert "with a batch of 100: guided step" in report
         assert "for 1,000 images" in report
+        (rates,) = re.findall(r"expected images per second on one GPU: A100 ([\d.e+]+), H100 ([\d.e+]+)", report)
+        assert 0 < float(rates[0]) <= float(rates[1])
 
     def test_training(self, examine):
         status, report = examine("--config=lightning_configs/fit/digits_calibration.yaml")
