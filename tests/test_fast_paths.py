@@ -2,13 +2,17 @@
 
 import copy
 import json
+import os
 import pickle
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
+from calib_guidance.backend import distributed, tuning
 from calib_guidance.backend.distributed import available_cores, sensible_threads
 from calib_guidance.classifiers import NoiseAwareClassifier, OffTheShelfClassifier
 from calib_guidance.cli import main
@@ -192,8 +196,49 @@ class TestHalfPrecision:
         assert 0 < frechet_distance(*statistics[0], *statistics[1]) < 0.005
 
     def test_unknown_names_are_told(self):
-        with pytest.raises(ValueError, match="dtype: unknown 'half'; known: float32, float16, bfloat16"):
+        with pytest.raises(ValueError, match="dtype: unknown 'half'; known: float32, float16, bfloat16, auto"):
             OffTheShelfClassifier(SmallResNet(), 10, dtype="half")
+
+    @pytest.mark.parametrize(
+        ("instructions", "capability", "expected"),
+        [
+            ({"avx512_bf16": True, "amx_bf16": False}, None, "bfloat16"),
+            ({"avx512_bf16": False, "amx_bf16": True}, None, "bfloat16"),
+            ({"avx512_bf16": False, "avx512_vnni": True}, None, "float32"),
+            ({}, (8, 0), "bfloat16"),
+            ({"avx512_bf16": True}, (7, 5), "float32"),  # the GPU computes, not the CPU
+        ],
+    )
+    def test_auto_is_what_is_fast_here(self, monkeypatch, instructions, capability, expected):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions, raising=False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
+        assert classifier(dtype="auto").freeze().network.fc.weight.dtype == getattr(torch, expected)
+        assert digits_denoiser(False, dtype="auto").network.dtype == getattr(torch, expected)
+
+    @pytest.mark.parametrize("tokens", [64, 600])
+    @torch.no_grad()
+    def test_attention_in_bfloat16_is_within_its_rounding(self, monkeypatch, tokens):
+        """Against float64 of the same numbers, and found by what looks for PyTorch's attention."""
+        monkeypatch.setattr(tuning, "_multiplies_halves", lambda: True)
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(2, tokens, 3, 64).transpose(1, 2).bfloat16() for _ in range(3))
+        expected = nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
+        found = tuning.attention(q, k, v)
+        assert found.dtype == torch.bfloat16
+        error = (found - expected).norm() / expected.norm()
+        assert 0 < error < 0.01  # two roundings of 2^-9, of scores and of probabilities
+        seen = []
+
+        class Look(TorchFunctionMode):
+            def __torch_function__(self, func, types, args=(), kwargs=None):
+                seen.append(func)
+                return func(*args, **(kwargs or {}))
+
+        with Look():
+            tuning.attention(q, k, v)
+        assert nn.functional.scaled_dot_product_attention in seen
 
 
 class TestNoiseAhead:
@@ -248,6 +293,25 @@ class TestGroupNorm:
             scaled = expected * (1 + scale.double()) + shift.double()
             torch.testing.assert_close(norm(source, scale, shift).double(), scaled, atol=2e-4, rtol=1e-4)
 
+    @pytest.mark.parametrize(("channels", "side"), [(32, 8), (96, 8), (256, 8), (64, 40)])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_of_halves_is_rounded_once(self, channels, side, dtype):
+        """Against float64, of the same halves: the result is off by its own rounding, with its gradient."""
+        torch.manual_seed(0)
+        norm = GroupNorm(channels)
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+        x = (torch.randn(3, channels, side, side) * 2 + 5).to(dtype, memory_format=torch.channels_last)
+        source, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+        expected = nn.functional.group_norm(exact, 32, norm.weight.double(), norm.bias.double(), norm.eps)
+        found, half_unit = norm(source), torch.finfo(dtype).eps / 2
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1.01 * half_unit)
+        direction = torch.randn_like(x)
+        (slope,) = torch.autograd.grad(found, source, direction)
+        (true_slope,) = torch.autograd.grad(expected, exact, direction.double())
+        torch.testing.assert_close(slope.double(), true_slope, atol=4 * half_unit, rtol=2 * half_unit)
+
     @pytest.mark.parametrize("channels_last", [True, False])
     @pytest.mark.parametrize("side", [8, 32, 64])
     @pytest.mark.parametrize("mean", [0.0, 10.0, 100.0, 1000.0, -1000.0])
@@ -281,6 +345,16 @@ class TestThreads:
 
     def test_slurm_binds_its_tasks_itself(self):
         assert sensible_threads(4, 8, {"SLURM_PROCID": "0", "SLURM_CPUS_PER_TASK": "6"}).count == 6
+
+    def test_hyper_threads_of_a_core_count_once(self, monkeypatch):
+        """Four logical CPUs, 0 and 2 on one core, 1 and 3 on another; the process may use three of them."""
+        topology = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+        files = {topology.format(number): f"{number % 2},{number % 2 + 2}\n" for number in range(4)}
+        monkeypatch.setattr(distributed, "Path", lambda name: SimpleNamespace(read_text=lambda: files[name]))
+        monkeypatch.setattr(distributed, "available_cores", lambda: 8)
+        for bound, cores in (({0, 1, 2}, 2), ({1, 3}, 1)):
+            monkeypatch.setattr(os, "sched_getaffinity", lambda process, bound=bound: bound)
+            assert distributed.physical_cores() == cores
 
     def test_a_container_has_the_cores_of_its_quota(self, tmp_path):
         quota = tmp_path / "cpu.max"

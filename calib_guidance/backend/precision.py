@@ -2,22 +2,45 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from calib_guidance.errors import check_choice
 
-Dtype = Literal["float32", "float16", "bfloat16"]
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype)}
+Dtype = Literal["float32", "float16", "bfloat16", "auto"]
+DTYPES = ("float32", "float16", "bfloat16", "auto")
 HALVES = (torch.float16, torch.bfloat16)
+_CAPABILITY = 8, 0  # of NVIDIA's GPUs with bfloat16 tensor cores, from Ampere on
+
+
+class FastDtype(NamedTuple):
+    """The number format that networks run fastest in, and why."""
+
+    name: str
+    reason: str
+
+
+def bfloat16_instructions() -> str | None:
+    """The instructions for bfloat16 that the CPU has; None where it has none, or PyTorch does not tell."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return next((name for name in ("amx_bf16", "avx512_bf16") if known.get(name)), None)
+
+
+def fast_dtype() -> FastDtype:
+    """bfloat16 on a GPU with tensor cores for it, or where there is no GPU on a CPU with instructions for it; else float32."""
+    if torch.cuda.is_available():
+        capable, device = torch.cuda.get_device_capability() >= _CAPABILITY, torch.cuda.get_device_name()
+        return FastDtype("bfloat16" if capable else "float32", f"the GPU is {device}")
+    found = bfloat16_instructions()
+    return FastDtype(*(("bfloat16", f"the CPU has {found}") if found else ("float32", "the CPU has no avx512_bf16")))
 
 
 def dtype_of(name: str, known: Iterable[str] = DTYPES) -> torch.dtype:
-    """The type of a name."""
+    """The type of a name; of ``auto`` that of :func:`fast_dtype`."""
     check_choice("dtype", name, known)
-    return DTYPES[name]
+    return getattr(torch, fast_dtype().name if name == "auto" else name)
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:

@@ -2,6 +2,7 @@
 
 import logging
 import mmap
+import multiprocessing
 import os
 import pickle
 import random
@@ -10,10 +11,12 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, NoReturn
 
 import numpy as np
+import torch
 
 from calib_guidance.backend.atomic import end_with_parent
 from calib_guidance.errors import RunError, StoppedError
@@ -37,6 +40,25 @@ def _encoded(error: BaseException) -> bytes:
     except Exception:
         return message
     return full if len(full) <= _MOST_BYTES else message
+
+
+_jobs: Sequence[Callable[[], Any]] = ()  # of :func:`in_forks`, which its forks inherit
+
+
+def _do(number: int) -> Any:
+    return _jobs[number]()
+
+
+def in_forks(jobs: Sequence[Callable[[], Any]], count: int) -> list[Any]:
+    """Results of jobs, done by ``count`` forks of this process. Jobs need not pickle; results and errors do."""
+    global _jobs
+    _jobs = jobs
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        # One thread each: those of this process do not survive the fork.
+        pool = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), torch.set_num_threads, (1,))
+        with pool:
+            return list(pool.map(_do, range(len(jobs))))
 
 
 class Workers:

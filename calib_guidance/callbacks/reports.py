@@ -1,9 +1,11 @@
 """Reports of sampling runs, and of validations and tests of classifiers: on the terminal, in files, and to every logger."""
 
+import importlib
 import json
 import logging
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,13 @@ from PIL import Image
 
 from calib_guidance import __version__
 from calib_guidance.backend.atomic import link_or_copy
+from calib_guidance.backend.distributed import physical_cores
+from calib_guidance.backend.workers import in_forks
 from calib_guidance.callbacks.measurement import kept_measurements, load_kept
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation.quality import described, described_uncertainty, printed_table, write_json
 from calib_guidance.plots import reliability
+from calib_guidance.runs.context import SamplingContext
 from calib_guidance.runs.status import status_lines, survey
 
 log = logging.getLogger(__name__)
@@ -115,7 +120,7 @@ class RunReport(L.Callback):
         results["versions"] = {"calib_guidance": __version__, "torch": torch.__version__}
         folder, path = run.path, run.path / "metrics.json"
         write_json(path, results)
-        plots = [p for m in context.measurements for p in m.draw(results, folder / "plots")] if self.plots else []
+        plots = self._draw(context, results, folder / "plots") if self.plots else []
         numbers = {key: float(value) for key, value in results.items() if isinstance(value, int | float)}
         for logger in trainer.loggers:
             logger.log_metrics(numbers, results["num_samples"])
@@ -127,6 +132,17 @@ class RunReport(L.Callback):
         ]
         context.report = self._text(results, folder, names, plots)
         print(context.report)
+
+    @staticmethod
+    def _draw(context: SamplingContext, results: Mapping[str, Any], folder: Path) -> list[Path]:
+        """Let every measurement draw, beside the others where the run may fork."""
+        jobs = [partial(measurement.draw, results, folder) for measurement in context.measurements]
+        if context.num_processes == 1 or (cores := physical_cores()) == 1:
+            drawn = [job() for job in jobs]
+        else:
+            importlib.import_module("matplotlib.backends.backend_pdf")  # once, and not in each fork
+            drawn = in_forks(jobs, min(cores, len(jobs)))
+        return [path for paths in drawn for path in paths]
 
     @staticmethod
     def _text(results: dict[str, Any], folder: Path, written: list[str], plots: list[Path]) -> str:

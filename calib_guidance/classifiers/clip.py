@@ -132,7 +132,7 @@ class CLIPClassifier(Classifier):
             lie depends on their number and on t alone. Each costs as much as the full image.
         cutout_scale: smallest and largest side of a crop, as a fraction of the image's, in (0, 1].
         mean, std: of each color in [0, 1] that the weights were trained with.
-        dtype: ``float32``, ``bfloat16`` or ``float16``, of the matrix products of the image network.
+        dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``, of the matrix products of the image network.
 
     Images of any size are resized to the network's (bicubic, antialiased, overshoot clipped to [-1, 1] as in open_clip).
     """

@@ -116,7 +116,8 @@ class OffTheShelfClassifier(Classifier):
         resize: side in pixels to which images are resized (bilinear, antialiased), or None.
         softplus_beta: β of the Softplus that replaces every ReLU (3 for DDPM, 5 for EDM in the paper); None keeps ReLU.
         activations: what is smoothed, see :func:`~calib_guidance.classifiers.smoothing.smooth_activations`.
-        dtype: of the network once it is frozen to guide. Images, logits and gradients are float32 whatever it is.
+        dtype: of the network once it is frozen to guide; ``auto`` takes what is fast on this machine. Images, logits and
+            gradients are float32 whatever it is.
 
     Examples:
         >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))

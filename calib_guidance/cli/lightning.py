@@ -37,6 +37,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from calib_guidance.backend.atomic import atomic_path, end_with_parent
 from calib_guidance.backend.distributed import set_threads
+from calib_guidance.backend.precision import fast_dtype
 from calib_guidance.backend.text import read_yaml
 from calib_guidance.callbacks import ExactResume, RunReport, SampleWriter, SamplingProgress
 from calib_guidance.callbacks.clean_stop import restored_signals
@@ -46,6 +47,7 @@ from calib_guidance.cli.configs import expand_bases, list_foreign
 from calib_guidance.cli.docstrings import plain_docstrings
 from calib_guidance.cli.parse_once import parts_parsed_once
 from calib_guidance.errors import ConfigurationError, FailedSamplesError, closest
+from calib_guidance.runs.identity import leaves
 from calib_guidance.tasks.retry import FaultTolerant
 from calib_guidance.weights.io import CheckpointError, WeightsFile
 
@@ -337,6 +339,9 @@ class CalibGuidanceCLI(LightningCLI):
         configuration = self.config.get(str(self.subcommand), self.config).as_dict()
         if isinstance(self.model, FaultTolerant):
             self.model.context.num_processes = self._num_processes
+        chosen = {f"{key}: auto" for key, value in leaves(configuration.get("model"), "model") if value == "auto"}
+        if chosen := sorted(key for key in chosen if key.endswith("dtype: auto")):
+            rank_zero.rank_zero_info(f"{', '.join(chosen)}: {', as '.join(fast_dtype())}")
         for part in (self.model, *self.trainer.callbacks):
             if hasattr(part, "configure_run"):
                 part.configure_run(configuration)

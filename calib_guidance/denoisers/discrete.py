@@ -26,8 +26,9 @@ class NetworkDenoiser(Denoiser):
             with label dropout.
         image_size: side in pixels of what is sampled; None takes the network's.
         compile: compile the network, see :class:`~calib_guidance.backend.compilation.Compiled`.
-        dtype: ``float16``, ``bfloat16`` or ``float32`` of the body of a network that is built here; None takes the one it was
-            published with (for most float16; CPUs compute faster in float32 or bfloat16), and float32 for others.
+        dtype: ``float16``, ``bfloat16`` or ``float32`` of the body of a network that is built here; ``auto`` takes what is fast
+            on this machine (:func:`~calib_guidance.backend.precision.fast_dtype`); None takes the one it was published with
+            (for most float16; CPUs compute faster in float32 or bfloat16), and float32 for others.
     """
 
     kind: str

@@ -139,8 +139,7 @@ def _attend(qkv: Tensor, heads: int, new_order: bool) -> Tensor:
         q, k, v = qkv.view(n, tokens, 3, heads, channels).permute(2, 0, 3, 1, 4)
     else:
         q, k, v = qkv.view(n, tokens, heads, 3, channels).permute(3, 0, 2, 1, 4)
-    # Strided inputs make scaled_dot_product_attention fall back to its slow path.
-    out = tuning.attention(q.contiguous(), k.contiguous(), v.contiguous())
+    out = tuning.attention(q, k, v)
     return out.transpose(1, 2).reshape(n, tokens, heads * channels)
 
 
@@ -224,7 +223,7 @@ class _Encoder(nn.Module):
         use_scale_shift_norm: the embedding scales and shifts the normalization instead of being added.
         resblock_updown: residual blocks do the resampling.
         use_new_attention_order: order of the qkv channels, see :class:`AttentionBlock`.
-        dtype: ``float32``, ``float16`` or ``bfloat16``, of the convolutions of the body.
+        dtype: ``float32``, ``float16``, ``bfloat16`` or ``auto``, of the convolutions of the body.
         channel_mult_emb: width of the embedding over ``model_channels``.
         min_group_channels: channels that a group of the normalizations has at least, so that layers of fewer than 32 times
             that have fewer groups (EDM's networks: 4); None gives every layer 32 groups (ADM's).

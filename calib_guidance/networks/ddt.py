@@ -47,7 +47,7 @@ class DiTDH(LatentTransformer):
         in_channels: of the latents, 768 of DINOv2-B.
         num_classes: K; label K of the table is the null class.
         hidden_size, depth, num_heads: of encoder and head; the published XL by default.
-        dtype: ``float32`` (published), ``float16`` or ``bfloat16`` of all but the embeddings; the velocity is float32.
+        dtype: ``float32`` (published), ``float16``, ``bfloat16`` or ``auto``, of all but the embeddings; the velocity is float32.
     """
 
     def __init__(

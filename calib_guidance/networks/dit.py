@@ -33,7 +33,7 @@ class DiT(nn.Module):
         in_channels: of the latents.
         out_channels: twice ``in_channels`` where the variance is learned.
         num_classes: K; label K of the table is the null class of classifier-free guidance.
-        dtype: ``float32``, ``float16`` or ``bfloat16`` of the transformer; embeddings and output are float32.
+        dtype: ``float32``, ``float16``, ``bfloat16`` or ``auto``, of the transformer; embeddings and output are float32.
         qk_norm: normalize queries and keys of each head (LayerNorm).
     """
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calib_guidance.backend import tuning
 from calib_guidance.backend.precision import Dtype, dtype_of
 
 _EPS = 1e-4
@@ -153,7 +154,7 @@ class EDM2Block(nn.Module):
         """Channels of ``qkv`` are [head][channel][q,k,v]; all three are normalized over the channels of a head."""
         n, _, height, width = qkv.shape
         q, k, v = normalize(qkv.reshape(n, self.heads, -1, 3, height * width), dim=2).permute(3, 0, 1, 4, 2)
-        out = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())
+        out = tuning.attention(q, k, v)
         return out.transpose(2, 3).reshape(n, -1, height, width)
 
 
@@ -173,7 +174,7 @@ class EDM2UNet(nn.Module):
         clip_act: see :class:`EDM2Block`.
         dropout: rate, while training.
         logvar_channels: features of the uncertainty.
-        dtype: ``float32``, ``float16`` or ``bfloat16`` of the convolutions, once weights are folded.
+        dtype: ``float32``, ``float16``, ``bfloat16`` or ``auto``, of the convolutions, once weights are folded.
     """
 
     def __init__(

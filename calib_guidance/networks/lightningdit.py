@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calib_guidance.backend import tuning
 from calib_guidance.backend.precision import Dtype, dtype_of
 from calib_guidance.networks.adm import timestep_embedding
 
@@ -76,7 +77,7 @@ class RotaryAttention(nn.Module):
         n, tokens, width = x.shape
         q, k, v = self.qkv(x).view(n, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         q, k = rope(self.q_norm(q)), rope(self.k_norm(k))
-        return self.proj(F.scaled_dot_product_attention(q, k, v.contiguous()).transpose(1, 2).reshape(n, tokens, width))
+        return self.proj(tuning.attention(q, k, v).transpose(1, 2).reshape(n, tokens, width))
 
 
 class SwiGLU(nn.Module):
@@ -230,7 +231,7 @@ class LightningDiT(LatentTransformer):
         learn_sigma: the file has twice the output channels; the second half is dropped.
         mid_depth: block after which the head of Internal Guidance reads the tokens; None has no such head.
         internal_guidance: w of v_mid + w·(v − v_mid), where there is that head; 1 is v.
-        dtype: ``float32``, ``float16`` or ``bfloat16`` of all but the embeddings; the velocity is float32.
+        dtype: ``float32``, ``float16``, ``bfloat16`` or ``auto``, of all but the embeddings; the velocity is float32.
     """
 
     def __init__(

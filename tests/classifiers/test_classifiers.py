@@ -288,7 +288,7 @@ class TestWeights:
     ("kind", "option", "value", "allowed"),
     [
         (OffTheShelfClassifier, "normalize", "cifar", "'none', 'imagenet'"),
-        (OffTheShelfClassifier, "dtype", "half", "'float32', 'float16', 'bfloat16'"),
+        (OffTheShelfClassifier, "dtype", "half", "'float32', 'float16', 'bfloat16', 'auto'"),
         (ADMDenoiser, "noise_schedule", "sqrt", "'linear', 'cosine'"),
         (ADMDenoiser, "prediction", "score", "'epsilon', 'v', 'x0'"),
     ],
