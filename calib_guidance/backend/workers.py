@@ -155,10 +155,11 @@ class Workers:
         for process in self._pipes:
             os.kill(process, signum)
 
-    def stop(self, within: float) -> None:
-        """End all workers: with SIGTERM, and those that still run after ``within`` seconds with SIGKILL."""
+    def stop(self, within: float, ask: bool = True) -> None:
+        """Wait until all workers end, with SIGTERM where ``ask``. SIGKILL ends those that run after ``within`` seconds."""
         try:
-            self.send(signal.SIGTERM)
+            if ask:
+                self.send(signal.SIGTERM)
             end = time.monotonic() + within
             while self._pipes and time.monotonic() < end:
                 for process in list(self._pipes):

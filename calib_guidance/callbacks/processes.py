@@ -34,12 +34,17 @@ class _Number(NamedTuple):
     reason: str
 
 
+def can_fork(trainer: L.Trainer) -> bool:
+    """Whether processes that this one forks can do its work."""
+    return sys.platform == "linux" and trainer.strategy.root_device.type == "cpu"
+
+
 def why_single(trainer: L.Trainer, module: FaultTolerant) -> str | None:
     """Why this run cannot be forked; None if it can."""
+    if not can_fork(trainer):
+        return f"it samples on {trainer.strategy.root_device}, and forks are safe with CPUs on Linux only"
     parts = (part for network in module.networks().values() for part in network.modules())
     obstacles = {
-        "forks are safe on Linux only": sys.platform != "linux",
-        f"it samples on {trainer.strategy.root_device}": trainer.strategy.root_device.type != "cpu",
         "the trainer has several devices or nodes": trainer.world_size > 1,
         "trainer.limit_predict_batches counts batches of each process": trainer.limit_predict_batches != 1.0,
         "a network is compiled, which each process would do": any(

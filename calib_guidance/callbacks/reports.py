@@ -21,6 +21,7 @@ from calib_guidance.backend.atomic import link_or_copy
 from calib_guidance.backend.distributed import physical_cores
 from calib_guidance.backend.workers import in_forks
 from calib_guidance.callbacks.measurement import kept_measurements, load_kept
+from calib_guidance.callbacks.processes import can_fork
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation.quality import described, described_uncertainty, printed_table, write_json
 from calib_guidance.plots import reliability
@@ -120,7 +121,7 @@ class RunReport(L.Callback):
         results["versions"] = {"calib_guidance": __version__, "torch": torch.__version__}
         folder, path = run.path, run.path / "metrics.json"
         write_json(path, results)
-        plots = self._draw(context, results, folder / "plots") if self.plots else []
+        plots = self._draw(trainer, context, results, folder / "plots") if self.plots else []
         numbers = {key: float(value) for key, value in results.items() if isinstance(value, int | float)}
         for logger in trainer.loggers:
             logger.log_metrics(numbers, results["num_samples"])
@@ -134,14 +135,15 @@ class RunReport(L.Callback):
         print(context.report)
 
     @staticmethod
-    def _draw(context: SamplingContext, results: Mapping[str, Any], folder: Path) -> list[Path]:
+    def _draw(trainer: L.Trainer, context: SamplingContext, results: Mapping[str, Any], folder: Path) -> list[Path]:
         """Let every measurement draw, beside the others where the run may fork."""
         jobs = [partial(measurement.draw, results, folder) for measurement in context.measurements]
-        if context.num_processes == 1 or (cores := physical_cores()) == 1:
-            drawn = [job() for job in jobs]
-        else:
+        cores = physical_cores() if context.num_processes != 1 and can_fork(trainer) else 1
+        if cores > 1:
             importlib.import_module("matplotlib.backends.backend_pdf")  # once, and not in each fork
             drawn = in_forks(jobs, min(cores, len(jobs)))
+        else:
+            drawn = [job() for job in jobs]
         return [path for paths in drawn for path in paths]
 
     @staticmethod

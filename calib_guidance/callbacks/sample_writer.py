@@ -25,6 +25,7 @@ from calib_guidance import __version__
 from calib_guidance.backend.atomic import check_writable
 from calib_guidance.backend.distributed import available_cores, set_threads
 from calib_guidance.backend.images import UINT8_RULES, Uint8Rule, to_uint8
+from calib_guidance.backend.workers import Workers
 from calib_guidance.callbacks.clean_stop import CleanStop
 from calib_guidance.callbacks.measurement import Measurement, find_class_names, kept_measurements
 from calib_guidance.callbacks.processes import share_work
@@ -195,6 +196,7 @@ class SampleWriter(Measurement):
         self.stop = CleanStop(stop_within)
         self.run: RunFolder | None = None
         self._background: Background | None = None
+        self._workers = Workers()
 
     def earlier_run(self, trainer: L.Trainer) -> bool:
         """Whether the folder holds a run, of whatever configuration; ConfigurationError for one that cannot be resumed."""
@@ -251,7 +253,7 @@ class SampleWriter(Measurement):
             log.warning(f"{path}: {len(foreign)} files belong to no shard, and are not counted: {names}")
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._workers = workers = self.context.workers
+        self._workers = workers = self.context.workers  # those of the context from now on, when they may fork
         if self.context.num_processes != 1:
             share_work(trainer, pl_module, self.context)
         if workers.is_first:
@@ -328,9 +330,10 @@ class SampleWriter(Measurement):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._release()
-        if not self.context.workers.is_first:
-            self.context.workers.leave(exception)
-        self.context.workers.stop(self.stop.within + _WRITING)
+        if not self._workers.is_first:
+            self._workers.leave(exception)
+        # A signal has been forwarded already; the second one would stop them at once.
+        self._workers.stop(self.stop.within + _WRITING, ask=self.stop.signal is None)
         if (error := self._background and self._background.error) not in (None, exception):
             log.error(f"the last samples are not written: {error}")
         self.stop.requeue()

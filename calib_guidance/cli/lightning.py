@@ -290,7 +290,8 @@ class CalibGuidanceCLI(LightningCLI):
             # Lightning's default is in the logger's folder, a new one for every run, where `--ckpt_path last` finds nothing.
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(Path(trainer.default_root_dir, "checkpoints"))
-        if self.subcommand == "predict" and trainer.progress_bar_callback and not own_bar:
+        samples = isinstance(getattr(self, "model", None), FaultTolerant)
+        if self.subcommand == "predict" and samples and trainer.progress_bar_callback and not own_bar:
             others = [callback for callback in trainer.callbacks if not isinstance(callback, ProgressBar)]
             trainer.callbacks = [*others, SamplingProgress()]
         if self.subcommand == "fit":
