@@ -61,11 +61,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     That kernel takes as long for bfloat16 as for float32, where the processor's instructions multiply twice as fast, and its
     gradient takes three times as long. What looks for calls of ``F.scaled_dot_product_attention`` finds them.
     """
-    tuned = _on and q.device.type == "cpu"
-    if tuned and torch.is_grad_enabled() and (q.dtype != torch.float32 or torch.is_autocast_enabled("cpu")):
+    tuned, dtype = _on and q.device.type == "cpu", q.dtype
+    if tuned and torch.is_grad_enabled() and (dtype != torch.float32 or torch.is_autocast_enabled("cpu")):
         with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
-    multiplies = tuned and q.dtype == torch.bfloat16 and _multiplies_halves()
+            return F.scaled_dot_product_attention(*(part.float().contiguous() for part in (q, k, v))).to(dtype)
+    multiplies = tuned and dtype == torch.bfloat16 and _multiplies_halves()
     if not multiplies or torch.is_grad_enabled() or has_torch_function((q,)) or torch.compiler.is_compiling():
         # Strided inputs make it fall back to its slow path.
         return F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())
