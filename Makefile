@@ -40,10 +40,11 @@ docs: $(VENV)/.docs
 
 # How checkpoints/digits was made. Replaces it.
 checkpoints: $(INSTALLED)
-	for name in classifier eval_classifier noise_aware diffusion; do $(BIN)/calib-guidance fit --config digits_$$name || exit 1; done
+	for name in classifier eval_classifier noise_aware diffusion flow; do $(BIN)/calib-guidance fit --config digits_$$name || exit 1; done
 	for name in classifier eval_classifier noise_aware; do \
 	  cp outputs/digits_$$name/classifier.safetensors checkpoints/digits/$$name.safetensors || exit 1; done
-	cp outputs/digits_diffusion/network.safetensors checkpoints/digits/diffusion.safetensors
+	for name in diffusion flow; do \
+	  cp outputs/digits_$$name/network.safetensors checkpoints/digits/$$name.safetensors || exit 1; done
 
 # The table of docs/results.md.
 compare: $(INSTALLED)

@@ -33,6 +33,8 @@ MODELS = {
     "edm2_img512_xs": SD,
     "edm2_img512_s": SD,
     "edm2_img512_xxl": SD,
+    "lightningdit_ig_xl_1_256": VAVAE,
+    "repae_xl_1_256": VAVAE,
 }
 
 

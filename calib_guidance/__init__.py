@@ -54,3 +54,20 @@ def load_pretrained(name: str, checkpoint: str | PathLike[str] | None = None, **
     from calib_guidance.classifiers.pretrained import load_pretrained as load  # imports torch
 
     return load(name, checkpoint, **options)
+
+
+def from_diffusers(model: Any, **options: Any) -> nn.Module:
+    """A model of the diffusers library as a denoiser: see :class:`~calib_guidance.denoisers.DiffusersDenoiser`.
+
+    ::
+
+        denoiser = calib_guidance.from_diffusers("hf://google/ddpm-cifar10-32")
+        denoiser = calib_guidance.from_diffusers(pipeline, prompts=["a photo of a cat", "a photo of a dog"])
+
+    Args:
+        model: a pipeline or its folder, ``hf://OWNER/NAME``, or a model with ``scheduler``.
+        options: of the class, such as ``prompts`` and ``dtype``.
+    """
+    from calib_guidance.denoisers import DiffusersDenoiser  # imports torch
+
+    return DiffusersDenoiser(model, **options)

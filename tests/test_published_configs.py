@@ -51,6 +51,9 @@ PARAMETERS = {
     "rae_ditdh_xl_512": 839_970_132,
     "rae_ditdh_s_512": 197_143_892,
     "repae_xl_1_256": 675_148_064,
+    "repae_sdvae_xl_2_256": 675_111_184,
+    "repae_invae_xl_1_256": 675_148_064,
+    "repae_vavae_xl_1_256": 675_148_064,
     "edm2_img64_xs": 124_711_461,
     "edm2_img64_s": 280_210_021,
     "edm2_img64_m": 497_803_941,
@@ -180,7 +183,7 @@ def test_the_table_names_every_row_once():
     text = (ROOT / "lightning_configs" / "README.md").read_text()
     named = re.findall(r"^\|.*\| `(imagenet[\w/.]+(?:\.yaml| --row \w+=[\d.]+))` \|$", text, re.MULTILINE)
     assert sorted(named) == ROWS
-    assert len(ROWS) == 116
+    assert len(ROWS) == 138
 
 
 ADM_METRICS = ["fid", "sfid", "is", "is_adm", "pr", "pr_adm"]
@@ -194,6 +197,7 @@ ADM_METRICS = ["fid", "sfid", "is", "is_adm", "pr", "pr_adm"]
         ("imagenet128/resnet101_js", "imagenet128", "VIRTUAL_imagenet128_labeled.npz", ADM_METRICS),
         ("imagenet256/dit", "imagenet256", "VIRTUAL_imagenet256_labeled.npz", ADM_METRICS),
         ("imagenet512/adm_noise_aware", "imagenet512", "VIRTUAL_imagenet512.npz", ADM_METRICS),
+        ("imagenet512/edm2/s", "edm2_512", "img512.pkl", ["fid", "is"]),
     ],
 )
 def test_quality_is_one_overlay_more(row, overlay, reference, metrics, in_root):

@@ -49,7 +49,8 @@ def test_every_rule_and_negative_has_a_configuration():
         for name in vars(denoisers):
             part = getattr(denoisers, name)
             if isinstance(part, type) and issubclass(part, kind) and not getattr(part, "__abstractmethods__", None):
-                others = ("Unconditional", "UnconditionalModel", "Autoguidance")  # the default and those of two models
+                # The default, those of two models, and that of networks with two heads.
+                others = ("Unconditional", "UnconditionalModel", "Autoguidance", "MiddleHead")
                 assert name in used or name in others, name
     assert all(yaml.safe_load(path.read_text())["model"]["denoiser"] for path in FILES)
 

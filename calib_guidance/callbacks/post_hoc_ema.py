@@ -46,6 +46,10 @@ class PostHocEMA(L.Callback):
         self.images, self._pending, self._step, self._written = 0, 0, 0, 0
         self.averages: dict[str, dict[str, Tensor]] = {}
 
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(folder=self.folder)  # one training may keep several
+
     def _state(self, pl_module: L.LightningModule) -> dict[str, Tensor]:
         return {name: value.detach() for name, value in pl_module.get_submodule(self.module).state_dict().items()}
 

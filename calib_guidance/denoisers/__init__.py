@@ -17,6 +17,7 @@ from calib_guidance.denoisers.gaussian_mixture import GaussianMixture as Gaussia
 from calib_guidance.denoisers.module import ModuleDenoiser as ModuleDenoiser
 from calib_guidance.denoisers.negatives.base import Negative as Negative
 from calib_guidance.denoisers.negatives.independent_condition import IndependentCondition as IndependentCondition
+from calib_guidance.denoisers.negatives.middle_head import MiddleHead as MiddleHead
 from calib_guidance.denoisers.negatives.other_model import Autoguidance as Autoguidance
 from calib_guidance.denoisers.negatives.other_model import UnconditionalModel as UnconditionalModel
 from calib_guidance.denoisers.negatives.perturbed_attention import PerturbedAttention as PerturbedAttention
@@ -25,6 +26,7 @@ from calib_guidance.denoisers.negatives.sliding_windows import SlidingWindows as
 from calib_guidance.denoisers.negatives.smoothed_attention import SmoothedAttention as SmoothedAttention
 from calib_guidance.denoisers.negatives.unconditional import Unconditional as Unconditional
 from calib_guidance.denoisers.rae import RAEDecoder as RAEDecoder
+from calib_guidance.denoisers.rae_encoder import RAEEncoder as RAEEncoder
 from calib_guidance.denoisers.remap_classes import RemapClasses as RemapClasses
 from calib_guidance.denoisers.rules.apg import APG as APG
 from calib_guidance.denoisers.rules.base import ConvertedRule as ConvertedRule

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ class FlowDenoiser(DecodesLatents, NetworkDenoiser):
             is decoded only where ``is_latent`` is false.
         latent_stats: file with mean and standard deviation of the autoencoder's latents by channel, in place of ``latent_scale``
             (:func:`~calib_guidance.weights.ldm_vae.latent_statistics`; LightningDiT, REPA-E).
+        internal_guidance: w of Internal Guidance, of a network with a head in the middle; None keeps the network's.
+            :class:`~calib_guidance.denoisers.MiddleHead` has an interval too.
         is_latent: whether x̂0 are latents; false for models of images, whose x̂0 samplers may clip.
         noise_schedule: ``linear`` or ``cosine``, of 1000 steps: what t means to classifiers, and what discrete samplers
             respace. The network itself knows τ alone.
@@ -56,12 +59,17 @@ class FlowDenoiser(DecodesLatents, NetworkDenoiser):
         vae_dtype: DecoderDtype | None = None,
         is_latent: bool = True,
         latent_stats: str | None = None,
+        internal_guidance: float | None = None,
         noise_schedule: ScheduleName = "linear",
         **kwargs: Any,
     ):
         time_scale = None if time_scale is None else float(time_scale)
         stated = {"prediction": "velocity", "path": path, "time_direction": time_direction, "time_scale": time_scale}
         super().__init__(stated, network, checkpoint, **kwargs)
+        if internal_guidance is not None:
+            if getattr(self.network, "mid_depth", None) is None:
+                raise ValueError("internal_guidance needs a network with a head in the middle (mid_depth)")
+            self.network.internal_guidance = internal_guidance
         self.has_learned_variance, self.clip = False, not is_latent
         self.path, self.time_direction = self.settings["path"], self.settings["time_direction"]
         self.time_scale = float(self.settings["time_scale"])
@@ -81,6 +89,13 @@ class FlowDenoiser(DecodesLatents, NetworkDenoiser):
         return x0 if self.clip else self.decode_latents(x0)
 
     def prepare(self, levels: NoiseLevels, y: Tensor | None) -> Predict:
+        predict = self.prepare_heads(levels, y, lambda x, emb: (self._decode(x, emb),))
+        return lambda x_t, i: predict(x_t, i)[0]
+
+    def prepare_heads(
+        self, levels: NoiseLevels, y: Tensor | None, velocities: Callable[[Tensor, Tensor], Sequence[Tensor]]
+    ) -> Callable[[Tensor, int | Tensor], list[Prediction]]:
+        """:meth:`prepare` of a network with several outputs, ``velocities(x, emb)``."""
         network = self.network
         device = next(network.parameters()).device
         tau = path_time(self.path, levels.alphas_cumprod)
@@ -96,10 +111,10 @@ class FlowDenoiser(DecodesLatents, NetworkDenoiser):
         tables = (c.scale, c.d_sigma * c.scale / divisor, -sign * c.sigma / divisor)
         scale, from_x, from_velocity = (torch.tensor(table, device=device) for table in tables)
 
-        def predict(x_t: Tensor, i: int | Tensor) -> Prediction:
+        def predict(x_t: Tensor, i: int | Tensor) -> list[Prediction]:
             emb = (time[i] + label).expand(len(x_t), -1)
             to_path, a, b = (at_step(table, i).to(x_t.dtype) for table in (scale, from_x, from_velocity))
-            velocity = self._decode((to_path * x_t).float(), emb)[:, : x_t.shape[1]].to(x_t.dtype)
-            return Prediction(a * x_t + b * velocity)
+            outputs = velocities((to_path * x_t).float(), emb)
+            return [Prediction(a * x_t + b * output[:, : x_t.shape[1]].to(x_t.dtype)) for output in outputs]
 
         return predict

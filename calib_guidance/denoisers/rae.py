@@ -13,7 +13,17 @@ from calib_guidance.errors import CheckpointError
 from calib_guidance.networks.lightningdit import unpatch
 from calib_guidance.weights.io import Weights, load_weights, read_weights
 
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def rae_statistics(source: str | dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of latents, ``(C, h, w)`` each, of ``stat.pt`` (``mean`` and ``var``); None is 0 and 1."""
+    if source is None:
+        return torch.zeros(1), torch.ones(1)
+    tables = source if isinstance(source, dict) else read_weights(source).state
+    if not {"mean", "var"} <= tables.keys():
+        raise CheckpointError(f"{source}: expected mean and var of latents")
+    return tables["mean"].float(), (tables["var"].float() + 1e-5).sqrt()
 
 
 class _Layer(nn.Module):
@@ -65,8 +75,8 @@ class RAEDecoder(nn.Module):
         checkpoint: str | dict[str, Tensor] | None,
         statistics: str | dict[str, Tensor] | None = None,
         num_heads: int = 16,
-        image_mean: Sequence[float] = _IMAGENET_MEAN,
-        image_std: Sequence[float] = _IMAGENET_STD,
+        image_mean: Sequence[float] = IMAGENET_MEAN,
+        image_std: Sequence[float] = IMAGENET_STD,
         eps: float = 1e-12,
     ):
         super().__init__()
@@ -89,12 +99,8 @@ class RAEDecoder(nn.Module):
         self.decoder_norm, self.decoder_pred = nn.LayerNorm(width, eps), nn.Linear(width, pixels)
         if checkpoint is not None:
             load_weights(self, Weights(checkpoint if isinstance(checkpoint, str) else "decoder", state))
-        tables = {"mean": torch.zeros(1), "var": torch.ones(1) - 1e-5}
-        if statistics is not None:
-            tables = statistics if isinstance(statistics, dict) else read_weights(statistics).state
-        if not {"mean", "var"} <= tables.keys():
-            raise CheckpointError(f"{statistics}: expected mean and var of latents")
-        buffers = {"latent_mean": tables["mean"], "latent_std": (tables["var"] + 1e-5).sqrt()}
+        mean, std = rae_statistics(statistics)
+        buffers = {"latent_mean": mean, "latent_std": std}
         buffers |= {
             "image_mean": torch.tensor(image_mean).view(3, 1, 1),
             "image_std": torch.tensor(image_std).view(3, 1, 1),

@@ -10,6 +10,8 @@ import numpy as np
 from calib_guidance.errors import check_choice
 
 ScheduleName = Literal["linear", "cosine"]
+# σ from which x_t is pure noise: of infinite σ, to compute with. Nothing there tells classes apart.
+PURE_NOISE = 1e6
 
 
 def named_betas(name: str, num_steps: int = 1000) -> np.ndarray:
@@ -43,23 +45,30 @@ def respaced_timesteps(num_steps: int, respacing: str | int) -> np.ndarray:
         num_steps: of the full process.
         respacing: ``"250"`` spreads 250 steps from the first to the last; ``"10,10,5"`` cuts the process in equal
             sections with so many steps each (0 skips a section); ``"ddim25"`` strides by the first integer that gives 25
-            steps, from 0.
+            steps, from 0, or with ``"ddim25+1"`` from 1, as Stable Diffusion does; ``"trailing25"`` strides down from the
+            last step, so that a process that ends in pure noise starts there (Lin et al. 2024).
 
     Examples:
         >>> respaced_timesteps(1000, "5").tolist()
         [0, 250, 500, 749, 999]
         >>> respaced_timesteps(1000, "ddim4").tolist()
         [0, 250, 500, 750]
+        >>> respaced_timesteps(1000, "trailing4").tolist()
+        [249, 499, 749, 999]
     """
     text = str(respacing).replace(" ", "")
-    if match := re.fullmatch(r"ddim(\d+)", text):
-        count = int(match[1])
+    if match := re.fullmatch(r"ddim(\d+)(?:\+(\d+))?", text):
+        count, offset = int(match[1]), int(match[2] or 0)
         for stride in range(1, num_steps):
-            if len(range(0, num_steps, stride)) == count:
-                return np.arange(0, num_steps, stride)
+            if len(range(0, num_steps, stride)) == count and offset < stride:
+                return np.minimum(np.arange(0, num_steps, stride) + offset, num_steps - 1)
         raise ValueError(f"steps: no integer stride over {num_steps} steps gives {count} of them ({respacing!r})")
+    if (match := re.fullmatch(r"trailing(\d+)", text)) and 1 <= int(match[1]) <= num_steps:
+        return np.round(np.arange(num_steps, 0, -num_steps / int(match[1]))).astype(int)[::-1] - 1
     if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise ValueError(f"steps: expected something like '250', '10,10,5' or 'ddim25', got {respacing!r}")
+        raise ValueError(
+            f"steps: expected something like '250', '10,10,5', 'ddim25' or 'trailing25', at most {num_steps}, got {respacing!r}"
+        )
     counts = [int(c) for c in text.split(",")]
     base, extra = divmod(num_steps, len(counts))
     used, start = [], 0

@@ -8,6 +8,8 @@ from calib_guidance.guidance.classifier_guidance import ClassifierGuidance as Cl
 from calib_guidance.guidance.classifier_guidance import SwitchedGuidance as SwitchedGuidance
 from calib_guidance.guidance.norms import match_norm as match_norm
 from calib_guidance.guidance.norms import rms as rms
+from calib_guidance.guidance.pipelines import guide_pipeline as guide_pipeline
+from calib_guidance.guidance.pipelines import guided_scheduler as guided_scheduler
 from calib_guidance.guidance.resolution import ClassifierResolution as ClassifierResolution
 from calib_guidance.guidance.resolution import fit_gain as fit_gain
 from calib_guidance.guidance.reuse import GradientReuse as GradientReuse

@@ -1,5 +1,6 @@
 """Samplers, one per file. The base owns the loop."""
 
+from calib_guidance.samplers.adaptive_ode import AdaptiveODE as AdaptiveODE
 from calib_guidance.samplers.base import BufferedObserver as BufferedObserver
 from calib_guidance.samplers.base import Observer as Observer
 from calib_guidance.samplers.base import Sampler as Sampler

@@ -8,15 +8,12 @@ import torch
 from torch import Tensor
 
 from calib_guidance.denoisers.base import Denoiser, prepare_clipped
-from calib_guidance.diffusion.schedules import NoiseLevels
+from calib_guidance.diffusion.schedules import PURE_NOISE, NoiseLevels
 from calib_guidance.guidance.base import Guidance, Guided, Plan
 from calib_guidance.guidance.norms import match_norm
 
 if TYPE_CHECKING:
     from calib_guidance.samplers.base import Sampler
-
-# σ from which x_t is pure noise: of infinite σ, to compute with. Nothing there tells classes apart.
-PURE_NOISE = 1e6
 
 
 def on_device(table: object, like: Tensor) -> Tensor:
@@ -42,14 +39,25 @@ class Evaluate:
     Args:
         sampler, denoiser, guidance, y: of the trajectory.
         x: ``(N, C, H, W)`` x_T.
+        levels: of the evaluations; None takes those of the sampler.
 
     Attributes:
         moved: ``(N, C, H, W)`` what the loop added to x after the last step, or None.
         seen: what observers see of the current step: its first prediction and guidance.
     """
 
-    def __init__(self, sampler: "Sampler", denoiser: Denoiser, guidance: Guidance | None, y: Tensor, x: Tensor):
-        levels, scaling = sampler.evaluated(denoiser), sampler.scaling
+    def __init__(
+        self,
+        sampler: "Sampler",
+        denoiser: Denoiser,
+        guidance: Guidance | None,
+        y: Tensor,
+        x: Tensor,
+        levels: NoiseLevels | None = None,
+    ):
+        scaling = sampler.scaling
+        levels = sampler.evaluated(denoiser) if levels is None else levels
+        self._bound = sampler, denoiser, guidance, y
         self.predict: Any = prepare_clipped(denoiser, levels, y, sampler.clip_denoised)
         getattr(self.predict, "start", lambda x: None)(x)
         self._guide = guidance and guidance.prepare(levels, y, denoiser.decode)
@@ -63,6 +71,12 @@ class Evaluate:
         self.moved: Tensor | None = None
         self.seen: Guided | None = None
         self._move: Tensor | None = None
+
+    def at(self, sigma: float, x: Tensor, rows: slice = slice(None)) -> "Evaluate":
+        """The same at a level that is not one of the sampler's, for some of the samples."""
+        sampler, denoiser, guidance, y = self._bound
+        rows_y: Any = None if y is None else y[rows]
+        return Evaluate(sampler, denoiser, guidance, rows_y, x, denoiser.schedule.at_sigmas([sigma]))
 
     def __call__(self, x: Tensor, i: int) -> Guided:
         guided = self.unguided(x, i) if self._guide is None else self._guide(self.predict, x, i)

@@ -10,10 +10,12 @@ from torch import Tensor
 from calib_guidance.denoisers.base import Denoiser
 from calib_guidance.diffusion.paths import PathCoefficients, PathName, path_coefficients, path_time, shifted_time
 from calib_guidance.diffusion.rng import Noise
-from calib_guidance.diffusion.schedules import NoiseLevels
+from calib_guidance.diffusion.schedules import PURE_NOISE, NoiseLevels
 from calib_guidance.samplers.base import Sampler
-from calib_guidance.samplers.evaluate import PURE_NOISE, Evaluate
+from calib_guidance.samplers.evaluate import Evaluate
 from calib_guidance.samplers.spacing import levels_of_passes
+
+IMAGE = 1e-5  # τ for 0, where x̂0 says nothing of the velocity
 
 
 class FlowSampler(Sampler):

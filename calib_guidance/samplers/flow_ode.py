@@ -13,16 +13,16 @@ from calib_guidance.diffusion.paths import PathName, path_coefficients, shifted_
 from calib_guidance.diffusion.schedules import NoiseLevels
 from calib_guidance.errors import check_choice
 from calib_guidance.samplers.base import Transition
+from calib_guidance.samplers.encoding import FlowEncoder
 from calib_guidance.samplers.evaluate import Evaluate
-from calib_guidance.samplers.flow import FlowSampler
+from calib_guidance.samplers.flow import IMAGE
 from calib_guidance.samplers.spacing import levels_of_passes
 
 Method = Literal["euler", "heun"]
-_IMAGE = 1e-5  # τ for 0, where x̂0 says nothing of the velocity
 
 
-class FlowODE(FlowSampler):
-    """The ODE dx/dτ = v of a flow model, by Euler's or Heun's method.
+class FlowODE(FlowEncoder):
+    """The ODE dx/dτ = v of a flow model, by Euler's or Heun's method; :meth:`encode` is its reverse.
 
     Args:
         num_steps: number of steps, one less than the points of the grid, which SiT and LightningDiT count.
@@ -31,7 +31,7 @@ class FlowODE(FlowSampler):
         interval_by: what decides about guidance in an interval: the start of the ``step`` (REPA), or every ``evaluation`` by its
             own τ (LightningDiT).
 
-    See :class:`FlowSampler` for the others.
+    See :class:`~calib_guidance.samplers.flow.FlowSampler` for the others.
 
     Examples:
         >>> from calib_guidance.denoisers import GaussianMixture
@@ -59,7 +59,7 @@ class FlowODE(FlowSampler):
         self.method, self.correct_last, self.interval_by = method, correct_last, interval_by
 
     def evaluated(self, denoiser: Denoiser) -> NoiseLevels:
-        grid = np.maximum(self.grid(denoiser), _IMAGE)
+        grid = np.maximum(self.grid(denoiser), IMAGE)
         passes = [grid[1:], grid[:-1]] if self.method == "heun" else [grid[1:]]
         levels = levels_of_passes(denoiser.schedule, *map(self.sigmas, passes))
         return levels if self.interval_by == "step" else levels._replace(start=np.arange(len(levels.start)))
@@ -73,7 +73,7 @@ class FlowODE(FlowSampler):
         end = float(shifted_time(np.array(self.end), self.shift))
         following = np.append(end, tau[:-1])
         # Of step i: its level at i, and with Heun where it leads at N + i.
-        c = path_coefficients(self.path, np.concatenate([tau, np.maximum(following, _IMAGE)]))
+        c = path_coefficients(self.path, np.concatenate([tau, np.maximum(following, IMAGE)]))
         tables = {name: getattr(c, name) for name in ("alpha", "sigma", "d_alpha", "d_sigma")}
         return tables | {"to_vp": 1 / c.scale, "h": following - tau}
 
@@ -87,3 +87,10 @@ class FlowODE(FlowSampler):
     def _velocity(self, x: Tensor, k: int, evaluate: Evaluate, c: SimpleNamespace) -> Tensor:
         x0, epsilon = self.predict(x, k, evaluate, c)
         return c.d_alpha[k] * x0 + c.d_sigma[k] * epsilon
+
+    def advance(self, x: Tensor, start: float, end: float, evaluate: Evaluate) -> Tensor:
+        first = self.velocity_at(start, x, evaluate)
+        x_next = x + (end - start) * first
+        if self.method == "heun":
+            return x + (end - start) / 2 * (first + self.velocity_at(end, x_next, evaluate))
+        return x_next

@@ -11,15 +11,15 @@ from calib_guidance.diffusion.parameterization import Parameterization, diffuse,
 from calib_guidance.diffusion.schedules import NoiseSchedule, ScheduleName, named_betas
 from calib_guidance.errors import check_choice
 from calib_guidance.tasks.base import TrainingTask
-from calib_guidance.training.flow_matching import FlowMatching
 from calib_guidance.training.losses import variational_bound_term
+from calib_guidance.training.objective import Objective
 from calib_guidance.weights import registry
 
 Variance = Literal["fixed", "learned_range"]
 
 
 class TrainDiffusion(TrainingTask):
-    """Fits an ADM network: mean squared error on ε or v, plus the variational bound where the variance is learned.
+    """Fits a diffusion model: mean squared error on ε or v, plus the variational bound where the variance is learned.
 
     The hybrid loss is that of Improved DDPM (Nichol & Dhariwal 2021, Eq. 16), with the bound's gradient kept from the mean. An
     average of the weights comes from Lightning's ``EMAWeightAveraging`` callback.
@@ -32,8 +32,9 @@ class TrainDiffusion(TrainingTask):
         variance: ``fixed`` or ``learned_range``.
         label_dropout: fraction of samples trained without their label, so that one network serves as conditional and
             unconditional model (Ho & Salimans 2022).
-        objective: flow matching in place of ε and v; ``noise_schedule``, ``num_steps``, ``prediction`` and ``variance`` are then
-            not used. :class:`~calib_guidance.denoisers.FlowDenoiser` samples what was trained.
+        objective: ``FlowMatching`` or ``EDMLoss`` (:mod:`calib_guidance.training`) in place of ε and v; ``noise_schedule``,
+            ``num_steps``, ``prediction`` and ``variance`` are then not used. ``FlowDenoiser`` or ``EDM2Denoiser`` samples
+            what was trained.
         compile: compile the network with torch.compile; its parameters keep their names.
         optimizer: builds the optimizer.
         lr_scheduler: builds the rate schedule, stepped at every optimizer step; none by default.
@@ -47,7 +48,7 @@ class TrainDiffusion(TrainingTask):
         prediction: Parameterization = "epsilon",
         variance: Variance = "learned_range",
         label_dropout: float = 0.1,
-        objective: FlowMatching | None = None,
+        objective: Objective | None = None,
         compile: bool = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -61,6 +62,7 @@ class TrainDiffusion(TrainingTask):
         self.weights_metadata = {"prediction": prediction, "noise_schedule": noise_schedule, "num_steps": num_steps}
         self.objective = objective
         if objective is not None:
+            objective.check(network)
             self.weights_metadata = dict(objective.metadata)
         self.weights_metadata |= registry.nonstate_hparams(network)
         tables = NoiseSchedule(named_betas(noise_schedule, num_steps))
@@ -73,7 +75,7 @@ class TrainDiffusion(TrainingTask):
             network.compile()
 
     def loss(self, x0: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Loss per sample ``(N,)`` of images ``(N, C, H, W)`` with labels and steps ``(N,)``, or τ, and their noise."""
+        """Loss per sample ``(N,)`` of images ``(N, C, H, W)`` with labels and steps ``(N,)``, or τ or σ, and their noise."""
         labels = y if self.network.num_classes is not None else None
         if self.objective is not None:
             return self.objective(self.network, x0, labels, t, noise)

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from calib_guidance.diffusion.paths import TimeDirection
 from calib_guidance.errors import check_choice
+from calib_guidance.training.objective import Objective
 
 Path = Literal["linear", "gvp"]
 Times = Literal["uniform", "logit_normal"]
 
 
-class FlowMatching:
+class FlowMatching(Objective):
     """Mean squared error on the velocity dx/dt of x_τ = α·x0 + σ·ε.
 
     Args:
@@ -45,20 +46,23 @@ class FlowMatching:
         self.metadata = {"prediction": "velocity", "path": path, "time_direction": time_direction}
         self.metadata |= {"time_scale": self.time_scale}
 
+    def check(self, network: nn.Module) -> None:
+        if network.out_channels not in (network.in_channels, 2 * network.in_channels):
+            raise ValueError(f"out_channels must be in_channels ({network.in_channels}), got {network.out_channels}")
+
     def quantile(self, u: Tensor) -> Tensor:
         """τ below which a fraction ``u`` of training lies."""
         return u if self.times == "uniform" else torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
 
-    def __call__(self, network: nn.Module, x0: Tensor, y: Tensor | None, tau: Tensor, noise: Tensor) -> Tensor:
-        """Loss per sample ``(N,)`` of images ``(N, C, H, W)`` with their ``noise`` at ``tau`` ``(N,)``."""
-        at = tau.view(-1, 1, 1, 1)
+    def __call__(self, network: nn.Module, x0: Tensor, y: Tensor | None, level: Tensor, noise: Tensor) -> Tensor:
+        at = level.view(-1, 1, 1, 1)
         if self.path == "linear":
             x, velocity = (1 - at) * x0 + at * noise, noise - x0
         else:
             cos, sin = torch.cos(math.pi / 2 * at), torch.sin(math.pi / 2 * at)
             x, velocity = cos * x0 + sin * noise, math.pi / 2 * (cos * noise - sin * x0)
-        t = tau
+        t = level
         if self.time_direction == "noise_to_data":
-            t, velocity = 1 - tau, -velocity
+            t, velocity = 1 - level, -velocity
         output = network(x, self.time_scale * t, y)
         return (output[:, : x0.shape[1]] - velocity).square().flatten(1).mean(1)

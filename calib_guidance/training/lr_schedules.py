@@ -37,3 +37,26 @@ class WarmupCosine(LRScheduler):
     def state_dict(self) -> dict[str, object]:
         # A resumed run may be a longer one: its own length counts, not that of the run that was interrupted.
         return {key: value for key, value in super().state_dict().items() if key != "total_steps"}
+
+
+class InverseSqrt(LRScheduler):
+    """Linear warm-up, the optimizer's rate, then a decay with 1/√step (Karras et al. 2024, arXiv 2312.02696, Eq. 67).
+
+    Args:
+        optimizer: whose rates are scaled.
+        warmup_steps: optimizer steps of the warm-up.
+        constant_steps: optimizer steps up to the decay.
+    """
+
+    def __init__(self, optimizer: Optimizer, warmup_steps: int = 0, constant_steps: int = 70_000):
+        if warmup_steps < 0 or constant_steps < 1:
+            raise ValueError(
+                f"warmup_steps must be at least 0 and constant_steps at least 1, got {warmup_steps} and {constant_steps}"
+            )
+        self.warmup_steps, self.constant_steps = warmup_steps, constant_steps
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        step = self.last_epoch
+        factor = min(1.0, (step + 1) / (self.warmup_steps + 1)) / math.sqrt(max(1.0, step / self.constant_steps))
+        return [rate * factor for rate in self.base_lrs]

@@ -76,8 +76,12 @@ def _first(source: str, *names: str, cure: str) -> Path:
 
 def weights_file(source: str) -> Path:
     """The file of a folder's weights: safetensors where there is one, otherwise ``.bin``."""
-    names = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
-    return _first(source, *names, cure="name the folder of a model of diffusers, or of its pipeline")
+    endings = "safetensors", "safetensors.index.json", "fp16.safetensors", "bin"
+    return _first(
+        source,
+        *(f"diffusion_pytorch_model.{end}" for end in endings),
+        cure="name the folder of a model of diffusers, or of its pipeline",
+    )
 
 
 def load_model(source: str | Mapping[str, Any], kind: str, part: str) -> nn.Module:
@@ -102,6 +106,25 @@ def load_model(source: str | Mapping[str, Any], kind: str, part: str) -> nn.Modu
         state[name] = value
     load_weights(model, Weights(source, state))
     return model.eval()
+
+
+def find_model(source: str, kinds: Mapping[str, str]) -> nn.Module:
+    """The model of a folder or of its pipeline, of one of the classes ``kinds``, which names its folder in a pipeline."""
+    found = []
+    for part in dict.fromkeys(kinds.values()):
+        path = _file(subfolder(source, part), "config.json")
+        kind = path and json.loads(path.read_text()).get("_class_name")
+        if kind in kinds:
+            return load_model(source, kind, part)
+        found += [kind] if kind else []
+    known = ", ".join(kinds)
+    found = list(dict.fromkeys(found))
+    raise CheckpointError(f"{source}: found {', '.join(found) or 'no config.json of a model'}, expected one of {known}")
+
+
+def has_part(source: str, name: str) -> bool:
+    """Whether a pipeline's folder has the part ``name``."""
+    return _file(_inside(source, name), "config.json") is not None
 
 
 def scheduler_config(source: str) -> dict[str, Any]:

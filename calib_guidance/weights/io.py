@@ -129,13 +129,13 @@ def _tensors(content: object) -> dict[str, Tensor] | None:
     return state if state and all(isinstance(value, Tensor) for value in state.values()) else None
 
 
-def _read_torch(path: Path, is_archive: bool) -> Weights:
+def _read_torch(path: Path, is_archive: bool, part: str | None = None) -> Weights:
     # Mapped, so that loading holds the weights in memory once.
     with torch.serialization.safe_globals([argparse.Namespace]):  # in which training scripts keep their options
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     outermost = content
     for _ in range(_DEPTH):  # a mapping may hold itself
-        nested = [content[name] for name in _NESTS if isinstance(content, Mapping) and name in content]
+        nested = [content[name] for name in (part, *_NESTS) if isinstance(content, Mapping) and name in content]
         if _tensors(content) is not None or not nested:
             break
         content = next((part for part in nested if _tensors(part) is not None), nested[0])
@@ -151,14 +151,15 @@ def _read_torch(path: Path, is_archive: bool) -> Weights:
     return Weights(path, state, parts=parts)
 
 
-def read_weights(path: str | os.PathLike[str]) -> Weights:
+def read_weights(path: str | os.PathLike[str], part: str | None = None) -> Weights:
     """What is in a weights file, without executing anything in it; NaN is refused.
 
     Reads ``.safetensors``; folders of them with an index, as diffusers writes them; files of torch.save in both of its formats,
     with weights nested under ``state_dict``, ``model``, ``params`` or ``ema`` (averages are preferred) and the prefixes of
     DataParallel, ``torch.compile`` and averages taken off; pickles of EDM (``ema``); and ``hf://OWNER/REPO/PATH`` of the hub.
+    Of a file of torch.save ``part`` is preferred to all of these, where it has it.
     """
-    weights = _read(path)
+    weights = _read(path, part)
 
     def below_inf(value: Tensor) -> bool:  # masks of attention may hold −inf
         return bool(((value.float() if value.element_size() == 1 else value) < math.inf).all())
@@ -170,7 +171,7 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
     return weights
 
 
-def _read(path: str | os.PathLike[str]) -> Weights:
+def _read(path: str | os.PathLike[str], part: str | None = None) -> Weights:
     if Path(path).name == "None":
         raise CheckpointError(
             "a weights file named 'None': on the command line null is text. Write it in a YAML file and add --config FILE"
@@ -191,7 +192,7 @@ def _read(path: str | os.PathLike[str]) -> Weights:
         raise CheckpointError(f"{path}: expected weights (torch, safetensors or EDM pickle), found {_what_else(head)}")
     try:
         if is_archive or _LEGACY_MAGIC in head[:32]:
-            return _read_torch(path, is_archive)
+            return _read_torch(path, is_archive, part)
         with open(path, "rb") as file:
             state, arguments = read_edm_pickle(file)
         return Weights(path, state, arguments=arguments)

@@ -56,8 +56,8 @@ def ldm_decoder(state: Mapping[str, Tensor], path: str = "weights") -> nn.Module
 
 
 def read_ldm_decoder(path: str) -> nn.Module:
-    """:func:`ldm_decoder` of a file."""
-    return ldm_decoder(read_weights(path).state, str(path))
+    """:func:`ldm_decoder` of a file, or of the ``vae`` in a checkpoint of REPA-E."""
+    return ldm_decoder(read_weights(path, "vae").state, str(path))
 
 
 def latent_statistics(path: str) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import calib_guidance
 from calib_guidance.backend.images import to_uint8
 from calib_guidance.classifiers import OffTheShelfClassifier
-from calib_guidance.denoisers import FlowDenoiser, RAEDecoder, VAEDecoder
+from calib_guidance.denoisers import FlowDenoiser, RAEDecoder, RAEEncoder, VAEDecoder
 from calib_guidance.diffusion.paths import path_coefficients
 from calib_guidance.diffusion.rng import SampleStreams
 from calib_guidance.guidance import ClassifierGuidance
@@ -15,7 +16,7 @@ from calib_guidance.networks import DiT, DiTDH, LightningDiT
 from calib_guidance.samplers import FlowODE
 from calib_guidance.weights.cards import CARDS
 from calib_guidance.weights.io import CheckpointError
-from calib_guidance.weights.ldm_vae import latent_statistics, ldm_decoder
+from calib_guidance.weights.ldm_vae import latent_statistics, ldm_decoder, read_ldm_decoder
 
 
 @torch.no_grad()
@@ -72,6 +73,23 @@ def test_decoder_of_rae(golden, tmp_path):
         RAEDecoder(state, {"mean": fixture["latent_mean"]}, 2)
 
 
+@torch.no_grad()
+def test_encoder_of_rae(golden, tmp_path):
+    """DINOv2's tokens without its last affine parameters; positions and images of another size are resized."""
+    fixture = golden("rae_latents")
+    state = fixture.weights("weights.encoder.encoder.") | {"layernorm.weight": torch.full((16,), 7.0)}
+    save_file(state, tmp_path / "model.safetensors")
+    torch.save({"mean": fixture["latent_mean"], "var": fixture["latent_var"]}, tmp_path / "stat.pt")
+    norm = {"image_mean": fixture["image_mean"].tolist(), "image_std": fixture["image_std"].tolist()}
+    encode = RAEEncoder(str(tmp_path), str(tmp_path / "stat.pt"), 42, 2, **norm)
+    fixture.assert_close("encoder_tokens", encode.tokens(fixture["images"]))
+    fixture.assert_close("encoded", encode(2 * fixture["images"] - 1))
+    fixture.assert_close("encoded_resized", encode(2 * fixture["images_other_size"] - 1))
+    save_file({"cls_token": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="expected DINOv2 with registers"):
+        RAEEncoder(str(tmp_path / "other.safetensors"))
+
+
 def test_rae_by_its_file_and_a_linear_probe_on_its_latents(golden, tmp_path):
     """The classifier looks at x̂0 in latent space, without a decoder; guidance makes its class more likely."""
     fixture = golden("rae_net")
@@ -122,6 +140,14 @@ def test_repae_by_its_file(golden, tmp_path):
     torch.save({"other": mean}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match="expected statistics of latents"):
         latent_statistics(str(tmp_path / "other.pt"))
+    # The autoencoder that was tuned lies beside the averages.
+    vae = golden("vavae").weights()
+    torch.save({"ema": fixture.weights(), "vae": vae, "steps": 3}, tmp_path / "tuned.pt")
+    torch.save(vae, tmp_path / "alone.pt")
+    tuned, alone = (read_ldm_decoder(str(tmp_path / name)).state_dict() for name in ("tuned.pt", "alone.pt"))
+    assert all(torch.equal(tuned[name], value) for name, value in alone.items())
+    denoiser = FlowDenoiser(DiT(4, 1, 16, 3, 2, 6, 6), str(tmp_path / "tuned.pt"), "linear", "data_to_noise", 1)
+    fixture.assert_close("output", denoiser.network(fixture["x"], fixture["t"], y))
 
 
 def test_lightningdit_by_its_file(golden, tmp_path):

@@ -1,5 +1,7 @@
 """Networks of one's own, and diffusers models, as denoisers."""
 
+import math
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
@@ -8,7 +10,7 @@ from torch import nn
 from calib_guidance.denoisers import Combination, DiffusersDenoiser, ModuleDenoiser
 from calib_guidance.diffusion import NoiseSchedule, SampleStreams
 from calib_guidance.errors import CheckpointError
-from calib_guidance.samplers import DDIM, DDPM
+from calib_guidance.samplers import DDIM, DDPM, DPMSolver, FlowODE
 
 
 def unet(num_classes=None, out_channels=3):
@@ -89,9 +91,29 @@ def test_learned_variance_is_the_second_half_between_0_and_1():
     assert (denoiser(torch.zeros(1, 3, 8, 8), 3).variance == 0.75).all()
 
 
-def test_zero_terminal_snr_is_refused():
-    with pytest.raises(ValueError, match="β must lie between 0 and 1"):
-        ModuleDenoiser(Given(None), (3, 8, 8), [0.1, 0.5, 1.0], prediction="v")
+def test_zero_terminal_snr_starts_from_pure_noise():
+    x, v = torch.randn(2, 1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    denoiser = ModuleDenoiser(Given(v), (3, 8, 8), [0.1, 0.5, 1.0], prediction="v")
+    assert denoiser.max_sigma == math.inf
+    torch.testing.assert_close(denoiser(x, 2).x0, -v, atol=1e-5, rtol=0)  # √ᾱ·x − √(1−ᾱ)·v at ᾱ = 0
+    for sampler in (DDIM("3"), DDPM("3"), DPMSolver("3", spacing="timesteps"), FlowODE(3)):
+        noise = SampleStreams([0], range(1), (3, 8, 8))
+        assert sampler(denoiser, noise, torch.zeros(1).long()).isfinite().all()
+
+
+def test_a_flow_gets_its_own_coordinates():
+    x0, noise = torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    network = Given(noise - x0)
+    denoiser = ModuleDenoiser(network, (3, 8, 8), prediction="flow")
+    tau = 0.3
+    levels = denoiser.schedule.at_sigmas([tau / (1 - tau)])
+    x = (1 - tau) * x0 + tau * noise
+    found = denoiser.prepare(levels, None)(x / math.hypot(tau, 1 - tau), 0).x0
+    torch.testing.assert_close(found, x0, atol=1e-5, rtol=1e-5)
+    (t,) = network.calls[-1]
+    torch.testing.assert_close(t, torch.full((2,), 300.0))
+    with pytest.raises(ValueError, match="prediction.*flow"):
+        ModuleDenoiser(network, (3, 8, 8), prediction="velocity")
 
 
 @pytest.mark.parametrize(

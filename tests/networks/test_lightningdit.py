@@ -5,7 +5,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from calib_guidance.denoisers import Autoguidance, ClassifierFreeGuidance, Combination, FlowDenoiser, RAEDecoder
+from calib_guidance.denoisers import (
+    Autoguidance,
+    ClassifierFreeGuidance,
+    Combination,
+    FlowDenoiser,
+    MiddleHead,
+    RAEDecoder,
+)
 from calib_guidance.diffusion import Interval
 from calib_guidance.networks import DiTDH, LightningDiT
 from calib_guidance.networks.lightningdit import sine_positions
@@ -113,6 +120,31 @@ def test_the_sde_under_internal_guidance(golden, name):
     for step, record in enumerate(records):
         scale = np.hypot(tau[record.i], 1 - tau[record.i]) if record.i else 1.0
         fixture.assert_close(f"{name}.x", record.x_next * scale, fixture[f"{name}.x"][step], step)
+
+
+def test_internal_guidance_in_an_interval_of_its_own(golden):
+    """The head in the middle as negative, under classifier-free guidance in another interval; one evaluation each."""
+    fixture, name, records = golden("internal_guidance_sit_sde"), "ig_interval", []
+    run = fixture.json["hyperparameters"]["runs"][name]
+    flow = FlowDenoiser(sit(golden), time_direction="data_to_noise")
+    own = Interval(flow_interval=[run["ig_guidance_low"], run["ig_guidance_high"]])
+    inner = Combination(flow, ClassifierFreeGuidance(run["ig_scale"]), MiddleHead(), own)
+    assert inner.nfe == 1
+    outer = Interval(flow_interval=[run["guidance_low"], run["guidance_high"]])
+    denoiser = Combination(inner, ClassifierFreeGuidance(run["cfg_scale"]), interval=outer)
+    sampler = FlowSDE(run["num_steps"])
+    noise = iter([fixture[f"{name}.z"], *fixture[f"{name}.noise"]])
+    sampler(denoiser, lambda: next(noise).clone(), fixture[f"{name}.y"], None, [records.append])
+    tau = sampler.grid(denoiser)
+    for step, record in enumerate(records):
+        scale = np.hypot(tau[record.i], 1 - tau[record.i]) if record.i else 1.0
+        fixture.assert_close(f"{name}.x", record.x_next * scale, fixture[f"{name}.x"][step], step)
+    with pytest.raises(ValueError, match=r"set internal_guidance to 1, got 1\.4"):
+        Combination(
+            FlowDenoiser(sit(golden, internal_guidance=1.4), time_direction="data_to_noise"), None, MiddleHead()
+        )
+    with pytest.raises(ValueError, match="head in the middle"):
+        Combination(FlowDenoiser(lightning(golden, "lightningdit_net")), None, MiddleHead())
 
 
 @torch.no_grad()

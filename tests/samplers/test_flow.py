@@ -20,9 +20,10 @@ from calib_guidance.denoisers.base import Denoiser
 from calib_guidance.diffusion import Interval
 from calib_guidance.diffusion.paths import path_coefficients, path_time, shifted_time
 from calib_guidance.diffusion.rng import SampleStreams
-from calib_guidance.guidance import ClassifierGuidance
+from calib_guidance.guidance import ClassifierGuidance, GradientStabilizer
 from calib_guidance.networks import DiT
-from calib_guidance.samplers import DDIM, DPMSolver, FlowODE, FlowSDE, Heun, UniPC
+from calib_guidance.samplers import DDIM, DDPM, AdaptiveODE, DPMSolver, FlowODE, FlowSDE, Heun, UniPC
+from calib_guidance.samplers.diffusion_forms import diffusion
 from calib_guidance.weights.dit import to_dit
 from calib_guidance.weights.io import Weights, load_weights
 
@@ -110,6 +111,7 @@ SDE = {
     "linear_decreasing_none": {"num_steps": 4, "form": "decreasing", "last_step": "none"},
     "gvp_sigma_mean": {"num_steps": 5, "path": "gvp"},
     "vp_sbdm_mean": {"num_steps": 24, "form": "sbdm", "path": "vp"},
+    "linear_sigma_heun": {"num_steps": 5, "method": "heun"},
 }
 
 
@@ -122,6 +124,27 @@ def test_sdes_of_sit(golden, name):
     is_none = sampler.last_step == "none"  # whose last state is stored twice
     assert len(states) == len(fixture[f"{name}.x"]) - is_none
     assert_states(fixture, name, states, 0)
+    if name == "linear_sigma_heun":  # two for each drift of SiT, which computes velocity and score apart
+        assert 2 * sampler.nfe(denoiser) == len(fixture[f"{name}.t_calls"])
+
+
+def test_the_adaptive_ode_of_sit(golden):
+    """SiT's result and ours, of rtol 1e-3, are as near to a more exact one."""
+    fixture, name = golden("sit_ode"), "linear_dopri5"
+    exact, found = (
+        run(flow(golden, "sit_net"), AdaptiveODE(rtol=rtol, together=True), fixture, name)[-1].float()
+        for rtol in (1e-5, 1e-3)
+    )
+    for each in (fixture[f"{name}.x"][-1], found):
+        torch.testing.assert_close(each, exact, atol=2e-3, rtol=1e-3)
+    assert not torch.equal(found, exact)
+
+
+def test_encoding_is_the_reverse_ode_of_sit(golden):
+    fixture, name = golden("sit_ode"), "linear_reverse_euler"
+    denoiser = flow(golden, "sit_net")
+    noise = FlowODE(3).encode(denoiser, fixture[f"{name}.z"], fixture[f"{name}.y"])
+    fixture.assert_close(f"{name}.x", noise, fixture[f"{name}.x"][-1], 3)
 
 
 REPA = {
@@ -187,7 +210,7 @@ def test_paths(golden, name, path):
     for form in ("sigma", "linear", "constant", "decreasing", "sbdm"):
         sampler = FlowSDE(form=form, path=path, start=0.99)
         key = f"{name}.diffusion_{'SBDM' if form == 'sbdm' else form}"
-        fixture.assert_close(key, torch.from_numpy(sampler.diffusion(tau)))
+        fixture.assert_close(key, torch.from_numpy(diffusion(sampler.form, sampler.norm, sampler.path, tau)))
     alpha, sigma, d_alpha, d_sigma = (torch.from_numpy(a).view(-1, 1, 1, 1, 1) for a in c)
     x, v = fixture["x"].double(), -fixture["velocity"].double()
     x0 = (d_sigma * x - sigma * v) / (d_sigma * alpha - sigma * d_alpha)
@@ -207,7 +230,7 @@ def test_scores_of_repa(golden):
         x, v = fixture["x"].double(), fixture["velocity"].double()
         x0 = (d_sigma * x - sigma * v) / (d_sigma * alpha - sigma * d_alpha)
         fixture.assert_close(f"{name}.score", -(x - alpha * x0) / sigma**2)
-    fixture.assert_close("diffusion", 2 * torch.from_numpy(FlowSDE(form="linear").diffusion(tau.numpy())))
+    fixture.assert_close("diffusion", 2 * torch.from_numpy(diffusion("linear", 1.0, "linear", tau.numpy())))
 
 
 MEANS, COVARIANCES = [[-1.2, 0.4], [0.6, 1.1]], [[[0.5, 0.2], [0.2, 0.3]], [[0.25, -0.12], [-0.12, 0.4]]]
@@ -256,6 +279,7 @@ class Preconditioned(Velocity):
 
 
 SAMPLERS = [
+    DDPM("50"),
     DDIM("50"),
     DPMSolver(20),
     UniPC(20),
@@ -264,7 +288,9 @@ SAMPLERS = [
     FlowODE(20, "heun", correct_last=True),
     FlowODE(20, "heun", "gvp", shift=3.0),
     FlowSDE(20),
+    AdaptiveODE(rtol=1e-4, together=True),
     FlowSDE(20, "sbdm", path="vp"),
+    FlowSDE(20, method="heun"),
 ]
 
 
@@ -302,6 +328,59 @@ def test_a_model_of_sigma_gives_the_same_samples(monkeypatch):
             sampler(model, SampleStreams([0] * 6, range(6), (2, 1, 1)), y, guidance) for model in (denoiser, mixture)
         )
         torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
+
+
+def test_dopri5_takes_the_steps_of_scipy():
+    """RK45 on the ODE of a mixture: the same step sizes, hence the same result to rounding."""
+    from scipy.integrate import solve_ivp
+
+    mixture = GaussianMixture(MEANS, COVARIANCES, class_conditional=True)
+    denoiser = FlowDenoiser(Velocity(mixture, "linear", "data_to_noise", 1.0).double(), is_latent=False)
+    x, y = torch.randn(2, 2, 1, 1, generator=torch.Generator().manual_seed(3)).double(), torch.tensor([0, 1])
+    times = []
+
+    def velocity(t, x, n):
+        times.append(t)
+        found = mixture.posterior_mean(
+            torch.from_numpy(x).view(1, 2, 1, 1) / np.hypot(t, 1 - t),
+            torch.tensor((1 - t) ** 2 / (t**2 + (1 - t) ** 2)).view(1, 1, 1, 1),
+            y[n : n + 1],
+        )
+        return ((torch.from_numpy(x) - found.flatten()) / t).numpy()
+
+    found = AdaptiveODE(start=0.98, end=0.02, rtol=1e-6)(denoiser, lambda: x.float(), y)
+    scale = math.hypot(0.98, 0.02)
+    for n in range(2):
+        start = x[n].float().double().flatten().numpy() * scale
+        solved = solve_ivp(velocity, (0.98, 0.02), start, "RK45", args=(n,), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(found[n].flatten().numpy(), solved.y[:, -1], rtol=2e-6, atol=2e-6)
+    assert len(times) > 60
+    few = AdaptiveODE(start=0.98, end=0.02, rtol=0.1, atol=0.1)(denoiser, lambda: x.float(), y)
+    assert (few - found).abs().max() > 1e-5
+
+
+def test_encoding_and_sampling_are_inverse():
+    mixture = GaussianMixture(MEANS, COVARIANCES, class_conditional=True)
+    denoiser = FlowDenoiser(Velocity(mixture, "linear", "data_to_noise", 1.0).double(), is_latent=False)
+    guidance, y = ClassifierGuidance(GaussianMixtureClassifier(mixture), scale=0.3), torch.arange(4) % 2
+    noise = torch.randn(4, 2, 1, 1, generator=torch.Generator().manual_seed(5))
+    for sampler, atol in (
+        (AdaptiveODE(start=0.999, rtol=1e-6), 1e-3),
+        (FlowODE(60, "heun", start=0.999), 2e-2),
+    ):
+        images = sampler(denoiser, lambda: noise, y, guidance)
+        torch.testing.assert_close(sampler.encode(denoiser, images, y, guidance), noise, atol=atol, rtol=0)
+        assert (sampler.encode(denoiser, images, y) - noise).abs().max() > 0.05  # without guidance it is another
+
+
+def test_adaptive_ode_refuses_what_remembers_steps():
+    guidance = ClassifierGuidance(
+        GaussianMixtureClassifier(GaussianMixture(MEANS, COVARIANCES)), stabilizer=GradientStabilizer(ema=0.5)
+    )
+    with pytest.raises(ValueError, match="take FlowODE"):
+        AdaptiveODE().check(GaussianMixture(MEANS, COVARIANCES), guidance)
+    with pytest.raises(ValueError, match="rtol"):
+        AdaptiveODE(rtol=0)
 
 
 class FixedVelocity(Denoiser):
