@@ -21,10 +21,6 @@ _MARGIN = 1.5  # memory inside kernels, and what the allocator keeps, over that 
 _EACH = 200e6  # bytes of a process beside its batch and its copies of packed weights
 # Set by what starts several processes itself, torchrun and SLURM.
 _LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID")
-_LATER = (
-    "datasets",
-    "torch.fx.experimental.symbolic_shapes",
-)  # imported in the first batch; by all, if not before the fork
 
 
 class _Number(NamedTuple):
@@ -97,8 +93,7 @@ def share_work(trainer: L.Trainer, module: FaultTolerant, context: SamplingConte
         threads = set_threads(trainer.num_devices)
         rank_zero_info(f"one process with {threads.count} CPU threads ({threads.reason}): {found.reason}")
         return
-    for name in _LATER:
-        importlib.import_module(name)
+    importlib.import_module("datasets")  # by all of them at their first shard, if not before the fork
     # Pools of several threads do not survive a fork, and the command line lets PyTorch have one until here.
     threads = int(os.environ.get("OMP_NUM_THREADS") or physical_cores() // found.count)
     threads = max(1, threads) if torch.get_num_threads() == 1 else 1
