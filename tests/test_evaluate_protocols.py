@@ -1,18 +1,23 @@
 """Ratios to validation images, sliced and CLIP distances, and what `evaluate` says of how samples were drawn."""
 
+import io
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from PIL import Image
 
 from calib_guidance.cli import main
+from calib_guidance.data.preprocess import crop
 from calib_guidance.evaluation import CLIPFeatures
 from calib_guidance.evaluation.metrics import METRICS
 from calib_guidance.evaluation.spec import Measures, SampleSet
 from calib_guidance.evaluation.statistics import ReferenceStatistics
 from calib_guidance.metrics import clip_mmd, frechet_distance, mean_and_covariance, mind, samples_to_resolve
 from tests.image_files import Projection, pictures, write
-from tests.runs import metrics
+from tests.runs import metrics, refused
 
 FEATURES = ("--features", "tests.image_files:Projection", "--device=cpu")
 
@@ -104,3 +109,41 @@ def test_clip_features_are_those_of_cmmd():
     samples = SampleSet(Measures(extractor), reference, {"index": torch.arange(2), "features": found[3:]})
     assert float(METRICS["cmmd"].compute(samples).value) == pytest.approx(float(clip_mmd(found[:3], found[3:])))
     assert METRICS["cmmd"].extractor == METRICS["fd_clip"].extractor == "clip"
+
+
+def recompressed(images, quality):
+    def once(pixels):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+        return np.asarray(Image.open(file))
+
+    return np.stack([once(pixels) for pixels in images])
+
+
+def test_statistics_are_checked_against_the_images(tmp_path, capsys):
+    images, labels = pictures(120)
+    source = write(tmp_path, "npz", images, labels)
+
+    def check(pixels, *options):
+        mean, covariance = (value.numpy() for value in mean_and_covariance(features(pixels)))
+        np.savez(tmp_path / "known.npz", mu=mean, sigma=covariance)
+        words = ["reference", source, "--check", tmp_path / "known.npz", *FEATURES, *options]
+        main([str(word) for word in words])
+        return capsys.readouterr().out
+
+    assert "known.npz has the statistics of these images\n" in check(images)
+    assert "known.npz has the statistics of these images after JPEG of quality 75" in check(recompressed(images, 75))
+    other = check(pictures(120, seed=9)[0])
+    assert (
+        "known.npz has the statistics of other images, or of another preprocessing. The closest: these images" in other
+    )
+    lines = [line for line in other.splitlines() if "of tr" in line]
+    distance = frechet_distance(
+        *mean_and_covariance(features(pictures(120, seed=9)[0])), *mean_and_covariance(features(images))
+    )
+    assert float(lines[0].split()[0]) == pytest.approx(float(distance), rel=1e-5)
+    wide = np.random.default_rng(0).integers(0, 256, (120, 16, 20, 3), dtype=np.uint8)
+    source = write(tmp_path / "wide", "npz", wide, labels)
+    made = np.stack([np.asarray(crop(Image.fromarray(pixels), 8, "lanczos")[0]) for pixels in wide])
+    assert "statistics of these images, --resize lanczos" in check(made, "--size=8")
+    assert "--output FILE.npz to write, or --check FILE" in refused(capsys, "reference", source, *FEATURES)

@@ -18,6 +18,7 @@ from calib_guidance.data.imagenet import read_class_names, same_classes
 from calib_guidance.data.preprocess import MODES, RESIZES
 from calib_guidance.data.source import RunImages
 from calib_guidance.errors import ConfigurationError
+from calib_guidance.evaluation.check import check_reference, refuse_both
 from calib_guidance.evaluation.features import FORMS, ClassifierFeatures, features_from_name, read_classifier
 from calib_guidance.evaluation.metrics import OPTIONS, select, unmet
 from calib_guidance.evaluation.quality import Quality, described_statistics, write_evaluation, write_summary
@@ -38,6 +39,7 @@ kinds of images (each is read in a fixed order, a batch at a time):
 _OF_REFERENCE = """
 examples:
   calib-guidance reference /data/imagenet/train --size 128 --mode RGB --features inception --output imagenet128.npz
+  calib-guidance reference /data/imagenet/train --size 512 --mode RGB --features inception --check img512.pkl
   calib-guidance reference uoft-cs/cifar10 --split train --features inception --keep-features --output cifar10.npz
   torchrun --nproc-per-node 8 -m calib_guidance reference /data/imagenet/train --size 256 --mode RGB --features dinov2 \\
     --output imagenet256_dinov2.npz
@@ -111,13 +113,24 @@ def reference(args: Sequence[str]) -> None:
     parser = images_parser("reference", words, _OF_REFERENCE)
     parser.add_argument("source", metavar="SOURCE", help="the images, see below")
     words = "to make; nothing is overwritten"
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.npz", help=words)
+    parser.add_argument("--output", type=Path, metavar="FILE.npz", help=words)
+    words = (
+        "in place of --output: whether a file of statistics (.npz, or .pkl of EDM2) is of these images; where it is not, other "
+        "resizes and JPEG are tried and the closest is named"
+    )
+    parser.add_argument("--check", metavar="FILE", help=words)
     words = (
         "keep the features of every image too, for precision and recall, density and coverage, KID and classes: four bytes each, "
         "410 MB of 50,000 images with Inception"
     )
     parser.add_argument("--keep-features", action="store_true", help=words)
     options = parser.parse_args(list(args))
+    refuse_both(options.check, options.output)
+    if options.check is not None:
+        with distributed_context(options.device) as processes:
+            extractor = features_from_name(options.features)
+            check_reference(options.check, options.source, reading(options), extractor, options.batch_size, processes)
+        return
     check_output(options.output)
     with distributed_context(options.device) as processes:
         images = ImageSet(options.source, **reading(options))
