@@ -71,8 +71,12 @@ def test_verdicts(runs, tmp_path):
     assert compare(tmp_path / "1", paths["a"], paths["dark"], *options)["metrics"]["fd"]["verdict"] == "A better"
     same = compare(tmp_path / "2", paths["a"], paths["a"], *options)["metrics"]["fd"]
     assert (same["verdict"], same["difference"]["value"]) == ("indistinguishable", 0)
-    pairs = ["--pair", paths["dark"], paths["a"]]
-    several = compare(tmp_path / "3", paths["a"], paths["dark"], *pairs, *options)["metrics"]["fd"]
+    # As an experiment links its runs: two rows with the same seeds.
+    for row, first, second in (("one", "a", "dark"), ("two", "dark", "a")):
+        (tmp_path / row).mkdir()
+        for seed, name in enumerate((first, second)):
+            (tmp_path / row / f"seed{seed}").symlink_to(paths[name])
+    several = compare(tmp_path / "3", tmp_path / "one", tmp_path / "two", *options)["metrics"]["fd"]
     assert several["differences"][0] == pytest.approx(-several["differences"][1])
     assert several["sign_test"] == 1
     assert several["difference"]["value"] == pytest.approx(0, abs=1e-9)
@@ -90,4 +94,11 @@ def test_what_is_not_paired_is_refused(runs, tmp_path, capsys):
     assert "has 120 samples" in refused(capsys, "compare-runs", paths["a"], fewer, *words)
     other_labels = write(tmp_path / "labels", "npz", images, labels[::-1].copy())
     assert "different label" in refused(capsys, "compare-runs", paths["a"], other_labels, *words)
+    (tmp_path / "row").mkdir()
+    (tmp_path / "row/seed4").symlink_to(paths["a"])
+    (tmp_path / "rest").mkdir()
+    (tmp_path / "rest/seed5").symlink_to(paths["b"])
+    assert "rest has seed5: pairs need the same seeds" in refused(
+        capsys, "compare-runs", tmp_path / "row", tmp_path / "rest", *words
+    )
     assert "--blocks: blocks must be" in refused(capsys, "compare-runs", paths["a"], paths["b"], *words, "--blocks=121")

@@ -43,6 +43,7 @@ reference counts as fixed. Metrics drawn at random (an Inception score's splits,
 
 examples:
   calib-guidance compare-runs outputs/plain outputs/js --reference heldout.npz --features classifier:eval_classifier.yaml
+  calib-guidance compare-runs outputs/experiments/digits/runs/plain outputs/experiments/digits/runs/js --reference heldout.npz
   calib-guidance compare-runs plain/seed0 js/seed0 --pair plain/seed1 js/seed1 --pair plain/seed2 js/seed2 --reference heldout.npz
 """
 
@@ -53,7 +54,9 @@ def _options(args: Sequence[str]) -> argparse.Namespace:
         "so many samples can resolve. Differences are A − B."
     )
     parser = images_parser("compare-runs", words, _EXAMPLES, "inception")
-    parser.add_argument("a", metavar="A", help="a run folder, or other images, see below")
+    parser.add_argument(
+        "a", metavar="A", help="a run folder, a row of an experiment (with seed0, …), or other images, see below"
+    )
     parser.add_argument("b", metavar="B", help="what it is compared with")
     words = "another pair, such as the same settings with another seed; may be repeated. Differences are then means over pairs"
     parser.add_argument("--pair", nargs=2, action="append", default=[], metavar=("A", "B"), help=words)
@@ -78,7 +81,7 @@ def compare_runs(args: Sequence[str]) -> None:
 
 def _compare(options: argparse.Namespace, processes: DistributedContext) -> None:
     check_writable(options.output, "--output")
-    names = [(options.a, options.b), *options.pair]
+    names = [pair for given in ((options.a, options.b), *options.pair) for pair in _by_seed(*given)]
     pairs = [tuple(ImageSet(name, **reading(options, samples=True)) for name in pair) for pair in names]
     known = [_check_pair(a, b) for a, b in pairs]
     quality = open_quality(options, [images for pair in pairs for images in pair], processes)
@@ -96,6 +99,17 @@ def _compare(options: argparse.Namespace, processes: DistributedContext) -> None
     }
     if processes.is_first:
         _write(options.output, content)
+
+
+def _by_seed(a: str, b: str) -> list[tuple[str, str]]:
+    """The pair; or of two rows of an experiment, folders with ``seed0``, ``seed1`` … in them, a pair for each seed of both."""
+    rows = [{path.name: str(path) for path in Path(name).glob("seed*")} for name in (a, b)]
+    if not all(rows):
+        return [(a, b)]
+    if rows[0].keys() != rows[1].keys():
+        seeds = " and ".join(f"{name} has {', '.join(sorted(row))}" for name, row in zip((a, b), rows, strict=True))
+        raise ConfigurationError(f"{seeds}: pairs need the same seeds; name single runs with --pair")
+    return [(rows[0][seed], rows[1][seed]) for seed in sorted(rows[0])]
 
 
 def _check_pair(a: ImageSet, b: ImageSet) -> bool:

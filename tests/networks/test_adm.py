@@ -9,6 +9,7 @@ from torch.nn.functional import log_softmax
 
 from calib_guidance.backend import tuning
 from calib_guidance.backend.tuning import plain
+from calib_guidance.denoisers import ADMDenoiser
 from calib_guidance.networks import EncoderUNet, PatchUNet, UNet
 from calib_guidance.networks.adm import AttentionBlock, ResBlock, timestep_embedding
 
@@ -124,6 +125,10 @@ def test_the_patch_unet_is_the_unet_of_blocks_of_pixels():
     torch.testing.assert_close(patched(x, t, y), expected)
     assert (patched.in_channels, patched.out_channels, patched.image_size) == (3, 6, 16)
     patched.check_image((3, 16, 16))
+    denoiser = ADMDenoiser(patched, noise_schedule="cosine", prediction="v")
+    x0 = denoiser(x, t.long(), y).x0
+    v, abar = patched(x, t, y)[:, :3], torch.tensor(denoiser.schedule.alphas_cumprod)[t.long()].view(-1, 1, 1, 1)
+    torch.testing.assert_close(x0, (abar.sqrt() * x - (1 - abar).sqrt() * v).to(x0.dtype), atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match=r"images of \(3, 18, 18\) do not fit the network: \(3, multiples of 4\)"):
         patched.check_image((3, 18, 18))
     with pytest.raises(ValueError, match="image_size must be a multiple of patch_size, got 15 and 2"):
