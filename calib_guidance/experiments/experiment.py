@@ -124,7 +124,7 @@ class Experimenter:
         halving = self.plan.experiment.halving
         text = halving.rank_by(num_samples, self.plan.experiment.num_samples)
         objective = parse_objective(text, self.plan.name)
-        columns = {column.key: column for column in self.plan.columns if column.key in objective.keys}
+        columns = {column.key: column for column in reversed(self.plan.columns) if column.key in objective.keys}
         sign = columns[objective.key].sign if objective.key in columns else None
         ranked = []
         for number in settings:
