@@ -10,13 +10,14 @@ operating system counts beyond the features. ``--processes`` share precision and
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
-import resource
 import socket
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import numpy as np
 import scipy.linalg
@@ -122,9 +123,17 @@ FORMS = {
 }
 
 
-def peak() -> float:
-    """Largest memory of this process so far, GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def resident(name: str) -> float:
+    """Memory of this process now (``VmRSS``), or the most since :func:`forget` (``VmHWM``), GiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 2**20
+
+
+def forget() -> None:
+    """Look for the peak from here on; what was freed is given back, which would be used again unseen."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def work(name: str, samples: int, width: int, rank: int, world: int, answer: Connection | None, port: int) -> None:
@@ -134,11 +143,11 @@ def work(name: str, samples: int, width: int, rank: int, world: int, answer: Con
         torch.set_num_threads(1)
         torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
         RANK[:] = rank, world
-    gc.collect()
-    before, started = peak(), time.perf_counter()
+    forget()
+    before, started = resident("VmRSS"), time.perf_counter()
     value = FORMS[name](reference, generated)
     if answer is not None:
-        answer.send((value, time.perf_counter() - started, peak() - before))
+        answer.send((value, time.perf_counter() - started, resident("VmHWM") - before))
 
 
 def at_scale(name: str, samples: int, width: int, processes: int = 1) -> str:
