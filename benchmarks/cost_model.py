@@ -2,15 +2,15 @@
 
     python benchmarks/cost_model.py
 
-The operators of a step are counted on the meta device, without weights. Their speeds are those of a microbenchmark of one to two
-seconds, which knows none of these networks. Steps are then measured in turns. The expectation for GPUs is of the same operators,
-at full width with ``--full``, from public peak rates; it is not measured.
+The operators of a step are counted on the meta device, without weights. Their speeds are those of a microbenchmark of some seconds,
+which knows none of these networks. Steps are then measured in turns; with one thread (``OMP_NUM_THREADS=1``) by CPU time, which
+other programs lengthen less. The expectation for GPUs is of the same operators in 16 bits, from public peak rates; it is not
+measured.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from timing import Ratio, in_turns, keep, machine, parser
 from torch import Tensor, nn
 
 from calib_guidance.backend.cost import GPUS, Work, WorkCounter
-from calib_guidance.backend.speeds import this_cpu
+from calib_guidance.backend.speeds import clock, this_cpu
 from calib_guidance.classifiers import OffTheShelfClassifier
 from calib_guidance.denoisers import ADMDenoiser, Denoiser, DiTDenoiser, EDM2Denoiser, EDMDenoiser, FlowDenoiser
 from calib_guidance.diffusion.rng import SampleStreams
@@ -98,7 +98,7 @@ class Stopwatch:
         self._last: float | None = None
 
     def __call__(self, record: StepRecord) -> None:
-        now = time.perf_counter()
+        now = clock()
         if self._last is not None:
             self.laps.append(now - self._last)
         self._last = now
@@ -110,9 +110,10 @@ def main() -> None:
     arguments.add_argument("--system", choices=SYSTEMS, nargs="+", default=list(SYSTEMS), help="(all)")
     options = arguments.parse_args()
     torch.manual_seed(0)
-    started = time.perf_counter()
+    started = clock()
     cpu = this_cpu()
-    print(f"{machine()}, {options.rounds} rounds; speeds measured in {time.perf_counter() - started:.1f} s\n")
+    kind = "CPU" if torch.get_num_threads() == 1 else "wall"
+    print(f"{machine()}, {options.rounds} rounds; speeds measured in {clock() - started:.1f} s of {kind} time\n")
     works = {name: works_of_a_step(SYSTEMS[name]) for name in options.system}
     runs, watches = {}, {name: [] for name in works}
     for name in works:

@@ -132,7 +132,7 @@ def draw(rows: Sequence[Row], path: Path) -> list[Path]:
     axis = figure.subplots()
     kinds = {
         "reused": [row for row in rows if row.name.endswith("reused")],
-        "not guided in between": [row for row in rows if row.name in ("every 2nd step", "every 4th step")],
+        "not guided in between": [row for row in rows if row.name in ("every 4th step",)],
         "weak ones reused": [row for row in rows if "weak" in row.name],
     }
     for (label, points), color, marker in zip(kinds.items(), COLORS, "os^", strict=False):
