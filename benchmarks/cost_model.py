@@ -2,7 +2,7 @@
 
     python benchmarks/cost_model.py
 
-The operators of a step are counted on the meta device, without weights. Their speeds are those of a microbenchmark of some seconds,
+The operators of a step are counted on the meta device, without weights. Their speeds are those of a short microbenchmark,
 which knows none of these networks. Steps are then measured in turns; with one thread (``OMP_NUM_THREADS=1``) by CPU time, which
 other programs lengthen less. The expectation for GPUs is of the same operators in 16 bits, from public peak rates; it is not
 measured.
