@@ -298,7 +298,7 @@ def main() -> None:
     texts = tables(found, options.seeds, options.fresh_seeds, options.n)
     for page in options.pages:
         insert(page, texts)
-    draw(found, options.seeds, options.n, options.figure)
+    draw(found, options.seeds, options.n, options.plot)
     print(*(texts[name] for name in ("few-steps", "few-steps-fresh", "few-steps-others")), sep="\n\n")
 
 
