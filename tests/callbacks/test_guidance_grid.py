@@ -7,6 +7,7 @@ from calib_guidance import classifiers, networks, samplers, scores
 from calib_guidance.backend.images import to_uint8
 from calib_guidance.callbacks import GuidanceGrid
 from calib_guidance.callbacks.guidance_grid import sample_grid_of
+from calib_guidance.callbacks.measurement import title_of
 from calib_guidance.diffusion import SampleStreams
 from calib_guidance.guidance import ClassifierGuidance
 from tests.digits import digits_denoiser
@@ -49,3 +50,8 @@ def test_what_it_cannot_vary_is_refused(in_root, tmp_path, capsys, options, word
 def test_bad_settings(settings):
     with pytest.raises(ValueError, match=r"scales|index|scale"):
         GuidanceGrid(**settings)
+
+
+def test_plots_name_classes():
+    assert title_of(3, None) == title_of(3, ["0", "1", "2", "3"]) == "class 3"
+    assert title_of(1, ["cat", "$5 dog"]) == r"\$5 dog"
