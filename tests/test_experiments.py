@@ -346,10 +346,10 @@ def test_a_run_is_named_by_what_its_results_depend_on(write, tmp_path):
 def test_devices_are_what_is_asked_for_or_seen(monkeypatch):
     monkeypatch.setattr(module.torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert module._devices("3,1") == ["3", "1"]
-    assert module._devices(None) == ["0", "1"]
+    assert module.devices_of("3,1") == ["3", "1"]
+    assert module.devices_of(None) == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    assert module._devices(None) == ["5", "7"]
+    assert module.devices_of(None) == ["5", "7"]
 
 
 FILES = sorted((ROOT / "lightning_configs/experiments").glob("*.yaml"), key=lambda path: path.name)

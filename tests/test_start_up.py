@@ -75,6 +75,12 @@ main()
         (("doctor", "--config", "digts"), set()),
         (("experiment", "--config=nope"), set()),
         (("status", "nowhere"), {"pyarrow"}),
+        (("evaluate", "--help"), set()),
+        (("evaluate", "samples.npz"), set()),
+        (("evaluate", "samples.npz", "--reference=ref.npz", "--neighbors=0"), set()),
+        (("evaluate", "/nowhere/samples.npz", "--reference=/nowhere/reference.npz"), set()),
+        (("reference", "images", "--features=inception"), set()),
+        (("compare-runs", "a", "b", "--reference=ref.npz", "--blocks=1"), set()),
     ],
 )
 def test_commands_parse_before_they_import(argv, allowed, tmp_path):
@@ -162,7 +168,7 @@ class TestRemembered:
         answer.write("a table", tmp_path / "run")
         assert answer.read() is None
 
-    @pytest.mark.parametrize("command", ["predict", "evaluate"])
+    @pytest.mark.parametrize("command", ["predict", "doctor"])
     def test_help_is_printed_without_imports_the_second_time(self, command):
         first, second = (shell(command, "--help") for _ in range(2))
         assert "usage:" in first[0]

@@ -173,7 +173,7 @@ class SampleQuality(Measurement):
         features: an extractor of :mod:`calib_guidance.evaluation.features`.
         reference: data set of {image in [-1, 1], label, index} that nothing was trained on, or a path: statistics that
             ``calib-guidance reference`` or another tool wrote, or images as it takes them.
-        metrics: names of :data:`~calib_guidance.evaluation.metrics.OPTIONS`, or dotted paths of a
+        metrics: names of :data:`~calib_guidance.backend.choices.METRIC_OPTIONS`, or dotted paths of a
             :class:`~calib_guidance.evaluation.MetricSpec` of your own; those that the features, the reference or the number of
             samples do not allow are skipped with a note.
         eval_classifier: evaluation classifier; None uses that of :class:`~calib_guidance.evaluation.ClassifierFeatures`.

@@ -27,6 +27,7 @@ import calib_guidance
 from calib_guidance.backend.atomic import write_text
 from calib_guidance.backend.light_imports import defer_imports
 from calib_guidance.backend.shipped import find_file
+from calib_guidance.cli import measure_options
 from calib_guidance.cli.configs import check_weights, expand_bases, list_foreign, named_texts
 from calib_guidance.errors import CheckpointError, ConfigurationError, RunError, StoppedError, closest
 
@@ -51,7 +52,8 @@ _COMMANDS = {
     "status": ("runs.status", "what of a run is done, and how long the rest takes"),
 }
 _LIGHTNING = {"fit", "validate", "test", "predict"}
-_HEAVY = _LIGHTNING | {"app", "compare-runs", "doctor", "ema", "evaluate", "experiment", "reference", "tune"}
+_MEASURING = {"compare-runs", "evaluate", "reference"}
+_HEAVY = _LIGHTNING | _MEASURING | {"app", "doctor", "ema", "experiment", "tune"}
 _LINES = "\n".join(f"  {name:12} {text}" for name, (_, text) in _COMMANDS.items())
 _END = "calib-guidance COMMAND --help lists the options of a command, calib-guidance --version the versions."
 _OVERVIEW = f"usage: calib-guidance COMMAND …\n\n{_LINES}\n\n{_END}"
@@ -59,13 +61,17 @@ _OVERVIEW = f"usage: calib-guidance COMMAND …\n\n{_LINES}\n\n{_END}"
 
 def _start(argv: Sequence[str], own_process: bool = False) -> Any:
     """Run a command; ``own_process`` says that a shell started it."""
+    name, arguments = argv[0].replace("-", "_"), argv[1:]
+    if argv[0] in _MEASURING:
+        arguments = getattr(measure_options, name)(arguments)  # both before torch is imported
+        measure_options.check_files(arguments)
     if argv[0] in _HEAVY:
         defer_imports()
     module = importlib.import_module(f"calib_guidance.{_COMMANDS.get(argv[0], _COMMANDS['fit'])[0]}")
     if argv[0] not in _COMMANDS or argv[0] in _LIGHTNING:
         return module.run_lightning(argv, own_process=own_process)
     list_foreign(argv[1:])
-    return getattr(module, argv[0].replace("-", "_"))(argv[1:])
+    return getattr(module, name)(arguments)
 
 
 # What a command answers again without any import: help pages, and the report of a run that is complete and unchanged. Answers

@@ -15,6 +15,7 @@ import PIL
 import torch
 from torch import Tensor
 
+from calib_guidance.backend.choices import MODES, RESIZES
 from calib_guidance.backend.distributed import DistributedContext, available_cores
 from calib_guidance.data import preprocess
 from calib_guidance.data.base import ImageSource, Row, SourceOptions
@@ -51,7 +52,7 @@ class ImageSet:
     Args:
         source, options: as of :class:`~calib_guidance.data.base.SourceOptions`, or an ImageSource without options.
         size: side to which all images are resized and cropped; None takes them as they are.
-        resize: one of :data:`~calib_guidance.data.preprocess.RESIZES`.
+        resize: one of :data:`~calib_guidance.backend.choices.RESIZES`.
         mode: ``RGB`` or ``L`` (gray) that all images are converted to.
         max_corrupt: fraction of images that may be unreadable, in [0, 1].
     """
@@ -66,8 +67,8 @@ class ImageSet:
         max_corrupt: float = 0.01,
         **options: str | None,
     ):
-        check_choice("--resize", resize, preprocess.RESIZES)
-        check_choice("--mode", mode or "RGB", preprocess.MODES)
+        check_choice("--resize", resize, RESIZES)
+        check_choice("--mode", mode or "RGB", MODES)
         if size is not None and size < 1:
             raise ConfigurationError(f"--size must be 1 or more, got {size}")
         opened = source if isinstance(source, ImageSource) else None
@@ -206,7 +207,7 @@ class ImageSet:
             "skipped": self.skipped[:_NAMED],
             "image_shape": list(self.image_shape),
             "sha256": self.sha256,
-            "preprocessing": None if self.size is None else {"size": self.size, "how": preprocess.RESIZES[self.resize]},
+            "preprocessing": None if self.size is None else {"size": self.size, "how": RESIZES[self.resize]},
             "mode": self.mode,
             "decoder": f"Pillow {PIL.__version__}",
             "conversions": {name: count for name, count in counts.items() if count},

@@ -21,11 +21,6 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from calib_guidance.backend.distributed import available_cores
 from calib_guidance.data.base import ImageSource, Row
 
-RESIZES = {
-    "adm": "halved (box) while both sides stay at least the size, shorter side to the size (bicubic), middle cropped: ADM",
-    "lanczos": "middle square cropped, then resized (Lanczos): StyleGAN's and EDM's dataset tools",
-}
-MODES = ("RGB", "L")
 # What may have to be done to an image before it is gray or RGB. Place in the list = bit in the record of each image.
 CONVERSIONS = (
     "alpha channel dropped, all of it opaque",
@@ -170,7 +165,7 @@ def corrupt_images(source: ImageSource) -> list[str]:
 
 
 def crop(picture: Image.Image, size: int, resize: str) -> tuple[Image.Image, int]:
-    """The image at ``size`` × ``size`` by one of :data:`RESIZES`, and what was done to it (bits of :data:`CONVERSIONS`)."""
+    """The image at ``size`` × ``size`` by one of ``choices.RESIZES``, and what was done to it (bits of :data:`CONVERSIONS`)."""
     done = _ENLARGED if min(picture.size) < size else 0
     if resize == "lanczos":
         return _middle(picture, min(picture.size)).resize((size, size), Image.Resampling.LANCZOS), done

@@ -91,11 +91,3 @@ def _verdict(path: str, found: list[tuple[str, float]], trace: float, in_file: i
         return f"{path} has the statistics of {name}"
     count = f"; it is of {in_file:,} images, here are {here:,}" if in_file not in (None, here) else ""
     return f"{path} has the statistics of other images, or of another preprocessing{count}. The closest: {name}"
-
-
-def refuse_both(check: str | None, output: object) -> None:
-    """Raise ConfigurationError unless one of ``--check`` and ``--output`` is there."""
-    if (check is None) == (output is None):
-        raise ConfigurationError(
-            "reference needs --output FILE.npz to write, or --check FILE to compare with, and not both"
-        )

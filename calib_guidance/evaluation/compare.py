@@ -16,9 +16,6 @@ from calib_guidance.data.image_sets import ImageSet
 from calib_guidance.data.source import RunImages
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation.evaluate import (
-    add_measures,
-    add_samples_reading,
-    images_parser,
     open_quality,
     reading,
 )
@@ -36,45 +33,10 @@ from calib_guidance.runs import read_run
 
 _SEED, _LABELS = "data.seed", "data.labels"
 _UNBIASED = ("fid", "sfid")  # options whose metrics have a bias of 1/N, which the jackknife removes
-_EXAMPLES = """
-The runs of a pair have the same samples to make: data.seed, labels and numbers. Then most of the noise is common to both, and the
-difference of a metric has a far smaller error than either value. Errors are by a delete-block jackknife over samples; the
-reference counts as fixed. Metrics drawn at random (an Inception score's splits, subsets) are not compared.
-
-examples:
-  calib-guidance compare-runs outputs/plain outputs/js --reference heldout.npz --features classifier:eval_classifier.yaml
-  calib-guidance compare-runs outputs/experiments/digits/runs/plain outputs/experiments/digits/runs/js --reference heldout.npz
-  calib-guidance compare-runs plain/seed0 js/seed0 --pair plain/seed1 js/seed1 --pair plain/seed2 js/seed2 --reference heldout.npz
-"""
 
 
-def _options(args: Sequence[str]) -> argparse.Namespace:
-    words = (
-        "The difference of every metric between two runs with common noise, its 95 % interval, and the smallest difference that "
-        "so many samples can resolve. Differences are A − B."
-    )
-    parser = images_parser("compare-runs", words, _EXAMPLES, "inception")
-    parser.add_argument(
-        "a", metavar="A", help="a run folder, a row of an experiment (with seed0, …), or other images, see below"
-    )
-    parser.add_argument("b", metavar="B", help="what it is compared with")
-    words = "another pair, such as the same settings with another seed; may be repeated. Differences are then means over pairs"
-    parser.add_argument("--pair", nargs=2, action="append", default=[], metavar=("A", "B"), help=words)
-    words = "blocks of the jackknife (default: 30)"
-    parser.add_argument("--blocks", type=int, default=30, metavar="N", help=words)
-    add_measures(parser)
-    words = "folder for comparison.json and comparison.md (default: outputs/comparison)"
-    parser.add_argument("--output", type=Path, default=Path("outputs/comparison"), metavar="DIR", help=words)
-    add_samples_reading(parser)
-    options = parser.parse_args(list(args))
-    if options.blocks < 2:
-        parser.error(f"argument --blocks: must be at least 2, got {options.blocks}")
-    return options
-
-
-def compare_runs(args: Sequence[str]) -> None:
-    """``calib-guidance compare-runs``, of the arguments after it: see its ``--help``."""
-    options = _options(args)
+def compare_runs(options: argparse.Namespace) -> None:
+    """``calib-guidance compare-runs``, of the options that ``cli.measure_options`` reads."""
     with distributed_context(options.device) as processes:
         _compare(options, processes)
 

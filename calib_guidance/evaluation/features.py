@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calib_guidance import classifiers, denoisers, networks
+from calib_guidance.backend.choices import FEATURES
 from calib_guidance.backend.images import from_uint8
 from calib_guidance.backend.precision import exact_float32
 from calib_guidance.backend.text import read_yaml
@@ -29,10 +30,6 @@ from calib_guidance.errors import ConfigurationError, first_line
 from calib_guidance.runs.identity import hash_state
 from calib_guidance.weights.io import CheckpointError, WeightsFile, load_weights, read_weights, tensors_only
 
-FORMS = (
-    "inception[:WEIGHTS], dinov2[:WEIGHTS], clip[:WEIGHTS], timm:NAME[:WEIGHTS], torchvision:NAME[:WEIGHTS], "
-    "classifier:CLASSIFIER.yaml or PYTHON.MODULE:NAME"
-)
 _CLIP, _CLIP_WEIGHTS = (
     "ViT-L-14-336-quickgelu",
     "hf://timm/vit_large_patch14_clip_336.openai/open_clip_model.safetensors",
@@ -296,7 +293,7 @@ class ModuleFeatures(FeatureExtractor):
 
 
 def features_from_name(text: str) -> FeatureExtractor:
-    """The extractor that ``--features`` names (:data:`FORMS`), also a module of Python as :class:`ModuleFeatures` takes it."""
+    """The extractor that ``--features`` names (:data:`FEATURES`), also a module of Python as :class:`ModuleFeatures` takes it."""
     kind, _, rest = text.partition(":")
     try:
         if kind == "inception":
@@ -312,14 +309,14 @@ def features_from_name(text: str) -> FeatureExtractor:
         elif kind == "classifier" and rest:
             made = ClassifierFeatures(read_classifier(rest))
         elif kind and rest:
-            found = load_object(kind, rest, f"--features {text}", FORMS)
+            found = load_object(kind, rest, f"--features {text}", FEATURES)
             made = found if isinstance(found, nn.Module) else found() if callable(found) else None
             if not isinstance(made, nn.Module):
                 expected = "neither a torch module, nor a class or function without arguments that makes one"
                 raise ConfigurationError(f"--features {text} is {expected}")
             made = made if isinstance(made, FeatureExtractor) else ModuleFeatures(made)
         else:
-            raise ConfigurationError(f"--features {text!r}: expected {FORMS}")
+            raise ConfigurationError(f"--features {text!r}: expected {FEATURES}")
     except (ImportError, ValueError) as error:
         if isinstance(error, ConfigurationError):
             raise

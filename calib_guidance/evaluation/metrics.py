@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calib_guidance.backend.choices import BLOCK, METRIC_OPTIONS, NEIGHBORS, SPLITS, SUBSETS
 from calib_guidance.data.image_sets import ImageSet
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation.features import ClassifierFeatures, FeatureExtractor, load_object
@@ -24,7 +25,7 @@ from calib_guidance.metrics.moments import bootstrap_sums
 from calib_guidance.metrics.neighbors import count_in_balls, in_balls
 from calib_guidance.metrics.sliced import mind
 
-_SPLITS, _BLOCK, _SUBSETS, _SUBSET_SIZE, _NEIGHBORS, _BINS, _POINTS, _DRAWS = 10, 5000, 100, 1000, 5, 15, 15, 200
+_SUBSET_SIZE, _BINS, _POINTS, _DRAWS = 1000, 15, 15, 200
 _REFERENCE = "reference images, the samples fixed"
 
 
@@ -92,17 +93,17 @@ def _mind(samples: SampleSet) -> Estimate:
 
 
 def _inception_score(samples: SampleSet) -> Estimate:
-    splits = inception_score(samples.rows["logits"], _SPLITS)
+    splits = inception_score(samples.rows["logits"], SPLITS)
     if isinstance(samples.measures.extractor, ClassifierFeatures):
         note = "with the evaluation classifier's classes in place of Inception's, like no published one"
         samples.notes.append(f"Inception score: {note}")
-    return Estimate(splits.mean(), splits.std(correction=0), f"one of {_SPLITS} splits")
+    return Estimate(splits.mean(), splits.std(correction=0), f"one of {SPLITS} splits")
 
 
 def _inception_score_adm(samples: SampleSet) -> Estimate:
-    blocks = inception_score_adm(samples.rows["logits"], _BLOCK)
+    blocks = inception_score_adm(samples.rows["logits"], BLOCK)
     std = blocks.std(correction=0) if len(blocks) > 1 else math.nan
-    return Estimate(blocks.mean(), std, f"one of {len(blocks)} blocks of {_BLOCK:,}")
+    return Estimate(blocks.mean(), std, f"one of {len(blocks)} blocks of {BLOCK:,}")
 
 
 def _kernel(samples: SampleSet, mean_of_subsets: bool = False) -> Estimate:
@@ -110,9 +111,9 @@ def _kernel(samples: SampleSet, mean_of_subsets: bool = False) -> Estimate:
     if samples.values_only:
         return Estimate(kernel_distance(reference, generated))
     size = min(_SUBSET_SIZE, min(len(reference), len(generated)) // 2)
-    subsets = samples.once("kernel subsets", lambda: kernel_distance_subsets(reference, generated, _SUBSETS, size))
+    subsets = samples.once("kernel subsets", lambda: kernel_distance_subsets(reference, generated, SUBSETS, size))
     value = subsets.mean() if mean_of_subsets else kernel_distance(reference, generated)
-    return Estimate(value, subsets.std(correction=0), f"one of {_SUBSETS} subsets of {size}")
+    return Estimate(value, subsets.std(correction=0), f"one of {SUBSETS} subsets of {size}")
 
 
 def _in_balls(samples: SampleSet, half: bool, recall: bool) -> Estimate:
@@ -123,7 +124,7 @@ def _in_balls(samples: SampleSet, half: bool, recall: bool) -> Estimate:
 
 
 def _balls(samples: SampleSet) -> tuple[Tensor, Tensor]:
-    return samples.once("balls", lambda: count_in_balls(samples.reference_features, samples.features, _NEIGHBORS))
+    return samples.once("balls", lambda: count_in_balls(samples.reference_features, samples.features, NEIGHBORS))
 
 
 def _classifier_ece(samples: SampleSet) -> Estimate:
@@ -152,7 +153,7 @@ def _by_class(samples: SampleSet) -> dict[str, dict[str, Any]]:
     groups = [
         ((_FID[measures.extractor.kind][0],), 2 * width + 1, f"{width} features"),
         (("precision", "recall"), 10 * measures.k, f"k = {measures.k}"),
-        (("density", "coverage"), 10 * _NEIGHBORS, f"k = {_NEIGHBORS}"),
+        (("density", "coverage"), 10 * NEIGHBORS, f"k = {NEIGHBORS}"),
     ]
     if "predicted" in samples.rows:
         groups.append((("classifier_accuracy",), 0, ""))
@@ -184,7 +185,7 @@ _FRACTION, _ANY = (0.0, 1.0), (-math.inf, math.inf)
 _LOW, _HIGH = {"higher_is_better": False}, {"higher_is_better": True}
 _BOTH = {"needs": ("features", "reference_features")}
 _PR = {"limits": _FRACTION, "fewest": lambda measures: (measures.k + 1, measures.k + 1), **_BOTH, **_HIGH}
-_DC = {"option": "dc", "fewest": lambda measures: (1, _NEIGHBORS + 1), **_BOTH, **_HIGH}
+_DC = {"option": "dc", "fewest": lambda measures: (1, NEIGHBORS + 1), **_BOTH, **_HIGH}
 _IS = {"needs": ("logits",), "limits": (1.0, math.inf), "jackknife": False, **_HIGH}
 _CLASSIFIER = {"option": "classifier", "needs": ("predictions", "labels"), "limits": _FRACTION}
 
@@ -226,7 +227,7 @@ _FD, _SFD = {"option": "fid", "needs": ("features",)}, {"option": "sfid", "needs
 _FD |= {"fewest": lambda measures: (measures.extractor.width + 1 if measures.full_rank else 2,) * 2}
 _SFD |= {"fewest": lambda measures: (measures.extractor.spatial_width + 1 if measures.full_rank else 2,) * 2}
 _KD = {"option": "kid", "format": "{:.4f}", "limits": _ANY, "fewest": lambda measures: (4, 4), **_BOTH}
-_SCORE = {"fewest": lambda measures: (_SPLITS, 0), "option": "is", **_IS}
+_SCORE = {"fewest": lambda measures: (SPLITS, 0), "option": "is", **_IS}
 _CLIP = {"option": "clip", "needs": ("similarity", "labels"), "limits": (-1.0, 1.0), **_HIGH}
 _CLIP |= {"measured_by": "TrajectoryCLIPScore"}
 _CLASSES = {"option": "classwise", "needs": ("features", "reference_features", "reference_labels", "labels")}
@@ -237,9 +238,9 @@ def _specs() -> Iterator[MetricSpec]:
     yield from _distance(_FID, "_infinite", " at N → ∞", compute=_frechet_infinite, limits=_ANY, jackknife=False, **_FD)
     yield from _distance(_FDR, "", "", compute=_frechet_ratio, **_FD | {"option": "fdr"})
     yield from _distance(_SFID, "", "", compute=lambda samples: _frechet(samples, "spatial"), **_SFD)
-    label = f"Inception score, {_SPLITS} shuffled splits"
+    label = f"Inception score, {SPLITS} shuffled splits"
     yield MetricSpec("inception_score", label, compute=_inception_score, **_SCORE)
-    label = f"Inception score, ADM's blocks of {_BLOCK:,}"
+    label = f"Inception score, ADM's blocks of {BLOCK:,}"
     yield MetricSpec("inception_score_adm", label, compute=_inception_score_adm, option="is_adm", **_IS)
     yield from _distance(_KID, "", "", compute=_kernel, **_KD)
     yield from _distance(
@@ -250,7 +251,7 @@ def _specs() -> Iterator[MetricSpec]:
     yield MetricSpec("cmmd", "CMMD", compute=cmmd, option="cmmd", extractor="clip", **_BOTH, **_LOW)
     yield from _precision_recall("", "", half=False)
     yield from _precision_recall("_adm", ", ADM's float16", half=True)
-    yield MetricSpec("density", "density", compute=_mean(lambda s: _balls(s)[0], scale=1 / _NEIGHBORS), **_DC)
+    yield MetricSpec("density", "density", compute=_mean(lambda s: _balls(s)[0], scale=1 / NEIGHBORS), **_DC)
     coverage = _mean(lambda s: _balls(s)[1] > 0, _REFERENCE, fraction=True)
     yield MetricSpec("coverage", "coverage", compute=coverage, limits=_FRACTION, **_DC)
     yield MetricSpec("by_class", "metrics of each class", compute=_by_class, **_CLASSES)
@@ -263,23 +264,6 @@ def _specs() -> Iterator[MetricSpec]:
 
 
 METRICS: Mapping[str, MetricSpec] = {spec.key: spec for spec in _specs()}
-
-OPTIONS: Mapping[str, str] = {
-    "fid": "Fréchet distance of pooled features: FID with Inception, FD-DINOv2 with DINOv2",
-    "sfid": "Fréchet distance of spatial features (ADM's sFID)",
-    "is": f"Inception score, mean of {_SPLITS} shuffled splits (as torch-fidelity)",
-    "is_adm": f"Inception score as ADM's evaluator: mean of blocks of {_BLOCK:,}, not shuffled",
-    "kid": f"kernel distance (KID with Inception), {_SUBSETS} subsets",
-    "fdr": "Fréchet distance over that of real validation images (--validation)",
-    "mind": "sliced distance of 1,000 directions (MIND with Inception)",
-    "cmmd": "CMMD, with CLIP features",
-    "pr": "improved precision and recall, distances in float64",
-    "pr_adm": "improved precision and recall as ADM's evaluator: distances in float16",
-    "dc": f"density and coverage, k = {_NEIGHBORS}",
-    "classwise": "fid, pr and dc of each class with enough images",
-    "classifier": "accuracy and ECE of the evaluation classifier on the samples",
-    "clip": "mean cosine similarity between sample and prompt",
-}
 
 
 def _load_metric(path: str) -> MetricSpec:
@@ -298,14 +282,14 @@ def _load_metric(path: str) -> MetricSpec:
 
 
 def select(names: Iterable[str], extractor: FeatureExtractor) -> tuple[MetricSpec, ...]:
-    """The metrics of names, in the order of the table: names of :data:`OPTIONS`, or dotted paths of your own specs."""
+    """The metrics of names, in the order of the table: names of :data:`METRIC_OPTIONS`, or dotted paths of your own specs."""
     names = list(dict.fromkeys(names))
-    if unknown := sorted(name for name in names if name not in OPTIONS and "." not in name):
-        known = f"{', '.join(OPTIONS)}, and the dotted path of a MetricSpec"
+    if unknown := sorted(name for name in names if name not in METRIC_OPTIONS and "." not in name):
+        known = f"{', '.join(METRIC_OPTIONS)}, and the dotted path of a MetricSpec"
         raise ConfigurationError(f"metrics: unknown {', '.join(unknown)}; known: {known}")
     kinds = (None, extractor.kind)
     known = (spec for spec in METRICS.values() if spec.option in names and spec.compute and spec.extractor in kinds)
-    return *known, *(_load_metric(name) for name in names if name not in OPTIONS)
+    return *known, *(_load_metric(name) for name in names if name not in METRIC_OPTIONS)
 
 
 def unmet(

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from calib_guidance.backend.atomic import end_with_parent
 from calib_guidance.backend.distributed import available_cores
+from calib_guidance.cli import measure_options
 from calib_guidance.cli.lightning import run_lightning, subclasses_listed_once
 from calib_guidance.errors import FailedSamplesError, StoppedError
 from calib_guidance.evaluation.evaluate import evaluate
@@ -72,7 +73,7 @@ def work(run: Run, threads: int) -> list[str]:
     with _output_in(run.folder / "log.txt"), subclasses_listed_once():
         for command in run.commands:
             try:
-                evaluate(command[1:]) if command[0] == "evaluate" else run_lightning(command)
+                evaluate(measure_options.evaluate(command[1:])) if command[0] == "evaluate" else run_lightning(command)
             except FailedSamplesError as error:  # its metrics are those of the samples that there are
                 remarks.append(str(error))
     (run.folder / _DONE).touch()

@@ -19,13 +19,13 @@ import torch
 import yaml
 from jsonargparse import Namespace
 
+from calib_guidance.cli import measure_options
 from calib_guidance.cli.configs import expand_bases, find_configuration
 from calib_guidance.cli.doctor.files import missing_files
 from calib_guidance.cli.lightning import innermost, run_lightning, subclasses_listed_once
 from calib_guidance.cli.parse_once import parts_parsed_once
 from calib_guidance.cli.parsed import ParsedCLI, all_options, without_network
 from calib_guidance.errors import CheckpointError, ConfigurationError
-from calib_guidance.evaluation.evaluate import read_options
 from calib_guidance.evaluation.metrics import METRICS
 from calib_guidance.experiments.objectives import parse_objective
 from calib_guidance.experiments.runner import Run
@@ -236,7 +236,7 @@ def _evaluation(options: Mapping[str, Any] | None, where: str) -> list[str]:
     argv = [word for option, value in given.items() for word in ([option] if value is True else [option, str(value)])]
     with contextlib.redirect_stderr(io.StringIO()) as said:
         try:
-            read_options(["RUN", *argv])
+            measure_options.evaluate(["RUN", *argv])
         except SystemExit:
             raise ConfigurationError(f"{where}, evaluate: {said.getvalue().rpartition('error: ')[2].strip()}") from None
     return argv

@@ -10,11 +10,12 @@ import pytest
 import torch
 import yaml
 
+from calib_guidance.backend.choices import METRIC_OPTIONS
 from calib_guidance.callbacks import SampleQuality
 from calib_guidance.cli import main
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation import METRICS, InceptionFeatures, MetricSpec, TimmFeatures
-from calib_guidance.evaluation.metrics import OPTIONS, select
+from calib_guidance.evaluation.metrics import select
 from calib_guidance.evaluation.spec import Measures, SampleSet
 from calib_guidance.evaluation.statistics import ReferenceStatistics
 from calib_guidance.metrics import density_coverage, frechet_distance, mean_and_covariance, precision_recall
@@ -141,7 +142,7 @@ def test_bad_names_of_metrics_are_refused(own):
 
 
 def test_every_metric_is_described_once():
-    assert tuple(OPTIONS) == (
+    assert tuple(METRIC_OPTIONS) == (
         "fid",
         "sfid",
         "is",
@@ -161,7 +162,7 @@ def test_every_metric_is_described_once():
         assert spec.key == key
         assert spec.format.format(0.5)
         assert spec.title.endswith("↑" if spec.higher_is_better else "" if spec.higher_is_better is None else "↓")
-    assert {spec.option for spec in METRICS.values() if spec.compute} == OPTIONS.keys()
+    assert {spec.option for spec in METRICS.values() if spec.compute} == METRIC_OPTIONS.keys()
     assert METRICS["kid"].text(-1e-9) == "0.0000"
 
 
