@@ -168,6 +168,7 @@ def test_a_misspelt_run_folder_is_not_asked_of_the_hub(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs/digits").mkdir(parents=True)
     (tmp_path / "outputs/digits/run.json").write_text("{}")
+    (tmp_path / "reference.npz").touch()
     monkeypatch.setattr(socket, "create_connection", lambda *args, **kwargs: pytest.fail("asked the network"))
     monkeypatch.setattr(socket.socket, "connect", lambda *args: pytest.fail("asked the network"))
     with pytest.raises(SystemExit) as stop:

@@ -64,7 +64,7 @@ def set_threads(processes: int) -> Threads:
     """Let PyTorch compute with as many threads as are sensible for each of ``processes`` on this machine."""
     chosen = sensible_threads(processes, available_cores(), os.environ)
     if chosen is None:
-        with contextlib.suppress(ValueError):  # a list for nested regions, of which OpenMP has taken the first
+        with contextlib.suppress(ValueError):  # a list for nested regions: OpenMP has taken its first
             torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         return Threads(torch.get_num_threads(), "OMP_NUM_THREADS")
     torch.set_num_threads(chosen.count)

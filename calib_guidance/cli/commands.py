@@ -61,16 +61,17 @@ _OVERVIEW = f"usage: calib-guidance COMMAND …\n\n{_LINES}\n\n{_END}"
 
 def _start(argv: Sequence[str], own_process: bool = False) -> Any:
     """Run a command; ``own_process`` says that a shell started it."""
+    if argv[0] not in _LIGHTNING and argv[0] in _COMMANDS:
+        list_foreign(argv[1:])
     name, arguments = argv[0].replace("-", "_"), argv[1:]
-    if argv[0] in _MEASURING:
-        arguments = getattr(measure_options, name)(arguments)  # both before torch is imported
+    if argv[0] in _MEASURING:  # before torch is imported
+        arguments = getattr(measure_options, name)(arguments)
         measure_options.check_files(arguments)
     if argv[0] in _HEAVY:
         defer_imports()
     module = importlib.import_module(f"calib_guidance.{_COMMANDS.get(argv[0], _COMMANDS['fit'])[0]}")
     if argv[0] not in _COMMANDS or argv[0] in _LIGHTNING:
         return module.run_lightning(argv, own_process=own_process)
-    list_foreign(argv[1:])
     return getattr(module, name)(arguments)
 
 

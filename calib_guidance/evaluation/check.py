@@ -14,7 +14,6 @@ from torch import Tensor
 from calib_guidance.backend.distributed import DistributedContext
 from calib_guidance.data.image_sets import ImageSet
 from calib_guidance.data.preprocess import RESIZES
-from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation.features import FeatureExtractor, Features
 from calib_guidance.evaluation.statistics import ReferenceStatistics
 from calib_guidance.metrics.frechet import frechet_distance
