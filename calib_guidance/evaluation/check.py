@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from calib_guidance.backend.choices import RESIZES
 from calib_guidance.backend.distributed import DistributedContext
 from calib_guidance.data.image_sets import ImageSet
-from calib_guidance.data.preprocess import RESIZES
 from calib_guidance.evaluation.features import FeatureExtractor, Features
 from calib_guidance.evaluation.statistics import ReferenceStatistics
 from calib_guidance.metrics.frechet import frechet_distance
