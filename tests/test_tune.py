@@ -167,3 +167,18 @@ def test_the_search_of_digits_costs_a_quarter_of_its_grid():
     assert found.halving.samples % found.set["data.batch_size"] == 0
     for config in (config for configs in found.groups.values() for config in configs):
         assert find_configuration(config).is_file()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "lightning_configs/tune").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_searches_can_be_made(path, in_root, tmp_path):
+    """All are read; every sixth method is resolved and built, with two candidates."""
+    whole, content = read_experiment(path), yaml.safe_load(path.read_text())
+    assert len(whole.tune.confirm) >= 10
+    for configs in whole.groups.values():
+        assert all(find_configuration(name, "predict") for name in configs)
+    content["groups"] = dict(list(content["groups"].items())[::6])
+    own = content["tune"].get("own", {})
+    content["tune"] |= {"candidates": 2, "own": {name: own[name] for name in content["groups"] if name in own}}
+    (tmp_path / "few.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    plan = make_plan(tmp_path / "few.yaml", "tune")
+    assert len(plan.settings) == 2 * len(content["groups"])
