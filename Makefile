@@ -27,8 +27,9 @@ lint: $(INSTALLED)
 	$(BIN)/codespell
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
+# Bytecode is kept: some forty tests start a process of their own, which would compile all of the package again.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 # The site, in build/site: a broken link or reference is an error. Runs the notebook; needs no network once installed.
 $(VENV)/.docs: $(INSTALLED)
