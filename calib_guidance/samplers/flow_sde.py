@@ -54,8 +54,8 @@ class FlowSDE(FlowSampler):
         if not norm >= 0 or not 0 < last_step_size < start:
             raise ValueError(f"needed: norm ≥ 0 and 0 < last_step_size < start, got {norm} and {last_step_size}")
         super().__init__(num_steps, path, 1.0, start, 0.0)
-        self.form, self.norm, self.method = form, norm, method
-        self.last_step, self.last_step_size = last_step, last_step_size
+        self.form: DiffusionForm = form
+        self.norm, self.method, self.last_step, self.last_step_size = norm, method, last_step, last_step_size
 
     def grid(self, denoiser: Denoiser) -> np.ndarray:
         if self.last_step == "none" or self.num_steps == 1:
