@@ -47,9 +47,10 @@ checkpoints: $(INSTALLED)
 	for name in diffusion flow; do \
 	  cp outputs/digits_$$name/network.safetensors checkpoints/digits/$$name.safetensors || exit 1; done
 
-# The table of docs/results.md.
+# The tables of docs/results.md.
 compare: $(INSTALLED)
 	$(BIN)/calib-guidance experiment --config digits --into docs/results.md
+	$(BIN)/calib-guidance experiment --config digits_flow --into docs/results.md
 
 # The tables and the plot of docs/calibration.md.
 calibrate-table: $(INSTALLED)
