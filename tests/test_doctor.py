@@ -88,7 +88,8 @@ class TestGo:
         status, report = examine(DIGITS, overlay)
         assert status == 0
         assert "guided step" not in report
-        status, report = examine(DIGITS, "--model.init_args.guidance.init_args.schedule.init_args.interval=[0,500]")
+        interval = "--model.init_args.guidance.init_args.schedule.init_args.interval=[0,500]"
+        status, report = examine(DIGITS, "--model.init_args.sampler.init_args.steps=20", interval)
         assert status == 0
         assert ": step" in report
         assert ", guided step" in report

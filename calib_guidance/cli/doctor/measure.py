@@ -89,7 +89,9 @@ class Meter(L.Callback):
         self.lap("step" if guided.aux.logits is None else "guided step")
         named = {"x̂0": guided.prediction.x0} | guided.aux._asdict()
         self.values |= {name: value for name, value in named.items() if value is not None}
-        measured = (len(self.laps.get(kind, ())) >= min(self._enough, self.times[kind]) for kind in ("guided step", "step"))
+        measured = (
+            len(self.laps.get(kind, ())) >= min(self._enough, self.times[kind]) for kind in ("guided step", "step")
+        )
         if all(measured) or self.late:
             self.values["image"] = self.module.denoiser.decode(guided.prediction.x0)
             self.lap("decoding")
