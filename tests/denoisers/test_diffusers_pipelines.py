@@ -294,7 +294,7 @@ def test_a_classifier_guides_latents_through_the_decoder(text):
     m = denoiser.vae(x0).mean((1, 2, 3))
     (gradient,) = torch.autograd.grad(torch.nn.functional.logsigmoid(2 * m * torch.tensor([-1, 1])).sum(), x0)
     torch.testing.assert_close(guided.score, 20 * gradient, atol=1e-6, rtol=1e-4)
-    for sampler in (DDIM("ddim4+1"), DDPM("4"), DPMSolver(4), UniPC(4), Heun(4), FlowODE(4)):
+    for sampler in (DDIM("ddim2+1"), DDPM("2"), DPMSolver(2), UniPC(2), Heun(2), FlowODE(2)):
         plain, found = (
             sampler(denoiser, SampleStreams([0, 0], range(2), denoiser.image_shape), y, each)
             for each in (None, guidance)
