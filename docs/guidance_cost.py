@@ -1,4 +1,4 @@
-"""Quality against the number of gradients: ``python docs/guidance_cost.py`` (10 minutes of one core).
+"""Quality against the number of gradients: ``python docs/guidance_cost.py`` (two minutes of one core).
 
 Samples the settings and seeds of lightning_configs/experiments/digits_guidance_cost.yaml in this process, and puts a table into
 docs/guidance_cost.md and a plot into docs/images/.
