@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 from guidance_share import ADM64
-from sampling_step import plainly
+from sampling_step import PlainUNet, plainly
 from timing import Ratio, in_turns, keep, machine, parser, ratio
 from torch import Tensor
 
@@ -72,6 +72,7 @@ def main() -> None:
     options = arguments.parse_args()
     networks = {dtype: network(dtype) for dtype in ("float32", "bfloat16")}
     contiguous = copy.deepcopy(networks["float32"]).to(memory_format=torch.contiguous_format)
+    contiguous.__class__ = PlainUNet
     torch.manual_seed(0)
     unfrozen = OffTheShelfClassifier("torchvision/resnet50").eval().requires_grad_(False)
     guides = {dtype: OffTheShelfClassifier("torchvision/resnet50", dtype=dtype) for dtype in networks}
