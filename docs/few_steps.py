@@ -214,8 +214,8 @@ def tables(found: dict[str, list[float]], seeds: list[int], fresh: list[int], n:
         text = f"{statistics.mean(apart):+.3f} ± {statistics.stdev(apart) / len(apart) ** 0.5:.3f}" if further else "–"
         claimed.append([name, *cells(found, setting, fresh, n, range(4)), text])
     return {
-        "few-steps-fresh": markdown(["sampler, evaluations", *MEASURES, "Fréchet, less that of DDPM's 250"], claimed),
-        "few-steps": markdown(["Fréchet ↓ by evaluations", *map(str, EVALUATIONS)], small),
+        "few-steps-fresh": markdown(["sampler, NFE", *MEASURES, "Fréchet, less that of DDPM's 250"], claimed),
+        "few-steps": markdown(["Fréchet ↓ by NFE", *map(str, EVALUATIONS)], small),
         "few-steps-others": markdown(["25 evaluations, or as named", *MEASURES], others),
         "few-steps-all": markdown(["sampler", "guidance", "evaluations", *MEASURES], full),
     }
