@@ -83,7 +83,9 @@ class HeldGradient:
             self.gradient = gradient
             self._due = torch.zeros(len(gradient), dtype=torch.long, device=gradient.device)
             self._norms = self._taken = torch.zeros_like(self._due, dtype=torch.float32)
-        assert self._due is not None and self._norms is not None and self._taken is not None
+        assert self._due is not None
+        assert self._norms is not None
+        assert self._taken is not None
         if self._fresh is None:
             groups = (self._due <= self._count).view(-1, self.group_size)
             self._fresh = groups.any(1, keepdim=True).expand_as(groups).reshape(-1)
