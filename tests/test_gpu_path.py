@@ -77,6 +77,7 @@ def all_samplers():
 
 
 SAMPLERS = dict(all_samplers())
+SAMPLERS["AdaptiveODE"].together = True  # alone, each sample is a batch of one, which is one more graph
 
 
 class Graphs:

@@ -85,7 +85,7 @@ def loop(sampler, denoiser, guidance=None, device="meta", may_make=False):
     context.observe(SampleWriter().stop)
     context.indices = list(range(SIZE))
     run = SimpleNamespace(check=lambda: None, sampler=sampler, denoiser=denoiser, guidance=guidance, context=context)
-    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)), datamodule=None)
     for callback in (TrajectoryCalibration(), GradientNorm(), TrajectoryStrips(samples=(0, 2, 7))):
         callback.setup(trainer, run, "predict")
     steps = []
@@ -109,8 +109,10 @@ def loop(sampler, denoiser, guidance=None, device="meta", may_make=False):
 
 
 def all_samplers():
-    """Every sampler that there is, with few steps."""
+    """Every sampler that there is, with few steps, but the one whose next step depends on the error of the last."""
     for name, kind in sorted(vars(samplers).items()):
+        if name == "AdaptiveODE":
+            continue
         if inspect.isclass(kind) and issubclass(kind, samplers.Sampler) and not inspect.isabstract(kind):
             options = inspect.signature(kind).parameters
             yield pytest.param(kind(**{next(o for o in ("steps", "num_steps") if o in options): STEPS}), id=name)

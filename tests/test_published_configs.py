@@ -17,6 +17,8 @@ from calib_guidance.weights.cards import by_file
 from tests.conftest import ROOT
 from tests.runs import QUICK, metrics, read_samples
 
+pytestmark = pytest.mark.usefixtures("parts_read_once")
+
 PREDICT = ROOT / "lightning_configs" / "predict"
 EXPERIMENTS = ROOT / "lightning_configs" / "experiments"
 FILES = sorted(

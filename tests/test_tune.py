@@ -172,9 +172,9 @@ def test_the_search_of_digits_costs_a_quarter_of_its_grid():
 @pytest.mark.parametrize("path", sorted((ROOT / "lightning_configs/tune").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_searches_can_be_made(path, in_root, tmp_path):
     """All are read; every sixth method is resolved and built, with two candidates."""
-    whole, content = read_experiment(path), yaml.safe_load(path.read_text())
-    assert len(whole.tune.confirm) >= 10
-    for configs in whole.groups.values():
+    searched, content = read_experiment(path), yaml.safe_load(path.read_text())
+    assert len(searched.tune.confirm) >= 10
+    for configs in searched.groups.values():
         assert all(find_configuration(name, "predict") for name in configs)
     content["groups"] = dict(list(content["groups"].items())[::6])
     own = content["tune"].get("own", {})

@@ -62,7 +62,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     gradient takes three times as long. What looks for calls of ``F.scaled_dot_product_attention`` finds them.
     """
     tuned, dtype = _on and q.device.type == "cpu", q.dtype
-    if tuned and torch.is_grad_enabled() and (dtype != torch.float32 or torch.is_autocast_enabled("cpu")):
+    if tuned and torch.is_grad_enabled() and (dtype.itemsize == 2 or torch.is_autocast_enabled("cpu")):
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(*(part.float().contiguous() for part in (q, k, v))).to(dtype)
     multiplies = tuned and dtype == torch.bfloat16 and _multiplies_halves()

@@ -47,8 +47,9 @@ class FlowMatching(Objective):
         self.metadata |= {"time_scale": self.time_scale}
 
     def check(self, network: nn.Module) -> None:
-        if network.out_channels not in (network.in_channels, 2 * network.in_channels):
-            raise ValueError(f"out_channels must be in_channels ({network.in_channels}), got {network.out_channels}")
+        channels, out = getattr(network, "in_channels", None), getattr(network, "out_channels", None)
+        if None not in (channels, out) and out not in (channels, 2 * channels):  # a module of one's own need not tell
+            raise ValueError(f"out_channels must be in_channels ({channels}), got {out}")
 
     def quantile(self, u: Tensor) -> Tensor:
         """τ below which a fraction ``u`` of training lies."""

@@ -28,6 +28,8 @@ def fetch(path: str | os.PathLike[str]) -> Path:
     repo, inside = "/".join(words[:2]), "/".join(words[2:])
     try:
         is_index = inside.endswith(".index.json")
+        if is_index:  # alone first: there may be none, and the parts of others are not wanted
+            hf_hub_download(repo, inside, revision=revision or None)
         if is_index or Path(inside).suffix not in FILES:
             folder = inside.rpartition("/")[0] if is_index else inside
             patterns = [f"{folder}/*{end}" if folder else f"*{end}" for end in (".json", ".safetensors")]
