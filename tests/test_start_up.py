@@ -98,7 +98,7 @@ def test_the_command_line_imports_what_every_run_needs():
     assert not imported & UNUSED
 
 
-@pytest.mark.parametrize("first", ["Metric", "MetricCollection", "__version__", "Accuracy"])
+@pytest.mark.parametrize("first", ["MetricCollection", "Accuracy"])
 def test_deferred_metrics_are_found_in_any_order(first):
     start = "from calib_guidance.backend.light_imports import defer_imports\ndefer_imports()"
     after(f"{start}\nfrom torchmetrics import {first}, Metric, MetricCollection\nassert issubclass(Metric, object)")
