@@ -4,7 +4,7 @@
     python benchmarks/metrics.py --samples 50000 --only-scale --processes 2
 
 The Fréchet distances take turns with that by scipy.linalg.sqrtm, on features that are correlated and not negative, as Inception's
-are, so that a drift of the machine's speed meets all of them. At scale each metric has a process of its own. Its peak is what the
+are. A drift of the machine's speed then affects all of them. At scale each metric runs in its own process. Its peak is what the
 operating system counts beyond the features. ``--processes`` share precision and recall, and each has the features.
 """
 

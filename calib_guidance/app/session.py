@@ -39,7 +39,7 @@ from calib_guidance.scores import Score
 from calib_guidance.tasks import GuidedSampling
 
 CONFIGURED = "configured"  # of a score or sampler that no named configuration describes
-_BETA = 3.0  # of classifiers that the configuration does not smooth, so that the page can
+_BETA = 3.0  # β that the page starts with where the configuration does not smooth the classifier
 _MOST = 10  # samples at first
 _SMALL = 2e7  # parameters of models that a CPU samples within seconds
 

@@ -23,7 +23,7 @@ from calib_guidance.errors import RunError, StoppedError
 
 log = logging.getLogger(__name__)
 _POLL = 0.1  # seconds
-_MOST_BYTES = 30_000  # of a message: fits into the pipe, so that writing it waits for nobody
+_MOST_BYTES = 30_000  # of a message: it fits into the pipe, and writing it does not block
 
 
 class WorkerTraceback(Exception):  # noqa: N818 (it is the cause of an error)

@@ -191,8 +191,8 @@ def _strengths(guidance: Guidance | None, sampler: Sampler, levels: NoiseLevels)
 class GradientNorm(TrajectoryMeasurement):
     """‖∇S‖ over the trajectory, mean and standard deviation over samples: the vanishing that the papers argue from.
 
-    Also ``gradients_per_sample``, at how many steps a sample's gradient was taken and not reused, on average, and what ∇S is
-    multiplied by, the guidance schedule (arXiv 2310.11311, Figure 5), which follows from the configuration.
+    Also ``gradients_per_sample``, the mean number of steps at which a sample's gradient was computed and not reused, and the
+    guidance schedule, the factor of ∇S (arXiv 2310.11311, Figure 5). The schedule follows from the configuration.
     """
 
     def begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

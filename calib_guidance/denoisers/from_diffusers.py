@@ -56,8 +56,8 @@ class DiffusersDenoiser(DecodesLatents, ModuleDenoiser):
         denoiser = DiffusersDenoiser("hf://stabilityai/stable-diffusion-2-1", prompts=["a photo of a cat", "a photo of a dog"])
 
     Its scheduler's configuration says β, T, whether it ends in pure noise, and what is predicted: ε, v, x0 or a flow. Labels are
-    those of the model's classes, or with prompts 0 … K − 1, and -1 the negative prompt, so that ``Combination`` is the
-    pipeline's classifier-free guidance. Samples of latent models are latents, which ``decode`` makes images of.
+    those of the model's classes. With prompts they are 0 … K − 1, and -1 is the negative prompt: ``Combination`` then equals
+    the pipeline's classifier-free guidance. Samples of latent models are latents, which ``decode`` makes images of.
 
     Args:
         model: a ``UNet2DModel``, ``UNet2DConditionModel``, ``DiTTransformer2DModel`` or ``SD3Transformer2DModel``; a

@@ -46,7 +46,7 @@ def respaced_timesteps(num_steps: int, respacing: str | int) -> np.ndarray:
         respacing: ``"250"`` spreads 250 steps from the first to the last; ``"10,10,5"`` cuts the process in equal
             sections with so many steps each (0 skips a section); ``"ddim25"`` strides by the first integer that gives 25
             steps, from 0, or with ``"ddim25+1"`` from 1, as Stable Diffusion does; ``"trailing25"`` strides down from the
-            last step, so that a process that ends in pure noise starts there (Lin et al. 2024).
+            last step, as processes that end in pure noise need (Lin et al. 2024).
 
     Examples:
         >>> respaced_timesteps(1000, "5").tolist()

@@ -185,7 +185,7 @@ def _write(folder: Path, content: Mapping[str, Any]) -> None:
     lines = [
         *content["provenance"]["lines"],
         f"intervals  delete-block jackknife over samples, {content['blocks']} blocks, the reference fixed; of Fréchet distances "
-        "the bias of few samples is removed, so that A − B may differ from the difference of the columns",
+        "the bias of few samples is removed: A − B may differ from the difference of the columns",
         "resolves   the smallest true difference that such an interval tells from zero in 4 of 5 repetitions",
     ]
     if shorter:

@@ -77,7 +77,7 @@ def halve(
     One in ``factor`` settings is promoted to the next of the ascending ``rungs``, and at least one; ties are promoted together.
     All settings of a rung are measured before any is dropped, so the result does not depend on which run ends first.
     ``measure`` says what the settings of a rung are ranked by with its samples, lowest is best. Settings compete within their
-    group, so that every group gets the same samples.
+    group: every group gets the same number of samples.
 
     Returns:
         The number of samples that each setting got.

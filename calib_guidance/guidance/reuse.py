@@ -24,7 +24,8 @@ class GradientReuse:
     steps where none is.
 
     Args:
-        every: k; 1 takes a gradient at every guided step. All evaluations within a step (Heun, recurrence) are taken or reused.
+        every: k; 1 takes a gradient at every guided step. Within a step (Heun, recurrence) all evaluations compute a gradient, or
+            all reuse it.
         skip_below: fraction of the running mean, between 0 and 1; None skips nothing.
         skip_every: steps for which a weak gradient serves.
     """

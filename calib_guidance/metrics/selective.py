@@ -48,7 +48,7 @@ class AreaUnderRiskCoverage(ConfidenceHistogram):
     Confidences within a cell of the histogram count as equal. :func:`aurc` sorts them, and differs by less than 1e-3.
 
     Args:
-        excess: less :func:`aurc_of_oracle`, so that only the order of confidences counts, not the accuracy (E-AURC).
+        excess: subtract :func:`aurc_of_oracle` (E-AURC): the order of confidences counts, the accuracy does not.
     """
 
     def __init__(self, num_levels: int = 1, excess: bool = False, **kwargs: object):

@@ -50,8 +50,8 @@ def dormand_prince(
 ) -> Tensor:
     """x at ``end`` of dx/dt = ``slope(t, x)`` from ``x`` at ``start``.
 
-    A step is accepted where the root mean square of its estimated error over atol + rtol·max(|x|, |x'|) is below 1: over the
-    complete tensor, so that samples that are solved together share their steps.
+    A step is accepted where the root mean square of its estimated error over atol + rtol·max(|x|, |x'|) is below 1. The mean is
+    over the complete tensor: samples that are solved together share their steps.
 
     Examples:
         >>> x = dormand_prince(lambda t, x: -x, 0.0, 1.0, torch.ones(1, dtype=torch.float64), rtol=1e-8, atol=1e-8)
