@@ -36,7 +36,9 @@ def load_pretrained(name: str, checkpoint: str | PathLike[str] | None = None, **
     Args:
         name: of a model in ``checkpoints/README.md``: a denoiser (``adm_imagenet128``, ``edm_imagenet64``, ``dit_xl_2_256``), a
             classifier (``adm_classifier128``, ``resnet101_v2``, ``clip_vit_l_14_336``) or a decoder of latents (``taesd``).
-            ``digits`` and ``digits_classifier`` come with the package.
+            ``digits``, ``digits_flow``, ``digits_edm2`` and ``digits_classifier`` come with the package, and ``digits_weak`` and
+            ``digits_edm2_early`` for autoguidance of ``digits`` and ``digits_edm2``. So do ``cifar10``, ``cifar10_classifier``
+            and, fine-tuned, ``cifar10_classifier_x0``.
             Or EDM2 under its published guidance: ``edm2_img64_s_autoguided``, ``edm2_img512_{s,xxl}_{autoguided,guided}``; then
             ``checkpoint`` is the folder of both files.
         checkpoint: its file or folder, or ``hf://OWNER/REPO/PATH``; None takes the published file name in ``checkpoints/`` below
@@ -46,10 +48,6 @@ def load_pretrained(name: str, checkpoint: str | PathLike[str] | None = None, **
 
     Returns:
         A denoiser, classifier or decoder.
-
-    Raises:
-        ValueError: an unknown name; the message lists the known ones.
-        CheckpointError: no such file, or one of another model; the message says where to get it.
     """
     from calib_guidance.classifiers.pretrained import load_pretrained as load  # imports torch
 

@@ -1,6 +1,7 @@
 """Errors that the command line shows as one message, without a traceback."""
 
 import difflib
+import importlib.util
 import math
 from collections.abc import Iterable
 
@@ -72,6 +73,12 @@ def check_numbers(
         if not inside and not (value is None and null):
             allowed = (stated or "a finite number") + (f", or null for {null}" if null else "")
             raise ValueError(f"{option} must be {allowed}, got {value}")
+
+
+def check_installed(library: str, extra: str, what: str) -> None:
+    """Raise ImportError where ``what`` needs a library that comes with an extra, and it is not installed."""
+    if importlib.util.find_spec(library) is None:
+        raise ImportError(f"{what} needs {library}, which is not installed: pip install 'calib-guidance[{extra}]'")
 
 
 def closest(name: str, known: Iterable[str]) -> str:

@@ -100,6 +100,9 @@ class _SecondHalf(Guidance):
         super().__init__()
         self.guidance, self.guides = guidance, guides
 
+    def parts(self) -> Sequence[Guidance]:
+        return self.guidance.parts()
+
     def plan(self, levels: NoiseLevels) -> Plan:
         return self.guidance.plan(levels)
 

@@ -4,6 +4,8 @@ import contextlib
 import math
 import os
 import weakref
+from collections.abc import Callable, Hashable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +77,48 @@ class PeakMemory(TorchDispatchMode):
                 self.peak = max(self.peak, self.now)
                 weakref.finalize(storage, self._free, storage.nbytes())
         return result
+
+
+class KnownShapes(TorchDispatchMode):
+    """Remembers the shapes that operators gave on the meta device: PyTorch finds most of them in Python, again at every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: dict[Hashable, tuple[bool, list[Callable[[], Tensor]]]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        try:
+            key = func, _key(args), _key(kwargs)
+            known = self._known.get(key)
+        except TypeError:
+            return func(*args, **kwargs)
+        if known is not None:
+            several, made = known
+            return tuple(make() for make in made) if several else made[0]() if made else args[0]
+        result = func(*args, **kwargs)
+        if args and result is args[0] and isinstance(result, Tensor) and _key(args) == key[1]:
+            self._known[key] = False, []  # written in place, of the same shape
+            return result
+        results = result if isinstance(result, tuple) else (result,)
+        schema = func._schema
+        if any(argument.alias_info for argument in (*schema.arguments, *schema.returns)) or not schema.returns:
+            return result  # views, and what writes to others
+        if all(type(t) is Tensor and t.is_meta and not t.storage_offset() for t in results):
+            made = [partial(torch.empty_strided, t.shape, t.stride(), dtype=t.dtype, device="meta") for t in results]
+            self._known[key] = isinstance(result, tuple), made
+        return result
+
+
+def _key(value: Any) -> Hashable:
+    """What an operator's argument is told apart by; TypeError for tensors of other devices."""
+    if isinstance(value, Tensor):
+        if type(value) not in (Tensor, torch.nn.Parameter) or not value.is_meta:
+            raise TypeError(type(value))
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, dict):
+        return tuple((name, _key(each)) for name, each in value.items())
+    if isinstance(value, list | tuple):
+        return type(value), *map(_key, value)
+    hash(value)
+    return type(value), value

@@ -6,6 +6,7 @@ torch's compiler (torch._dynamo, SymPy) to recognize compiled modules.
 
 import contextlib
 import functools
+import gc
 import logging
 import os
 import sys
@@ -19,6 +20,18 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 _lock = threading.RLock()
+
+
+@contextlib.contextmanager
+def collecting_later() -> Iterator[None]:
+    """Imports without garbage collection, a fifth of their time: it looks at a million objects again and again, all in use."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Deferred(ModuleType):
@@ -48,7 +61,7 @@ class _Deferred(ModuleType):
             self.busy = False
 
     def run(self) -> None:
-        with self.open():
+        with self.open(), collecting_later():
             self.__spec__.loader.exec_module(self)
             self.__class__ = ModuleType
 
@@ -119,6 +132,27 @@ def _disable(fn: Any, recursive: bool = True, **options: Any) -> Any:
     return call
 
 
+class _TraceRules:
+    """In place of ``torch._dynamo.trace_rules``, whose cache ``init_process_group`` empties: there is none before the import."""
+
+    def clear_lru_cache(self) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        sys.modules["torch._dynamo"].run()
+        return getattr(_loaded("torch._dynamo", "trace_rules"), name)
+
+
+def _trace_rules() -> _TraceRules:
+    if sys.modules["torch._dynamo"].busy:
+        raise AttributeError("trace_rules is imported first")
+    return _TraceRules()
+
+
+def _graph_break(msg: str = "") -> None:
+    """In place of ``torch._dynamo.graph_break``, which every step of an optimizer calls: nothing is compiled."""
+
+
 def _of_torchmetrics(module: str, name: str) -> Any:
     package = sys.modules["torchmetrics"]
     with contextlib.nullcontext() if package.busy else package.open():
@@ -147,7 +181,12 @@ _PARTS: dict[str, dict[str, Callable[[], Any]]] = {
         "_PLOT_OUT_TYPE": lambda: Any,
         "plot_single_or_multi_val": lambda: _plot,
     },
-    "torch._dynamo": {"OptimizedModule": lambda: _OptimizedModule, "disable": lambda: _disable},
+    "torch._dynamo": {
+        "OptimizedModule": lambda: _OptimizedModule,
+        "disable": lambda: _disable,
+        "graph_break": lambda: _graph_break,
+        "trace_rules": _trace_rules,
+    },
 }
 
 

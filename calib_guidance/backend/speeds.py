@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +23,14 @@ _CONVOLUTIONS = (
     (256, 8, 2),
     (256, 16, 1),
     (512, 4, 2),
+    (512, 1, 4),
 )
-_POINTWISE = ((64, 32, 2), (256, 16, 2), (512, 8, 2))
+_POINTWISE = ((64, 32, 2), (256, 16, 2), (512, 8, 2), (512, 2, 4), (2048, 1, 4))
 _PRODUCTS = ((2, 512, 256), (64, 384, 384), (256, 384, 384), (256, 1536, 384), (512, 256, 256), (2048, 128, 128))
 _ATTENTION = ((2, 64, 64), (8, 64, 64), (4, 256, 64), (16, 16, 64))
 _FLOATS = (1 << 12, 1 << 16, 1 << 19, 1 << 22)
+# A network's weights come from memory at every step, so each call of a microbenchmark has others: more than fit into the caches.
+_CACHES, _MOST_WEIGHTS = 48 << 20, 64
 
 
 def clock() -> float:
@@ -46,10 +50,62 @@ def _seconds(run: Callable[[], object], at_least: float = 0.008) -> float:
     return best
 
 
-def _measured(forms: list[tuple[tuple[float, ...], float, Callable[[], object]]], launch: float) -> Measured:
+Form = tuple[tuple[float, ...], float, Callable[[], object]]
+
+
+def _measured(forms: Iterable[Form], launch: float) -> Measured:
     """Of sizes, amount of work and a form: work per second, launch not counted."""
-    speeds = [work / max(_seconds(run) - launch, 1e-7) for _, work, run in forms]
-    return Measured.of((sizes for sizes, _, _ in forms), speeds)
+    places, speeds = [], []
+    for sizes, work, run in forms:
+        places.append(sizes)
+        speeds.append(work / max(_seconds(run) - launch, 1e-7))
+    return Measured.of(places, speeds)
+
+
+def _in_turn(forms: Iterable[Callable[[], object]]) -> Callable[[], object]:
+    """Calls the next of some forms at every call."""
+    turns = itertools.cycle(list(forms))
+    return lambda: next(turns)()
+
+
+def _copies(num_bytes: int) -> range:
+    return range(min(_MOST_WEIGHTS, 1 + _CACHES // num_bytes))
+
+
+def _images(*shape: int) -> torch.Tensor:
+    images = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    return images.to(memory_format=torch.channels_last)
+
+
+def _convolutions(backward: bool) -> Iterable[Form]:
+    """Forward, or the gradient with respect to the input, with the weights as networks have them."""
+    for kernel, sizes in ((3, _CONVOLUTIONS), (1, _POINTWISE)):
+        for channels, side, n in sizes:
+            x, weights = _images(n, channels, side, side), []
+            for _ in _copies(4 * channels**2 * kernel**2):
+                conv = nn.Conv2d(channels, channels, kernel, padding=kernel // 2).requires_grad_(False)
+                weights.append(conv.to(memory_format=torch.channels_last))
+            place, work = (n * side**2, channels, channels * kernel**2), 2 * n * side**2 * channels**2 * kernel**2
+            if not backward:
+                yield place, work, _in_turn([lambda conv=conv, x=x: conv(x) for conv in weights])
+                continue
+            leaf, gradients = x.clone().requires_grad_(), []
+            with torch.enable_grad():
+                outputs = [PackedConv2d.of(conv)(leaf) for conv in weights]
+            ones = torch.ones_like(outputs[0])
+            for out in outputs:
+                gradients.append(
+                    lambda out=out, leaf=leaf, ones=ones: torch.autograd.grad(out, leaf, ones, retain_graph=True)
+                )
+            yield place, work, _in_turn(gradients)
+
+
+def _products() -> Iterable[Form]:
+    for rows, columns, depth in _PRODUCTS:
+        a, bias = torch.randn(rows, depth), torch.randn(columns)
+        weights = [torch.randn(columns, depth) for _ in _copies(4 * columns * depth)]
+        forms = [lambda a=a, weight=weight, bias=bias: F.linear(a, weight, bias) for weight in weights]
+        yield (rows, columns, depth), 2 * rows * columns * depth, _in_turn(forms)
 
 
 @torch.no_grad()
@@ -65,36 +121,7 @@ def _launch() -> float:
 @torch.no_grad()
 def this_cpu() -> Machine:
     """This CPU with the threads that PyTorch has now, in float32."""
-    launch, generator = _launch(), torch.Generator().manual_seed(0)
-
-    def images(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(memory_format=torch.channels_last)
-
-    forward, backward = [], []
-    for kernel, sizes in ((3, _CONVOLUTIONS), (1, _POINTWISE)):
-        for channels, side, n in sizes:
-            conv = nn.Conv2d(channels, channels, kernel, padding=kernel // 2).requires_grad_(False)
-            conv, x = conv.to(memory_format=torch.channels_last), images(n, channels, side, side)
-            place, work = (n * side**2, channels, channels * kernel**2), 2 * n * side**2 * channels**2 * kernel**2
-            forward.append((place, work, lambda conv=conv, x=x: conv(x)))
-            packed = PackedConv2d.of(conv)
-            leaf = x.clone().requires_grad_()
-            with torch.enable_grad():
-                out = packed(leaf)
-            ones = torch.ones_like(out)
-            backward.append(
-                (
-                    place,
-                    work,
-                    lambda out=out, leaf=leaf, ones=ones: torch.autograd.grad(out, leaf, ones, retain_graph=True),
-                )
-            )
-    products = []
-    for rows, columns, depth in _PRODUCTS:
-        a, weight, bias = torch.randn(rows, depth), torch.randn(columns, depth), torch.randn(columns)
-        products.append(
-            ((rows, columns, depth), 2 * rows * columns * depth, lambda a=a, w=weight, b=bias: F.linear(a, w, b))
-        )
+    launch = _launch()
     attention = []
     for heads, tokens, channels in _ATTENTION:
         q = torch.randn(1, heads, tokens, channels)
@@ -106,10 +133,15 @@ def this_cpu() -> Machine:
                 lambda q=q: F.scaled_dot_product_attention(q, q, q),
             )
         )
-    rates = {"conv": forward, "conv_backward": backward, "matmul": products, "attention": attention}
+    rates = {
+        "conv": _convolutions(backward=False),
+        "conv_backward": _convolutions(backward=True),
+        "matmul": _products(),
+        "attention": attention,
+    }
     speeds: dict[str, list] = {"memory": [], "transcendental": [], "normalization": []}
     for count in _FLOATS:
-        a, b = images(1, 64, 8, count // 512), images(1, 64, 8, count // 512)
+        a, b = _images(1, 64, 8, count // 512), _images(1, 64, 8, count // 512)
         scale = torch.ones(64)
         speeds["memory"].append(((12 * count,), 12 * count, lambda a=a, b=b: a + b))
         speeds["transcendental"].append(((8 * count,), 8 * count, lambda a=a: F.silu(a)))

@@ -1,4 +1,23 @@
-"""Lightning callbacks: what is written, measured and drawn."""
+"""Lightning callbacks: what is written, measured and drawn.
+
+They need a configuration, which they store or export, and so run from YAML, through ``calib-guidance`` or
+``calib_guidance.cli.main([...])``. Sampling (``lightning_configs/predict/digits.yaml``)::
+
+    trainer:
+      callbacks:
+        - SampleWriter
+        - TrajectoryCalibration
+        - GradientNorm
+        - TrajectoryStrips
+        - RunReport
+
+Training (``lightning_configs/fit/digits_classifier.yaml``)::
+
+    trainer:
+      callbacks:
+        - CalibrationReport
+        - {class_path: ExportClassifier, init_args: {monitor: val/nll, temperature: scalar}}
+"""
 
 from calib_guidance.callbacks.exact_resume import ExactResume
 from calib_guidance.callbacks.exports import ExportClassifier, ExportWeights

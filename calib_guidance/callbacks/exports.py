@@ -17,7 +17,7 @@ from calib_guidance.backend.atomic import write_text
 from calib_guidance.classifiers.temperature import BOUNDS, fit_temperature
 from calib_guidance.errors import ConfigurationError, check_choice
 from calib_guidance.metrics import CalibrationError, NegativeLogLikelihood
-from calib_guidance.weights.io import save_weights
+from calib_guidance.weights.io import in_half, save_weights
 
 log = logging.getLogger(__name__)
 Mode = Literal["min", "max"]
@@ -77,6 +77,7 @@ class ExportClassifier(L.Callback):
         mode: ``min`` or ``max``: what is best.
         temperature: ``none``; ``scalar`` or ``by_level`` (one for each of the module's noise levels), fitted on the
             validation data (Guo et al. 2017).
+        half: write float16 in place of float32.
     """
 
     def __init__(
@@ -85,11 +86,12 @@ class ExportClassifier(L.Callback):
         monitor: str | None = "val/nll",
         mode: Mode = "min",
         temperature: FittedTemperature = "none",
+        half: bool = False,
     ):
         check_choice("mode", mode, get_args(Mode))
         check_choice("temperature", temperature, get_args(FittedTemperature))
         self.path = _below_root(path or "classifier.safetensors")
-        self.monitor, self.mode, self.temperature = monitor, mode, temperature
+        self.monitor, self.mode, self.temperature, self.half = monitor, mode, temperature, half
         self.best = math.inf
         self._seen: list[dict[str, Tensor]] = []
         self._weights: dict[str, Tensor] = {}
@@ -203,7 +205,8 @@ class ExportClassifier(L.Callback):
         tempered: dict[str, object] = {"temperature": temperature}
         if isinstance(temperature, list):
             tempered["num_steps"] = pl_module.input_transform.num_steps
-        save_weights(self._weights, self.target, **classifier.weights_metadata | tempered)
+        weights = in_half(self._weights, self.target) if self.half else self._weights
+        save_weights(weights, self.target, **classifier.weights_metadata | tempered)
         if self._configured is None:
             return
         replaced = {_WEIGHTS_OPTION[type(classifier).__name__]: self.target.name} | tempered

@@ -29,7 +29,7 @@ _FEWEST_BLOCKS, _MOST_BLOCKS = 5, 50  # of shards, for standard deviations; so m
 
 
 class Measurement(L.Callback):
-    """Callback with results for :class:`~calib_guidance.callbacks.RunReport`, which asks for them when all samples are made.
+    """Base class of callbacks with results, which :class:`~calib_guidance.callbacks.RunReport` collects at the end.
 
     Results cover the complete folder, however many runs and workers made it. What cannot be measured from the written samples is
     kept as sums, or as rows of single samples: :class:`~calib_guidance.callbacks.SampleWriter` stores those of a shard with it,

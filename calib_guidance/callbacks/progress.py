@@ -10,7 +10,7 @@ _SECONDS = 0.2  # between two drawings
 
 
 class SamplingProgress(TQDMProgressBar):
-    """Progress bar that counts images, those of all processes that this command has started; a batch counts as far as it is.
+    """Progress bar that counts the images of all processes of this command, with fractions of a batch.
 
     Under DDP it shows the first rank's part.
     """

@@ -115,6 +115,7 @@ class RunReport(L.Callback):
             results |= found | {"uncertainty": results["uncertainty"] | found.get("uncertainty", {})}
         if not trainer.is_global_zero:
             return
+        run.clean_up()  # a worker of this run may have been killed while it wrote
         results["nfe"] = pl_module.sampler.nfe(pl_module.denoiser)
         stated = {name: getattr(module, "provenance", None) for name, module in pl_module.named_modules()}
         results["weights"] = {name: provenance for name, provenance in stated.items() if provenance}
@@ -162,7 +163,7 @@ class RunReport(L.Callback):
 
 
 class CalibrationReport(L.Callback):
-    """After each validation and each test: every measure by noise level, and reliability diagrams.
+    """Report after each validation and test: every measure by noise level, and reliability diagrams.
 
     ``calibration/val-step00000100.json``, ``.png`` and ``.pdf`` in the trainer's default_root_dir hold the measures, the bins
     ``(levels, bins, 3)`` of the diagrams (count, summed confidence, number correct), and the diagrams, one panel per noise level.

@@ -104,7 +104,7 @@ class TrajectoryMeasurement(Measurement, BufferedObserver):
 
 
 class TrajectoryCalibration(TrajectoryMeasurement):
-    """ECE_t of the guiding classifier on what it is shown, against the class being sampled, and its mean, the integral ECE.
+    """Calibration along the trajectory: ECE_t of the guiding classifier against the class being sampled, and the integral ECE.
 
     Also its reliability diagrams, over five ranges of t. The standard error of both is a jackknife over blocks of shards, where
     there are five or more: the steps of one trajectory are not independent, its samples are. It is too large (by 40 % in
@@ -189,7 +189,7 @@ def _strengths(guidance: Guidance | None, sampler: Sampler, levels: NoiseLevels)
 
 
 class GradientNorm(TrajectoryMeasurement):
-    """‖∇S‖ over the trajectory, mean and standard deviation over samples: the vanishing that the papers argue from.
+    """Gradient norm ‖∇S‖ along the trajectory, mean and standard deviation over samples. It shows vanishing gradients.
 
     Also ``gradients_per_sample``, the mean number of steps at which a sample's gradient was computed and not reused, and the
     guidance schedule, the factor of ∇S (arXiv 2310.11311, Figure 5). The schedule follows from the configuration.

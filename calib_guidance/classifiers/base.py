@@ -12,7 +12,7 @@ from calib_guidance.backend.compilation import Compiled
 
 
 class Classifier(nn.Module, ABC):
-    """``classifier(x, t) -> logits``.
+    """Base class of classifiers: ``classifier(x, t) -> logits``.
 
     ``x`` is ``(N, C, H, W)`` in [-1, 1] (a clean image or its estimate) or the noisy x_t, ``t`` ``(N,)`` the diffusion
     step on the 0 … 999 scale, which classifiers of clean images ignore. Logits are ``(N, num_classes)``.
@@ -26,6 +26,15 @@ class Classifier(nn.Module, ABC):
 
     Attributes:
         compiled_module: name of the module that ``compile`` is about.
+
+    Examples:
+        >>> class Sign(Classifier):  # a classifier of your own: class 1 of bright images
+        ...     num_classes = 2
+        ...     def forward(self, x, t):
+        ...         mean = x.mean(dim=(1, 2, 3))
+        ...         return self.temper(torch.stack([-mean, mean], dim=1), t)
+        >>> Sign(temperature=2.0)(torch.ones(1, 1, 2, 2), torch.tensor([0]))
+        tensor([[-0.5000,  0.5000]])
     """
 
     num_classes: int

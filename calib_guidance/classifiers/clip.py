@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from calib_guidance.backend.precision import Dtype, autocast, dtype_of
 from calib_guidance.classifiers.base import Classifier, Standardize
+from calib_guidance.errors import check_installed
 from calib_guidance.scores.base import as_float
 from calib_guidance.weights.io import WeightsFile, load_weights
 
@@ -22,12 +23,9 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 
 def _import_open_clip() -> ModuleType:
-    try:
-        import open_clip
-    except ImportError as error:
-        raise ImportError(
-            "CLIP comes from open_clip, which is not installed: pip install 'calib-guidance[clip]'"
-        ) from error
+    check_installed("open_clip", "clip", "CLIP")
+    import open_clip
+
     return open_clip
 
 
@@ -108,7 +106,7 @@ def resampling_matrix(start: Tensor, length: Tensor, source: int, target: int) -
     return kernel / kernel.sum(-1, keepdim=True)
 
 
-def spread(numbers: Tensor) -> Tensor:
+def low_discrepancy(numbers: Tensor) -> Tensor:
     """Evenly distributed points of the unit cube by number: ``(...)`` to ``(..., 3)`` in [0, 1), float64.
 
     frac((n + ½)·(1/ρ, 1/ρ², 1/ρ³)) with ρ⁴ = ρ + 1, the golden ratio's generalization to three dimensions.
@@ -118,7 +116,9 @@ def spread(numbers: Tensor) -> Tensor:
 
 
 class CLIPClassifier(Classifier):
-    """Logits logit_scale·cos(image, prompt_k): how well an image fits each of several texts.
+    """CLIP as a classifier over prompts.
+
+    Logits logit_scale·cos(image, prompt_k): how well an image fits each of several texts.
 
     Requests ask for prompt k by the label k. With one prompt the log-probability has no gradient;
     :class:`~calib_guidance.scores.TemperedLogProb` with τ2 = 0 climbs the cosine itself, τ1·logit_scale times.
@@ -135,6 +135,15 @@ class CLIPClassifier(Classifier):
         dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``, of the matrix products of the image network.
 
     Images of any size are resized to the network's (bicubic, antialiased, overshoot clipped to [-1, 1] as in open_clip).
+
+    Examples:
+        >>> tower = {"layers": 1, "width": 32, "heads": 2}
+        >>> vision = {"image_size": 32, "patch_size": 16, "head_width": 16, "layers": 1, "width": 32}
+        >>> model = {"embed_dim": 16, "vision_cfg": vision,
+        ...          "text_cfg": {"context_length": 77, "vocab_size": 49408, **tower}}
+        >>> classifier = CLIPClassifier(["a photo of a cat", "a photo of a dog"], model)  # random weights
+        >>> classifier(torch.zeros(3, 3, 64, 64), torch.tensor([0])).shape
+        torch.Size([3, 2])
     """
 
     compiled_module = "visual"
@@ -201,7 +210,7 @@ class CLIPClassifier(Classifier):
         starts, lengths = [torch.zeros_like(sides)], [sides]
         low, high = self.cutout_scale
         for number in range(self.cutouts):
-            u = spread((torch.zeros(len(x), device=x.device) if t is None else t) * self.cutouts + number)
+            u = low_discrepancy((torch.zeros(len(x), device=x.device) if t is None else t) * self.cutouts + number)
             share = low + (high - low) * u[:, :1]
             starts.append(u[:, 1:] * (1 - share) * sides)
             lengths.append(share * sides)

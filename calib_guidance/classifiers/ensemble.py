@@ -11,7 +11,7 @@ from calib_guidance.scores.base import as_float
 
 
 class Ensemble(Classifier):
-    """Logits are the mean of the members' log-probabilities.
+    """Ensemble of classifiers: the mean of their log-probabilities.
 
     Their softmax is the geometric mean of the members' probabilities, renormalized.
 

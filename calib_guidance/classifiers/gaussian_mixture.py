@@ -12,6 +12,12 @@ class GaussianMixtureClassifier(Classifier):
     Args:
         mixture: the mixture.
         noise_aware: read t; false makes a classifier of clean samples, which ignores it.
+
+    Examples:
+        >>> model = GaussianMixture(means=[[-1.0], [1.0]], covariances=[1.0, 1.0])
+        >>> logits = GaussianMixtureClassifier(model)(torch.full((1, 1, 1, 1), 0.5), torch.tensor([0]))
+        >>> logits.diff().exp()  # p(1 | x)/p(0 | x) = exp(2·x)
+        tensor([[2.7183]], dtype=torch.float64)
     """
 
     def __init__(self, mixture: GaussianMixture, noise_aware: bool = False):

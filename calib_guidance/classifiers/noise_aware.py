@@ -22,6 +22,13 @@ class NoiseAwareClassifier(Classifier):
 
     Attributes:
         noise_schedule: name of the one whose steps t are, where it is known: of published weights.
+
+    Examples:
+        >>> from calib_guidance.networks import EncoderUNet
+        >>> sizes = {"in_channels": 1, "model_channels": 32, "channel_mult": (1,), "num_head_channels": 32}
+        >>> classifier = NoiseAwareClassifier(EncoderUNet(image_size=8, out_channels=10, **sizes))
+        >>> classifier(torch.zeros(2, 1, 8, 8), torch.tensor([0, 999])).shape
+        torch.Size([2, 10])
     """
 
     def __init__(

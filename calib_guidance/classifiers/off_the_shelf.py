@@ -99,7 +99,7 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
     if "forward" in vars(network):  # smoothed around its forward, which a trace would leave out
         return network
     try:
-        return fuse(copy.deepcopy(network).eval())
+        return fuse(copy.deepcopy(network).eval(), inplace=True)
     except Exception:  # tracing runs the model's own code and fails in as many ways as there are models
         return network
 

@@ -1,5 +1,6 @@
 """Published models by name."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from calib_guidance.denoisers import (
     VAEDecoder,
 )
 from calib_guidance.errors import CheckpointError
-from calib_guidance.networks import SmallResNet, UNet
+from calib_guidance.networks import EDM2UNet, PatchUNet, SmallResNet, UNet
 from calib_guidance.weights import registry
 from calib_guidance.weights.hub import PREFIX
 
@@ -43,13 +44,54 @@ _GUIDED = {
 _BY_NAME |= {"adm_classifier": NoiseAwareClassifier}
 
 
-def _digits(**options: Any) -> ADMDenoiser:
-    network = UNet(
+def _shipped(name: str, folder: str = "digits") -> str:
+    return str(find_file(f"checkpoints/{folder}/{name}.safetensors"))
+
+
+def _digits_unet(out_channels: int, width: int = 32) -> UNet:
+    return UNet(
         image_size=8,
         in_channels=1,
-        model_channels=32,
-        out_channels=2,
+        model_channels=width,
+        out_channels=out_channels,
         num_res_blocks=1,
+        attention_resolutions=(2,),
+        channel_mult=(1, 2),
+        num_classes=10,
+        num_head_channels=width,
+        use_scale_shift_norm=True,
+        resblock_updown=True,
+        min_group_channels=None if width == 32 else 4,
+    )
+
+
+def _digits(file: str = "diffusion", width: int = 32, **options: Any) -> ADMDenoiser:
+    return ADMDenoiser(
+        _digits_unet(2, width), _shipped(file), **{"noise_schedule": "cosine", "prediction": "v"} | options
+    )
+
+
+def _digits_flow(**options: Any) -> FlowDenoiser:
+    return FlowDenoiser(_digits_unet(1), _shipped("flow"), **{"noise_schedule": "cosine", "is_latent": False} | options)
+
+
+def _digits_edm2(file: str = "edm2", **options: Any) -> EDM2Denoiser:
+    sizes: dict[str, Any] = {"image_size": 8, "in_channels": 1, "num_classes": 10, "model_channels": 32}
+    sizes |= {"channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,), "logvar_channels": 32}
+    return EDM2Denoiser(EDM2UNet(**sizes), _shipped(file), **{"sigma_data": 0.85, "noise_schedule": "cosine"} | options)
+
+
+def _digits_classifier(**options: Any) -> OffTheShelfClassifier:
+    return OffTheShelfClassifier(SmallResNet(), **{"num_classes": 10, "weights": _shipped("classifier")} | options)
+
+
+def _cifar10(**options: Any) -> ADMDenoiser:
+    network = PatchUNet(
+        image_size=16,
+        in_channels=3,
+        model_channels=64,
+        out_channels=3,
+        num_res_blocks=2,
         attention_resolutions=(2,),
         channel_mult=(1, 2),
         num_classes=10,
@@ -57,16 +99,28 @@ def _digits(**options: Any) -> ADMDenoiser:
         use_scale_shift_norm=True,
         resblock_updown=True,
     )
-    weights = find_file("checkpoints/digits/diffusion.safetensors")
-    return ADMDenoiser(network, str(weights), **{"noise_schedule": "cosine", "prediction": "v"} | options)
+    return ADMDenoiser(
+        network, _shipped("diffusion", "cifar10"), **{"noise_schedule": "cosine", "prediction": "v"} | options
+    )
 
 
-def _digits_classifier(**options: Any) -> OffTheShelfClassifier:
-    weights = find_file("checkpoints/digits/classifier.safetensors")
-    return OffTheShelfClassifier(SmallResNet(), **{"num_classes": 10, "weights": str(weights)} | options)
+def _cifar10_classifier(file: str = "classifier", **options: Any) -> OffTheShelfClassifier:
+    network = SmallResNet(num_classes=10, in_channels=3, widths=(32, 96, 192, 256), blocks=1)
+    return OffTheShelfClassifier(network, **{"num_classes": 10, "weights": _shipped(file, "cifar10")} | options)
 
 
-_SHIPPED = {"digits": _digits, "digits_classifier": _digits_classifier}  # with the package
+# With the package.
+_SHIPPED = {
+    "digits": _digits,
+    "digits_weak": partial(_digits, "weak", 16),
+    "digits_flow": _digits_flow,
+    "digits_edm2": _digits_edm2,
+    "digits_edm2_early": partial(_digits_edm2, "edm2_early"),
+    "digits_classifier": _digits_classifier,
+    "cifar10": _cifar10,
+    "cifar10_classifier": _cifar10_classifier,
+    "cifar10_classifier_x0": partial(_cifar10_classifier, "classifier_x0"),
+}
 
 
 def _weights(card: registry.Card, checkpoint: str | Path | None) -> str:

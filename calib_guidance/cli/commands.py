@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
+import gc
 import hashlib
 import importlib
 import io
@@ -21,12 +23,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import calib_guidance
 from calib_guidance.backend.atomic import write_text
-from calib_guidance.backend.light_imports import defer_imports
+from calib_guidance.backend.light_imports import collecting_later, defer_imports
 from calib_guidance.backend.shipped import find_file
+from calib_guidance.backend.text import parse_yaml
 from calib_guidance.cli import measure_options
 from calib_guidance.cli.configs import check_weights, expand_bases, list_foreign, named_texts
 from calib_guidance.errors import CheckpointError, ConfigurationError, RunError, StoppedError, closest
@@ -69,7 +70,13 @@ def _start(argv: Sequence[str], own_process: bool = False) -> Any:
         measure_options.check_files(arguments)
     if argv[0] in _HEAVY:
         defer_imports()
-    module = importlib.import_module(f"calib_guidance.{_COMMANDS.get(argv[0], _COMMANDS['fit'])[0]}")
+    path = f"calib_guidance.{_COMMANDS.get(argv[0], _COMMANDS['fit'])[0]}"
+    if path not in sys.modules:
+        with collecting_later():
+            importlib.import_module(path)
+        gc.freeze()  # what was imported stays, and need not be looked at
+        atexit.register(gc.unfreeze)  # libraries complain of what is not collected in the end
+    module = importlib.import_module(path)
     if argv[0] not in _COMMANDS or argv[0] in _LIGHTNING:
         return module.run_lightning(argv, own_process=own_process)
     return getattr(module, name)(arguments)
@@ -97,7 +104,7 @@ def _stamps(path: Path) -> list[list[Any]] | None:
 def _read_files(argv: Sequence[str]) -> set[Path]:
     """Files and folders that the arguments and configurations of a command name."""
     values = (argument.partition("=")[2] or argument for argument in argv)
-    nodes = [yaml.safe_load(value) if "\n" in value else value for value in values]
+    nodes = [parse_yaml(value) if "\n" in value else value for value in values]
     found = set()
     for _, text in named_texts(nodes):
         with contextlib.suppress(OSError, RuntimeError):  # too long for a name; ~ of nobody

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import functools
 import importlib.util
 import re
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import yaml
 
 from calib_guidance.backend.shipped import find_file, shipped
-from calib_guidance.backend.text import read_yaml
+from calib_guidance.backend.text import dump_yaml, parse_yaml, read_yaml
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.weights.cards import no_such_file
 
@@ -29,7 +30,11 @@ _FOLDER = {"validate": "fit", "test": "fit", "experiment": "experiments", "docto
 
 def configuration_names() -> list[str]:
     """Names of the configurations that come with the package, such as ``sampler/ddim``."""
-    root = shipped(_ROOT)
+    return _names_below(shipped(_ROOT))
+
+
+@functools.cache
+def _names_below(root: Path) -> list[str]:
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
 
 
@@ -90,7 +95,7 @@ def with_bases(path: Path, command: str | None, above: tuple[Path, ...] = ()) ->
     files, above = [], (*above, path.resolve())
     for base in bases:
         files += with_bases(find_configuration(base, command, path.parent, f"{path}, base"), command, above)
-    return [*files, yaml.safe_dump(content, allow_unicode=True, sort_keys=False)] if content else files
+    return [*files, dump_yaml(content)] if content else files
 
 
 def _is_text(value: str) -> bool:
@@ -114,7 +119,7 @@ def expand_bases(argv: Sequence[str]) -> list[str]:
             for part in reversed(option[2:].split(".")):
                 node = {part: node}
             # As a configuration: of an option within two parts, jsonargparse takes null for a text.
-            expanded += ["--config", yaml.safe_dump(node)]
+            expanded += ["--config", dump_yaml(node)]
             continue
         if option not in _OPTIONS or not (equals or rest):
             list(named_texts(value if equals else argument))  # files that are not valid YAML are named at once
@@ -148,7 +153,7 @@ def list_foreign(argv: Sequence[str]) -> None:
     parsed: list[object] = []
     for value in (re.sub(r"^--?[\w.+-]*=?", "", argument) for argument in argv):
         with contextlib.suppress(yaml.YAMLError, RecursionError):  # the parser of the command says what is wrong
-            parsed.append(yaml.safe_load(value) if re.search(r"[{[\n]|: ", value) else value)
+            parsed.append(parse_yaml(value) if re.search(r"[{[\n]|: ", value) else value)
     if names := dict.fromkeys(name for name in foreign_names(parsed) if name not in _listed):
         _listed.update(names)
         print(f"calib-guidance: this runs code from outside {', '.join(TRUSTED)}: {', '.join(names)}", file=sys.stderr)
@@ -204,7 +209,7 @@ def check_weights(argv: Sequence[str]) -> None:
         value = value or (rest.pop(0) if rest and not rest[0].startswith("--") else "")
         with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # the parser says what is wrong
             is_config = option in _OPTIONS
-            node = yaml.safe_load(Path(value).read_text() if is_config and not _is_text(value) else value)
+            node = parse_yaml(Path(value).read_text() if is_config and not _is_text(value) else value)
             final = _merged(final, _nested(node if is_config else {option.lstrip("-"): node}))
     for part in _parts(final):
         loads = str(part.get("class_path")).rpartition(".")[2] in _WITH_WEIGHTS

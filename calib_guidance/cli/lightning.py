@@ -17,7 +17,7 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from calib_guidance.backend.light_imports import defer_imports, hold
 
@@ -45,7 +45,8 @@ from calib_guidance.callbacks.exact_resume import AtomicCheckpointIO, continue_l
 from calib_guidance.callbacks.reports import log_configuration
 from calib_guidance.cli.configs import expand_bases, list_foreign
 from calib_guidance.cli.docstrings import plain_docstrings
-from calib_guidance.cli.parse_once import parts_parsed_once
+from calib_guidance.cli.optimizers import own_optimizer_defaults
+from calib_guidance.cli.parse_once import options_found_once, parts_parsed_once, plain_names_found_directly
 from calib_guidance.errors import ConfigurationError, FailedSamplesError, closest
 from calib_guidance.runs.identity import leaves
 from calib_guidance.tasks.retry import FaultTolerant
@@ -56,6 +57,9 @@ _FOLDERS = ("callbacks", "classifiers", "data", "denoisers", "diffusion", "evalu
 _FOLDERS += ("guidance", "networks", "samplers", "scores", "tasks", "training")
 _PARTS = [importlib.import_module(f"calib_guidance.{folder}") for folder in _FOLDERS]
 _PRECISIONS = (None, "32-true", "32", 32, "bf16-mixed", "bf16", "16-mixed", "16", 16)
+
+
+_PARSERS: dict[tuple[object, ...], dict[str, Any]] = {}
 
 
 class SaveResolvedConfig(SaveConfigCallback):
@@ -193,6 +197,16 @@ class CalibGuidanceCLI(LightningCLI):
         known = LightningCLI.subcommands()
         return {self._asked: known[self._asked]} if self._asked in known else known
 
+    def setup_parser(self, *args: object, **kwargs: object) -> None:
+        """The parser of this command, kept for the next configuration: it takes as long to make as one to read."""
+        made = _PARSERS.setdefault((type(self), *self.subcommands()), {})
+        if not made:
+            super().setup_parser(*args, **kwargs)
+            made |= {
+                name: vars(self)[name] for name in ("parser", "_subcommand_parsers", "_subcommand_method_arguments")
+            }
+        vars(self).update(made)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         if self._asked == "predict":
             help = (
@@ -209,7 +223,7 @@ class CalibGuidanceCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: object) -> None:
         try:
-            with parts_parsed_once():
+            with parts_parsed_once(), own_optimizer_defaults(), options_found_once():
                 super().parse_arguments(parser, args)
         except ArgumentError as error:
             if "Expected a dot import path string" in str(error) and "torchvision" not in sys.modules:
@@ -264,6 +278,14 @@ class CalibGuidanceCLI(LightningCLI):
             problem = "trainer.default_root_dir is not set: set it to the folder for the samples"
         if problem:
             raise ConfigurationError(problem)
+
+    def _dump_config(self) -> None:
+        """Keeps the configuration for ``save_hyperparameters``, which no class here calls: dumping takes half of a parse."""
+        parts = (self.config[self.subcommand].get(name) for name in ("model", "data"))
+        if all(part is None or part.class_path.startswith("calib_guidance.") for part in parts):
+            self.config_dump = {}
+        else:
+            super()._dump_config()
 
     def _parse_ckpt_path(self) -> None:
         """Keeps Lightning from merging a checkpoint's hyper-parameters over the configuration: the YAML says what is run."""
@@ -336,7 +358,10 @@ class CalibGuidanceCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, RuntimeError, ImportError, OSError) as error:
-            raise ConfigurationError(str(innermost(error))) from error
+            message = str(innermost(error))
+            if "tensorboardX" in message:  # Lightning's, which does not know our extras
+                message = "TensorBoardLogger needs tensorboard: pip install 'calib-guidance[tensorboard]'"
+            raise ConfigurationError(message) from error
         configuration = self.config.get(str(self.subcommand), self.config).as_dict()
         if isinstance(self.model, FaultTolerant):
             self.model.context.num_processes = self._num_processes
@@ -379,8 +404,8 @@ def run_lightning(
     register_type(WeightsFile, str, weights_file)
     list_foreign(args)
     try:
-        with plain_docstrings(), subclasses_listed_once():
-            return cli(
+        with plain_docstrings(), subclasses_listed_once(), plain_names_found_directly():
+            done = cli(
                 save_config_callback=SaveResolvedConfig,
                 save_config_kwargs={"overwrite": True},
                 subclass_mode_model=True,
@@ -391,6 +416,8 @@ def run_lightning(
                 args=args,
                 own_process=own_process,
             )
+            done.parser._instantiators = None  # which hold the model
+            return done
     except MisconfigurationException as error:
         raise ConfigurationError(
             f"trainer: {error} Expected accelerator: auto, cpu or gpu; devices: auto, a number from 1, or a list of devices"

@@ -21,6 +21,28 @@ try:  # not public: where a version differs, parts are parsed as often as it doe
 except (ImportError, AttributeError):
     _KNOWN = False
 
+try:
+    from jsonargparse import _core, _subcommands
+
+    _FINDS = [*inspect.signature(_core.find_action_and_subcommand).parameters] == ["parser", "dest", "exclude"]
+    _FINDS = _FINDS and _core.find_action_and_subcommand is _subcommands.find_action_and_subcommand
+except (ImportError, AttributeError):
+    _FINDS = False
+
+try:
+    from jsonargparse import _namespace
+
+    _PLAIN_NAMES = Namespace(a=Namespace(b=1))._parse_key("b")[0::2] == ("b", "") and all(
+        [*inspect.signature(function).parameters] == names
+        for function, names in (
+            (Namespace._parse_key, ["self", "key"]),
+            (_namespace.recreate_branches, ["data", "skip_keys"]),
+            (_namespace.add_clash_mark, ["key"]),
+        )
+    )
+except (ImportError, AttributeError, TypeError):
+    _PLAIN_NAMES = False
+
 _PLAIN = (str, int, float, bool, type(None))
 
 
@@ -53,7 +75,7 @@ def parts_parsed_once() -> Iterator[None]:
     jsonargparse parses a part again at every level around it, and for each of the settings of an experiment, which mostly differ
     in one option.
     """
-    if not _KNOWN:
+    if not _KNOWN or hasattr(_typehints.adapt_class_type, "known"):
         yield
         return
     original, known = _typehints.adapt_class_type, {}
@@ -81,5 +103,55 @@ def parts_parsed_once() -> Iterator[None]:
             vars(prev_val).update(vars(_copy(after)))
         return _copy(result)
 
-    with unittest.mock.patch.object(_typehints, "adapt_class_type", adapt):
+    vars(adapt)["known"] = known
+    with plain_names_found_directly(), unittest.mock.patch.object(_typehints, "adapt_class_type", adapt):
+        yield
+
+
+@contextlib.contextmanager
+def options_found_once() -> Iterator[None]:
+    """While a configuration is read, each parser remembers where its options are; jsonargparse looks at all for each name."""
+    if not _FINDS:
+        yield
+        return
+    original = _core.find_action_and_subcommand
+
+    def find(parser: Any, dest: str, exclude: Any = None) -> Any:
+        count, found = vars(parser).get("_found", (0, None))
+        if count != len(parser._actions):
+            vars(parser)["_found"] = len(parser._actions), (found := {})
+        if (dest, exclude) not in found:
+            found[dest, exclude] = original(parser, dest, exclude)
+        return found[dest, exclude]
+
+    with contextlib.ExitStack() as patches:
+        for module in (_core, _subcommands):
+            patches.enter_context(unittest.mock.patch.object(module, "find_action_and_subcommand", find))
+        yield
+
+
+@contextlib.contextmanager
+def plain_names_found_directly() -> Iterator[None]:
+    """Options without a dot in their name are looked up, and copied, at once: a fifth of the time that a configuration takes."""
+    if not _PLAIN_NAMES or hasattr(Namespace._parse_key, "by_path"):
+        yield
+        return
+    by_path, mark, copied = Namespace._parse_key, _namespace.add_clash_mark, _namespace.recreate_branches
+
+    def parse(self: Namespace, key: str) -> tuple[str, Namespace | None, str]:
+        return (mark(key), self, "") if type(key) is str and key.isidentifier() else by_path(self, key)
+
+    vars(parse)["by_path"] = by_path
+
+    def recreate(data: Any, skip_keys: Any = None) -> Any:
+        if type(data) is Namespace and not skip_keys:
+            copy = Namespace()
+            vars(copy).update({name: recreate(value) for name, value in vars(data).items()})
+            return copy
+        return data if type(data) in _PLAIN else copied(data, skip_keys)
+
+    with (
+        unittest.mock.patch.object(Namespace, "_parse_key", parse),
+        unittest.mock.patch.object(_namespace, "recreate_branches", recreate),
+    ):
         yield

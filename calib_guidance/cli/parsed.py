@@ -16,6 +16,7 @@ import lightning as L
 import torch
 from jsonargparse import Namespace
 
+from calib_guidance.backend.counters import KnownShapes
 from calib_guidance.cli.lightning import CalibGuidanceCLI, run_lightning
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.weights import registry
@@ -37,6 +38,8 @@ _RANDOM = {
     },
     "source": {},
 }
+
+_SHAPES = KnownShapes()  # of networks that several configurations build
 
 
 class ParsedCLI(CalibGuidanceCLI):
@@ -79,7 +82,7 @@ class ParsedCLI(CalibGuidanceCLI):
         for option in [o for o in all_options(model, "model") if o.is_weights]:
             if not use_random_weights(option):
                 return None
-        with torch.device("meta"):
+        with torch.device("meta"), _SHAPES:
             return self.build("model", model)
 
 

@@ -54,7 +54,13 @@ def digits(split: DigitSplit) -> tuple[Tensor, Tensor]:
 
 
 class DigitImages(Dataset):
-    """A part of :func:`digits`, items ``{image, label, index}``; each of ``draws`` has an index and noise of its own."""
+    """A part of :func:`digits`, items ``{image, label, index}``; each of ``draws`` has an index and noise of its own.
+
+    Examples:
+        >>> data = DigitImages("heldout")  # 50 images of each class
+        >>> len(data), data[0]["image"].shape, int(data.labels.bincount()[3])
+        (500, torch.Size([1, 8, 8]), 50)
+    """
 
     def __init__(self, split: DigitSplit = "heldout", draws: int = 1):
         self.images, self.labels = digits(split)
@@ -94,6 +100,12 @@ class Digits(DataModule):
         test_split: what is tested on.
         heldout_draws: times that each image is validated and tested with, each time with another noise.
         seed: of order and augmentation; None takes that of ``seed_everything``.
+
+    Examples:
+        >>> data = Digits(seed=0)
+        >>> data.setup("validate")
+        >>> sum(len(batch["label"]) for batch in data.val_dataloader())
+        500
     """
 
     def __init__(

@@ -61,6 +61,18 @@ class ImageData(loading.DataModule):
             stand in for them. Each device counts its own.
         seed: of order and crops, ≥ 0; None takes that of ``seed_everything``, or 0.
         heldout_draws: how often each held-out image comes, with a new index each time, so that it is seen with more noise.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> for name in ("train/cat", "train/dog", "validation/cat", "validation/dog"):
+        ...     Path("images", name).mkdir(parents=True)
+        ...     Image.new("RGB", (40, 32)).save(f"images/{name}/1.png")
+        >>> data = ImageData("images", image_size=32, batch_size=2)
+        >>> data.setup("fit")
+        >>> batch = next(iter(data.val_dataloader()))
+        >>> batch["image"].shape, batch["label"].tolist()  # cat, dog
+        (torch.Size([2, 3, 32, 32]), [0, 1])
     """
 
     def __init__(
@@ -265,6 +277,16 @@ class ImageSplit(ImageRows):
     """One split of :class:`ImageData` as a map-style data set, cropped as held-out images, for :class:`DenoiseRequests`.
 
     Items are ``{"image", "label", "index"}``, or ``{"corrupt": path}`` for an image that cannot be read.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> for name in ("cat", "dog"):
+        ...     Path("images/train", name).mkdir(parents=True)
+        ...     Image.new("RGB", (40, 32)).save(f"images/train/{name}/1.png")
+        >>> split = ImageSplit("images", image_size=32)
+        >>> [int(item["label"]) for item in split], split[0]["image"].shape
+        ([0, 1], torch.Size([3, 32, 32]))
     """
 
     def __init__(

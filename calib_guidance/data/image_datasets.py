@@ -115,6 +115,8 @@ class ImageRows(Dataset):
         return self.reader(row, draw * self.stride + (position if row.index is None else row.index), self.epoch)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
+        if not 0 <= i < len(self):
+            raise IndexError(i)  # which ends a loop over all items
         item, corrupt = self._item(i), []
         # Batches to train on are full: random readable images stand in for corrupt ones.
         while "corrupt" in item and self.reader.seed is not None and len(corrupt) < _ATTEMPTS:

@@ -28,7 +28,13 @@ _NAMED = 10  # skipped images in a provenance
 
 
 class ImageBatch(NamedTuple):
-    """Images of a set, on the CPU."""
+    """Images of a set, on the CPU.
+
+    Examples:
+        >>> batch = ImageBatch(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([4, -1]), torch.arange(2))
+        >>> batch.label.tolist()  # the second is not known
+        [4, -1]
+    """
 
     image: Tensor  # uint8 (N, C, H, W), C = 1 or 3
     label: Tensor  # int64 (N,), −1 where unknown
@@ -55,6 +61,12 @@ class ImageSet:
         resize: one of :data:`~calib_guidance.backend.choices.RESIZES`.
         mode: ``RGB`` or ``L`` (gray) that all images are converted to.
         max_corrupt: fraction of images that may be unreadable, in [0, 1].
+
+    Examples:
+        >>> np.savez("images.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8))
+        >>> images = ImageSet("images.npz")
+        >>> images.num_images, images.image_shape
+        (2, (3, 8, 8))
     """
 
     def __init__(

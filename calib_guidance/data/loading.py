@@ -135,6 +135,16 @@ class ResumableLoader(StatefulDataLoader):
     The state holds the place of every device, as each reads its own samples. It is used only in the epoch that it comes from:
     Lightning tells the epoch to the sampler before it asks for a batch, and the iterator is made at that moment, so workers never
     read ahead in the order of another epoch.
+
+    Examples:
+        >>> loader = ResumableLoader(list(range(6)), batch_size=2)
+        >>> batches = iter(loader)
+        >>> next(batches)
+        tensor([0, 1])
+        >>> later = ResumableLoader(list(range(6)), batch_size=2)
+        >>> later.load_state_dict(loader.state_dict())
+        >>> [batch.tolist() for batch in later]
+        [[2, 3], [4, 5]]
     """
 
     _pending: dict[str, Any] | None = None  # where to resume, until iteration starts

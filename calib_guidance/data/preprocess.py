@@ -85,7 +85,7 @@ def decode(image: bytes | np.ndarray, mode: str | None = None) -> tuple[Image.Im
         # PIL's own message names an address in memory.
         why = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or repr(error)
         raise UnreadableImageError(why) from error
-    picture, converted = _grey_or_rgb(picture)
+    picture, converted = _gray_or_rgb(picture)
     if mode is not None and picture.mode != mode:
         converted |= _GRAY_TO_RGB if mode == "RGB" else _RGB_TO_GRAY
         picture = picture.convert(mode)
@@ -134,7 +134,7 @@ def _to_8_bits(deep: np.ndarray) -> np.ndarray:
     return ((deep.astype(np.int32) + 128) // 257).astype(np.uint8)
 
 
-def _grey_or_rgb(picture: Image.Image) -> tuple[Image.Image, int]:
+def _gray_or_rgb(picture: Image.Image) -> tuple[Image.Image, int]:
     if picture.mode.startswith("I;16"):
         return Image.fromarray(_to_8_bits(np.asarray(picture))), _DEEP
     if picture.mode in ("I", "F"):

@@ -102,6 +102,11 @@ class SampleRequests(RequestData):
             batch size.
         class_names: written with the samples: a list, ``imagenet``, or a text file with a name per line; None takes those of the
             guiding classifier.
+
+    Examples:
+        >>> data = SampleRequests(num_samples=4, num_classes=2)
+        >>> [data.requests[i]["label"] for i in range(len(data))]
+        [0, 1, 0, 1]
     """
 
     def __init__(
@@ -154,6 +159,8 @@ class SampleRequests(RequestData):
         return self.num_samples
 
     def __getitem__(self, index: int) -> dict[str, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         if self._fixed is not None:
             label = self._fixed[index]
         elif self.labels == "uniform":
@@ -173,6 +180,8 @@ class _DenoiseRequests(Dataset):
         return self.draws_per_image * len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         row = index % len(self.images)
         item = self.images[row]
         if "image" not in item:
@@ -202,6 +211,11 @@ class DenoiseRequests(RequestData):
             batch size.
         num_workers: processes per device that read images; 0 reads in the main one.
         max_corrupt: fraction of the images that may be unreadable, in [0, 1]. They are skipped and named.
+
+    Examples:
+        >>> from calib_guidance.data import DigitImages
+        >>> len(DenoiseRequests(DigitImages("heldout"), num_classes=10, draws_per_image=2))  # of 500 images
+        1000
     """
 
     def __init__(

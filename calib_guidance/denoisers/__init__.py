@@ -24,6 +24,7 @@ from calib_guidance.denoisers.negatives.perturbed_attention import PerturbedAtte
 from calib_guidance.denoisers.negatives.perturbed_time import PerturbedTime as PerturbedTime
 from calib_guidance.denoisers.negatives.sliding_windows import SlidingWindows as SlidingWindows
 from calib_guidance.denoisers.negatives.smoothed_attention import SmoothedAttention as SmoothedAttention
+from calib_guidance.denoisers.negatives.two_negatives import TwoNegatives as TwoNegatives
 from calib_guidance.denoisers.negatives.unconditional import Unconditional as Unconditional
 from calib_guidance.denoisers.rae import RAEDecoder as RAEDecoder
 from calib_guidance.denoisers.rae_encoder import RAEEncoder as RAEEncoder

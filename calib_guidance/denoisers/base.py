@@ -15,6 +15,10 @@ class Prediction(NamedTuple):
     """Output of a denoiser at x_t, ``(N, C, H, W)`` each and not clipped.
 
     The variance is the position of the reverse step's log-variance between the posterior's (0) and that of β (1).
+
+    Examples:
+        >>> Prediction(x0=torch.ones(1, 1, 1, 2)).shifted(torch.full((1, 1, 1, 2), 0.5)).x0.flatten()
+        tensor([1.5000, 1.5000])
     """
 
     x0: Tensor  # estimate of the clean image
@@ -49,6 +53,19 @@ class Denoiser(nn.Module, ABC):
     """A diffusion model in the coordinates x_t = √ᾱ·x0 + √(1−ᾱ)·ε, whatever its network was trained in.
 
     ``denoiser(x_t, t, y)`` predicts x̂0. A sampler calls :meth:`prepare` once instead, and its result at every step.
+
+    Examples:
+        >>> from calib_guidance.diffusion.schedules import named_betas
+        >>> class Gray(Denoiser):  # a model of your own: all of its images are 0
+        ...     schedule, image_shape, num_classes = NoiseSchedule(named_betas("linear")), (1, 2, 2), None
+        ...     def prepare(self, levels, y):
+        ...         return lambda x_t, i: Prediction(torch.zeros_like(x_t))
+        >>> from calib_guidance.diffusion import SampleStreams
+        >>> from calib_guidance.samplers import DDIM
+        >>> model = Gray()
+        >>> noise = SampleStreams(seeds=[0], indices=[0], shape=model.image_shape)
+        >>> DDIM(steps="10")(model, noise, torch.tensor([0])).flatten()
+        tensor([0., 0., 0., 0.])
     """
 
     schedule: NoiseSchedule  # of the full process, which says what t means; discrete samplers respace it

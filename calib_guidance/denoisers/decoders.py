@@ -18,6 +18,10 @@ from calib_guidance.weights.ldm_vae import read_ldm_decoder
 
 Upsampling = Literal["nearest", "bilinear"]
 DecoderDtype = Literal["float32", "bfloat16"]
+Latents = Literal["stable_diffusion", "edm2"]
+# Of the latents of stabilityai/sd-vae-ft-mse that EDM2 was trained on, by channel.
+EDM2_STD = (4.17, 4.62, 3.71, 3.28)
+EDM2_MEAN = (5.81, 3.25, 0.12, -2.15)
 
 
 class VAEDecoder(nn.Module):
@@ -30,6 +34,12 @@ class VAEDecoder(nn.Module):
         latent_mean: what was subtracted from them before, by channel; None is nothing.
         unit_range: take what it decodes for images in [0, 1], as EDM2 does.
         dtype: ``float32`` or ``bfloat16``. float16 is not offered: the classifier's gradients underflow in it.
+
+    Examples:
+        >>> sizes = {"latent_channels": 4, "block_out_channels": [32, 32], "down_block_types": ["DownEncoderBlock2D"] * 2,
+        ...          "up_block_types": ["UpDecoderBlock2D"] * 2}
+        >>> VAEDecoder(sizes, latent_scale=0.18215)(torch.zeros(1, 4, 4, 4)).shape  # random weights
+        torch.Size([1, 3, 8, 8])
     """
 
     decoder: Any
@@ -72,25 +82,53 @@ class TinyDecoder(nn.Module):
 
     Args:
         source: of an ``AutoencoderTiny``, as for :class:`VAEDecoder`. Its ``scaling_factor`` divides latents.
+        latents: those of the diffusion model: ``stable_diffusion``, which a tiny autoencoder decodes, or ``edm2``, whose mean,
+            scale and range of pixels differ.
+
+    Examples:
+        >>> sizes = {"encoder_block_out_channels": [64] * 2, "decoder_block_out_channels": [64] * 2,
+        ...          "num_encoder_blocks": [1, 1], "num_decoder_blocks": [1, 1]}
+        >>> TinyDecoder(sizes)(torch.zeros(1, 4, 4, 4)).shape  # random weights
+        torch.Size([1, 3, 8, 8])
     """
 
-    def __init__(self, source: str | nn.Module | dict[str, Any] = "hf://madebyollin/taesd"):
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self, source: str | nn.Module | dict[str, Any] = "hf://madebyollin/taesd", latents: Latents = "stable_diffusion"
+    ):
         super().__init__()
+        check_choice("latents", latents, get_args(Latents))
         model: Any = source if isinstance(source, nn.Module) else load_model(source, "AutoencoderTiny", "vae")
-        self.decoder, self.latent_scale = model.decoder, model.config.scaling_factor
+        self.decoder, self.unit_range = model.decoder, latents == "edm2"
+        scale, shift = torch.ones(1, 1, 1), torch.zeros(1, 1, 1)
+        if self.unit_range:  # to Stable Diffusion's latents, 0.18215 times what the autoencoder encodes
+            scale = 0.18215 * torch.tensor(EDM2_STD).view(-1, 1, 1) / 0.5
+            shift = 0.18215 * torch.tensor(EDM2_MEAN).view(-1, 1, 1)
+        self.register_buffer("scale", scale / model.config.scaling_factor, persistent=False)
+        self.register_buffer("shift", shift / model.config.scaling_factor, persistent=False)
 
     def forward(self, latents: Tensor) -> Tensor:
-        return self.decoder(latents / self.latent_scale)
+        images = self.decoder((latents * self.scale + self.shift).to(self.scale.dtype)).to(latents.dtype)
+        return 2 * images - 1 if self.unit_range else images
 
 
 class LinearDecoder(nn.Module):
-    """One linear map from the channels of a latent to colors, upsampled: no textures, but the coarse picture for nothing.
+    """Linear decoder: one map from the channels of latents to colors, upsampled. It has no textures and costs almost nothing.
 
     Args:
         checkpoint: what :meth:`save` wrote; None starts at zero.
         upsampling: ``nearest`` or ``bilinear``, with which the map was fitted.
         factor: pixels of the image to a latent's, along each side.
         channels: of the latents.
+
+    Examples:
+        >>> def decode(latents):  # to be approximated
+        ...     return 2 * latents.repeat(1, 3, 1, 1) + 1
+        >>> decoder, explained = fit_linear_decoder(decode, [torch.tensor([[[[0.0, 1.0]]]])])
+        >>> decoder(torch.full((1, 1, 1, 1), 3.0)).flatten(), round(explained, 4)
+        (tensor([7., 7., 7.], grad_fn=<ViewBackward0>), 1.0)
     """
 
     def __init__(
@@ -110,7 +148,9 @@ class LinearDecoder(nn.Module):
         return F.interpolate(latents, scale_factor=self.factor, mode=self.upsampling)
 
     def forward(self, latents: Tensor) -> Tensor:
-        return self.upsample(self.map(latents))  # the map first: fewer pixels
+        return self.upsample(
+            self.map(latents.to(self.map.weight.dtype)).to(latents.dtype)
+        )  # the map first: fewer pixels
 
     def save(self, path: str) -> None:
         """Write the map, with the settings that it was fitted with."""

@@ -27,6 +27,12 @@ class DiTDenoiser(DecodesLatents, DiscreteDenoiser):
         noise_schedule, num_steps, prediction: see :class:`~calib_guidance.denoisers.discrete.DiscreteDenoiser`.
         class_conditional: false hands the null class to the network always.
         vae_dtype: ``float32`` (None) or ``bfloat16`` of an autoencoder's decoder. Another module has a dtype of its own.
+
+    Examples:
+        >>> network = DiT(sample_size=4, hidden_size=32, depth=1, num_heads=2, num_classes=10)
+        >>> denoiser = DiTDenoiser(network)  # untrained
+        >>> denoiser.image_shape, denoiser.num_classes, denoiser.has_learned_variance
+        ((4, 4, 4), 10, True)
     """
 
     kind = "dit"

@@ -27,6 +27,14 @@ class EDMDenoiser(NetworkDenoiser):
         sigma_data: σ_d, standard deviation of the images in [-1, 1] that it was trained for.
         noise_schedule: ``linear`` or ``cosine``, of 1000 steps: what t means to classifiers, and what discrete samplers
             respace. The network itself knows σ alone.
+
+    Examples:
+        >>> network = UNet(image_size=8, in_channels=1, model_channels=32, out_channels=1, channel_mult=(1,))
+        >>> denoiser = EDMDenoiser(network, sigma_data=0.5)  # untrained: F = 0, so D = c_skip·x
+        >>> predict = denoiser.prepare(denoiser.schedule.at_sigmas([1.0]), None)
+        >>> x = torch.ones(1, 1, 8, 8)
+        >>> round(float(predict(x / 2**0.5, 0).x0.mean()), 4)  # x_t = x/√(1 + σ²); c_skip = 0.25/(1 + 0.25)
+        0.2
     """
 
     kind = "edm"

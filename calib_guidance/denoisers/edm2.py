@@ -7,14 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from calib_guidance.denoisers.decoders import DecoderDtype
+from calib_guidance.denoisers.decoders import EDM2_MEAN, EDM2_STD, DecoderDtype
 from calib_guidance.denoisers.edm import EDMDenoiser
 from calib_guidance.denoisers.latents import DecodesLatents
 from calib_guidance.networks.edm2 import EDM2UNet
-
-# Of the latents of stabilityai/sd-vae-ft-mse that EDM2 was trained on, by channel.
-LATENT_STD = (4.17, 4.62, 3.71, 3.28)
-LATENT_MEAN = (5.81, 3.25, 0.12, -2.15)
 
 
 class EDM2Denoiser(DecodesLatents, EDMDenoiser):
@@ -33,6 +29,13 @@ class EDM2Denoiser(DecodesLatents, EDMDenoiser):
         latent_mean, latent_std: of the autoencoder's latents, by channel.
 
     See :class:`~calib_guidance.denoisers.edm.EDMDenoiser` for the others.
+
+    Examples:
+        >>> network = EDM2UNet(image_size=8, in_channels=3, model_channels=32, channel_mult=(1,), num_blocks=1)
+        >>> denoiser = EDM2Denoiser(network)  # untrained: F = 0, so D = c_skip·x
+        >>> predict = denoiser.prepare(denoiser.schedule.at_sigmas([1.0]), None)
+        >>> round(float(predict(torch.ones(1, 3, 8, 8) / 2**0.5, 0).x0.mean()), 4)  # c_skip = 0.25/(1 + 0.25)
+        0.2
     """
 
     kind = "edm2"
@@ -46,8 +49,8 @@ class EDM2Denoiser(DecodesLatents, EDMDenoiser):
         vae: str | nn.Module | dict[str, Any] | None = None,
         decode_batch: int | None = 4,
         vae_dtype: DecoderDtype | None = None,
-        latent_mean: Sequence[float] = LATENT_MEAN,
-        latent_std: Sequence[float] = LATENT_STD,
+        latent_mean: Sequence[float] = EDM2_MEAN,
+        latent_std: Sequence[float] = EDM2_STD,
         **kwargs: Any,
     ):
         own: Any = network  # not a UNet, as EDMDenoiser's

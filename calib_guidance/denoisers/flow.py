@@ -42,6 +42,14 @@ class FlowDenoiser(DecodesLatents, NetworkDenoiser):
         is_latent: whether x̂0 are latents; false for models of images, whose x̂0 samplers may clip.
         noise_schedule: ``linear`` or ``cosine``, of 1000 steps: what t means to classifiers, and what discrete samplers
             respace. The network itself knows τ alone.
+
+    Examples:
+        >>> from calib_guidance.networks import UNet
+        >>> network = UNet(image_size=8, in_channels=1, model_channels=32, out_channels=1, channel_mult=(1,))
+        >>> denoiser = FlowDenoiser(network, is_latent=False)  # untrained: v = 0, so x̂0 = x_τ
+        >>> predict = denoiser.prepare(denoiser.schedule.at_sigmas([1.0]), None)  # τ = 1/2: x_τ = (x0 + ε)/2
+        >>> round(float(predict(torch.ones(1, 1, 8, 8) / 2**0.5, 0).x0.mean()), 4)  # x0 = ε = 1/2
+        0.5
     """
 
     kind = "flow"

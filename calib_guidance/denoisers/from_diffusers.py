@@ -4,19 +4,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calib_guidance.denoisers.decoders import DecoderDtype
 from calib_guidance.denoisers.latents import DecodesLatents
 from calib_guidance.denoisers.module import ModuleDenoiser
 from calib_guidance.denoisers.prompts import encode_prompts, text_pipeline
-from calib_guidance.errors import ConfigurationError, check_choice
+from calib_guidance.errors import ConfigurationError, check_choice, check_installed
 from calib_guidance.weights.diffusers_folder import find_model, has_part, load_model, scheduler_config
 
 _PREDICTIONS: dict[str, Any] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
 # Classes of models, and the part of a pipeline that they are.
 _MODELS = {"UNet2DModel": "unet", "UNet2DConditionModel": "unet", "DiTTransformer2DModel": "transformer"}
 _MODELS |= {"Transformer2DModel": "transformer", "SD3Transformer2DModel": "transformer"}
+_MODELS |= {"FluxTransformer2DModel": "transformer"}
+# Arguments of models that are encoded prompts.
+_TEXT = {"UNet2DConditionModel": ["encoder_hidden_states"]}
+_TEXT |= {f"{name}Transformer2DModel": ["encoder_hidden_states", "pooled_projections"] for name in ("SD3", "Flux")}
+_FLUX_SIZE = 128  # side of its latents where nothing is said: 1024 pixels, as its pipeline's
 _BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 
 
@@ -47,6 +53,26 @@ class _Sample(nn.Module):
         return self.model(x_t, timestep=t, return_dict=False, **given)[0]
 
 
+class _Flux(_Sample):
+    """A Flux transformer: its tokens are 2×2 pixels of the latents, its t is in [0, 1]."""
+
+    def __init__(self, model: nn.Module, conditions: Mapping[str, Tensor], guidance: float | None):
+        super().__init__(model, conditions, None)
+        self.guidance = guidance
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        given: dict[str, Any] = {name: getattr(self, name)[y].to(x_t.dtype) for name in self.names}
+        patches = F.pixel_unshuffle(x_t, 2)
+        places = torch.stack(torch.meshgrid(*(torch.arange(n) for n in (1, *patches.shape[-2:])), indexing="ij"), -1)
+        given["img_ids"] = places.flatten(0, 2).to(x_t)
+        given["txt_ids"] = x_t.new_zeros(given["encoder_hidden_states"].shape[1], 3)
+        if self.guidance is not None:
+            given["guidance"] = torch.full((len(x_t),), self.guidance, device=x_t.device)
+        tokens = patches.flatten(2).transpose(1, 2)
+        output = self.model(tokens, timestep=t.float() / 1000, return_dict=False, **given)[0]
+        return F.pixel_shuffle(output.transpose(1, 2).unflatten(2, patches.shape[-2:]), 2)
+
+
 class DiffusersDenoiser(DecodesLatents, ModuleDenoiser):
     """A model of diffusers with the noise schedule of its scheduler, and with the text encoders and autoencoder of its pipeline.
 
@@ -60,19 +86,27 @@ class DiffusersDenoiser(DecodesLatents, ModuleDenoiser):
     the pipeline's classifier-free guidance. Samples of latent models are latents, which ``decode`` makes images of.
 
     Args:
-        model: a ``UNet2DModel``, ``UNet2DConditionModel``, ``DiTTransformer2DModel`` or ``SD3Transformer2DModel``; a
-            pipeline with one; its folder, that of its pipeline, or ``hf://OWNER/NAME[@REVISION]``.
+        model: a ``UNet2DModel``, ``UNet2DConditionModel``, ``DiTTransformer2DModel``, ``SD3Transformer2DModel`` or
+            ``FluxTransformer2DModel``; a pipeline with one; its folder, that of its pipeline, or ``hf://OWNER/NAME[@REVISION]``.
         scheduler: a diffusers scheduler or its configuration; None takes the pipeline's.
         null_label: label that the model was trained with for "no class"; None where there is none, and of a DiT the one after its
             classes.
-        prompts: of a text-to-image model, a prompt per class; needs transformers (``pip install 'calib_guidance[text]'``). Or the
+        prompts: of a text-to-image model, a prompt per class; needs transformers (``pip install 'calib-guidance[text]'``). Or the
             encoded conditions by the names of the model's arguments (``encoder_hidden_states``, ``text_embeds``,
             ``pooled_projections``), ``(K + 1, …)`` each, the last row for -1.
         negative_prompt: the prompt of label -1; None is that of the pipeline without one.
         sample_size: side of x_t, of latents where it is a latent model; None takes the model's.
         vae: as for :class:`~calib_guidance.denoisers.decoders.VAEDecoder`; None takes the pipeline's, with its scale and shift.
         decode_batch, vae_dtype: see :class:`~calib_guidance.denoisers.dit.DiTDenoiser`.
+        distilled_guidance: guidance scale that a guidance-distilled Flux is told; that of its pipeline is 3.5.
         options: ``compile`` and ``dtype`` of :class:`ModuleDenoiser`.
+
+    Examples:
+        >>> from diffusers import DDPMScheduler, UNet2DModel
+        >>> blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (32,)}
+        >>> denoiser = DiffusersDenoiser(UNet2DModel(sample_size=8, in_channels=1, out_channels=1, **blocks), DDPMScheduler())
+        >>> denoiser.image_shape, denoiser.num_classes, denoiser.prediction, len(denoiser.schedule)
+        ((1, 8, 8), None, 'epsilon', 1000)
     """
 
     def __init__(
@@ -86,18 +120,19 @@ class DiffusersDenoiser(DecodesLatents, ModuleDenoiser):
         vae: nn.Module | str | None = None,
         decode_batch: int | None = 4,
         vae_dtype: DecoderDtype | None = None,
+        distilled_guidance: float = 3.5,
         **options: Any,
     ):
         network, scheduler, autoencoder, pipeline = _parts(model, scheduler, vae)
         kind, config = type(network).__name__, network.config
-        size = sample_size or config.sample_size
+        is_flux = kind == "FluxTransformer2DModel"
+        size = sample_size or config.get("sample_size", _FLUX_SIZE if is_flux else None)
         if size is None:
             raise ValueError("the model's configuration has no sample_size: set it to the side of its images in pixels")
         height, width = (size, size) if isinstance(size, int) else size
         betas, prediction, clip = process_of(scheduler)
         is_xl = config.get("addition_embed_type") == "text_time"
-        names = {"UNet2DConditionModel": ["encoder_hidden_states"] + ["text_embeds"] * is_xl}.get(kind, [])
-        names = ["encoder_hidden_states", "pooled_projections"] if kind == "SD3Transformer2DModel" else names
+        names = _TEXT.get(kind, []) + ["text_embeds"] * is_xl
         conditions: Mapping[str, Tensor] = {}
         if names:
             conditions = _conditions(kind, prompts, negative_prompt, names, pipeline or model)
@@ -109,20 +144,35 @@ class DiffusersDenoiser(DecodesLatents, ModuleDenoiser):
             null_label = classes if null_label is None else null_label
         else:
             classes = config.num_class_embeds
+        channels = config.in_channels
+        if is_flux:
+            if (config.out_channels or channels) != channels:
+                raise ConfigurationError(
+                    f"this Flux model reads {channels} channels and predicts {config.out_channels}: the others are images as "
+                    "conditions, which are not supported; take a model of text to image"
+                )
+            if height % 2 or width % 2:
+                raise ConfigurationError(f"sample_size of a Flux model must be even, got {size}")
+            channels //= 4
         factor = 1 if autoencoder is None else 2 ** (len(autoencoder.config.block_out_channels) - 1)
         pixels = [height * factor, width * factor]
+        sample: nn.Module = (
+            _Flux(network, conditions, distilled_guidance if config.guidance_embeds else None)
+            if is_flux
+            else _Sample(network, conditions, torch.tensor([*pixels, 0, 0, *pixels]) if is_xl else None)
+        )
         super().__init__(
-            _Sample(network, conditions, torch.tensor([*pixels, 0, 0, *pixels]) if is_xl else None),
-            (config.in_channels, height, width),
+            sample,
+            (channels, height, width),
             noise_schedule=betas,
             prediction=prediction,
             num_classes=classes,
             null_label=null_label,
             learned_variance=getattr(config, "out_channels", None) == 2 * config.in_channels,
-            clip=clip is not False and autoencoder is None and config.in_channels in (1, 3),
+            clip=clip is not False and autoencoder is None and channels in (1, 3),
             **options,
         )
-        self.is_latent = autoencoder is not None or config.in_channels not in (1, 3)
+        self.is_latent = autoencoder is not None or channels not in (1, 3)
         latents = {} if autoencoder is None else latents_of(autoencoder)
         self.set_decoder(autoencoder, decode_batch, vae_dtype, **latents)
 
@@ -144,6 +194,8 @@ def _parts(model: Any, scheduler: Any, vae: Any) -> tuple[Any, Any, Any, Any]:
         vae = model if vae is None and has_part(model, "vae") else vae
     else:
         network = model
+        if type(network).__module__.startswith("diffusers."):
+            check_choice("model", type(network).__name__, _MODELS)
     if scheduler is None:
         raise ValueError("a model without a pipeline's folder needs scheduler, such as DDPMScheduler(...)")
     return network, scheduler, load_model(vae, "AutoencoderKL", "vae") if isinstance(vae, str) else vae, pipeline
@@ -158,6 +210,7 @@ def process_of(scheduler: Any) -> tuple[Any, Any, bool | None]:
     check_choice("prediction_type", predicted, _PREDICTIONS)
     if _PREDICTIONS[predicted] == "flow":
         return "linear", "flow", None
+    check_installed("diffusers", "diffusers", "DiffusersDenoiser")
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler  # seconds to import
 
     schedule: Any = DDPMScheduler(**{key: config[key] for key in _BETAS if key in config})

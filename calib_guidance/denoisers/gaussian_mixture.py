@@ -12,7 +12,9 @@ from calib_guidance.diffusion.schedules import NoiseLevels, NoiseSchedule, Sched
 
 
 class GaussianMixture(Denoiser):
-    """p(x0) = Σ_k w_k·N(μ_k, Σ_k), one component per class (the setting of arXiv 2310.11311, Proposition 4.2).
+    """Gaussian mixture with an exact denoiser.
+
+    p(x0) = Σ_k w_k·N(μ_k, Σ_k), one component per class (the setting of arXiv 2310.11311, Proposition 4.2).
 
     Under noise it stays a mixture, of N(√ᾱ·μ_k, ᾱ·Σ_k + (1−ᾱ)·I), so that E[x0 | x_t], p_t(x_t), p_t(y | x_t) and all their
     gradients are exact.

@@ -1,6 +1,5 @@
 """Prompts as the conditions of text-to-image models, by their pipeline's own text encoders."""
 
-import importlib.util
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calib_guidance.errors import CheckpointError, ConfigurationError
+from calib_guidance.errors import CheckpointError, ConfigurationError, check_installed
 from calib_guidance.weights.hub import PREFIX
 
 _BATCH = 32  # prompts that are encoded at a time
@@ -16,10 +15,8 @@ _BATCH = 32  # prompts that are encoded at a time
 
 def text_pipeline(source: str) -> Any:
     """The pipeline of a folder or ``hf://OWNER/NAME[@REVISION]`` with its text encoders alone."""
-    if importlib.util.find_spec("transformers") is None:
-        raise ImportError(
-            "text encoders come from transformers, which is not installed: pip install 'calib_guidance[text]'"
-        )
+    for library in ("diffusers", "transformers"):
+        check_installed(library, "text", "a text encoder")
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline  # seconds to import
 
     name, _, revision = source.removeprefix(PREFIX).partition("@")
@@ -42,7 +39,7 @@ def encode_prompts(
 
     Args:
         pipeline: one whose ``encode_prompt`` returns embeddings, those of the negative prompt, and where ``names`` has two
-            both pooled (Stable Diffusion 1, 2, XL and 3).
+            both pooled (Stable Diffusion 1, 2, XL and 3); or embeddings and pooled ones (Flux).
         prompts: a prompt per class.
         negative_prompt: None is the pipeline's own: the empty prompt, of some zeros.
         names: of the model's arguments.
@@ -61,7 +58,12 @@ def encode_prompts(
         batch = list(prompts[start : start + _BATCH])
         negative = None if negative_prompt is None else [negative_prompt] * len(batch)
         stated = {name: value for name, value in given.items() if name in accepted}
-        encoded = pipeline.encode_prompt(prompt=batch, negative_prompt=negative, **stated)
+        if "negative_prompt" not in accepted:  # Flux: each prompt on its own
+            encoded = pipeline.encode_prompt(prompt=batch, **stated)
+            none = pipeline.encode_prompt(prompt=[negative_prompt or ""], **stated)
+            encoded = [part for pair in zip(encoded, none, strict=True) for part in pair]
+        else:
+            encoded = pipeline.encode_prompt(prompt=batch, negative_prompt=negative, **stated)
         for k, row in enumerate(rows):
             row.append(encoded[2 * k])
         last = [encoded[2 * k + 1][:1] for k in range(len(names))]

@@ -26,6 +26,34 @@ def rae_statistics(source: str | dict[str, Tensor] | None) -> tuple[Tensor, Tens
     return tables["mean"].float(), (tables["var"].float() + 1e-5).sqrt()
 
 
+def register_statistics(
+    module: nn.Module,
+    latents: str | dict[str, Tensor] | None,
+    image_mean: Sequence[float],
+    image_std: Sequence[float],
+) -> None:
+    """Buffers ``latent_mean``, ``latent_std``, ``image_mean`` and ``image_std``, which are not in the files of weights."""
+    latent_mean, latent_std = rae_statistics(latents)
+    buffers = {"latent_mean": latent_mean, "latent_std": latent_std}
+    buffers |= {
+        "image_mean": torch.tensor(image_mean).view(3, 1, 1),
+        "image_std": torch.tensor(image_std).view(3, 1, 1),
+    }
+    for name, value in buffers.items():
+        module.register_buffer(name, value.float(), persistent=False)
+
+
+def attend(x: Tensor, heads: int, query: nn.Module, key: nn.Module, value: nn.Module, out: nn.Module) -> Tensor:
+    """Self-attention of tokens ``(N, L, C)``."""
+    q, k, v = (layer(x).unflatten(-1, (heads, -1)).transpose(1, 2) for layer in (query, key, value))
+    return out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def depth_of(state: dict[str, Tensor], prefix: str) -> int:
+    """Number of layers ``prefix.0``, ``prefix.1`` … in a state dict."""
+    return len({name[len(prefix) + 1 :].split(".")[0] for name in state if name.startswith(f"{prefix}.")})
+
+
 class _Layer(nn.Module):
     """A layer of a vision transformer, by the names of transformers' ViT."""
 
@@ -46,15 +74,14 @@ class _Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y, inner = self.layernorm_before(x), self.attention.attention
-        q, k, v = (
-            layer(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (inner.query, inner.key, inner.value)
-        )
-        x = x + self.attention.output.dense(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = x + attend(y, self.heads, inner.query, inner.key, inner.value, self.attention.output.dense)
         return x + self.output.dense(F.gelu(self.intermediate.dense(self.layernorm_after(x))))
 
 
 class RAEDecoder(nn.Module):
-    """Latents ``(N, C, h, w)``, normalized at every position, to images ``(N, 3, p·h, p·w)`` in about [-1, 1].
+    """Decoder of representation autoencoders (RAE).
+
+    Latents ``(N, C, h, w)``, normalized at every position, to images ``(N, 3, p·h, p·w)`` in about [-1, 1].
 
     Args:
         checkpoint: ``model.pt`` of a decoder, which tells its sizes; None makes the ViT-XL of 256×256 with random weights.
@@ -88,7 +115,7 @@ class RAEDecoder(nn.Module):
             if not {"decoder_embed.weight", "decoder_pred.weight", "decoder_pos_embed"} <= state.keys():
                 raise CheckpointError(f"{checkpoint}: expected a decoder of RAE, with decoder_embed and decoder_pred")
             width, channels = state["decoder_embed.weight"].shape
-            depth = len({name.split(".")[1] for name in state if name.startswith("decoder_layers.")})
+            depth = depth_of(state, "decoder_layers")
             hidden = len(state["decoder_layers.0.intermediate.dense.weight"])
             pixels, tokens = len(state["decoder_pred.weight"]), state["decoder_pos_embed"].shape[1]
         self.patch = round((pixels / 3) ** 0.5)
@@ -99,14 +126,7 @@ class RAEDecoder(nn.Module):
         self.decoder_norm, self.decoder_pred = nn.LayerNorm(width, eps), nn.Linear(width, pixels)
         if checkpoint is not None:
             load_weights(self, Weights(checkpoint if isinstance(checkpoint, str) else "decoder", state))
-        mean, std = rae_statistics(statistics)
-        buffers = {"latent_mean": mean, "latent_std": std}
-        buffers |= {
-            "image_mean": torch.tensor(image_mean).view(3, 1, 1),
-            "image_std": torch.tensor(image_std).view(3, 1, 1),
-        }
-        for name, value in buffers.items():
-            self.register_buffer(name, value.float(), persistent=False)
+        register_statistics(self, statistics, image_mean, image_std)
 
     def forward(self, latents: Tensor) -> Tensor:
         z = latents.float() * self.latent_std + self.latent_mean

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calib_guidance.denoisers.rae import IMAGENET_MEAN, IMAGENET_STD, rae_statistics
+from calib_guidance.denoisers.rae import IMAGENET_MEAN, IMAGENET_STD, attend, depth_of, register_statistics
 from calib_guidance.errors import CheckpointError
 from calib_guidance.weights.io import Weights, load_weights, read_weights
 
@@ -35,14 +34,16 @@ class _Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y, inner = self.norm1(x), self.attention["attention"]
-        q, k, v = (inner[name](y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in ("query", "key", "value"))
-        out = self.attention["output"]["dense"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        out = self.attention["output"]["dense"]
+        out = attend(y, self.heads, inner["query"], inner["key"], inner["value"], out)
         x = x + out * self.layer_scale1["lambda1"]
         return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))) * self.layer_scale2["lambda1"]
 
 
 class RAEEncoder(nn.Module):
-    """Images ``(N, 3, H, W)`` in [-1, 1] to RAE's latents ``(N, C, h, w)``, normalized at every position.
+    """Encoder of representation autoencoders (RAE).
+
+    Images ``(N, 3, H, W)`` in [-1, 1] to RAE's latents ``(N, C, h, w)``, normalized at every position.
 
     For what is trained on the latents, such as a linear probe that guides without a decoder
     (``ClassifierGuidance(decoder=torch.nn.Identity())``).
@@ -81,7 +82,7 @@ class RAEEncoder(nn.Module):
             raise CheckpointError(f"{checkpoint}: expected DINOv2 with registers, with embeddings.register_tokens")
         width, _, patch, _ = state["embeddings.patch_embeddings.projection.weight"].shape
         hidden = len(state["encoder.layer.0.mlp.fc1.weight"])
-        depth = len({m[1] for m in (re.match(r"encoder\.layer\.(\d+)\.", name) for name in state) if m})
+        depth = depth_of(state, "encoder.layer")
         self.image_size, self.patch, self.eps = image_size, patch, eps
         self.embeddings: Any = nn.Module()
         for name in ("cls_token", "register_tokens", "position_embeddings"):
@@ -90,12 +91,7 @@ class RAEEncoder(nn.Module):
         layers = nn.ModuleList([_Layer(width, hidden, num_heads, eps) for _ in range(depth)])
         self.encoder = nn.ModuleDict({"layer": layers})
         load_weights(self, Weights(weights.path, state))
-        mean, std = rae_statistics(statistics)
-        pixels = (torch.tensor(each).view(3, 1, 1) for each in (image_mean, image_std))
-        for name, value in zip(
-            ("latent_mean", "latent_std", "image_mean", "image_std"), (mean, std, *pixels), strict=True
-        ):
-            self.register_buffer(name, value, persistent=False)
+        register_statistics(self, statistics, image_mean, image_std)
         self.eval().requires_grad_(False)
 
     def tokens(self, images: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from calib_guidance.diffusion.schedules import NoiseLevels
 
 
 class RemapClasses(DenoiserWrapper):
-    """A class-conditional denoiser asked for its class ``classes[k]`` by the label k; -1 stays no class.
+    """Renumbered classes of a denoiser: label k asks for its class ``classes[k]``; -1 stays unconditional.
 
     For subsets of its classes, and for text prompts that each have a class of their own. Classifier-free guidance goes around
     it, not inside.
@@ -18,6 +18,13 @@ class RemapClasses(DenoiserWrapper):
     Args:
         denoiser: class-conditional.
         classes: the denoiser's class of each label; one may stand for several labels.
+
+    Examples:
+        >>> from calib_guidance.denoisers import GaussianMixture
+        >>> model = GaussianMixture(means=[[-2.0], [2.0]], covariances=[0.01, 0.01], class_conditional=True)
+        >>> second = RemapClasses(model, classes=[1])
+        >>> round(float(second(torch.zeros(1, 1, 1, 1), 999, torch.tensor([0])).x0), 1)
+        2.0
     """
 
     classes: Tensor

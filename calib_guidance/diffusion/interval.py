@@ -28,6 +28,12 @@ class Interval:
         every: on at the first step and every so many-th after it.
         step_interval: ``[first, last]``, both included, of the steps done before, 0 the first; None is everywhere.
         flow_interval: ``[low, high]``, both included, of σ/(1 + σ), the time of linear flow models from 0 (image) to 1 (noise).
+
+    Examples:
+        >>> from calib_guidance.diffusion import NoiseSchedule
+        >>> levels = NoiseSchedule(np.full(4, 0.5)).levels  # index 3, t = 3, is the first step
+        >>> Interval([1, 2]).active(levels)
+        [False, True, True, False]
     """
 
     def __init__(

@@ -89,7 +89,13 @@ def respaced_timesteps(num_steps: int, respacing: str | int) -> np.ndarray:
 
 
 class NoiseLevels(NamedTuple):
-    """The noise levels that one trajectory passes, least noisy first, ``(N,)`` each."""
+    """The noise levels that one trajectory passes, least noisy first, ``(N,)`` each.
+
+    Examples:
+        >>> levels = NoiseSchedule(np.array([0.5, 0.5])).levels
+        >>> levels.alphas_cumprod, levels.sigmas.round(4)  # ᾱ = 1/(1 + σ²)
+        (array([0.5 , 0.25]), array([1.    , 1.7321]))
+    """
 
     times: np.ndarray  # float64, t on the 0 … T − 1 scale of the full process, or between two of its steps
     alphas_cumprod: np.ndarray  # float64, ᾱ

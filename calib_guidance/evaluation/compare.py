@@ -29,9 +29,8 @@ from calib_guidance.metrics.paired import (
     paired_difference,
     sign_test,
 )
-from calib_guidance.runs import read_run
+from calib_guidance.runs import read_run, requested
 
-_SEED, _LABELS = "data.seed", "data.labels"
 _UNBIASED = ("fid", "sfid")  # options whose metrics have a bias of 1/N, which the jackknife removes
 
 
@@ -84,12 +83,12 @@ def _check_pair(a: ImageSet, b: ImageSet) -> bool:
     runs = [read_run(images.source.run.path) for images in (a, b) if isinstance(images.source, RunImages)]
     if len(runs) < 2:
         return False
-    for key in (_SEED, _LABELS):
-        then, now = (run["identity"].get(key) for run in runs)
+    for option in ("seed", "labels"):
+        then, now = (requested(run, option) for run in runs)
         if then != now:
             raise ConfigurationError(
-                f"{a.name} was sampled with {key} {then}, {b.name} with {now}: a paired comparison needs the same noise and "
-                "labels; sample both with the same, or compare independent runs with calib-guidance evaluate"
+                f"{a.name} was sampled with data.{option} {then}, {b.name} with {now}: a paired comparison needs the same noise "
+                "and labels; sample both with the same, or compare independent runs with calib-guidance evaluate"
             )
     return True
 

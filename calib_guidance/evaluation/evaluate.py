@@ -115,6 +115,13 @@ def open_quality(
     validation: str | None = None,
 ) -> Quality:
     """What measures the sets, checked against them before the first image goes through a network."""
+    unused = [name for name in OF_SAMPLES if getattr(options, name) is not None]
+    if unused and validation is None and ReferenceStatistics.holds(options.reference):
+        option = unused[0].replace("_", "-")
+        raise ConfigurationError(
+            f"--{option} {getattr(options, unused[0])} is of the reference, but {options.reference} is a file of statistics, "
+            f"which is read as it is. For the samples use --samples-{option}"
+        )
     reference = ReferenceStatistics.open(options.reference, **reading(options))
     if processes.is_first:
         opened = [*sets, reference.images] if reference.mean is None else sets

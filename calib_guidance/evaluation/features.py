@@ -26,7 +26,7 @@ from calib_guidance.backend.text import read_yaml
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.classifiers.clip import CLIP_MEAN, CLIP_STD, build_clip
 from calib_guidance.classifiers.off_the_shelf import build_network
-from calib_guidance.errors import ConfigurationError, first_line
+from calib_guidance.errors import ConfigurationError, check_installed, first_line
 from calib_guidance.runs.identity import hash_state
 from calib_guidance.weights.io import CheckpointError, WeightsFile, load_weights, read_weights, tensors_only
 
@@ -39,7 +39,12 @@ _TORCH = f"torch {torch.__version__.partition('+')[0]}"
 
 
 class Features(NamedTuple):
-    """Features of N images, float32: pooled ``(N, D)``, of a layer before pooling ``(N, D_s)`` for sFID, logits ``(N, K)``."""
+    """Features of N images, float32: pooled ``(N, D)``, of a layer before pooling ``(N, D_s)`` for sFID, logits ``(N, K)``.
+
+    Examples:
+        >>> Features(pool=torch.zeros(2, 2048)).logits is None  # of an extractor without classes
+        True
+    """
 
     pool: Tensor
     spatial: Tensor | None = None
@@ -47,7 +52,16 @@ class Features(NamedTuple):
 
 
 class FeatureExtractor(nn.Module, ABC):
-    """Maps 8-bit images to features; of the attributes see :meth:`provenance`."""
+    """Maps 8-bit images to features; of the attributes see :meth:`provenance`.
+
+    Examples:
+        >>> class Mean(FeatureExtractor):  # features of your own: the mean color
+        ...     name, width = "mean color", 3
+        ...     def forward(self, images):
+        ...         return Features(images.float().mean(dim=(2, 3)))
+        >>> Mean()(torch.full((1, 3, 4, 4), 7, dtype=torch.uint8)).pool
+        tensor([[7., 7., 7.]])
+    """
 
     name: str
     kind: str = ""  # inception, dinov2 or clip, whose distances have names in the field (FID, FD-DINOv2)
@@ -102,12 +116,10 @@ class InceptionFeatures(FeatureExtractor):
 
     def __init__(self, weights: str | None = None):
         super().__init__()
-        try:
-            import torch_fidelity
-            from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-        except ImportError as error:
-            message = "InceptionFeatures needs torch-fidelity: pip install 'calib-guidance[eval]'"
-            raise ImportError(message) from error
+        check_installed("torch_fidelity", "eval", "InceptionFeatures")
+        import torch_fidelity
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+
         self.weights, self.library = weights, f"torch-fidelity {torch_fidelity.__version__}"
         self.resize = {"size": 299, "how": "bilinear, not antialiased, as TensorFlow 1", "library": self.library}
         self.normalization = "(x − 128)/128"
@@ -170,6 +182,11 @@ class TimmFeatures(_ResizedFeatures):
         weights: ``pretrained``, a local file or ``hf://…`` with timm's names; None leaves random ones.
         size: side in pixels to which images are resized; None takes the model's own, but for DINOv2 the 224 which the field
             measures with (https://arxiv.org/abs/2306.04675), not timm's 518. timm resamples the position embedding.
+
+    Examples:
+        >>> features = TimmFeatures("resnet18", weights=None)  # random weights
+        >>> features.width, features(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).pool.shape
+        (512, torch.Size([1, 512]))
     """
 
     def __init__(self, model: str = _DINOV2, weights: str | None = "pretrained", size: int | None = None):
@@ -199,6 +216,14 @@ class CLIPFeatures(_ResizedFeatures):
     Args:
         weights: a local file or ``hf://…`` in open_clip's names; None leaves random ones.
         model: a name of open_clip, or the architecture in its format. Distances have CMMD's name with the default alone.
+
+    Examples:
+        >>> vision = {"image_size": 32, "patch_size": 16, "head_width": 16, "layers": 1, "width": 32}
+        >>> model = {"embed_dim": 16, "vision_cfg": vision,
+        ...          "text_cfg": {"context_length": 77, "vocab_size": 49408, "layers": 1, "width": 32, "heads": 2}}
+        >>> features = CLIPFeatures(weights=None, model=model)  # a small one, with random weights
+        >>> features(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)).pool.shape
+        torch.Size([2, 16])
     """
 
     def __init__(self, weights: str | None = _CLIP_WEIGHTS, model: str | dict[str, Any] = _CLIP):
@@ -224,6 +249,11 @@ class TorchvisionFeatures(_ResizedFeatures):
     Args:
         model: name that torchvision knows.
         weights: one of the names that it has for the model's weights, a local file or ``hf://…``; None leaves random ones.
+
+    Examples:
+        >>> features = TorchvisionFeatures("resnet18", weights=None)  # random weights
+        >>> features.width, features(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).pool.shape
+        (512, torch.Size([1, 512]))
     """
 
     def __init__(self, model: str, weights: str | None = "DEFAULT"):
@@ -247,6 +277,12 @@ class ClassifierFeatures(FeatureExtractor):
     """Input of a classifier's last linear layer, and its logits: features for data that Inception does not know.
 
     An evaluation classifier that also guides makes the metrics look better than they are.
+
+    Examples:
+        >>> import calib_guidance
+        >>> features = ClassifierFeatures(calib_guidance.load_pretrained("digits_classifier"))
+        >>> features.width, features(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)).logits.shape
+        (64, torch.Size([2, 10]))
     """
 
     def __init__(self, classifier: Classifier):
@@ -272,7 +308,13 @@ class ClassifierFeatures(FeatureExtractor):
 
 
 class ModuleFeatures(FeatureExtractor):
-    """A module of your own, with ``width`` D, which maps float32 images ``(N, C, H, W)`` in [-1, 1] to features ``(N, D)``."""
+    """A module of your own, with ``width`` D, which maps float32 images ``(N, C, H, W)`` in [-1, 1] to features ``(N, D)``.
+
+    Examples:
+        >>> features = ModuleFeatures(nn.Flatten(), width=4)
+        >>> features(torch.full((1, 1, 2, 2), 255, dtype=torch.uint8)).pool
+        tensor([[1., 1., 1., 1.]])
+    """
 
     def __init__(self, module: nn.Module, width: int | None = None):
         super().__init__()

@@ -25,7 +25,7 @@ from calib_guidance.evaluation.spec import Estimate, Measures, MetricSpec, Sampl
 from calib_guidance.evaluation.statistics import ReferenceStatistics, gather_in_order
 from calib_guidance.metrics.frechet import sample_count_note
 from calib_guidance.metrics.paired import samples_to_resolve
-from calib_guidance.runs import read_run
+from calib_guidance.runs import read_run, requested
 from calib_guidance.runs.identity import hash_state
 from calib_guidance.runs.store import REAL_IMAGES
 
@@ -134,7 +134,7 @@ def _protocol(images: ImageSet, labels: Tensor) -> str:
         drawn = f"labels balanced ({low:,}" if high - low <= 1 else f"labels not balanced ({low:,} to {high:,}"
         drawn += f" of each of {len(counts):,} classes)"
     run = read_run(images.source.run.path) if isinstance(images.source, RunImages) else None
-    seed = run["identity"].get("data.seed") if run else None
+    seed = requested(run, "seed") if run else None
     return f"{drawn}; seed {'not known' if seed is None else seed}, one set of samples"
 
 

@@ -29,7 +29,12 @@ _95 = 1.959964  # standard deviations
 
 
 class Estimate(NamedTuple):
-    """Value of a metric."""
+    """Value of a metric.
+
+    Examples:
+        >>> Estimate(2.5, std=0.1).value, Estimate(2.5).std  # the second is not known
+        (2.5, nan)
+    """
 
     value: Tensor | float
     std: Tensor | float = math.nan  # not known
@@ -114,6 +119,12 @@ class SampleSet:
     not known), and as needed ``features`` ``(N, D)``, ``spatial`` ``(N, D_s)``, ``logits`` ``(N, K)`` of the extractor;
     ``predicted``, ``confidence`` and ``of_label`` (its probability of the label) of the evaluation classifier; ``similarity`` to
     the prompt of the label. Metrics append to ``notes``, which are for their readers.
+
+    Examples:
+        >>> rows = {"index": torch.arange(4), "label": torch.tensor([0, 1, 0, 1]), "predicted": torch.tensor([0, 1, 1, 1])}
+        >>> samples = SampleSet(measures=None, reference=None, rows=rows)
+        >>> float(samples.mean(samples.correct, "samples", fraction=True).value)
+        0.75
     """
 
     measures: Measures

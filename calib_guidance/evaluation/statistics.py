@@ -22,6 +22,7 @@ from torch import Tensor
 from calib_guidance import __version__
 from calib_guidance.backend.atomic import atomic_write, check_writable
 from calib_guidance.backend.distributed import DistributedContext
+from calib_guidance.backend.shipped import find_file
 from calib_guidance.data.image_sets import ImageSet
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation.features import FeatureExtractor
@@ -61,7 +62,7 @@ class ReferenceStatistics:
     def open(cls, source: str | os.PathLike[str] | ImageSet, **options: Any) -> ReferenceStatistics:
         """A reference by its path: a file of statistics, or images with ``options`` of ``ImageSet``."""
         if not isinstance(source, ImageSet) and cls.holds(source):
-            return cls.read(source)
+            return cls.read(find_file(source))
         images = source if isinstance(source, ImageSet) else ImageSet(source, **options)
         return cls(None, None, num_images=images.num_images, images=images, image_shape=images.image_shape)
 
@@ -129,7 +130,7 @@ class ReferenceStatistics:
     @staticmethod
     def holds(path: str | os.PathLike[str]) -> bool:
         """Whether a path is a file of statistics, and not one of images alone."""
-        path = Path(path).expanduser()
+        path = find_file(Path(path).expanduser())  # one that comes with the package is found from any folder
         if path.suffix in (".pkl", ".pt", ".pth"):
             return True  # EDM2's; what else there is read refuses, and says what to do
         if path.suffix != ".npz" or not zipfile.is_zipfile(path):

@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from calib_guidance.backend.text import read_yaml
+from calib_guidance.backend.text import parse_yaml, read_yaml
 from calib_guidance.cli.configs import with_bases
 from calib_guidance.errors import ConfigurationError, closest
 from calib_guidance.evaluation.metrics import METRICS
@@ -192,7 +190,7 @@ def _parse_fields(kind: type, content: dict[str, Any], where: str) -> Any:
 def read_experiment(path: Path) -> Experiment:
     """Read and check an experiment file; the columns of its ``tables`` have titles."""
     where = str(path)
-    parts = [yaml.safe_load(part) if "\n" in part else read_yaml(part) for part in with_bases(path, "experiment")]
+    parts = [parse_yaml(part) if "\n" in part else read_yaml(part) for part in with_bases(path, "experiment")]
     if len(parts) > 1 and all(isinstance(part, dict) for part in parts):  # keys override those of the base
         parts = [{key: value for part in parts for key, value in part.items()}]
     experiment = _parse(Experiment, parts[-1], where)

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from jsonargparse import Namespace
 
+from calib_guidance.backend.text import dump_yaml
 from calib_guidance.cli import measure_options
 from calib_guidance.cli.configs import expand_bases, find_configuration
 from calib_guidance.cli.doctor.files import missing_files
@@ -77,7 +77,7 @@ class Command:
         for values in ({**own, **self.values[0]}, *self.values[1:]):
             kept = {key: value for key, value in values.items() if folder is not None or key not in self.of_files}
             filled = {key: fill(value) if isinstance(value, str) else value for key, value in kept.items()}
-            argv += ["--config", yaml.safe_dump(filled, allow_unicode=True, sort_keys=False)] if filled else []
+            argv += ["--config", dump_yaml(filled)] if filled else []
         return [*argv, f"--trainer.default_root_dir={(folder or Path()) / self.stage}", *_QUIET]
 
 
@@ -355,9 +355,12 @@ def _unmeasured(options: Namespace, column: Column, evaluated: bool) -> str | No
     callback = METRICS[column.key].measured_by
     if evaluated and callback == "SampleQuality":
         return None
-    if not any(c.class_path.rpartition(".")[2] == callback for c in options.trainer.callbacks or []):
-        also = ", or evaluate to the experiment" if callback == "SampleQuality" else ""
-        return f"add calib_guidance.callbacks.{callback} to trainer.callbacks{also}"
+    # RunReport writes what the others measure.
+    names = [c.class_path.rpartition(".")[2] for c in options.trainer.callbacks or []]
+    for needed in (callback, "RunReport"):
+        if needed not in names:
+            also = ", or evaluate to the experiment" if callback == "SampleQuality" else ""
+            return f"add calib_guidance.callbacks.{needed} to trainer.callbacks{also}"
     if column.key == "integral_ece" and options.model.init_args.get("guidance") is None:
         return "it is the error of a guiding classifier, and nothing guides"
     return None

@@ -50,14 +50,21 @@ class Tuner:
         return seeds * sum(count for number, count in self.search.samples.items() if settings[number].group == method)
 
     def results(self) -> dict[str, Any]:
-        """``tune.json``: by method the best setting, its metrics in the search and on fresh seeds, and every setting tried."""
+        """``tune.json``: by method the best setting, its metrics in the search and on fresh seeds, and every setting tried.
+
+        The metrics of a setting are by number of samples, of each rung that it reached.
+        """
         columns, found = self.plan.columns, {}
         for method, number in self.best.items():
             tried = []
             for other, count in self.search.samples.items():
                 if self.plan.settings[other].group == method:
-                    values = {c.key: mean_and_std(self.search.values(other, c))[0] for c in columns}
-                    tried.append({"setting": self.plan.settings[other].name, "samples": count, "metrics": values})
+                    rungs = sorted({made for setting, _, made in self.search.runs if setting == other})
+                    metrics = {
+                        str(made): {c.key: mean_and_std(self.search.values(other, c, made))[0] for c in columns}
+                        for made in rungs
+                    }
+                    tried.append({"setting": self.plan.settings[other].name, "samples": count, "metrics": metrics})
             found[method] = {
                 "best": self.plan.settings[number].name,
                 "samples": self.spent(method),

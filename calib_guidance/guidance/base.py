@@ -13,7 +13,12 @@ from calib_guidance.guidance.schedules import GuidanceSchedule
 
 
 class Aux(NamedTuple):
-    """What observers may look at, and samplers do not; None where the classifier did not run."""
+    """Side outputs of guidance for observers; None where the classifier did not run.
+
+    Examples:
+        >>> Aux(logits=torch.tensor([[2.0, 0.0]])).logits.argmax(1), Aux().gradient  # no classifier ran in the second
+        (tensor([0]), None)
+    """
 
     logits: Tensor | None = None  # (N, K)
     gradient: Tensor | None = None  # (N, C, H, W) ∇S, without scale
@@ -21,10 +26,15 @@ class Aux(NamedTuple):
 
 
 class Guided(NamedTuple):
-    """A prediction, with every guidance that is a shift of x̂0 folded in, and the guidance for it.
+    """Guided prediction. Guidance that shifts x̂0 is part of it; other guidance is beside it.
 
     There is no prediction where guidance is applied to the sample (arXiv 2310.11311, Algorithm 2), whose sampler predicts
     after it has moved the sample.
+
+    Examples:
+        >>> unguided = Guided(Prediction(torch.ones(1, 1, 1, 1)))
+        >>> unguided.predicted().x0.item(), unguided.score
+        (1.0, None)
     """
 
     prediction: Prediction | None
@@ -39,7 +49,17 @@ class Guided(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is known of guidance before a trajectory starts, by noise level, ``(T,)`` each."""
+    """What guidance does at each noise level, known before sampling; ``(T,)`` each.
+
+    Examples:
+        >>> from calib_guidance.classifiers import GaussianMixtureClassifier
+        >>> from calib_guidance.denoisers import GaussianMixture
+        >>> from calib_guidance.guidance import ClassifierGuidance, GuidanceSchedule
+        >>> model = GaussianMixture(means=[[-2.0], [2.0]], covariances=[0.01, 0.01])
+        >>> guide = ClassifierGuidance(GaussianMixtureClassifier(model), scale=2.0, schedule=GuidanceSchedule(every=2))
+        >>> guide.plan(model.schedule.respace(3).levels).active.tolist()  # index 0 is the last step
+        [True, False, True]
+    """
 
     active: np.ndarray  # bool, whether guidance is on
     scale: np.ndarray  # s
@@ -59,10 +79,23 @@ def identity(x0: Tensor) -> Tensor:
 
 
 class Guidance(nn.Module, ABC):
-    """Steers a sampler.
+    """Base class of guidance.
 
     ``guidance(denoiser, x_t, t, y)`` is one guided prediction. A sampler calls :meth:`prepare` once instead, and its result at
     every step.
+
+    Examples:
+        >>> from calib_guidance.denoisers import GaussianMixture
+        >>> class Shift(Guidance):  # guidance of your own: adds 1 to x̂0
+        ...     def plan(self, levels):
+        ...         ones = np.ones(len(levels.times))
+        ...         return Plan(active=ones > 0, scale=ones, sine=0 * ones, at_x0=ones > 0)
+        ...     def prepare(self, levels, y, decode=identity):
+        ...         return lambda predict, x_t, i: Guided(predict(x_t, i).shifted(torch.ones_like(x_t)))
+        >>> model = GaussianMixture(means=[[2.0]], covariances=[0.01])
+        >>> guided = Shift()(model, torch.zeros(1, 1, 1, 1), 999, torch.tensor([0]))
+        >>> round(float(guided.predicted().x0), 2)
+        3.0
     """
 
     apply_to: str  # of parts: what the gradient is added to

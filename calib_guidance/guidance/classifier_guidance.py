@@ -42,7 +42,7 @@ def input_gradient(score: Callable[[Tensor], Tensor], logits: Tensor, source: Te
 
 
 class ClassifierGuidance(Guidance):
-    """Climbs a score of a classifier.
+    """Classifier guidance: climbs a score of a classifier.
 
     Args:
         classifier: frozen here; its input gradients are what guides.
@@ -206,6 +206,14 @@ class SwitchedGuidance(Guidance):
         early: guides while t > ``switch_at``.
         late: guides from ``switch_at`` down.
         switch_at: step of the full process (0 … 999) at which steps start; 200 is step 50 of 250, the paper's choice.
+
+    Examples:
+        >>> from calib_guidance.classifiers import GaussianMixtureClassifier
+        >>> from calib_guidance.denoisers import GaussianMixture
+        >>> model = GaussianMixture(means=[[-2.0], [2.0]], covariances=[0.01, 0.01])
+        >>> early, late = (ClassifierGuidance(GaussianMixtureClassifier(model), scale=s) for s in (1.0, 3.0))
+        >>> SwitchedGuidance(early, late).plan(model.schedule.at([100, 200, 300])).scale
+        array([3., 3., 1.])
     """
 
     def __init__(self, early: ClassifierGuidance, late: ClassifierGuidance, switch_at: int = 200):

@@ -13,7 +13,7 @@ from calib_guidance.scores.base import Score
 
 @final
 class ClassifierResolution:
-    """Shows the classifier a smaller image.
+    """Lower resolution of the classifier's input.
 
     Each pixel is the mean of a block where the sides divide, else antialiased bilinear interpolation. The gradient is carried
     back to the full image: of a block of f × f pixels each gets 1/f² of it. So a change that is the same within blocks changes
@@ -22,6 +22,10 @@ class ClassifierResolution:
     Args:
         side: height of what the classifier sees, in pixels; images that are not larger stay as they are.
         gain: factor on the gradient, for classifiers that are less sensitive at this size. See :func:`fit_gain`.
+
+    Examples:
+        >>> ClassifierResolution(side=1)(torch.tensor([[[[1.0, 3.0], [5.0, 7.0]]]]))
+        tensor([[[[4.]]]])
     """
 
     def __init__(self, side: int, gain: float = 1.0):

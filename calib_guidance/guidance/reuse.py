@@ -13,7 +13,9 @@ from calib_guidance.guidance.norms import rms
 
 @final
 class GradientReuse:
-    """At which guided steps a sample's gradient is taken; in between, the last one is applied again.
+    """Reuse of classifier gradients over several steps.
+
+    A new gradient is computed at some guided steps only; in between, the last one is applied again.
 
     A reused ∇S is what the classifier would have returned: each step scales it by its own variance, sine factor or residual, so
     that k steps together are as strong as k guided steps. With a constant gradient, samples are the same for every k.
@@ -28,6 +30,12 @@ class GradientReuse:
             all reuse it.
         skip_below: fraction of the running mean, between 0 and 1; None skips nothing.
         skip_every: steps for which a weak gradient serves.
+
+    Examples:
+        >>> from calib_guidance.diffusion import NoiseSchedule
+        >>> levels = NoiseSchedule(np.full(4, 0.5)).levels  # index 3 is the first step
+        >>> GradientReuse(every=2).runs(levels, active=np.ones(4, dtype=bool))
+        array([False,  True, False,  True])
     """
 
     def __init__(self, every: int = 1, skip_below: float | None = None, skip_every: int = 4):

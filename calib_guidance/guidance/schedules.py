@@ -9,7 +9,7 @@ from calib_guidance.errors import check_numbers
 
 @final
 class GuidanceSchedule(Interval):
-    """Sine amplification, and where guidance is off: its classifier is not run there.
+    """Schedule of classifier guidance: sine amplification, and where guidance is off and no classifier runs.
 
     Args:
         gamma: γ ≥ 0, the sine factor (0.3 in arXiv 2310.11311, Table 6): adds γ·sin(π·progress) to the strength, in the units

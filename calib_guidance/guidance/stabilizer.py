@@ -10,7 +10,7 @@ from calib_guidance.errors import check_numbers
 
 @final
 class GradientStabilizer:
-    """What is done with ∇S of each sample before it is scaled, in this order.
+    """Averaging, clipping and projection of each sample's ∇S, in this order, before it is scaled.
 
     - An exponential moving average over the guided evaluations of a trajectory, m ← β·m + (1 − β)·∇S, used as m/(1 − β^k) after k
       of them (arXiv 2507.00687; the correction for the start at 0 is ours).
@@ -21,6 +21,11 @@ class GradientStabilizer:
         ema: β, 0 ≤ β < 1; 0 takes each gradient alone.
         max_norm: r > 0, in units of ∇S over all pixels; None clips nothing.
         parallel: η; 1 projects nothing.
+
+    Examples:
+        >>> gradient = torch.tensor([3.0, 4.0]).view(1, 1, 1, 2)
+        >>> GradientStabilizer(max_norm=1.0)(gradient, torch.zeros(1, 1, 1, 2), {}).flatten()
+        tensor([0.6000, 0.8000])
     """
 
     def __init__(self, ema: float = 0.0, max_norm: float | None = None, parallel: float = 1.0):

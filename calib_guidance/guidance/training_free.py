@@ -20,7 +20,9 @@ Shape = Literal["increase", "decrease", "constant"]
 
 
 class TrainingFreeGuidance(Guidance):
-    """Moves x' of a step by d_t/√α + √ᾱ'·d_0, with α = ᾱ/ᾱ' and f the score of the classifier on clean images.
+    """Training-free guidance, TFG (Ye et al. 2024, arXiv 2409.15761).
+
+    Moves x' of a step by d_t/√α + √ᾱ'·d_0, with α = ᾱ/ᾱ' and f the score of the classifier on clean images.
 
     - f̃(z) = log 1/M Σ_m exp f(z + e_m), e_m ~ N(0, σ_t²·I), drawn for every step: f, smoothed.
     - d_t = ρ_t·∇ of f̃(x̂0(x_t)) with respect to x_t, through the diffusion network.
@@ -40,6 +42,18 @@ class TrainingFreeGuidance(Guidance):
         rho_schedule, mu_schedule, sigma_schedule: ``increase``, ``decrease`` or ``constant``, as stated (σ: not ``increase``).
         interval: where it is on; everywhere by default.
         decoder: makes images of x̂0 for the classifier in place of the denoiser's decoder. Frozen here.
+
+    Examples:
+        >>> from calib_guidance.classifiers import GaussianMixtureClassifier
+        >>> from calib_guidance.denoisers import GaussianMixture
+        >>> from calib_guidance.diffusion import SampleStreams
+        >>> from calib_guidance.samplers import DDIM
+        >>> model = GaussianMixture(means=[[-2.0], [2.0]], covariances=[0.01, 0.01])  # without labels
+        >>> guide = TrainingFreeGuidance(GaussianMixtureClassifier(model), rho=1.0, mu=1.0)
+        >>> noise = SampleStreams(seeds=[0] * 4, indices=range(4), shape=model.image_shape)
+        >>> images = DDIM(steps="50", eta=1.0)(model, noise, torch.tensor([0, 1, 0, 1]), guide)
+        >>> images.sign().flatten()
+        tensor([-1.,  1., -1.,  1.])
     """
 
     classifier_input = "x0"
@@ -104,7 +118,8 @@ class TrainingFreeGuidance(Guidance):
             return f.logsumexp(0) - math.log(copies), logits[: len(z)]
 
         def guide(predict: Predict, x_t: Tensor, i: int) -> Guided:
-            state.setdefault("numbers", KeyedNumbers(x_t))
+            if "numbers" not in state:
+                state["numbers"] = KeyedNumbers(x_t)
             state["calls"] += 1
             if not active[i]:
                 return Guided(predict(x_t, i))

@@ -12,7 +12,14 @@ from torchmetrics import Metric
 
 
 class Levels(NamedTuple("Levels", [("overall", Tensor), ("by_level", Tensor)])):
-    """A metric over all samples, scalar, and over those of each noise level, ``(num_levels,)``; float64, NaN where none were."""
+    """A metric over all samples, scalar, and over those of each noise level, ``(num_levels,)``; float64, NaN where none were.
+
+    Examples:
+        >>> metric = Accuracy(num_levels=2)
+        >>> metric.update(torch.eye(2), torch.tensor([0, 0]), level=torch.tensor([0, 1]))
+        >>> metric.compute()
+        Levels(overall=tensor(0.5000, dtype=torch.float64), by_level=tensor([1., 0.], dtype=torch.float64))
+    """
 
     def __new__(cls, overall: Tensor, by_level: Tensor) -> Levels:
         # torchmetrics squeezes what a metric computes, and one level would lose its axis.

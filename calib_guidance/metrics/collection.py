@@ -25,6 +25,14 @@ class ClassifierMetrics(MetricCollection):
     ``accuracy``, ``top5_accuracy`` (of more than five classes), ``nll``, ``brier``, ``ece``, ``adaptive_ece``,
     ``maximum_ece``, ``classwise_ece``, ``smooth_ece``, ``signed_ece``, ``overconfidence``, ``aurc``, ``excess_aurc`` and ``bins``
     (those of ``ece``, see :class:`ReliabilityBins`).
+
+    Examples:
+        >>> import torch
+        >>> metrics = ClassifierMetrics(num_classes=2)
+        >>> metrics.update(torch.tensor([[0.8, 0.2], [0.8, 0.2]]).log(), torch.tensor([0, 1]))
+        >>> values = metrics.compute()
+        >>> [round(float(values[name].overall), 4) for name in ("accuracy", "ece", "brier")]
+        [0.5, 0.3, 0.68]
     """
 
     def __init__(self, num_classes: int, num_levels: int = 1):

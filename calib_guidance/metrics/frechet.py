@@ -34,7 +34,9 @@ def covariance_root(covariance: Tensor) -> Tensor:
 def frechet_distance(
     mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor, root1: Tensor | None = None
 ) -> Tensor:
-    """‖μ₁ − μ₂‖² + tr Σ₁ + tr Σ₂ − 2·tr (Σ₁Σ₂)^{1/2}, by eigenvalues of the symmetric Rᵀ·Σ₂·R, where R·Rᵀ = Σ₁.
+    """Fréchet distance between two normal distributions.
+
+    ‖μ₁ − μ₂‖² + tr Σ₁ + tr Σ₂ − 2·tr (Σ₁Σ₂)^{1/2}, by eigenvalues of the symmetric Rᵀ·Σ₂·R, where R·Rᵀ = Σ₁.
 
     Those are the eigenvalues of Σ₁Σ₂, whatever the root R. Scalar float64, ≥ 0 up to rounding, of means ``(D,)`` and symmetric
     covariances ``(D, D)``. ``root1`` is :func:`covariance_root` of ``covariance1``, half of the work, where it is known.

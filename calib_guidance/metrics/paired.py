@@ -23,6 +23,11 @@ class PairedDifference(NamedTuple):
         low, high: 95 % interval, of Student's t.
         resolvable: smallest true difference that such an interval excludes zero for with a probability of 0.8.
         unpaired_std: standard error if the runs did not share noise, from the same blocks.
+
+    Examples:
+        >>> found = PairedDifference(value=-0.2, std=0.05, low=-0.3, high=-0.1, resolvable=0.15, unpaired_std=0.1)
+        >>> found.high < 0  # the interval excludes zero: A is lower
+        True
     """
 
     value: float

@@ -49,6 +49,12 @@ class AreaUnderRiskCoverage(ConfidenceHistogram):
 
     Args:
         excess: subtract :func:`aurc_of_oracle` (E-AURC): the order of confidences counts, the accuracy does not.
+
+    Examples:
+        >>> logits = torch.tensor([[0.9, 0.1], [0.6, 0.4]]).log()
+        >>> y = torch.tensor([0, 1])  # right where it is sure
+        >>> round(float(AreaUnderRiskCoverage().of(logits, y)), 4)  # (0 + 1/2)/2
+        0.25
     """
 
     def __init__(self, num_levels: int = 1, excess: bool = False, **kwargs: object):

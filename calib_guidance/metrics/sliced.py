@@ -10,7 +10,9 @@ _AT_A_TIME = 64  # directions: 26 MB of projections of 50,000 samples
 
 
 def mind(reference: Tensor, generated: Tensor, num_directions: int = 1000, seed: int = 2020) -> Tensor:
-    """3·D·mean over random unit directions of the squared 2-Wasserstein distance between projections.
+    """MIND (arXiv 2605.06797): a sliced Wasserstein distance between sets of features.
+
+    3·D·mean over random unit directions of the squared 2-Wasserstein distance between projections.
 
     On a line that distance is the mean squared difference of sorted values. Two samples of one law give more than 0, less of it
     the more samples: values compare at equal numbers of samples only.

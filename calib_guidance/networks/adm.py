@@ -327,6 +327,11 @@ class UNet(_Encoder):
     Args:
         num_classes: number of classes, or None for a network without labels.
         num_heads_upsample: heads on the upward path, or -1 for ``num_heads``.
+
+    Examples:
+        >>> network = UNet(image_size=8, in_channels=1, model_channels=32, out_channels=1, channel_mult=(1,), num_classes=10)
+        >>> network(torch.zeros(2, 1, 8, 8), torch.tensor([0, 999]), torch.tensor([3, -1])).shape  # -1: no class
+        torch.Size([2, 1, 8, 8])
     """
 
     def __init__(self, *args: Any, num_classes: int | None = None, num_heads_upsample: int = -1, **kwargs: Any):
@@ -375,6 +380,11 @@ class EncoderUNet(_Encoder):
     """The noise-aware classifier of ADM: the downward half of the UNet and attention pooling.
 
     The pooling's positional table fixes the size of the images.
+
+    Examples:
+        >>> sizes = {"in_channels": 1, "model_channels": 32, "channel_mult": (1,), "num_head_channels": 32}
+        >>> EncoderUNet(image_size=8, out_channels=10, **sizes)(torch.zeros(2, 1, 8, 8), torch.tensor([0, 999])).shape
+        torch.Size([2, 10])
     """
 
     def __init__(

@@ -48,6 +48,12 @@ class DiTDH(LatentTransformer):
         num_classes: K; label K of the table is the null class.
         hidden_size, depth, num_heads: of encoder and head; the published XL by default.
         dtype: ``float32`` (published), ``float16``, ``bfloat16`` or ``auto``, of all but the embeddings; the velocity is float32.
+
+    Examples:
+        >>> import torch
+        >>> network = DiTDH(4, in_channels=8, num_classes=10, hidden_size=(32, 64), depth=(1, 1), num_heads=(2, 2))
+        >>> network(torch.zeros(2, 8, 4, 4), torch.tensor([0.0, 1.0]), torch.tensor([3, 10])).shape  # 10: no class
+        torch.Size([2, 8, 4, 4])
     """
 
     def __init__(

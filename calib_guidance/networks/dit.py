@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from calib_guidance.backend.precision import Dtype, dtype_of
+from calib_guidance.errors import check_installed
 from calib_guidance.networks.adm import timestep_embedding
 
 _FREQUENCIES = 256
@@ -35,6 +36,11 @@ class DiT(nn.Module):
         num_classes: K; label K of the table is the null class of classifier-free guidance.
         dtype: ``float32``, ``float16``, ``bfloat16`` or ``auto``, of the transformer; embeddings and output are float32.
         qk_norm: normalize queries and keys of each head (LayerNorm).
+
+    Examples:
+        >>> network = DiT(sample_size=4, hidden_size=32, depth=1, num_heads=2, num_classes=10)
+        >>> network(torch.zeros(2, 4, 4, 4), torch.tensor([0, 999]), torch.tensor([3, 10])).shape  # 10: no class
+        torch.Size([2, 8, 4, 4])
     """
 
     def __init__(
@@ -51,6 +57,7 @@ class DiT(nn.Module):
         qk_norm: bool = False,
     ):
         super().__init__()
+        check_installed("diffusers", "diffusers", "DiT")
         from diffusers import DiTTransformer2DModel  # seconds to import, and only latent models need it
 
         if hidden_size % num_heads or hidden_size % 4:

@@ -175,6 +175,11 @@ class EDM2UNet(nn.Module):
         dropout: rate, while training.
         logvar_channels: features of the uncertainty.
         dtype: ``float32``, ``float16``, ``bfloat16`` or ``auto``, of the convolutions, once weights are folded.
+
+    Examples:
+        >>> network = EDM2UNet(image_size=8, in_channels=3, num_classes=10, model_channels=32, channel_mult=(1,), num_blocks=1)
+        >>> network(torch.zeros(2, 3, 8, 8), torch.tensor([0.0, 1.0]), torch.tensor([3, -1])).shape  # of ln σ/4; -1: no class
+        torch.Size([2, 3, 8, 8])
     """
 
     def __init__(

@@ -232,6 +232,11 @@ class LightningDiT(LatentTransformer):
         mid_depth: block after which the head of Internal Guidance reads the tokens; None has no such head.
         internal_guidance: w of v_mid + w·(v − v_mid), where there is that head; 1 is v.
         dtype: ``float32``, ``float16``, ``bfloat16`` or ``auto``, of all but the embeddings; the velocity is float32.
+
+    Examples:
+        >>> network = LightningDiT(sample_size=4, in_channels=4, num_classes=10, hidden_size=32, depth=1, num_heads=2)
+        >>> network(torch.zeros(2, 4, 4, 4), torch.tensor([0.0, 1.0]), torch.tensor([3, 10])).shape  # 10: no class
+        torch.Size([2, 4, 4, 4])
     """
 
     def __init__(

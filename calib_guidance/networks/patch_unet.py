@@ -19,6 +19,12 @@ class PatchUNet(UNet):
         in_channels, out_channels: of images, as of a :class:`UNet`.
         patch_size: p, side of a block; ``image_size`` is a multiple of it.
         num_classes: number of classes, or None for a network without labels.
+
+    Examples:
+        >>> import torch
+        >>> network = PatchUNet(image_size=8, in_channels=1, model_channels=32, out_channels=1, channel_mult=(1,), patch_size=2)
+        >>> network(torch.zeros(2, 1, 8, 8), torch.tensor([0, 999])).shape
+        torch.Size([2, 1, 8, 8])
     """
 
     def __init__(

@@ -32,6 +32,10 @@ class SmallResNet(nn.Module):
         blocks: residual blocks per stage.
 
     ``num_features`` is the width of :meth:`forward_features`, the pooled features before the last layer.
+
+    Examples:
+        >>> SmallResNet(num_classes=10, widths=(16, 32))(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(

@@ -28,6 +28,10 @@ class Series(NamedTuple):
     """One line: its name in the legend, and at each of ``(N,)`` steps t of the full process the quantity and its std.
 
     ``std`` is the half-width of a band, None for no band. Values that were not measured are None or NaN.
+
+    Examples:
+        >>> Series("plain", t=[999, 0], mean=[0.1, 0.4]).std is None  # no band
+        True
     """
 
     name: str

@@ -14,7 +14,14 @@ _TOWARDS, _AWAY = COLORS[0], COLORS[1]
 
 
 class Contours(NamedTuple):
-    """Lines of a density in the plane."""
+    """Lines of a density in the plane.
+
+    Examples:
+        >>> x = np.linspace(-2, 2, 5)
+        >>> unit = Contours(x, x, np.exp(-(x[:, None] ** 2 + x**2) / 2), levels=[0.5])
+        >>> float(unit.density.max())
+        1.0
+    """
 
     x: Sequence[float]  # (W,)
     y: Sequence[float]  # (H,)

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.plots.style import COLORS, PathLike, panel, paper, save
+from calib_guidance.plots.style import PathLike, panel, paper, point_style, save
+
+_FEW = 4  # methods whose legend has room beside the points
 
 
 def front(points: Sequence[tuple[float, float]], signs: Sequence[int]) -> list[tuple[float, float]]:
@@ -42,13 +44,18 @@ def fronts(
     """
     if not any(points.values()):
         raise ConfigurationError("there is nothing to draw: no method has points")
-    figure, axis = panel(2.6)
+    below = len(points) > _FEW
+    columns = 1 if max(map(len, points)) > 22 else 2
+    figure, axis = panel(2.6 + 0.15 * below * -(-len(points) // columns))
     for number, (method, some) in enumerate(points.items()):
-        style = {"color": COLORS[number % 7], "marker": "os^Dv<>"[number % 7], "ms": 3}
+        style = {**point_style(number), "ms": 3}
         axis.plot(*zip(*some, strict=True), ls="none", alpha=0.35, **style)
         axis.plot(*zip(*front(some, signs), strict=True), lw=1, label=method, **style)
     axis.set(xlabel=titles[0], ylabel=titles[1])
     axis.set_title(title, loc="left", fontsize=7)
     axis.margins(0.08)
-    axis.legend()
+    if below:
+        figure.legend(loc="outside lower center", ncols=columns)
+    else:
+        axis.legend()
     return save(figure, path)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _GAP = 0.06  # between images, of their size
 _APART = 0.3  # between the strip and the real image beside it, of an image
-_LETTER = 0.062  # inch, of the names of rows
+_LETTER = 0.062  # inch, of names
 
 
 def _tile(axis: Axes, image: np.ndarray, column: float, top: float, **style: Any) -> None:
@@ -33,7 +33,8 @@ def _sample(axis: Axes, image: np.ndarray, column: float, top: float) -> None:
 
 def _finish(axis: Axes, columns: int, bottom: float, aspect: float) -> None:
     """Axes around tiles, one unit of the axes each."""
-    axis.set(xlim=(0, columns - _GAP), ylim=(bottom - _GAP, 0), aspect=aspect)
+    # Constrained layout does not know the aspect: what is to spare goes to the names, on the left and at the top.
+    axis.set(xlim=(0, columns - _GAP), ylim=(bottom - _GAP, 0), aspect=aspect, anchor="SE")
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0, pad=2)
     axis.xaxis.tick_top()
@@ -49,15 +50,18 @@ def _named_rows(
     path: PathLike,
     top: Sequence[str] = (),
     turn: bool = True,
+    width: float = COLUMN,
     **labels: str,
 ) -> list[Path]:
     """Images ``(C, H, W)`` of one size, in rows that begin on the left, with the names of rows and, at the top, of columns."""
     names = [textwrap.fill(name, 14, max_lines=2, placeholder=" …") for name, _ in rows]
-    columns, turned = max(len(images) for _, images in rows), turn and max(map(len, top), default=0) > 2
+    columns = max(len(images) for _, images in rows)
     longest = max(len(line) for name in names for line in name.splitlines())
+    tile = (width - 0.24 - longest * _LETTER) / columns
+    turned = turn and max(map(len, top), default=0) * 0.9 * _LETTER > tile
     _, h, w = rows[0][1][0].shape
-    above = 0.08 if not top else 0.36 + turned * _LETTER * max(map(len, top))
-    figure, axis = panel((COLUMN - 0.24 - longest * _LETTER) / columns * len(rows) * h / w + above)
+    above = 0.08 if not top else 0.42 + turned * _LETTER * max(map(len, top))
+    figure, axis = panel(tile * len(rows) * h / w + above, width)
     for r, (_, images) in enumerate(rows):
         for c, image in enumerate(images):
             _sample(axis, image, c, r)
@@ -97,18 +101,22 @@ def sample_grid(
 
 
 @paper
-def side_by_side(runs: Mapping[str, Sequence[np.ndarray]], classes: Sequence[str], path: PathLike) -> list[Path]:
-    """What several runs make of the same noise: a row for each run, a column for each sample, with its class above.
+def side_by_side(
+    runs: Mapping[str, Sequence[np.ndarray]], classes: Sequence[str], path: PathLike, width: float = COLUMN
+) -> list[Path]:
+    """Several runs from the same noise: a row for each run, a column for each sample, with its class above.
 
     Args:
         runs: by name, uint8 ``(N, C, H, W)`` samples of the same indices, seeds and labels.
         classes: ``(N,)`` of the samples.
+        path: without ending.
+        width: inch, that of a column by default.
     """
     shapes = {name: np.shape(images) for name, images in runs.items()}
     if len(set(shapes.values())) != 1 or not len(classes):
         raise ConfigurationError(f"side by side go samples of one size, as many of each run as classes, got {shapes}")
     top = [textwrap.shorten(name, 12, placeholder="…") for name in classes]
-    return _named_rows([*runs.items()], path, top, xlabel="class, the same noise in a column")
+    return _named_rows([*runs.items()], path, top, width=width, xlabel="class, the same noise in a column")
 
 
 def real_of_classes(
@@ -127,7 +135,7 @@ def real_of_classes(
 def guidance_grid(
     images: Sequence, scores: Sequence[str], scales: Sequence[float], path: PathLike, title: str = ""
 ) -> list[Path]:
-    """What each score makes of one noise at each scale: a row for each score, a column for each scale.
+    """One noise under each score and scale: a row for each score, a column for each scale.
 
     Args:
         images: uint8 ``(scores, scales, C, H, W)``.

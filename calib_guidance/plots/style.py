@@ -17,6 +17,7 @@ from calib_guidance.backend.atomic import atomic_path
 # Wong's palette, told apart with any color vision (Nature Methods 8, 441, 2011). The last one is too light for lines.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 LINE_STYLES = ("-", "--", "-.", ":")  # and without color
+_MARKERS = "os^Dv<>P"
 COLUMN = 3.3  # inch, of a page with two columns
 DOTS_PER_INCH = 300
 
@@ -58,6 +59,12 @@ def paper(draw: Callable[P, R]) -> Callable[P, R]:
     return drawn
 
 
+def point_style(number: int) -> dict[str, str]:
+    """Color and marker of the ``number``-th series of points: those of two series differ, up to 56 of them."""
+    color = number % 7
+    return {"color": COLORS[color], "marker": _MARKERS[(color + number // 7) % len(_MARKERS)]}
+
+
 def blank(height: float, width: float = COLUMN) -> Figure:
     """An empty plot, of the width of a column by default; both in inch."""
     from matplotlib.figure import Figure
@@ -65,9 +72,9 @@ def blank(height: float, width: float = COLUMN) -> Figure:
     return Figure(figsize=(width, height))
 
 
-def panel(height: float) -> tuple[Figure, Axes]:
-    """A plot of the width of a column with one pair of axes; ``height`` in inch."""
-    figure = blank(height)
+def panel(height: float, width: float = COLUMN) -> tuple[Figure, Axes]:
+    """A plot with one pair of axes, of the width of a column by default; both in inch."""
+    figure = blank(height, width)
     return figure, figure.add_subplot()
 
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from calib_guidance.backend.text import parse_yaml
 from calib_guidance.errors import ConfigurationError, first_line
 from calib_guidance.runs import CorruptedShardError, RunFolder, read_run
 from calib_guidance.runs.status import survey
@@ -134,7 +135,7 @@ class Run:
     def _read_config(self) -> tuple[str, dict[str, Any]]:
         try:
             text = (self.path / "config.yaml").read_text()
-            if isinstance(content := yaml.safe_load(text), dict):
+            if isinstance(content := parse_yaml(text), dict):
                 return text, content
             problem = "config.yaml is damaged (it holds no settings)"
         except FileNotFoundError:

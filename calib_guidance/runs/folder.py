@@ -140,9 +140,9 @@ class RunFolder(ShardStore):
             self.put(file, checked_json(run | {"num_samples": self.num_requests}))
         for folder in (self.samples, self.records, self.claims.folder):
             folder.mkdir(exist_ok=True)
-        self._clean_up()
+        self.clean_up()
 
-    def _clean_up(self) -> None:
+    def clean_up(self) -> None:
         """Remove what killed workers left: unfinished files and folders, and claims of shards that are done."""
         now = self.claims.now()
         for folder in (self.path, self.samples, self.records, self.claims.folder, self.path / "plots"):

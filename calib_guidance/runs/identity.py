@@ -53,6 +53,11 @@ def read_run(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     return run
 
 
+def requested(run: Mapping[str, Any], option: str) -> Any:
+    """An option of ``data`` that a run.json was sampled with, such as ``seed``; None where it does not say."""
+    return run["identity"].get(f"data.init_args.{option}")
+
+
 def differences(run: Mapping[str, Any], identity: Mapping[str, Any], shard_size: int) -> list[str]:
     """Where a run.json differs from an identity and a shard size, ``key: then, now`` each."""
     then = run["identity"] | {"shard_size": run["shard_size"]}

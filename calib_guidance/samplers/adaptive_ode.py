@@ -33,6 +33,13 @@ class AdaptiveODE(FlowEncoder):
             depends a little on the others; by default each is solved by itself.
 
     See :class:`~calib_guidance.samplers.flow.FlowSampler` for the others.
+
+    Examples:
+        >>> from calib_guidance.denoisers import GaussianMixture
+        >>> model = GaussianMixture(means=[[3.0]], covariances=[0.01])
+        >>> image = torch.full((1, 1, 1, 1), 3.1)  # one standard deviation above the mean
+        >>> round(float(AdaptiveODE(rtol=1e-6).encode(model, image)), 2)  # as is its noise
+        1.0
     """
 
     def __init__(

@@ -18,14 +18,31 @@ from calib_guidance.samplers.guidance_scaling import GuidanceScaling
 
 
 class Transition(NamedTuple):
-    """x' = mean + std·z; the loop draws z ~ N(0, I), not at the last step."""
+    """Result of a step, x' = mean + std·z. The loop draws z ~ N(0, I), except at the last step.
+
+    Examples:
+        >>> Transition(mean=torch.zeros(1, 1, 1, 1)).std is None  # deterministic
+        True
+    """
 
     mean: Tensor  # (N, C, H, W)
     std: Tensor | None = None  # one number or (N, C, H, W); None of a deterministic step
 
 
 class StepRecord(NamedTuple):
-    """One step, as observers see it. Tensors stay on the device; an observer that reads them on the host slows sampling."""
+    """One step, as observers see it. Tensors stay on the device; an observer that reads them on the host slows sampling.
+
+    Examples:
+        >>> from calib_guidance.denoisers import GaussianMixture
+        >>> from calib_guidance.diffusion import SampleStreams
+        >>> from calib_guidance.samplers import DDIM
+        >>> model = GaussianMixture(means=[[3.0]], covariances=[0.01])
+        >>> noise = SampleStreams(seeds=[0], indices=[0], shape=model.image_shape)
+        >>> steps = []
+        >>> _ = DDIM(steps="4")(model, noise, torch.tensor([0]), observers=[lambda record: steps.append((record.i, record.t))])
+        >>> steps
+        [(3, 999), (2, 666), (1, 333), (0, 0)]
+    """
 
     i: int  # level of Sampler.levels, N − 1 … 0
     num_steps: int  # N
@@ -40,7 +57,22 @@ Observer = Callable[[StepRecord], None]
 
 
 class BufferedObserver(ABC):
-    """An observer that learns only when a batch is done which of its samples are kept, and counts those."""
+    """An observer that learns only when a batch is done which of its samples are kept, and counts those.
+
+    Examples:
+        >>> class LastStep(BufferedObserver):  # keeps the pixels of finished samples
+        ...     kept = ()
+        ...     def __call__(self, record):
+        ...         self.images = record.x_next
+        ...     def count(self, rows):
+        ...         self.kept = self.images[rows].flatten().tolist()
+        >>> from calib_guidance.guidance import Guided
+        >>> observe, x = LastStep(), torch.tensor([1.0, 2.0]).view(2, 1, 1, 1)
+        >>> observe(StepRecord(0, 1, 0, torch.zeros(2), x, Guided(None), x))
+        >>> observe.count(slice(0, 1))  # the second sample failed
+        >>> observe.kept
+        [1.0]
+    """
 
     @abstractmethod
     def __call__(self, record: StepRecord) -> None:
@@ -52,7 +84,25 @@ class BufferedObserver(ABC):
 
 
 class Sampler(ABC):
-    """``sampler(denoiser, noise, y, guidance) -> images``. A sampler is its levels, its coefficients and its step."""
+    """Base class of samplers: ``sampler(denoiser, noise, y, guidance) -> images``. A subclass is its coefficients and its step.
+
+    Examples:
+        >>> class Euler(Sampler):  # a sampler of your own: dx/dσ = ε of x/√ᾱ = x0 + σ·ε
+        ...     steps = "50"
+        ...     def coefficients(self, levels):
+        ...         sigma = levels.sigmas
+        ...         return {"sigma": sigma, "h": np.append(0, sigma[:-1]) - sigma, "root": np.sqrt(levels.alphas_cumprod)}
+        ...     def step(self, x, i, evaluate, c):
+        ...         ve = x / c.root[i]
+        ...         ve = ve + c.h[i] * (ve - evaluate(x, i).predicted().x0) / c.sigma[i]
+        ...         return Transition(ve * (c.root[i - 1] if i else 1))
+        >>> from calib_guidance.denoisers import GaussianMixture
+        >>> from calib_guidance.diffusion import SampleStreams
+        >>> model = GaussianMixture(means=[[3.0]], covariances=[0.01])
+        >>> noise = SampleStreams(seeds=[0], indices=[0], shape=model.image_shape)
+        >>> round(float(Euler()(model, noise, torch.tensor([0]))))
+        3
+    """
 
     steps: str | int  # respacing of the process, of samplers that stop at its steps
     clip_denoised: bool = True  # clip x̂0 to [-1, 1] before guidance, where it is an image
@@ -61,6 +111,9 @@ class Sampler(ABC):
     takes_score: bool = False  # whether step reads the score; elsewhere the loop folds it into x̂0
     renoises: bool = False  # whether step takes the noise from x0_renoise where a prediction has it
     moves_sample: bool = False  # whether step can move the sample along the score (arXiv 2310.11311, Algorithm 2)
+    steps_vp: bool = (
+        True  # whether a step is one evaluation that leads to x' = √ᾱ'·x0 + √(1−ᾱ')·ε, as training-free guidance needs
+    )
 
     def levels(self, denoiser: Denoiser) -> NoiseLevels:
         """Noise levels of the N steps, least noisy first."""
@@ -102,18 +155,22 @@ class Sampler(ABC):
         """Raise ValueError where sampler, denoiser and guidance do not fit together."""
         _check_start(self.levels(denoiser))
         name = type(self).__name__
-        self._check_noise(denoiser)
+        self._check_step(denoiser, guidance)
         for part in guidance.parts() if guidance else ():
             if part.apply_to == "sample" and not self.moves_sample:
                 raise ValueError(f"apply_to: sample is Algorithm 2, and {name} has none: set score, or take Heun")
-            if part.apply_to == "step" and self.moves_sample:
-                raise ValueError(f"TFG needs one evaluation a step, {name} has two: take DDIM (eta: 1 in the source)")
             if part.apply_to == "score" and part.schedule.gamma and not self.takes_score:
                 raise ValueError(f"{name} has no sine factor: set the guidance schedule's gamma to 0, or take DDPM")
 
-    def _check_noise(self, denoiser: Denoiser) -> None:
+    def _check_step(self, denoiser: Denoiser, guidance: Guidance | None) -> None:
+        name = type(self).__name__
         if denoiser.renoises and not self.renoises:
-            raise ValueError(f"{type(self).__name__} cannot renoise as CFG++: set the sampler to DDIM or DPMSolver")
+            raise ValueError(f"{name} cannot renoise as CFG++: set the sampler to DDIM or DPMSolver")
+        if not self.steps_vp and any(part.apply_to == "step" for part in (guidance.parts() if guidance else ())):
+            raise ValueError(
+                f"training-free guidance adds to x' of a step with one evaluation, and {name} has others: set the sampler to "
+                "DDIM (eta: 1 in the source), DDPM, DPMSolver or UniPC, which flow models take too"
+            )
 
     @torch.no_grad()
     def __call__(
@@ -134,7 +191,7 @@ class Sampler(ABC):
             observers: each is called after every step, and after every repetition of one.
             progress: called with the number of finished steps and N after every step.
         """
-        self._check_noise(denoiser)
+        self._check_step(denoiser, guidance)
         levels = self.levels(denoiser)
         _check_start(levels)
         n, times = len(levels.times), [int(t) if t.is_integer() else t for t in levels.times.tolist()]

@@ -31,7 +31,7 @@ class FlowSampler(Sampler):
         start, end: τ of the first and of the last point of the grid, before the shift.
     """
 
-    clip_denoised = False
+    clip_denoised, steps_vp = False, False
 
     def __init__(self, num_steps: int, path: PathName, shift: float, start: float, end: float):
         path_coefficients(path, 0.0)  # checks the name

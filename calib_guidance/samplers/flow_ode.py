@@ -11,7 +11,7 @@ from torch import Tensor
 from calib_guidance.denoisers.base import Denoiser
 from calib_guidance.diffusion.paths import PathName, path_coefficients, shifted_time
 from calib_guidance.diffusion.schedules import NoiseLevels
-from calib_guidance.errors import check_choice
+from calib_guidance.errors import check_choice, check_numbers
 from calib_guidance.samplers.base import Transition
 from calib_guidance.samplers.encoding import FlowEncoder
 from calib_guidance.samplers.evaluate import Evaluate
@@ -30,6 +30,7 @@ class FlowODE(FlowEncoder):
         correct_last: Heun's second evaluation in the last step too, at τ = 0 (SiT); otherwise that is an Euler step (REPA).
         interval_by: what decides about guidance in an interval: the start of the ``step`` (REPA), or every ``evaluation`` by its
             own τ (LightningDiT).
+        zero_steps: first steps that do not move x, but are evaluated (CFG-Zero*, arXiv 2503.18886: 4 % of the steps).
 
     See :class:`~calib_guidance.samplers.flow.FlowSampler` for the others.
 
@@ -52,11 +53,14 @@ class FlowODE(FlowEncoder):
         end: float = 0.0,
         correct_last: bool = False,
         interval_by: Literal["step", "evaluation"] = "step",
+        zero_steps: int = 0,
     ):
         check_choice("method", method, get_args(Method))
         check_choice("interval_by", interval_by, ("step", "evaluation"))
         super().__init__(num_steps, path, shift, start, end)
-        self.method, self.correct_last, self.interval_by = method, correct_last, interval_by
+        check_numbers(least=0, below=num_steps, zero_steps=zero_steps)
+        self.method, self.correct_last = method, correct_last
+        self.interval_by, self.zero_steps = interval_by, zero_steps
 
     def evaluated(self, denoiser: Denoiser) -> NoiseLevels:
         grid = np.maximum(self.grid(denoiser), IMAGE)
@@ -70,12 +74,12 @@ class FlowODE(FlowEncoder):
 
     def coefficients(self, levels: NoiseLevels) -> dict[str, np.ndarray]:
         tau, _ = self.at(levels)
-        end = float(shifted_time(np.array(self.end), self.shift))
-        following = np.append(end, tau[:-1])
+        following = np.append(float(shifted_time(np.array(self.end), self.shift)), tau[:-1])
         # Of step i: its level at i, and with Heun where it leads at N + i.
         c = path_coefficients(self.path, np.concatenate([tau, np.maximum(following, IMAGE)]))
         tables = {name: getattr(c, name) for name in ("alpha", "sigma", "d_alpha", "d_sigma")}
-        return tables | {"to_vp": 1 / c.scale, "h": following - tau}
+        h = (following - tau) * (np.arange(len(tau)) < len(tau) - self.zero_steps)
+        return tables | {"to_vp": 1 / c.scale, "h": h}
 
     def step(self, x: Tensor, i: int, evaluate: Evaluate, c: SimpleNamespace) -> Transition:
         first = self._velocity(x, i, evaluate, c)

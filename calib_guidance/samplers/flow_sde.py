@@ -33,6 +33,15 @@ class FlowSDE(FlowSampler):
         method: ``euler`` (Euler and Maruyama); or SiT's ``heun``: noise first, then the mean of the drifts at both ends.
 
     See :class:`FlowSampler` for the others.
+
+    Examples:
+        >>> import torch
+        >>> from calib_guidance.denoisers import GaussianMixture
+        >>> from calib_guidance.diffusion import SampleStreams
+        >>> model = GaussianMixture(means=[[3.0]], covariances=[0.01])
+        >>> noise = SampleStreams(seeds=[0], indices=[0], shape=model.image_shape)
+        >>> round(float(FlowSDE(num_steps=50)(model, noise, torch.tensor([0]))))
+        3
     """
 
     def __init__(

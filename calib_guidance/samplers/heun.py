@@ -31,9 +31,18 @@ class Heun(Sampler):
             moves the sample once per step; true averages two moves (the trapezoidal rule).
         clip_denoised: clip x̂0 to [-1, 1]; EDM does not.
         float32_state: keep the sample in float32, as EDM2 does; EDM's is float64.
+
+    Examples:
+        >>> import torch
+        >>> from calib_guidance.denoisers import GaussianMixture
+        >>> from calib_guidance.diffusion import SampleStreams
+        >>> model = GaussianMixture(means=[[3.0]], covariances=[0.01])
+        >>> noise = SampleStreams(seeds=[0], indices=[0], shape=model.image_shape)
+        >>> round(float(Heun(num_steps=18)(model, noise, torch.tensor([0]))))
+        3
     """
 
-    moves_sample = True
+    moves_sample, steps_vp = True, False
 
     def __init__(
         self,

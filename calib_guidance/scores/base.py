@@ -31,12 +31,20 @@ def log_softmax(logits: Tensor) -> Tensor:
 
 
 class Score(nn.Module, ABC):
-    """``score(logits, y, time) -> (N,)``: one value per sample, higher where the sample is more of its class.
+    """Base class of scores: one value per sample that guidance climbs, ``score(logits, y, time) -> (N,)``.
 
     Guidance climbs its gradient. ``logits`` are ``(N, K)``, ``y`` ``(N,)``; ``time`` is the fraction of the trajectory still to
     go, from 1 at pure noise to 0 at the image, which only scores with a schedule use.
 
     ``group_size`` is the number of neighboring samples whose scores depend on each other.
+
+    Examples:
+        >>> class Margin(Score):  # a score of your own
+        ...     def forward(self, logits, y, time=1.0):
+        ...         others = logits.scatter(1, y[:, None], -torch.inf)
+        ...         return logits.gather(1, y[:, None]).squeeze(1) - others.amax(1)
+        >>> Margin()(torch.tensor([[3.0, 1.0, 0.0]]), torch.tensor([0]))
+        tensor([2.])
     """
 
     group_size: int = 1
@@ -46,7 +54,9 @@ class Score(nn.Module, ABC):
 
 
 class TemperedLogProb(Score):
-    """log p_{τ1,τ2}(y|x) = τ1·f_y − logsumexp(τ2·f) (arXiv 2310.11311 Eq. 4); τ1 = τ2 = 1 is plain classifier guidance.
+    """Tempered log-probability.
+
+    log p_{τ1,τ2}(y|x) = τ1·f_y − logsumexp(τ2·f) (arXiv 2310.11311 Eq. 4); τ1 = τ2 = 1 is plain classifier guidance.
 
     τ2 < τ1 strengthens the joint direction, which leads to the mode of the class, over the marginal one; τ2 = 0 leaves only
     the joint energy f_y.

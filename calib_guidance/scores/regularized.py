@@ -30,7 +30,9 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 class EntropyRegularized(TemperedLogProb):
-    """log p_{τ1,τ2}(y|x) + λ_t·H(p): rewards an undecided classifier, so that its gradient lasts.
+    """Log-probability with an entropy bonus.
+
+    log p_{τ1,τ2}(y|x) + λ_t·H(p): rewards an undecided classifier, so that its gradient lasts.
 
     The paper calls λ_t adaptive without saying how; these are offered:
 
@@ -120,7 +122,9 @@ def smoothed_one_hot_log(y: Tensor, num_classes: int, epsilon: float, dtype: tor
 
 
 class DivergenceRegularized(TemperedLogProb):
-    """log p_{τ1,τ2}(y|x) − α·D(q_y, p), p at temperature 1: pulls the prediction toward a softened one-hot target.
+    """Log-probability with a divergence penalty.
+
+    log p_{τ1,τ2}(y|x) − α·D(q_y, p), p at temperature 1: pulls the prediction toward a softened one-hot target.
 
     Args:
         divergence: ``rkl``, ``fkl``, ``js`` or ``hellinger``.

@@ -9,7 +9,9 @@ from calib_guidance.scores.base import Score, TemperedLogProb
 
 
 class Tilted(Score):
-    """(1/t)·log(mean_j exp(t·S_j)) of a score over each group of samples, fixed by index (index // group_size).
+    """Tilted mean of a score over groups of samples.
+
+    (1/t)·log(mean_j exp(t·S_j)) of a score over each group of samples, fixed by index (index // group_size).
 
     Every sample carries the value of its group. The gradient of the sum with respect to S_i is group_size·softmax_j(t·S_j)_i,
     which is 1, plain guidance, as t → 0.

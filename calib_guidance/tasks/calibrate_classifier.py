@@ -1,4 +1,4 @@
-"""Fine-tuning a classifier so that its confidence is honest."""
+"""Fine-tuning of classifiers for calibrated confidence."""
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -23,7 +23,7 @@ HELDOUT_SEED = 0  # of the noise on held-out images: the same at every validatio
 
 
 class CalibrateClassifier(TrainingTask):
-    """Cross-entropy + λ·Smooth ECE on clean, noisy or denoised images (arXiv 2511.05844 Eq. 1).
+    """Trains a classifier with cross-entropy + λ·Smooth ECE on clean, noisy or denoised images (arXiv 2511.05844 Eq. 1).
 
     Held-out data are measured overall and by noise level: ``val/nll``, ``val/ece`` … and ``val/ece/t=0-99`` …, with the
     names of :class:`~calib_guidance.metrics.ClassifierMetrics`. The weights' average, where one is wanted, comes from

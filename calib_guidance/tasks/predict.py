@@ -40,7 +40,7 @@ def _one_class_problems(score: Score) -> Iterator[str]:
 
 
 class GuidedSampling(FaultTolerant):
-    """Samples the requests of the data module, through faults as :class:`~calib_guidance.tasks.retry.FaultTolerant` says.
+    """Samples the requests of the data module; see :class:`~calib_guidance.tasks.retry.FaultTolerant` for failures.
 
     Callbacks that watch the trajectory register with ``context.observe`` in their ``setup``.
 
@@ -191,7 +191,7 @@ class GuidedSampling(FaultTolerant):
 
 
 class DenoiseImages(FaultTolerant):
-    """x̂0(x_t) of the images of :class:`~calib_guidance.data.DenoiseRequests`, with t, for SampleWriter to write.
+    """Denoises the images of :class:`~calib_guidance.data.DenoiseRequests`: x̂0(x_t) with t, for SampleWriter to write.
 
     What ``fit`` computes at every step with :class:`~calib_guidance.training.DenoisedInput` is computed once here. Written as
     8-bit images, it is off by half a gray level at most (1/255 on the scale of [-1, 1]), and by nothing on average where the

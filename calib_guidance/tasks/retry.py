@@ -131,7 +131,7 @@ class FaultTolerant(L.LightningModule, ABC):
         self.context.configuration = configuration
 
     def give_num_classes(self, requests: RequestData, num_classes: int | None) -> None:
-        """Let the data module take the model's number of classes; the run is known by the number, whoever stated it."""
+        """Let the data module take the model's number of classes; the run is known by the number, wherever it was stated."""
         requests.take_num_classes(num_classes)
         if self.context.configuration is not None:
             self.context.configuration["data"].setdefault("init_args", {})["num_classes"] = requests.num_classes

@@ -14,6 +14,7 @@ from calib_guidance.tasks.base import TrainingTask
 from calib_guidance.training.losses import variational_bound_term
 from calib_guidance.training.objective import Objective
 from calib_guidance.weights import registry
+from calib_guidance.weights.io import WeightsFile, load_weights
 
 Variance = Literal["fixed", "learned_range"]
 
@@ -35,6 +36,8 @@ class TrainDiffusion(TrainingTask):
         objective: ``FlowMatching`` or ``EDMLoss`` (:mod:`calib_guidance.training`) in place of ε and v; ``noise_schedule``,
             ``num_steps``, ``prediction`` and ``variance`` are then not used. ``FlowDenoiser`` or ``EDM2Denoiser`` samples
             what was trained.
+        checkpoint: weights of the network to start from. An interrupted run is resumed with ``--ckpt_path`` instead, which has
+            the state of the optimizer too.
         compile: compile the network with torch.compile; its parameters keep their names.
         optimizer: builds the optimizer.
         lr_scheduler: builds the rate schedule, stepped at every optimizer step; none by default.
@@ -49,6 +52,7 @@ class TrainDiffusion(TrainingTask):
         variance: Variance = "learned_range",
         label_dropout: float = 0.1,
         objective: Objective | None = None,
+        checkpoint: WeightsFile | str | None = None,
         compile: bool = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -65,6 +69,8 @@ class TrainDiffusion(TrainingTask):
             objective.check(network)
             self.weights_metadata = dict(objective.metadata)
         self.weights_metadata |= registry.nonstate_hparams(network)
+        if checkpoint is not None:
+            load_weights(network, checkpoint, **self.weights_metadata)
         tables = NoiseSchedule(named_betas(noise_schedule, num_steps))
         names = ("betas", "log_variance_clipped", "mean_coef1", "mean_coef2")
         buffers = {name: getattr(tables.posterior, name) for name in names} | {"alphas_cumprod": tables.alphas_cumprod}

@@ -10,7 +10,9 @@ from calib_guidance.training.objective import Objective
 
 
 class EDMLoss(Objective):
-    """Weighted squared error of D(x; σ) = c_skip·x + c_out·F(c_in·x, ln σ/4) at σ = exp(mean + std·z), z ~ N(0, 1).
+    """The loss of EDM and EDM2.
+
+    Weighted squared error of D(x; σ) = c_skip·x + c_out·F(c_in·x, ln σ/4) at σ = exp(mean + std·z), z ~ N(0, 1).
 
     λ(σ) = (σ² + σ_d²)/(σ·σ_d)² gives every σ the same loss at the start. With ``uncertainty`` the loss is λ/exp(u)·|D − x0|² + u,
     whose u(σ) the network learns: it goes to the logarithm of the weighted error at σ, so that every σ keeps the same
@@ -21,6 +23,15 @@ class EDMLoss(Objective):
         mean, std: of ln σ. Defaults are EDM2's, of ImageNet.
         sigma_data: σ_d, root mean square of the images in [-1, 1].
         uncertainty: whether to learn u(σ).
+
+    Examples:
+        >>> class Zero(nn.Module):  # F = 0, so D = c_skip·x
+        ...     def forward(self, x, c_noise, y):
+        ...         return torch.zeros_like(x)
+        >>> loss = EDMLoss(uncertainty=False)
+        >>> x0, noise, sigma = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1), torch.tensor([0.5])
+        >>> loss(Zero(), x0, None, sigma, noise)  # λ·(σ/2)² with λ = 0.5/0.25²
+        tensor([0.5000])
     """
 
     def __init__(self, mean: float = -0.4, std: float = 1.0, sigma_data: float = 0.5, uncertainty: bool = True):

@@ -7,7 +7,7 @@ give any other afterwards, by least squares over their profiles. A length is giv
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from calib_guidance.errors import CheckpointError, ConfigurationError
-from calib_guidance.weights.io import read_weights, save_weights
+from calib_guidance.weights.io import in_half, read_weights, save_weights
 
 RELIABLE = (
     0.03,
@@ -134,6 +134,16 @@ def reconstruct(
     return total, metadata | {STD: f"{std:g}", IMAGES: str(last)}
 
 
+def relative_difference(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """‖a − b‖/‖b‖ over all floating-point tensors of two states with the same names."""
+    names = [name for name, value in other.items() if value.is_floating_point()]
+    apart, size = (
+        sum(float(value.double().square().sum()) for value in values)
+        for values in ((state[n].double() - other[n].double() for n in names), (other[n] for n in names))
+    )
+    return (apart / size) ** 0.5
+
+
 def ema(argv: Sequence[str]) -> None:
     """``calib-guidance ema``, of the arguments after ``ema``: see its ``--help``."""
     parser = argparse.ArgumentParser(
@@ -146,6 +156,12 @@ def ema(argv: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.safetensors", help="to write")
     parser.add_argument("--images", type=int, help="end of the average, the time of a snapshot; the last by default")
     parser.add_argument("--half", action="store_true", help="write float16 in place of float32")
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        metavar="FILE.safetensors",
+        help="print the relative difference to these weights, such as an average that was kept in training",
+    )
     options = parser.parse_args(list(argv))
     if options.output.suffix != ".safetensors":
         raise ConfigurationError(f"--output must end in .safetensors, got {options.output}")
@@ -154,14 +170,21 @@ def ema(argv: Sequence[str]) -> None:
         state, metadata = reconstruct(snapshots, options.std, options.images)
     except ValueError as error:
         raise ConfigurationError(str(error)) from error
+    compared = None
+    if options.compare is not None:
+        compared = read_weights(options.compare).state
+        if {name: value.shape for name, value in compared.items()} != {n: v.shape for n, v in state.items()}:
+            raise CheckpointError(f"--compare: {options.compare} has other names or shapes than the snapshots")
     if not RELIABLE[0] <= options.std <= RELIABLE[1]:
         print(f"note: lengths outside {RELIABLE[0]} … {RELIABLE[1]} are not reliable from snapshots of 0.05 and 0.10")
     if options.half:
-        state = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
+        state = in_half(state, options.output)
     save_weights(state, options.output, **metadata)
     print(
         f"wrote {options.output}: length {options.std:g} at {metadata[IMAGES]} images, from {len(snapshots)} snapshots"
     )
+    if compared is not None:
+        print(f"relative difference to {options.compare}: {relative_difference(state, compared):.2e}")
 
 
 @torch.no_grad()

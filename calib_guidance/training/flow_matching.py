@@ -24,6 +24,14 @@ class FlowMatching(Objective):
         time_direction: of the network's t, see :class:`~calib_guidance.denoisers.FlowDenoiser`.
         time_scale: what t in [0, 1] is multiplied with for the network; 1000 suits ADM's embedding.
         times: law of τ: ``uniform``, or ``logit_normal`` with ``mean`` and ``std`` (Esser et al. 2024).
+
+    Examples:
+        >>> class Zero(nn.Module):
+        ...     def forward(self, x, t, y):
+        ...         return torch.zeros_like(x)
+        >>> x0, noise = torch.full((1, 1, 2, 2), 1.0), torch.full((1, 1, 2, 2), 3.0)
+        >>> FlowMatching()(Zero(), x0, None, torch.tensor([0.5]), noise)  # (3 − 1)²
+        tensor([4.])
     """
 
     def __init__(

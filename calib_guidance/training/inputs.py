@@ -20,7 +20,16 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
 
 class InputTransform(nn.Module, ABC):
-    """``input_transform(batch, seed) -> (x, t)``."""
+    """Base class of what a classifier is trained on: ``input_transform(batch, seed) -> (x, t)``.
+
+    Examples:
+        >>> class Inverted(InputTransform):  # an input of your own: negatives of images
+        ...     num_steps = 1000
+        ...     def forward(self, batch, seed=None):
+        ...         return -batch["image"], None
+        >>> Inverted()({"image": torch.ones(1, 1, 1, 1)})[0].item()
+        -1.0
+    """
 
     num_steps: int  # length of the diffusion process that t refers to
 
@@ -50,6 +59,11 @@ class CleanInput(InputTransform):
 
     Args:
         num_steps: length of the process that those steps are of.
+
+    Examples:
+        >>> images, t = CleanInput()({"image": torch.ones(2, 1, 4, 4), "label": torch.tensor([0, 1])})
+        >>> images.shape, t
+        (torch.Size([2, 1, 4, 4]), None)
     """
 
     def __init__(self, num_steps: int = 1000):
@@ -113,11 +127,17 @@ class _DiffusedInput(InputTransform):
 
 
 class NoisyInput(_DiffusedInput):
-    """x_t ~ q(x_t | x0) with t drawn over the schedule (Dhariwal & Nichol 2021, section 4).
+    """Noisy images x_t ~ q(x_t | x0) with t drawn over the schedule (Dhariwal & Nichol 2021, section 4).
 
     Args:
         noise_schedule: ``linear`` or ``cosine``, that of the diffusion model to be guided.
         num_steps: length of that process.
+
+    Examples:
+        >>> batch = {"image": torch.zeros(200, 1, 1, 1), "index": torch.arange(200)}
+        >>> x_t, t = NoisyInput("linear")(batch, seed=0)  # of zero images: std √(1 − ᾱ)
+        >>> round(float(x_t[t > 500].std()), 1), bool(x_t[t < 200].std() < 0.6)
+        (1.0, True)
     """
 
     def __init__(self, noise_schedule: ScheduleName = "linear", num_steps: int = 1000, *args: Any, **kwargs: Any):
@@ -139,7 +159,7 @@ class NoDeepcopy:
 
 
 class DenoisedInput(_DiffusedInput):
-    """x̂0(x_t) of a frozen diffusion model, clipped and decoded as guidance shows it to the classifier (arXiv 2310.11311).
+    """Denoised images x̂0(x_t) of a frozen diffusion model, clipped and decoded as in guidance (arXiv 2310.11311).
 
     No gradient is kept. The model is not part of this module's parameters, state and copies.
 
@@ -147,6 +167,14 @@ class DenoisedInput(_DiffusedInput):
         denoiser: the diffusion model to be guided; a class-conditional one is given the labels.
         precision: ``bf16`` or ``fp16`` autocast of the network, or ``fp32``, which runs it as sampling does (in its own
             ``dtype``). Of a network that predicts ε, x̂0 has √(1/ᾱ − 1) times the rounding error.
+
+    Examples:
+        >>> from calib_guidance.denoisers import GaussianMixture
+        >>> model = GaussianMixture(means=[[0.5]], covariances=[1e-6])  # all of its images are about 0.5
+        >>> batch = {"image": torch.full((4, 1, 1, 1), 0.5), "label": torch.zeros(4).long(), "index": torch.arange(4)}
+        >>> x0, t = DenoisedInput(model, precision="fp32")(batch, seed=0)
+        >>> [round(float(value), 2) for value in x0]
+        [0.5, 0.5, 0.5, 0.5]
     """
 
     def __init__(

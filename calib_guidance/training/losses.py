@@ -13,7 +13,9 @@ from torch import Tensor
 
 
 def smooth_ece(logits: Tensor, y: Tensor, beta: float = 1e-2) -> Tensor:
-    """Mean of √((p̂ − a)² + β) over samples, a smooth form of |p̂ − a|.
+    """Smooth ECE per sample.
+
+    Mean of √((p̂ − a)² + β) over samples, a smooth form of |p̂ − a|.
 
     It is not proper: an absolute value is least at the median, not at the mean. Where a fraction q > ½ of predictions is right,
     the loss alone is least at p̂ ≈ 1 − √β·(1 − q)/√(2q − 1) for small β (0.95 where q = 0.7 and β = 0.01), which is
@@ -50,7 +52,9 @@ def _edges(num_bins: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def binned_smooth_ece(logits: Tensor, y: Tensor, beta: float = 1e-2, num_bins: int = 15) -> Tensor:
-    """Σ_b n_b/n·√((mean p̂ − mean a in bin b)² + β), which goes to the ECE of the batch as β → 0.
+    """Binned Smooth ECE.
+
+    Σ_b n_b/n·√((mean p̂ − mean a in bin b)² + β), which goes to the ECE of the batch as β → 0.
 
     Bin b is (b/B, (b+1)/B] of confidence. A bin of many samples pulls its mean confidence to its accuracy q. A bin of one is a
     term of :func:`smooth_ece`, with the same pull past q, so batches should fill their bins. Where torch.distributed is
@@ -103,7 +107,7 @@ def gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_varianc
     return 0.5 * (log_variance2 - log_variance1 - 1.0 + ratio + distance)
 
 
-def discretised_gaussian_nll(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+def discretized_gaussian_nll(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """Negative log-likelihood, elementwise and in nats, of 8-bit images scaled to [-1, 1] under a rounded normal."""
     inverse_std = torch.exp(-0.5 * log_variance)
 
@@ -124,5 +128,5 @@ def variational_bound_term(
     the decoder's likelihood instead of a divergence.
     """
     divergence = gaussian_kl(true_mean, true_log_variance, mean, log_variance).flatten(1).mean(1)
-    likelihood = discretised_gaussian_nll(x0, mean, log_variance).flatten(1).mean(1)
+    likelihood = discretized_gaussian_nll(x0, mean, log_variance).flatten(1).mean(1)
     return torch.where(is_first_step, likelihood, divergence) / math.log(2)

@@ -14,6 +14,16 @@ class WarmupCosine(LRScheduler):
         warmup_steps: optimizer steps of the warm-up.
         total_steps: optimizer steps of the run; None lets the training module fill in what the trainer is going to do.
         final: fraction of the rate that is left at the end, in [0, 1].
+
+    Examples:
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        >>> schedule, rates = WarmupCosine(optimizer, warmup_steps=2, total_steps=6), []
+        >>> for _ in range(7):
+        ...     rates.append(round(schedule.get_last_lr()[0], 2))
+        ...     optimizer.step()
+        ...     schedule.step()
+        >>> rates
+        [0.33, 0.67, 1.0, 0.85, 0.5, 0.15, 0.0]
     """
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int = 0, total_steps: int | None = None, final: float = 0.0):
@@ -46,6 +56,16 @@ class InverseSqrt(LRScheduler):
         optimizer: whose rates are scaled.
         warmup_steps: optimizer steps of the warm-up.
         constant_steps: optimizer steps up to the decay.
+
+    Examples:
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        >>> schedule, rates = InverseSqrt(optimizer, constant_steps=1), []
+        >>> for _ in range(5):
+        ...     rates.append(round(schedule.get_last_lr()[0], 2))
+        ...     optimizer.step()
+        ...     schedule.step()
+        >>> rates
+        [1.0, 1.0, 0.71, 0.58, 0.5]
     """
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int = 0, constant_steps: int = 70_000):

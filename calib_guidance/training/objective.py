@@ -8,10 +8,25 @@ from torch import Tensor, nn
 
 
 class Objective(ABC):
-    """A loss at noise levels that it draws itself.
+    """Base class of training objectives that draw their own noise levels.
 
     Attributes:
         metadata: what the exported weights say of it.
+
+    Examples:
+        >>> class Denoising(Objective):  # an objective of your own: x0 from x0 + σ·ε
+        ...     metadata = {"prediction": "x0"}
+        ...     def quantile(self, u):
+        ...         return 10 * u
+        ...     def __call__(self, network, x0, y, level, noise):
+        ...         sigma = level.view(-1, 1, 1, 1)
+        ...         return (network(x0 + sigma * noise, level, y) - x0).square().flatten(1).mean(1)
+        ...     def check(self, network):
+        ...         pass
+        >>> import torch
+        >>> x0, noise = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+        >>> Denoising()(lambda x, t, y: x, x0, None, torch.tensor([3.0]), noise)
+        tensor([9.])
     """
 
     metadata: dict[str, object]

@@ -7,8 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import yaml
-
+from calib_guidance.backend.text import read_yaml
 from calib_guidance.errors import CheckpointError
 
 
@@ -43,7 +42,7 @@ class Card:
 
 def _read_cards() -> dict[str, Card]:
     cards = {}
-    for name, values in yaml.safe_load(Path(__file__).with_name("cards.yaml").read_text(encoding="utf-8")).items():
+    for name, values in read_yaml(Path(__file__).with_name("cards.yaml")).items():
         if name.startswith("."):  # what several cards share
             continue
         shapes = {key: tuple(shape) for key, shape in values.pop("signature_shapes", {}).items()}

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from calib_guidance.errors import CheckpointError
+from calib_guidance.errors import CheckpointError, check_installed
 from calib_guidance.weights.hub import FILES, PREFIX, fetch
 from calib_guidance.weights.io import Weights, load_weights, read_weights
 
@@ -92,6 +92,7 @@ def load_model(source: str | Mapping[str, Any], kind: str, part: str) -> nn.Modu
         kind: its class, such as ``AutoencoderKL``.
         part: its folder in that of a pipeline, such as ``vae``.
     """
+    check_installed("diffusers", "diffusers", kind)
     import diffusers  # seconds to import, and only models of this library need it
 
     build = getattr(diffusers, kind)

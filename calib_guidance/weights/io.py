@@ -289,6 +289,14 @@ def load_weights(
     return {"file": str(weights.path), "bytes": size, "published": names} | settings
 
 
+def in_half(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Weights in float16, to be written to ``path``; CheckpointError where one is too large for it."""
+    half = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
+    if large := [name for name, value in state.items() if value.isfinite().all() and not half[name].isfinite().all()]:
+        raise CheckpointError(f"{path}: {large[0]} has values above float16's 65,504; write float32")
+    return half
+
+
 def save_weights(
     weights: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str], /, **metadata: object
 ) -> None:

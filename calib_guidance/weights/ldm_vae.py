@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from calib_guidance.errors import CheckpointError
+from calib_guidance.errors import CheckpointError, check_installed
 from calib_guidance.weights.io import Weights, load_weights, read_weights
 
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
@@ -29,6 +29,7 @@ def _renamed(name: str, levels: int) -> str:
 
 def ldm_decoder(state: Mapping[str, Tensor], path: str = "weights") -> nn.Module:
     """A module with ``post_quant_conv`` and ``decoder``, of the weights of an autoencoder; all other entries are dropped."""
+    check_installed("diffusers", "diffusers", "the decoder of an autoencoder")
     from diffusers.models.autoencoders.vae import Decoder  # seconds to import
 
     inner = {name.removeprefix("decoder."): value for name, value in state.items() if name.startswith("decoder.")}

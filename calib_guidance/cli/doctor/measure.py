@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from calib_guidance.backend.cost import Machine, Work, WorkCounter
-from calib_guidance.backend.counters import FlopCounter, PeakMemory
+from calib_guidance.backend.counters import FlopCounter, KnownShapes, PeakMemory
 from calib_guidance.samplers.base import StepRecord
 from calib_guidance.samplers.evaluate import plan_of
 from calib_guidance.tasks import GuidedSampling
@@ -145,7 +145,14 @@ def count_batch(module: L.LightningModule, batch: dict[str, Tensor], trainer: L.
     batch = {k: v.to("meta") if k in ("image", "label", "t") else v for k, v in batch.items()}
     context = plugin.train_step_context() if trains else plugin.predict_step_context()
     counting = FlopCounter(), PeakMemory(), WorkCounter()
-    with counting[0] as flops, counting[1] as memory, counting[2] as works, context, contextlib.suppress(EnoughError):
+    with (
+        KnownShapes(),
+        counting[0] as flops,
+        counting[1] as memory,
+        counting[2] as works,
+        context,
+        contextlib.suppress(EnoughError),
+    ):
         meter = Meter(module, flops.get_total_flops)
         meter.note = works.take
         if trains:

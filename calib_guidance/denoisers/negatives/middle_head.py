@@ -11,10 +11,18 @@ from calib_guidance.diffusion.schedules import NoiseLevels
 
 
 class MiddleHead(Negative):
-    """The velocity of the head in the middle of the same network, in the same evaluation.
+    """Internal Guidance: the velocity of the head in the middle of the same network, in the same evaluation.
 
     For an interval of its own, in place of the network's ``internal_guidance``, which is everywhere. Classifier-free guidance
     goes around it: ``Combination(Combination(denoiser, ClassifierFreeGuidance(1.4), MiddleHead(), interval), …)``.
+
+    Examples:
+        >>> from calib_guidance.denoisers import ClassifierFreeGuidance, Combination, FlowDenoiser
+        >>> from calib_guidance.networks import LightningDiT
+        >>> network = LightningDiT(sample_size=4, in_channels=4, hidden_size=32, depth=2, num_heads=2, mid_depth=1)
+        >>> denoiser = FlowDenoiser(network, path="linear", time_direction="noise_to_data", time_scale=1.0)
+        >>> Combination(denoiser, ClassifierFreeGuidance(1.4), MiddleHead()).nfe  # both heads in one evaluation
+        1
     """
 
     def check(self, denoiser: Denoiser) -> None:

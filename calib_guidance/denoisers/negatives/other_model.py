@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from calib_guidance.denoisers.base import Denoiser
-from calib_guidance.denoisers.negatives.base import Negative, PredictPair
+from calib_guidance.denoisers.negatives.base import Negative, PredictAlone, PredictPair
 from calib_guidance.diffusion.schedules import NoiseLevels
 
 
@@ -13,6 +13,16 @@ class UnconditionalModel(Negative):
 
     Args:
         denoiser: the second model, of the same image shape.
+
+    Examples:
+        >>> from calib_guidance.denoisers import Combination, GaussianMixture
+        >>> model, unconditional = (
+        ...     GaussianMixture(means=[[-2.0], [2.0]], covariances=[0.01, 0.01], class_conditional=labels)
+        ...     for labels in (True, False)
+        ... )
+        >>> combined = Combination(model, negative=UnconditionalModel(unconditional))  # x̂0 = 0 + 1.5·(2 − 0) of pure noise
+        >>> round(float(combined(torch.zeros(1, 1, 1, 1), 999, torch.tensor([1])).x0), 1), combined.nfe
+        (3.0, 2)
     """
 
     def __init__(self, denoiser: Denoiser):
@@ -31,6 +41,10 @@ class UnconditionalModel(Negative):
         cond, negative = denoiser.prepare(levels, y), self.denoiser.prepare(levels, self.labels(y))
         return lambda x_t, i: (cond(x_t, i), negative(x_t, i))
 
+    def prepare_alone(self, denoiser: Denoiser, levels: NoiseLevels, y: Tensor) -> PredictAlone:
+        predict = self.denoiser.prepare(levels, self.labels(y))
+        return lambda x_t, i, cond: predict(x_t, i)
+
     def labels(self, y: Tensor) -> Tensor:
         """Labels that the second model is given, ``(N,)``."""
         return torch.full_like(y, -1)
@@ -41,6 +55,16 @@ class Autoguidance(UnconditionalModel):
 
     Args:
         denoiser: the weaker model, of the same image shape and classes.
+
+    Examples:
+        >>> from calib_guidance.denoisers import Combination, GaussianMixture
+        >>> model, weak = (
+        ...     GaussianMixture(means=[[-mean], [mean]], covariances=[0.01, 0.01], class_conditional=True)
+        ...     for mean in (2.0, 1.0)
+        ... )
+        >>> combined = Combination(model, negative=Autoguidance(weak))  # x̂0 = 1 + 1.5·(2 − 1) of pure noise
+        >>> round(float(combined(torch.zeros(1, 1, 1, 1), 999, torch.tensor([1])).x0), 1)
+        2.5
     """
 
     def check(self, denoiser: Denoiser) -> None:

@@ -10,6 +10,11 @@ class PerturbedAttention(AttentionNegative):
 
     Published for ADM 256, conditional and unconditional, with classifier-free weight 4: ``layers: [input_blocks.14.1,
     input_blocks.16.1, input_blocks.17.1, middle_block.1]``.
+
+    Examples:
+        >>> query, key, value = torch.randn(3, 1, 2, 16, 8)
+        >>> torch.equal(PerturbedAttention(["middle_block.1"]).attend(query, key, value), value)
+        True
     """
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

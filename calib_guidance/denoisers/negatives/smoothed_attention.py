@@ -20,6 +20,12 @@ class SmoothedAttention(AttentionNegative):
     Args:
         layers: as for :class:`~calib_guidance.denoisers.negatives.attention.AttentionNegative`.
         blur: b in tokens; None is infinite, all positions attend alike.
+
+    Examples:
+        >>> query, key, value = torch.randn(3, 1, 2, 16, 8)  # 16 tokens
+        >>> attended = SmoothedAttention(["middle_block.1"], blur=None).attend(query, key, value)
+        >>> torch.allclose(attended, attended[:, :, :1].expand_as(attended), atol=1e-6)  # all positions attend alike
+        True
     """
 
     weights: Tensor

@@ -18,7 +18,9 @@ def clip_norm(vector: Tensor, longest: float) -> Tensor:
 
 
 class APG(ConvertedRule):
-    """c + (w − 1)·(s⊥ + η·s∥): the difference c − u with momentum, clipped, and with less of its part along c.
+    """Adaptive projected guidance (APG).
+
+    c + (w − 1)·(s⊥ + η·s∥): the difference c − u with momentum, clipped, and with less of its part along c.
 
     In this order: m = c − u + β·m_before; s = m·min(1, r/‖m‖), where m itself is kept unclipped; s∥ is the projection of s on c,
     s⊥ the rest. (diffusers' default formulation adds w·(s⊥ + η·s∥) to u, another rule unless η = 1.)
@@ -31,6 +33,13 @@ class APG(ConvertedRule):
         representation: ``x0`` as in the source, ``epsilon`` or ``v``.
 
     The defaults are diffusers' for text to image.
+
+    Examples:
+        >>> import torch
+        >>> cond, uncond = torch.tensor([[1.0, 0.0], [0.0, -1.0]]).view(2, 1, 1, 1, 2)
+        >>> rule = APG(weight=3.0, parallel=0.0, max_norm=None, momentum=0.0)
+        >>> rule.combine(cond, uncond, {}).flatten()  # c + 2·(0, 1), the part of c − u = (1, 1) across c
+        tensor([1., 2.])
     """
 
     def __init__(

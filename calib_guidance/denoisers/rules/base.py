@@ -13,7 +13,13 @@ Representation = Literal["x0", "epsilon", "v"]
 
 
 class Level(NamedTuple):
-    """Where a rule is applied: noisy images, and float32 scalars, ``(N, 1, 1, 1)`` where samples have steps of their own."""
+    """Noise level of a rule: noisy images, and float32 scalars, ``(N, 1, 1, 1)`` where samples have steps of their own.
+
+    Examples:
+        >>> level = Level(torch.ones(1, 1, 1, 1), *torch.tensor([500.0, 0.5, 1.0, 0.5]))
+        >>> float(from_x0(torch.zeros(1, 1, 1, 1), level, "epsilon"))  # ε = (x_t − √ᾱ·x̂0)/√(1 − ᾱ) = √2
+        1.4142135381698608
+    """
 
     x_t: Tensor  # (N, C, H, W), to convert x̂0 to ε or v
     t: Tensor  # step of the full process
@@ -23,7 +29,18 @@ class Level(NamedTuple):
 
 
 class Rule(nn.Module, ABC):
-    """How a conditional prediction and a negative one become one: ``rule(x0_cond, x0_uncond, level, state) -> x0``."""
+    """Base class of rules, which combine two predictions: ``rule(x0_cond, x0_uncond, level, state) -> x0``.
+
+    Examples:
+        >>> class Mean(Rule):  # a rule of your own
+        ...     def forward(self, x0_cond, x0_uncond, level, state):
+        ...         return (x0_cond + x0_uncond) / 2
+        >>> from calib_guidance.denoisers import Combination, GaussianMixture
+        >>> model = GaussianMixture(means=[[-2.0], [2.0]], covariances=[0.01, 0.01], class_conditional=True)
+        >>> x_t, y = torch.zeros(1, 1, 1, 1), torch.tensor([1])  # of pure noise, between both means
+        >>> round(float(Combination(model, Mean())(x_t, 999, y).x0), 1)
+        1.0
+    """
 
     renoises_with_negative: bool = False  # whether the noise of a step is that of the negative prediction (CFG++)
     looks_at_steps: bool = False  # whether after_step does anything
@@ -46,6 +63,15 @@ class ConvertedRule(Rule):
     """A rule whose result depends on what it combines: ``x0`` x̂0, ``epsilon`` ε, or ``v`` the velocity ε − x0 of flow models.
 
     Both predictions are converted to it, combined there, and the result is converted back, whatever the network predicts.
+
+    Examples:
+        >>> class Double(ConvertedRule):  # doubles what the two differ by
+        ...     def combine(self, cond, uncond, state):
+        ...         return uncond + 2 * (cond - uncond)
+        >>> level = Level(torch.ones(1, 1, 1, 1), *torch.tensor([500.0, 0.5, 1.0, 0.5]))
+        >>> cond, uncond = torch.full((1, 1, 1, 1), 2.0), torch.full((1, 1, 1, 1), 1.0)
+        >>> [round(float(Double(2.0, of)(cond, uncond, level, {})), 4) for of in ("x0", "epsilon", "v")]  # as it is linear
+        [3.0, 3.0, 3.0]
     """
 
     def __init__(self, weight: float, representation: Representation):

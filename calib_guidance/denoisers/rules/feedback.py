@@ -23,7 +23,9 @@ def offset_and_temperature(sigmas: np.ndarray, pi: float, t0: float, t1: float) 
 
 
 class FeedbackGuidance(Rule):
-    """x̂0_u + λ·(x̂0_c − x̂0_u) with λ = p/(p − (1 − π)), p an estimate of p(y | x_t) from the steps so far. On x̂0.
+    """Feedback guidance: a weight that follows how well the sample fits its class.
+
+    x̂0_u + λ·(x̂0_c − x̂0_u) with λ = p/(p − (1 − π)), p an estimate of p(y | x_t) from the steps so far. On x̂0.
 
     Guides strongly where the sample does not yet follow its class. Each sample has a log p, 0 at the start. A step from x to x',
     both in x = x0 + σ·ε, adds −τ/(2σ̃²)·(‖x' − μ_c‖² − ‖x' − μ_u‖²) + δ, with q = (σ'/σ)², μ = q·x + (1 − q)·x̂0 and
@@ -39,6 +41,15 @@ class FeedbackGuidance(Rule):
 
     Published for EDM2-512 with a stochastic sampler of 64 steps: the defaults, or ``t1: 0.492`` with ``weight: 2.6`` and
     ``sigma_interval: [0.48, 6.84]``.
+
+    Examples:
+        >>> from calib_guidance.diffusion import NoiseSchedule
+        >>> rule, y = FeedbackGuidance(pi=0.5), torch.tensor([0])
+        >>> state = rule.start(NoiseSchedule(np.full(4, 0.5)).levels, y)
+        >>> level = Level(torch.zeros(1, 1, 1, 1), *torch.tensor([3.0, 0.0625, 15**0.5, 0.125]))
+        >>> cond, uncond = torch.full((1, 1, 1, 1), 2.0), torch.full((1, 1, 1, 1), 1.0)
+        >>> float(rule(cond, uncond, level, state))  # at the first step λ = 1/π
+        3.0
     """
 
     looks_at_steps = True

@@ -7,12 +7,21 @@ from calib_guidance.errors import check_numbers
 
 
 class MAMBOG(ConvertedRule):
-    """u + w'·(c − u) with w' = 1 + (w − 1)·exp(−α·‖c − u‖/‖u‖): the weight falls where the two predictions lie far apart.
+    """Magnitude-aware guidance (MAMBO-G).
+
+    u + w'·(c − u) with w' = 1 + (w − 1)·exp(−α·‖c − u‖/‖u‖): the weight falls where the two predictions lie far apart.
 
     Args:
         weight: w; 1 is the conditional prediction.
         damping: α ≥ 0; 0 is classifier-free guidance.
         representation: ``v`` as in the source, ``epsilon`` or ``x0``.
+
+    Examples:
+        >>> import math, torch
+        >>> cond, uncond = torch.full((1, 1, 1, 1), 2.0), torch.full((1, 1, 1, 1), 1.0)
+        >>> rule = MAMBOG(weight=3.0, damping=math.log(2))  # w' = 1 + 2·exp(−log 2) = 2
+        >>> round(float(rule.combine(cond, uncond, {})), 4)
+        3.0
     """
 
     def __init__(self, weight: float = 10.0, damping: float = 8.0, representation: Representation = "v"):

@@ -15,7 +15,9 @@ Shape = Literal["linear", "cosine", "exponential"]
 
 
 class Scheduled(Rule):
-    """c + f(s)·(rule(c, u) − c): f multiplies w − 1 of classifier-free guidance, so that f = 0 is the conditional prediction.
+    """A rule with a weight schedule.
+
+    c + f(s)·(rule(c, u) − c): f multiplies w − 1 of classifier-free guidance, so that f = 0 is the conditional prediction.
 
     s is the fraction of steps done, from 0 at noise to 1. ``linear`` is f = 2s and ``cosine`` 1 − cos πs, which both rise
     and have mean 1; ``exponential`` is exp(−λ·(1 − s)), 1 at the end (C²FG, arXiv 2603.08155: exp(−λt)). Intervals are options
@@ -26,6 +28,12 @@ class Scheduled(Rule):
         shape: ``linear``, ``cosine`` or ``exponential``.
         minimum: f is at least this (the source's clamped schedules).
         decay: λ ≥ 0 of ``exponential``.
+
+    Examples:
+        >>> rule = Scheduled(ClassifierFreeGuidance(3.0), shape="linear")
+        >>> level = Level(*torch.zeros(4), progress=torch.tensor(0.25))  # f = 2·0.25
+        >>> rule(torch.tensor(2.0), torch.tensor(1.0), level, {})  # 2 + 0.5·(4 − 2)
+        tensor(3.)
     """
 
     def __init__(self, rule: Rule | None = None, shape: Shape = "linear", minimum: float = 0.0, decay: float = 1.0):

@@ -7,13 +7,20 @@ from calib_guidance.denoisers.rules.base import ConvertedRule, Representation, i
 
 
 class TCFG(ConvertedRule):
-    """ũ + w·(c − ũ), ũ the projection of u on r, the leading right singular vector of the 2×D matrix with the rows c and u.
+    """Tangential damping classifier-free guidance (TCFG).
+
+    ũ + w·(c − ũ), ũ the projection of u on r, the leading right singular vector of the 2×D matrix with the rows c and u.
 
     Drops what u has across the direction that both predictions share. Where u = ±c this is classifier-free guidance.
 
     Args:
         weight: w; 1 is the conditional prediction.
         representation: ``epsilon`` as in the source, ``v`` or ``x0``.
+
+    Examples:
+        >>> cond, uncond = torch.tensor([[2.0, 0.0], [1.0, 0.0]]).view(2, 1, 1, 1, 2)
+        >>> TCFG(weight=3.0).combine(cond, uncond, {}).flatten()  # parallel: ũ = u, and u + 3·(c − u)
+        tensor([4., 0.])
     """
 
     def __init__(self, weight: float = 7.5, representation: Representation = "epsilon"):
