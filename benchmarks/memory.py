@@ -32,7 +32,7 @@ def begin() -> float:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 2**20
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed and not given back would be used again unseen
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory that is kept would be reused without raising the peak
     Path("/proc/self/clear_refs").write_text("5")  # else the peak would be that of drawing random weights
     return _resident("VmRSS")
 

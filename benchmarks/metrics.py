@@ -130,7 +130,7 @@ def resident(name: str) -> float:
 
 
 def forget() -> None:
-    """Look for the peak from here on; what was freed is given back, which would be used again unseen."""
+    """Look for the peak from here on; freed memory is returned to the system, or it would be reused without raising the peak."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")

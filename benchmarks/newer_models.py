@@ -1,4 +1,4 @@
-"""Operations and memory of the newer models at full width, and of ResNet-101 guiding them.
+"""Operations and memory of the published models at full width, and of ResNet-101 guiding them.
 
     python benchmarks/newer_models.py
 
@@ -22,19 +22,30 @@ from calib_guidance.weights.registry import CARDS, make_network
 SD = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "layers_per_block": 2}
 SD |= {"block_out_channels": [128, 256, 512, 512]}
 VAVAE = dict(CARDS["vavae_f16d32"].arguments)
-MODELS = {
-    "dit_xl_2_256": SD,
-    "sit_xl_2_256": SD,
-    "lightningdit_xl_1_256": VAVAE,
-    "rae_ditdh_xl_256": None,
-    "rae_ditdh_s_256": None,
+RAE = {256: 257, 512: 1025}  # tokens of the decoder
+MODELS: dict[str, dict | int] = {
+    "adm_imagenet64": {},
+    "adm_imagenet128": {},
+    "adm_imagenet256": {},
+    "adm_imagenet512": {},
+    "edm_imagenet64": {},
     "edm2_img64_s": {},
     "edm2_img64_xl": {},
     "edm2_img512_xs": SD,
     "edm2_img512_s": SD,
     "edm2_img512_xxl": SD,
+    "dit_xl_2_256": SD,
+    "dit_xl_2_512": SD,
+    "sit_xl_2_256": SD,
+    "repa_xl_2_256": SD,
+    "sit_ig_xl_2_256": SD,
+    "lightningdit_xl_1_256": VAVAE,
     "lightningdit_ig_xl_1_256": VAVAE,
     "repae_xl_1_256": VAVAE,
+    "rae_ditdh_s_256": 256,
+    "rae_ditdh_xl_256": 256,
+    "rae_ditdh_s_512": 512,
+    "rae_ditdh_xl_512": 512,
 }
 
 
@@ -48,8 +59,10 @@ def counted(function: nn.Module, *inputs: Tensor) -> float:
 def decoder_of(name: str) -> nn.Module:
     """From latents to images, or the identity."""
     source = MODELS[name]
-    if source is None:
-        return RAEDecoder(None)
+    if isinstance(source, int):
+        decoder = RAEDecoder(None)
+        decoder.decoder_pos_embed = torch.zeros(1, RAE[source], decoder.decoder_pos_embed.shape[-1])
+        return decoder
     return VAEDecoder(source) if source else nn.Identity()
 
 

@@ -47,7 +47,7 @@ _HELP = (
 def forms(folder: Path) -> dict[str, tuple[str, list[str]]]:
     """Code and arguments of each process, by what it shows."""
     finished = ["predict", "--config=digits", f"--trainer.default_root_dir={folder}/run", *_FEW]
-    begun = ["predict", "--config=digits", f"--trainer.default_root_dir={folder}/begun"]
+    begun = ["predict", "--config=digits", f"--trainer.default_root_dir={folder}/started"]
     return {
         "import torch": ("import torch", []),
         "import calib_guidance": ("import calib_guidance", []),

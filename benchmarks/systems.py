@@ -239,7 +239,9 @@ def main() -> None:
     arguments.add_argument("--batch", type=int, help="images; the default grows it as long as that helps")
     arguments.add_argument("--dtype", default="bfloat16", help="of networks at full width (%(default)s)")
     arguments.add_argument("--tiny", action="store_true", help="the smallest networks: a test of this program")
-    arguments.add_argument("--minutes", type=float, default=10.0, help="after which nothing is begun (%(default)g)")
+    arguments.add_argument(
+        "--minutes", type=float, default=10.0, help="after which no measurement starts (%(default)g)"
+    )
     arguments.add_argument("--compile", action="store_true", help="compile the networks")
     options = arguments.parse_args()
     build = Build("tiny" if options.tiny else options.width, options.dtype, options.compile)

@@ -4,9 +4,9 @@ from calib_guidance.denoisers import ADMDenoiser
 from calib_guidance.networks import UNet
 
 
-def digits_denoiser(class_conditional=True, dtype="float32"):
-    """With the repository root as working directory."""
-    network = UNet(
+def digits_unet(dtype="float32"):
+    """Without weights."""
+    return UNet(
         8,
         1,
         32,
@@ -20,8 +20,12 @@ def digits_denoiser(class_conditional=True, dtype="float32"):
         resblock_updown=True,
         dtype=dtype,
     )
+
+
+def digits_denoiser(class_conditional=True, dtype="float32"):
+    """With the repository root as working directory."""
     return ADMDenoiser(
-        network,
+        digits_unet(dtype),
         "checkpoints/digits/diffusion.safetensors",
         "cosine",
         prediction="v",

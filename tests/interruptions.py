@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -84,3 +86,18 @@ class ByWorker(L.Callback):
             if self.name == "error":
                 raise KeyError("made by the test")
             os.kill(os.getpid(), signal.Signals[self.name])
+
+
+class HalfWritten(L.Callback):
+    """After a batch of sampling, leaves a half-written file of a dead process among the samples."""
+
+    def __init__(self, folder: str, batch: int):
+        self.folder, self.batch = Path(folder), batch
+
+    def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        if batch_idx == self.batch:
+            code = "from calib_guidance.backend.atomic import new_worker; print(new_worker())"
+            worker = subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            (self.folder / f"samples/.00000000.parquet.{worker}.tmp").write_bytes(b"PAR1")

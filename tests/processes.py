@@ -121,7 +121,7 @@ def _answer(argv, ranks, seconds, output, environment, function):
     return list(found.values())
 
 
-def _warm_up():
+def _warm_up(kept):
     """Imports what commands import, and does once what every one of them would do at first."""
     from calib_guidance.backend.light_imports import defer_imports
 
@@ -131,7 +131,8 @@ def _warm_up():
     import torch.fx.experimental.symbolic_shapes  # noqa: F401 (of torch.autograd.grad)
 
     import calib_guidance.evaluation.evaluate  # noqa: F401
-    from calib_guidance.cli.lightning import CalibGuidanceCLI, run_lightning
+    from calib_guidance.cli.lightning import CalibGuidanceCLI, run_lightning, subclasses_listed_once
+    from calib_guidance.cli.parse_once import parts_parsed_once
     from tests import sketches
 
     class Prepared(CalibGuidanceCLI):
@@ -139,6 +140,9 @@ def _warm_up():
             """All parts are made, and nothing is run."""
 
     sketches.begin()
+    kept.enter_context(subclasses_listed_once())
+    kept.enter_context(parts_parsed_once())
+    os.fsync = lambda file: None
     for config in ("predict/digits", "fit/digits_calibration"):
         quiet = [f"--trainer.{name}=false" for name in ("enable_progress_bar", "enable_model_summary", "logger")]
         run_lightning([config.partition("/")[0], f"--config={config}", "--trainer.accelerator=cpu", *quiet], Prepared)
@@ -147,7 +151,8 @@ def _warm_up():
 if __name__ == "__main__":
     from calib_guidance.cli import main
 
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        _warm_up()
-    for line in sys.stdin:
-        print(json.dumps(_answer(**json.loads(line))), flush=True)
+    with contextlib.ExitStack() as kept:  # by all processes that are forked
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            _warm_up(kept)
+        for line in sys.stdin:
+            print(json.dumps(_answer(**json.loads(line))), flush=True)

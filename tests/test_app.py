@@ -120,7 +120,7 @@ def test_a_shift_of_the_prediction_stays_on_the_guided_side():
 
 def test_what_cannot_be_shown_is_refused(session, settings, capsys, monkeypatch):
     with pytest.raises(ConfigurationError, match="configuration's guidance is none"):
-        open_session(["--config", "digits", "--config", "digits/unguided"])
+        open_session(["--config", "digits", "--config", "guidance/unguided"])
     with pytest.raises(ValueError, match="no class is chosen"):
         session.compare(settings._replace(classes=()))
     monkeypatch.setattr("calib_guidance.app.find_spec", lambda name: None)

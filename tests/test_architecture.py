@@ -83,15 +83,21 @@ def test_the_package_is_imported_without_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def _docstring_lines(tree):
+    owners = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
+    docstrings = [n.body[0] for n in owners if ast.get_docstring(n)]
+    return sum(d.end_lineno - d.lineno + 1 for d in docstrings)
+
+
 def test_samplers_are_small():
     """A sampler is its levels, its coefficients and its step."""
     samplers = ROOT / "samplers"
     for path in samplers.glob("*.py"):
-        steps = [
-            n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef) and n.name == "step"
-        ]
+        tree = ast.parse(path.read_text())
+        steps = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "step"]
         assert all(n.end_lineno - n.lineno < 30 for n in steps), path
-        assert not (steps and path.name != "base.py") or len(path.read_text().splitlines()) <= 100, path
+        code = len(path.read_text().splitlines()) - _docstring_lines(tree)
+        assert not (steps and path.name != "base.py") or code <= 90, path
 
 
 def test_no_part_searches_the_callbacks_for_a_sibling():

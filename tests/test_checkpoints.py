@@ -246,7 +246,7 @@ class TestOtherFiles:
             (b"\x93NUMPY\x01\x00", r"a file that begins with b'\\x93NUMPY"),
         ],
     )
-    def test_what_is_no_weights_file_is_named(self, tmp_path, content, message):
+    def test_another_kind_of_file_is_named(self, tmp_path, content, message):
         (tmp_path / "128x128_diffusion.pt").write_bytes(content)
         with pytest.raises(CheckpointError, match=f"128x128_diffusion.pt: expected weights.*found {message}"):
             read_weights(tmp_path / "128x128_diffusion.pt")
@@ -287,7 +287,7 @@ class TestOtherFiles:
         with pytest.raises(CheckpointError, match="see checkpoints/README.md"):
             read_weights(tmp_path / "mine.pt")
 
-    def test_another_published_file_is_recognised(self, tmp_path):
+    def test_another_published_file_is_recognized(self, tmp_path):
         torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "a.pth")
         with pytest.raises(CheckpointError, match="missing: .*names and shapes of resnet50_v1 or resnet50_v2"):
             load_weights(SmallResNet(), tmp_path / "a.pth")

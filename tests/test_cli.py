@@ -6,13 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from datasets import load_dataset
 from PIL import Image
 
+import calib_guidance
 from calib_guidance.cli import main
+from calib_guidance.cli.parsed import read_configuration
+from calib_guidance.data.digits import digits
 from calib_guidance.networks import SmallResNet
 from calib_guidance.runs import RunFolder
 from calib_guidance.weights.io import read_weights, save_weights
@@ -21,14 +25,12 @@ from tests.conftest import ROOT
 from tests.runs import QUICK, metrics, samples_of, tables
 from tests.sketches import REDUCTION
 
-pytestmark = pytest.mark.usefixtures("parts_read_once")
-
 PREDICT = ["predict", "--config", "lightning_configs/predict/digits.yaml"]
-NEWER = ("flow", "edm2")  # with samplers and weights of their own
+NEWER = ("flow", "edm2", "edm2_classifier_free", "edm2_autoguided")  # with samplers and weights of their own
 OVERLAYS = sorted(
     str(p.relative_to(ROOT))
-    for f in ("score", "digits")
-    for p in (ROOT / "lightning_configs" / f).glob("*.yaml")
+    for f in ("score/*", "digits/*", "guidance/unguided", "guidance/relu", "guidance/on_x_t", "guidance/with_labels")
+    for p in (ROOT / "lightning_configs").glob(f"{f}.yaml")
     if ("\n  guidance:" in p.read_text() or "\n  denoiser:" in p.read_text())  # the others are for fit
     and p.stem not in NEWER
 )
@@ -96,6 +98,9 @@ def test_every_predict_configuration_samples(in_root, tmp_path, capsys, request,
 @pytest.mark.parametrize("name", FITS)
 def test_every_fit_configuration_trains_and_exports_what_predict_reads(in_root, tmp_path, name):
     config = yaml.safe_load((ROOT / "lightning_configs/fit" / name).read_text())
+    if "base" in config:
+        resolved = read_configuration([f"--config=fit/{name}"]).options.as_dict()
+        config = {key: resolved[key] for key in ("trainer", "model", "data")}
     exported = tmp_path / "classifier.safetensors"
     for callback in config["trainer"]["callbacks"]:
         if "Export" in callback["class_path"]:
@@ -134,7 +139,7 @@ def test_the_flow_model_trains_and_samples(in_root, tmp_path):
 
 
 def test_the_edm2_style_model_trains(in_root, tmp_path):
-    """Its snapshots give any average afterwards."""
+    """Its snapshots give any average afterwards, of the shapes of what is shipped."""
     config = yaml.safe_load((ROOT / "lightning_configs/fit/digits_edm2.yaml").read_text())
     for callback in config["trainer"]["callbacks"]:
         callback["init_args"]["every_n_images"] = 128
@@ -143,8 +148,41 @@ def test_the_edm2_style_model_trains(in_root, tmp_path):
     main(["fit", f"--config={tmp_path}/few.yaml", *argv, *QUICK])
     main(["ema", f"{tmp_path}/fit/ema", "--std=0.1", f"--output={tmp_path}/network.safetensors"])
     state = read_weights(tmp_path / "network.safetensors").state
-    assert state
     assert all(value.isfinite().all() for value in state.values())
+    for name in ("edm2", "edm2_early"):
+        shipped = read_weights(f"checkpoints/digits/{name}.safetensors").state
+        assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in shipped.items()}
+
+
+@pytest.mark.parametrize("overlay", ["edm2", "edm2_classifier_free", "edm2_autoguided"])
+def test_the_edm2_style_model_samples(in_root, tmp_path, overlay):
+    few = ["--data.num_samples=20", "--data.batch_size=10", "--model.sampler.num_steps=3", ALONE]
+    overlays = [f"--config=digits/{overlay}", "--config=guidance/no_sine"]
+    main(["predict", "--config=digits", *overlays, *few, f"--trainer.default_root_dir={tmp_path}/run", *QUICK])
+    found = samples_of(tmp_path / "run")
+    assert found["label"].tolist() == [i % 10 for i in range(20)]
+    assert found["image"].float().std() > 30
+
+
+@torch.no_grad()
+def test_the_shipped_models_denoise_alike():
+    """Errors of x̂0 of held-out digits: those of the flow and the EDM2-style model are near the diffusion model's, labels help."""
+    x0, y = digits("heldout")
+    sigmas = np.array([0.4, 1.5, 6.0])
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+
+    def errors(name, labels):
+        denoiser = calib_guidance.load_pretrained(name)
+        predict = denoiser.prepare(denoiser.schedule.at_sigmas(sigmas), labels)
+        found = [predict((x0 + s * noise) / np.hypot(1, s), i).x0 - x0 for i, s in enumerate(sigmas.tolist())]
+        return torch.stack([each.square().mean() for each in found])
+
+    expected = errors("digits", y)
+    for name, most in (("digits_flow", 1.2), ("digits_edm2", 1.05), ("digits_edm2_early", 1.7)):
+        found = errors(name, y)
+        assert (found < most * expected).all(), (name, found / expected)
+        assert (found[1:] < 0.75 * errors(name, torch.full_like(y, -1))[1:]).all()
+    assert (errors("digits_edm2_early", y) > errors("digits_edm2", y)).all()
 
 
 def test_the_weights_average_is_what_is_exported(in_root, tmp_path):
@@ -216,7 +254,9 @@ def test_the_number_of_classes_need_not_be_repeated(in_root, tmp_path, capsys):
     written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run/samples").iterdir()}
     predict(tmp_path / "run", ALONE)
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run/samples").iterdir()} == written
-    message = refuse(capsys, tmp_path / "other", f"--config={more}", "--config=lightning_configs/digits/unguided.yaml")
+    message = refuse(
+        capsys, tmp_path / "other", f"--config={more}", "--config=lightning_configs/guidance/unguided.yaml"
+    )
     assert "data.num_classes: neither the denoiser nor a classifier has classes: state how many" in message
 
 
@@ -282,7 +322,7 @@ class TestRefusals:
         assert "the requests have 11 classes, the classifier 10" in message
 
     def test_classes_of_requests_and_denoiser_differ(self, out, capsys):
-        overlay = "--config=lightning_configs/digits/conditional.yaml"
+        overlay = "--config=lightning_configs/guidance/with_labels.yaml"
         assert "11 classes, the denoiser 10" in refuse(capsys, out, overlay, "--data.init_args.num_classes=11")
 
     def test_an_image_size_that_the_network_cannot_take(self, out, capsys):
@@ -373,7 +413,7 @@ class TestRefusals:
         assert "usage:" not in found
 
     def test_an_overlay_before_the_class_whose_options_it_sets(self, out, capsys):
-        overlays = "--config=lightning_configs/digits/unguided.yaml", "--config=lightning_configs/score/plain.yaml"
+        overlays = "--config=lightning_configs/guidance/unguided.yaml", "--config=lightning_configs/score/plain.yaml"
         message = refuse(capsys, out, *overlays)
         assert "model.guidance: options are given, but no class_path names the class" in message
         assert "Union" not in message
@@ -422,7 +462,7 @@ class TestOverview:
         ("words", "message"),
         [(["predcit", "--config", "x"], "unknown command 'predcit' (did you mean 'predict'?)"), ([], "which command?")],
     )
-    def test_what_is_no_command_is_answered_with_them(self, capsys, words, message):
+    def test_an_unknown_command_is_answered_with_them(self, capsys, words, message):
         with pytest.raises(SystemExit) as stopped:
             main(words)
         assert stopped.value.code == 2

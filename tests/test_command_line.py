@@ -1,13 +1,16 @@
 """Help, versions and what a command says before it runs anything."""
 
 import contextlib
+import inspect
 import os
+import pkgutil
 import re
 import socket
 import sys
 from importlib.metadata import version
 
 import pytest
+import torch
 import yaml
 from lightning.pytorch.accelerators import MPSAccelerator
 
@@ -122,6 +125,37 @@ class TestForeignCode:
         for name in configuration_names():
             node = yaml.safe_load((ROOT / f"lightning_configs/{name}.yaml").read_text())
             assert not list(configs.foreign_names(node)), name
+
+
+class TestOptimizers:
+    """Options that jsonargparse hands from one class to another are those that were stated."""
+
+    def optimizer(self, tmp_path, content):
+        model = {"class_path": "TrainDiffusion", "init_args": {"network": "SmallResNet", "optimizer": content}}
+        (tmp_path / "fit.yaml").write_text(yaml.safe_dump({"model": model, "data": "Digits"}))
+        chosen = read_configuration([f"--config={tmp_path}/fit.yaml"]).options.model.init_args.optimizer
+        return chosen.class_path, chosen.init_args
+
+    @pytest.mark.parametrize("name", ["Adam", "SGD", "RMSprop", "AdamW"])
+    def test_a_named_optimizer_has_its_own_defaults(self, tmp_path, name):
+        path, options = self.optimizer(tmp_path, {"class_path": name, "init_args": {"lr": 0.05}})
+        own = inspect.signature(getattr(torch.optim, name)).parameters
+        assert pkgutil.resolve_name(path) is getattr(torch.optim, name)
+        for option, value in options.items():
+            expected = 0.05 if option == "lr" else own[option].default
+            assert (tuple(value) if isinstance(value, list) else value) == expected, option
+
+    def test_options_without_a_class_are_those_of_the_default(self, tmp_path):
+        path, options = self.optimizer(tmp_path, {"lr": 2.0e-5})
+        assert pkgutil.resolve_name(path) is torch.optim.AdamW
+        assert (options.lr, options.weight_decay) == (2.0e-5, 0.01)
+
+    def test_stated_options_go_to_the_class_of_an_overlay(self, tmp_path):
+        (tmp_path / "over.yaml").write_text(yaml.safe_dump({"model": {"optimizer": {"class_path": "Adam"}}}))
+        self.optimizer(tmp_path, {"class_path": "AdamW", "init_args": {"lr": 0.3, "weight_decay": 0.2}})
+        files = (f"--config={tmp_path}/{name}.yaml" for name in ("fit", "over"))
+        options = read_configuration([*files]).options.model.init_args.optimizer.init_args
+        assert (options.lr, options.weight_decay) == (0.3, 0.2)
 
 
 class TestPlatforms:

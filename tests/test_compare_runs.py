@@ -9,10 +9,10 @@ import torch
 from calib_guidance.cli import main
 from calib_guidance.metrics import frechet_distance, jackknife_std, mean_and_covariance
 from tests.image_files import Projection, pictures, write
-from tests.runs import refused
+from tests.runs import QUICK, refused
 
 FEATURES = ("--features", "tests.image_files:Projection", "--device=cpu")
-RUN = {"data.seed": 0, "data.labels": "balanced"}
+RUN = {"data.init_args.seed": 0, "data.init_args.labels": "balanced"}
 
 
 def features(pixels):
@@ -82,10 +82,33 @@ def test_verdicts(runs, tmp_path):
     assert several["difference"]["value"] == pytest.approx(0, abs=1e-9)
 
 
+def test_runs_of_predict_are_paired_by_their_seed(in_root, tmp_path, capsys):
+    alone = '--trainer.callbacks=[{"class_path": "SampleWriter"}]'
+    few = ["--data.num_samples=20", "--data.batch_size=20", "--model.sampler.steps=2", alone, *QUICK]
+    for name, seed, tau2 in (("a", 3, 1.0), ("b", 3, 0.5), ("other", 4, 1.0)):
+        varied = [f"--data.seed={seed}", "--config=score/tempered", f"--model.guidance.score.tau2={tau2}"]
+        main(["predict", "--config=digits", *varied, *few, f"--trainer.default_root_dir={tmp_path / name}"])
+    noise = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8)
+    reference = ("--reference", write(tmp_path / "reference", "npz", noise, np.arange(40) % 3))
+    (tmp_path / "eval.yaml").write_text(
+        "class_path: OffTheShelfClassifier\n"
+        "init_args:\n"
+        "  network: {class_path: SmallResNet, init_args: {widths: [48, 96, 48], blocks: 2}}\n"
+        f"  weights: {in_root / 'checkpoints/digits/eval_classifier.safetensors'}\n"
+    )
+    words = (*reference, f"--features=classifier:{tmp_path / 'eval.yaml'}", "--metrics=fid", "--allow-few")
+    words = (*words, "--device=cpu", "--output", tmp_path / "out")
+    text = refused(capsys, "compare-runs", tmp_path / "a", tmp_path / "other", *words)
+    assert "was sampled with data.seed 3" in text
+    assert "with 4" in text
+    main(["evaluate", *map(str, (tmp_path / "a", *words))])
+    assert "; seed 3, one set of samples" in capsys.readouterr().out
+
+
 def test_what_is_not_paired_is_refused(runs, tmp_path, capsys):
     paths, _ = runs
     images, labels = pictures(120)
-    other = write(tmp_path / "other", "run folder", images, labels, **RUN | {"data.seed": 1})
+    other = write(tmp_path / "other", "run folder", images, labels, **RUN | {"data.init_args.seed": 1})
     words = ("--reference", paths["reference"], *FEATURES, "--output", tmp_path / "out")
     text = refused(capsys, "compare-runs", paths["a"], other, *words)
     assert "was sampled with data.seed 0" in text

@@ -4,18 +4,20 @@ import importlib
 import json
 from pathlib import Path
 
+import lightning as L
 import pytest
 import yaml
+from lightning.pytorch.cli import LightningCLI
 
 from calib_guidance.backend.shipped import find_file
 from calib_guidance.cli import main
 from calib_guidance.cli.configs import configuration_names, expand_bases, find_configuration
+from calib_guidance.cli.lightning import CalibGuidanceCLI, run_lightning
 from calib_guidance.cli.parsed import read_configuration
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.samplers import DDIM
 from tests.conftest import ROOT
-
-pytestmark = pytest.mark.usefixtures("parts_read_once")
+from tests.runs import QUICK
 
 
 class Own(DDIM):
@@ -253,3 +255,24 @@ def test_overlays_of_samplers_make_digits(in_root, write, tmp_path, name):
     assert settings["class_path"].lower().endswith(name.removesuffix("_sde").replace("_", ""))
     assert settings["init_args"]["clip_denoised"]
     assert json.loads((tmp_path / "run/metrics.json").read_text())["classifier_accuracy"] >= 0.8
+
+
+class Saves(L.LightningModule):
+    def __init__(self, width: int = 3):
+        super().__init__()
+        self.save_hyperparameters()
+
+
+class Built(CalibGuidanceCLI):
+    def _run_subcommand(self, subcommand):
+        """All parts are made, and nothing is run."""
+
+
+def test_a_users_module_may_save_its_hyperparameters(in_root):
+    """Checkpoints know what to build then; for the modules of this package nothing is dumped, which takes as long as parsing."""
+    words = ["fit", "--model=tests.test_configurations.Saves", "--model.width=5", "--data=Digits", *QUICK]
+    found = run_lightning(words, Built).model.hparams
+    assert (found["width"], found["_class_path"]) == (5, "tests.test_configurations.Saves")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LightningCLI, "_dump_config", lambda self: pytest.fail("the configuration was dumped"))
+        run_lightning(["predict", "--config=digits", *QUICK], Built)

@@ -18,8 +18,6 @@ from calib_guidance.runs import RunFolder
 from calib_guidance.weights.io import save_weights
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.usefixtures("parts_read_once")
-
 DIGITS = "--config=lightning_configs/predict/digits.yaml"
 IMAGENET = "--config=lightning_configs/predict/imagenet128/resnet101_js.yaml"
 CPU = "--trainer.accelerator=cpu"
@@ -84,7 +82,7 @@ class TestGo:
         assert "input_transform.denoiser: ADMDenoiser" in report
 
     def test_an_interval_is_less_work(self, examine):
-        overlay = "--config=lightning_configs/digits/unguided.yaml"
+        overlay = "--config=lightning_configs/guidance/unguided.yaml"
         status, report = examine(DIGITS, overlay)
         assert status == 0
         assert "guided step" not in report

@@ -21,8 +21,6 @@ from calib_guidance.weights.io import read_weights, save_weights
 from tests.conftest import ROOT
 from tests.runs import QUICK, flip, metrics, metrics_without_time, samples_of, tables
 
-pytestmark = pytest.mark.usefixtures("parts_read_once")
-
 CONFIG = "lightning_configs/predict/digits.yaml"
 UNDRAWN = yaml.safe_load((ROOT / CONFIG).read_text())["trainer"]["callbacks"]
 UNDRAWN[-1]["init_args"] = {"plots": False}
@@ -226,7 +224,7 @@ class _Prepared(CalibGuidanceCLI):
 
 
 class Workers:
-    """Processes that sample in one folder, each begun in milliseconds: forked off when all parts are made."""
+    """Processes that sample in one folder, each started in milliseconds: forked off when all parts are made."""
 
     def __init__(self, folder, samples, denoiser=None):
         callbacks = [{"class_path": "calib_guidance.callbacks.SampleWriter", "init_args": {}}]

@@ -34,8 +34,6 @@ from tests.image_files import Projection, pictures, write
 from tests.runs import metrics, refused
 from tests.test_durable_sampling import predict
 
-pytestmark = pytest.mark.usefixtures("parts_read_once")
-
 PROJECTION = ("--features", "tests.image_files:Projection")
 
 
@@ -66,7 +64,7 @@ def eval_classifier(folder, channels=3):
     return network
 
 
-def test_figures_are_the_functions_of_the_features(sets, tmp_path, capsys):
+def test_metrics_are_the_functions_of_the_features(sets, tmp_path, capsys):
     (samples, reference), (generated, real) = sets
     network = eval_classifier(tmp_path)
     words = [samples, "--reference", reference, *PROJECTION, "--output", tmp_path / "out", "--extrapolate"]
@@ -174,8 +172,8 @@ def test_clip_score_is_the_mean_cosine_to_the_prompts(sets, tmp_path):
 
 
 @pytest.mark.slow
-def test_inception_gives_torch_fidelitys_figures_from_files_on(tmp_path):
-    """Random weights in its file format; 2,048 features of 20 and 10 images; one distance takes it ten seconds."""
+def test_inception_gives_torch_fidelitys_metrics_from_files_on(tmp_path):
+    """Random weights in its file format; 2,048 features of 12 and 8 images; one distance takes it ten seconds."""
     torch.manual_seed(0)
     network = FeatureExtractorInceptionV3.__new__(FeatureExtractorInceptionV3)
     with pytest.MonkeyPatch.context() as patch:
@@ -187,10 +185,10 @@ def test_inception_gives_torch_fidelitys_figures_from_files_on(tmp_path):
             nn.init.kaiming_normal_(module.weight)
     network.fc.weight.data *= 0.3 / network.fc.weight.std()
     torch.save(network.state_dict(), tmp_path / "inception.pth")
-    contrast = np.concatenate([np.linspace(0.05, 1, 20), np.linspace(0.05, 0.25, 10)])[:, None, None, None]
-    pixels = (pictures(30, size=32)[0] * contrast).astype(np.uint8)
-    samples = write(tmp_path / "samples", "image folder", pixels[:20], np.zeros(20, int))
-    reference = write(tmp_path / "reference", "image folder", pixels[20:], np.zeros(10, int))
+    contrast = np.concatenate([np.linspace(0.05, 1, 12), np.linspace(0.05, 0.25, 8)])[:, None, None, None]
+    pixels = (pictures(20, size=32)[0] * contrast).astype(np.uint8)
+    samples = write(tmp_path / "samples", "image folder", pixels[:12], np.zeros(12, int))
+    reference = write(tmp_path / "reference", "image folder", pixels[12:], np.zeros(8, int))
     words = ["--features", f"inception:{tmp_path / 'inception.pth'}", "--metrics=fid,is,kid,pr", "--allow-few"]
     evaluate(samples, "--reference", reference, *words, "--output", tmp_path / "out")
     found = metrics(tmp_path / "out")
@@ -203,7 +201,7 @@ def test_inception_gives_torch_fidelitys_figures_from_files_on(tmp_path):
         "cache_root": str(tmp_path / "cache"),
     }
     named = [{"path": str(path), "name": path.parent.name} for path in (samples, reference)]
-    kid = {"kid": True, "kid_subsets": 100, "kid_subset_size": 5}  # it draws those of the first set first
+    kid = {"kid": True, "kid_subsets": 100, "kid_subset_size": 4}  # it draws those of the first set first
     expected = {}
     for (first, second), asked in ((named, {"fid": True, "isc": True, "prc": True}), (named[::-1], kid)):
         inputs = {
@@ -270,7 +268,7 @@ def test_a_run_sampled_in_pieces_measures_as_one_sampled_at_once(in_root, tmp_pa
     assert not (tmp_path / "pieces/evaluation/predictions.npz").exists()  # of metrics that are no longer there
 
 
-def test_two_processes_give_the_figures_of_one(sets, tmp_path):
+def test_two_processes_give_the_metrics_of_one(sets, tmp_path):
     (samples, reference), _ = sets
     eval_classifier(tmp_path)
     words = ["evaluate", str(samples), "--reference", str(reference), *PROJECTION, "--device=cpu"]
@@ -333,6 +331,10 @@ def test_what_cannot_be_measured_is_refused_before_it_is(sets, tmp_path, capsys)
             "statistics of 20 features, random projection gives 16",
         ),
         ([samples, *against, "--reference", tmp_path / "mu.npz", "--metrics=pr"], "reference --keep-features"),
+        (
+            [samples, *against, "--reference", tmp_path / "mu.npz", "--label-column=class"],
+            "--label-column class is of the reference, but .*mu.npz is a file of statistics.* --samples-label-column",
+        ),
         ([large, *against, "--reference", large], "the features cannot be taken of images 3×16×16"),
         (
             [samples, *against, "--eval-classifier", tmp_path / "eval_classifier.yaml"],

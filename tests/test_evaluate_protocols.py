@@ -31,7 +31,7 @@ def features(images):
 def sets(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sets")
     made = {name: pictures(120 + 10 * seed, seed=seed) for seed, name in enumerate(("samples", "reference", "held"))}
-    runs = {seed: {"data.seed": seed, "data.labels": "balanced"} for seed in (3, 4)}
+    runs = {seed: {"data.init_args.seed": seed, "data.init_args.labels": "balanced"} for seed in (3, 4)}
     paths = {
         f"run{seed}": write(folder / f"run{seed}", "run folder", *made["samples"], **run) for seed, run in runs.items()
     }
@@ -59,7 +59,7 @@ def test_the_distance_in_units_of_that_of_validation_images(sets, tmp_path, caps
 
 def test_another_reference_than_the_published_one_is_named(sets, tmp_path):
     paths, _ = sets
-    run = write(tmp_path / "run", "run folder", *pictures(120), **{"data.seed": 0})
+    run = write(tmp_path / "run", "run folder", *pictures(120), **{"data.init_args.seed": 0})
     quality = {"class_path": "SampleQuality", "init_args": {"reference": "checkpoints/VIRTUAL_imagenet128_labeled.npz"}}
     (run / "config.yaml").write_text(
         yaml.safe_dump({"trainer": {"callbacks": [{"class_path": "SampleWriter"}, quality]}})

@@ -24,8 +24,6 @@ from calib_guidance.runs import RunFolder
 from tests import processes
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.usefixtures("parts_read_once")
-
 SCALE = "model.guidance.scale"
 TAU2 = "model.guidance.score.tau2"
 FILE = {
@@ -170,7 +168,7 @@ def test_halving_spends_samples_on_the_best_and_reuses_them(write, quick, tmp_pa
     assert RunFolder.open(found[best, "10"]["folder"]).record(first)["worker"] == large.record(first)["worker"]
 
 
-def test_a_killed_run_goes_on(write, quick, tmp_path, capsys):
+def test_a_killed_run_resumes(write, quick, tmp_path, capsys):
     """SIGKILL after two of three shards, by a process of its own; the same command makes the third, and evaluates all."""
     images, labels = digits("heldout")
     np.savez(tmp_path / "heldout.npz", to_uint8(images).permute(0, 2, 3, 1).numpy(), labels.numpy())
@@ -297,7 +295,7 @@ def test_evaluation_is_of_all_samples_and_of_what_the_ranking_needs(write, tmp_p
         ),
         ({"halving": HALVING | {"samples": 30}}, "samples must be from 1 to 29, got 30"),
         (
-            {"halving": HALVING, "axes": {"g": {"configs": ["score/js", "digits/unguided"]}}},
+            {"halving": HALVING, "axes": {"g": {"configs": ["score/js", "guidance/unguided"]}}},
             "integral_ece would not be measured with g=unguided",
         ),
         (
@@ -380,7 +378,7 @@ def test_every_experiment_can_be_run(path, in_root, tmp_path):
         assert plan.experiment.num_samples == 10_000
         assert plan.experiment.evaluate["features"] == "inception"
     else:
-        assert set(plan.experiment.seeds) >= {0, 1, 2}
+        assert len(set(plan.experiment.seeds)) >= 3
     if path.stem == "digits":
         check_the_comparison_of_the_readme(plan)
 
@@ -413,9 +411,9 @@ ROWS = {
     "num_samples": 20,
     "seeds": [0, 1],
     "tables": {"comparison": {"title": "guidance", "columns": ["fd", "recall", "integral_ece"]}},
-    "groups": {"unconditional": [], "conditional": ["digits/conditional"]},
+    "groups": {"unconditional": [], "conditional": ["guidance/with_labels"]},
     "rows": [
-        {"name": "unguided", "configs": ["digits/unguided"], "groups": ["conditional"]},
+        {"name": "unguided", "configs": ["guidance/unguided"], "groups": ["conditional"]},
         {"name": "js", "configs": ["score/js"], "groups": ["unconditional"]},
     ],
 }
@@ -492,12 +490,12 @@ def test_stages_get_their_own_configs_and_values(write, tmp_path):
         "configs": {"again": ["score/js"]},
         "set": {"sample": {"model.guidance.classifier": "{folder}/a"}},
     }
-    changes = ROWS | {"rows": [row], "groups": {"g": ["digits/conditional"]}, "stages": stages}
+    changes = ROWS | {"rows": [row], "groups": {"g": ["guidance/with_labels"]}, "stages": stages}
     plan = make_plan(write(**changes))
     run = plan.runs([0], 20, tmp_path)[1]
     first, second = run.commands
-    assert "digits/conditional" in first
-    assert "digits/conditional" in second
+    assert "guidance/with_labels" in first
+    assert "guidance/with_labels" in second
     assert "score/js" not in first
     assert "score/js" in second
     assert f"model.guidance.classifier: {run.folder}/a\n" in first

@@ -1,4 +1,4 @@
-"""A score, sampler, rule, negative and metric of a user's own module run from YAML, without registration anywhere."""
+"""Parts of a user's own module run from YAML, without registration anywhere."""
 
 import json
 import sys
@@ -87,6 +87,40 @@ class NextClass(Negative):
         own, other = denoiser.prepare(levels, y), denoiser.prepare(levels, (y + 1) % denoiser.num_classes)
         return lambda x_t, i: (own(x_t, i), other(x_t, i))
 """,
+    "backbone": """
+import torch
+
+
+class Convolutions(torch.nn.Module):
+    \"""Two convolutions; label 10 means no class.\"""
+
+    def __init__(self, width: int = 8):
+        super().__init__()
+        self.label = torch.nn.Embedding(11, width)
+        self.first = torch.nn.Conv2d(1, width, 3, padding=1)
+        self.last = torch.nn.Conv2d(width, 1, 3, padding=1)
+
+    def forward(self, x_t, t, y):
+        return self.last((self.first(x_t) + self.label(y)[:, :, None, None]).relu())
+""",
+    "classifier": """
+import torch
+
+from calib_guidance.classifiers import Classifier
+
+
+class Linear(Classifier):
+    \"""Logits of one linear layer.\"""
+
+    num_classes = 10
+
+    def __init__(self):
+        super().__init__()
+        self.network = torch.nn.Linear(64, 10)
+
+    def forward(self, x, t=None):
+        return self.temper(self.network(x.flatten(1)), t)
+""",
     "metric": """
 from calib_guidance.evaluation import MetricSpec
 
@@ -99,6 +133,8 @@ FEATURE_STD = MetricSpec("feature_std", "feature std", needs=("features",), comp
 """,
 }
 GAMMA_0 = {"schedule": {"gamma": 0.0}}
+BACKBONE = {"network": {"class_path": "own_backbone.Convolutions"}, "image_shape": [1, 8, 8], "prediction": "v"}
+BACKBONE |= {"noise_schedule": "cosine", "num_classes": 10, "null_label": 10}
 CHANGES = {  # of the model
     "sampler": {"guidance": GAMMA_0},
     "score": {"guidance": GAMMA_0 | {"score": {"class_path": "own_score.Margin", "init_args": {"weight": 0.5}}}},
@@ -107,6 +143,11 @@ CHANGES = {  # of the model
         "denoiser": {"rule": {"class_path": "own_rule.Momentum", "init_args": {"weight": 2.0}}},
     },
     "negative": {"guidance": GAMMA_0, "denoiser": {"negative": {"class_path": "own_negative.NextClass"}}},
+    "backbone": {
+        "guidance": GAMMA_0,
+        "denoiser": {"denoiser": {"class_path": "ModuleDenoiser", "init_args": BACKBONE}},
+    },
+    "classifier": {"guidance": GAMMA_0 | {"classifier": {"class_path": "own_classifier.Linear"}}},
 }
 
 

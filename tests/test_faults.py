@@ -23,8 +23,6 @@ from calib_guidance.tasks.retry import in_float32, is_out_of_memory
 from tests.conftest import ROOT
 from tests.runs import QUICK, metrics, samples_of, tables
 
-pytestmark = pytest.mark.usefixtures("parts_read_once")
-
 SAMPLES, BATCH, STEPS = 20, 10, 4
 FAILING = 13  # the one sample of class 7
 
@@ -310,7 +308,7 @@ def stop(clock):
 class TestPace:
     """What the measured pace decides, on a clock of the test's own."""
 
-    def test_goes_on_while_the_shard_can_be_finished(self, stop, clock):
+    def test_continues_while_the_shard_can_be_finished(self, stop, clock):
         os.kill(os.getpid(), signal.SIGTERM)  # 60 s for 60 s of work
         for left in (20, 10):
             clock.now += 20

@@ -13,8 +13,6 @@ from calib_guidance.cli import main
 from calib_guidance.cli.parsed import read_configuration
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.usefixtures("parts_read_once")
-
 WNIDS = ("n01440764", "n02123045", "n07753592")  # tench, tabby, banana
 FIT = ROOT / "lightning_configs/fit"
 NOISINGS, OBJECTIVES = ("clean", "noisy", "denoised_imagenet128"), ("cross_entropy", "smooth_ece")
@@ -41,8 +39,9 @@ SMALL_ADM = {
     },
 }
 CASES = [
-    *({"fit": "50", "input_transform": n, "objective": o} for n, o in itertools.product(NOISINGS, OBJECTIVES)),
-    {"fit": "101", "input_transform": NOISINGS[-1], "objective": OBJECTIVES[-1]},
+    *({"fit": "50", "input_transform": name, "objective": OBJECTIVES[0]} for name in NOISINGS[1:]),
+    {"fit": "50", "input_transform": NOISINGS[0], "objective": OBJECTIVES[1]},
+    {"fit": "101", "input_transform": NOISINGS[-1], "objective": OBJECTIVES[1]},
     *({"fit": name} for name in sorted(p.stem for p in FIT.glob("imagenet*.yaml") if "resnet" not in p.stem)),
 ]
 
@@ -56,10 +55,12 @@ def _memory_is_given_back():
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Two splits of three of ImageNet's classes, one image of them damaged."""
+    """Two splits of three of ImageNet's classes, three images and one of each, one image of them damaged."""
     folder = tmp_path_factory.mktemp("imagenet")
     generator = torch.Generator().manual_seed(0)
     for split, wnid, number in itertools.product(("train", "val"), WNIDS, range(3)):
+        if split == "val" and number:
+            continue
         path = folder / split / wnid / f"{number}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = torch.randint(256, (8, 10, 3), dtype=torch.uint8, generator=generator).numpy()
@@ -151,12 +152,12 @@ def test_denoised_beforehand(images, in_root, tmp_path):
             ]
         )
     written = [len(list((tmp_path / "denoised" / s / "samples").glob("*.parquet"))) for s in ("train", "validation")]
-    assert written == [4, 3]
+    assert written == [4, 1]
     source = tmp_path / "denoised/{split}/samples/*.parquet"
     description = fit(tmp_path / "out", source, {"fit": "50"} | OFFLINE, tmp_path)
     assert description["init_args"]["network"] == "torchvision/resnet50"
     measured = json.loads(next((tmp_path / "out/calibration").glob("val-*.json")).read_text())
-    assert sum(measured["count"]) == 9
+    assert sum(measured["count"]) == 3
     assert sum(count > 0 for count in measured["count"]) > 1  # t came along
 
 

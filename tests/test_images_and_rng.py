@@ -18,7 +18,7 @@ def test_the_two_published_roundings():
         to_uint8(x, "nearest")
 
 
-def test_every_grey_level_survives_a_round_trip():
+def test_every_gray_level_survives_a_round_trip():
     levels = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_uint8(from_uint8(levels), "round_up_half"), levels)
 

@@ -95,6 +95,7 @@ PREDICT_REFUSES = {
     "a syntax error": (*text("data: [\n"), "TMP/a.yaml is not valid YAML: line 2, column 1"),
     "a syntax error in a base": (*text("base: base.yaml\n", "data: [\n"), "TMP/base.yaml is not valid YAML: line 2"),
     "a deep file": (*text("[" * 10_000), "TMP/a.yaml is not valid YAML"),
+    "a file that is too deep for libyaml": (*text("[" * 100_000), "TMP/a.yaml is not valid YAML"),
     "no folder": (("--trainer.default_root_dir=null",), {}, "trainer.default_root_dir is not set"),
     "an empty folder": (("--trainer.default_root_dir=",), {}, "must be a folder of this machine, got ''"),
     "a bucket": (("--trainer.default_root_dir=s3://a/b",), {}, "must be a folder of this machine, got 's3://a/b'"),

@@ -13,22 +13,30 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from calib_guidance import denoisers, samplers
+from calib_guidance.backend.counters import KnownShapes
 from calib_guidance.callbacks import GradientNorm, SampleWriter, TrajectoryCalibration, TrajectoryStrips
 from calib_guidance.classifiers import CLIPClassifier, Ensemble, NoiseAwareClassifier, OffTheShelfClassifier
 from calib_guidance.denoisers import (
     APG,
+    FDG,
     ADMDenoiser,
+    Autoguidance,
     ClassifierFreeGuidance,
     Combination,
     DiTDenoiser,
     EDMDenoiser,
+    FlowDenoiser,
     IndependentCondition,
+    MiddleHead,
+    Negative,
     PerturbedAttention,
     PerturbedTime,
     RemapClasses,
     Rule,
     SlidingWindows,
     SmoothedAttention,
+    TwoNegatives,
+    Unconditional,
     UnconditionalModel,
 )
 from calib_guidance.diffusion import Interval
@@ -39,19 +47,21 @@ from calib_guidance.guidance import (
     GradientStabilizer,
     GuidanceSchedule,
     SwitchedGuidance,
+    TrainingFreeGuidance,
 )
-from calib_guidance.networks import DiT, EncoderUNet, SmallResNet, UNet
+from calib_guidance.networks import DiT, EncoderUNet, LightningDiT, SmallResNet, UNet
 from calib_guidance.runs.context import SamplingContext
 from calib_guidance.samplers import DDIM, DDPM, DPMSolver, Heun, UniPC
 from calib_guidance.scores import DivergenceRegularized, EntropyRegularized, Tilted
 from calib_guidance.tasks.retry import FirstNonFinite
 
-pytestmark = pytest.mark.usefixtures("parts_read_once")
-
 SIZE, STEPS = 4, 3
 # What Python asks for by shape: the same at every step, and so to be made before the loop. (Zeros are of backward passes.)
 MAKES = {"ones", "full", "arange", "linspace", "eye"}
 READS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2", "unique_dim"}
+
+
+KNOWN = KnownShapes()  # what all tests run is found out once
 
 
 class NoWaiting(TorchDispatchMode):
@@ -89,7 +99,7 @@ def loop(sampler, denoiser, guidance=None, device="meta", may_make=False):
     for callback in (TrajectoryCalibration(), GradientNorm(), TrajectoryStrips(samples=(0, 2, 7))):
         callback.setup(trainer, run, "predict")
     steps = []
-    with NoWaiting(may_make) as watch:
+    with KNOWN, NoWaiting(may_make) as watch:
 
         def begin(record):
             steps.append(record.i)
@@ -156,6 +166,9 @@ def parts(device):
             "three_channels": Combination(dit, ClassifierFreeGuidance(1.5), channels=3),
             "remapped": RemapClasses(learned, [2, 0, 1]),
         }
+        two_heads = LightningDiT(4, 4, 3, 32, depth=2, num_heads=2, mid_depth=1)
+        flow = FlowDenoiser(two_heads, path="linear", time_direction="data_to_noise", vae=Decoder())
+        denoisers["middle_head"] = Combination(flow, negative=MiddleHead())
         encoder = EncoderUNet(8, 1, 32, 3, 1, channel_mult=(1,), num_head_channels=32, resblock_updown=False)
         noise_aware = ClassifierGuidance(NoiseAwareClassifier(encoder, temperature=[1.0, 2.0]), classifier_input="x_t")
         js = DivergenceRegularized("js", 0.1)
@@ -198,7 +211,9 @@ def test_no_option_of_a_sampler_waits(meta, sampler):
         loop(sampler, meta[0]["adm"], meta[1][name])
 
 
-@pytest.mark.parametrize("name", ["edm", "dit", "classifier_free", "autoguidance", "three_channels", "remapped"])
+@pytest.mark.parametrize(
+    "name", ["edm", "dit", "classifier_free", "autoguidance", "middle_head", "three_channels", "remapped"]
+)
 def test_no_denoiser_waits(meta, name):
     denoiser, guidances = meta[0][name], meta[1]
     for sampler, kind in ((DDPM(STEPS), "js"), (Heun(STEPS), "through_denoiser"), (DPMSolver(STEPS), "unguided")):
@@ -218,6 +233,10 @@ def test_no_rule_waits(meta, rule):
             loop(sampler, Combination(meta[0]["edm"], rule().to("meta")), meta[1]["js"])
 
 
+def test_projections_of_bands_do_not_wait(meta):
+    loop(DDIM(STEPS), Combination(meta[0]["edm"], FDG([3.0, 1.5], 0.5).to("meta")), meta[1]["js"])
+
+
 NEGATIVES = [
     IndependentCondition(),
     PerturbedTime(),
@@ -225,7 +244,18 @@ NEGATIVES = [
     SmoothedAttention(["middle_block.1"]),
     SmoothedAttention(["middle_block.1"], 0.5),
     SlidingWindows(4, 3),
+    *(
+        TwoNegatives(Unconditional(), second)
+        for second in (IndependentCondition(), PerturbedAttention(["middle_block.1"]), SlidingWindows(4, 3))
+    ),
 ]
+
+
+def test_every_negative_is_watched():
+    """The others are the default, and denoisers above: ``autoguidance`` and ``middle_head``."""
+    kinds = {kind for kind in vars(denoisers).values() if inspect.isclass(kind) and issubclass(kind, Negative)}
+    others = {Negative, Unconditional, UnconditionalModel, Autoguidance, MiddleHead}
+    assert {type(negative) for negative in NEGATIVES} == kinds - others
 
 
 @pytest.mark.parametrize("negative", NEGATIVES, ids=lambda negative: type(negative).__name__)
@@ -238,6 +268,11 @@ def test_no_negative_waits(meta, negative):
 def test_no_stabilizer_waits(meta):
     steady = GradientStabilizer(ema=0.9, max_norm=1.0, parallel=0.5)
     loop(DDIM(STEPS), meta[0]["adm"], ClassifierGuidance(off_the_shelf().to("meta"), stabilizer=steady))
+
+
+def test_training_free_guidance_does_not_wait(meta):
+    guidance = TrainingFreeGuidance(off_the_shelf().to("meta"), rho=1.0, mu=0.5, sigma=0.1, samples=2, iterations=2)
+    loop(DDIM(STEPS, eta=1.0, recurrence=2), meta[0]["classifier_free"], guidance)
 
 
 @pytest.mark.parametrize("reuse", [GradientReuse(2), GradientReuse(1, skip_below=0.5)], ids=["every", "skipping"])
@@ -287,7 +322,7 @@ def test_what_waits_is_noticed(meta, read):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_nothing_synchronises():
+def test_on_a_gpu_nothing_synchronizes():
     denoisers, guidances = parts("cuda")
     for sampler in (p.values[0] for p in (*all_samplers(), *options_of_the_loop())):
         for name, denoiser in denoisers.items():

@@ -353,7 +353,7 @@ def test_a_pickle_of_edm_gives_edms_outputs(tmp_path, golden):
     assert denoiser.provenance["file"].endswith("network-snapshot.pkl")
 
 
-def test_a_network_that_is_no_unet_has_no_other_hyperparameters(tmp_path):
+def test_a_network_other_than_a_unet_has_no_other_hyperparameters(tmp_path):
     network = nn.Linear(2, 2)
     save_weights(network, tmp_path / "a.safetensors")
     assert load_weights(network, tmp_path / "a.safetensors") == {

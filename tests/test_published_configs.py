@@ -1,6 +1,7 @@
 """One configuration per published row: each composes, has its full-size architecture, and runs shrunken through main()."""
 
 import functools
+import json
 import re
 from pathlib import Path
 
@@ -16,8 +17,6 @@ from calib_guidance.networks.lightningdit import LatentTransformer
 from calib_guidance.weights.cards import by_file
 from tests.conftest import ROOT
 from tests.runs import QUICK, metrics, read_samples
-
-pytestmark = pytest.mark.usefixtures("parts_read_once")
 
 PREDICT = ROOT / "lightning_configs" / "predict"
 EXPERIMENTS = ROOT / "lightning_configs" / "experiments"
@@ -74,6 +73,7 @@ PARAMETERS = {
     "adm_classifier256": 54_096_360,
     "adm_classifier512": 54_448_360,
 }
+NETWORKS = (UNet, EncoderUNet, DiT, EDM2UNet, LatentTransformer)
 # Rows of the newer models differ by a size or a weight alone. These are built and sampled here.
 NEWER = re.compile(r"/edm2/|/(sit|repa|repae|lightningdit|internal_guidance|rae)(_|\.)")
 SAMPLED = {
@@ -185,7 +185,7 @@ def test_the_table_names_every_row_once():
     text = (ROOT / "lightning_configs" / "README.md").read_text()
     named = re.findall(r"^\|.*\| `(imagenet[\w/.]+(?:\.yaml| --row \w+=[\d.]+))` \|$", text, re.MULTILINE)
     assert sorted(named) == ROWS
-    assert len(ROWS) == 138
+    assert len(ROWS) == 139
 
 
 ADM_METRICS = ["fid", "sfid", "is", "is_adm", "pr", "pr_adm"]
@@ -255,14 +255,18 @@ def test_smooth_ece_has_one_weight(in_root):
     assert first["init_args"]["smooth_ece_weight"] == 1
 
 
-def full_size(cli):
-    """Weights of each published network that the row has, counted after building all of it without memory for them."""
-    networks = [
-        m
-        for m in cli.build_on_meta().modules()
-        if isinstance(m, UNet | EncoderUNet | DiT | EDM2UNet | LatentTransformer)
-    ]
-    return sorted(sum(value.numel() for value in network.state_dict().values()) for network in networks)
+BUILT = {}
+
+
+def full_size(cli, config):
+    """Weights of each published network of a row, counted without memory; rows of the same networks build them once."""
+    key = json.dumps(
+        [node for node in objects(config["model"]) if "network" in (node.get("init_args") or {})], default=str
+    )
+    if key not in BUILT:
+        networks = [m for m in cli.build_on_meta().modules() if isinstance(m, NETWORKS)]
+        BUILT[key] = sorted(sum(value.numel() for value in network.state_dict().values()) for network in networks)
+    return BUILT[key]
 
 
 @functools.cache
@@ -284,17 +288,35 @@ def arguments(row):
     return argv
 
 
+def alike(node):
+    """A configuration with the sign of each number in its place. 0 and 1 stay: they switch things off."""
+    if isinstance(node, dict):
+        return {key: alike(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [alike(value) for value in node]
+    if type(node) in (int, float) and node not in (0, 1):
+        return f"{type(node).__name__} {node > 0}"
+    return node
+
+
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
-    """Metrics and samples of a configuration. Rows that differ in the size of their networks alone shrink to one."""
+    """Metrics and samples of a configuration.
 
-    @functools.cache
+    Rows that differ in the size of their networks alone shrink to one, and those that differ in other numbers alone run the same
+    code: the first of them is sampled.
+    """
+    made = {}
+
     def sample(config):
-        folder = tmp_path_factory.mktemp("twin")
-        (folder / "twin.yaml").write_text(config)
-        main(["predict", f"--config={folder / 'twin.yaml'}", f"--trainer.default_root_dir={folder}", *QUICK])
-        (samples,) = read_samples(folder / "samples")
-        return metrics(folder), samples
+        key = json.dumps(alike(config), sort_keys=True)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("twin")
+            (folder / "twin.yaml").write_text(yaml.safe_dump(config))
+            main(["predict", f"--config={folder / 'twin.yaml'}", f"--trainer.default_root_dir={folder}", *QUICK])
+            (samples,) = read_samples(folder / "samples")
+            made[key] = metrics(folder), samples
+        return made[key]
 
     return sample
 
@@ -323,15 +345,14 @@ def test_row(row, vae, sample, in_root):
             assert by_file(given["checkpoint"]).name == given["network"]
     if NEWER.search(row) and row not in SAMPLED:
         return
-    assert full_size(cli) == sorted(PARAMETERS[name] for name in named if name in PARAMETERS)
+    assert full_size(cli, config) == sorted(PARAMETERS[name] for name in named if name in PARAMETERS)
 
     for node in objects(config):
         shrink(node, vae)
     del config["trainer"]["default_root_dir"]
     config["trainer"]["callbacks"][-1]["init_args"]["plots"] = row in DRAWN
     config["data"]["init_args"] |= {"num_samples": 8, "batch_size": 8}
-    twin = yaml.safe_dump({key: config[key] for key in ("seed_everything", "trainer", "model", "data")})
-    found, samples = sample(twin)
+    found, samples = sample({key: config[key] for key in ("seed_everything", "trainer", "model", "data")})
     assert found["num_samples"] == 8
     assert samples["index"].tolist() == list(range(8))
     assert samples["image"].shape == (

@@ -196,7 +196,7 @@ def test_statistics_that_are_none(tmp_path, wrong):
         ReferenceStatistics.read(tmp_path / "statistics.npz")
 
 
-def test_files_that_are_no_statistics(tmp_path):
+def test_files_without_statistics(tmp_path):
     for name, message in (
         ("edm2.pkl", "there is no file"),
         ("fidelity.pt", "A .pt is not loaded"),

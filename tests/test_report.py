@@ -169,7 +169,7 @@ def test_every_picture_is_one_and_is_described(two):
         assert Image.open(io.BytesIO(data)).size == (int(attributes["width"]), int(attributes["height"]))
 
 
-def test_its_figures_are_kept_as_png_and_pdf(two):
+def test_its_plots_are_kept_as_png_and_pdf(two):
     kept = {path.name: path.read_bytes() for path in (two.path.parent / "plots").iterdir()}
     names = {Path(name).stem for name in kept}
     assert {"ece_t", "gradient_norm", "side_by_side", "trajectory_second", "samples_first_b_x_"} <= names
@@ -350,7 +350,7 @@ def test_a_run_that_is_not_complete_and_damaged(tmp_path):
     assert grid[1]["alt"].endswith("not chosen, a row for each of the classes 0, 1, 2.")
 
 
-def test_a_run_that_has_only_begun(tmp_path):
+def test_a_run_that_has_just_started(tmp_path):
     first, second = (make(tmp_path / name, None, shards=(), predictions=False) for name in "ab")
     page = report(first, second, "--output", tmp_path / "page.html")
     assert "Not complete: 0 of 12 samples are made" in page.text

@@ -12,8 +12,6 @@ from calib_guidance.weights.io import read_weights
 from tests import processes
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.usefixtures("parts_read_once")
-
 EPOCHS, STEPS, EVERY = 3, 4, 3  # steps an epoch, and steps between checkpoints
 KILLED = 6  # in the second epoch; the last checkpoint is of step 6, in its middle, the one before it of step 3
 
@@ -80,7 +78,7 @@ def assert_continued(folder, complete, first_step, rank=0):
         assert len(rows) == len(set(rows))  # each remaining sample once
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(complete, tmp_path):
+def test_a_killed_run_resumes_to_the_same_weights(complete, tmp_path):
     status, output = fit(tmp_path, "--ckpt_path=last", killed=KILLED)  # nothing to resume from: it begins
     assert status == -9, output[-3000:]
     assert len(seen(tmp_path)) == KILLED
@@ -114,7 +112,7 @@ def test_nothing_to_fall_back_to_is_an_error(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_too(tmp_path):
+def test_two_processes_resume_too(tmp_path):
     """Both processes killed; each resumes with its own samples."""
     ddp = ("--trainer.devices=2", "--trainer.strategy=ddp", "--data.init_args.batch_size=125")
     status, output = fit(tmp_path / "complete", *ddp, ranks=2)

@@ -234,7 +234,7 @@ class TestIdentity:
             RunFolder.open(tmp_path / "none")
 
     @pytest.mark.parametrize("put", [os.mkfifo, os.mkdir, lambda path: os.symlink("nowhere", path)])
-    def test_what_is_no_file_is_no_run_json(self, tmp_path, put):
+    def test_run_json_must_be_a_file(self, tmp_path, put):
         begin(tmp_path)
         (tmp_path / "run.json").unlink()
         put(tmp_path / "run.json")
@@ -373,7 +373,7 @@ class TestDamage:
         assert states(folder, verify=True) == ["done"] * 3
 
     @pytest.mark.parametrize("put", [os.mkfifo, os.mkdir, lambda path: os.symlink("nowhere", path)])
-    def test_what_is_no_file_is_no_record(self, tmp_path, put):
+    def test_a_record_must_be_a_file(self, tmp_path, put):
         work(tmp_path, 4, 10)
         (tmp_path / "shards/00000004.json").unlink()
         put(tmp_path / "shards/00000004.json")
@@ -472,7 +472,7 @@ class TestClaims:
         assert folder.state(range(4, 8)).name == "claimed"
         assert not folder.claims.acquire(range(4, 8))
 
-    def test_a_claim_of_the_future_is_no_sign_of_life(self, tmp_path, monkeypatch):
+    def test_a_claim_of_the_future_is_not_a_sign_of_life(self, tmp_path, monkeypatch):
         monkeypatch.setattr(atomic, "_machine", lambda: "elsewhere")
         assert begin(tmp_path, lease=60).claims.acquire(range(0, 4))
         monkeypatch.undo()
@@ -591,7 +591,7 @@ class TestErrorsWhileWorking:
             next(folder.take([range(8, 10)]))
         folder.claims.renew()
         folder.claims.release()
-        assert not path.exists()  # nothing is begun in its place
+        assert not path.exists()  # nothing is started in its place
 
 
 def test_four_workers_share_and_one_is_killed(tmp_path):

@@ -104,13 +104,17 @@ def test_deferred_metrics_are_found_in_any_order(first):
     after(f"{start}\nfrom torchmetrics import {first}, Metric, MetricCollection\nassert issubclass(Metric, object)")
 
 
-def test_deferred_modules_work():
-    """Metrics beside the base class, plots of metrics, and compiled modules, once they are asked for."""
-    after("""
+def test_deferred_modules_work(tmp_path):
+    """Metrics beside the base class, plots of metrics, and compiled modules, once they are asked for; training does not."""
+    after(
+        """
 from calib_guidance.backend.light_imports import defer_imports
 defer_imports()
 import lightning as L, torch, torchmetrics
 from lightning.pytorch.utilities.compile import OptimizedModule, to_uncompiled
+torch.distributed.init_process_group("gloo", "file://%s", rank=0, world_size=1)
+torch.distributed.destroy_process_group()
+torch.optim.Adam([torch.ones(1, requires_grad=True)]).step()
 assert "sympy" not in sys.modules and "matplotlib" not in sys.modules
 metric = torchmetrics.Metric
 assert "scipy" not in sys.modules
@@ -125,7 +129,11 @@ assert not isinstance(module, OptimizedModule)
 compiled = torch.compile(module)
 assert isinstance(compiled, torch._dynamo.OptimizedModule) and isinstance(compiled, OptimizedModule)
 assert to_uncompiled(compiled) is module
-""")
+assert callable(torch._dynamo.trace_rules.clear_lru_cache) and callable(torch._dynamo.trace_rules.lookup)
+torch._dynamo.graph_break()
+"""
+        % (tmp_path / "rendezvous")
+    )
 
 
 class TestRemembered:

@@ -265,7 +265,7 @@ def test_hf_is_a_dataset(tmp_path):
     assert datasets.load_from_disk(str(tmp_path / "longer/samples_hf"))._fingerprint != found._fingerprint
 
 
-def test_a_shard_of_which_nothing_is_left(tmp_path):
+def test_a_shard_that_is_lost(tmp_path):
     make(tmp_path, failed={4, 5, 6, 7})
     for form in ("npz", "png", "hf"):
         main(["export", str(tmp_path), f"--to={form}"])

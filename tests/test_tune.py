@@ -90,6 +90,11 @@ def test_the_known_optimum_of_a_toy_is_found_and_confirmed(write, tmp_path, monk
     distances = [math.log(float(s["scale"])) ** 2 + (float(s["tau2"]) - 0.6) ** 2 for s in scales]
     assert tempered["best"] == tempered["tried"][int(np.argmin(distances))]["setting"]
     assert plain["samples"] == tempered["samples"] == 2 * (4 * 10 + 90)  # an equal budget
+    rungs = [list(each["metrics"]) for each in plain["tried"]]
+    assert sorted(rungs) == [["10"]] * 4 + [["10", "30", "90"]]  # what each setting had on every rung that it reached
+    winner = next(each for each in plain["tried"] if each["setting"] == "scale=2")
+    assert winner["metrics"]["90"]["precision"] == 0.9
+    assert winner["samples"] == 90
     assert {seed for _, seed, count in made if count < 90} == {0, 1}
     confirmed = {(setting, seed) for setting, seed, count in made if count == 90 and seed > 1}
     assert len(confirmed) == 2 * 3  # of the best alone, on fresh seeds
@@ -160,10 +165,26 @@ def test_searches_that_cannot_be_made_are_refused(write, changes, message):
         read_experiment(write(tune=FILE["tune"] | changes))
 
 
-def test_the_search_of_digits_costs_a_quarter_of_its_grid():
-    found = read_experiment(ROOT / "lightning_configs/tune/digits.yaml")
-    samples = halve(range(found.tune.candidates), found.halving.rungs(found.num_samples), 3, lambda s, _: list(s))
-    assert sum(samples.values()) <= found.num_samples * found.tune.candidates / 3
+def test_a_search_whose_runs_write_no_metrics_is_refused(write, tmp_path):
+    """Before its hundreds of runs."""
+    callbacks = yaml.safe_load((ROOT / "lightning_configs/digits/measured_only.yaml").read_text())["trainer"][
+        "callbacks"
+    ]
+    assert callbacks.pop()["class_path"] == "RunReport"
+    (tmp_path / "unreported.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+    path = write(configs=["predict/digits", str(tmp_path / "unreported.yaml")], groups={"plain": ["score/plain"]}, tune={
+        "candidates": 2, "confirm": [7], "parameters": FILE["tune"]["parameters"],
+    })  # fmt: skip
+    with pytest.raises(ConfigurationError, match=r"add calib_guidance\.callbacks\.RunReport to trainer\.callbacks"):
+        make_plan(path, "tune")
+
+
+def test_the_search_of_digits_costs_half_of_its_grid():
+    """Twelve of a third of the digits, four of all: (12 + 4·2)/3 of twelve."""
+    found = read_experiment(ROOT / "lightning_configs/tune/digits_scores.yaml")
+    rungs, factor = found.halving.rungs(found.num_samples), found.halving.factor
+    samples = halve(range(found.tune.candidates), rungs, factor, lambda s, _: list(s))
+    assert sum(samples.values()) * 9 == 5 * found.num_samples * found.tune.candidates
     assert found.halving.samples % found.set["data.batch_size"] == 0
     for config in (config for configs in found.groups.values() for config in configs):
         assert find_configuration(config).is_file()
@@ -181,4 +202,6 @@ def test_shipped_searches_can_be_made(path, in_root, tmp_path):
     content["tune"] |= {"candidates": 2, "own": {name: own[name] for name in content["groups"] if name in own}}
     (tmp_path / "few.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     plan = make_plan(tmp_path / "few.yaml", "tune")
-    assert len(plan.settings) == 2 * len(content["groups"])
+    # A method that has nothing to search is one setting.
+    counts = [[len(each.get("values", (0, 1))) for each in own.get(name, {}).values()] for name in content["groups"]]
+    assert len(plan.settings) == sum(1 if set(count) == {1} else 2 for count in counts)

@@ -63,6 +63,9 @@ def test_an_installed_wheel_samples_by_name_from_an_empty_folder(environment, tm
     command = environment / "bin/calib-guidance"
     where = run(environment / "bin/python", "-c", "import calib_guidance; print(calib_guidance.__file__)", cwd=empty)
     assert Path(where.strip()).is_relative_to(environment)
+    for folder in ("checkpoints/digits", "checkpoints/cifar10"):
+        shipped = {path.name for path in (ROOT / folder).iterdir()}
+        assert shipped == {path.name for path in (Path(where.strip()).parent / folder).iterdir()}
     listed = run(command, "configs", cwd=empty)
     assert str(environment) in listed
     assert "\npredict/imagenet128/resnet101_js " in listed

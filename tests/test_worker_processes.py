@@ -80,6 +80,14 @@ def test_a_process_is_killed(alone, tmp_path, worker):
     assert metrics_without_time(tmp_path / "run") == metrics_without_time(alone)
 
 
+def test_half_written_files_of_a_killed_worker_are_gone_when_the_run_is_complete(alone, in_root, tmp_path):
+    """The file is named after a dead process, and was written after the run had started."""
+    init_args = {"folder": str(tmp_path / "run"), "batch": 3}
+    left = [{"class_path": "tests.interruptions.HalfWritten", "init_args": init_args}]
+    main(words(configuration(tmp_path / "run.yaml", left), tmp_path / "run", *SAMPLES))
+    assert tables(tmp_path / "run") == tables(alone)
+
+
 @pytest.mark.parametrize("worker", [0, 1])
 @pytest.mark.parametrize(
     ("name", "status", "said"), [("SIGINT", 4, "stopped by SIGINT"), ("error", 1, "made by the test")]

@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 
 from calib_guidance.callbacks import ExportClassifier, ExportWeights
 from calib_guidance.classifiers import fit_temperature
-from calib_guidance.errors import ConfigurationError
+from calib_guidance.errors import CheckpointError, ConfigurationError
 from calib_guidance.tasks import TrainDiffusion
+from calib_guidance.weights.io import in_half, read_weights
 from tests.conftest import ROOT
 from tests.tasks.test_calibrate_classifier import fit
 
@@ -64,7 +65,7 @@ class TestNaN:
         assert ["step 8" in exported[0], "step 24" in exported[1], len(exported)] == [True, True, 2]
         assert "fc.bias is not finite after step 16" in caplog.text
 
-    def test_a_row_is_left_out_of_the_temperature(self):
+    def test_a_row_is_omitted_from_the_temperature(self):
         generator = torch.Generator().manual_seed(0)
         logits = 4 * torch.randn(200, 5, generator=generator)
         y = torch.multinomial((logits / 2).softmax(1), 1, generator=generator).squeeze(1)
@@ -145,6 +146,18 @@ class TestPaths:
         after.pop(tmp_path / "fit.yaml"), before.pop(tmp_path / "fit.yaml")  # the test's own
         assert {k: v for k, v in after.items() if k.is_file()} == {k: v for k, v in before.items() if k.is_file()}
         assert "wrote" not in capsys.readouterr().out
+
+
+def test_half_rounds_the_weights_and_refuses_what_float16_cannot_hold(in_root, tmp_path):
+    for half in (False, True):
+        fit(tmp_path / str(half), export={"half": half})
+    full, rounded = (read_weights(tmp_path / name / "classifier.safetensors").state for name in ("False", "True"))
+    floats = {name for name, value in full.items() if value.is_floating_point()}
+    assert floats == {name for name, value in rounded.items() if value.dtype == torch.float16}
+    for name, value in full.items():
+        assert torch.equal(rounded[name], value.to(rounded[name].dtype))
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: fc\.bias has values above float16's 65,504"):
+        in_half({"bn.bias": torch.zeros(2), "fc.bias": torch.tensor([65_504.0, 7e4])}, "a.safetensors")
 
 
 class Ones(TrainDiffusion):

@@ -37,7 +37,7 @@ def test_each_cell_is_the_sample_of_that_score_and_scale(in_root):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--config=digits/unguided"], "ClassifierGuidance, got none"),
+        (["--config=guidance/unguided"], "ClassifierGuidance, got none"),
         (["--data.num_samples=3", "--trainer.callbacks.index=7"], "samples up to 7"),
     ],
 )

@@ -12,8 +12,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from calib_guidance.cli import main
 from tests.tasks.test_calibrate_classifier import fit
 
-pytestmark = pytest.mark.usefixtures("parts_read_once")
-
 
 class Images(Logger):
     """A logger with the interface of WandbLogger, which writes what it is given to a file."""

@@ -88,7 +88,7 @@ def test_is_the_functions_of_the_features(tmp_path, more):
     assert not list(tmp_path.rglob("predictions.npz"))
 
 
-def test_a_share_of_all_is_not_certain(tmp_path):
+def test_a_fraction_of_all_is_not_certain(tmp_path):
     """Balls that hold all of the reference hold every sample; a bootstrap of that would have a std of 0."""
     _, _, trainer = run_and_trainer(tmp_path)
     found, _ = measured(trainer, metrics=("pr",), k=39)

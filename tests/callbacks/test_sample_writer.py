@@ -33,7 +33,7 @@ class TestBackground:
         assert max(ahead) <= 2
         background.close()
 
-    def test_what_fails_is_raised_and_what_follows_is_left_out(self):
+    def test_what_fails_is_raised_and_what_follows_is_skipped(self):
         background, go, done = Background(2), threading.Event(), []
 
         def fail():
@@ -180,7 +180,7 @@ def test_a_write_that_fails_as_the_last_is_not_passed_over(sample, tmp_path):
     assert not list((tmp_path / "run/claims").iterdir())
 
 
-def test_a_shard_that_is_taken_over_before_it_is_written_is_the_others(sample, tmp_path, caplog):
+def test_a_shard_that_is_reclaimed_before_it_is_written_is_the_others(sample, tmp_path, caplog):
     begun = threading.Event()
 
     def reclaim():

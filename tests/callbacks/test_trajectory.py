@@ -14,8 +14,6 @@ from calib_guidance.metrics.moments import StepMoments
 from calib_guidance.runs import RunFolder
 from tests.test_faults import QUICK, configuration
 
-pytestmark = pytest.mark.usefixtures("parts_read_once")
-
 
 def test_moments_of_each_step_over_batches():
     values = torch.randn(2, 7, generator=torch.Generator().manual_seed(0)) + 3
@@ -75,7 +73,7 @@ def test_reliability_by_range_of_t_and_the_schedule_are_saved(in_root, tmp_path)
     np.testing.assert_allclose(with_sine, expected + sine)
 
 
-def test_spread_of_calibration_is_that_of_leaving_out_shards(in_root, tmp_path, capsys):
+def test_std_of_calibration_is_that_of_leaving_out_shards(in_root, tmp_path, capsys):
     path = configuration(tmp_path / "run", num_samples=100, batch_size=5)
     main(["predict", "--config", str(path), *QUICK])
     printed = capsys.readouterr().out
@@ -121,7 +119,7 @@ def test_quality_may_be_added_after_the_report(in_root, tmp_path, capsys):
     assert "±          integral ECE: jackknife over 5 blocks of samples" in printed
 
 
-def test_jackknife_over_blocks_is_what_samples_spread_and_their_bootstrap_says():
+def test_jackknife_over_blocks_is_what_sample_std_and_their_bootstrap_says():
     """Of 4 steps that one sample passes with like confidence; 60 draws of 400 samples in 20 blocks."""
     generator, steps, bins = torch.Generator().manual_seed(0), 4, 15
     found = []

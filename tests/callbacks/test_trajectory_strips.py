@@ -17,8 +17,6 @@ from tests.conftest import ROOT
 from tests.runs import read_samples
 from tests.test_faults import FAILING, QUICK, configuration
 
-pytestmark = pytest.mark.usefixtures("parts_read_once")
-
 CHOSEN = [15, 2, FAILING, 99]  # of 20 samples in shards of 10
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from calib_guidance.classifiers import CLIPClassifier
-from calib_guidance.classifiers.clip import build_clip, resampling_matrix, spread
+from calib_guidance.classifiers.clip import build_clip, low_discrepancy, resampling_matrix
 from calib_guidance.scores import TemperedLogProb
 from calib_guidance.weights.io import CheckpointError
 
@@ -166,7 +166,7 @@ class TestCutouts:
 
     def test_places_cover_the_image_evenly(self):
         """Every eighth of (size, height, width) is visited in turn, which random places do not do."""
-        octant = ((spread(torch.arange(37, 101)) * 2).long() * torch.tensor([4, 2, 1])).sum(1)
+        octant = ((low_discrepancy(torch.arange(37, 101)) * 2).long() * torch.tensor([4, 2, 1])).sum(1)
         assert (octant.bincount(minlength=8) - 8).abs().max() <= 2
         classifier = CLIPClassifier(["a"], ARCHITECTURE, cutouts=1, cutout_scale=(1.0, 1.0))
         complete, cutout = classifier._views(images(2, 20, 20), torch.tensor([3, 700]))
@@ -240,7 +240,7 @@ class TestRefused:
         with pytest.raises(CheckpointError, match=r"does not fit CLIP; of another shape: text_projection"):
             CLIPClassifier(PROMPTS, wider, str(saved[1]))
 
-    def test_grey_images(self):
+    def test_gray_images(self):
         with pytest.raises(ValueError, match="3 colors, not of 1"):
             CLIPClassifier(PROMPTS, ARCHITECTURE).check_image((1, 32, 32))
 

@@ -13,7 +13,7 @@ def members():
     return [OffTheShelfClassifier(nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), 4, temperature=t) for t in (1.0, 0.2)]
 
 
-def test_probabilities_are_the_renormalised_geometric_mean():
+def test_probabilities_are_the_renormalized_geometric_mean():
     x = torch.randn(5, 3, 2, 2)
     a, b = members()
     product = (a(x).softmax(1) * b(x).softmax(1)).sqrt()

@@ -14,8 +14,6 @@ from calib_guidance.report.runs import open_runs
 from tests.conftest import ROOT
 from tests.image_files import pictures, write
 
-pytestmark = pytest.mark.usefixtures("parts_read_once")
-
 NAMES = [f"digit {word}" for word in ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]]
 
 

@@ -148,7 +148,7 @@ def test_parts_of_a_split(tmp_path):
     assert both(tmp_path, "train[4:8]")[0].keys() == both(tmp_path, "train[10%:20%]")[0].keys()
 
 
-def test_any_beginning_of_the_mixed_order_has_its_share_of_every_class():
+def test_any_beginning_of_the_mixed_order_has_its_fraction_of_every_class():
     labels = np.repeat([3, 1, 0], [600, 300, 100])
     order = mixed(1000, labels)
     assert sorted(order) == list(range(1000))

@@ -179,7 +179,7 @@ def test_a_streamed_folder_is_that_folder(folder):
     assert len({*joined(train, "index").tolist(), *joined(epoch(streamed, 1), "index").tolist()}) <= 18
 
 
-def test_grey_images(folder):
+def test_gray_images(folder):
     data = opened(folder, channels=1)
     assert data.image_shape == (1, 8, 8)
     assert epoch(data)[0]["image"].shape == (4, 1, 8, 8)
@@ -343,7 +343,7 @@ def test_corrupt_images_are_skipped_and_named(folder, tmp_path, caplog, num_work
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_batches_of_which_nothing_can_be_read(folder, tmp_path, caplog, num_workers, streaming):
+def test_batches_where_nothing_can_be_read(folder, tmp_path, caplog, num_workers, streaming):
     """Two of three classes are corrupt: complete batches of them, while training and at every place of the validation."""
     for split in ("train", "val"):
         for file in [*(folder / split / WNIDS[0]).iterdir(), *(folder / split / WNIDS[2]).iterdir()]:
@@ -376,7 +376,7 @@ def test_a_file_that_is_gone_is_corrupt_and_so_is_a_row_without_an_image(folder,
     assert batch["corrupt"] == ["split 'train', row 2 (not an image)"]
 
 
-def test_a_corrupt_share_of_a_stream_is_an_error(tmp_path):
+def test_a_corrupt_fraction_of_a_stream_is_an_error(tmp_path):
     rows = table(40).cast_column("image", datasets.Image(decode=False)).to_list()
     for row in rows[::4]:
         row["image"]["bytes"] = b"no image"

@@ -62,7 +62,7 @@ def test_processes_share_them_without_overlap_or_loss(tmp_path, kind):
     complete = list(ImageSet(source).batches(4))
     for world_size in (2, 3, 9):
         shares = [list(ImageSet(source).batches(4, rank, world_size)) for rank in range(world_size)]
-        for number, batch in enumerate(complete):  # batches are made of the same images, whoever makes them
+        for number, batch in enumerate(complete):  # batches are made of the same images, whichever process makes them
             mine = shares[number % world_size][number // world_size]
             assert all(torch.equal(one, other) for one, other in zip(batch, mine, strict=True))
         assert sum(map(len, shares)) == len(complete)
@@ -216,7 +216,7 @@ def test_crops_against_their_definitions(tmp_path):
     assert larger.provenance()["conversions"] == {"enlarged to the size": 1}
 
 
-def test_grey_and_colour(tmp_path):
+def test_gray_and_color(tmp_path):
     gray, color = pictures(3, 1)[0], pictures(2, 3)[0]
     source = write(tmp_path, "image folder", [*gray, *color], np.zeros(5, int))
     with pytest.raises(
@@ -418,7 +418,7 @@ def test_damaged_npz(tmp_path, compressed):
         ImageSet(path)
 
 
-def test_npz_whose_second_array_is_no_labels(tmp_path, caplog):
+def test_npz_whose_second_array_is_not_labels(tmp_path, caplog):
     np.savez(tmp_path / "images.npz", pictures(4)[0], np.zeros((4, 10)))
     images = ImageSet(tmp_path / "images.npz")
     assert not images.labelled

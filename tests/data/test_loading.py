@@ -74,7 +74,7 @@ def test_the_state_outlives_the_iterator():
     assert len(batches(resumed, 0)) == 4
 
 
-def test_the_middle_of_an_epoch_goes_on_only_as_it_began(monkeypatch):
+def test_the_middle_of_an_epoch_resumes_only_as_it_began(monkeypatch):
     loader = train_loader(Images(), 4, 1, world_size=2)
     next(iter(loader))
     state = loader.state_dict()
@@ -120,7 +120,7 @@ def test_too_few_images_for_one_batch_are_an_error():
         train_loader(Images(), 16, world_size=2)
 
 
-def test_a_corrupt_image_is_left_out_and_reported():
+def test_a_corrupt_image_is_skipped_and_reported():
     good = {"image": torch.zeros(3, 2, 2), "label": 1, "index": 7, "t": 5}
     batch = collate([good, {"corrupt": ["a.png"]}, good | {"note": ["b.png: two"]}])
     assert take_reports(batch) == (["a.png"], ["b.png: two"])

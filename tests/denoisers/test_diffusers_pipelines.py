@@ -1,6 +1,7 @@
 """Tiny random pipelines of diffusers, saved and read again, step by step against diffusers' own."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from diffusers import (
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     UNet2DModel,
@@ -225,6 +227,50 @@ def test_stable_diffusion_3_is_a_flow(tmp_path):
         assert sampled(other, denoiser, y, *normal(8, 2, 4, 8, 8))[1].isfinite().all()
 
 
+def flux(text, **options):
+    from diffusers import FluxPipeline
+
+    torch.manual_seed(9)
+    sizes = {"in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16}
+    sizes |= {
+        "num_attention_heads": 2,
+        "joint_attention_dim": 8,
+        "pooled_projection_dim": 8,
+        "axes_dims_rope": (4, 4, 8),
+    }
+    model = FluxTransformer2DModel(**sizes | {"guidance_embeds": True} | options).eval()
+    config = {"vocab_size": len(text[0]), "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    encoder = transformers.T5EncoderModel(transformers.T5Config(**config)).eval()
+    decoder = vae(scaling_factor=1.5, shift_factor=0.06)
+    return FluxPipeline(FlowMatchEulerDiscreteScheduler(shift=3.0), decoder, text[1], text[0], encoder, text[0], model)
+
+
+@pytest.mark.parametrize("is_distilled", [True, False])
+def test_flux_packs_its_latents(text, is_distilled):
+    """Prompts through both encoders, the distilled guidance, and the classifier-free guidance of its negative prompt."""
+    from diffusers import FluxPipeline
+
+    pipeline = flux(text, guidance_embeds=is_distilled)
+    x, y = normal(2, 4, 8, 8), torch.tensor([1, 0])
+    options = {"latents": FluxPipeline._pack_latents(x, 2, 4, 8, 8), "height": 16, "width": 16, "output_type": "latent"}
+    options |= {"num_inference_steps": 4, "sigmas": [1.0, 0.75, 0.5, 0.25], "guidance_scale": 2.5}
+    options |= {"true_cfg_scale": 3.0, "negative_prompt": ["blur"] * 2}
+    packed, _ = recorded(pipeline, prompt=[PROMPTS[k] for k in y], **options)
+    expected = [FluxPipeline._unpack_latents(state, 16, 16, 2) for state in packed]
+    given = {"prompts": PROMPTS, "negative_prompt": "blur", "sample_size": 8}
+    denoiser = DiffusersDenoiser(pipeline, **given, distilled_guidance=2.5)
+    assert (denoiser.num_classes, denoiser.clip, denoiser.image_shape) == (2, False, (4, 8, 8))
+    sampler = FlowODE(4, shift=3.0)
+    tau = sampler.grid(denoiser)[::-1][1:]
+    states, latents = sampled(sampler, Combination(denoiser, ClassifierFreeGuidance(3.0)), y, x)
+    assert_states(states, expected, [*torch.hypot(torch.tensor(1 - tau[:-1]), torch.tensor(tau[:-1])).tolist(), 1.0])
+    with torch.no_grad():
+        torch.testing.assert_close(denoiser.decode(latents), pipeline.vae.decode(latents / 1.5 + 0.06).sample)
+    other = sampled(sampler, DiffusersDenoiser(pipeline, **given, distilled_guidance=9.0), y, x)[1]
+    same = sampled(sampler, denoiser, y, x)[1]
+    assert ((other - same).abs().max() > 1e-3) == is_distilled
+
+
 def test_dit_with_class_labels(tmp_path):
     """Saved and read; the class after the last is none; the learned variance is not part of ε."""
     from diffusers import DiTPipeline
@@ -316,6 +362,12 @@ def test_errors_name_cause_and_cure(text, tmp_path, monkeypatch):
         DiffusersDenoiser(pipeline.unet, scheduler, prompts=PROMPTS)
     with pytest.raises(ValueError, match="ends in pure noise"):
         ModuleDenoiser(nn.Identity(), (3, 8, 8), [0.1, 0.5, 1.0])
+    with pytest.raises(ValueError, match="AutoencoderKL"):
+        DiffusersDenoiser(pipeline.vae, scheduler)
+    with pytest.raises(ConfigurationError, match="reads 32 channels and predicts 16: the others are images"):
+        DiffusersDenoiser(flux(text, in_channels=32, out_channels=16), prompts=PROMPTS)
+    with pytest.raises(ConfigurationError, match="sample_size of a Flux model must be even, got 7"):
+        DiffusersDenoiser(flux(text), prompts=PROMPTS, sample_size=7)
     pipeline.vae.save_pretrained(tmp_path / "vae")
     with pytest.raises(CheckpointError, match="found AutoencoderKL, expected one of UNet2DModel"):
         DiffusersDenoiser(str(tmp_path / "vae"), scheduler)
@@ -324,6 +376,6 @@ def test_errors_name_cause_and_cure(text, tmp_path, monkeypatch):
     index.write_text(json.dumps(json.loads(index.read_text()) | {"tokenizer": ["os", "system"]}))
     with pytest.raises(CheckpointError, match="its text encoders are of os, which is not run"):
         DiffusersDenoiser(str(tmp_path / "all"), prompts=PROMPTS)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'calib_guidance\[text\]'"):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"pip install 'calib-guidance\[text\]'"):
         DiffusersDenoiser(str(tmp_path / "all"), prompts=PROMPTS)

@@ -10,14 +10,19 @@ from torch import nn
 
 import calib_guidance
 from calib_guidance.backend.images import to_uint8
+from calib_guidance.classifiers import OffTheShelfClassifier
 from calib_guidance.denoisers import (
     Autoguidance,
     ClassifierFreeGuidance,
     Combination,
     EDM2Denoiser,
+    TinyDecoder,
     UnconditionalModel,
     VAEDecoder,
+    fit_linear_decoder,
 )
+from calib_guidance.diffusion import SampleStreams
+from calib_guidance.guidance import ClassifierGuidance
 from calib_guidance.networks import EDM2UNet
 from calib_guidance.samplers import Heun
 from calib_guidance.weights import registry
@@ -130,6 +135,52 @@ def test_latents_and_pixels(golden):
         assert torch.equal(to_uint8(fixture["decoded"], rule), fixture[f"{project}.uint8"])
     with pytest.raises(ValueError, match="latent_scale must be above 0"):
         VAEDecoder(vae, [1.0, 0.0, 1.0, 1.0])
+
+
+class ColorClassifier(nn.Module):
+    """The mean of one color channel for each of three classes."""
+
+    def forward(self, images):
+        return 4 * images.mean((2, 3))
+
+
+def test_a_classifier_guides_latents_through_the_full_the_tiny_and_the_linear_decoder():
+    """The tiny one decodes EDM2's latents as the full one where both have the same layers."""
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    blocks = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    blocks |= {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    small = AutoencoderTiny(**blocks)
+
+    class Full(nn.Module):
+        """Decodes what the autoencoder encodes, the tiny one 0.18215 times that."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv_in, self.small = nn.Conv2d(1, 1, 1), small.decoder
+
+        def forward(self, raw):
+            return self.small(0.18215 * raw)
+
+    vae = nn.Module()
+    vae.quant_conv, vae.post_quant_conv, vae.decoder = nn.Identity(), None, Full()
+    denoiser = EDM2Denoiser(EDM2UNet(8, 4, None, 16, (1,), 1, ()), vae=vae).requires_grad_(False)
+    latents = 0.5 * torch.randn(16, 4, 8, 8)
+    tiny = TinyDecoder(small, latents="edm2")
+    with torch.no_grad():
+        torch.testing.assert_close(tiny(latents), denoiser.decode(latents), atol=1e-5, rtol=1e-5)
+    linear, _ = fit_linear_decoder(denoiser.decode, [latents])
+    y = torch.tensor([0, 1, 2])
+    scores = {}
+    for name, decoder in {"none": None, "full": None, "tiny": tiny, "linear": linear}.items():
+        classifier = OffTheShelfClassifier(ColorClassifier(), 3)
+        guide = ClassifierGuidance(classifier, scale=0.0 if name == "none" else 2.0, decoder=decoder)
+        noise = SampleStreams([0] * 3, range(3), denoiser.image_shape)
+        images = denoiser.decode(Heun(num_steps=12)(denoiser, noise, y, guide).float())
+        scores[name] = float(ColorClassifier()(images).log_softmax(1)[torch.arange(3), y].mean())
+    assert scores["tiny"] == pytest.approx(scores["full"], abs=1e-4), scores
+    assert min(scores["full"], scores["linear"]) > scores["none"], scores
 
 
 class Encoder:

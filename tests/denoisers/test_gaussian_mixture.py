@@ -226,7 +226,7 @@ class TestClosedForms:
             ((MEANS, COVARIANCES, [1.0, 0.0, 1.0]), "weights positive"),
         ],
     )
-    def test_what_is_no_mixture_is_an_error(self, arguments, message):
+    def test_an_invalid_mixture_is_an_error(self, arguments, message):
         with pytest.raises(ValueError, match=message):
             GaussianMixture(*arguments)
 
@@ -275,7 +275,7 @@ class TestProposition:
                 torch.testing.assert_close(record.guided.score, 2 * direction, atol=1e-5, rtol=1e-5)
 
 
-def spread_after(sampler, schedule, sigma2, guided=0.0):
+def std_after(sampler, schedule, sigma2, guided=0.0):
     """Variance of samples of N(0, σ²), by the recursion of a scalar linear map; ``guided``: s of the joint energy at x_t."""
     tables, variance = schedule.respace(sampler.steps), 1.0
     for i in reversed(range(len(tables))):
@@ -306,14 +306,14 @@ class TestOneGaussian:
     def test_ddim_is_a_known_factor(self, scale):
         sampler, x_T = DDIM("40"), Gaussians(50)()
         x = sampler(self.model, Gaussians(50), torch.zeros(50, dtype=torch.long), self.guidance(scale))
-        factor = math.sqrt(spread_after(sampler, self.model.schedule, self.sigma2, scale))
+        factor = math.sqrt(std_after(sampler, self.model.schedule, self.sigma2, scale))
         torch.testing.assert_close(x, factor * x_T, atol=2e-5, rtol=2e-5)
 
     @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
     def test_ddpm_has_a_known_variance(self, scale):
         sampler, n = DDPM("40", "fixed_small"), 20000
         x = sampler(self.model, Gaussians(n), torch.zeros(n, dtype=torch.long), self.guidance(scale)).double()
-        expected = spread_after(sampler, self.model.schedule, self.sigma2, scale)
+        expected = std_after(sampler, self.model.schedule, self.sigma2, scale)
         # The relative standard error of a normal variance from 2n numbers is √(2/2n).
         assert abs(x.square().mean() / expected - 1) < 5 / math.sqrt(n)
 
@@ -387,7 +387,7 @@ class TestUnguided:
         self.check_moments(
             draw(sampler, mixture, n=10000),
             mixture,
-            abs(spread_after(sampler, mixture.schedule, wide) - wide),
+            abs(std_after(sampler, mixture.schedule, wide) - wide),
         )
 
     @pytest.mark.parametrize(
@@ -532,7 +532,7 @@ class TestWhatTheClassifierSees:
         assert (torch.linalg.eigvalsh(jacobian) > 0).all()
 
     @pytest.mark.parametrize("sampler", [DDPM("10"), DDIM("10")])
-    def test_time_is_a_share_of_the_full_process(self, mixture, sampler):
+    def test_time_is_a_fraction_of_the_full_process(self, mixture, sampler):
         """However few its steps are: from 1 at pure noise to 0 at the image."""
 
         class Timed(TemperedLogProb):
@@ -555,7 +555,7 @@ class TestOff:
         ids=["scale_0", "interval_outside"],
     )
     @pytest.mark.parametrize("at", ["x0", "x_t", "through_denoiser"])
-    def test_off_is_no_guidance_byte_by_byte(self, mixture, sampler, settings, at):
+    def test_off_is_unguided_byte_by_byte(self, mixture, sampler, settings, at):
         classifier = Counting(mixture, noise_aware=True)
         off = draw(sampler, mixture, ClassifierGuidance(classifier, **seeing(at), **settings), n=16)
         assert off.numpy().tobytes() == draw(sampler, mixture, n=16).numpy().tobytes()

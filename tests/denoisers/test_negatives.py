@@ -1,11 +1,13 @@
 """What stands for the unconditional prediction: by definition, on every network, and whatever the batch."""
 
+import copy
 import math
 
 import pytest
 import torch
 from torch import nn
 
+from calib_guidance.backend.compilation import Compiled
 from calib_guidance.denoisers import (
     ADMDenoiser,
     ClassifierFreeGuidance,
@@ -13,7 +15,9 @@ from calib_guidance.denoisers import (
     Denoiser,
     DiffusersDenoiser,
     DiTDenoiser,
+    EDM2Denoiser,
     EDMDenoiser,
+    FlowDenoiser,
     IndependentCondition,
     PerturbedAttention,
     PerturbedTime,
@@ -25,7 +29,7 @@ from calib_guidance.denoisers import (
 from calib_guidance.denoisers.negatives.attention import with_changed_attention
 from calib_guidance.diffusion.rng import KeyedNumbers, SampleStreams
 from calib_guidance.diffusion.schedules import NoiseSchedule, named_betas
-from calib_guidance.networks import DiT, UNet
+from calib_guidance.networks import DiT, EDM2UNet, UNet
 from calib_guidance.networks.adm import _attend
 from calib_guidance.samplers import DDIM, Heun
 from calib_guidance.tasks.retry import in_float32
@@ -52,20 +56,26 @@ def denoisers():
     return {
         "adm": ADMDenoiser(unet()),
         "edm": EDMDenoiser(unet(1)),
+        "edm2": EDM2Denoiser(random_(EDM2UNet(8, 1, 3, 32, (1,), 1, [8], channels_per_head=16))),
         "dit": DiTDenoiser(random_(DiT(4, 1, 32, 2, 2, num_classes=3)), vae=nn.Identity()),
+        "sit": FlowDenoiser(random_(DiT(4, 1, 32, 2, 2, num_classes=3)), is_latent=False),
     }
 
 
-LAYERS = {"adm": "middle_block.1", "edm": "middle_block.1", "dit": "transformer_blocks.1.attn1"}
+LAYERS = {"adm": "middle_block.1", "edm": "middle_block.1", "edm2": "dec.8x8_in0", "dit": "transformer_blocks.1.attn1"}
+LAYERS |= {"sit": "transformer_blocks.1"}
+EMBEDDING = {"edm2": "emb_noise"}
 NEGATIVES = {
     "independent_condition": lambda kind: IndependentCondition(),
-    "perturbed_time": lambda kind: PerturbedTime(0.5),
+    "perturbed_time": lambda kind: PerturbedTime(0.5, embedding=EMBEDDING.get(kind, "time_embed")),
     "perturbed_attention": lambda kind: PerturbedAttention([LAYERS[kind]]),
     "smoothed_attention": lambda kind: SmoothedAttention([LAYERS[kind]], 0.5),
     "smoothed_attention_infinite": lambda kind: SmoothedAttention([LAYERS[kind]]),
     "sliding_windows": lambda kind: SlidingWindows(4, 3),
 }
-CASES = [(name, kind) for name in NEGATIVES for kind in LAYERS if (name, kind) != ("sliding_windows", "dit")]
+CASES = [
+    (name, kind) for name in NEGATIVES for kind in LAYERS if name != "sliding_windows" or kind not in ("dit", "sit")
+]
 
 
 def pair_of(negative, denoiser, y=Y, times=(100, 500), start=True):
@@ -100,14 +110,14 @@ def test_the_conditional_prediction_stays_and_the_negative_differs(denoisers, na
 @pytest.mark.parametrize("sampler", [DDIM(3, eta=0.5), Heun(3)], ids=["ddim", "heun"])
 def test_a_sample_depends_on_no_batch(denoisers, name, kind, sampler):
     denoiser = Combination(denoisers[kind], ClassifierFreeGuidance(3.0), NEGATIVES[name](kind))
-    y = torch.arange(7) % 3
+    y = torch.arange(16) % 3
 
     def sample(rows):
         return sampler(denoiser, SampleStreams([3] * len(rows), rows.tolist(), denoiser.image_shape), y[rows])
 
-    expected = sample(torch.arange(7))
-    assert torch.equal(sample(torch.arange(7)), expected)  # nothing is left of the first time
-    for rows in (torch.tensor([4]), torch.tensor([6, 0, 3])):
+    expected = sample(torch.arange(16))
+    assert torch.equal(sample(torch.arange(16)), expected)  # nothing is left of the first time
+    for rows in (torch.tensor([4]), torch.tensor([15, 0, 3])):
         torch.testing.assert_close(sample(rows), expected[rows], atol=2e-3, rtol=1e-3)
 
 
@@ -270,11 +280,11 @@ def test_diffusers_modules_are_changed_as_diffusers_changes_them():
     assert (network(x)[3:] - theirs(x)[3:]).abs().max() > 1e-3
 
 
-def diffusers_denoiser():
+def diffusers_denoiser(attention="Attn", **options):
     from diffusers import DDPMScheduler, UNet2DModel
 
     torch.manual_seed(0)
-    blocks = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("AttnUpBlock2D",)}
+    blocks = {f"{way.lower()}_block_types": (f"{attention}{way}Block2D",) for way in ("Down", "Up")}
     size = {
         "block_out_channels": (32,),
         "layers_per_block": 1,
@@ -283,7 +293,7 @@ def diffusers_denoiser():
         "norm_num_groups": 8,
     }
     model = UNet2DModel(8, 1, 1, **blocks, **size)
-    return DiffusersDenoiser(random_(model), DDPMScheduler(), null_label=3)
+    return DiffusersDenoiser(random_(model), DDPMScheduler(), null_label=3, **options)
 
 
 @torch.no_grad()
@@ -334,16 +344,26 @@ def test_half_precision_is_retried_in_float32():
 
 
 @torch.no_grad()
-def test_attention_is_changed_in_a_compiled_network(denoisers, monkeypatch):
-    network = denoisers["adm"].network
+@pytest.mark.parametrize("kind", ["adm", "edm2", "sit", "diffusers"])
+def test_attention_is_changed_in_a_compiled_network(denoisers, monkeypatch, kind):
+    """In one doubled batch, and alone, as the second of two negatives. EDM and DiT run the networks of ADM and SiT."""
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, dynamic=False, backend="eager", fullgraph=True))
-    compiled, plain = ADMDenoiser(network, compile=True), ADMDenoiser(network)
-    negative = PerturbedAttention(["middle_block.1"])
+    if kind == "diffusers":
+        plain, compiled = (diffusers_denoiser("", compile=compile) for compile in (False, True))
+    else:
+        plain, compiled = denoisers[kind], copy.copy(denoisers[kind])
+        compiled._decode = Compiled(compiled.network.decode)
+    negative = PerturbedAttention([LAYERS.get(kind, "mid_block.attentions.0")])
     found, x = pair_of(negative, compiled)
     expected, _ = pair_of(negative, plain)
     for a, b in zip(found(x, 1), expected(x, 1), strict=True):
         torch.testing.assert_close(a.x0, b.x0, atol=1e-5, rtol=1e-5)
+    assert (a.x0 - expected(x, 1)[0].x0).abs().max() > 1e-4
+    if kind != "sit":  # compiling takes seconds
+        return
+    alone = negative.prepare_alone(compiled, compiled.schedule.at([100, 500]), Y)
+    torch.testing.assert_close(alone(x, 1, None).x0, b.x0, atol=1e-5, rtol=1e-5)
 
 
 def test_layers_that_cannot_be_are_named(denoisers):
@@ -354,6 +374,9 @@ def test_layers_that_cannot_be_are_named(denoisers):
         Combination(denoisers["dit"], negative=PerturbedAttention(["attn1"]))
     with pytest.raises(ValueError, match="list of one or more"):
         PerturbedAttention("middle_block.1")
+    # The second half of its batch would be that of the inner negative.
+    with pytest.raises(ValueError, match=r"a Combination of NFE 2 makes several predictions.*TwoNegatives"):
+        Combination(Combination(adm), negative=PerturbedAttention(["middle_block.1"]))
     pair, x = pair_of(PerturbedAttention(["out.0"]), adm)
     with pytest.raises(ValueError, match="GroupNorm without self-attention"):
         pair(x, 0)

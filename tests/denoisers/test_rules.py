@@ -128,6 +128,7 @@ def test_what_a_rule_is_defined_on_matters(rule):
         TCFG(1.0),
         MAMBOG(1.0),
         FDG([1.0, 1.0, 1.0]),
+        FDG([1.0, 1.0], 0.0, "v"),
         CFGPlusPlus(1.0),
         Scheduled(ClassifierFreeGuidance(1.0)),
         Scheduled(ClassifierFreeGuidance(9.0), minimum=-1.0),
@@ -162,7 +163,8 @@ def test_limits_are_classifier_free_guidance(rule):
 
 
 @pytest.mark.parametrize(
-    "rule", [RescaledGuidance(), APG(), CFGZeroStar(), TCFG(), MAMBOG(), FDG(), FeedbackGuidance()]
+    "rule",
+    [RescaledGuidance(), APG(), CFGZeroStar(), TCFG(), MAMBOG(), FDG(), FDG(parallel=0.0), FeedbackGuidance()],
 )
 def test_equal_predictions_stay_what_they_are_and_have_finite_gradients(rule):
     """As of samples without label. A norm of 0 has no gradient."""
@@ -183,6 +185,12 @@ def test_rescaling_gives_the_conditional_standard_deviation():
 
 def test_cfg_zero_star_of_parallel_predictions_is_the_conditional_one():
     close(apply(CFGZeroStar(7.0, representation="x0"), random(1), -0.3 * random(1)), random(1), 1e-7)
+
+
+def test_cfg_zero_star_whose_scale_is_1_is_classifier_free_guidance():
+    u, other = random(2), random(1)
+    across = other - (other * u).sum((1, 2, 3), keepdim=True) / u.square().sum((1, 2, 3), keepdim=True) * u
+    close(apply(CFGZeroStar(3.0, representation="x0"), u + across, u), u + 3 * across, 1e-7)  # 1e-8 in ‖u‖²
 
 
 def test_tcfg_projects_on_the_leading_singular_vector():
@@ -252,6 +260,31 @@ def test_fdg_guides_every_band_by_its_weight(side):
         apply(FDG([1.0] * 8), c, u)
 
 
+def test_fdg_scales_the_part_along_the_conditional_band():
+    """In every band by its own η, and with its norms on the representation that is named."""
+    c, u = random(1, (2, 1, 8, 8)), random(2, (2, 1, 8, 8))
+    up = FDG()._up
+
+    def bands(image):
+        low = torch.stack([torch.from_numpy(kernel_blur(each[0].numpy()))[None] for each in image])
+        low = F.interpolate(low, scale_factor=0.5, mode="bilinear")
+        return image - up(low, [8, 8]), low
+
+    results = [apply(FDG([10.0, 5.0], [0.3, 0.6], on), c, u, level(x_t=random(9, c.shape))) for on in ("x0", "v")]
+    guided = []
+    for weight, parallel, c_b, u_b in zip((10, 5), (0.3, 0.6), bands(c), bands(u), strict=True):
+        shift, direction = (c_b - u_b).flatten(1).numpy(), c_b.flatten(1).numpy()
+        direction = direction / np.linalg.norm(direction, axis=1, keepdims=True)
+        along = (shift * direction).sum(1, keepdims=True) * direction
+        guided.append(c_b + (weight - 1) * torch.from_numpy(shift - along + parallel * along).view_as(c_b))
+    close(results[0], guided[0] + up(guided[1], [8, 8]))
+    assert (results[0] - results[1]).abs().max() > 1e-3
+    for on in ("x0", "epsilon", "v"):
+        at = level(x_t=random(9, c.shape))
+        close(apply(FDG([1.0, 1.0], 0.0, on), c, u, at), c)
+        close(apply(FDG([3.0, 2.0], 1 - 1e-14, on), c, u, at), apply(FDG([3.0, 2.0]), c, u), 1e-10)
+
+
 @pytest.mark.parametrize("shape", ["linear", "cosine"])
 @pytest.mark.parametrize("count", [7, 50])
 def test_rising_schedules_have_the_mean_of_the_weight(shape, count):
@@ -281,6 +314,8 @@ def test_the_exponential_schedule():
         (lambda: APG(momentum=-1.0), "momentum must be above -1 and below 1"),
         (lambda: MAMBOG(damping=-1), "damping must be at least 0"),
         (lambda: FDG([3.0]), "two or more"),
+        (lambda: FDG([3.0, 2.0], [1.0]), "one for each of 2 weights"),
+        (lambda: FDG(representation="score"), "x0, epsilon, v"),
         (lambda: CFGPlusPlus(7.5), "between 0 and 1, got 7.5"),
         (lambda: FeedbackGuidance(pi=1.0), "pi must be above 0 and below 1"),
         (lambda: FeedbackGuidance(max_weight=2.0, weight=2.5), "max_weight must be above weight"),
@@ -291,69 +326,6 @@ def test_the_exponential_schedule():
 def test_wrong_options_are_named(make, named):
     with pytest.raises(ValueError, match=named):
         make()
-
-
-# --------------------------------------------------------------------------- diffusers
-
-
-def guider(name, **options):
-    from diffusers import guiders
-
-    made = getattr(guiders, name)(**options)
-    made.set_state(step=20, num_inference_steps=50, timestep=torch.tensor(500))
-    if momentum := options.get("adaptive_projected_guidance_momentum"):  # made where a pipeline begins
-        made.momentum_buffer = guiders.adaptive_projected_guidance.MomentumBuffer(momentum)
-    return lambda c, u: made.forward(c, u).pred
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "rule", "atol"),
-    [
-        ("ClassifierFreeGuidance", {"guidance_scale": 3.0}, ClassifierFreeGuidance(3.0), 1e-13),
-        (
-            "ClassifierFreeGuidance",
-            {"guidance_scale": 3.0, "guidance_rescale": 0.7},
-            RescaledGuidance(3.0, 0.7, representation="x0"),
-            1e-13,
-        ),
-        # The rule of the paper is diffusers' original formulation with w − 1.
-        (
-            "AdaptiveProjectedGuidance",
-            {
-                "guidance_scale": 3.0,
-                "adaptive_projected_guidance_momentum": -0.5,
-                "adaptive_projected_guidance_rescale": 5.0,
-                "eta": 0.3,
-                "use_original_formulation": True,
-            },
-            APG(4.0, 0.3, 5.0, -0.5),
-            1e-12,
-        ),
-        # In float32.
-        ("ClassifierFreeZeroStarGuidance", {"guidance_scale": 3.0}, CFGZeroStar(3.0, representation="x0"), 1e-5),
-        ("TangentialClassifierFreeGuidance", {"guidance_scale": 3.0}, TCFG(3.0, representation="x0"), 1e-3),
-        ("MagnitudeAwareGuidance", {"guidance_scale": 3.0, "alpha": 2.0}, MAMBOG(3.0, 2.0, representation="x0"), 1e-12),
-    ],
-)
-def test_diffusers_guiders_agree(name, options, rule, atol):
-    theirs, state = guider(name, **options), {}
-    for step in range(3):
-        c, u = random(2 * step), random(2 * step + 1)
-        flat = name == "MagnitudeAwareGuidance"  # which cannot take four dimensions
-        expected = theirs(c.flatten(2), u.flatten(2)).view(SHAPE) if flat else theirs(c, u)
-        torch.testing.assert_close(apply(rule, c, u, state=state).to(expected), expected, atol=atol, rtol=0)
-
-
-def test_diffusers_default_apg_is_another_rule():
-    """It adds w·(s⊥ + η·s∥) to u: off by (η − 1)·s∥ without momentum and clipping."""
-    c, u = random(1), random(2)
-    theirs = guider("AdaptiveProjectedGuidance", guidance_scale=3.0, adaptive_projected_guidance_rescale=0.0, eta=0.3)(
-        c, u
-    )
-    along = ((c - u) * c).sum((1, 2, 3), keepdim=True) / c.square().sum((1, 2, 3), keepdim=True) * c
-    found = apply(APG(3.0, 0.3, None, 0.0), c, u)
-    close(theirs - found, (0.3 - 1) * along)
-    assert (theirs - found).abs().max() > 0.01
 
 
 # ------------------------------------------------------------------------ in a sampler

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from calib_guidance.classifiers import Classifier, GaussianMixtureClassifier
+from calib_guidance.classifiers import Classifier, CLIPClassifier, Ensemble, GaussianMixtureClassifier
 from calib_guidance.denoisers import CFGPlusPlus, Combination, Denoiser, GaussianMixture, Prediction
 from calib_guidance.diffusion import Interval, SampleStreams
 from calib_guidance.diffusion.schedules import NoiseSchedule
 from calib_guidance.guidance import ClassifierGuidance, TrainingFreeGuidance
-from calib_guidance.samplers import DDIM, DDPM, DPMSolver, Heun, UniPC
+from calib_guidance.samplers import DDIM, DDPM, AdaptiveODE, DPMSolver, FlowODE, FlowSDE, Heun, UniPC
 from calib_guidance.samplers.evaluate import Evaluate, on_device
+from calib_guidance.scores import DivergenceRegularized, TemperedLogProb
 
 MIXTURE = GaussianMixture([[0.7, 0.0], [-0.5, 0.4], [0.0, -0.8]], [0.04, 0.09, 0.02])
 Y = torch.arange(3)
@@ -131,9 +132,35 @@ def test_with_a_rule_below():
         assert not torch.allclose(both, run(None, sampler, denoiser=Combination(conditional, CFGPlusPlus())), atol=1e-4)
 
 
+def test_any_differentiable_predictor_guides():
+    """CLIP by its prompts, an ensemble, with any score: the step is what their gradients say."""
+    torch.manual_seed(0)
+    denoiser = LinearNoise(0.05 * torch.randn(48, 48), np.linspace(0.99, 0.05, 10))
+    text = {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    vision = {"image_size": 16, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16}
+    clip = CLIPClassifier(["a", "b"], {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text})
+    linear = Linear(torch.randn(2, 48))
+    levels, x, y = denoiser.schedule.levels, torch.randn(2, 3, 4, 4), torch.tensor([0, 1])
+    t = torch.tensor([int(levels.times[4])] * 2)
+    for classifier in (clip, linear, Ensemble([linear, Linear(torch.randn(2, 48))])):
+        for score in (TemperedLogProb(1.0, 0.8), DivergenceRegularized("js", 0.1)):
+            guide = TrainingFreeGuidance(classifier, score, rho=0.0, mu=0.3, sigma=0.0)
+            guided = guide.prepare(levels, y)(denoiser.prepare(levels, None), x, 4)
+            x0 = guided.prediction.x0.requires_grad_()
+            value = score(classifier(x0, t), y, float(t[0]) / 9).sum()
+            step = float(guide.strengths(levels)[1, 4] * np.sqrt(levels.alphas_cumprod[3]))
+            torch.testing.assert_close(guided.move, step * torch.autograd.grad(value, x0)[0], atol=1e-6, rtol=1e-4)
+            assert guided.move.abs().max() > 0
+
+
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="DDIM .eta: 1 in the source"):
-        Heun(4).check(MIXTURE, tfg())
+    # Their x' has other coordinates, and some have two evaluations.
+    for sampler in (Heun(4), FlowODE(4), FlowODE(4, method="heun"), FlowSDE(4), AdaptiveODE()):
+        named = f"{type(sampler).__name__} has others: set the sampler to DDIM .eta: 1 in the source"
+        with pytest.raises(ValueError, match=named):
+            sampler.check(MIXTURE, tfg())
+        with pytest.raises(ValueError, match=named):
+            sampler(MIXTURE, lambda: torch.zeros(3, 2, 1, 1), Y, tfg())
     for options, named in (
         ({"rho": -1.0}, "at least 0, got -1.0"),
         ({"samples": 0}, "at least 1, got 0"),

@@ -90,7 +90,7 @@ def test_starts_again_after_reset():
     assert_same(measure(metrics, batches()), expected)
 
 
-def test_goes_on_after_compute():
+def test_counting_continues_after_compute():
     metrics, rows = ClassifierMetrics(7, 3), batches()
     expected = measure(ClassifierMetrics(7, 3), rows)
     measure(metrics, rows[:3])

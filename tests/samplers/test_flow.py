@@ -63,6 +63,31 @@ def assert_states(fixture, name, states, skip):
         fixture.assert_close(f"{name}.x", state, stored[row][: len(state)], row)
 
 
+@pytest.mark.parametrize("method", ["euler", "heun"])
+def test_zero_steps_leave_x_where_it_is(method):
+    """Of a Gaussian, by its own velocity, x̂0 = m + (1 − τ)·s²/((1 − τ)²·s² + τ²)·(x − (1 − τ)·m)."""
+    model, records = GaussianMixture([[1.0, -0.5]], [0.04]), []
+    sampler = FlowODE(6, method, start=0.9, zero_steps=2)
+    noise = SampleStreams([0] * 3, range(3), model.image_shape)()
+    sampler(model, lambda: noise.clone(), torch.zeros(3, dtype=torch.long), None, [records.append])
+    mean, tau = torch.tensor([1.0, -0.5]).double().view(2, 1, 1), np.linspace(0.9, 0.0, 7)
+
+    def velocity(x, tau):
+        x0 = mean + (1 - tau) * 0.04 / ((1 - tau) ** 2 * 0.04 + tau**2) * (x - (1 - tau) * mean)
+        return (x - x0) / tau
+
+    x = noise.double() * math.hypot(0.1, 0.9)
+    for k, record in enumerate(records):
+        if k >= 2:
+            first = velocity(x, tau[k])
+            step = (tau[k + 1] - tau[k]) * first
+            if method == "heun" and k < 5:
+                step = (tau[k + 1] - tau[k]) * (first + velocity(x + step, tau[k + 1])) / 2
+            x = x + step
+        found = record.x_next * math.hypot(tau[k + 1], 1 - tau[k + 1])
+        torch.testing.assert_close(found.double(), x, atol=1e-5, rtol=1e-5)
+
+
 ODE = {
     "linear_euler": ({"num_steps": 5}, "linear"),
     "linear_heun": ({"num_steps": 4, "method": "heun", "correct_last": True}, "linear"),
@@ -173,6 +198,28 @@ def test_samplers_of_repa(golden, name):
         assert active == fixture[f"{name}.guided"].bool().tolist()
     states = run(denoiser, sampler, fixture, name, guided if weight > 1 else None)
     assert_states(fixture, name, states, 0)
+
+
+REPAE = {
+    "sde_interval": (FlowSDE(7), 2.5, (0, 0.75)),
+    "sde_plain": (FlowSDE(5), 1.0, None),
+    "ode_heun_interval": (FlowODE(5, "heun"), 1.9, (0, 0.825)),
+}
+
+
+@pytest.mark.parametrize("name", REPAE)
+def test_samplers_of_repae(golden, tmp_path, name):
+    """Those of REPA, on a network whose tokens are pixels of the latents."""
+    sampler, weight, interval = REPAE[name]
+    fixture = golden("repae_sde")
+    torch.save({"ema": golden("repae_net").weights()}, tmp_path / "repae.pt")
+    network = DiT(4, 1, 16, 3, 2, 6, 6)
+    denoiser = FlowDenoiser(network, str(tmp_path / "repae.pt"), "linear", "data_to_noise", 1)
+    guided = Combination(denoiser, ClassifierFreeGuidance(weight), interval=Interval(flow_interval=interval))
+    if interval is not None:
+        active = guided.interval.active(sampler.levels(denoiser))[::-1]
+        assert active == fixture[f"{name}.guided"].bool().tolist()
+    assert_states(fixture, name, run(denoiser, sampler, fixture, name, guided if weight > 1 else None), 0)
 
 
 @torch.no_grad()
@@ -447,6 +494,7 @@ def test_shift_multiplies_sigma():
     ("make", "message"),
     [
         (lambda: FlowODE(0), "num_steps must be at least 1"),
+        (lambda: FlowODE(4, zero_steps=4), "zero_steps must be at least 0 and below 4, got 4"),
         (lambda: FlowODE(method="rk4"), "method.*euler"),
         (lambda: FlowODE(path="cosine"), "path.*gvp"),
         (lambda: FlowODE(shift=0), "shift > 0"),

@@ -378,7 +378,7 @@ def test_where_guidance_is_off_the_classifier_does_not_run(correction, apply_to)
     assert not torch.equal(images, plain)
 
 
-def test_a_zero_gradient_is_no_guidance(edm):
+def test_a_zero_gradient_is_unguided(edm):
     """The reference divides 0 by 0 there."""
     y = torch.arange(2)
     plain = Heun(4)(edm, streams(2, edm), y)

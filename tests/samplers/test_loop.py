@@ -65,7 +65,7 @@ def test_progress_counts_the_steps(name):
         (Heun(3, sigma_max=0.5), "σ = 0.5"),
     ],
 )
-def test_pure_noise_is_no_image_of_a_clean_level(sampler, start):
+def test_pure_noise_is_not_an_image_of_a_clean_level(sampler, start):
     noise = SampleStreams([0] * 3, range(3), MIXTURE.image_shape)
     for run in (lambda: sampler.check(MIXTURE, None), lambda: sampler(MIXTURE, noise, torch.arange(3))):
         with pytest.raises(ValueError, match=f"starts from pure noise.*{start}.*steps to at least 2.*sigma_max"):

@@ -185,7 +185,7 @@ class TestTilted:
         logits = self.logits[rows].clone().requires_grad_()
         return torch.autograd.grad(score(logits, self.y[rows]).sum(), logits)[0]
 
-    def test_each_gradient_is_weighted_by_its_share_of_the_group(self):
+    def test_each_gradient_is_weighted_by_its_fraction_of_the_group(self):
         plain, values = self.gradient(TemperedLogProb()), TemperedLogProb()(self.logits, self.y)
         weights = (values.view(2, 4) * -0.7).softmax(1).flatten() * 4
         torch.testing.assert_close(self.gradient(Tilted(-0.7, 4)), plain * weights[:, None])

@@ -23,8 +23,6 @@ from tests import processes
 from tests.conftest import ROOT
 from tests.sketches import REDUCTION
 
-pytestmark = pytest.mark.usefixtures("parts_read_once")
-
 CONFIG = ROOT / "lightning_configs/fit/digits_calibration.yaml"
 
 
@@ -132,7 +130,7 @@ class TestTraining:
             torch.testing.assert_close(module.classifier(images), expected)
         assert list(module.classifier.network.state_dict()) == ["1.weight", "1.bias"]  # as predict reads them
 
-    def test_synchronised_batch_norm_keeps_the_names(self):
+    def test_synchronized_batch_norm_keeps_the_names(self):
         """It needs GPUs to run; what it is exported as must still fit the classifier."""
         classifier = OffTheShelfClassifier(SmallResNet(), 10)
         names = list(classifier.network.state_dict())
@@ -366,7 +364,7 @@ class TestExport:
 
 
 class TestTemperature:
-    def test_it_minimises_the_likelihood(self):
+    def test_it_minimizes_the_likelihood(self):
         generator = torch.Generator().manual_seed(0)
         logits = 4 * torch.randn(3000, 5, generator=generator)
         y = torch.multinomial((logits / 2.5).softmax(1), 1, generator=generator).squeeze(1)

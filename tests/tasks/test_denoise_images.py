@@ -20,8 +20,6 @@ from tests import processes
 from tests.conftest import ROOT
 from tests.runs import QUICK, samples_of, tables
 
-pytestmark = pytest.mark.usefixtures("parts_read_once")
-
 CONFIG = "lightning_configs/predict/digits_denoised.yaml"
 HALF_A_LEVEL = 0.5 / 127.5
 

@@ -1,5 +1,7 @@
 """What makes ``fit`` fast changes neither names nor numbers, and no training step waits for the device."""
 
+import functools
+
 import lightning as L
 import pytest
 import torch
@@ -120,7 +122,7 @@ class Deep(nn.Module):
         return self.layers(x)
 
 
-def test_a_compiled_run_that_goes_on_ends_where_the_uninterrupted_one_does(tmp_path):
+def test_a_compiled_run_that_resumes_ends_where_the_uninterrupted_one_does(tmp_path):
     """Bit for bit, and with the names that a run without compiling gives its weights."""
 
     def fit(**options):
@@ -144,7 +146,9 @@ def test_a_compiled_run_that_goes_on_ends_where_the_uninterrupted_one_does(tmp_p
         torch.testing.assert_close(found[name], expected[name], atol=0, rtol=0, msg=name)
 
 
-def test_a_compiled_diffusion_model_computes_the_same_loss():
+def test_a_compiled_diffusion_model_computes_the_same_loss(monkeypatch):
+    """With the compiler's front alone: its kernels are those of the networks, tested there."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch.manual_seed(0)
     network = unet()
     plain = TrainDiffusion(network)

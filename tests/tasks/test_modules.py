@@ -13,11 +13,15 @@ from calib_guidance.classifiers import Ensemble, NoiseAwareClassifier, OffTheShe
 from calib_guidance.data import DigitImages, Digits, SampleRequests, digits
 from calib_guidance.denoisers import ADMDenoiser
 from calib_guidance.diffusion.schedules import NoiseSchedule, named_betas
+from calib_guidance.errors import CheckpointError
 from calib_guidance.guidance import ClassifierGuidance
 from calib_guidance.networks import EncoderUNet, SmallResNet, UNet
 from calib_guidance.samplers import DDPM
 from calib_guidance.tasks import CalibrateClassifier, GuidedSampling, TrainDiffusion
 from calib_guidance.training import WarmupCosine, smooth_ece
+from calib_guidance.weights.io import read_weights, save_weights
+from tests.conftest import ROOT
+from tests.digits import digits_unet
 
 
 class Oracle(nn.Module):
@@ -106,6 +110,22 @@ def test_a_schedule_without_a_length_takes_that_of_the_run(task):
     module.lr_schedulers = lambda: scheduler
     module.on_train_start()
     assert scheduler.total_steps == 7
+
+
+def test_diffusion_starts_from_weights_that_were_made_as_it_will_train(tmp_path):
+    file = ROOT / "checkpoints/digits/diffusion.safetensors"
+    rounded = tmp_path / "rounded.safetensors"
+    shipped = read_weights(file)
+    save_weights({name: value.half() for name, value in shipped.state.items()}, rounded, **shipped.metadata)
+
+    network = digits_unet()
+    TrainDiffusion(network, "cosine", prediction="v", checkpoint=rounded)
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, shipped.state[name].half().float())
+    with pytest.raises(
+        CheckpointError, match="was trained with prediction: v, the configuration says prediction: epsilon"
+    ):
+        TrainDiffusion(digits_unet(), "cosine", prediction="epsilon", checkpoint=rounded)
 
 
 def test_diffusion_refuses():

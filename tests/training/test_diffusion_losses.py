@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from calib_guidance.training.losses import discretised_gaussian_nll, gaussian_kl, variational_bound_term
+from calib_guidance.training.losses import discretized_gaussian_nll, gaussian_kl, variational_bound_term
 
 
 def test_kl_of_normals():
@@ -17,9 +17,9 @@ def test_kl_of_normals():
     torch.testing.assert_close(found, torch.distributions.kl_divergence(a, b))
 
 
-def test_discretised_likelihood_sums_to_one_over_the_grey_levels():
+def test_discretized_likelihood_sums_to_one_over_the_gray_levels():
     levels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
-    nll = discretised_gaussian_nll(levels, torch.full_like(levels, 0.2), torch.full_like(levels, -3.0))
+    nll = discretized_gaussian_nll(levels, torch.full_like(levels, 0.2), torch.full_like(levels, -3.0))
     assert float((-nll).exp().sum()) == pytest.approx(1.0, abs=1e-9)
     middle = norm.cdf(levels[100] + 1 / 255, 0.2, math.exp(-1.5)) - norm.cdf(levels[100] - 1 / 255, 0.2, math.exp(-1.5))
     assert float((-nll[100]).exp()) == pytest.approx(middle, rel=1e-9)
@@ -30,6 +30,6 @@ def test_a_perfect_model_has_no_divergence_and_bits_are_base_two():
     first = torch.tensor([False, True])
     term = variational_bound_term(x, zero, zero, zero, zero, first)
     assert float(term[0]) == 0
-    assert float(term[1]) == pytest.approx(float(discretised_gaussian_nll(x, zero, zero).mean()) / math.log(2))
+    assert float(term[1]) == pytest.approx(float(discretized_gaussian_nll(x, zero, zero).mean()) / math.log(2))
     shifted = variational_bound_term(x, zero, zero, zero + 1, zero, first)
     assert float(shifted[0]) == pytest.approx(0.5 / math.log(2))

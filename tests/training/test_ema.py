@@ -132,6 +132,15 @@ def test_any_length_after_training(tmp_path, capsys):
     main(["ema", str(tmp_path / "ema"), "--std", "0.07", "--output", str(output)])
     assert "length 0.07 at 3200 images, from 32 snapshots" in capsys.readouterr().out
     assert torch.equal(read_weights(output).state["weight"], reconstruct(snapshots, 0.07)[0]["weight"])
+    other = tmp_path / "other.safetensors"
+    found = read_weights(output).state
+    save_weights({"weight": found["weight"] / 1.25, "count": found["count"]}, other)
+    main(["ema", str(tmp_path / "ema"), "--std", "0.07", "--output", str(output), "--compare", str(other)])
+    assert f"relative difference to {other}: 2.50e-01" in capsys.readouterr().out
+    save_weights({"weight": torch.ones(3)}, other)
+    with pytest.raises(SystemExit):
+        main(["ema", str(tmp_path / "ema"), "--std", "0.07", "--output", str(output), "--compare", str(other)])
+    assert "has other names or shapes than the snapshots" in capsys.readouterr().err
     main(["ema", str(tmp_path / "ema"), "--std", "0.01", "--output", str(output), "--half"])
     assert "not reliable" in capsys.readouterr().out
     assert read_weights(output).state["weight"].dtype == torch.float16

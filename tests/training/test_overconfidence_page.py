@@ -1,6 +1,5 @@
 """What docs/overconfidence.md says, on a few runs: calibration falls into place, and the guidance gradient with it."""
 
-import importlib.util
 import math
 import re
 
@@ -9,14 +8,12 @@ import torch
 
 from calib_guidance.training import binned_smooth_ece, smooth_ece
 from tests.conftest import ROOT
+from tests.docs_scripts import docs_script
 
 
 @pytest.fixture(scope="module")
 def page():
-    spec = importlib.util.spec_from_file_location("overconfidence", ROOT / "docs" / "overconfidence.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return docs_script("overconfidence")
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +74,7 @@ def test_confidence_of_least_loss_is_that_of_the_loss(page, loss, n):
 
 def test_page_and_plots_are_written(page, exact, runs, tmp_path):
     text = page.report(runs, exact, page.two_classes())
-    page.draw_figure(runs, exact, tmp_path / "overconfidence.png")
+    page.draw_plot(runs, exact, tmp_path / "overconfidence.png")
     page.draw_minimizers(tmp_path / "overconfidence_beta.png")
     assert set(re.findall(r"images/(\w+\.png)", text)) == {path.name for path in tmp_path.iterdir()}
     assert "nan" not in text

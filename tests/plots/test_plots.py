@@ -29,6 +29,7 @@ from calib_guidance.plots import (
     strength,
     strips,
 )
+from calib_guidance.plots.fronts import fronts
 from calib_guidance.plots.style import panel, save
 
 LEVELS = NoiseSchedule(named_betas("linear")).respace("100").levels
@@ -74,7 +75,7 @@ def test_a_curve_with_its_band_and_mean(drawn, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"a.png", "a.pdf"}
 
 
-def test_many_curves_can_be_told_apart_without_colour(drawn, tmp_path):
+def test_many_curves_can_be_told_apart_without_color(drawn, tmp_path):
     names = [f"score {k}" for k in range(9)]
     series = [(name, T, [k, k + 1, k + 2, k + 3], None) for k, name in enumerate(names)]
     figure = drawn(curves, series, tmp_path / "many", "ECE$_t$", averages=True)
@@ -86,7 +87,7 @@ def test_many_curves_can_be_told_apart_without_colour(drawn, tmp_path):
     assert legend == [f"{name} (mean {k + 1.5:.3f})" for k, name in enumerate(names)]
 
 
-def test_points_without_neighbours_are_seen(drawn, tmp_path):
+def test_points_without_neighbors_are_seen(drawn, tmp_path):
     figure = drawn(curves, [Series("", T, [1.0, None, 3.0, 4.0])], tmp_path / "a", "norm")
     (alone,) = [line for line in lines(figure.axes[0], 1) if line.get_marker() == "o"]
     assert alone.get_xydata().tolist() == [[0, 1]]
@@ -149,6 +150,20 @@ def test_grid_names_its_classes(drawn, tmp_path):
     found = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert found[:3] == ["red fox", "1", "a class of\nmany words …"]
     assert len(found) == 10  # of classes of one name too
+
+
+@pytest.mark.parametrize("width", [3.3, 7])
+def test_long_class_names_are_drawn_in_full(tmp_path, width):
+    names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    dark = np.zeros((10, 3, 16, 16), np.uint8)
+    paths = side_by_side({"unguided": dark, "calibrated": dark}, names, tmp_path / "side", width)
+    batch = {"label": np.repeat(np.arange(10), 10), "image": np.repeat(dark, 10, axis=0)}
+    paths += sample_grid([batch], tmp_path / "grid", names=dict(enumerate(names)))
+    for path in paths:
+        if path.suffix == ".png":
+            pixels = np.asarray(Image.open(path).convert("L"))
+            for edge in (pixels[:3], pixels[-3:], pixels[:, :3], pixels[:, -3:]):
+                assert edge.min() == 255, path.name
 
 
 def test_side_by_side_has_a_run_in_each_row_and_the_same_sample_in_each_column(drawn, tmp_path):
@@ -349,7 +364,7 @@ def test_strength_follows_the_papers(drawn, tmp_path):
 # Directions
 
 
-def test_arrows_that_lead_away_from_the_mode_have_another_colour(drawn, tmp_path):
+def test_arrows_that_lead_away_from_the_mode_have_another_color(drawn, tmp_path):
     v = np.linspace(-1, 1, 5)
     points = np.stack(np.meshgrid(v, v), -1).reshape(-1, 2)
     mode = np.array([0.0, 0.0])
@@ -391,3 +406,18 @@ def test_a_plot_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
         save(figure, tmp_path / "plots/a")
     assert [path.read_bytes() for path in paths] == before
     assert sorted((tmp_path / "plots").iterdir()) == sorted(paths)
+
+
+@pytest.mark.parametrize("count", [3, 10, 20])
+def test_fronts_name_every_method(drawn, tmp_path, count):
+    """No two look the same, and the legend of many covers no points."""
+    points = {f"method {k} of the search": [(k / 20, 0.5), (0.1, k / 20)] for k in range(count)}
+    figure = drawn(fronts, points, ("recall", "precision"), (-1, -1), tmp_path / "front")
+    axis = figure.axes[0]
+    named = [line for line in axis.get_lines() if not line.get_label().startswith("_")]
+    assert [line.get_label() for line in named] == list(points)
+    assert len({(line.get_color(), line.get_marker()) for line in named}) == count
+    legend = axis.get_legend() or figure.legends[0]
+    assert len(legend.get_texts()) == count
+    if count > 4:
+        assert not legend.get_window_extent().overlaps(axis.get_window_extent())
