@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH_BACKEND ?=
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test lint docs checkpoints compare calibrate-table calibrate-sweep few-steps sweep-ranking guidance-cost benchmarks plots clean
+.PHONY: install demo demo-cifar10 test lint docs checkpoints checkpoints-cifar10 results compare tuned calibrate-table calibrate-sweep cifar10 few-steps sweep-ranking guidance-cost benchmarks plots clean
 
 install: $(INSTALLED)
 
@@ -20,6 +20,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 # 1,000 guided digits, measured and drawn.
 demo: $(INSTALLED)
 	$(BIN)/calib-guidance predict --config digits
+
+# 500 guided CIFAR-10 images of 16×16 pixels, measured and drawn.
+demo-cifar10: $(INSTALLED)
+	$(BIN)/calib-guidance predict --config cifar10
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -41,16 +45,52 @@ docs: $(VENV)/.docs
 
 # How checkpoints/digits was made. Replaces it.
 checkpoints: $(INSTALLED)
-	for name in classifier eval_classifier noise_aware diffusion flow; do $(BIN)/calib-guidance fit --config digits_$$name || exit 1; done
+	for name in classifier eval_classifier noise_aware diffusion flow weak edm2; do $(BIN)/calib-guidance fit --config digits_$$name || exit 1; done
 	for name in classifier eval_classifier noise_aware; do \
 	  cp outputs/digits_$$name/classifier.safetensors checkpoints/digits/$$name.safetensors || exit 1; done
-	for name in diffusion flow; do \
+	for name in diffusion flow weak; do \
 	  cp outputs/digits_$$name/network.safetensors checkpoints/digits/$$name.safetensors || exit 1; done
+	$(BIN)/calib-guidance ema outputs/digits_edm2/ema --std 0.1 --half --output checkpoints/digits/edm2.safetensors
+	$(BIN)/calib-guidance ema outputs/digits_edm2/ema --std 0.1 --half --images 6400 --output checkpoints/digits/edm2_early.safetensors
 
-# The tables of docs/results.md.
+# How checkpoints/cifar10 was made, from the Hub's images. Replaces it; hours.
+checkpoints-cifar10: $(INSTALLED)
+	$(BIN)/python docs/cifar10.py
+	for name in classifier eval_classifier noise_aware diffusion; do $(BIN)/calib-guidance fit --config cifar10_$$name || exit 1; done
+	for name in classifier eval_classifier noise_aware; do \
+	  cp outputs/cifar10_$$name/classifier.safetensors checkpoints/cifar10/$$name.safetensors || exit 1; done
+	$(BIN)/calib-guidance ema outputs/cifar10_diffusion/ema --std 0.05 --half --output checkpoints/cifar10/diffusion.safetensors
+	$(BIN)/calib-guidance fit --config cifar10_calibration --config cifar10/denoised_inputs --config objective/smooth_ece_binned
+	cp outputs/cifar10_calibration/classifier.safetensors checkpoints/cifar10/classifier_x0.safetensors
+	rm -f checkpoints/cifar10/heldout.npz
+	$(BIN)/calib-guidance reference data/cifar10_16 --split "test[:30%]" --keep-features \
+	  --features classifier:outputs/cifar10_eval_classifier/classifier.yaml --output checkpoints/cifar10/heldout.npz
+
+# All results of the README and docs/, from the weights in checkpoints/. What is done is not done again; hours from nothing.
+results: compare tuned calibrate-table calibrate-sweep cifar10 few-steps sweep-ranking guidance-cost
+
+# The tables of docs/results.md at one scale.
 compare: $(INSTALLED)
 	$(BIN)/calib-guidance experiment --config digits --into docs/results.md
 	$(BIN)/calib-guidance experiment --config digits_flow --into docs/results.md
+	$(BIN)/calib-guidance experiment --config digits_edm2 --into docs/results.md
+
+# Every score, rule and negative at its own best: the tables of the README, docs/results.md and docs/which_guidance.md.
+tuned: $(INSTALLED)
+	for name in scores rules autoguidance; do $(BIN)/calib-guidance tune --config digits_$$name || exit 1; done
+	$(BIN)/python docs/tuned_scores.py outputs/experiments/digits_scores
+	$(BIN)/calib-guidance experiment --config digits_scores_confirmed --into docs/results.md
+	$(BIN)/python docs/cost_of_a_number.py
+	$(BIN)/python docs/which_guidance.py outputs/experiments/digits_rules outputs/experiments/digits_autoguidance
+
+# The tables of docs/cifar10.md; data/cifar10_16 has to be there.
+cifar10: $(INSTALLED)
+	$(BIN)/calib-guidance experiment --config cifar10_calibration --into docs/cifar10.md
+	$(BIN)/calib-guidance experiment --config cifar10_claims --into docs/cifar10.md
+	$(BIN)/calib-guidance experiment --config cifar10_recipe --into docs/cifar10.md
+	$(BIN)/calib-guidance tune --config cifar10_scores
+	$(BIN)/python docs/tuned_scores.py outputs/experiments/cifar10_scores --results docs/cifar10_scores.json --page docs/cifar10.md
+	$(BIN)/python docs/cost_of_a_number.py --results docs/cifar10_scores.json --prefix cifar10_
 
 # The tables and the plot of docs/calibration.md.
 calibrate-table: $(INSTALLED)

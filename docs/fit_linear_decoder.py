@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 from calib_guidance.backend.images import from_uint8
 from calib_guidance.denoisers import VAEDecoder, fit_linear_decoder
-from calib_guidance.denoisers.decoders import Upsampling
+from calib_guidance.denoisers.decoders import EDM2_MEAN, EDM2_STD, Latents, Upsampling
 from calib_guidance.weights.diffusers_folder import load_model
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
@@ -43,6 +43,9 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=256, help="side in pixels (%(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="at a time (%(default)s)")
     parser.add_argument("--latent-scale", type=float, default=0.18215, help="as in the denoiser (%(default)s)")
+    parser.add_argument(
+        "--latents", choices=get_args(Latents), default="stable_diffusion", help="edm2: those of EDM2 instead"
+    )
     parser.add_argument("--upsampling", choices=get_args(Upsampling), default="bilinear")
     options = parser.parse_args(args)
     paths = sorted(path for path in options.images.rglob("*") if path.suffix.lower() in SUFFIXES)
@@ -52,10 +55,14 @@ def main(args: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     vae = load_model(options.vae, "AutoencoderKL", "vae").to(device)
     decoder = VAEDecoder(vae, options.latent_scale)
-    latents = (
-        vae.encode(images.to(device)).latent_dist.mean * options.latent_scale
-        for images in batches(paths, options.size, options.batch)
-    )
+    if options.latents == "edm2":
+        decoder = VAEDecoder(vae, [0.5 / std for std in EDM2_STD], latent_mean=EDM2_MEAN, unit_range=True)
+
+    def encode(images: Tensor) -> Tensor:
+        raw = vae.encode((images + 1) / 2 if decoder.unit_range else images).latent_dist.mean
+        return (raw - decoder.mean) * decoder.scale
+
+    latents = (encode(images.to(device)) for images in batches(paths, options.size, options.batch))
     linear, explained = fit_linear_decoder(decoder, latents, options.upsampling)
     linear.save(options.output)
     print(f"{options.output}: explains {100 * explained:.1f} % of the variance of {len(paths)} decoded images")

@@ -209,9 +209,7 @@ def draw_field(mixture: GaussianMixture, path: Path) -> None:
     )
 
 
-def draw_figure(
-    samples: dict[str, Tensor], measured: dict[str, Measured], mixture: GaussianMixture, path: Path
-) -> None:
+def draw_plot(samples: dict[str, Tensor], measured: dict[str, Measured], mixture: GaussianMixture, path: Path) -> None:
     drawn = [method for method in METHODS if method.drawn]
     own = mixture.log_joint(grid())[:, Y].softmax(0)
     figure = plt.figure(figsize=(7.2, 5.9))
@@ -253,7 +251,7 @@ def table(measured: dict[str, Measured]) -> str:
         rows.append(
             (name, number(m.energy), target, number(m.fraction, 3), number(m.offset, 3), number(m.variance_ratio, 2))
         )
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [("guidance", *columns), ("---",) * 6, *rows])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [("guidance", *columns), ("---", *["---:"] * 5), *rows])
 
 
 def leads_away(mixture: GaussianMixture, conditional: bool) -> float:
@@ -317,7 +315,7 @@ def report(
         "Proposition 4.2 of arXiv 2310.11311).",
     ]
     paragraphs = [
-        "# What guidance does to a known density",
+        "# Scores on a known density",
         f"An unconditional model of {len(MEANS)} overlapping Gaussians in two dimensions is guided to class y = {Y} with "
         "scale 1. Denoiser and classifier are closed forms and nothing is trained. A difference between the samples "
         "and p(x | y), the exact density of the class, comes from the method alone, up to the discretization error in "
@@ -362,7 +360,7 @@ def main() -> None:
         for drawn in (samples, deterministic)
     )
     draw_field(mixture, arguments.output / "images" / "direction_field")
-    draw_figure(samples, ddpm, mixture, arguments.output / "images" / "gaussian_mixture.png")
+    draw_plot(samples, ddpm, mixture, arguments.output / "images" / "gaussian_mixture.png")
     (arguments.output / "gaussian_mixture.md").write_text(report(ddpm, ddim, floor, mixture, arguments.n))
 
 

@@ -205,7 +205,7 @@ def least_loss(q: Tensor, beta: float, n: int, weight: float | None = None) -> T
     return p[loss.argmin(0), 0]
 
 
-def draw_figure(runs: Runs, exact: Measured, path: Path) -> None:
+def draw_plot(runs: Runs, exact: Measured, path: Path) -> None:
     hardest = at(runs, max(MEMORIZING))
     figure, axes = plt.subplots(2, 2, figsize=(7.2, 5.6))
     shown = [(START, 0, VERMILION), *((o.name, BUDGETS[-1], o.colour) for o in OBJECTIVES if o.beta != 1.0)]
@@ -316,7 +316,7 @@ def span(values: Sequence[float], digits: int = 3) -> str:
 def lines(rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first row is its head."""
     head, *body = rows
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---", *["---:"] * (len(head) - 1)], *body))
 
 
 def table(runs: Sequence[Run], exact: Measured) -> str:
@@ -445,7 +445,7 @@ def main() -> None:
     mixture = two_classes()
     exact = measure(GaussianMixtureClassifier(mixture), mixture, SAMPLES)
     runs = {(seed, memorizing): run(seed, memorizing) for memorizing in MEMORIZING for seed in range(arguments.seeds)}
-    draw_figure(runs, exact, arguments.output / "images" / "overconfidence.png")
+    draw_plot(runs, exact, arguments.output / "images" / "overconfidence.png")
     draw_minimizers(arguments.output / "images" / "overconfidence_beta.png")
     (arguments.output / "overconfidence.md").write_text(report(runs, exact, mixture))
 

@@ -8,6 +8,7 @@ import griffe
 
 _ROLE = re.compile(r":(?:class|func|meth|mod|attr|data):`(~?)([^`]+)`")
 _LITERAL = re.compile(r"::\n(?=\n(?: {4}|\t))")
+_BLOCK = re.compile(r"^::\n(?=\n {4})", re.MULTILINE)  # without a sentence before it
 _SEVERAL = re.compile(r"^( {4})(\w+(?:, \w+)+): (.*(?:\n {5,}\S.*)*)", re.MULTILINE)
 _ARGUMENT = re.compile(r"^ {4}(\w+): (.*(?:\n {5,}\S.*)*)", re.MULTILINE)
 
@@ -24,7 +25,7 @@ def as_markdown(text: str) -> str:
     def each(match: re.Match[str]) -> str:
         return "\n".join(f"{match[1]}{one}: {match[3]}" for one in match[2].split(", "))
 
-    return _SEVERAL.sub(each, _LITERAL.sub(":\n", _ROLE.sub(name, text)).replace("``", "`"))
+    return _SEVERAL.sub(each, _LITERAL.sub(":\n", _BLOCK.sub("", _ROLE.sub(name, text))).replace("``", "`"))
 
 
 def arguments(text: str) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import tempfile
 from pathlib import Path
 
 import nbformat
@@ -11,7 +12,9 @@ from nbclient import NotebookClient
 
 
 def _text(output: nbformat.NotebookNode) -> str:
-    return output.text if output.output_type == "stream" else output.data.get("text/plain", "")
+    if output.output_type == "stream":
+        return output.text if output.name == "stdout" else ""  # warnings name folders of the machine that builds
+    return output.data.get("text/plain", "")
 
 
 def run(path: Path, folder: Path) -> tuple[str, dict[str, bytes]]:
@@ -21,8 +24,9 @@ def run(path: Path, folder: Path) -> tuple[str, dict[str, bytes]]:
         Markdown of cells and outputs, and the pictures among the outputs, by path on the site.
     """
     book = nbformat.read(path, as_version=4)
-    kernel = AsyncKernelManager(kernel_name="python3", transport="ipc")
-    NotebookClient(book, km=kernel, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+    with tempfile.TemporaryDirectory() as sockets:
+        kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{sockets}/kernel")
+        NotebookClient(book, km=kernel, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
     parts, pictures = [], {}
     for cell in book.cells:
         if cell.cell_type == "markdown":

@@ -44,7 +44,9 @@ def pages() -> dict[str, str]:
             names.append(f"{module if is_module else f'calib_guidance.{folder}'}.{name}")
         names += BESIDE.get(folder, [])
         sections = "\n".join(f"::: {name}\n" for name in names)
-        found[f"api/{folder}.md"] = f"# calib_guidance.{folder}\n\n{about(folder)}\n\n{sections}"
+        options = "{members: false, show_root_heading: false, show_root_toc_entry: false}"
+        package = f"::: calib_guidance.{folder}\n    options: {options}\n"
+        found[f"api/{folder}.md"] = f"# calib_guidance.{folder}\n\n{package}\n{sections}"
         listed.append(f"| [`{folder}`]({folder}.md) | {about(folder)} | {len(names)} |")
     table = "\n".join(["| package | holds | names |", "|---|---|---:|", *listed])
     load = "## Published models\n\n::: calib_guidance.load_pretrained\n    options: {heading_level: 3}\n"
