@@ -152,7 +152,13 @@ if __name__ == "__main__":
     from calib_guidance.cli import main
 
     with contextlib.ExitStack() as kept:  # by all processes that are forked
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-            _warm_up(kept)
+        answers, errors, nowhere = os.dup(1), os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        # Of the descriptors: what logs keeps the streams that it finds.
+        for stream in (1, 2):
+            os.dup2(nowhere, stream)
+        _warm_up(kept)
+        sys.stdout.flush()
+        os.dup2(answers, 1)
+        os.dup2(errors, 2)
         for line in sys.stdin:
             print(json.dumps(_answer(**json.loads(line))), flush=True)

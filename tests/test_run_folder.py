@@ -21,7 +21,7 @@ from PIL import Image
 from calib_guidance.backend import atomic
 from calib_guidance.backend.atomic import new_worker, temporary_path
 from calib_guidance.errors import ConfigurationError, StoppedError
-from calib_guidance.runs import CorruptedShardError, RunFolder, read_run
+from calib_guidance.runs import CorruptedShardError, RunFolder, integrity, read_run
 from calib_guidance.runs.integrity import canonical_json, checked_json, sha256, with_checksum
 from tests.runs import flip, tables
 
@@ -58,6 +58,41 @@ def work(path, size, count, pause=0.0, lease=600.0, together=None):
         for shard in shards:
             time.sleep(pause)
             make(folder, shard)
+
+
+def write_later(path, content):
+    time.sleep(0.1)
+    path.write_bytes(content)
+
+
+def take_all(path):
+    folder = begin(path)
+    for shard in folder.take():
+        make(folder, shard)
+
+
+@pytest.mark.parametrize("first", [begin, take_all])
+def test_another_worker_may_do_everything_between_any_two_system_calls(tmp_path, first):
+    def other_before(number, path):
+        """Whether the first worker makes so many calls; the other one works right before that one."""
+        calls = itertools.count()
+
+        def look(frame, event, function):
+            if event == "c_call" and function.__module__ in ("posix", "_io", "io") and next(calls) == number:
+                sys.setprofile(None)
+                take_all(path)
+
+        sys.setprofile(look)
+        try:
+            first(path)
+        finally:
+            sys.setprofile(None)
+        take_all(path)
+        assert states(begin(path), verify=True) == ["done"] * 3
+        return next(calls) > number
+
+    count = next(n for n in itertools.count() if not other_before(n, tmp_path / str(n)))
+    assert count > 10
 
 
 def symlink_to_claim(path):
@@ -241,6 +276,18 @@ class TestIdentity:
         for look in (RunFolder.open, begin):
             with pytest.raises(ConfigurationError, match="not a regular file"):
                 look(tmp_path)
+
+    def test_an_empty_run_json_is_being_written(self, tmp_path, monkeypatch):
+        """By a worker on a file system without hard links."""
+        monkeypatch.setattr(integrity, "_WRITTEN_WITHIN", 60.0)
+        begin(tmp_path)
+        file = tmp_path / "run.json"
+        content = file.read_bytes()
+        file.write_bytes(b"")
+        with FORK.Pool(1) as pool:
+            written = pool.apply_async(write_later, (file, content))
+            begin(tmp_path)
+            written.get()
 
     @pytest.mark.parametrize(
         ("changes", "said"),

@@ -94,9 +94,9 @@ class RunFolder(ShardStore):
 
     def check_readable(self) -> None:
         """Raise ConfigurationError for samples without a run.json."""
-        if read_run(self.path) is not None:
-            return
-        if found := [path for path, _ in self._entries() if path.suffix in (".json", ".parquet")]:
+        # Looked for before run.json is: another worker may write both in between.
+        found = [path for path, _ in self._entries() if path.suffix in (".json", ".parquet")]
+        if read_run(self.path) is None and found:
             raise ConfigurationError(
                 f"{self.path} holds {len(found)} files of samples ({found[0].name} …) and no run.json that says what made "
                 "them: set trainer.default_root_dir to another folder, or the SampleWriter's restart to true to remove those "

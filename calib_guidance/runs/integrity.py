@@ -4,6 +4,8 @@ import hashlib
 import json
 import math
 import os
+import stat
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
@@ -16,6 +18,9 @@ _RECORD = {
     **{"failed": list, "sums_sha256": (str, NoneType), "seconds": (int, float)},
 }
 _FAILED = {"index": int, "step": (int, float, NoneType), "reason": str}
+
+# Seconds that an empty file may still be written in: file systems without hard links show it before.
+_WRITTEN_WITHIN = 0.5
 
 
 def canonical_json(content: Mapping[str, Any]) -> bytes:
@@ -54,10 +59,20 @@ def check_types(content: Mapping[str, Any], types: Mapping[str, Any]) -> None:
 
 def read_checked(path: Path, types: Mapping[str, Any]) -> dict[str, Any]:
     """What :func:`checked_json` wrote, with fields of these types; else ValueError, and FileNotFoundError without a file."""
-    if not path.is_file() and os.path.lexists(path):
-        raise ValueError("it is not a regular file")
     try:
-        content = json.loads(path.read_bytes())
+        # Asked once: between two questions another worker may create the file.
+        regular = stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        if not path.is_symlink():
+            raise
+        regular = False
+    if not regular:
+        raise ValueError("it is not a regular file")
+    until = time.monotonic() + _WRITTEN_WITHIN
+    while not (data := path.read_bytes()) and time.monotonic() < until:
+        time.sleep(0.02)
+    try:
+        content = json.loads(data)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(content, dict) or "checksum" not in content:
