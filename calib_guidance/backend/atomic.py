@@ -43,9 +43,15 @@ def _start_time(pid: int) -> str | None:
     return None if stat[0] in "ZX" else stat[19]
 
 
+@functools.cache
+def _process(pid: int) -> str:
+    """The name of this process, by its number: a fork has another one."""
+    return f"{_machine()}-{pid}-{_start_time(pid)}"
+
+
 def new_worker() -> str:
     """A new name of a worker in this process."""
-    return f"{_machine()}-{os.getpid()}-{_start_time(os.getpid())}-{uuid.uuid4().hex[:8]}"
+    return f"{_process(os.getpid())}-{uuid.uuid4().hex[:8]}"
 
 
 def is_worker(name: str) -> bool:
