@@ -44,14 +44,15 @@ def _start_time(pid: int) -> str | None:
 
 
 @functools.cache
-def _process(pid: int) -> str:
-    """The name of this process, by its number: a fork has another one."""
-    return f"{_machine()}-{pid}-{_start_time(pid)}"
+def _own_start_time(pid: int) -> str | None:
+    """Start time of this process, read once; by its number, since a fork has another one."""
+    return _start_time(pid)
 
 
 def new_worker() -> str:
     """A new name of a worker in this process."""
-    return f"{_process(os.getpid())}-{uuid.uuid4().hex[:8]}"
+    pid = os.getpid()
+    return f"{_machine()}-{pid}-{_own_start_time(pid)}-{uuid.uuid4().hex[:8]}"
 
 
 def is_worker(name: str) -> bool:
