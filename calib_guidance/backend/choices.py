@@ -14,7 +14,7 @@ OF_SAMPLES = ("split", "subset", "image_column", "label_column")
 # Extractors of features, evaluation/features.py.
 FEATURES = (
     "inception[:WEIGHTS], dinov2[:WEIGHTS], clip[:WEIGHTS], timm:NAME[:WEIGHTS], torchvision:NAME[:WEIGHTS], "
-    "classifier:CLASSIFIER.yaml or PYTHON.MODULE:NAME"
+    "fdr:ENCODER[:WEIGHTS] of FD-loss, fdr6[:FOLDER] for all six of them, classifier:CLASSIFIER.yaml or PYTHON.MODULE:NAME"
 )
 
 # Metrics, evaluation/metrics.py: splits and blocks of Inception scores, subsets of KID, neighbors of density and coverage.

@@ -46,7 +46,11 @@ def _classes_of_file(make: Callable[..., nn.Module], weights: Weights) -> int:
 
 
 def build_network(
-    name: str, num_classes: int | None, weights: str | None, metadata: Mapping[str, object] | None = None
+    name: str,
+    num_classes: int | None,
+    weights: str | None,
+    metadata: Mapping[str, object] | None = None,
+    options: Mapping[str, object] | None = None,
 ) -> nn.Module:
     """A torchvision or timm classifier by name (``torchvision/resnet50``, ``timm/convnext_tiny``).
 
@@ -54,6 +58,7 @@ def build_network(
         num_classes: width of the last layer; None for that of the weights, without weights for the library's.
         weights: None for random ones, a name that the library knows (``IMAGENET1K_V2``; ``pretrained`` for timm), or a file.
         metadata: settings for :func:`~calib_guidance.weights.io.load_weights` of a local file.
+        options: more of the library's, such as timm's ``dynamic_img_size``.
     """
     import timm  # seconds to import, as torchvision
     import torchvision
@@ -63,10 +68,10 @@ def build_network(
     if library == "torchvision" and model in torchvision.models.list_models(torchvision.models):
         known = torchvision.models.get_model_weights(model).__members__
         file = Path(known[weights].url).name if weights in known else None
-        make = partial(torchvision.models.get_model, model, weights=None if local else weights)
+        make = partial(torchvision.models.get_model, model, weights=None if local else weights, **options or {})
     elif library == "timm" and timm.is_model(model):
         known, file = ["pretrained"], "model.safetensors"
-        make = partial(timm.create_model, model, pretrained=weights == "pretrained")
+        make = partial(timm.create_model, model, pretrained=weights == "pretrained", **options or {})
     else:
         raise ValueError(
             f"network: unknown {name!r}; expected torchvision/NAME or timm/NAME with a NAME of "

@@ -3,22 +3,23 @@
 from calib_guidance.evaluation.features import (
     ClassifierFeatures,
     CLIPFeatures,
+    EncoderFeatures,
     FeatureExtractor,
     Features,
     InceptionFeatures,
     ModuleFeatures,
     TimmFeatures,
     TorchvisionFeatures,
-    features_from_name,
-    read_classifier,
 )
 from calib_guidance.evaluation.metrics import METRICS
+from calib_guidance.evaluation.named import features_from_name, read_classifier
 from calib_guidance.evaluation.spec import Estimate, MetricSpec, SampleSet
 
 __all__ = [
     "METRICS",
     "CLIPFeatures",
     "ClassifierFeatures",
+    "EncoderFeatures",
     "Estimate",
     "FeatureExtractor",
     "Features",

@@ -18,9 +18,11 @@ from calib_guidance.data.image_sets import ImageSet
 from calib_guidance.data.imagenet import read_class_names, same_classes
 from calib_guidance.data.source import RunImages
 from calib_guidance.errors import ConfigurationError
+from calib_guidance.evaluation import fdr6
 from calib_guidance.evaluation.check import check_reference
-from calib_guidance.evaluation.features import ClassifierFeatures, features_from_name, read_classifier
+from calib_guidance.evaluation.features import ClassifierFeatures
 from calib_guidance.evaluation.metrics import select, unmet
+from calib_guidance.evaluation.named import features_from_name, read_classifier
 from calib_guidance.evaluation.quality import Quality, described_statistics, write_evaluation, write_summary
 from calib_guidance.evaluation.spec import NO_FEATURES, Measures, MetricSpec
 from calib_guidance.evaluation.statistics import ReferenceStatistics, check_output, versions
@@ -37,6 +39,9 @@ def reading(options: argparse.Namespace, samples: bool = False) -> dict[str, Any
 
 def reference(options: argparse.Namespace) -> None:
     """``calib-guidance reference``, of the options that ``cli.measure_options`` reads."""
+    if fdr6.is_fdr6(options.features):
+        _reference_of_each(options)
+        return
     if options.check is not None:
         with distributed_context(options.device) as processes:
             extractor = features_from_name(options.features)
@@ -44,28 +49,52 @@ def reference(options: argparse.Namespace) -> None:
         return
     check_output(options.output)
     with distributed_context(options.device) as processes:
-        images = ImageSet(options.source, **reading(options))
-        if processes.is_first:
-            print(images.source.summary())
-        extractor, started = features_from_name(options.features), time.perf_counter()
-        statistics = ReferenceStatistics.open(images)
-        statistics.measured(extractor, options.batch_size, options.keep_features, processes=processes)
-        if processes.is_first:
-            sha256 = statistics.save(options.output)
-            seconds = time.perf_counter() - started
-            workers = "1 process" if processes.world_size == 1 else f"{processes.world_size} processes"
-            print(f"wrote {options.output} in {seconds:.0f} s with {workers} on {processes.device.type}")
-            print(f"            sha256 {sha256}", *described_statistics(statistics), sep="\n")
+        _make_reference(options, processes)
+
+
+def _make_reference(options: argparse.Namespace, processes: DistributedContext) -> None:
+    images = ImageSet(options.source, **reading(options))
+    if processes.is_first:
+        print(images.source.summary())
+    extractor, started = features_from_name(options.features), time.perf_counter()
+    statistics = ReferenceStatistics.open(images)
+    statistics.measured(extractor, options.batch_size, options.keep_features, processes=processes)
+    if processes.is_first:
+        sha256 = statistics.save(options.output)
+        seconds = time.perf_counter() - started
+        workers = "1 process" if processes.world_size == 1 else f"{processes.world_size} processes"
+        print(f"wrote {options.output} in {seconds:.0f} s with {workers} on {processes.device.type}")
+        print(f"            sha256 {sha256}", *described_statistics(statistics), sep="\n")
+
+
+def _reference_of_each(options: argparse.Namespace) -> None:
+    """A file of each encoder of FDr-6 in the folder ``output``; those that are there are kept."""
+    if options.check is not None or options.output.suffix:
+        given = f"--check {options.check}" if options.check is not None else f"--output {options.output}"
+        raise ConfigurationError(f"{given}: with --features fdr6 --output is a folder, of a file for each encoder")
+    check_writable(options.output, "--output")
+    with distributed_context(options.device) as processes:
+        for name, features in fdr6.features_of(options.features).items():
+            output = options.output / f"{name}.npz"
+            there = processes.gather(output.exists())[0]  # all go the same way
+            if not there:
+                _make_reference(_with(options, features=features, output=output), processes)
+            elif processes.is_first:
+                print(f"{output} is there already: kept")
+
+
+def _with(options: argparse.Namespace, **others: Any) -> argparse.Namespace:
+    return argparse.Namespace(**vars(options) | others)
 
 
 def evaluate(options: argparse.Namespace) -> None:
     """``calib-guidance evaluate``, of the options that ``cli.measure_options`` reads."""
     with distributed_context(options.device) as processes:
-        _evaluate(options, processes)
+        (_evaluate_each if fdr6.is_fdr6(options.features) else _evaluate)(options, processes)
 
 
-def _evaluate(options: argparse.Namespace, processes: DistributedContext) -> None:
-    sets = [ImageSet(source, **reading(options, samples=True)) for source in options.samples]
+def _places(options: argparse.Namespace, sets: Sequence[ImageSet]) -> tuple[Path, list[str], list[Path]]:
+    """Folder of what is of several sets, their names, and a folder for each; all can be written to."""
     together = options.output or Path("outputs/evaluation")
     names = _names(sets)
     folders = [options.output]
@@ -75,6 +104,12 @@ def _evaluate(options: argparse.Namespace, processes: DistributedContext) -> Non
         folders = [run or together / name for run, name in zip(runs, names, strict=True)]
     for folder in folders if len(sets) == 1 else (*folders, together):
         check_writable(folder, "--output")
+    return together, names, folders
+
+
+def _evaluate(options: argparse.Namespace, processes: DistributedContext) -> None:
+    sets = [ImageSet(source, **reading(options, samples=True)) for source in options.samples]
+    together, names, folders = _places(options, sets)
     quality = open_quality(options, sets, processes, options.extrapolate, options.validation)
     found = []
     for samples, folder in zip(sets, folders, strict=True):
@@ -89,6 +124,31 @@ def _evaluate(options: argparse.Namespace, processes: DistributedContext) -> Non
             write_evaluation(folder, results, quality)
     if processes.is_first and len(sets) > 1:
         write_summary(together, names, found)
+
+
+def _evaluate_each(options: argparse.Namespace, processes: DistributedContext) -> None:
+    """FDr-6: one encoder after the other, of every set."""
+    fdr6.check_options(options)
+    features = fdr6.features_of(options.features)
+    references = fdr6.statistics_of("--reference", options.reference)
+    held = fdr6.statistics_of("--validation", options.validation) if options.validation else {}
+    found: list[dict[str, dict[str, Any]]] = [{} for _ in options.samples]
+    for name in features:
+        own = _with(options, features=features[name], reference=references[name], metrics="fid")
+        sets = [ImageSet(source, **reading(options, samples=True)) for source in options.samples]
+        together, names, folders = _places(options, sets)
+        if processes.is_first:
+            print(f"encoder {name}, {len(found[0]) + 1} of {len(features)}")
+        quality = open_quality(own, sets, processes, validation=held.get(name), announce=not found[0])
+        measured = [quality.measure(samples, progress=True) for samples in sets]
+        for each, results in zip(found, measured, strict=True):
+            each[name] = fdr6.figures(name, quality, results)
+    results = [fdr6.combined(each, last) for each, last in zip(found, measured, strict=True)]
+    if processes.is_first:
+        for each, last, folder in zip(results, measured, folders, strict=True):
+            fdr6.write(folder, each, fdr6.source_lines(last))
+        if len(sets) > 1:
+            fdr6.write_summary(together, dict(zip(names, results, strict=True)))
 
 
 def _other_reference(samples: ImageSet, reference: ReferenceStatistics) -> list[str]:
@@ -113,8 +173,9 @@ def open_quality(
     processes: DistributedContext,
     extrapolate: bool = False,
     validation: str | None = None,
+    announce: bool = True,
 ) -> Quality:
-    """What measures the sets, checked against them before the first image goes through a network."""
+    """What measures the sets, checked against them before the first image goes through a network; ``announce`` prints sources."""
     unused = [name for name in OF_SAMPLES if getattr(options, name) is not None]
     if unused and validation is None and ReferenceStatistics.holds(options.reference):
         option = unused[0].replace("_", "-")
@@ -123,7 +184,7 @@ def open_quality(
             f"which is read as it is. For the samples use --samples-{option}"
         )
     reference = ReferenceStatistics.open(options.reference, **reading(options))
-    if processes.is_first:
+    if processes.is_first and announce:
         opened = [*sets, reference.images] if reference.mean is None else sets
         print("\n".join(images.source.summary() for images in opened))
     # All that can be refused is, before weights are downloaded and before the first image goes through a network.

@@ -1,34 +1,29 @@
-"""Feature extractors for distances between sets of images; objects and classifiers that users name."""
+"""Feature extractors for distances between sets of images."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import io
-import os
 import pickle
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calib_guidance import classifiers, denoisers, networks
-from calib_guidance.backend.choices import FEATURES
 from calib_guidance.backend.images import from_uint8
 from calib_guidance.backend.precision import exact_float32
-from calib_guidance.backend.text import read_yaml
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.classifiers.clip import CLIP_MEAN, CLIP_STD, build_clip
 from calib_guidance.classifiers.off_the_shelf import build_network
 from calib_guidance.errors import ConfigurationError, check_installed, first_line
 from calib_guidance.runs.identity import hash_state
-from calib_guidance.weights.io import CheckpointError, WeightsFile, load_weights, read_weights, tensors_only
+from calib_guidance.weights.io import CheckpointError, load_weights, read_weights, tensors_only
 
 _CLIP, _CLIP_WEIGHTS = (
     "ViT-L-14-336-quickgelu",
@@ -156,10 +151,18 @@ class _ResizedFeatures(FeatureExtractor):
     """Base class: RGB images resized without cropping and normalized by channel."""
 
     def _prepare(
-        self, size: int, how: str, mean: Sequence[float], std: Sequence[float], note: str = "", antialias: bool = True
+        self,
+        size: int,
+        how: str,
+        mean: Sequence[float],
+        std: Sequence[float],
+        note: str = "",
+        antialias: bool = True,
+        clamp: bool = True,
     ) -> None:
-        self.size, self.how, self.mean, self.std, self.antialias = size, how, tuple(mean), tuple(std), antialias
-        smooth = "antialiased" if antialias else "not antialiased, overshoot kept"
+        self.size, self.how, self.mean, self.std = size, how, tuple(mean), tuple(std)
+        self.antialias, self.clamp = antialias, clamp  # bicubic overshoots, which 8-bit images cannot
+        smooth = ("antialiased" if antialias else "not antialiased") + ("" if clamp else ", overshoot kept")
         self.resize = {"size": size, "how": f"{how}, {smooth}, full image, in float32{note}", "library": _TORCH}
         self.normalization = f"mean {list(mean)}, standard deviation {list(std)} of [0, 1]"
         self.requires_grad_(False).eval()
@@ -170,7 +173,7 @@ class _ResizedFeatures(FeatureExtractor):
         if x.shape[-2:] != (self.size, self.size):
             x = F.interpolate(x, (self.size, self.size), mode=self.how, antialias=self.antialias, align_corners=False)
         mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
-        x = x.clamp(0, 255) if self.antialias else x  # bicubic overshoots, which 8-bit images cannot
+        x = x.clamp(0, 255) if self.clamp else x
         return (x / 255 - mean) / std
 
 
@@ -210,6 +213,60 @@ class TimmFeatures(_ResizedFeatures):
         return Features(self.network.forward_head(features, pre_logits=True).flatten(1).float())
 
 
+class Encoder(NamedTuple):
+    """One of the encoders of FDr-6: a timm model, how it is fed and pooled, and the Fréchet distance that FD-loss divides by."""
+
+    model: str
+    size: int  # pixels of a side; padded with zeros to a multiple of the patch
+    pooling: Literal["mean", "token", "head"]  # of the last map; the class token; what its own head pools
+    unit: float  # of 50,000 ImageNet validation images to training statistics at 256
+
+
+# FD-loss (arXiv 2604.28190). Inception is InceptionFeatures. Sides are those of its validation script, not of the models' names.
+ENCODERS = {
+    "inception": Encoder("", 299, "head", 1.68),
+    "convnext": Encoder("convnextv2_base.fcmae_ft_in22k_in1k", 224, "mean", 56.87),
+    "dinov2": Encoder("vit_large_patch14_dinov2.lvd142m", 256, "token", 14.19),
+    "mae": Encoder("vit_large_patch16_224.mae", 224, "token", 0.04),
+    "siglip2": Encoder("vit_so400m_patch16_siglip_256.v2_webli", 224, "head", 0.60),
+    "clip": Encoder("vit_large_patch14_clip_224.openai", 256, "token", 5.60),
+}
+
+
+class EncoderFeatures(_ResizedFeatures):
+    """Features of an encoder of FDr-6 (FD-loss, arXiv 2604.28190): bicubic and antialiased resize, bfloat16 autocast.
+
+    Args:
+        encoder: convnext, dinov2, mae, siglip2 or clip of :data:`ENCODERS`.
+        weights: ``pretrained``, a local file or ``hf://…`` with timm's names; None leaves random ones.
+    """
+
+    def __init__(self, encoder: str, weights: str | None = "pretrained"):
+        import timm
+
+        super().__init__()
+        known = [name for name, each in ENCODERS.items() if each.model]
+        if encoder not in known:
+            raise ValueError(f"encoder: expected one of {', '.join(known)}, got {encoder!r}")
+        model, size, self.pooling, _ = ENCODERS[encoder]
+        # A transformer takes any number of patches, and its position embedding is resampled.
+        any_size = {"dynamic_img_size": True, "dynamic_img_pad": True} if "vit" in model else {}
+        self.network = build_network(f"timm/{model}", None, weights, options=any_size)
+        settings = timm.data.resolve_data_config(pretrained_cfg=self.network.pretrained_cfg)
+        self.name, self.weights, self.library = f"FDr's {encoder}: timm {model}", weights, f"timm {timm.__version__}"
+        self.width = self.network.num_features
+        self._prepare(size, "bicubic", settings["mean"], settings["std"], clamp=False)
+
+    def forward(self, images: Tensor) -> Features:
+        with torch.autocast(images.device.type, torch.bfloat16):
+            found = self.network.forward_features(self.shown(images))
+            if self.pooling == "head":
+                found = self.network.forward_head(found, pre_logits=True)
+            else:
+                found = found.mean((2, 3)) if self.pooling == "mean" else found[:, 0]
+        return Features(found.float())
+
+
 class CLIPFeatures(_ResizedFeatures):
     """Projected image embeddings of CLIP ViT-L/14 at 336 pixels, as CMMD is defined with (arXiv 2401.09603), not normalized.
 
@@ -237,7 +294,9 @@ class CLIPFeatures(_ResizedFeatures):
             f"open_clip {model if isinstance(model, str) else 'model'}",
         )
         size = clip.visual.image_size
-        self._prepare(size if isinstance(size, int) else size[0], "bicubic", CLIP_MEAN, CLIP_STD, antialias=False)
+        self._prepare(
+            size if isinstance(size, int) else size[0], "bicubic", CLIP_MEAN, CLIP_STD, antialias=False, clamp=False
+        )
 
     def forward(self, images: Tensor) -> Features:
         return Features(self.network(self.shown(images)).float())
@@ -332,80 +391,3 @@ class ModuleFeatures(FeatureExtractor):
 
     def forward(self, images: Tensor) -> Features:
         return Features(self.module(from_uint8(images)).flatten(1).float())
-
-
-def features_from_name(text: str) -> FeatureExtractor:
-    """The extractor that ``--features`` names (:data:`FEATURES`), also a module of Python as :class:`ModuleFeatures` takes it."""
-    kind, _, rest = text.partition(":")
-    try:
-        if kind == "inception":
-            made: nn.Module = InceptionFeatures(rest or None)
-        elif kind == "dinov2":
-            made = TimmFeatures(weights=rest or "pretrained")
-        elif kind == "clip":
-            made = CLIPFeatures(rest) if rest else CLIPFeatures()
-        elif kind in ("timm", "torchvision") and rest:
-            name, _, weights = rest.partition(":")
-            make = TimmFeatures if kind == "timm" else TorchvisionFeatures
-            made = make(name, weights) if weights else make(name)
-        elif kind == "classifier" and rest:
-            made = ClassifierFeatures(read_classifier(rest))
-        elif kind and rest:
-            found = load_object(kind, rest, f"--features {text}", FEATURES)
-            made = found if isinstance(found, nn.Module) else found() if callable(found) else None
-            if not isinstance(made, nn.Module):
-                expected = "neither a torch module, nor a class or function without arguments that makes one"
-                raise ConfigurationError(f"--features {text} is {expected}")
-            made = made if isinstance(made, FeatureExtractor) else ModuleFeatures(made)
-        else:
-            raise ConfigurationError(f"--features {text!r}: expected {FEATURES}")
-    except (ImportError, ValueError) as error:
-        if isinstance(error, ConfigurationError):
-            raise
-        raise ConfigurationError(f"--features {text}: {error}") from error
-    return made.eval()
-
-
-def load_object(module: str, name: str, where: str, expected: str) -> Any:
-    """Attribute of a module, which may lie in the working directory; errors start with ``where`` and say what is ``expected``."""
-    if os.getcwd() not in sys.path and "" not in sys.path:  # an installed command does not look there
-        sys.path.append(os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigurationError(f"{where}: {error}; expected {expected}") from error
-
-
-def build_described(description: object, folder: Path) -> object:
-    """What ``class_path`` and ``init_args`` describe, nested as in a configuration file of a folder."""
-    if isinstance(description, list):
-        return [build_described(value, folder) for value in description]
-    if not isinstance(description, dict):
-        return description
-    if "class_path" not in description:
-        return {
-            key: WeightsFile.beside(value, folder)
-            if key in ("weights", "checkpoint") and isinstance(value, str)
-            else build_described(value, folder)
-            for key, value in description.items()
-        }
-    module, _, name = description["class_path"].rpartition(".")
-    parts = [importlib.import_module(module)] if module else [classifiers, networks, denoisers]
-    owner = next((part for part in parts if hasattr(part, name)), parts[-1])
-    return getattr(owner, name)(**build_described(description.get("init_args") or {}, folder))
-
-
-def read_classifier(path: str | Path) -> Classifier:
-    """The classifier of a YAML file with ``class_path`` and ``init_args``, as ``calib-guidance fit`` exports it."""
-    try:
-        classifier = build_described(read_yaml(path), Path(path).parent)
-    except ConfigurationError:
-        raise
-    except (ImportError, AttributeError, TypeError, ValueError, RecursionError) as error:
-        raise ConfigurationError(f"classifier: {path} does not describe a classifier: {error}") from error
-    if not isinstance(classifier, Classifier):
-        raise ConfigurationError(
-            f"classifier: {path} describes no classifier; expected class_path and init_args of one, as in the "
-            "classifier.yaml that calib-guidance fit writes"
-        )
-    return classifier

@@ -17,7 +17,7 @@ from calib_guidance.backend.text import read_yaml
 from calib_guidance.classifiers.base import Classifier
 from calib_guidance.denoisers.base import Denoiser
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.evaluation.features import build_described
+from calib_guidance.evaluation.named import build_described
 
 _PACKAGES = (classifiers, denoisers, networks)
 _FILES = ("*.yaml", "*.json", "*.safetensors", "README.md")

@@ -14,7 +14,8 @@ from torch import Tensor
 from calib_guidance.backend.choices import BLOCK, METRIC_OPTIONS, NEIGHBORS, SPLITS, SUBSETS
 from calib_guidance.data.image_sets import ImageSet
 from calib_guidance.errors import ConfigurationError
-from calib_guidance.evaluation.features import ClassifierFeatures, FeatureExtractor, load_object
+from calib_guidance.evaluation.features import ENCODERS, ClassifierFeatures, FeatureExtractor
+from calib_guidance.evaluation.named import load_object
 from calib_guidance.evaluation.spec import Estimate, Measures, MetricSpec, SampleSet
 from calib_guidance.evaluation.statistics import ReferenceStatistics
 from calib_guidance.metrics import frechet
@@ -65,8 +66,11 @@ def _frechet_infinite(samples: SampleSet) -> Estimate | None:
     return Estimate(line.value, line.std, of)
 
 
-# Denominator of FDr in FD-loss (arXiv 2604.28190): 50,000 ImageNet validation images against training statistics at 256.
-_PUBLISHED_FDR = {"inception": 1.68}
+def validation_distance(reference: ReferenceStatistics, held: ReferenceStatistics) -> Tensor:
+    """Fréchet distance of real validation images to the reference, the unit of FDr."""
+    mean, covariance, root = reference.moments("features")
+    moments = (value.to(mean.device) for value in (held.mean, held.covariance))
+    return frechet.frechet_distance(mean, covariance, *moments, root)
 
 
 def _frechet_ratio(samples: SampleSet) -> Estimate | None:
@@ -74,12 +78,10 @@ def _frechet_ratio(samples: SampleSet) -> Estimate | None:
     held = samples.measures.validation
     if held is None:
         return None
-    mean, covariance, root = samples.reference.moments("features")
-    moments = (value.to(mean.device) for value in (held.mean, held.covariance))
-    unit = frechet.frechet_distance(mean, covariance, *moments, root)
+    unit = validation_distance(samples.reference, held)
     found, kind = _frechet(dataclasses.replace(samples, notes=[])), samples.measures.extractor.kind
     if not samples.values_only:
-        published = f"; FD-loss divides by {_PUBLISHED_FDR[kind]:g} at ImageNet 256" if kind in _PUBLISHED_FDR else ""
+        published = f"; FD-loss divides by {ENCODERS[kind].unit:g} at ImageNet 256" if kind == "inception" else ""
         count = "an unknown number of" if held.num_images is None else f"{held.num_images:,}"
         samples.notes.append(f"FDr: divided by {float(unit):.4g}, the distance of {count} validation images{published}")
     return Estimate(found.value / unit, found.std / unit, f"{found.of}, and the validation images fixed")
