@@ -4,9 +4,12 @@
     python docs/tuned_scores.py outputs/experiments/digits_scores
     calib-guidance tune --config cifar10_scores
     python docs/tuned_scores.py outputs/experiments/cifar10_scores --results docs/cifar10_scores.json --page docs/cifar10.md
+    calib-guidance tune --config cifar10_joint
+    python docs/tuned_scores.py outputs/experiments/cifar10_joint --results docs/cifar10_joint.json --page docs/cifar10.md
 
 What the search found is kept in ``tuned_scores.json``, or the file of ``--results``, whose name marks the tables in pages.
-Without a folder, tables and plot are only made again.
+Without a folder, tables and plot are only made again. A page with the mark ``NAME_strength`` also has a table of the candidates
+by accuracy, and the plot is of FD over accuracy.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ METRICS = {
     "classifier_accuracy": "accuracy ↑",
     "integral_ece": "integral ECE ↓",
 }
-REFERENCE = "plain, Softplus"  # what the scores of the papers are compared with, at its best as they are
+REFERENCES = ("plain, Softplus", "plain")  # what the scores of the papers are compared with, at its best as they are
+ACCURACIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # of the evaluation classifier on samples: how strong guidance is
 UNGUIDED = "unguided"
 
 
@@ -47,8 +51,9 @@ def paired(values: Sequence[float], others: Sequence[float]) -> str:
 
 def table(methods: Mapping[str, Any], tuned: bool) -> str:
     """One row per method, unguided first, then in order of FD; with ``tuned`` settings and differences."""
+    reference = next(name for name in REFERENCES if name in methods)
     titles = ["guidance", *(["tuned"] if tuned else []), *METRICS.values()]
-    titles += [f"FD less that of {REFERENCE}"] if tuned else []
+    titles += [f"FD less that of {reference}"] if tuned else []
     lines = [f"| {' | '.join(titles)} |", "|---" * (1 + tuned) + "|---:" * (len(titles) - 1 - tuned) + "|"]
     fd = {method: statistics.mean(each["confirmed"]["fd"]) for method, each in methods.items()}
     for method in sorted(methods, key=lambda method: (method != UNGUIDED, fd[method])):
@@ -60,19 +65,38 @@ def table(methods: Mapping[str, Any], tuned: bool) -> str:
         ]
         if tuned:
             best = "–" if method == UNGUIDED else methods[method]["best"].replace("=", " = ")
-            difference = "–" if method == REFERENCE else paired(values["fd"], methods[REFERENCE]["confirmed"]["fd"])
+            difference = "–" if method == reference else paired(values["fd"], methods[reference]["confirmed"]["fd"])
             cells = [best, *cells, difference]
         lines.append(f"| {' | '.join([method, *cells])} |")
     return "\n".join(lines)
 
 
-def draw(methods: Mapping[str, Any], path: Path) -> None:
-    """Every candidate of the search's first rung: precision over recall, and a line through the best of each method."""
-    points = {}
-    for method, each in methods.items():
-        first = [min(tried["metrics"].items(), key=lambda item: int(item[0]))[1] for tried in each["tried"]]
-        points[method] = [(metrics["recall"], metrics["precision"]) for metrics in first]
-    for made in fronts(points, ("recall ↑", "precision ↑"), (-1, -1), path, "all candidates"):
+def first_rung(method: Mapping[str, Any]) -> list[dict[str, float]]:
+    """The metrics of every candidate with the fewest samples, which all have."""
+    return [min(tried["metrics"].items(), key=lambda item: int(item[0]))[1] for tried in method["tried"]]
+
+
+def at_strength(methods: Mapping[str, Any]) -> str:
+    """The lowest FD of a method's candidates that guide at least so strongly, all with the same number of samples."""
+    found = {method: first_rung(each) for method, each in methods.items()}
+    most = max(metrics["classifier_accuracy"] for some in found.values() for metrics in some)
+    levels = [level for level in ACCURACIES if level <= most]
+    lines = [f"| {' | '.join(['lowest FD with an accuracy of at least', *map(str, levels)])} |"]
+    lines.append("|---" + "|---:" * len(levels) + "|")
+    for method, some in found.items():
+        cells = [method]
+        for level in levels:
+            fd = [metrics["fd"] for metrics in some if metrics["classifier_accuracy"] >= level]
+            cells.append(f"{min(fd):.2f} ({len(fd)})" if fd else "–")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(methods: Mapping[str, Any], path: Path, x: str, y: str) -> None:
+    """Every candidate of the search's first rung: a metric over another, and a line through the best of each method."""
+    points = {method: [(each[x], each[y]) for each in first_rung(some)] for method, some in methods.items()}
+    signs = [1 if key == "fd" else -1 for key in (x, y)]
+    for made in fronts(points, (METRICS[x], METRICS[y]), signs, path, "all candidates"):
         if made.suffix == ".pdf":
             made.unlink()
 
@@ -102,7 +126,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"{options.results} is not there: name the folder that calib-guidance tune wrote")
     methods = json.loads(options.results.read_text())["methods"]
     mark = options.results.stem
-    draw(methods, options.images / f"{mark}.png")
+    strength = f"{mark}_strength"
+    by_strength = f"<!-- {strength} -->" in options.page.read_text()
+    draw(
+        methods,
+        options.images / f"{mark}.png",
+        *(("classifier_accuracy", "fd") if by_strength else ("recall", "precision")),
+    )
+    if by_strength:
+        insert(at_strength(methods), strength, options.page)
     insert(table(methods, tuned=True), mark, options.page)
     if f"<!-- {mark} -->" in options.readme.read_text():
         insert(table(methods, tuned=False), mark, options.readme)

@@ -1,11 +1,14 @@
-"""Every guidance of digits at its own best: the table and the plot of which_guidance.md.
+"""Every guidance of digits, or of CIFAR-10, at its own best: the tables and plots of which_guidance.md.
 
     calib-guidance tune --config digits_rules
     calib-guidance tune --config digits_autoguidance
     python docs/which_guidance.py outputs/experiments/digits_rules outputs/experiments/digits_autoguidance
+    calib-guidance tune --config cifar10_rules
+    python docs/which_guidance.py outputs/experiments/cifar10_rules --results docs/cifar10_rules.json \\
+        --plot docs/images/cifar10_rules.png
 
-What the searches found is kept in ``which_guidance.json``, with the evaluations that each method needs. Without folders the page
-is only drawn again.
+What the searches found is kept in ``which_guidance.json``, or the file of ``--results``, whose name marks the table, with the
+evaluations that each method needs. Without folders the page is only drawn again.
 """
 
 from __future__ import annotations
@@ -123,7 +126,7 @@ def table(methods: Sequence[Method], num_samples: int) -> str:
         cost = f"{method.evaluations:.3g}, {method.gradients:.3g}"
         lines.append(f"| {' | '.join([method.name, tuned, *cells, difference, cost])} |")
     seeds = len(methods[0].values["fd"])
-    note = f"Mean ± standard deviation over {seeds} seeds that the search did not see, {num_samples} digits each."
+    note = f"Mean ± standard deviation over {seeds} seeds that the search did not see, {num_samples} samples each."
     return "\n".join([*lines, "", f"{note} Differences: ± standard error."])
 
 
@@ -188,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     methods = read(options.results)
     text = table(methods, kept["num_samples"])
     draw(methods, options.plot)
-    insert(text, "which_guidance", options.page)
+    insert(text, options.results.stem, options.page)
     print(text)
 
 

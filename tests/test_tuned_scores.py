@@ -69,6 +69,26 @@ def test_tables_and_plot(page, argv, tmp_path, capsys):
     assert (tmp_path / "README.md").read_text() == short
 
 
+def test_candidates_by_accuracy(page, argv, tmp_path):
+    """The lowest FD of those that guide at least so strongly, and how many they are."""
+    found = json.loads((tmp_path / "digits/tune.json").read_text())
+    for method, pairs in {"plain, Softplus": [(0.55, 3.0), (0.75, 1.0)], "js, Softplus": [(0.65, 2.0)]}.items():
+        metrics = [{"classifier_accuracy": a, "fd": fd, "precision": 0.5, "recall": 0.5} for a, fd in pairs]
+        tried = [
+            {"setting": "s", "samples": 60, "metrics": {"60": each, "180": dict.fromkeys(each, 0.0)}}
+            for each in metrics
+        ]
+        found["methods"][method]["tried"] = tried
+    del found["methods"]["unguided"]
+    (tmp_path / "digits/tune.json").write_text(json.dumps(found))
+    (tmp_path / "results.md").write_text(f"{PAGE}<!-- kept_strength -->\n<!-- /kept_strength -->\n")
+    page.main(argv)
+    rows = (tmp_path / "results.md").read_text().splitlines()
+    assert "| lowest FD with an accuracy of at least | 0.5 | 0.6 | 0.7 |" in rows
+    assert "| plain, Softplus | 1.00 (2) | 1.00 (1) | 1.00 (1) |" in rows
+    assert "| js, Softplus | 2.00 (1) | 2.00 (1) | – |" in rows
+
+
 def test_nothing_was_measured(page, argv):
     with pytest.raises(SystemExit, match="name the folder"):
         page.main(argv[1:])
