@@ -93,6 +93,7 @@ class ExportClassifier(L.Callback):
         self.path = _below_root(path or "classifier.safetensors")
         self.monitor, self.mode, self.temperature, self.half = monitor, mode, temperature, half
         self.best = math.inf
+        self.validated = 0  # step of the last validation
         self._seen: list[dict[str, Tensor]] = []
         self._weights: dict[str, Tensor] = {}
         self._configured: dict[str, Any] | None = None
@@ -137,6 +138,8 @@ class ExportClassifier(L.Callback):
             self._seen.append({name: value.detach().cpu() for name, value in outputs.items()})
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.validated = trainer.global_step
         # As rank 0 sees it: the statistics of BatchNorm may differ.
         if trainer.sanity_checking or not trainer.strategy.broadcast(self._improved(trainer)):
             return
@@ -145,6 +148,14 @@ class ExportClassifier(L.Callback):
             self._write(trainer, pl_module, temperature)
             score = self.monitor and f", {self.monitor} {float(trainer.callback_metrics[self.monitor]):.4g}"
             print(f"wrote {self.target} and .yaml (step {trainer.global_step}{score or ''})")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero and not trainer.fast_dev_run and trainer.global_step > self.validated:
+            after = f"after the validation at step {self.validated:,}" if self.validated else "without any validation"
+            log.warning(
+                f"steps up to {trainer.global_step:,} {after} are not in {self.target}: set trainer.max_steps to a multiple of "
+                "the steps between validations (trainer.val_check_interval)"
+            )
 
     def _improved(self, trainer: L.Trainer) -> bool:
         wrong = (name for name, value in self._weights.items() if not value.isfinite().all())
@@ -217,7 +228,8 @@ class ExportClassifier(L.Callback):
         write_text(self.target.with_suffix(".yaml"), text + yaml.safe_dump(description, sort_keys=False))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"best": self.best, "validated": self.validated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.validated = state_dict.get("validated", 0)
         self.best = min(math.inf, state_dict["best"])  # inf for NaN, which older versions took for the best

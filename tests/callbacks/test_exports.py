@@ -76,6 +76,25 @@ class TestNaN:
         assert expected.isfinite().all()
 
 
+class TestStepsAfterTheLastValidation:
+    """An epoch has eight steps here, and a validation at its end."""
+
+    def test_are_named(self, in_root, tmp_path, caplog):
+        fit(tmp_path, trainer={"max_epochs": -1, "max_steps": 11})
+        assert "steps up to 11 after the validation at step 8 are not in" in caplog.text
+        assert "set trainer.max_steps to a multiple" in caplog.text
+
+    def test_there_are_none_also_after_a_resume(self, in_root, tmp_path, caplog):
+        fit(tmp_path, trainer={"max_epochs": 1})
+        fit(tmp_path, "--ckpt_path=last", trainer={"max_epochs": 1})
+        assert "are not in" not in caplog.text
+
+    def test_without_a_validation_nothing_is_exported(self, in_root, tmp_path, caplog):
+        fit(tmp_path, trainer={"max_epochs": 1, "limit_val_batches": 0})
+        assert "steps up to 8 without any validation are not in" in caplog.text
+        assert not (tmp_path / "classifier.safetensors").exists()
+
+
 class TestTemperatureReport:
     @pytest.fixture
     def seen(self):
