@@ -89,11 +89,9 @@ cifar10: $(INSTALLED)
 	$(BIN)/calib-guidance experiment --config cifar10_calibration --into docs/cifar10.md
 	$(BIN)/calib-guidance experiment --config cifar10_claims --into docs/cifar10.md
 	$(BIN)/calib-guidance experiment --config cifar10_recipe --into docs/cifar10.md
-	for name in scores joint rules; do $(BIN)/calib-guidance tune --config cifar10_$$name || exit 1; done
+	for name in scores joint; do $(BIN)/calib-guidance tune --config cifar10_$$name || exit 1; done
 	$(BIN)/python docs/tuned_scores.py outputs/experiments/cifar10_scores --results docs/cifar10_scores.json --page docs/cifar10.md
 	$(BIN)/python docs/tuned_scores.py outputs/experiments/cifar10_joint --results docs/cifar10_joint.json --page docs/cifar10.md
-	$(BIN)/python docs/which_guidance.py outputs/experiments/cifar10_rules --results docs/cifar10_rules.json \
-	  --plot docs/images/cifar10_rules.png
 	$(BIN)/python docs/cost_of_a_number.py --results docs/cifar10_scores.json --prefix cifar10_
 
 # The tables and the plot of docs/calibration.md.

@@ -1,14 +1,11 @@
-"""Every guidance of digits, or of CIFAR-10, at its own best: the tables and plots of which_guidance.md.
+"""Every guidance of digits at its own best: the table and the plot of which_guidance.md.
 
     calib-guidance tune --config digits_rules
     calib-guidance tune --config digits_autoguidance
     python docs/which_guidance.py outputs/experiments/digits_rules outputs/experiments/digits_autoguidance
-    calib-guidance tune --config cifar10_rules
-    python docs/which_guidance.py outputs/experiments/cifar10_rules --results docs/cifar10_rules.json \\
-        --plot docs/images/cifar10_rules.png
 
-What the searches found is kept in ``which_guidance.json``, or the file of ``--results``, whose name marks the table, with the
-evaluations that each method needs. Without folders the page is only drawn again.
+What the searches found is kept in ``which_guidance.json``, with the evaluations that each method needs. Without folders the page
+is only drawn again.
 """
 
 from __future__ import annotations
