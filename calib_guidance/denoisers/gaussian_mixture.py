@@ -81,18 +81,21 @@ class GaussianMixture(Denoiser):
         return super()._apply(lambda buffer: buffer.to(fn(buffer).device), recurse)
 
     def _components(self, x: Tensor, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log of w_k·p_t(x|k) ``(N, K)``, the deviations in each component's axes and their variances ``(N, K, D)``."""
-        alphas_cumprod = alphas_cumprod.view(-1, 1, 1)
-        deviation = x.flatten(1).double()[:, None] - alphas_cumprod.sqrt() * self.means
-        rotated = torch.einsum("nki,kij->nkj", deviation, self.axes)
-        variances = alphas_cumprod * self.variances + (1 - alphas_cumprod)
-        log_density = -0.5 * (rotated.square() / variances + (2 * math.pi * variances).log()).sum(-1)
-        return self.log_weights + log_density, rotated, variances
+        """Log of w_k·p_t(x|k) ``(K, N)``, the deviations in each component's axes and their variances ``(K, D, N)``.
+
+        Samples come last: sums over the few components and dimensions then run along memory.
+        """
+        alphas_cumprod = alphas_cumprod.view(-1)
+        deviation = x.flatten(1).double().T - alphas_cumprod.sqrt() * self.means[..., None]
+        rotated = self.axes.transpose(1, 2) @ deviation
+        variances = alphas_cumprod * self.variances[..., None] + (1 - alphas_cumprod)
+        log_density = -0.5 * (rotated.square() / variances + (2 * math.pi * variances).log()).sum(1)
+        return self.log_weights[:, None] + log_density, rotated, variances
 
     def log_joint(self, x: Tensor, t: int | Tensor | None = None) -> Tensor:
         """log w_k·p_t(x | k), ``(N, K)`` float64, at step ``t`` (one, or one per sample ``(N,)``) or of clean ones (None)."""
         alphas_cumprod = torch.as_tensor(self.schedule.alphas_cumprod, device=self.means.device)
-        return self._components(x, self.means.new_ones(()) if t is None else alphas_cumprod[t])[0]
+        return self._components(x, self.means.new_ones(()) if t is None else alphas_cumprod[t])[0].T.contiguous()
 
     def log_prob(self, x: Tensor, t: int | Tensor | None = None) -> Tensor:
         """log p_t(x), ``(N,)`` float64."""
@@ -112,15 +115,15 @@ class GaussianMixture(Denoiser):
 
     def posterior_mean(self, x_t: Tensor, alphas_cumprod: float | Tensor, y: Tensor | None = None) -> Tensor:
         """E[x0 | x_t], or E[x0 | x_t, y] where y is a class (-1 is none), at one ᾱ or one per sample; ``(N, D, 1, 1)``."""
-        alphas_cumprod = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device=x_t.device).view(-1, 1, 1)
+        alphas_cumprod = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device=x_t.device).view(-1)
         log_joint, rotated, variances = self._components(x_t, alphas_cumprod)
-        gain = alphas_cumprod.sqrt() * self.variances / variances
-        means = self.means + torch.einsum("nkj,kij->nki", gain * rotated, self.axes)
-        share = log_joint.softmax(dim=1)
+        gain = alphas_cumprod.sqrt() * self.variances[..., None] / variances
+        means = self.means[..., None] + self.axes @ (gain * rotated)
+        share = log_joint.softmax(dim=0)
         if y is not None:
-            own = torch.nn.functional.one_hot(y.clamp(min=0), self.num_components).to(share)
-            share = torch.where((y >= 0)[:, None], own, share)
-        return (share[..., None] * means).sum(1).view_as(x_t).to(x_t.dtype)
+            own = torch.nn.functional.one_hot(y.clamp(min=0), self.num_components).T.to(share)
+            share = torch.where(y >= 0, own, share)
+        return (share[:, None] * means).sum(0).T.reshape(x_t.shape).to(x_t.dtype)
 
     def prepare(self, levels: NoiseLevels, y: Tensor | None) -> Predict:
         alphas_cumprod = torch.as_tensor(levels.alphas_cumprod, device=self.means.device)
