@@ -685,7 +685,7 @@ class TestStreams:
             noises.append(torch.stack(noise.calls, 1))
         return torch.cat(images), torch.cat(noises)
 
-    @pytest.mark.parametrize("sampler", [DDPM("20", recurrence=2), DDIM("20"), DDIM("20", eta=1.0)])
+    @pytest.mark.parametrize("sampler", [DDPM("8", recurrence=2), DDIM("8"), DDIM("8", eta=1.0)])
     @pytest.mark.parametrize(("at", "noise_aware"), [("x0", False), ("x_t", True), ("through_denoiser", False)])
     def test_samples_do_not_depend_on_their_batch(self, mixture, sampler, at, noise_aware):
         guidance = ClassifierGuidance(GaussianMixtureClassifier(mixture, noise_aware), **seeing(at), scale=0.7)

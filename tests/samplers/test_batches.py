@@ -57,8 +57,8 @@ def test_batch_size_and_order_change_no_noise_and_images_by_rounding_only(denois
         images, noise = sample(denoiser, sampler, guide, size, order)
         assert torch.equal(noise[order], expected_noise[order])
         torch.testing.assert_close(images[order], expected[order], atol=1e-4, rtol=0)
-    again, _ = sample(denoiser, sampler, guide, 32)
-    assert torch.equal(again, expected)  # the same batches: the same bytes
+    again, _ = sample(denoiser, sampler, guide, 32, every[:32])
+    assert torch.equal(again[:32], expected[:32])  # the same batch: the same bytes
 
 
 def test_tilted_groups_depend_on_no_batch_size(denoiser):
