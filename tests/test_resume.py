@@ -19,6 +19,7 @@ KILLED = 6  # in the second epoch; the last checkpoint is of step 6, in its midd
 def configuration(folder, *, killed=None, signal="SIGKILL", workers=0):
     """A short run of the digits' calibration configuration, as a YAML that writes into ``folder``."""
     config = yaml.safe_load((ROOT / "lightning_configs/fit/digits_calibration.yaml").read_text())
+    config["model"]["init_args"]["classifier"]["init_args"]["network"]["init_args"]["widths"] = [8, 16]
     init = config["trainer"]["callbacks"][0]["init_args"]
     init["every_n_train_steps"] = EVERY
     config["trainer"]["callbacks"][1]["init_args"] = {"plots": False}
