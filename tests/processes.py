@@ -56,6 +56,25 @@ def succeed(*argv, ranks=None, **options):
     assert done.statuses == [0] * (ranks or 1), done.output[-3000:]
 
 
+def torchrun(rank, *argv):
+    """``torchrun ARGV``, with workers that are forked off this process. To be given as ``function``."""
+    from torch.distributed import run as launcher
+
+    read = launcher.config_from_args
+
+    def in_forks(arguments):
+        return read(arguments)[0], _worker, arguments.training_script_args
+
+    launcher.config_from_args = in_forks
+    launcher.main(["--start-method=fork", *argv])
+
+
+def _worker(*argv):
+    from calib_guidance.cli import main
+
+    main(list(argv))
+
+
 @functools.cache
 def _server():
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -81,7 +100,7 @@ def _fork(argv, environment, output, function):
         if function is None:
             main(argv)
         else:
-            pkgutil.resolve_name(function)(int(environment["RANK"]), *argv)
+            pkgutil.resolve_name(function)(int(environment.get("RANK", 0)), *argv)
         status = 0
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)

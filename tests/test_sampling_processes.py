@@ -76,20 +76,14 @@ def test_a_rank_is_killed_under_torchrun(in_root, tmp_path):
     """The recipe of docs/cluster.md, with a SIGKILL to the second of two processes in its third batch."""
     kill = {"class_path": "tests.interruptions.KillRank", "init_args": {"rank": 1, "batch": 2}}
     config = configuration(tmp_path / "killed.yaml", [kill])
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    torchrun = ["--standalone", "--nproc_per_node=2", "--max-restarts=1", "-m", "calib_guidance"]
     ddp = ["--trainer.devices=2", "--trainer.strategy=ddp"]
     # Else the workers that are started again may read the addresses of those before.
-    fresh = environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
-    done = subprocess.run(
-        [sys.executable, *torchrun, "-m", "calib_guidance", *words(config, tmp_path / "two", 26, 2, 4), *ddp],
-        cwd=ROOT,
-        env=fresh,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "exitcode: -9" in done.stderr
+    fresh = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    argv = [*torchrun, *words(config, tmp_path / "two", 26, 2, 4), *ddp]
+    done = processes.run(*argv, environment=fresh, function="tests.processes:torchrun")
+    assert done.statuses == [0], done.output[-3000:]
+    assert "exitcode: -9" in done.output
     made = [json.loads(path.read_text())["worker"] for path in sorted((tmp_path / "two/shards").glob("*.json"))]
     assert len(set(made)) >= 2  # those who were started again went on with what there was
     assert indices(tmp_path / "two") == list(range(26))
