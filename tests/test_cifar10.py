@@ -1,9 +1,9 @@
 """docs/cifar10.md from the data to guided samples, its commands on a handful of images and two steps each."""
 
 import shlex
-import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, Features, Image, load_from_disk
 
 import calib_guidance
 from calib_guidance.cli import main
-from tests.conftest import ROOT
+from tests.docs_scripts import docs_script
 from tests.runs import metrics, samples_of
 from tests.test_documented_commands import commands
 
@@ -42,9 +42,9 @@ def parquet(tmp_path_factory):
 
 def test_every_pixel_is_the_mean_of_four_and_the_commands_end_in_guided_samples(parquet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    script = [sys.executable, str(ROOT / "docs/cifar10.py"), "--source", str(parquet)]
-    subprocess.run(script, check=True, capture_output=True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(sys, "argv", ["cifar10.py", "--source", str(parquet)])
+    docs_script("cifar10").main()
     before = Dataset.from_parquet(str(parquet / "test-00000.parquet"), cache_dir=str(tmp_path / "cache"))
     after = load_from_disk("data/cifar10_16")["test"]
     assert after["label"] == before["label"]
@@ -81,7 +81,7 @@ def test_shipped_models_make_images_of_the_requested_class(tmp_path, monkeypatch
     strength = (
         ["--model.guidance.scale=4"] if overlays[-1] != "guidance/unguided" else ["--model.denoiser.rule.weight=2"]
     )
-    few = ["--data.num_samples=40", "--data.batch_size=40", "--model.sampler.steps=10"]
+    few = ["--data.num_samples=30", "--data.batch_size=30", "--model.sampler.steps=10"]
     main(["predict", *configs, *strength, *few, *QUIET])
     found = metrics("outputs/cifar10")
     assert found["classifier_accuracy"] > 0.5  # a tenth by chance
