@@ -68,7 +68,10 @@ def refuse(capsys, *arguments):
 def test_every_predict_configuration_samples(in_root, tmp_path, capsys, request, overlay):
     if overlay is None:
         request.getfixturevalue("plots_in_full")
-    predict(tmp_path, *([f"--config={overlay}"] if overlay else []))
+    # Scores change what is measured and drawn by its values alone: the plots of one are enough.
+    drawn = not (overlay or "").startswith("lightning_configs/score")
+    configs = [overlay, None if drawn else "digits/no_plots"]
+    predict(tmp_path, *(f"--config={config}" for config in configs if config))
     found = samples_of(tmp_path)
     assert found["index"].tolist() == list(range(20))
     assert found["label"].tolist() == [i % 10 for i in range(20)]
@@ -80,10 +83,11 @@ def test_every_predict_configuration_samples(in_root, tmp_path, capsys, request,
     assert ("integral_ece" in found) == guided
     (diffusion,) = [weights for weights in found["weights"].values() if "prediction" in weights]
     assert (diffusion["prediction"], diffusion["file"]) == ("v", "checkpoints/digits/diffusion.safetensors")
-    figures = {p.name for p in (tmp_path / "plots").iterdir()}
+    figures = {p.name for p in (tmp_path / "plots").glob("*")}
     of_guidance = {"ece_t", "reliability", "gradient_norm", "guidance_schedule"} if guided else set()
     names = {"samples", "trajectory", *of_guidance}
-    assert figures == {f"{name}.{ending}" for name in names for ending in ("png", "pdf")} | {"animation.gif"}
+    expected = {f"{name}.{ending}" for name in names for ending in ("png", "pdf")} | {"animation.gif"}
+    assert figures == (expected if drawn else set())
     for figure in (name for name in figures if name.endswith(".png")):
         assert min(Image.open(tmp_path / "plots" / figure).size) > (200 if overlay is None else 200 / REDUCTION)
     resolved = yaml.safe_load((tmp_path / "config.yaml").read_text())
@@ -167,7 +171,7 @@ def test_the_edm2_style_model_samples(in_root, tmp_path, overlay):
 @torch.no_grad()
 def test_the_shipped_models_denoise_alike():
     """Errors of x̂0 of held-out digits: those of the flow and the EDM2-style model are near the diffusion model's, labels help."""
-    x0, y = digits("heldout")
+    x0, y = (each[:200] for each in digits("heldout"))
     sigmas = np.array([0.4, 1.5, 6.0])
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
 
@@ -177,12 +181,12 @@ def test_the_shipped_models_denoise_alike():
         found = [predict((x0 + s * noise) / np.hypot(1, s), i).x0 - x0 for i, s in enumerate(sigmas.tolist())]
         return torch.stack([each.square().mean() for each in found])
 
-    expected = errors("digits", y)
+    expected, found = errors("digits", y), {}
     for name, most in (("digits_flow", 1.2), ("digits_edm2", 1.05), ("digits_edm2_early", 1.7)):
-        found = errors(name, y)
-        assert (found < most * expected).all(), (name, found / expected)
-        assert (found[1:] < 0.75 * errors(name, torch.full_like(y, -1))[1:]).all()
-    assert (errors("digits_edm2_early", y) > errors("digits_edm2", y)).all()
+        found[name] = errors(name, y)
+        assert (found[name] < most * expected).all(), (name, found[name] / expected)
+        assert (found[name][1:] < 0.75 * errors(name, torch.full_like(y, -1))[1:]).all()
+    assert (found["digits_edm2_early"] > found["digits_edm2"]).all()
 
 
 def test_the_weights_average_is_what_is_exported(in_root, tmp_path):
@@ -203,17 +207,18 @@ def test_the_weights_average_is_what_is_exported(in_root, tmp_path):
 class TestRequests:
     @pytest.mark.parametrize("overlay", ["score/js", "score/tilted"])
     def test_a_sample_depends_on_no_batch_and_the_noise_and_labels_not_at_all(self, in_root, tmp_path, overlay):
-        sizes = (10, 30) if "tilted" in overlay else (1, 7, 30)
+        sizes = (10, 20) if "tilted" in overlay else (1, 5, 12)
         runs = {}
         for size in sizes:
             config = f"--config=lightning_configs/{overlay}.yaml"
-            predict(tmp_path / str(size), config, ALONE, batch=size, samples=30, steps=4)
+            predict(tmp_path / str(size), config, ALONE, batch=size, samples=sizes[-1], steps=4)
             runs[size] = samples_of(tmp_path / str(size))
+        together = runs[sizes[-1]]
         for size in sizes[:-1]:
             for key in ("index", "label", "seed"):
-                assert torch.equal(runs[size][key], runs[30][key])
+                assert torch.equal(runs[size][key], together[key])
             # Written as 8-bit integers: images within 1e-4 differ by at most one level, and rarely.
-            difference = (runs[size]["image"].int() - runs[30]["image"].int()).abs()
+            difference = (runs[size]["image"].int() - together["image"].int()).abs()
             assert difference.max() <= 1
             assert (difference > 0).float().mean() < 0.01
 
