@@ -190,7 +190,7 @@ class TestSmooth:
     @pytest.mark.parametrize("name", ["calibrated", "over-confident", "wavy", "at 1"])
     def test_is_the_definition(self, name):
         """To 2e-4, which is the step of the reference's bisection."""
-        logits, y = binary(*confidences(name))
+        logits, y = binary(*confidences(name, n=200))
         expected = smooth_by_definition(*top(logits, y))
         assert float(SmoothCalibrationError().of(logits, y)) == pytest.approx(expected, abs=2e-4)
 
