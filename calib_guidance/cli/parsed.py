@@ -8,7 +8,7 @@ import logging
 import pkgutil
 import socket
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -42,6 +42,47 @@ _RANDOM = {
 _SHAPES = KnownShapes()  # of networks that several configurations build
 
 
+class ModulesMadeOnce:
+    """Makes each module once for equal arguments: for models of which only what constructors refuse is asked."""
+
+    def __init__(self) -> None:
+        self._made: dict[Hashable, torch.nn.Module] = {}
+        self._arguments: dict[int, tuple[Any, ...]] = {}  # by id of what is made, which stays
+
+    def __call__(self, kind: type[torch.nn.Module], *args: Any, **options: Any) -> torch.nn.Module:
+        try:
+            key = self._key((kind, args, options))
+        except TypeError:
+            return kind(*args, **options)
+        if key not in self._made:
+            made = self._made[key] = self._new(kind, args, options)
+            self._arguments[id(made)] = kind, args, options
+        return self._made[key]
+
+    def _new(self, kind: type[torch.nn.Module], args: Any, options: Any) -> torch.nn.Module:
+        return kind(*self._copy(args), **self._copy(options))
+
+    def _copy(self, value: Any) -> Any:
+        """An argument with modules of its own, which the module that it is given to may change."""
+        if isinstance(value, dict):
+            return {name: self._copy(each) for name, each in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(map(self._copy, value))
+        return self._new(*self._arguments[id(value)]) if id(value) in self._arguments else value
+
+    def _key(self, value: object) -> Hashable:
+        """What an argument is told apart by; TypeError for an object that was not made here."""
+        if isinstance(value, dict):
+            return dict, *((name, self._key(each)) for name, each in value.items())
+        if type(value) in (list, tuple):
+            return type(value), *map(self._key, value)
+        if value is None or isinstance(value, str | int | float | type):
+            return type(value), value
+        if id(value) not in self._arguments:
+            raise TypeError(type(value))
+        return self._key(self._arguments[id(value)])
+
+
 class ParsedCLI(CalibGuidanceCLI):
     """The command line, parsed and validated. It builds parts on request and runs nothing."""
 
@@ -70,20 +111,24 @@ class ParsedCLI(CalibGuidanceCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         pass
 
-    def build(self, name: str, node: object) -> Any:
+    def build(self, name: str, node: object, made: ModulesMadeOnce | None = None) -> Any:
         """The object of one part (``model``, ``data``, ``trainer`` …); ``node`` is not changed."""
         part = Namespace()
         part[name] = copy.deepcopy(node)
-        return self._parser(self.subcommand).instantiate(part)[name]
+        instantiators = [(made, torch.nn.Module, True)] if made else None
+        return self._parser(self.subcommand).instantiate(part, instantiators=instantiators)[name]
 
-    def build_on_meta(self) -> L.LightningModule | None:
-        """The model on the meta device, without its weights; None if only their file says what the architecture is."""
+    def build_on_meta(self, made: ModulesMadeOnce | None = None) -> L.LightningModule | None:
+        """The model on the meta device, without its weights; None if only their file says what the architecture is.
+
+        With ``made``, of modules that other models may have, too.
+        """
         model = copy.deepcopy(self.options.model)
         for option in [o for o in all_options(model, "model") if o.is_weights]:
             if not use_random_weights(option):
                 return None
         with torch.device("meta"), _SHAPES:
-            return self.build("model", model)
+            return self.build("model", model, made)
 
 
 def read_configuration(argv: Sequence[str]) -> ParsedCLI:

@@ -24,7 +24,7 @@ from calib_guidance.cli.configs import expand_bases, find_configuration
 from calib_guidance.cli.doctor.files import missing_files
 from calib_guidance.cli.lightning import innermost, run_lightning, subclasses_listed_once
 from calib_guidance.cli.parse_once import parts_parsed_once
-from calib_guidance.cli.parsed import ParsedCLI, all_options, without_network
+from calib_guidance.cli.parsed import ModulesMadeOnce, ParsedCLI, all_options, without_network
 from calib_guidance.errors import CheckpointError, ConfigurationError
 from calib_guidance.evaluation.metrics import METRICS
 from calib_guidance.experiments.objectives import parse_objective
@@ -87,6 +87,7 @@ class _Resolver:
     def __init__(self) -> None:
         self._known: dict[tuple[str, ...], Namespace] = {}
         self._clis: dict[str, ParsedCLI] = {}
+        self._made = ModulesMadeOnce()
 
     def resolve(self, command: Command, where: str) -> Namespace:
         """The configuration of a command, without values that name files of runs."""
@@ -96,7 +97,7 @@ class _Resolver:
                 cli = self._parse(argv)
                 self._known[argv] = copy.deepcopy(cli.options)
                 # Sampling is built without weights, for what the constructors refuse.
-                if command.name == "predict" and (module := cli.build_on_meta()) is not None:
+                if command.name == "predict" and (module := cli.build_on_meta(self._made)) is not None:
                     module.sampler.check(module.denoiser, module.guidance)
                     cli.build("data", cli.options.data)
             except (ValueError, RuntimeError, CheckpointError) as error:
