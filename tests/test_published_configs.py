@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from calib_guidance.cli import main
-from calib_guidance.cli.parsed import read_configuration
+from calib_guidance.cli.parsed import ModulesMadeOnce, read_configuration
 from calib_guidance.experiments.settings import make_plan
 from calib_guidance.networks import DiT, EDM2UNet, EncoderUNet, UNet
 from calib_guidance.networks.lightningdit import LatentTransformer
@@ -159,7 +159,8 @@ def shrink(node, vae):
         network = part("networks.EncoderUNet", **ADM, out_channels=1000)
         arguments |= {"network": network, "checkpoint": None, "dtype": None}
     elif kind == "OffTheShelfClassifier":
-        arguments |= {"network": "torchvision/resnet18", "weights": None}
+        network = part("networks.SmallResNet", num_classes=1000, in_channels=3, widths=[8, 16])
+        arguments |= {"network": network, "weights": None}
     elif kind == "CLIPClassifier":
         arguments |= {"model": CLIP, "weights": None}
     elif kind in ("DDPM", "DDIM"):
@@ -255,7 +256,7 @@ def test_smooth_ece_has_one_weight(in_root):
     assert first["init_args"]["smooth_ece_weight"] == 1
 
 
-BUILT = {}
+BUILT, MADE = {}, ModulesMadeOnce()
 
 
 def full_size(cli, config):
@@ -264,7 +265,7 @@ def full_size(cli, config):
         [node for node in objects(config["model"]) if "network" in (node.get("init_args") or {})], default=str
     )
     if key not in BUILT:
-        networks = [m for m in cli.build_on_meta().modules() if isinstance(m, NETWORKS)]
+        networks = [m for m in cli.build_on_meta(MADE).modules() if isinstance(m, NETWORKS)]
         BUILT[key] = sorted(sum(value.numel() for value in network.state_dict().values()) for network in networks)
     return BUILT[key]
 
