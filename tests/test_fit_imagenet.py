@@ -1,5 +1,7 @@
 """Every ImageNet configuration of ``fit``, at full architecture, on a generated image folder."""
 
+import copy
+import functools
 import gc
 import itertools
 import json
@@ -70,7 +72,12 @@ def images(tmp_path_factory):
     return folder
 
 
-def fit(folder, source, case, tmp_path, max_corrupt=0.2, **model):
+@functools.cache
+def resolved(name):
+    return read_configuration([f"--config={FIT / name}.yaml"]).options.as_dict()
+
+
+def fit(folder, source, case, tmp_path, max_corrupt=0.2, batch_size=2, **model):
     """Two steps of a configuration, without weights; its classifier as written."""
     name = case["fit"] if "_" in case["fit"] else f"imagenet128_resnet{case['fit']}"
     configs = [FIT / f"{name}.yaml"]
@@ -79,7 +86,7 @@ def fit(folder, source, case, tmp_path, max_corrupt=0.2, **model):
         for part, folder in (("input_transform", "input"), ("objective", "objective"))
         if part in case
     ]
-    merged = read_configuration([f"--config={configs[0]}"]).options.as_dict()
+    merged = copy.deepcopy(resolved(name))
     classifier = merged["model"]["init_args"]["classifier"]["init_args"]
     changes = {"classifier": {"init_args": {("weights" if "weights" in classifier else "checkpoint"): None}}} | model
     if case.get("input_transform") == "denoised_imagenet128":
@@ -96,7 +103,7 @@ def fit(folder, source, case, tmp_path, max_corrupt=0.2, **model):
     }
     trainer |= {"num_sanity_val_steps": 0, "precision": "32-true", "logger": False, "enable_checkpointing": False}
     trainer |= {"default_root_dir": str(folder), "accelerator": "cpu", "enable_progress_bar": False}
-    data = {"source": str(source), "batch_size": 2, "num_workers": 0, "max_corrupt": max_corrupt}
+    data = {"source": str(source), "batch_size": batch_size, "num_workers": 0, "max_corrupt": max_corrupt}
     test = tmp_path / "test.yaml"
     test.write_text(yaml.safe_dump({"trainer": trainer, "model": {"init_args": changes}, "data": {"init_args": data}}))
     main(["fit", *(f"--config={path}" for path in (*configs, test))])
@@ -105,7 +112,7 @@ def fit(folder, source, case, tmp_path, max_corrupt=0.2, **model):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(case.values()))
 def test_configuration(images, in_root, tmp_path, case):
-    description = fit(tmp_path / "out", images, case, tmp_path)
+    description = fit(tmp_path / "out", images, case, tmp_path, batch_size=1)
     (report,) = (tmp_path / "out/calibration").glob("val-*.json")
     measured = json.loads(report.read_text())
     assert measured["nll"]["overall"] > 0
