@@ -306,8 +306,9 @@ class ExactResume(StopSignals, Checkpoint):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # torch.manual_seed notes the stack for each kind of device that is not in use, which takes longer than a small step.
-        seed = torch.manual_seed if torch.cuda.is_initialized() else torch.default_generator.manual_seed
+        # On a CPU, torch.manual_seed notes the stack for each kind of device that is not in use: longer than a small step.
+        on_cpu = pl_module.device.type == "cpu"
+        seed = torch.default_generator.manual_seed if on_cpu else torch.manual_seed
         seed(hashed(self.seed, trainer.global_rank, trainer.current_epoch, batch_idx))
 
     def noted(self) -> None:
