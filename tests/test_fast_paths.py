@@ -182,18 +182,19 @@ class TestHalfPrecision:
             assert {record.x_next.dtype, record.guided.aux.logits.dtype, record.guided.score.dtype} == {torch.float32}
 
     def test_a_run_in_bfloat16_is_near_in_frechet_distance(self, in_root):
-        """Seeds differ by hundredths in it, see the README's table."""
+        """Much nearer than other noise is; how near depends on the processor's order of sums."""
         eval_classifier = SmallResNet(10, 1, (48, 96, 48), 2).eval()
         load_weights(eval_classifier, "checkpoints/digits/eval_classifier.safetensors")
         statistics, images = [], []
-        for dtype in ("float32", "bfloat16"):
+        for dtype, seed in (("float32", 0), ("bfloat16", 0), ("float32", 1)):
             denoiser, guidance = digits_denoiser(False, dtype=dtype), ClassifierGuidance(classifier(dtype=dtype))
-            noise = SampleStreams([0] * 100, range(100), (1, 8, 8))
+            noise = SampleStreams([seed] * 100, range(100), (1, 8, 8))
             images.append(DDPM("10")(denoiser, noise, torch.arange(100) % 10, guidance))
             with torch.no_grad():
                 statistics.append(mean_and_covariance(eval_classifier.forward_features(images[-1])))
         assert 0 < (images[0] - images[1]).abs().mean() < 0.02
-        assert 0 < frechet_distance(*statistics[0], *statistics[1]) < 0.005
+        of_type, of_noise = (frechet_distance(*statistics[0], *other) for other in statistics[1:])
+        assert 0 < of_type < 0.01 * of_noise
 
     def test_unknown_names_are_told(self):
         with pytest.raises(ValueError, match="dtype: unknown 'half'; known: float32, float16, bfloat16, auto"):
