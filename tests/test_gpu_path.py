@@ -77,7 +77,8 @@ def all_samplers():
 
 
 SAMPLERS = dict(all_samplers())
-SAMPLERS["AdaptiveODE"].together = True  # alone, each sample is a batch of one, which is one more graph
+# Alone, each sample is a batch of one, which is one more graph; at its own tolerance it takes dozens of steps.
+SAMPLERS["AdaptiveODE"] = samplers.AdaptiveODE(rtol=0.1, atol=0.1, together=True)
 
 
 class Graphs:
@@ -138,7 +139,7 @@ def test_nothing_is_compiled_again(compiled, sampler):
     for number, (name, denoiser) in enumerate(denoisers.items()):
         chosen = list(guidances.values()) if name == "adm" else [None, list(guidances.values())[number % 4]]
         for guidance in chosen:
-            for seed in (1, 2):
+            for seed in (1, 2) if name == "adm" else (1,):  # after the batch that was compiled
                 assert sample(denoiser, SAMPLERS[sampler], guidance, seed).isfinite().all()
     assert len(graphs.graphs) == count
 
