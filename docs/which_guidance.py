@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     methods = read(options.results)
     text = table(methods, kept["num_samples"])
     draw(methods, options.plot)
-    insert(text, options.results.stem, options.page)
+    insert(text, "which_guidance", options.page)
     print(text)
 
 

@@ -43,7 +43,7 @@ _SHAPES = KnownShapes()  # of networks that several configurations build
 
 
 class ModulesMadeOnce:
-    """Makes each module once for equal arguments: for models of which only what constructors refuse is asked."""
+    """Makes each module once for equal arguments, for models that are built for what their constructors refuse alone."""
 
     def __init__(self) -> None:
         self._made: dict[Hashable, torch.nn.Module] = {}

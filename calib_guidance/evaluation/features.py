@@ -239,6 +239,12 @@ class EncoderFeatures(_ResizedFeatures):
     Args:
         encoder: convnext, dinov2, mae, siglip2 or clip of :data:`ENCODERS`.
         weights: ``pretrained``, a local file or ``hf://…`` with timm's names; None leaves random ones.
+
+    Examples:
+        >>> with torch.device("meta"):  # its 300 million weights take no memory
+        ...     features = EncoderFeatures("mae", weights=None)
+        >>> features.width, features.size, features.pooling
+        (1024, 224, 'token')
     """
 
     def __init__(self, encoder: str, weights: str | None = "pretrained"):
