@@ -142,7 +142,7 @@ def _evaluate_each(options: argparse.Namespace, processes: DistributedContext) -
         quality = open_quality(own, sets, processes, validation=held.get(name), announce=not found[0])
         measured = [quality.measure(samples, progress=True) for samples in sets]
         for each, results in zip(found, measured, strict=True):
-            each[name] = fdr6.figures(name, quality, results)
+            each[name] = fdr6.encoder_results(name, quality, results)
     results = [fdr6.combined(each, last) for each, last in zip(found, measured, strict=True)]
     if processes.is_first:
         for each, last, folder in zip(results, measured, folders, strict=True):

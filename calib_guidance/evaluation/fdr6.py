@@ -70,7 +70,7 @@ def check_options(options: argparse.Namespace) -> None:
             )
 
 
-def figures(name: str, quality: Quality, measured: Mapping[str, Any]) -> dict[str, Any]:
+def encoder_results(name: str, quality: Quality, measured: Mapping[str, Any]) -> dict[str, Any]:
     """What one encoder says of a set, of the content of its ``metrics.json``: distance, units and ratios."""
     key = "fid" if name == "inception" else "fd"
     found = {"fd": measured[key], "published_unit": ENCODERS[name].unit}
