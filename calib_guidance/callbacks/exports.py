@@ -153,8 +153,8 @@ class ExportClassifier(L.Callback):
         if trainer.is_global_zero and not trainer.fast_dev_run and trainer.global_step > self.validated:
             after = f"after the validation at step {self.validated:,}" if self.validated else "without any validation"
             log.warning(
-                f"steps up to {trainer.global_step:,} {after} are not in {self.target}: set trainer.max_steps to a multiple of "
-                "the steps between validations (trainer.val_check_interval)"
+                f"steps up to {trainer.global_step:,} {after} are not in {self.target}: let training end with a validation "
+                "(trainer.max_steps or max_epochs a multiple of val_check_interval or check_val_every_n_epoch)"
             )
 
     def _improved(self, trainer: L.Trainer) -> bool:

@@ -79,8 +79,10 @@ def _reference_of_each(options: argparse.Namespace) -> None:
             there = processes.gather(output.exists())[0]  # all go the same way
             if not there:
                 _make_reference(_with(options, features=features, output=output), processes)
-            elif processes.is_first:
-                print(f"{output} is there already: kept")
+            else:
+                fdr6.check_kept(output, ImageSet(options.source, **reading(options)))
+                if processes.is_first:
+                    print(f"{output} is there already: kept")
 
 
 def _with(options: argparse.Namespace, **others: Any) -> argparse.Namespace:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from calib_guidance.backend.atomic import write_text
+from calib_guidance.data.image_sets import ImageSet
 from calib_guidance.errors import ConfigurationError
 from calib_guidance.evaluation.features import ENCODERS
 from calib_guidance.evaluation.metrics import validation_distance
@@ -58,6 +59,17 @@ def statistics_of(option: str, source: str) -> dict[str, str]:
             f"{option} {source}: no {', '.join(missing)}; re-run calib-guidance reference --features fdr6 to make what is missing"
         )
     return {name: str(file) for name, file in files.items()}
+
+
+def check_kept(file: Path, images: ImageSet) -> None:
+    """Raise ConfigurationError for an existing file of statistics whose images were others, as far as one can tell unread."""
+    made, now = ReferenceStatistics.read(file).provenance.get("images", {}), images.provenance()
+    for key in ("source", "num_images", "image_shape", "preprocessing", "mode"):
+        if made.get(key) != now[key]:
+            raise ConfigurationError(
+                f"{file} is there already, of other images ({key} {made.get(key)}, now {now[key]}): remove it, or name another "
+                "--output"
+            )
 
 
 def check_options(options: argparse.Namespace) -> None:

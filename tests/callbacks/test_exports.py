@@ -82,7 +82,7 @@ class TestStepsAfterTheLastValidation:
     def test_are_named(self, in_root, tmp_path, caplog):
         fit(tmp_path, trainer={"max_epochs": -1, "max_steps": 11})
         assert "steps up to 11 after the validation at step 8 are not in" in caplog.text
-        assert "set trainer.max_steps to a multiple" in caplog.text
+        assert "let training end with a validation (trainer.max_steps" in caplog.text
 
     def test_there_are_none_also_after_a_resume(self, in_root, tmp_path, caplog):
         fit(tmp_path, trainer={"max_epochs": 1})

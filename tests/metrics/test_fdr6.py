@@ -132,6 +132,9 @@ def test_one_command_measures_all_six(weights, tmp_path, capsys):
     (tmp_path / "reference/mae.npz").unlink()
     main(["reference", str(train), "--output", str(tmp_path / "reference"), *options])  # what is missing alone
     assert capsys.readouterr().out.count("is there already: kept") == 5
+    with pytest.raises(SystemExit):
+        main(["reference", str(held), "--output", str(tmp_path / "reference"), *options])
+    assert "inception.npz is there already, of other images (source" in capsys.readouterr().err
     more = [*options, "--allow-few", "--validation", str(held), "--output", str(tmp_path / "out")]
     main(["evaluate", str(samples), "--reference", str(tmp_path / "reference"), *more])
     printed, found = capsys.readouterr().out, json.loads((tmp_path / "out/fdr6.json").read_text())
