@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from calib_guidance.backend import tuning
 from calib_guidance.backend.precision import Dtype, dtype_of
 from calib_guidance.errors import check_installed
 from calib_guidance.networks.adm import timestep_embedding
@@ -17,6 +18,17 @@ class _ReadyEmbedding(nn.Module):
 
     def forward(self, timestep: Tensor, class_labels: None, hidden_dtype: torch.dtype | None = None) -> Tensor:
         return timestep
+
+
+class _Attention:
+    """Self-attention with the arithmetic that is tuned for CPUs, in the form in which diffusers calls it."""
+
+    def __call__(self, attn: nn.Module, hidden_states: Tensor, *args: None, **kwargs: None) -> Tensor:
+        n, tokens, _ = hidden_states.shape
+        parts = (layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        q, k, v = (part.view(n, tokens, attn.heads, -1).transpose(1, 2) for part in parts)
+        q, k = (part if norm is None else norm(part) for norm, part in ((attn.norm_q, q), (attn.norm_k, k)))
+        return attn.to_out[0](tuning.attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class DiT(nn.Module):
@@ -86,12 +98,29 @@ class DiT(nn.Module):
         self.transformer = DiTTransformer2DModel(**self.architecture, norm_eps=1e-6)
         for block in self.transformer.transformer_blocks:
             block.norm1.emb = _ReadyEmbedding()
+            block.attn1.set_processor(_Attention())
             if qk_norm:
                 block.attn1.norm_q, block.attn1.norm_k = (nn.LayerNorm(hidden_size // num_heads) for _ in "qk")
         # Official files carry the table of positions, so that it is a weight here too.
         positions = self.transformer.pos_embed
         positions.register_buffer("pos_embed", positions.pos_embed, persistent=True)
         nn.Module.to(self.transformer, dtype_of(dtype))  # its own `to` warns of types that it does not keep
+
+    def initialize(self) -> None:
+        """Weights to train from: every block starts as the identity, and the output is 0 (adaLN-Zero, Section 3.2)."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                weight = module.weight.data.flatten(1)  # patches are embedded by a matrix, too
+                modulates = name.endswith("norm1.linear") or ".proj_out_" in name
+                if modulates:
+                    nn.init.zeros_(weight)
+                elif name.startswith("time_embed"):
+                    nn.init.normal_(weight, std=0.02)
+                else:
+                    nn.init.xavier_uniform_(weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.label_emb.weight, std=0.02)
 
     def check_image(self, shape: Sequence[int]) -> None:
         """Raise ValueError if latents of ``(C, H, W)`` do not fit the network."""

@@ -71,6 +71,8 @@ class TrainDiffusion(TrainingTask):
         self.weights_metadata |= registry.nonstate_hparams(network)
         if checkpoint is not None:
             load_weights(network, checkpoint, **self.weights_metadata)
+        elif hasattr(network, "initialize"):
+            network.initialize()
         tables = NoiseSchedule(named_betas(noise_schedule, num_steps))
         names = ("betas", "log_variance_clipped", "mean_coef1", "mean_coef2")
         buffers = {name: getattr(tables.posterior, name) for name in names} | {"alphas_cumprod": tables.alphas_cumprod}
