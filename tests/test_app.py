@@ -46,7 +46,7 @@ def assert_same(images, expected):
 
 
 def test_the_page_starts_with_the_configuration(session):
-    assert session.settings == Settings("js", 1.0, 0.8, 3.0, "ddpm", 100, 0, tuple(range(10)))
+    assert session.settings == Settings("js", 1.0, 0.8, 3.0, "dpm_solver_sde", 25, 0, tuple(range(10)))
     assert session.command(session.settings) == "calib-guidance predict --config digits"
 
 

@@ -176,7 +176,6 @@ class TestShortNames:
 
     def test_keys(self, read):
         long = "--model.init_args.guidance.init_args.schedule.init_args.gamma=0", "--data.init_args.seed=3"
-        short = read("--model.guidance.schedule.gamma=0", "--data.seed=3")
         assert short["data"]["init_args"]["seed"] == 3
         assert short == read(*long)
 
@@ -216,8 +215,8 @@ class TestShortNames:
             ("--model.sampler=DDIMM", "model.sampler: there is no DDIMM (did you mean 'DDIM'?)"),
             ("--model.sampler=Tilted", "model.sampler: calib_guidance.scores.Tilted cannot be used here"),
             (
-                "--model.sampler.variance=big",
-                "sampler.variance: unknown 'big'; known: auto, learned_range, fixed_small",
+                "--model.sampler.guidance_scaling=big",
+                "sampler.guidance_scaling: unknown 'big'; known:",
             ),
             ("--model.guidance.apply_to=x", "guidance.apply_to: unknown 'x'; known: score, cfg_residual, sample"),
             ("--model.denoiser.prediction=score", "denoiser.prediction: unknown 'score'; known: epsilon, v, x0"),
@@ -243,7 +242,6 @@ def test_overlays_of_samplers_make_digits(in_root, write, tmp_path, name):
             "--config=score/plain",
             f"--config=sampler/{name}",
             f"--config={fewer}",
-            "--model.guidance.schedule.gamma=0",
             "--data.num_samples=20",
             "--data.batch_size=20",
             f"--trainer.default_root_dir={tmp_path / 'run'}",

@@ -59,7 +59,7 @@ def test_the_tutorial(in_empty_folder):
     for words in ran:
         run(words)
     assert {words[0] for words in ran} == {"fit", "predict", "status", "report", "experiment"}
-    runs = ("unguided", "plain", "calibrated", "tempered", "few_steps")
+    runs = ("unguided", "plain", "calibrated", "tempered", "ddpm")
     found = [
         json.loads(in_empty_folder.joinpath("outputs/tutorial", name, "metrics.json").read_text()) for name in runs
     ]

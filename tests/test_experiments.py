@@ -541,6 +541,10 @@ def test_rows_that_need_others_come_after_them(write, tmp_path):
             {"rows": [{"name": "a", "set": {"model.x": "{foldr}"}}]},
             "unknown {foldr} in a value; known: {seed}, {folder}",
         ),
+        (
+            {"rows": [{"name": "a", "set": {"model.denoiser": {"checkpoint": "{folder}/x"}}}]},
+            "{folder} stands within the mapping or list of model.denoiser",
+        ),
         ({"seeds": ["a"]}, "seeds[0]: expected an integer, got 'a'"),
         ({"seeds": [1, 1]}, "seeds must be different integers"),
         ({"groups": ["g"]}, "groups: expected a mapping, got ['g']"),

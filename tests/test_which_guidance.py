@@ -13,11 +13,11 @@ from calib_guidance.diffusion.schedules import NoiseSchedule, named_betas
 from tests.docs_scripts import docs_script
 from tests.sketches import in_few_dots
 
-JS = ["score/js", "guidance/no_sine"]
+JS = ["score/js"]
 PLAIN, INTERVAL, ALONE = "conditional: no guidance", "conditional: interval + js", "conditional: interval"
 BEST = {PLAIN: "steps=20", INTERVAL: "weight=1.5", ALONE: "weight=2"}
 SEARCH = {
-    "configs": ["predict/digits", "sampler/dpm_solver_sde", "digits/measured_only"],
+    "configs": ["predict/digits", "digits/measured_only"],
     "set": {"model.sampler.steps": 20},
     "num_samples": 540,
     "seeds": [0],

@@ -277,6 +277,12 @@ def _commands(experiment: Experiment, group: object, row: Row, where: str) -> It
         texts = [value for layer in values for value in layer.values() if isinstance(value, str)]
         if unknown := [place for text in texts for place in _PLACES.findall(text) if place not in known]:
             raise ConfigurationError(f"{where}: unknown {unknown[0]} in a value; known: {', '.join(known)}")
+        for key, value in ((key, value) for layer in values for key, value in layer.items()):
+            if not isinstance(value, str) and (inside := [place for place in known if place in json.dumps(value)]):
+                raise ConfigurationError(
+                    f"{where}: {inside[0]} stands within the mapping or list of {key}, where it is not filled in; give what has it "
+                    f"a line of its own ({key}.KEY: …)"
+                )
         yield Command(name, command, files, values)
 
 
