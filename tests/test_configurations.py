@@ -175,7 +175,8 @@ class TestShortNames:
         return lambda *options: read_configuration(["--config=digits", *options]).options.as_dict()
 
     def test_keys(self, read):
-        long = "--model.init_args.guidance.init_args.schedule.init_args.gamma=0", "--data.init_args.seed=3"
+        long = "--model.init_args.guidance.init_args.schedule.init_args.gamma=0.2", "--data.init_args.seed=3"
+        short = read("--model.guidance.schedule.gamma=0.2", "--data.seed=3")
         assert short["data"]["init_args"]["seed"] == 3
         assert short == read(*long)
 

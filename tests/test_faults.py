@@ -44,7 +44,7 @@ def configuration(folder, *, configured=None, fault=None, callbacks=(), writer=N
     config["trainer"]["default_root_dir"] = str(folder)
     kept[0]["init_args"] = writer or {}
     init = config["model"]["init_args"]
-    init["sampler"]["init_args"]["steps"] = str(STEPS)
+    init["sampler"] = {"class_path": "DDPM", "init_args": {"steps": str(STEPS)}}
     if fault:
         init["denoiser"] = {"class_path": "tests.faulty.Faulty", "init_args": {"denoiser": init["denoiser"]} | fault}
     if score:

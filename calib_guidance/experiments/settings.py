@@ -280,8 +280,8 @@ def _commands(experiment: Experiment, group: object, row: Row, where: str) -> It
         for key, value in ((key, value) for layer in values for key, value in layer.items()):
             if not isinstance(value, str) and (inside := [place for place in known if place in json.dumps(value)]):
                 raise ConfigurationError(
-                    f"{where}: {inside[0]} stands within the mapping or list of {key}, where it is not filled in; give what has it "
-                    f"a line of its own ({key}.KEY: …)"
+                    f"{where}: {inside[0]} stands within the mapping or list of {key}, where it is not filled in: give what "
+                    f"has it a line of its own ({key}.KEY: …)"
                 )
         yield Command(name, command, files, values)
 

@@ -52,6 +52,7 @@ def test_reliability_by_range_of_t_and_the_schedule_are_saved(in_root, tmp_path)
     guidance = config["model"]["init_args"]["guidance"]["init_args"]
     guidance["schedule"] = {"gamma": 0.3, "interval": [100, 700]}
     guidance["scale"] = 2.0
+    config["model"]["init_args"]["sampler"] = {"class_path": "DDPM", "init_args": {"steps": "4"}}
     path.write_text(yaml.safe_dump(config))
     main(["predict", "--config", str(path), *QUICK])
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())

@@ -5,8 +5,9 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 from calib_guidance.networks import DiT
+from calib_guidance.tasks import TrainDiffusion
 from calib_guidance.weights.dit import from_official, named_dit, to_diffusers, to_dit
-from calib_guidance.weights.io import CheckpointError, Weights, load_weights
+from calib_guidance.weights.io import CheckpointError, Weights, load_weights, save_weights
 
 
 def tiny(**changes):
@@ -139,3 +140,22 @@ def test_impossible_architectures_name_the_cause(arguments, message):
         named_dit("dit_xxl_2_256")
     with pytest.raises(ValueError, match="do not fit"):
         tiny().check_image((4, 8, 4))
+
+
+@torch.no_grad()
+def test_training_starts_with_blocks_that_change_nothing(tmp_path):
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), torch.tensor([1, -1])
+    random, network = tiny(), tiny()
+    assert random(x, t, y).abs().max() > 0.01
+    TrainDiffusion(network)
+    assert not network(x, t, y).any()
+    tokens, emb = torch.randn(2, 16, 64), torch.randn(2, 64)
+    for block in network.transformer.transformer_blocks:
+        assert torch.equal(block(tokens, timestep=emb), tokens)
+    bound = (6 / (64 + 64)) ** 0.5  # of Xavier's uniform matrices
+    weight = network.transformer.transformer_blocks[1].attn1.to_q.weight
+    assert 0.98 * bound < weight.abs().max() <= bound
+    assert network.label_emb.weight.std() == pytest.approx(0.02, rel=0.1)
+    save_weights(random, tmp_path / "network.safetensors")
+    TrainDiffusion(network, checkpoint=str(tmp_path / "network.safetensors"))  # given weights stay
+    assert torch.equal(network(x, t, y), random(x, t, y))
