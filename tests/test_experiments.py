@@ -12,6 +12,8 @@ import yaml
 
 from calib_guidance.backend.images import to_uint8
 from calib_guidance.cli import main
+from calib_guidance.cli.lightning import run_lightning
+from calib_guidance.cli.parsed import ParsedCLI
 from calib_guidance.data import digits
 from calib_guidance.errors import ConfigurationError, FailedSamplesError
 from calib_guidance.experiments import experiment as module
@@ -603,3 +605,13 @@ def test_an_experiment_is_based_on_another(tmp_path):
     (tmp_path / "own.yaml").write_text("base: own.yaml\n")
     with pytest.raises(ConfigurationError, match="based on itself"):
         read_experiment(tmp_path / "own.yaml")
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_row_may_name_a_part_and_an_option_of_it(write, order):
+    values = {"model.guidance.score": {"class_path": "TemperedLogProb"}, "model.guidance.score.tau2": 0.3}
+    row = {"name": "a", "set": dict(list(values.items())[::order])}
+    (setting,) = make_plan(write(**(ROWS | {"groups": {}, "rows": [row]}))).settings
+    score = run_lightning(setting.commands[0].argv(0, 20), ParsedCLI).options.model.init_args.guidance.init_args.score
+    assert score.class_path.endswith("TemperedLogProb")
+    assert score.init_args.tau2 == 0.3

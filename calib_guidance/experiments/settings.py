@@ -77,7 +77,10 @@ class Command:
         for values in ({**own, **self.values[0]}, *self.values[1:]):
             kept = {key: value for key, value in values.items() if folder is not None or key not in self.of_files}
             filled = {key: fill(value) if isinstance(value, str) else value for key, value in kept.items()}
-            argv += ["--config", dump_yaml(filled)] if filled else []
+            # Options of a part that the same values name come after it: within one file they would take its class away.
+            inner = {key for key in filled if any(key.startswith(f"{other}.") for other in filled)}
+            for part in (filled.keys() - inner, inner):
+                argv += ["--config", dump_yaml({key: filled[key] for key in filled if key in part})] if part else []
         return [*argv, f"--trainer.default_root_dir={(folder or Path()) / self.stage}", *_QUIET]
 
 
