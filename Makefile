@@ -86,6 +86,7 @@ tuned: $(INSTALLED)
 
 # The tables of docs/cifar10.md; data/cifar10_16 has to be there.
 cifar10: $(INSTALLED)
+	$(BIN)/calib-guidance experiment --config cifar10_networks --into docs/cifar10.md
 	$(BIN)/calib-guidance experiment --config cifar10_calibration --into docs/cifar10.md
 	$(BIN)/calib-guidance experiment --config cifar10_claims --into docs/cifar10.md
 	$(BIN)/calib-guidance experiment --config cifar10_recipe --into docs/cifar10.md
