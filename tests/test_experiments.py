@@ -380,7 +380,8 @@ def test_every_experiment_can_be_run(path, in_root, tmp_path):
         assert plan.experiment.num_samples == 10_000
         assert plan.experiment.evaluate["features"] == "inception"
     else:
-        assert len(set(plan.experiment.seeds)) >= (1 if path.stem == "cifar10_networks" else 3)  # half an hour of training each
+        # Of networks, one trains for half an hour.
+        assert len(set(plan.experiment.seeds)) >= (1 if path.stem == "cifar10_networks" else 3)
     if path.stem == "digits":
         check_the_comparison_of_the_readme(plan)
 

@@ -36,8 +36,8 @@ class TrainDiffusion(TrainingTask):
         objective: ``FlowMatching`` or ``EDMLoss`` (:mod:`calib_guidance.training`) in place of ε and v; ``noise_schedule``,
             ``num_steps``, ``prediction`` and ``variance`` are then not used. ``FlowDenoiser`` or ``EDM2Denoiser`` samples
             what was trained.
-        checkpoint: weights of the network to start from. An interrupted run is resumed with ``--ckpt_path`` instead, which has
-            the state of the optimizer too.
+        checkpoint: weights of the network to start from; None for those of its method ``initialize``, where it has one. An
+            interrupted run is resumed with ``--ckpt_path`` instead, which has the state of the optimizer too.
         compile: compile the network with torch.compile; its parameters keep their names.
         optimizer: builds the optimizer.
         lr_scheduler: builds the rate schedule, stepped at every optimizer step; none by default.
