@@ -8,6 +8,8 @@ import torch
 import yaml
 
 from calib_guidance.cli import main
+from calib_guidance.errors import ConfigurationError, StoppedError
+from calib_guidance.experiments import runner
 from calib_guidance.weights.io import read_weights
 from tests import processes
 from tests.conftest import ROOT
@@ -68,14 +70,14 @@ def complete(tmp_path_factory):
     return folder
 
 
-def assert_continued(folder, complete, first_step, rank=0):
+def assert_continued(folder, complete, first_step, rank=0, killed=KILLED):
     """What was seen before and after is what the uninterrupted run saw, with only the steps since the checkpoint twice."""
     found, expected = seen(folder, rank), seen(complete, rank)
     assert len(expected) == EPOCHS * STEPS
-    assert found[:KILLED] == expected[:KILLED]
-    assert found[KILLED:] == expected[first_step:]
+    assert found[:killed] == expected[:killed]
+    assert found[killed:] == expected[first_step:]
     for epoch in range(EPOCHS):
-        rows = [row for number, _, batch in found[KILLED:] if number == epoch for row in batch]
+        rows = [row for number, _, batch in found[killed:] if number == epoch for row in batch]
         assert len(rows) == len(set(rows))  # each remaining sample once
 
 
@@ -110,6 +112,30 @@ def test_nothing_to_fall_back_to_is_an_error(tmp_path):
     status, output = fit(tmp_path, "--ckpt_path=last")
     assert status == 2
     assert "is corrupted, and there is no previous checkpoint" in output
+
+
+def test_a_run_of_an_experiment_does_what_is_left(complete, tmp_path, monkeypatch, in_root):
+    """Stopped while it trains, then by its second command: training continues, and is not done again when it is complete."""
+    folder, needed = tmp_path / "fit", tmp_path / "later.safetensors"
+    fit = ("fit", "--config", str(configuration(folder, killed=KILLED, signal="SIGTERM")))
+    predict = ("predict", "--config", "digits", "--data.num_samples=4", f"--model.denoiser.checkpoint={needed}")
+    commands = [
+        (*words, f"--trainer.default_root_dir={tmp_path / words[0]}", "--trainer.accelerator=cpu")
+        for words in (fit, (*predict, "--trainer.callbacks=SampleWriter"))
+    ]
+    run = runner.Run(0, 0, tuple(commands), tmp_path)
+    once, all_steps = KILLED + 1, EPOCHS * STEPS
+    for steps, error in ((once, StoppedError), (all_steps, ConfigurationError), (all_steps, ConfigurationError)):
+        with pytest.raises(error):
+            runner.work(run, 1)
+        assert len(seen(folder)) == steps
+        assert not run.done()
+    assert_continued(folder, complete, once, killed=once)
+    assert all(torch.equal(value, weights(complete)[name]) for name, value in weights(folder).items())
+    needed.write_bytes((ROOT / "checkpoints/digits/diffusion.safetensors").read_bytes())
+    runner.work(run, 1)
+    assert run.done()
+    assert len(seen(folder)) == all_steps
 
 
 @pytest.mark.slow

@@ -231,10 +231,14 @@ class CalibGuidanceCLI(LightningCLI):
                 importlib.import_module("timm")
                 return self.parse_arguments(parser, args)
             raise ConfigurationError(shorten(str(error))) from error
-        if not (command := self.config.get("subcommand")) or not MPSAccelerator.is_available():
+        if not (command := self.config.get("subcommand")):
+            return
+        if (trainer := self.config[command].trainer).callbacks and not isinstance(trainer.callbacks, list):
+            trainer.callbacks = [trainer.callbacks]  # Lightning takes one, too
+        if not MPSAccelerator.is_available():
             return
         # Metrics, noise levels and temperatures need float64, which Apple's GPUs lack.
-        if (trainer := self.config[command].trainer).accelerator == "auto":
+        if trainer.accelerator == "auto":
             trainer.accelerator = "cpu"
             rank_zero.rank_zero_info("the CPU is used: Apple's GPUs (MPS) have no float64, which is needed here")
         elif trainer.accelerator in ("mps", "gpu"):
@@ -258,8 +262,7 @@ class CalibGuidanceCLI(LightningCLI):
         samples = config.get("model") and issubclass(pkgutil.resolve_name(config.model.class_path), FaultTolerant)
         if not samples or trainer.fast_dev_run:
             return
-        callbacks = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
-        classes = [pkgutil.resolve_name(callback.class_path) for callback in callbacks if callback is not None]
+        classes = [pkgutil.resolve_name(callback.class_path) for callback in trainer.callbacks or []]
         writers = sum(isinstance(kind, type) and issubclass(kind, SampleWriter) for kind in classes)
         problem = None
         if writers > 1:

@@ -26,7 +26,7 @@ from calib_guidance.errors import FailedSamplesError, StoppedError
 from calib_guidance.evaluation.evaluate import evaluate
 from calib_guidance.runs import RunFolder
 
-_DONE = "done"  # marker file in the folder of a run
+_DONE = "done"  # marker file in the folder of a run; with a number, of each of its commands
 
 
 @dataclass(frozen=True)
@@ -63,19 +63,32 @@ def _output_in(path: Path) -> Iterator[None]:
             os.close(copy)
 
 
+def _resume(command: Sequence[str]) -> Sequence[str]:
+    """The command, which continues where its training was interrupted; ``predict`` and ``evaluate`` do by themselves."""
+    folders = [word.partition("=")[2] for word in command if word.startswith("--trainer.default_root_dir=")]
+    interrupted = command[0] == "fit" and any(Path(folders[-1]).rglob("last*.ckpt"))
+    return [*command, "--ckpt_path", "last"] if interrupted else command
+
+
 def work(run: Run, threads: int) -> list[str]:
-    """Do one run, or resume it, with its output in a log file; returns remarks on a run that is done all the same."""
+    """Do one run, or what is left of it, with its output in a log file; returns remarks on a run that is done all the same."""
     remarks = []
     torch.set_num_threads(threads)
     run.folder.mkdir(parents=True, exist_ok=True)
     for other in run.same:
         RunFolder.begin_with(run.folder, other, run.num_samples)
     with _output_in(run.folder / "log.txt"), subclasses_listed_once():
-        for command in run.commands:
+        for number, command in enumerate(run.commands):
+            if (finished := run.folder / f"{_DONE}-{number}").is_file():
+                continue
             try:
-                evaluate(measure_options.evaluate(command[1:])) if command[0] == "evaluate" else run_lightning(command)
+                if command[0] == "evaluate":
+                    evaluate(measure_options.evaluate(command[1:]))
+                else:
+                    run_lightning(_resume(command))
             except FailedSamplesError as error:  # its metrics are those of the samples that there are
                 remarks.append(str(error))
+            finished.touch()
     (run.folder / _DONE).touch()
     return remarks
 
