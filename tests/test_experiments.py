@@ -494,7 +494,12 @@ def test_stages_get_their_own_configs_and_values(write, tmp_path):
         "set": {"sample": {"model.guidance.classifier": "{folder}/a"}},
     }
     changes = ROWS | {"rows": [row], "groups": {"g": ["guidance/with_labels"]}, "stages": stages}
-    plan = make_plan(write(**changes))
+    with pytest.raises(
+        ConfigurationError, match="column fd needs file, .* one of sample/metrics.json, again/metrics.json"
+    ):
+        make_plan(write(**changes))
+    columns = [{"key": "fd", "file": "again/metrics.json"}]
+    plan = make_plan(write(**changes | {"tables": {"t": {"columns": columns}}}))
     run = plan.runs([0], 20, tmp_path)[1]
     first, second = run.commands
     assert "guidance/with_labels" in first
@@ -505,6 +510,23 @@ def test_stages_get_their_own_configs_and_values(write, tmp_path):
     assert "data.seed: 1\n" in "".join(first)
     assert "guidance.classifier" not in "".join(second)
     assert f"--trainer.default_root_dir={run.folder}/again" in second
+
+
+def test_a_metric_is_that_of_the_stage_that_predicts(write):
+    """Also where another stage follows; and it has to be measured there."""
+    stages = {"sample": {}, "test": {"command": "test", "configs": ["fit/digits_calibration"]}}
+    row = {"name": "js", "configs": {"sample": ["score/js"]}}
+    changes = ROWS | {"configs": None, "set": None, "rows": [row], "groups": None}
+    stages["sample"]["configs"] = FILE["configs"]
+    plan = make_plan(write(**changes, stages=stages))
+    assert [column.file for column in plan.columns] == ["sample/metrics.json"] * 3
+    stages["sample"]["set"] = {"trainer.callbacks": ["SampleWriter"]}
+    with pytest.raises(
+        ConfigurationError, match="fd would not be measured with js: add calib_guidance.callbacks.Sample"
+    ):
+        make_plan(write(**changes, stages=stages))
+    with pytest.raises(ConfigurationError, match="column fd needs file, which a run writes: no stage predicts"):
+        make_plan(write(**changes, stages={"test": stages["test"]}))
 
 
 def test_rows_that_need_others_come_after_them(write, tmp_path):

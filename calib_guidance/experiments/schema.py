@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,7 @@ class Column:
 
     key: str  # with dots into mappings and lists, e.g. ``ece.by_level.3``
     title: str | None = None  # None for that of the metric in METRICS; an arrow ↑ says that higher is better
-    file: str | None = None  # in the run's folder; None for metrics.json, of ``evaluate`` before that of ``predict``
+    file: str | None = None  # in the run's folder; None for ``metrics.json`` of ``evaluate`` and the one ``predict``
     digits: int | None = None  # after the decimal point; None for the format of the metric, or 3
 
     @property
@@ -197,15 +198,23 @@ def read_experiment(path: Path) -> Experiment:
     if bool(experiment.columns) == bool(experiment.tables):
         raise ConfigurationError(f"{where}: expected columns (of one table), or tables (each with its columns)")
     tables = experiment.tables or {"table": Table(experiment.columns, experiment.title)}
-    tables = {mark: Table([_complete(c, where) for c in table.columns], table.title) for mark, table in tables.items()}
+    stages = [name for name, stage in experiment.stages.items() if stage.command == "predict"]
+    for mark, table in tables.items():
+        columns = [_complete(column, stages if experiment.stages else None, where) for column in table.columns]
+        tables[mark] = dataclasses.replace(table, columns=columns)
     experiment = dataclasses.replace(experiment, tables=tables)
     _check(experiment, where)
     return experiment
 
 
-def _complete(column: str | Column, where: str) -> Column:
-    """A column with its title."""
+def _complete(column: str | Column, stages: Sequence[str] | None, where: str) -> Column:
+    """A column with its title and, where there are stages, its file: ``metrics.json`` of the one that predicts."""
     column = Column(column) if isinstance(column, str) else column
+    if column.file is None and stages is not None:
+        if len(stages) != 1:
+            one = f"one of {', '.join(f'{stage}/metrics.json' for stage in stages)}" if stages else "no stage predicts"
+            raise ConfigurationError(f"{where}: column {column.key} needs file, which a run writes: {one}")
+        column = dataclasses.replace(column, file=f"{stages[0]}/metrics.json")
     if column.title is not None:
         return column
     if column.key in METRICS:

@@ -352,16 +352,18 @@ def _check_measured(plan: Plan, where: str) -> None:
     halving = plan.experiment.halving
     ranked = [key for text in (halving.metrics if halving else []) for key in parse_objective(text, where).keys]
     for column in plan.columns:
-        reasons = [_unmeasured(s.options[-1], column, plan.experiment.evaluate is not None) for s in plan.settings]
+        reasons = [_unmeasured(setting, column, plan.experiment.evaluate is not None) for setting in plan.settings]
         if all(reasons) or (column.key in ranked and any(reasons)):
             reason, setting = next((r, s) for r, s in zip(reasons, plan.settings, strict=True) if r)
             raise ConfigurationError(f"{where}: {column.key} would not be measured with {setting.name}: {reason}")
 
 
-def _unmeasured(options: Namespace, column: Column, evaluated: bool) -> str | None:
+def _unmeasured(setting: Setting, column: Column, evaluated: bool) -> str | None:
     """Why a run has no such value; None where it has, or where that is not known before."""
-    if column.file is not None or column.key not in METRICS:
+    stages = {f"{command.stage}/metrics.json": number for number, command in enumerate(setting.commands)}
+    if column.file not in (None, *stages) or column.key not in METRICS:
         return None
+    options = setting.options[stages.get(column.file, -1)]
     callback = METRICS[column.key].measured_by
     if evaluated and callback == "SampleQuality":
         return None
