@@ -118,7 +118,6 @@ def beside(name: str, rounds: int, samples: int, batch: int, steps: int, pause: 
     root = tempfile.TemporaryDirectory()  # of the configuration; samples go elsewhere, a folder for each run
     with only_the_writer() as overlay:
         cli = predict(root.name, samples, steps, 2 * batch, overlay, batch=batch, cli=Prepared)
-    writer = next(callback for callback in cli.trainer.callbacks if isinstance(callback, SampleWriter))
     cli.trainer.callbacks.append(stopwatch := Stopwatch())
     if pause:
         images = smooth_noise(batch, side)
@@ -132,7 +131,7 @@ def beside(name: str, rounds: int, samples: int, batch: int, steps: int, pause: 
     def run(kind: type[sample_writer.Background]) -> tuple[float, float, dict[str, bytes]]:
         """Seconds of the run and of sampling, and the files."""
         with tempfile.TemporaryDirectory() as folder, mock.patch.object(sample_writer, "Background", kind):
-            writer.folder = folder
+            cli.trainer._default_root_dir = folder
             cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
             folder = RunFolder.open(folder)
             sampling = sum(folder.record(shard)["seconds"] for shard in folder.shards())

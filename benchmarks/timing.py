@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from calib_guidance.backend.precision import bfloat16_instructions
+
 BASELINE = Path(__file__).with_name("baseline.json")
 
 
@@ -70,7 +72,8 @@ def machine() -> str:
     """What the ratios were measured on."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{len(os.sched_getaffinity(0))} cores of {platform.machine()}, {torch.get_num_threads()} threads"
+    kind = f"{platform.machine()} with {bfloat16_instructions() or torch.backends.cpu.get_cpu_capability()}"
+    return f"{len(os.sched_getaffinity(0))} cores of {kind}, {torch.get_num_threads()} threads"
 
 
 def parser(description: str, rounds: int) -> argparse.ArgumentParser:

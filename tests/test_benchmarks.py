@@ -41,8 +41,8 @@ def test_forms_take_turns_and_the_first_round_does_not_count(benchmark):
     assert {name: len(seconds) for name, seconds in times.items()} == {"a": 3, "b": 3}
 
 
-def file(path, **ratios):
-    path.write_text(json.dumps({"step": {"machine": "m", "torch": "t", "ratios": ratios}}))
+def file(path, machine="m", **ratios):
+    path.write_text(json.dumps({"step": {"machine": machine, "torch": "t", "ratios": ratios}}))
     return str(path)
 
 
@@ -69,6 +69,16 @@ def test_what_got_slower_is_named(benchmark, monkeypatch, capsys, tmp_path, now,
     assert "| new | – | 3 (3 … 3) | new |" in out
     assert "| gone | 1 (1 … 1) | – | gone |" in out
     assert ("nothing got slower" in out) is not is_slower
+
+
+def test_what_is_lower_on_another_machine_is_no_error(benchmark, monkeypatch, capsys, tmp_path):
+    known = file(tmp_path / "baseline.json", "amx_bf16", network=[1.5, 1.45, 1.55, 5])
+    new = file(tmp_path / "new.json", "AVX2", network=[1.2, 1.1, 1.3, 5])
+    monkeypatch.setattr(sys, "argv", ["compare.py", new, "--baseline", known])
+    benchmark("compare").main()
+    out = capsys.readouterr().out
+    assert "lower than on the other kind of machine:\n  step: network is 0.80 of what it was" in out
+    assert "nothing got slower" not in out
 
 
 def test_systems_run_small(benchmark, monkeypatch, capsys):
