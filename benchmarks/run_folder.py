@@ -207,7 +207,7 @@ def adm128(shard: int) -> None:
     columns = {"index": torch.arange(shard), "label": torch.arange(shard), "seed": torch.zeros(shard, dtype=torch.long)}
     columns["image"] = to_uint8(images)
     with tempfile.TemporaryDirectory() as folder:
-        writer.run, writer._device = RunFolder(folder, shard, shard), "cpu"
+        writer.run, writer._device, writer._class_names = RunFolder(folder, shard, shard), "cpu", None
         writer.run.begin({}, {})
         writer._shard, writer._background = sample_writer._Shard(), sample_writer.Background(1)
         started = time.perf_counter()
@@ -239,7 +239,7 @@ def adm128(shard: int) -> None:
 def memory(samples: int) -> int:
     """Peak resident memory in kB of a process that makes so many digits, in two steps each."""
     with tempfile.TemporaryDirectory() as folder, only_the_writer() as overlay:
-        command = [sys.executable, __file__, "--run", f"{folder}/run", str(samples), overlay]
+        command = [sys.executable, __file__, "--run", f"{folder}/run", str(samples), overlay.removeprefix("--config=")]
         return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
@@ -255,7 +255,7 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     if options.run:
         folder, samples, overlay = options.run
-        predict(folder, int(samples), 2, 100, overlay)
+        predict(folder, int(samples), 2, 100, f"--config={overlay}")
         status = Path("/proc/self/status").read_text()
         print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
         sys.exit()

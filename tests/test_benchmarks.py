@@ -81,6 +81,13 @@ def test_what_is_lower_on_another_machine_is_no_error(benchmark, monkeypatch, ca
     assert "nothing got slower" not in out
 
 
+def test_what_is_kept_beside_the_next_batch_is_what_is_kept_first(benchmark, in_root):
+    """The benchmark compares the bytes of both forms itself."""
+    module = benchmark("run_folder")
+    module.beside("digits", 1, 4, 2, 2)
+    assert [ratio.rounds for ratio in module.RATIOS.values()] == [1]
+
+
 def test_systems_run_small(benchmark, monkeypatch, capsys):
     """Every complete system, with every guidance, as on a GPU; how fast is not asked."""
     monkeypatch.setattr(sys, "argv", ["systems.py", "--tiny", "--rounds=1", "--steps=2"])
