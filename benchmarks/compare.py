@@ -3,8 +3,8 @@
     python benchmarks/sampling_step.py --json new.json && python benchmarks/compare.py new.json
 
 A ratio is the time of one form over that of another; both took turns on one machine, and more is better. A result is slower if it
-lies below the range of the baseline, by more than a tenth of its median. Kinds of processors differ in their ratios, too: those of
-another kind are printed, and are no error.
+lies below the range of the baseline, by more than a tenth of its median. Ratios differ between kinds of processors, too: what is
+lower than on another kind is printed and does not fail.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def test_what_got_slower_is_named(benchmark, monkeypatch, capsys, tmp_path, now,
     assert ("nothing got slower" in out) is not is_slower
 
 
-def test_what_is_lower_on_another_machine_is_no_error(benchmark, monkeypatch, capsys, tmp_path):
+def test_what_is_lower_than_on_another_machine_does_not_fail(benchmark, monkeypatch, capsys, tmp_path):
     known = file(tmp_path / "baseline.json", "amx_bf16", network=[1.5, 1.45, 1.55, 5])
     new = file(tmp_path / "new.json", "AVX2", network=[1.2, 1.1, 1.3, 5])
     monkeypatch.setattr(sys, "argv", ["compare.py", new, "--baseline", known])

@@ -423,6 +423,11 @@ class TestRefusals:
         assert "model.guidance: options are given, but no class_path names the class" in message
         assert "Union" not in message
 
+    def test_options_with_dots_beside_the_mapping_of_their_part(self, out, capsys, tmp_path):
+        (tmp_path / "dots.yaml").write_text("model.guidance: {class_path: NoGuidance}\nmodel.guidance.scale: 2\n")
+        message = refuse(capsys, out, f"--config={tmp_path / 'dots.yaml'}")
+        assert "the options stand in the mapping of model.guidance, and have no keys with dots beside it" in message
+
     def test_another_number_of_heads_than_was_trained(self, out, capsys):
         message = refuse(capsys, out, "--model.init_args.denoiser.init_args.network.init_args.num_head_channels=16")
         assert "was trained with attention_heads: 4×2, the configuration says attention_heads: 4×4" in message

@@ -148,7 +148,8 @@ def shorten(message: str) -> str:
     elif "Expected an instantiatable class, but" in message or "a dict without class_path but with" in message:
         found = (
             "options are given, but no class_path names the class. An overlay that only sets options goes after one "
-            "that names the class, such as guidance/ after classifier/"
+            f"that names the class, such as guidance/ after classifier/. Within one file, the options stand in the mapping "
+            f"of {where or 'the part'}, and have no keys with dots beside it"
         )
     elif len(values) == 1:
         found = values[0]
