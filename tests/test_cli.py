@@ -423,10 +423,12 @@ class TestRefusals:
         assert "model.guidance: options are given, but no class_path names the class" in message
         assert "Union" not in message
 
-    def test_options_with_dots_beside_the_mapping_of_their_part(self, out, capsys, tmp_path):
-        (tmp_path / "dots.yaml").write_text("model.guidance: {class_path: NoGuidance}\nmodel.guidance.scale: 2\n")
+    @pytest.mark.parametrize("options", ["", ", init_args: {classifier: digits_classifier}"])
+    def test_options_with_dots_beside_the_mapping_of_their_part(self, out, capsys, tmp_path, options):
+        part = f"model.guidance: {{class_path: ClassifierGuidance{options}}}"
+        (tmp_path / "dots.yaml").write_text(f"{part}\nmodel.guidance.scale: 2\n")
         message = refuse(capsys, out, f"--config={tmp_path / 'dots.yaml'}")
-        assert "the options stand in the mapping of model.guidance, and have no keys with dots beside it" in message
+        assert "have no keys with dots (model.guidance.…) beside it" in message
 
     def test_another_number_of_heads_than_was_trained(self, out, capsys):
         message = refuse(capsys, out, "--model.init_args.denoiser.init_args.network.init_args.num_head_channels=16")

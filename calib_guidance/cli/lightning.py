@@ -143,13 +143,15 @@ def shorten(message: str) -> str:
         found = _wrong_file(files[-1])
     elif classes and re.search(r"module '[\w.]+' has no attribute '\w+'|No module named '[\w.]+'", message):
         found = _unknown_class(classes[-1])
+    elif "Option 'class_path' is not accepted" in message:
+        found = f"within one file, its options stand in its mapping, and have no keys with dots ({where}.…) beside it"
     elif classes and (option := re.search(r"Option '([\w.]+)' is not accepted", message)):
         found = _unknown_option(pkgutil.resolve_name(classes[-1]), [option[1]])
     elif "Expected an instantiatable class, but" in message or "a dict without class_path but with" in message:
         found = (
             "options are given, but no class_path names the class. An overlay that only sets options goes after one "
-            f"that names the class, such as guidance/ after classifier/. Within one file, the options stand in the mapping "
-            f"of {where or 'the part'}, and have no keys with dots beside it"
+            f"that names the class, such as guidance/ after classifier/. Within one file, options stand in the mapping, and "
+            f"have no keys with dots ({where}.…) beside it"
         )
     elif len(values) == 1:
         found = values[0]
